@@ -1,0 +1,48 @@
+"""Names that more than one process relies on: buckets, key layouts, classes, model name.
+
+Everything here is part of a contract with stored data or with a remote process: a change is a migration.
+"""
+
+CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+"""Class names in label order, as in the official archive's batches.meta."""
+
+IMAGE_SIZE = 32
+IMAGE_SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
+"""Channels, height, width of one stored image (uint8 RGB)."""
+
+RAW_BUCKET = "raw-data"
+PROCESSED_BUCKET = "processed-data"
+MODELS_BUCKET = "models"
+MLFLOW_BUCKET = "mlflow"
+BUCKETS = (RAW_BUCKET, PROCESSED_BUCKET, MODELS_BUCKET, MLFLOW_BUCKET)
+
+LANDING_PREFIX = "landing/"
+REJECTED_PREFIX = "rejected/"
+
+SEED_RAW_KEY = "cifar10-dataset.tar.gz"
+SEED_PROCESSED_KEY = "cifar10-processed.tar.gz"
+SEED_MODEL_KEY = "resnet18_cifar10.pth"
+"""Well-known objects of the pipeline this project replaces, kept as copies of the current version."""
+
+MODEL_NAME = "cifar10"
+"""Name under which the model is registered in MLflow and served over HTTP."""
+
+CHAMPION_ALIAS = "champion"
+
+EXIT_BAD_SPEC = 2
+EXIT_RESUME = 143
+"""The trainer was told to stop, wrote a checkpoint, and continues when started again with the same spec.
+
+128 + SIGTERM: the training operator's ExitCode restart policy retries codes from 128 on and treats lower ones as final.
+"""

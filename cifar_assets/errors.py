@@ -1,0 +1,25 @@
+"""Errors a person is expected to read and act on. Each message says what failed, on which object, and what to do."""
+
+
+class CifarError(Exception):
+    """Base of this project's own errors."""
+
+
+class ConfigError(CifarError):
+    """A setting is missing or out of range; trying again without a change fails again."""
+
+
+class DataError(CifarError):
+    """Stored or incoming data is not what it claims to be."""
+
+
+class StoreError(CifarError):
+    """The object store refused or could not be reached."""
+
+
+class ObjectNotFoundError(StoreError):
+    """The named object does not exist."""
+
+
+class IntegrityError(DataError):
+    """Bytes do not have the digest they are addressed by."""

@@ -1,0 +1,84 @@
+"""A trained model as stored: a folder of files under `models/<digest>/`, named by the digest of its manifest."""
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cifar_assets.digests import canonical_json, sha256_bytes, sha256_json
+from cifar_assets.errors import DataError
+from cifar_assets.object_store import ObjectStore
+
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "model.safetensors"
+ONNX_FILE = "model.onnx"
+METRICS_FILE = "metrics.json"
+RECIPE_FILE = "recipe.json"
+PERFORMANCE_FILE = "performance.json"
+ENVIRONMENT_FILE = "environment.json"
+CARD_FILE = "MODEL_CARD.md"
+LOG_FILE = "training.log"
+
+IDENTITY_FILES = (WEIGHTS_FILE, ONNX_FILE, METRICS_FILE, RECIPE_FILE)
+"""Files the digest covers. What two identical trainings may differ in (timings, host, log) lies beside them, uncovered."""
+
+
+class ModelManifest(BaseModel):
+    """What a model is made of. The sha256 of its canonical JSON is the model's digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["cifar10-model/1"] = "cifar10-model/1"
+    dataset_digest: str = Field(description="Digest of the processed dataset it was trained on.")
+    raw_digest: str = Field(description="Digest of the raw dataset behind that.")
+    seed: int
+    classes: tuple[str, ...]
+    files: dict[str, str] = Field(description="sha256 of each file the digest covers, by name.")
+
+    @property
+    def digest(self) -> str:
+        return sha256_json(self.model_dump(mode="json"))
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(self.model_dump(mode="json"))
+
+
+def read_manifest(package: ObjectStore, digest: str) -> ModelManifest:
+    """The manifest of the model stored at the package's root.
+
+    Raises IntegrityError when it does not have the digest, ObjectNotFoundError when there is none, DataError when it is
+    no manifest of a kind known here.
+    """
+    data = package.read_verified(MANIFEST_FILE, digest)
+    try:
+        return ModelManifest.model_validate_json(data)
+    except ValueError as error:
+        raise DataError(f"{package.uri(MANIFEST_FILE)} is not a model manifest: {error}") from error
+
+
+def read_file(package: ObjectStore, manifest: ModelManifest, name: str) -> bytes:
+    """One covered file's bytes, verified against the manifest."""
+    return package.read_verified(name, manifest.files[name])
+
+
+def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str, bytes]) -> str:
+    """Store a model under its digest and return the digest. The manifest goes last: a package without one is not there.
+
+    `files` holds every covered file and any uncovered ones. A model already stored is left as it is.
+    """
+    digest = manifest.digest
+    package = models.at(digest)
+    if package.exists(MANIFEST_FILE):
+        return digest
+    for name, sha256 in manifest.files.items():
+        if sha256_bytes(files[name]) != sha256:
+            raise DataError(f"{name} does not have the digest its manifest gives.")
+    for name, data in files.items():
+        package.write(name, data)
+    package.write(MANIFEST_FILE, manifest.to_bytes())
+    return digest
+
+
+def read_json(package: ObjectStore, manifest: ModelManifest, name: str) -> dict[str, Any]:
+    """One covered JSON file, verified and parsed."""
+    return json.loads(read_file(package, manifest, name))

@@ -1,0 +1,108 @@
+"""An object store in a folder: what a laptop uses in place of MinIO."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from cifar_assets.errors import ConfigError, ObjectNotFoundError, StoreError
+from cifar_assets.object_store.base import ObjectInfo, ObjectStore
+
+_TEMPORARY_PREFIX = ".writing-"
+
+
+class FolderStore(ObjectStore):
+    """Keys are paths below `root`. Writes go to a temporary file in the same folder and are renamed into place."""
+
+    def __init__(self, root: Path):
+        self.root = root.resolve()
+
+    def uri(self, key: str = "") -> str:
+        return (self.root / key).as_uri() + ("/" if key == "" or key.endswith("/") else "")
+
+    def at(self, prefix: str) -> "FolderStore":
+        return FolderStore(self._path(prefix.rstrip("/")))
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def read(self, key: str) -> bytes:
+        with self.open(key) as file:
+            return file.read()
+
+    def open(self, key: str) -> BinaryIO:
+        try:
+            return self._path(key).open("rb")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise ObjectNotFoundError(f"{self.uri(key)}: no such object.") from error
+
+    def write(self, key: str, data: bytes) -> None:
+        self._write_atomically(self._path(key), lambda file: file.write(data))
+
+    def upload(self, key: str, path: Path) -> None:
+        with path.open("rb") as source:
+            self._write_atomically(self._path(key), lambda file: shutil.copyfileobj(source, file))
+
+    def download(self, key: str, path: Path) -> None:
+        with self.open(key) as source:
+            self._write_atomically(path, lambda file: shutil.copyfileobj(source, file))
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        return self._info(key, path)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        base = self._path(prefix.rpartition("/")[0])
+        keys = (
+            str(Path(folder, name).relative_to(self.root)).replace(os.sep, "/")
+            for folder, _, names in os.walk(base)
+            for name in names
+            if not name.startswith(_TEMPORARY_PREFIX)
+        )
+        for key in sorted(keys):
+            if key.startswith(prefix):
+                yield self._info(key, self.root / key)
+
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
+    def copy(self, key: str, to_key: str) -> None:
+        self.download(key, self._path(to_key))
+
+    def _path(self, key: str) -> Path:
+        path = (self.root / key).resolve()
+        if not path.is_relative_to(self.root):
+            raise ConfigError(f"Key {key!r} leaves the store's root {self.root}: use a key without '..'.")
+        return path
+
+    def _info(self, key: str, path: Path) -> ObjectInfo:
+        status = path.stat()
+        tag = hashlib.sha256(f"{status.st_mtime_ns}:{status.st_size}:{status.st_ino}".encode())
+        return ObjectInfo(
+            key=key,
+            size=status.st_size,
+            etag=tag.hexdigest()[:32],
+            last_modified=datetime.fromtimestamp(status.st_mtime, UTC),
+        )
+
+    def _write_atomically(self, path: Path, fill: Callable[[BinaryIO], object]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    fill(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(name, path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise StoreError(f"Could not write {path}: {error}. Check free space and permissions.") from error
