@@ -84,7 +84,12 @@ DEFAULT_LIMITS = ImageLimits()
 
 
 class ImageError(DataError):
-    """The bytes are no picture that can be used. The message says what was expected and what came."""
+    """The bytes are no picture that can be used. Says what was expected and what came."""
+
+    def __init__(self, expected: str, received: str):
+        super().__init__(f"Expected {expected}, got {received}.")
+        self.expected = expected
+        self.received = received
 
 
 class ImageTooLargeError(ImageError):
@@ -98,15 +103,15 @@ def prepare_image(data: bytes, *, resize: bool = True, limits: ImageLimits = DEF
     """
     check_size(len(data), limits)
     if not data:
-        raise ImageError(f"Expected a {FORMAT_NAMES} image, got no bytes at all (an empty file).")
+        raise ImageError(f"a {FORMAT_NAMES} image", "an empty file")
     if data.startswith(b"GIF8"):
         _check_gif_blocks(data, limits)
     elif data.startswith(b"\xff\xd8") and data.count(_JPEG_SCAN_MARKER) > _MAX_JPEG_SCANS:
-        raise ImageTooLargeError(f"Expected a JPEG image of at most {_MAX_JPEG_SCANS} scans, got more.")
+        raise ImageTooLargeError(f"a JPEG image of at most {_MAX_JPEG_SCANS} scans", "more")
     with _decoding_faults(data), _open(data) as image:
         _check_header(image, limits)
         if not resize and image.size != _SIZE:
-            raise ImageError(f"Expected a {IMAGE_SIZE}x{IMAGE_SIZE} image, got {image.size[0]}x{image.size[1]} pixels.")
+            raise ImageError(f"a {IMAGE_SIZE}x{IMAGE_SIZE} image", f"{image.size[0]}x{image.size[1]} pixels")
         image.draft(None, _DRAFT_SIZE)
         image.load()
         rgb = _to_rgb(_upright(image))
@@ -119,7 +124,7 @@ def prepare_image(data: bytes, *, resize: bool = True, limits: ImageLimits = DEF
 def check_size(num_bytes: int, limits: ImageLimits = DEFAULT_LIMITS) -> None:
     """Refuse a file that is too long with ImageTooLargeError; for callers that know the length before the bytes."""
     if num_bytes > limits.max_bytes:
-        raise ImageTooLargeError(f"Expected an image file of at most {limits.max_bytes} bytes, got {num_bytes}.")
+        raise ImageTooLargeError(f"an image file of at most {limits.max_bytes} bytes", f"{num_bytes} bytes")
 
 
 def pixel_digest(image: NDArray[np.uint8]) -> str:
@@ -137,13 +142,11 @@ def _decoding_faults(data: bytes) -> Iterator[None]:
     except (ImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"Expected a {FORMAT_NAMES} image, got {_describe(data)}.") from error
+        raise ImageError(f"a {FORMAT_NAMES} image", _describe(data)) from error
     except Image.DecompressionBombError as error:
-        raise ImageTooLargeError(f"The image has far too many pixels: {error}") from error
+        raise ImageTooLargeError("an image of a size that is safe to decode", str(error)) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, zlib.error
-        raise ImageError(
-            f"Expected a complete {FORMAT_NAMES} image, got one that is truncated or damaged ({error})."
-        ) from error
+        raise ImageError(f"a complete {FORMAT_NAMES} image", f"a truncated or damaged one ({error})") from error
 
 
 def _open(data: bytes) -> Image.Image:
@@ -153,10 +156,10 @@ def _open(data: bytes) -> Image.Image:
 def _check_header(image: Image.Image, limits: ImageLimits) -> None:
     width, height = image.size
     if width < 1 or height < 1:
-        raise ImageError(f"Expected an image with pixels, got {width}x{height}.")
+        raise ImageError("an image with pixels", f"{width}x{height}")
     max_pixels = limits.max_pixels * (limits.jpeg_factor if image.format in ("JPEG", "MPO") else 1)
     if width * height > max_pixels:
-        raise ImageTooLargeError(f"Expected at most {max_pixels} pixels, got {width}x{height} = {width * height}.")
+        raise ImageTooLargeError(f"at most {max_pixels} pixels", f"{width}x{height} = {width * height}")
     if image.format == "TIFF":
         _check_tiff_frames(image, limits)
     elif image.format != "GIF" and getattr(image, "n_frames", 1) > limits.max_frames:
@@ -192,7 +195,7 @@ def _check_gif_blocks(data: bytes, limits: ImageLimits) -> None:
             position += 1 + data[position]
             num_blocks += 1
             if num_blocks > _MAX_GIF_BLOCKS:
-                raise ImageTooLargeError(f"Expected a GIF of at most {_MAX_GIF_BLOCKS} data blocks, got more.")
+                raise ImageTooLargeError(f"a GIF of at most {_MAX_GIF_BLOCKS} data blocks", "more")
         position += 1
         if num_frames > limits.max_frames:
             raise _too_many_frames(limits)
@@ -203,7 +206,7 @@ def _gif_palette_bytes(flags: int) -> int:
 
 
 def _too_many_frames(limits: ImageLimits) -> ImageTooLargeError:
-    return ImageTooLargeError(f"Expected at most {limits.max_frames} frames, got more.")
+    return ImageTooLargeError(f"at most {limits.max_frames} frames", "more")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -223,7 +226,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES:
         return _sixteen_bit_to_rgb(image)
     if image.mode == "F":
-        raise ImageError("Expected 8-bit or 16-bit samples, got 32-bit floating point ones.")
+        raise ImageError("8-bit or 16-bit samples", "32-bit floating point ones")
     if not image.has_transparency_data:
         return image.convert("RGB")
     visible = image.convert("RGBA")
@@ -235,7 +238,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 0xFFFF):
-        raise ImageError(f"Expected 8-bit or 16-bit samples, got values from {values.min()} to {values.max()}.")
+        raise ImageError("8-bit or 16-bit samples", f"values from {values.min()} to {values.max()}")
     grey = (values >> 8).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
