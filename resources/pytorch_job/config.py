@@ -1,0 +1,196 @@
+"""Typed settings of a PyTorchJob. What the operator would refuse, or silently never start, is refused here."""
+
+import re
+from typing import Any, Literal
+
+import dagster as dg
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([munkKMGTPE]|[KMGTPE]i)?")
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_RESERVED_ENV = ("DAGSTER_PIPES_CONTEXT", "DAGSTER_PIPES_MESSAGES")
+CONTAINER_NAME = "pytorch"
+"""The operator looks for a container of this name and ignores every other."""
+
+
+def _checked_quantity(value: str | None, what: str) -> None:
+    if value is not None and not _QUANTITY.fullmatch(value):
+        raise ValueError(f"{what} {value!r} is not a Kubernetes quantity such as '500m', '2', '512Mi' or '4Gi'.")
+
+
+class StrictConfig(dg.Config):
+    """Settings in which an unknown name is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SecretKey(StrictConfig):
+    """One value of a Secret."""
+
+    secret: str = Field(description="Name of the Secret, in the job's namespace.")
+    key: str = Field(description="Key within it.")
+
+
+class Toleration(StrictConfig):
+    """A node taint that the pods put up with."""
+
+    key: str | None = Field(default=None, description="Taint key; none matches every key.")
+    operator: Literal["Equal", "Exists"] = Field(default="Exists", description="How key and value are compared.")
+    value: str | None = Field(default=None, description="Taint value, with operator Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        default=None, description="Taint effect; none matches every effect."
+    )
+    toleration_seconds: int | None = Field(default=None, ge=0, description="How long NoExecute is put up with.")
+
+    @model_validator(mode="after")
+    def _value_needs_equal(self) -> "Toleration":
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError("A toleration with operator Exists takes no value: use operator Equal.")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("A toleration with operator Equal needs a key.")
+        return self
+
+
+class ElasticPolicy(StrictConfig):
+    """Lets torchrun go on with fewer or more nodes. The job then has workers only; the first is the rendezvous host."""
+
+    min_replicas: int = Field(default=1, ge=1, description="Fewest nodes that may train.")
+    max_replicas: int = Field(ge=1, description="Most nodes that may train.")
+    max_restarts: int | None = Field(default=None, ge=0, description="Rendezvous rounds after the first.")
+    rdzv_backend: Literal["c10d", "etcd", "etcd-v2"] = Field(
+        default="c10d", description="Rendezvous backend of torchrun."
+    )
+    rdzv_id: str | None = Field(default=None, description="Rendezvous id; the operator uses the job's name.")
+    rdzv_port: int | None = Field(default=None, ge=1, le=65535, description="Rendezvous port; the operator uses 23456.")
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> "ElasticPolicy":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is larger than max_replicas {self.max_replicas}.")
+        return self
+
+
+class RunPolicy(StrictConfig):
+    """When a job is given up, and what is left of it afterwards."""
+
+    active_deadline_seconds: int = Field(
+        default=24 * 3600,
+        ge=1,
+        description="A job still active after this time fails: nothing trains for ever.",
+    )
+    ttl_seconds_after_finished: int = Field(
+        default=24 * 3600, ge=0, description="A finished job is deleted with its pods after this time."
+    )
+    backoff_limit: int = Field(
+        default=2, ge=0, description="Container restarts, over all replicas, after which the job fails."
+    )
+    clean_pod_policy: Literal["All", "Running", "None"] = Field(
+        default="Running", description="Which pods are deleted when the job finishes; finished pods keep their logs."
+    )
+
+
+class PodTemplate(StrictConfig):
+    """Raw Kubernetes config laid over the pods, with the keys and the merging of dagster-k8s' run_k8s_config.
+
+    Field names may be in snake_case or camelCase. DEEP merges mappings and appends to lists; SHALLOW replaces.
+    """
+
+    container_config: dict[str, Any] = Field(default={}, description="Fields of the container `pytorch` (V1Container).")
+    pod_spec_config: dict[str, Any] = Field(
+        default={}, description="Fields of the pod spec (V1PodSpec); `containers` adds sidecars."
+    )
+    pod_template_spec_metadata: dict[str, Any] = Field(
+        default={}, description="Fields of the pod's metadata (V1ObjectMeta)."
+    )
+    merge_behavior: Literal["DEEP", "SHALLOW"] = Field(
+        default="DEEP", description="How these fields join those that the typed settings made."
+    )
+
+    @model_validator(mode="after")
+    def _known_to_kubernetes(self) -> "PodTemplate":
+        from resources.pytorch_job.manifest import user_pod_config
+
+        user_pod_config(self)
+        return self
+
+
+class PyTorchJobConfig(StrictConfig):
+    """Everything of a PyTorchJob except its name, namespace and what Dagster adds to it."""
+
+    image: str = Field(min_length=1, description="Image of every replica.")
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        default="IfNotPresent", description="When the node asks the registry."
+    )
+    image_pull_secrets: list[str] = Field(default=[], description="Secrets with registry credentials.")
+    command: list[str] = Field(default=[], description="Entry point; none uses the image's.")
+    args: list[str] = Field(default=[], description="Arguments of the entry point.")
+    env: dict[str, str] = Field(default={}, description="Environment variables.")
+    secret_env: dict[str, SecretKey] = Field(default={}, description="Environment variables read from Secrets.")
+    env_secrets: list[str] = Field(default=[], description="Secrets whose every key becomes an environment variable.")
+    env_config_maps: list[str] = Field(default=[], description="The same with ConfigMaps.")
+
+    replicas: int = Field(default=1, ge=1, le=10_000, description="Pods: one master, the others workers.")
+    nproc_per_node: int = Field(default=1, ge=1, description="Training processes in each pod (torchrun).")
+    elastic_policy: ElasticPolicy | None = Field(default=None, description="Elastic training; none is a fixed size.")
+    restart_policy: Literal["OnFailure", "Never", "ExitCode", "Always"] = Field(
+        default="OnFailure",
+        description="What follows a failed container. ExitCode: exit codes from 128 on are retried, lower ones final.",
+    )
+    run_policy: RunPolicy = Field(default_factory=RunPolicy, description="Deadline, retries and clean-up.")
+
+    cpu: str | None = Field(default=None, description="CPU request of each replica, such as '500m' or '2'.")
+    cpu_limit: str | None = Field(default=None, description="CPU limit; none lets a replica use what is idle.")
+    memory: str | None = Field(default=None, description="Memory request and limit of each replica, such as '4Gi'.")
+    gpu: int = Field(default=0, ge=0, description="GPUs of each replica.")
+    gpu_resource: str = Field(default="nvidia.com/gpu", description="Resource name of a GPU.")
+    shared_memory: str | None = Field(
+        default=None, description="Size of /dev/shm, counted as memory; none leaves the runtime's 64 MiB."
+    )
+    scratch: str | None = Field(default="2Gi", description="Size limit of a writable /tmp; none mounts nothing there.")
+
+    node_selector: dict[str, str] = Field(default={}, description="Labels a node must have.")
+    tolerations: list[Toleration] = Field(default=[], description="Taints the pods put up with.")
+    priority_class_name: str | None = Field(default=None, description="Priority class of the pods.")
+    scheduler_name: str | None = Field(default=None, description="Scheduler of the pods; none is the cluster's own.")
+    service_account_name: str | None = Field(
+        default=None, description="Service account of the pods. Its token is not mounted: training needs no API."
+    )
+    run_as_user: int = Field(
+        default=1000, ge=1, description="Numeric user of every container, the operator's init container included."
+    )
+    termination_grace_seconds: int = Field(
+        default=30, ge=0, description="Time between SIGTERM and SIGKILL when a pod is evicted."
+    )
+    labels: dict[str, str] = Field(default={}, description="Further labels of the job and its pods.")
+    annotations: dict[str, str] = Field(default={}, description="Further annotations of the job and its pods.")
+    pod_template: PodTemplate = Field(
+        default_factory=PodTemplate, description="Raw Kubernetes config laid over the pods."
+    )
+    extra_spec: dict[str, Any] = Field(
+        default={}, description="Fields of the PyTorchJob's spec that have no setting here, merged over it unchecked."
+    )
+
+    @field_validator("env", "secret_env")
+    @classmethod
+    def _environment_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not _ENV_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a name of an environment variable.")
+            if name in _RESERVED_ENV:
+                raise ValueError(f"{name} is set by Dagster Pipes: leave it out.")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PyTorchJobConfig":
+        for name in ("cpu", "cpu_limit", "memory", "shared_memory", "scratch"):
+            _checked_quantity(getattr(self, name), name)
+        both = sorted(set(self.env) & set(self.secret_env))
+        if both:
+            raise ValueError(f"env and secret_env both set {', '.join(both)}: keep one.")
+        policy = self.elastic_policy
+        if policy and not policy.min_replicas <= self.replicas <= policy.max_replicas:
+            raise ValueError(
+                f"replicas is {self.replicas}, outside the elastic policy's "
+                f"{policy.min_replicas}..{policy.max_replicas}."
+            )
+        return self

@@ -1,0 +1,234 @@
+"""Bringing exactly one job into being for a step, whatever was left by earlier attempts. No Dagster.
+
+Policy: a job of the same step that runs or succeeded, and computes the same thing, is adopted; any other is removed
+first. A create call whose answer was lost is repeated: the name is deterministic, and the stored object's annotation
+tells whether it is ours.
+"""
+
+import logging
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
+from resources.pytorch_job.errors import ApiUnavailableError, JobConflictError, PyTorchJobError
+from resources.pytorch_job.labels import (
+    LAUNCH_ANNOTATION,
+    MANAGED_BY,
+    MANAGED_BY_LABEL,
+    RUN_ID_LABEL,
+    STEP_LABEL,
+    WORK_ANNOTATION,
+    selector,
+    step_digest,
+)
+from resources.pytorch_job.status import JobState
+
+_PAUSE_SECONDS = 1.0
+_REPLACE_GRACE_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """A job that a step wants, and whose earlier jobs count as its own."""
+
+    name: str
+    namespace: str
+    step_key: str
+    run_id: str
+    ancestor_run_ids: tuple[str, ...]
+    """Runs that this one retries from failure, nearest first: their jobs may be adopted."""
+    work: str
+    """Digest of what the job computes."""
+    launch_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {
+            MANAGED_BY_LABEL: MANAGED_BY,
+            RUN_ID_LABEL: self.run_id,
+            STEP_LABEL: step_digest(self.step_key),
+        }
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        return {LAUNCH_ANNOTATION: self.launch_id, WORK_ANNOTATION: self.work}
+
+    def owns(self, job: PyTorchJob) -> bool:
+        """Whether the job was made for this step by this run or one that it retries."""
+        return (
+            job.labels.get(MANAGED_BY_LABEL) == MANAGED_BY
+            and job.labels.get(STEP_LABEL) == step_digest(self.step_key)
+            and job.run_id in (self.run_id, *self.ancestor_run_ids)
+        )
+
+
+@dataclass(frozen=True)
+class Started:
+    """The one job of the step."""
+
+    job: PyTorchJob
+    adopted: bool
+
+
+class JobLauncher:
+    """Adopts, replaces, creates and removes the jobs of one step.
+
+    `shield` wraps the create call, so that an interrupt waits for its answer.
+    """
+
+    def __init__(
+        self,
+        client: PyTorchJobClient,
+        *,
+        clock: Callable[[], float],
+        sleeper: Callable[[float], None],
+        logger: logging.Logger,
+        shield: Callable[[], AbstractContextManager[None]] = nullcontext,
+        outage_seconds: float = 300.0,
+        removal_seconds: float = 180.0,
+    ):
+        self._client = client
+        self._clock = clock
+        self._sleep = sleeper
+        self._log = logger
+        self._shield = shield
+        self._outage_seconds = outage_seconds
+        self._removal_seconds = removal_seconds
+
+    def start(self, request: JobRequest, manifest: Mapping[str, Any]) -> Started:
+        """The step's job, running or finished, adopted or new. Never leaves two.
+
+        JobConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without an
+        answer.
+        """
+        unavailable_since: float | None = None
+        while True:
+            try:
+                started = self._try_to_start(request, manifest)
+                if started:
+                    return started
+                unavailable_since = None
+            except ApiUnavailableError as error:
+                unavailable_since = self._clock() if unavailable_since is None else unavailable_since
+                if self._clock() - unavailable_since >= self._outage_seconds:
+                    raise
+                self._log.warning("Could not start the job yet, trying again: %s", error)
+            self._sleep(_PAUSE_SECONDS)
+
+    def remove(self, request: JobRequest, *, grace_seconds: int, timeout_seconds: float, settle_seconds: float) -> bool:
+        """Delete every job of the step and wait until they and their pods are gone; False when time ran out.
+
+        Looks again until `settle_seconds` have passed: a create call that was cut off may still take effect.
+        """
+        start = self._clock()
+        names = {request.name}
+        asked: set[str] = set()
+        while self._clock() - start <= timeout_seconds:
+            try:
+                jobs = self._own_jobs(request)
+                names.update(job.name for job in jobs)
+                if not self._clear(request.namespace, jobs, names, asked, grace_seconds) and (
+                    self._clock() - start >= settle_seconds
+                ):
+                    return True
+            except ApiUnavailableError as error:
+                self._log.warning("Still removing the job of step %s: %s", request.step_key, error)
+            self._sleep(_PAUSE_SECONDS / 2)
+        return False
+
+    def _try_to_start(self, request: JobRequest, manifest: Mapping[str, Any]) -> Started | None:
+        kept = self._settle(request)
+        if kept:
+            labelled = self._client.set_labels(kept, {RUN_ID_LABEL: request.run_id})
+            return Started(labelled, adopted=True) if labelled else None
+        created = self._create(request, manifest)
+        return Started(created, adopted=False) if created else None
+
+    def _settle(self, request: JobRequest) -> PyTorchJob | None:
+        """Remove what may not stay of the step's earlier jobs, and return the one to adopt."""
+        kept: PyTorchJob | None = None
+        unwanted: list[PyTorchJob] = []
+        for job in reversed(self._own_jobs(request)):
+            if kept is None and self._adoptable(request, job):
+                kept = job
+            else:
+                unwanted.append(job)
+        if unwanted:
+            for job in unwanted:
+                self._log.info("Replacing %s: %s.", job, self._why_not(request, job))
+            self._wait_until_removed(request.namespace, unwanted)
+        return kept
+
+    def _own_jobs(self, request: JobRequest) -> list[PyTorchJob]:
+        """Oldest first."""
+        label_selector = selector(
+            **{MANAGED_BY_LABEL: MANAGED_BY, STEP_LABEL: step_digest(request.step_key)},
+        )
+        return [job for job in self._client.find(request.namespace, label_selector) if request.owns(job)]
+
+    @staticmethod
+    def _adoptable(request: JobRequest, job: PyTorchJob) -> bool:
+        return not job.deleting and job.status.state != JobState.FAILED and job.work == request.work
+
+    @staticmethod
+    def _why_not(request: JobRequest, job: PyTorchJob) -> str:
+        if job.deleting:
+            return "it is being deleted"
+        if job.status.state == JobState.FAILED:
+            return f"it failed: {job.status.message}"
+        if job.work != request.work:
+            return "it computes something else than this step asks for now"
+        return "a newer job of the step is kept"
+
+    def _create(self, request: JobRequest, manifest: Mapping[str, Any]) -> PyTorchJob | None:
+        """The created job; None when something else has to be settled first."""
+        with self._shield():
+            created = self._client.create(manifest)
+        if created:
+            return created
+        existing = self._client.get(request.namespace, request.name)
+        if existing is None:
+            return None  # deleted in between
+        if existing.launch_id == request.launch_id:
+            return existing  # our own create call, whose answer was lost
+        if not request.owns(existing):
+            raise JobConflictError(
+                f"{existing} exists and is not this step's: it carries run id {existing.run_id!r}. "
+                "Delete it, or use another name_prefix."
+            )
+        return None
+
+    def _wait_until_removed(self, namespace: str, jobs: Sequence[PyTorchJob]) -> None:
+        names = {job.name for job in jobs}
+        asked: set[str] = set()
+        deadline = self._clock() + self._removal_seconds
+        while self._clear(namespace, jobs, names, asked, _REPLACE_GRACE_SECONDS):
+            if self._clock() > deadline:
+                raise PyTorchJobError(
+                    f"{', '.join(str(job) for job in jobs)} was deleted {self._removal_seconds:.0f} s ago and "
+                    "still has pods: a second job beside them could spoil their work. Look at the pods' finalizers and nodes."
+                )
+            self._sleep(_PAUSE_SECONDS)
+
+    def _clear(
+        self, namespace: str, jobs: Sequence[PyTorchJob], names: set[str], asked: set[str], grace_seconds: int
+    ) -> bool:
+        """Ask for deletion of jobs and pods; True while any of them is still there. `asked`: pods asked before."""
+        left = False
+        for job in jobs:
+            current = self._client.get(namespace, job.name)
+            if current and current.uid == job.uid:
+                left = True
+                self._client.delete(current)
+        for name in sorted(names):
+            if self._client.get(namespace, name) is not None:
+                continue  # its operator would make the pods anew
+            for pod in self._client.pods(namespace, name):
+                left = True
+                if pod.uid not in asked:  # also when the garbage collector asked first, with a longer grace time
+                    asked.add(pod.uid)
+                    self._client.delete_pod(namespace, pod, grace_seconds)
+        return left

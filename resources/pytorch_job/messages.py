@@ -1,0 +1,153 @@
+"""Pipes messages through an object store: the reader. Its counterpart in the pod is cifar_assets/pipes_store.py.
+
+Read by polling on the caller's thread. Every attachment reads a job's messages from the first one, so that results are
+complete after a re-attach; a mark in the store tells which of them this Dagster run has recorded already.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+from dagster_pipes import PipesParams
+
+from cifar_assets.errors import ObjectNotFoundError, StoreError
+from cifar_assets.object_store import ObjectStore
+from cifar_assets.pipes_store import STORE_URI_PARAM
+from resources.pytorch_job.errors import MessagesLostError
+
+MESSAGES_FOLDER = "messages"
+MARKS_FOLDER = "read"
+
+OnMessage = Callable[[Any, bool], None]
+"""Takes a custom message, and whether this Dagster run was given it before, by an earlier attempt."""
+
+_SHOWN_ONCE = ("log", "log_external_stream")
+
+
+class PipesStoreMessageReader(dg.PipesMessageReader):
+    """Hands a job's messages to Dagster. Call `poll` now and then, and `drain` when the job has ended.
+
+    `launch_id` names the job's folder below the store's root; `attach` changes it when an existing job is adopted.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        *,
+        launch_id: str,
+        run_id: str,
+        logger: logging.Logger,
+        on_message: OnMessage | None = None,
+    ):
+        self._store = store
+        self._launch_id = launch_id
+        self._run_id = run_id
+        self._log = logger
+        self._on_message = on_message
+        self._handler: dg.PipesMessageHandler | None = None
+        self._closed: Any = None
+        self._num_opened = 0
+        self._read: dict[str, str] = {}
+        self._recorded: dict[str, str] | None = None
+        self._unreadable = False
+
+    @contextmanager
+    def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[PipesParams]:
+        self._handler = handler
+        try:
+            yield {STORE_URI_PARAM: self._store.at(self._folder).uri()}
+        finally:
+            if self._closed:
+                handler.handle_message(self._closed)
+            self._handler = None
+
+    def attach(self, launch_id: str) -> None:
+        """Read the messages of the job that this create call made. Only before the first poll."""
+        self._launch_id = launch_id
+
+    def poll(self) -> None:
+        """Handle the messages that have arrived. A store that does not answer is tried again at the next call."""
+        try:
+            self._poll()
+            self._unreadable = False
+        except StoreError as error:
+            if not self._unreadable:
+                self._log.warning("Messages of the job wait in the object store: %s", error)
+            self._unreadable = True
+
+    def drain(self, *, timeout_seconds: float, clock: Callable[[], float], sleeper: Callable[[float], None]) -> None:
+        """Handle every message of a job that has ended. MessagesLostError when the store stays away too long."""
+        deadline = clock() + timeout_seconds
+        while True:
+            try:
+                return self._poll()
+            except StoreError as error:
+                if clock() > deadline:
+                    raise MessagesLostError(
+                        f"The job ended, but its messages in {self._store.at(self._folder).uri()} could not be read "
+                        f"for {timeout_seconds:.0f} s: {error} Retry the step: it reads them without running again."
+                    ) from error
+                sleeper(1.0)
+
+    def no_messages_debug_text(self) -> str:
+        return (
+            f"Attempted to read messages from {self._store.at(self._folder).uri()}. The process in the pod has to use "
+            "open_dagster_pipes(message_writer=PipesStoreMessageWriter())."
+        )
+
+    @property
+    def _folder(self) -> str:
+        return f"{MESSAGES_FOLDER}/{self._launch_id}/"
+
+    @property
+    def _mark(self) -> str:
+        return f"{MARKS_FOLDER}/{self._launch_id}/{self._run_id}.json"
+
+    def _poll(self) -> None:
+        if self._recorded is None:
+            self._recorded = self._load_mark()
+        start = dict(self._read)
+        for info in self._store.list(self._folder):
+            writer, _, chunk = info.key.removeprefix(self._folder).partition("/")
+            if chunk > self._read.get(writer, ""):
+                self._handle_chunk(self._store.read(info.key), replayed=chunk <= self._recorded.get(writer, ""))
+                self._read[writer] = chunk
+        if self._read != start:
+            ahead = {writer: chunk for writer, chunk in self._read.items() if chunk > self._recorded.get(writer, "")}
+            if ahead:
+                self._recorded |= ahead
+                self._store.write(self._mark, json.dumps(self._recorded).encode())
+
+    def _load_mark(self) -> dict[str, str]:
+        try:
+            return json.loads(self._store.read(self._mark))
+        except ObjectNotFoundError:
+            return {}
+
+    def _handle_chunk(self, data: bytes, *, replayed: bool) -> None:
+        for line in data.decode().split("\n"):
+            if line:
+                self._handle(json.loads(line), replayed=replayed)
+
+    def _handle(self, message: Mapping[str, Any], *, replayed: bool) -> None:
+        if self._handler is None:
+            raise MessagesLostError("Messages are handled only while the Pipes session is open.")
+        method = message["method"]
+        if method == "closed":
+            self._closed = message  # the last process to close is the one that counts: told when the session ends
+            return
+        if method == "opened":
+            self._num_opened += 1
+            self._closed = None
+            if self._num_opened > 1:
+                if not replayed:
+                    self._log.info("The job's process was started again; its messages continue.")
+                return
+        if replayed and method in _SHOWN_ONCE:
+            return
+        self._handler.handle_message(message)  # pyright: ignore[reportArgumentType]  # JSON of a PipesMessage
+        if method == "report_custom_message" and self._on_message:
+            self._on_message(message["params"]["payload"], replayed)

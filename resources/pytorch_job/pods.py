@@ -1,0 +1,131 @@
+"""What this package needs to know of a pod, read once from the API's object. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from resources.pytorch_job.labels import OPERATOR_REPLICA_INDEX_LABEL, OPERATOR_REPLICA_TYPE_LABEL
+
+
+@dataclass(frozen=True)
+class ContainerExit:
+    """One end of one container."""
+
+    replica: str
+    pod: str
+    container: str
+    exit_code: int
+    reason: str
+    message: str
+    finished_at: str
+    """ISO time in UTC, so that text order is time order; empty where the kubelet gave none."""
+
+    @property
+    def failed(self) -> bool:
+        return self.exit_code != 0
+
+    @property
+    def out_of_memory(self) -> bool:
+        return self.reason == "OOMKilled"
+
+
+@dataclass(frozen=True)
+class Container:
+    """State of one container now."""
+
+    name: str
+    init: bool
+    running: bool
+    started: bool
+    """It runs or ran, so that it has a log."""
+    restarts: int
+    waiting_reason: str
+    waiting_message: str
+    exits: tuple[ContainerExit, ...]
+    """The last exits that the API still tells of: of the current state and of the one before."""
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Pod:
+    """State of one replica's pod now."""
+
+    name: str
+    uid: str
+    replica: str
+    """Such as master-0 or worker-3."""
+    phase: str
+    reason: str
+    message: str
+    deleting: bool
+    unschedulable: str
+    """The scheduler's words when it found no node; otherwise empty."""
+    containers: tuple[Container, ...]
+
+    @property
+    def finished(self) -> bool:
+        return self.phase in ("Succeeded", "Failed")
+
+
+def read_pod(pod: Any) -> Pod:
+    """Pod from a V1Pod."""
+    labels = pod.metadata.labels or {}
+    kind = labels.get(OPERATOR_REPLICA_TYPE_LABEL, "pod")
+    replica = f"{kind}-{labels.get(OPERATOR_REPLICA_INDEX_LABEL, '0')}"
+    status = pod.status
+    inits = _containers(pod.metadata.name, replica, status.init_container_statuses or (), init=True)
+    mains = _containers(pod.metadata.name, replica, status.container_statuses or (), init=False)
+    return Pod(
+        name=pod.metadata.name,
+        uid=pod.metadata.uid,
+        replica=replica,
+        phase=status.phase or "Pending",
+        reason=status.reason or "",
+        message=status.message or "",
+        deleting=pod.metadata.deletion_timestamp is not None,
+        unschedulable=_unschedulable(status.conditions or ()),
+        containers=(*inits, *mains),
+    )
+
+
+def _unschedulable(conditions: Sequence[Any]) -> str:
+    for condition in conditions:
+        if condition.type == "PodScheduled" and condition.status == "False":
+            return condition.message or condition.reason or "no reason given"
+    return ""
+
+
+def _containers(pod: str, replica: str, statuses: Sequence[Any], *, init: bool) -> tuple[Container, ...]:
+    return tuple(_container(pod, replica, status, init) for status in statuses)
+
+
+def _container(pod: str, replica: str, status: Any, init: bool) -> Container:
+    states = [state for state in (status.state, status.last_state) if state]
+    terminated = [state.terminated for state in states if state.terminated]
+    waiting = status.state.waiting if status.state else None
+    running = bool(status.state and status.state.running)
+    return Container(
+        name=status.name,
+        init=init,
+        running=running,
+        started=running or bool(terminated),
+        restarts=status.restart_count or 0,
+        waiting_reason=(waiting.reason or "") if waiting else "",
+        waiting_message=(waiting.message or "") if waiting else "",
+        exits=tuple(_exit(replica, pod, status.name, end) for end in terminated),
+        ended=bool(status.state and status.state.terminated),
+    )
+
+
+def _exit(replica: str, pod: str, container: str, end: Any) -> ContainerExit:
+    finished: datetime | None = end.finished_at
+    return ContainerExit(
+        replica=replica,
+        pod=pod,
+        container=container,
+        exit_code=end.exit_code,
+        reason=end.reason or "",
+        message=(end.message or "").strip(),
+        finished_at=finished.isoformat() if finished else "",
+    )

@@ -1,0 +1,142 @@
+"""Waiting for a job to end, showing its logs meanwhile. No Dagster; clock and sleeper are given."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
+from resources.pytorch_job.diagnosis import (
+    Cause,
+    Obstacle,
+    PodHistory,
+    diagnose_failure,
+    diagnose_obstacle,
+    find_obstacle,
+)
+from resources.pytorch_job.errors import ApiUnavailableError, JobDeletedError, JobFailedError
+from resources.pytorch_job.logs import LogLine, ReplicaLogs
+from resources.pytorch_job.pods import Pod
+from resources.pytorch_job.status import JobState
+
+
+@dataclass(frozen=True)
+class WatchLimits:
+    """How often to look, and how long to put up with a job that does not start or an API that does not answer."""
+
+    poll_interval_seconds: float = 2.0
+    unschedulable_timeout_seconds: float = 600.0
+    """No node fits. Long enough for an autoscaler to add one."""
+    blocked_timeout_seconds: float = 120.0
+    """The image cannot be pulled, or a Secret or ConfigMap is missing."""
+    start_timeout_seconds: float = 1800.0
+    """Nothing is wrong but a pod is not running: a large image is being pulled. Also for an operator that is away."""
+    outage_timeout_seconds: float = 600.0
+    """No answer from the API server."""
+
+    def of(self, cause: Cause) -> float:
+        if cause == Cause.UNSCHEDULABLE:
+            return self.unschedulable_timeout_seconds
+        if cause in (Cause.IMAGE, Cause.CONFIGURATION, Cause.NOT_STARTED):
+            return self.blocked_timeout_seconds
+        return self.start_timeout_seconds
+
+
+class JobWatcher:
+    """Watches one job to its end."""
+
+    def __init__(
+        self,
+        client: PyTorchJobClient,
+        job: PyTorchJob,
+        *,
+        limits: WatchLimits,
+        on_log_line: Callable[[LogLine], None],
+        on_tick: Callable[[], None],
+        clock: Callable[[], float],
+        sleeper: Callable[[float], None],
+        logger: logging.Logger,
+    ):
+        self._client = client
+        self._job = job
+        self._limits = limits
+        self._on_log_line = on_log_line
+        self._on_tick = on_tick
+        self._clock = clock
+        self._sleep = sleeper
+        self._log = logger
+        self._history = PodHistory()
+        self._logs = ReplicaLogs(client, job.namespace, clock)
+        self._outage_since: float | None = None
+        self._obstacle: Obstacle | None = None
+        self._obstacle_since = 0.0
+        self._state: JobState | None = None
+
+    def wait_until_finished(self) -> PyTorchJob:
+        """The succeeded job. JobFailedError, JobDeletedError, or ApiUnavailableError after too long an outage."""
+        while True:
+            try:
+                finished = self._look()
+                self._outage_since = None
+            except ApiUnavailableError as error:
+                finished = None
+                self._endure(error)
+            self._on_tick()
+            if finished:
+                return finished
+            self._sleep(self._limits.poll_interval_seconds)
+
+    def _look(self) -> PyTorchJob | None:
+        """One look at the job and its pods; the job when it succeeded."""
+        job = self._client.get(self._job.namespace, self._job.name)
+        if job is None or job.uid != self._job.uid or job.deleting:
+            raise JobDeletedError(
+                f"{self._job} was deleted by someone else while this step waited for it. Its last state was "
+                f"{self._state or 'unknown'}. Run the step again to start a new job."
+            )
+        self._report_change(job)
+        pods = self._client.pods(job.namespace, job.name)
+        self._history.observe(pods)
+        for line in self._logs.poll(pods):
+            self._on_log_line(line)
+        if job.status.state == JobState.SUCCEEDED:
+            return job
+        if job.status.state == JobState.FAILED:
+            raise JobFailedError(
+                diagnose_failure(str(job), job.status, self._history, self._logs.tails, self._events(pods))
+            )
+        self._give_up_if_stuck(job, pods)
+        return None
+
+    def _report_change(self, job: PyTorchJob) -> None:
+        if job.status.state != self._state:
+            self._state = job.status.state
+            self._log.info("%s: %s", job, job.status)
+
+    def _give_up_if_stuck(self, job: PyTorchJob, pods: Sequence[Pod]) -> None:
+        obstacle = None if job.status.state == JobState.SUSPENDED else find_obstacle(pods)
+        now = self._clock()
+        if obstacle is None or self._obstacle is None or obstacle.cause != self._obstacle.cause:
+            self._obstacle_since = now
+            if obstacle and obstacle.cause not in (Cause.SLOW_START, Cause.NO_PODS):
+                allowed = self._limits.of(obstacle.cause)
+                self._log.warning("%s waits: %s. It is given up after %.0f s.", job, obstacle, allowed)
+        self._obstacle = obstacle
+        waited = now - self._obstacle_since
+        if obstacle and waited >= self._limits.of(obstacle.cause):
+            raise JobFailedError(diagnose_obstacle(str(job), obstacle, waited, pods, self._events(pods)))
+
+    def _events(self, pods: Sequence[Pod]) -> list[str]:
+        """Warnings of the job and of its pods, best effort: they only add to a diagnosis."""
+        try:
+            names = [self._job.name, *(pod.name for pod in pods)]
+            return [event for name in names for event in self._client.warnings(self._job.namespace, name)]
+        except ApiUnavailableError:
+            return []
+
+    def _endure(self, error: ApiUnavailableError) -> None:
+        now = self._clock()
+        if self._outage_since is None:
+            self._outage_since = now
+            self._log.warning("The API server does not answer; the job goes on without being watched: %s", error)
+        if now - self._outage_since >= self._limits.outage_timeout_seconds:
+            raise error
