@@ -90,9 +90,7 @@ class _StoreChannel(PipesMessageWriterChannel):
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._buffer and self._closing_until is None:
-                    self._changed.wait()
-                closing_until = self._closing_until
+                self._changed.wait_for(lambda: self._buffer or self._closing_until is not None)
                 pending = list(self._buffer)
             if not pending:
                 return
@@ -100,13 +98,16 @@ class _StoreChannel(PipesMessageWriterChannel):
             if self._error is None:
                 with self._changed:
                     del self._buffer[: len(pending)]
-            elif closing_until is not None and time.monotonic() > closing_until:
+            elif self._closing_until is not None and time.monotonic() > self._closing_until:
                 return
-            if closing_until is None or self._error:
-                with self._changed:  # closing cuts the pause short
-                    self._changed.wait_for(lambda: self._closing_until is not None, self._interval_seconds)
-            if closing_until is not None and self._error:
-                time.sleep(self._interval_seconds)
+            self._pause(failed=self._error is not None)
+
+    def _pause(self, *, failed: bool) -> None:
+        """Let messages gather into one chunk, or a store recover. Closing cuts the gathering short."""
+        with self._changed:
+            closing = self._changed.wait_for(lambda: self._closing_until is not None, self._interval_seconds)
+        if closing and failed:
+            time.sleep(self._interval_seconds)
 
     def _write(self, messages: list[PipesMessage]) -> StoreError | None:
         key = f"{self._folder}/{self._num_chunks:08d}.jsonl"

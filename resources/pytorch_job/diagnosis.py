@@ -59,6 +59,8 @@ class Diagnosis:
     details: tuple[str, ...] = ()
     log_tails: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Last lines of the replica that failed, or of every replica where none stands out."""
+    job_finished: bool = True
+    """False when the job was given up and still exists."""
 
     @property
     def permanent(self) -> bool:
@@ -170,7 +172,7 @@ def diagnose_obstacle(
     """Why a job is given up before its pods ran."""
     summary = f"{obstacle} (for {waited_seconds:.0f} s)"
     details = [f"{pod.replica}: {pod.phase}" for pod in pods] + [f"event {event}" for event in events[-5:]]
-    return Diagnosis(job, obstacle.cause, summary, details=tuple(details))
+    return Diagnosis(job, obstacle.cause, summary, details=tuple(details), job_finished=False)
 
 
 def _exit_cause(end: ContainerExit) -> Cause:

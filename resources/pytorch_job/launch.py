@@ -97,6 +97,8 @@ class JobLauncher:
         self._shield = shield
         self._outage_seconds = outage_seconds
         self._removal_seconds = removal_seconds
+        self.create_in_doubt = False
+        """Whether a create call was sent that may still take effect though no answer came."""
 
     def start(self, request: JobRequest, manifest: Mapping[str, Any]) -> Started:
         """The step's job, running or finished, adopted or new. Never leaves two.
@@ -185,8 +187,10 @@ class JobLauncher:
 
     def _create(self, request: JobRequest, manifest: Mapping[str, Any]) -> PyTorchJob | None:
         """The created job; None when something else has to be settled first."""
+        self.create_in_doubt = True
         with self._shield():
             created = self._client.create(manifest)
+            self.create_in_doubt = False
         if created:
             return created
         existing = self._client.get(request.namespace, request.name)
@@ -209,7 +213,7 @@ class JobLauncher:
             if self._clock() > deadline:
                 raise PyTorchJobError(
                     f"{', '.join(str(job) for job in jobs)} was deleted {self._removal_seconds:.0f} s ago and "
-                    "still has pods: a second job beside them could spoil their work. Look at the pods' finalizers and nodes."
+                    "still has pods. A second job beside them could spoil their work: look at the pods' finalizers."
                 )
             self._sleep(_PAUSE_SECONDS)
 

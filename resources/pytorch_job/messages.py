@@ -109,17 +109,15 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
     def _poll(self) -> None:
         if self._recorded is None:
             self._recorded = self._load_mark()
-        start = dict(self._read)
         for info in self._store.list(self._folder):
             writer, _, chunk = info.key.removeprefix(self._folder).partition("/")
             if chunk > self._read.get(writer, ""):
                 self._handle_chunk(self._store.read(info.key), replayed=chunk <= self._recorded.get(writer, ""))
                 self._read[writer] = chunk
-        if self._read != start:
-            ahead = {writer: chunk for writer, chunk in self._read.items() if chunk > self._recorded.get(writer, "")}
-            if ahead:
-                self._recorded |= ahead
-                self._store.write(self._mark, json.dumps(self._recorded).encode())
+        recorded = {**self._recorded, **{w: c for w, c in self._read.items() if c > self._recorded.get(w, "")}}
+        if recorded != self._recorded:
+            self._store.write(self._mark, json.dumps(recorded).encode())
+            self._recorded = recorded
 
     def _load_mark(self) -> dict[str, str]:
         try:

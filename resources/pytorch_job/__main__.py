@@ -1,0 +1,45 @@
+"""`python -m resources.pytorch_job SETTINGS.yaml`: the manifest that the Pipes client would create, for kubectl.
+
+The file holds `name`, `namespace` and `config` (fields of PyTorchJobConfig).
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from resources.pytorch_job.config import PyTorchJobConfig
+from resources.pytorch_job.errors import JobConfigError
+from resources.pytorch_job.manifest import build_pytorch_job_manifest
+
+
+def render(path: Path) -> str:
+    """YAML of the PyTorchJob that a settings file describes. JobConfigError for one that is not valid."""
+    settings: Any = yaml.safe_load(path.read_text())
+    if not isinstance(settings, dict) or set(settings) != {"name", "namespace", "config"}:
+        raise JobConfigError(f"{path}: expected the keys name, namespace and config.")
+    try:
+        config = PyTorchJobConfig(**settings["config"])
+    except ValidationError as error:
+        raise JobConfigError(f"{path}: {error}") from error
+    manifest = build_pytorch_job_manifest(config, name=settings["name"], namespace=settings["namespace"])
+    source = f"# Generated from {path.name} by: python -m resources.pytorch_job k8s/pytorchjob/{path.name}\n"
+    return source + yaml.safe_dump(manifest, sort_keys=False)
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        sys.stderr.write(f"{__doc__}\n")
+        return 2
+    try:
+        sys.stdout.write(render(Path(arguments[0])))
+    except (JobConfigError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

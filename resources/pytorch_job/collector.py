@@ -1,0 +1,146 @@
+"""Collecting what a Dagster run left behind: jobs that nobody waits for, and messages that nobody will read."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import dagster as dg
+
+from cifar_assets.object_store import ObjectStore
+from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
+from resources.pytorch_job.labels import MANAGED_BY, MANAGED_BY_LABEL, selector
+from resources.pytorch_job.messages import MARKS_FOLDER, MESSAGES_FOLDER
+
+_FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """How and when a Dagster run ended."""
+
+    status: dg.DagsterRunStatus
+    ended_at: float
+    """Seconds since the epoch."""
+
+
+RunEnds = Callable[[str], RunEnd | None]
+"""The end of a run by its id; None for one that has not ended, or that this Dagster instance does not know."""
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """An active job whose run has ended."""
+
+    job: PyTorchJob
+    reason: str
+
+
+def find_leftovers(
+    jobs: Iterable[PyTorchJob],
+    run_end: RunEnds,
+    *,
+    now: float,
+    failure_grace_seconds: float,
+    grace_seconds: float = 60.0,
+) -> list[Leftover]:
+    """Active jobs of ended runs.
+
+    A failed run's job is left for `failure_grace_seconds`, as a retry of the run may adopt it. A run that this instance
+    does not know may be another instance's: its jobs are left alone. Finished jobs end by their time to live.
+    """
+    leftovers = []
+    for job in jobs:
+        if job.status.state.finished or job.deleting or job.run_id is None:
+            continue
+        end = run_end(job.run_id)
+        if end is None:
+            continue
+        grace = failure_grace_seconds if end.status == dg.DagsterRunStatus.FAILURE else grace_seconds
+        if now - end.ended_at >= grace:
+            leftovers.append(
+                Leftover(job, f"Dagster run {job.run_id} ended as {end.status.value} and nobody waits for it")
+            )
+    return leftovers
+
+
+def collect_leftovers(
+    client: PyTorchJobClient, namespace: str, run_end: RunEnds, *, now: float, failure_grace_seconds: float
+) -> list[Leftover]:
+    """Delete the leftovers of a namespace, and return them."""
+    jobs = client.find(namespace, selector(**{MANAGED_BY_LABEL: MANAGED_BY}))
+    leftovers = find_leftovers(jobs, run_end, now=now, failure_grace_seconds=failure_grace_seconds)
+    for leftover in leftovers:
+        client.delete(leftover.job)
+    return leftovers
+
+
+def collect_messages(store: ObjectStore, live_launch_ids: Iterable[str], *, older_than: datetime) -> int:
+    """Delete messages, and marks of what was read, of jobs that no longer exist; the number of deleted objects.
+
+    A job's messages stay while any of them is younger than `older_than`: its run may be retried.
+    """
+    live = set(live_launch_ids)
+    keys: dict[str, list[str]] = {}
+    for folder in (MESSAGES_FOLDER, MARKS_FOLDER):
+        for info in store.list(f"{folder}/"):
+            launch_id = info.key.split("/")[1]
+            keys.setdefault(launch_id, []).append(info.key)
+            if info.last_modified > older_than:
+                live.add(launch_id)
+    dead = [key for launch_id, found in keys.items() if launch_id not in live for key in found]
+    for key in dead:
+        store.delete(key)
+    return len(dead)
+
+
+def build_pytorch_job_collector(
+    *,
+    client: Callable[[], PyTorchJobClient],
+    message_store: Callable[[], ObjectStore],
+    namespace: str,
+    name: str = "pytorch_job_collector",
+    minimum_interval_seconds: int = 120,
+    failure_grace_seconds: float = 900.0,
+    message_retention: timedelta = timedelta(days=7),
+) -> dg.SensorDefinition:
+    """A sensor that deletes leftover jobs and old messages. It opens connections only when it is evaluated."""
+
+    @dg.sensor(
+        name=name,
+        minimum_interval_seconds=minimum_interval_seconds,
+        description=f"Deletes PyTorchJobs in namespace {namespace} whose Dagster run has ended, and old Pipes messages.",
+    )
+    def collector(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        connected = client()
+        leftovers = collect_leftovers(
+            connected,
+            namespace,
+            lambda run_id: _run_end(context.instance, run_id),
+            now=time.time(),
+            failure_grace_seconds=failure_grace_seconds,
+        )
+        for leftover in leftovers:
+            context.log.warning(f"Deleted {leftover.job}: {leftover.reason}.")
+        jobs = connected.find(namespace, selector(**{MANAGED_BY_LABEL: MANAGED_BY}))
+        num_deleted = collect_messages(
+            message_store(),
+            [job.launch_id for job in jobs if job.launch_id],
+            older_than=datetime.now(UTC) - message_retention,
+        )
+        names = ", ".join(leftover.job.name for leftover in leftovers) or "none"
+        return dg.SkipReason(f"Leftover PyTorchJobs deleted: {names}. Old message objects deleted: {num_deleted}.")
+
+    return collector
+
+
+def _run_end(instance: dg.DagsterInstance, run_id: str) -> RunEnd | None:
+    record = instance.get_run_record_by_id(run_id)
+    if record is None:
+        logging.getLogger(__name__).debug("Run %s is not of this instance", run_id)
+        return None
+    status = record.dagster_run.status
+    if status not in _FINISHED:
+        return None
+    return RunEnd(status, record.end_time or record.update_timestamp.timestamp())

@@ -1,0 +1,325 @@
+"""The Dagster Pipes client: one step, one PyTorchJob."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+from dagster._core.definitions.resource_annotation import TreatAsResourceParam
+from dagster._core.errors import DagsterExecutionInterruptedError
+from dagster._core.pipes.client import PipesClientCompletedInvocation
+from dagster._core.pipes.reattach import find_latest_launch_handle as find_handle
+from dagster._core.pipes.reattach import record_external_launch, record_external_reattach
+from dagster._core.pipes.utils import PipesEnvContextInjector, open_pipes_session
+from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
+from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt
+from dagster_k8s.utils import detect_current_namespace, get_common_labels, sanitize_k8s_label
+from dagster_pipes import PipesExtras
+
+from cifar_assets.object_store import ObjectStore
+from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
+from resources.pytorch_job.config import PyTorchJobConfig
+from resources.pytorch_job.diagnosis import Diagnosis
+from resources.pytorch_job.errors import JobFailedError, PyTorchJobError
+from resources.pytorch_job.labels import JOB_LABEL, OP_LABEL
+from resources.pytorch_job.launch import JobLauncher, JobRequest, Started
+from resources.pytorch_job.logs import LogLine
+from resources.pytorch_job.manifest import build_pytorch_job_manifest
+from resources.pytorch_job.messages import OnMessage, PipesStoreMessageReader
+from resources.pytorch_job.naming import check_job_name, job_name
+from resources.pytorch_job.watch import JobWatcher, WatchLimits
+
+CLIENT_NAME = "PipesPyTorchJobClient"
+_MAX_ANCESTORS = 64
+
+PipesContext = dg.OpExecutionContext | dg.AssetExecutionContext
+
+
+class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
+    """Runs a step's work as a PyTorchJob and waits for it.
+
+    Messages travel through `message_store`, which the pods reach by its URI and the credentials in their environment.
+    A cancelled run deletes its job; a run worker that is evicted or killed leaves it, and the step's next attempt
+    adopts it. `clock` is monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        message_store: ObjectStore,
+        client: PyTorchJobClient | None = None,
+        namespace: str | None = None,
+        kubeconfig_file: str | None = None,
+        kube_context: str | None = None,
+        limits: WatchLimits | None = None,
+        cancel_grace_seconds: int = 5,
+        cancel_timeout_seconds: float = 25.0,
+        drain_timeout_seconds: float = 300.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleeper: Callable[[float], None] = time.sleep,
+    ):
+        self._store = message_store
+        self._client = client
+        self._namespace = namespace
+        self._kubeconfig_file = kubeconfig_file
+        self._kube_context = kube_context
+        self._limits = limits or WatchLimits()
+        self._cancel_grace_seconds = cancel_grace_seconds
+        self._cancel_timeout_seconds = cancel_timeout_seconds
+        self._drain_timeout_seconds = drain_timeout_seconds
+        self._clock = clock
+        self._sleeper = sleeper
+
+    def run(  # pyright: ignore[reportIncompatibleMethodOverride]  # Dagster's own clients replace **kwargs too
+        self,
+        *,
+        context: PipesContext,
+        config: PyTorchJobConfig,
+        extras: PipesExtras | None = None,
+        name_prefix: str = "pytorch-job",
+        name: str | None = None,
+        namespace: str | None = None,
+        work: str | None = None,
+        on_message: OnMessage | None = None,
+        on_log_line: Callable[[LogLine], None] | None = None,
+    ) -> PipesClientCompletedInvocation:
+        """The finished invocation, with every result and custom message of the job and its name as metadata.
+
+        `work` identifies what the job computes, so that a retry adopts only a job that computes the same; by default a
+        digest of config and extras. `name` replaces the generated name. dg.Failure says why a job failed, with the last
+        log lines as metadata; it forbids retries where they could not help.
+        """
+        client = self._client or PyTorchJobClient.production(
+            kubeconfig_file=self._kubeconfig_file, context=self._kube_context
+        )
+        request = self._request(context, config, extras, name_prefix, name, namespace, work)
+        reader = PipesStoreMessageReader(
+            self._store,
+            launch_id=request.launch_id,
+            run_id=context.run_id,
+            logger=context.log,
+            on_message=on_message,
+        )
+        with (
+            _as_dagster_failure(),
+            open_pipes_session(
+                context=context,
+                extras=extras,
+                context_injector=PipesEnvContextInjector(),
+                message_reader=reader,
+            ) as session,
+        ):
+            manifest = build_pytorch_job_manifest(
+                config,
+                name=request.name,
+                namespace=request.namespace,
+                env=session.get_bootstrap_env_vars(),
+                labels={**_dagster_labels(context), **request.labels},
+                annotations=request.annotations,
+            )
+            launcher = JobLauncher(
+                client,
+                clock=self._clock,
+                sleeper=self._sleeper,
+                logger=context.log,
+                shield=_interrupts_after,
+                outage_seconds=self._limits.outage_timeout_seconds,
+            )
+            with self._cleaning_up(context, client, launcher, request):
+                started = launcher.start(request, manifest)
+                self._record(context, started)
+                reader.attach(started.job.launch_id or request.launch_id)
+                self._watch(context, client, started.job, reader, on_log_line or _show)
+        return PipesClientCompletedInvocation(session, metadata=_metadata(started))
+
+    def _request(
+        self,
+        context: PipesContext,
+        config: PyTorchJobConfig,
+        extras: PipesExtras | None,
+        name_prefix: str,
+        name: str | None,
+        namespace: str | None,
+        work: str | None,
+    ) -> JobRequest:
+        step_key = context.get_step_execution_context().step.key
+        if name is None:
+            name = job_name(name_prefix, run_id=context.run_id, step_key=step_key, attempt=context.retry_number)
+        check_job_name(name, config.replicas)
+        return JobRequest(
+            name=name,
+            namespace=namespace or self._namespace or detect_current_namespace(self._kubeconfig_file) or "default",
+            step_key=step_key,
+            run_id=context.run_id,
+            ancestor_run_ids=_retried_runs(context),
+            work=hashlib.sha256((work or _content(config, extras)).encode()).hexdigest(),
+        )
+
+    def _watch(
+        self,
+        context: PipesContext,
+        client: PyTorchJobClient,
+        job: PyTorchJob,
+        reader: PipesStoreMessageReader,
+        on_log_line: Callable[[LogLine], None],
+    ) -> None:
+        watcher = JobWatcher(
+            client,
+            job,
+            limits=self._limits,
+            on_log_line=on_log_line,
+            on_tick=reader.poll,
+            clock=self._clock,
+            sleeper=self._sleeper,
+            logger=context.log,
+        )
+        try:
+            watcher.wait_until_finished()
+        except JobFailedError:
+            reader.poll()  # what it said last may explain the failure; the failure itself stays the error
+            raise
+        reader.drain(timeout_seconds=self._drain_timeout_seconds, clock=self._clock, sleeper=self._sleeper)
+
+    @contextmanager
+    def _cleaning_up(
+        self, context: PipesContext, client: PyTorchJobClient, launcher: JobLauncher, request: JobRequest
+    ) -> Iterator[None]:
+        """Removes the job when the run was cancelled, from before the create call on, or when it never started."""
+        try:
+            yield
+        except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+            with capture_interrupts():  # a second signal must not stop the clean-up
+                self._after_interrupt(context, client, launcher, request)
+            raise
+        except JobFailedError as error:
+            if not error.diagnosis.job_finished:
+                self._remove(context, launcher, request, settle_seconds=0)
+            raise
+
+    def _after_interrupt(
+        self, context: PipesContext, client: PyTorchJobClient, launcher: JobLauncher, request: JobRequest
+    ) -> None:
+        if not _is_being_cancelled(context):
+            context.log.info(
+                f"This process was told to stop, but nobody cancelled the run: PyTorchJob {request.namespace}/"
+                f"{request.name} goes on, and the step's next attempt adopts it."
+            )
+            return
+        settle_seconds = client.request_timeout_seconds if launcher.create_in_doubt else 0.0
+        self._remove(context, launcher, request, settle_seconds=settle_seconds)
+
+    def _remove(
+        self, context: PipesContext, launcher: JobLauncher, request: JobRequest, *, settle_seconds: float
+    ) -> None:
+        removed = launcher.remove(
+            request,
+            grace_seconds=self._cancel_grace_seconds,
+            timeout_seconds=self._cancel_timeout_seconds,
+            settle_seconds=settle_seconds,
+        )
+        where = f"PyTorchJob {request.namespace}/{request.name} and its pods"
+        if removed:
+            context.log.info(f"{where} are gone.")
+        else:
+            context.log.error(
+                f"{where} could not be removed within {self._cancel_timeout_seconds:.0f} s. The collector sensor tries "
+                "again; the job's deadline ends it in any case."
+            )
+
+    def _record(self, context: PipesContext, started: Started) -> None:
+        """Write to the event log which job belongs to the step, as Dagster's own re-attaching clients do."""
+        job = started.job
+        handle = find_handle(context, client_name=CLIENT_NAME)
+        if started.adopted and handle and handle.external_run_id == job.name:
+            record_external_reattach(context, handle)
+            return
+        record_external_launch(
+            context,
+            client_name=CLIENT_NAME,
+            external_run_id=job.name,
+            extras={"namespace": job.namespace, "uid": job.uid, "adopted": started.adopted},
+        )
+
+
+def _content(config: PyTorchJobConfig, extras: PipesExtras | None) -> str:
+    return json.dumps([config.model_dump(mode="json"), extras or {}], sort_keys=True, default=str)
+
+
+def _retried_runs(context: PipesContext) -> tuple[str, ...]:
+    """Runs that this one retries from failure, nearest first. Any other re-execution starts afresh."""
+    runs: list[str] = []
+    run = context.dagster_run
+    while (
+        run.parent_run_id
+        and run.parent_run_id not in runs
+        and len(runs) < _MAX_ANCESTORS
+        and "true" in (run.tags.get(RESUME_RETRY_TAG), run.tags.get(ASSET_RESUME_RETRY_TAG))
+    ):
+        runs.append(run.parent_run_id)
+        parent = context.instance.get_run_by_id(run.parent_run_id)
+        if parent is None:
+            break
+        run = parent
+    return tuple(runs)
+
+
+def _is_being_cancelled(context: PipesContext) -> bool:
+    run = context.instance.get_run_by_id(context.run_id)
+    return run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+
+
+def _dagster_labels(context: PipesContext) -> dict[str, str]:
+    return {
+        **get_common_labels(),
+        JOB_LABEL: sanitize_k8s_label(context.job_name),
+        OP_LABEL: sanitize_k8s_label(context.get_step_execution_context().step.key),
+    }
+
+
+def _metadata(started: Started) -> dict[str, Any]:
+    job = started.job
+    return {"pytorch_job": f"{job.namespace}/{job.name}", "pytorch_job_adopted": started.adopted}
+
+
+def _show(line: LogLine) -> None:
+    sys.stdout.write(f"[{line.replica}] {line.text}\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _interrupts_after() -> Iterator[None]:
+    """Holds an interrupt back until the block has ended, then raises it in place of the block's own error."""
+    error: Exception | None = None
+    with capture_interrupts():
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        interrupted = check_captured_interrupt()
+    if interrupted:
+        raise DagsterExecutionInterruptedError() from error
+    if error:
+        raise error
+
+
+@contextmanager
+def _as_dagster_failure() -> Iterator[None]:
+    """Turns this package's errors into dg.Failure, with what is known as metadata."""
+    try:
+        yield
+    except PyTorchJobError as error:
+        metadata = _failure_metadata(error.diagnosis) if isinstance(error, JobFailedError) else {}
+        raise dg.Failure(description=str(error), metadata=metadata, allow_retries=not error.permanent) from error
+
+
+def _failure_metadata(diagnosis: Diagnosis) -> Mapping[str, Any]:
+    logs = {
+        f"log of {replica}": dg.MetadataValue.md("```\n" + "\n".join(tail) + "\n```")
+        for replica, tail in diagnosis.log_tails.items()
+    }
+    exit_code = {} if diagnosis.exit_code is None else {"exit_code": diagnosis.exit_code}
+    return {"cause": str(diagnosis.cause), "summary": diagnosis.summary, **exit_code, **logs}
