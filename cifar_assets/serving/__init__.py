@@ -1,0 +1,1 @@
+"""The model server that a pod and the local deployment run. No dagster, no torch."""

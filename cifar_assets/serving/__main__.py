@@ -1,0 +1,41 @@
+"""`python -m cifar_assets.serving`: what an InferenceService pod and the local deployment run."""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from cifar_assets.contracts import EXIT_BAD_SPEC
+from cifar_assets.errors import CifarError, ConfigError, DataError, ObjectNotFoundError
+from cifar_assets.serving.settings import parse_settings
+
+_log = logging.getLogger("cifar_assets.serving")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve. Exit code 0 after a drain, 2 for what a restart would not mend, 1 for what it might."""
+    settings = parse_settings(arguments)
+    configure_logging()
+    from cifar_assets.serving.server import run_server  # kserve, only once the options are known to be right
+
+    try:
+        run_server(settings)
+    except (ConfigError, DataError, ObjectNotFoundError) as error:
+        _log.error("Not serving: %s", error)
+        return EXIT_BAD_SPEC
+    except CifarError as error:
+        _log.error("Not serving: %s", error)
+        return 1
+    return 0
+
+
+def configure_logging() -> None:
+    """One line per event on stderr; kserve's and uvicorn's own start-up chatter only from warnings on."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    for name in ("kserve", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.addHandler(logging.NullHandler())  # kserve replaces the logging configuration where it finds none
+        logger.setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The stored model, verified and loaded into ONNX Runtime."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
+from cifar_assets.errors import DataError
+from cifar_assets.model_package import ONNX_FILE, read_file, read_manifest
+from cifar_assets.object_store import open_store
+
+_log = logging.getLogger(__name__)
+
+INPUT_NAME = "images"
+OUTPUT_NAME = "logits"
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model is served."""
+
+    name: str
+    version: str
+    digest: str
+
+
+class Classifier:
+    """Runs the ONNX graph: uint8 (N, 3, 32, 32) to float32 logits (N, 10)."""
+
+    def __init__(self, onnx: bytes, *, num_threads: int | None = None, source: str = "the ONNX model"):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads or available_cpus()
+        options.inter_op_num_threads = 1
+        # Idle threads that spin eat the CPU quota of a small pod.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+            raise DataError(f"{source} does not load in ONNX Runtime: {error}") from error
+        self._check_signature(source)
+
+    def _check_signature(self, source: str) -> None:
+        found = [
+            (tensor.name, tensor.type, [size if isinstance(size, int) else "N" for size in tensor.shape])
+            for tensor in (*self._session.get_inputs(), *self._session.get_outputs())
+        ]
+        expected = [
+            (INPUT_NAME, "tensor(uint8)", ["N", *IMAGE_SHAPE]),
+            (OUTPUT_NAME, "tensor(float)", ["N", len(CLASSES)]),
+        ]
+        if found != expected:
+            raise DataError(f"{source}: expected inputs and outputs {expected}, got {found}. Export the model again.")
+
+    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        (logits,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})
+        return np.asarray(logits, dtype=np.float32)
+
+    def warm_up(self, batch_images: int) -> None:
+        """Run the sizes that will be asked for, so that no client pays for the first one. Raises DataError."""
+        for size in dict.fromkeys((1, batch_images, 1)):
+            logits = self.run(np.zeros((size, *IMAGE_SHAPE), dtype=np.uint8))
+            if logits.shape != (size, len(CLASSES)) or not np.isfinite(logits).all():
+                raise DataError(
+                    f"The model answers {size} black images with {logits.shape} values, finite: "
+                    f"{bool(np.isfinite(logits).all())}; expected {(size, len(CLASSES))} finite ones."
+                )
+
+
+def load_classifier(model_uri: str, model_digest: str, *, num_threads: int | None, batch_images: int) -> Classifier:
+    """Load the package at the URI, only if it has the digest, and warm it up.
+
+    Raises IntegrityError for other content, ObjectNotFoundError for none, DataError for a model that cannot be served,
+    StoreError when the store does not answer.
+    """
+    package = open_store(model_uri)
+    manifest = read_manifest(package, model_digest)
+    if manifest.classes != CLASSES:
+        raise DataError(f"{model_uri}: expected the classes {CLASSES}, got {manifest.classes}.")
+    classifier = Classifier(
+        read_file(package, manifest, ONNX_FILE), num_threads=num_threads, source=package.uri(ONNX_FILE)
+    )
+    classifier.warm_up(batch_images)
+    _log.info("Loaded and verified model %s from %s", model_digest, model_uri)
+    return classifier
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: its affinity, and its cgroup's quota rounded up."""
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        return num_cpus
+    if quota == "max":
+        return num_cpus
+    return max(1, min(num_cpus, -(-int(quota) // int(period))))
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Probabilities of each row, in float64 so that a row sums to one."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)

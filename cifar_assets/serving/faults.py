@@ -1,0 +1,52 @@
+"""Faults of a request, each with the HTTP status and the JSON body that answer it."""
+
+from cifar_assets.dataset.images import ImageError, ImageTooLargeError
+from cifar_assets.errors import CifarError
+
+
+class RequestError(CifarError):
+    """A request cannot be answered. `field` names the part of it: `instances[2]`, `image[0]`, `inputs[0].shape`."""
+
+    status = 400
+
+    def __init__(self, field: str, expected: str, received: str, *, status: int | None = None):
+        super().__init__(f"{field}: expected {expected}, got {received}.")
+        self.field = field
+        self.expected = expected
+        self.received = received
+        if status is not None:
+            self.status = status
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {}
+
+    def body(self) -> dict[str, str]:
+        """What the client reads."""
+        return {"error": str(self), "field": self.field, "expected": self.expected, "received": self.received}
+
+
+class BusyError(RequestError):
+    """The server has as much work as it takes on. The client should try again after `retry_after` seconds."""
+
+    status = 429
+
+    def __init__(self, field: str, expected: str, received: str, *, retry_after: int):
+        super().__init__(field, expected, received)
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after)}
+
+
+def image_fault(field: str, error: ImageError) -> RequestError:
+    """The fault of a picture at a place in the request."""
+    status = 413 if isinstance(error, ImageTooLargeError) else 400
+    return RequestError(field, error.expected, error.received, status=status)
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """A value as it may be repeated in an error: printable and short, whatever a client sent."""
+    text = ascii(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

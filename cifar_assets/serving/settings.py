@@ -1,0 +1,108 @@
+"""What a server process is told: command line options, each with an environment variable of the same name."""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cifar_assets.contracts import MODEL_NAME
+from cifar_assets.serving.classifier import ModelIdentity
+
+ENVIRONMENT_PREFIX = "CIFAR_SERVING_"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Options of one server process. Times are seconds."""
+
+    model_uri: str
+    model_digest: str
+    model_version: str
+    host: str
+    port: int
+    threads: int | None
+    """Threads of one run of the model; None for as many as there are CPUs."""
+    drain_delay: float
+    """After SIGTERM: how long to go on accepting while readiness already says no, for load balancers to notice."""
+    linger: float
+    """Then: how long open connections may still bring requests, each answered with `Connection: close`."""
+    grace: float
+    """Then: how long requests that were begun may take."""
+    fd: int | None
+    """A listening socket to take over in place of host and port."""
+    report_fd: int | None
+    """Where to report loading, readiness and draining, one JSON object per line."""
+    lifeline_fd: int | None
+    """The end of a pipe: when its other end closes, the server drains and exits."""
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return ModelIdentity(MODEL_NAME, self.model_version, self.model_digest)
+
+
+def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, str] = os.environ) -> ServerSettings:
+    """Settings from the command line, then the environment (CIFAR_SERVING_MODEL_URI and so on), then defaults.
+
+    Exits with a usage message for what is missing or malformed.
+    """
+    parser = _Parser(environment)
+    parser.option("model-uri", "where the model package is: file:///... or s3://...", required=True)
+    parser.option("model-digest", "the digest the package must have", required=True)
+    parser.option("model-version", "version to report; by default the start of the digest")
+    parser.option("host", "address to listen on; a pod passes 0.0.0.0", default="127.0.0.1")
+    parser.option("port", "port to listen on", kind=_port, default=environment.get("PORT", "8080"))
+    parser.option("threads", "threads of one run of the model; by default one per CPU", kind=_positive)
+    parser.option("drain-delay", "seconds to go on accepting after SIGTERM", kind=_seconds, default="0")
+    parser.option("linger", "seconds to serve open connections after that", kind=_seconds, default="2")
+    parser.option("grace", "seconds to finish begun requests after that", kind=_seconds, default="30")
+    parser.option("fd", "descriptor of a listening socket, in place of host and port", kind=int)
+    parser.option("report-fd", "descriptor to report state to", kind=int)
+    parser.option("lifeline-fd", "descriptor of a pipe whose closing ends the server", kind=int)
+    values = vars(parser.parse_args(arguments))
+    values["model_version"] = values["model_version"] or values["model_digest"][:12]
+    return ServerSettings(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, environment: Mapping[str, str]):
+        super().__init__(
+            prog="python -m cifar_assets.serving",
+            description="Serve one CIFAR-10 model over HTTP.",
+            epilog=f"Each option may come from the environment: --model-uri as {ENVIRONMENT_PREFIX}MODEL_URI.",
+            allow_abbrev=False,
+        )
+        self._environment = environment
+
+    def option(
+        self,
+        name: str,
+        text: str,
+        *,
+        kind: Callable[[str], Any] = str,
+        default: str | None = None,
+        required: bool = False,
+    ) -> None:
+        value = self._environment.get(ENVIRONMENT_PREFIX + name.upper().replace("-", "_"), default)
+        self.add_argument(f"--{name}", type=kind, default=value, required=required and value is None, help=text)
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise ValueError(text)
+    return port
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= 86400:
+        raise ValueError(text)
+    return seconds

@@ -1,0 +1,209 @@
+"""V2 (open inference protocol) requests and answers, in JSON and with the binary data extension.
+
+One input, `images`: UINT8, shape [N, 3, 32, 32], RGB pixels. Two outputs, `probabilities` and `logits`: FP32, [N, 10].
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
+from cifar_assets.serving.classifier import INPUT_NAME, ModelIdentity, softmax
+from cifar_assets.serving.faults import RequestError, shorten
+from cifar_assets.serving.json_body import kind_of, nested_shape, parse_json_object
+from cifar_assets.serving.limits import ServingLimits
+from cifar_assets.serving.v1 import check_count, whole_pixels
+
+HEADER_LENGTH = "inference-header-content-length"
+DATATYPE = "UINT8"
+OUTPUT_NAMES = ("probabilities", "logits")
+INPUT_METADATA = {"name": INPUT_NAME, "datatype": DATATYPE, "shape": [-1, *IMAGE_SHAPE]}
+OUTPUT_METADATA = [{"name": name, "datatype": "FP32", "shape": [-1, len(CLASSES)]} for name in OUTPUT_NAMES]
+
+_PIXELS = int(np.prod(IMAGE_SHAPE))
+_SHAPE_NAME = f"[N, {', '.join(map(str, IMAGE_SHAPE))}]"
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """What is asked: images of shape (N, 3, 32, 32), and which outputs in which form."""
+
+    images: NDArray[np.uint8]
+    id: str | None
+    outputs: Mapping[str, bool]
+    """Names of the outputs wanted, in order; True where the answer carries it as binary data."""
+
+
+@dataclass(frozen=True)
+class InferAnswer:
+    """A rendered answer: JSON, followed by the outputs asked for as binary data."""
+
+    body: bytes
+    header_length: int | None
+    """Bytes of JSON before the binary data, where there is any."""
+
+
+def parse_infer(body: bytes, header_length: str | None, limits: ServingLimits) -> InferRequest:
+    """Check a request against what the metadata promises. Raises RequestError.
+
+    Nothing is allocated by a claimed size.
+    """
+    view = memoryview(body)
+    num_json_bytes = len(body) if header_length is None else _header_length(header_length, len(body))
+    request = parse_json_object(view[:num_json_bytes], limits)
+    tensor = _single_input(request)
+    num_images = _num_images(tensor, limits)
+    images = _tensor_data(tensor, num_images, view[num_json_bytes:], binary=header_length is not None)
+    request_id = request.get("id")
+    if request_id is not None and not isinstance(request_id, str):
+        raise RequestError("id", "a text", kind_of(request_id))
+    return InferRequest(images, request_id, _outputs(request))
+
+
+def render_infer(request: InferRequest, logits: NDArray[np.float32], identity: ModelIdentity) -> InferAnswer:
+    """The answer to a request, whose images gave these logits of shape (N, 10)."""
+    values = {"logits": logits.astype("<f4"), "probabilities": softmax(logits).astype("<f4")}
+    outputs: list[dict[str, Any]] = []
+    pieces: list[bytes] = []
+    for name, binary in request.outputs.items():
+        array = values[name]
+        output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(array.shape)}
+        if binary:
+            pieces.append(array.tobytes())
+            output["parameters"] = {"binary_data_size": len(pieces[-1])}
+        else:
+            output["data"] = array.ravel().tolist()
+        outputs.append(output)
+    answer = {
+        "model_name": identity.name,
+        "model_version": identity.version,
+        "parameters": {"model_digest": identity.digest},
+        "outputs": outputs,
+    }
+    if request.id is not None:
+        answer["id"] = request.id
+    header = orjson.dumps(answer)
+    return InferAnswer(b"".join([header, *pieces]), len(header) if pieces else None)
+
+
+def _header_length(value: str, num_body_bytes: int) -> int:
+    if not (value.isascii() and value.isdigit() and len(value) <= 12) or int(value) > num_body_bytes:
+        raise RequestError(
+            "Inference-Header-Content-Length", f"a number of bytes up to the body's {num_body_bytes}", shorten(value)
+        )
+    return int(value)
+
+
+def _single_input(request: dict[str, Any]) -> dict[str, Any]:
+    inputs = request.get("inputs")
+    if not isinstance(inputs, list) or not inputs:
+        received = kind_of(inputs) if "inputs" in request else f"a body with the keys {shorten(sorted(request))}"
+        raise RequestError("inputs", f"a list with the one input {INPUT_NAME!r}", received)
+    for index, tensor in enumerate(inputs):
+        if not isinstance(tensor, dict):
+            raise RequestError(f"inputs[{index}]", "an object with name, shape, datatype and data", kind_of(tensor))
+        if tensor.get("name") != INPUT_NAME:
+            raise RequestError(f"inputs[{index}].name", repr(INPUT_NAME), kind_of(tensor.get("name")))
+    if len(inputs) > 1:
+        raise RequestError("inputs", f"the one input {INPUT_NAME!r}", f"it {len(inputs)} times")
+    return inputs[0]
+
+
+def _num_images(tensor: dict[str, Any], limits: ServingLimits) -> int:
+    datatype = tensor.get("datatype")
+    if datatype != DATATYPE:
+        raise RequestError(f"inputs[0].datatype of {INPUT_NAME!r}", repr(DATATYPE), kind_of(datatype))
+    field = f"inputs[0].shape of {INPUT_NAME!r}"
+    shape = tensor.get("shape")
+    if not isinstance(shape, list):
+        raise RequestError(field, _SHAPE_NAME, kind_of(shape))
+    is_positive = [type(size) is int and size > 0 for size in shape]
+    if not all(is_positive) or len(shape) != 1 + len(IMAGE_SHAPE) or tuple(shape[1:]) != IMAGE_SHAPE:
+        raise RequestError(field, f"{_SHAPE_NAME} with N of at least 1", shorten(shape))
+    check_count(field, shape[0], limits)
+    return shape[0]
+
+
+def _tensor_data(
+    tensor: dict[str, Any], num_images: int, binary_part: memoryview, *, binary: bool
+) -> NDArray[np.uint8]:
+    num_expected = num_images * _PIXELS
+    parameters = tensor.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise RequestError("inputs[0].parameters", "an object", kind_of(parameters))
+    if "binary_data_size" not in parameters:
+        if len(binary_part):
+            raise RequestError(
+                "inputs[0].parameters.binary_data_size", f"{num_expected}, for the bytes after the JSON", "none"
+            )
+        flat = _json_numbers(tensor, num_images, num_expected)
+    else:
+        flat = _binary_numbers(tensor, parameters["binary_data_size"], num_expected, binary_part, binary=binary)
+    return flat.reshape(num_images, *IMAGE_SHAPE)
+
+
+def _binary_numbers(
+    tensor: dict[str, Any], size: Any, num_expected: int, binary_part: memoryview, *, binary: bool
+) -> NDArray[np.uint8]:
+    field = f"inputs[0].parameters.binary_data_size of {INPUT_NAME!r}"
+    if not binary:
+        raise RequestError("Inference-Header-Content-Length", "the header that goes with binary_data_size", "none")
+    if "data" in tensor:
+        raise RequestError("inputs[0].data", "no data where binary_data_size is given", kind_of(tensor["data"]))
+    if type(size) is not int or size != num_expected:
+        raise RequestError(field, f"{num_expected} bytes, the product of the shape", kind_of(size))
+    if len(binary_part) != num_expected:
+        raise RequestError(field, f"{num_expected} bytes after the JSON", f"{len(binary_part)} bytes")
+    return np.frombuffer(binary_part, dtype=np.uint8)
+
+
+def _json_numbers(tensor: dict[str, Any], num_images: int, num_expected: int) -> NDArray[np.uint8]:
+    field = f"inputs[0].data of {INPUT_NAME!r}"
+    data = tensor.get("data")
+    if not isinstance(data, list):
+        raise RequestError(field, f"a list of {num_expected} numbers, flat or nested", kind_of(data))
+    expected = f"{num_expected} numbers, flat or nested as the shape says"
+    shape = nested_shape(field, data, expected, max_depth=1 + len(IMAGE_SHAPE))
+    if shape == (num_images, *IMAGE_SHAPE):
+        for _ in IMAGE_SHAPE:
+            data = list(chain.from_iterable(data))
+    elif shape != (num_expected,):
+        raise RequestError(field, expected, f"shape {list(shape)}")
+    if set(map(type, data)) != {int}:
+        stranger = next(value for value in data if type(value) is not int)
+        raise RequestError(field, f"whole numbers, for {DATATYPE}", kind_of(stranger))
+    return whole_pixels(field, data)
+
+
+def _outputs(request: dict[str, Any]) -> dict[str, bool]:
+    parameters = request.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise RequestError("parameters", "an object", kind_of(parameters))
+    default = _flag("parameters.binary_data_output", parameters.get("binary_data_output", False))
+    wanted = request.get("outputs")
+    if wanted is None or wanted == []:
+        return dict.fromkeys(OUTPUT_NAMES, default)
+    if not isinstance(wanted, list):
+        raise RequestError("outputs", "a list", kind_of(wanted))
+    outputs: dict[str, bool] = {}
+    for index, output in enumerate(wanted):
+        field = f"outputs[{index}]"
+        name = output.get("name") if isinstance(output, dict) else output
+        if not isinstance(output, dict) or name not in OUTPUT_NAMES:
+            raise RequestError(f"{field}.name", f"one of {list(OUTPUT_NAMES)}", kind_of(name))
+        own = output.get("parameters", {})
+        if not isinstance(own, dict):
+            raise RequestError(f"{field}.parameters", "an object", kind_of(own))
+        outputs[name] = _flag(f"{field}.parameters.binary_data", own.get("binary_data", default))
+    return outputs
+
+
+def _flag(field: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(field, "true or false", kind_of(value))
+    return value
