@@ -23,3 +23,15 @@ class ObjectNotFoundError(StoreError):
 
 class IntegrityError(DataError):
     """Bytes do not have the digest they are addressed by."""
+
+
+class TrainingError(CifarError):
+    """A training job did not end with a model. `transient` says that the cause lies outside of it: try again."""
+
+    def __init__(self, message: str, *, transient: bool = False):
+        super().__init__(message)
+        self.transient = transient
+
+
+class DeployError(CifarError):
+    """A model was not put into service. What served before, if anything did, still serves; the message says why."""

@@ -94,7 +94,7 @@ class Admission:
     def _observed(self, scope: Scope, send: Send) -> Send:
         async def observed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                RESPONSES.labels(scope["method"], message["status"]).inc()
+                RESPONSES.labels(_method(scope), message["status"]).inc()
                 if self.leaving:
                     message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
             await send(message)
@@ -146,6 +146,11 @@ class _Held:
     def leave(self) -> None:
         self._admission.add(-self._num_requests, -self._num_bytes)
         self._num_requests = self._num_bytes = 0
+
+
+def _method(scope: Scope) -> str:
+    """The method as a label: a client may send any word as one, and each label is kept for good."""
+    return scope["method"] if scope["method"] in ("GET", "HEAD", "POST", "OPTIONS") else "other"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

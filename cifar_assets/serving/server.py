@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -14,12 +13,13 @@ from types import FrameType
 
 import uvicorn
 
-from cifar_assets.errors import ConfigError
+from cifar_assets.errors import CifarError, ConfigError
 from cifar_assets.serving.admission import Admission
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.endpoints import CifarRESTServer
 from cifar_assets.serving.kserve_sdk import ModelServer, app
 from cifar_assets.serving.limits import ServingLimits
+from cifar_assets.serving.ports import bind_address
 from cifar_assets.serving.predictor import CifarModel
 from cifar_assets.serving.settings import ServerSettings
 
@@ -44,7 +44,8 @@ def run_server(settings: ServerSettings, limits: ServingLimits | None = None) ->
             batch_images=limits.batch_images,
         )
     except Exception as error:
-        report.send(state="failed", reason=f"{type(error).__name__}: {error}")
+        is_own = isinstance(error, CifarError)
+        report.send(state="failed", reason=str(error) if is_own else f"{type(error).__name__}: {error}")
         raise
     CifarServer(settings, limits, listener, report).start_with(classifier)
 
@@ -172,23 +173,6 @@ def _listener(settings: ServerSettings) -> socket.socket:
         except OSError as error:
             raise ConfigError(f"--fd {settings.fd} is not an open socket: {error}.") from error
     return bind_address(settings.host, settings.port)
-
-
-def bind_address(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to the address. Raises ConfigError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        hint = "another process listens there" if error.errno == errno.EADDRINUSE else str(error)
-        raise ConfigError(
-            f"Cannot listen on {host}:{port}: {hint}. Choose another port, or end that process."
-        ) from error
-    return listener
 
 
 def _when_closed(fd: int, call: Callable[[], None]) -> None:

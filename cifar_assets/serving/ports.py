@@ -1,0 +1,63 @@
+"""Ports of this machine: taking one, and who holds it, for errors that a person can act on."""
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+from cifar_assets.errors import ConfigError
+
+_LISTENING = "0A"
+
+
+def bind_address(host: str, port: int) -> socket.socket:
+    """A TCP socket bound to the address. Raises ConfigError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        hint = "another process listens there" if error.errno == errno.EADDRINUSE else str(error)
+        raise ConfigError(
+            f"Cannot listen on {host}:{port}: {hint}. Choose another port, or end that process."
+        ) from error
+    return listener
+
+
+def port_holder(port: int) -> int | None:
+    """Process id of a listener on the port; None where there is none, or the system does not tell."""
+    inodes = _listening_inodes(port)
+    if not inodes:
+        return None
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            links = [os.readlink(link) for link in folder.iterdir()]
+        except OSError:
+            continue
+        if inodes.intersection(links):
+            return int(folder.parent.name)
+    return None
+
+
+def command_line(pid: int) -> str | None:
+    """The command a process runs, None where there is no such process or the system does not tell."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode("utf-8", "replace")
+    except OSError:
+        return None
+
+
+def _listening_inodes(port: int) -> set[str]:
+    inodes: set[str] = set()
+    for name in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(name).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for fields in map(str.split, lines):
+            if int(fields[1].rpartition(":")[2], 16) == port and fields[3] == _LISTENING:
+                inodes.add(f"socket:[{fields[9]}]")
+    return inodes
