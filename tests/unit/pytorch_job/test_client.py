@@ -1,0 +1,133 @@
+"""The thin client: absence and conflict are values, everything else is an error that names the object."""
+
+from collections.abc import Callable
+
+import pytest
+import urllib3.exceptions
+
+from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
+from resources.pytorch_job.errors import ApiRefusedError, ApiUnavailableError, JobConfigError
+from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error, container_status, pod_body, terminated
+
+MANIFEST = {"metadata": {"name": "job", "namespace": "space", "labels": {"a": "1"}}}
+
+
+@pytest.fixture
+def job(client: PyTorchJobClient) -> PyTorchJob:
+    created = client.create(MANIFEST)
+    assert created
+    return created
+
+
+def test_absence_and_conflict_are_values(client: PyTorchJobClient, job: PyTorchJob):
+    assert client.create(MANIFEST) is None
+    assert client.get("space", "other") is None
+    assert client.get("space", "job") == job
+    client.delete(job)
+    client.delete(job)
+    assert client.get("space", "job") is None
+    assert client.set_labels(job, {"a": "2"}) is None
+
+
+def test_deletes_exactly_the_job_it_was_given(client: PyTorchJobClient, job: PyTorchJob):
+    client.delete(job)
+    again = client.create(MANIFEST)
+    client.delete(job)
+    assert client.get("space", "job") == again
+
+
+def test_finds_by_labels_oldest_first(client: PyTorchJobClient, cluster: FakeCluster, job: PyTorchJob):
+    cluster.clock.sleep(1)
+    client.create({"metadata": {"name": "another", "namespace": "space", "labels": {"a": "1"}}})
+    client.create({"metadata": {"name": "unlabelled", "namespace": "space"}})
+    assert [found.name for found in client.find("space", "a=1")] == ["job", "another"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(api_error(status, "later") for status in (401, 408, 429, 500, 502, 503, 504)),
+        urllib3.exceptions.ProtocolError("connection broken"),
+        urllib3.exceptions.ReadTimeoutError(None, "url", "timed out"),  # pyright: ignore[reportArgumentType]
+        ConnectionRefusedError("refused"),
+    ],
+    ids=str,
+)
+def test_no_answer_is_not_a_refusal(client: PyTorchJobClient, cluster: FakeCluster, error: Exception):
+    cluster.failing = raising(error)
+    for call in (
+        lambda: client.create(MANIFEST),
+        lambda: client.get("space", "job"),
+        lambda: client.pods("space", "job"),
+    ):
+        with pytest.raises(ApiUnavailableError, match=r"space.*") as caught:
+            call()
+        assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (api_error(403, 'User "sa" cannot create resource "pytorchjobs"', kind="pytorchjobs"), "sa.*Role of docs"),
+        (api_error(404, "the server could not find the requested resource"), "install the Kubeflow training operator"),
+        (api_error(404, 'namespaces "space" not found', name="space", kind="namespaces"), "Create the namespace"),
+        (api_error(422, "spec is invalid", name="job"), "spec is invalid.*Correct"),
+        (api_error(400, "admission webhook denied the request: Master.replicas must be 1"), "must be 1"),
+    ],
+)
+def test_refusals_say_what_to_do(client: PyTorchJobClient, cluster: FakeCluster, error: Exception, message: str):
+    cluster.failing = raising(error)
+    with pytest.raises(ApiRefusedError, match=message) as caught:
+        client.create(MANIFEST)
+    assert "create PyTorchJob space/job" in str(caught.value)
+    assert caught.value.permanent
+
+
+def test_missing_kind_is_an_error_also_when_reading(client: PyTorchJobClient, cluster: FakeCluster):
+    cluster.failing = raising(api_error(404, "the server could not find the requested resource"))
+    with pytest.raises(ApiRefusedError, match="training operator"):
+        client.get("space", "job")
+
+
+def test_pods_are_read_with_their_replica_and_exits(client: PyTorchJobClient, cluster: FakeCluster):
+    cluster.pods["job"] = [
+        pod_body("job", "worker-10"),
+        pod_body("job", "worker-2"),
+        pod_body(
+            "job",
+            phase="Failed",
+            container_statuses=[container_status(terminated(137, "OOMKilled"), last=terminated(1))],
+        ),
+    ]
+    master, second, tenth = client.pods("space", "job")
+    assert [pod.replica for pod in (master, second, tenth)] == ["master-0", "worker-2", "worker-10"]
+    assert [end.exit_code for end in master.containers[0].exits] == [137, 1]
+    assert master.containers[0].exits[0].out_of_memory
+    assert master.finished
+    assert second.containers == ()
+
+
+def test_log_is_none_before_there_is_one(client: PyTorchJobClient, cluster: FakeCluster):
+    assert client.log("space", "job-master-0", "pytorch") is None
+    cluster.logs["job-master-0"] = "2026-01-01T00:00:00Z hello\n"
+    assert client.log("space", "job-master-0", "pytorch") == "2026-01-01T00:00:00Z hello\n"
+
+
+def test_events_that_may_not_be_read_are_left_out(client: PyTorchJobClient, cluster: FakeCluster):
+    cluster.events["job"] = ["FailedCreatePod: exceeded quota"]
+    assert client.warnings("space", "job") == ["FailedCreatePod: exceeded quota"]
+    cluster.failing = raising(api_error(403, "forbidden"))
+    assert client.warnings("space", "job") == []
+
+
+def test_no_cluster_configured_is_a_config_error(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(JobConfigError, match="KUBECONFIG"):
+        PyTorchJobClient.production(kubeconfig_file=str(tmp_path / "missing"))
+
+
+def raising(error: Exception) -> Callable[[str], None]:
+    def fail(call: str) -> None:
+        raise error
+
+    return fail

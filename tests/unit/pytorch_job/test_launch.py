@@ -1,0 +1,214 @@
+"""Exactly one job for a step, whatever earlier attempts left (cases C13 and C15)."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.errors import ApiRefusedError, ApiUnavailableError, JobConflictError, PyTorchJobError
+from resources.pytorch_job.labels import RUN_ID_LABEL
+from resources.pytorch_job.launch import JobLauncher, JobRequest
+from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error, pod_body
+
+REQUEST = JobRequest(
+    name="job-0",
+    namespace="space",
+    step_key="step",
+    run_id="run-1",
+    ancestor_run_ids=(),
+    work="digest",
+    launch_id="1st",
+)
+
+
+def manifest(request: JobRequest) -> dict[str, Any]:
+    return {
+        "metadata": {
+            "name": request.name,
+            "namespace": request.namespace,
+            "labels": request.labels,
+            "annotations": request.annotations,
+        }
+    }
+
+
+@pytest.fixture
+def launcher(client: PyTorchJobClient, cluster: FakeCluster) -> JobLauncher:
+    return JobLauncher(
+        client, clock=cluster.clock, sleeper=cluster.clock.sleep, logger=logging.getLogger("test"), outage_seconds=60
+    )
+
+
+def start(launcher: JobLauncher, request: JobRequest = REQUEST):
+    return launcher.start(request, manifest(request))
+
+
+def retry(request: JobRequest = REQUEST, **changes: Any) -> JobRequest:
+    return replace(request, **{"name": "job-1", "launch_id": "2nd", **changes})
+
+
+def test_creates_where_there_is_nothing(launcher: JobLauncher, cluster: FakeCluster):
+    started = start(launcher)
+    assert not started.adopted
+    assert started.job.name == "job-0"
+    assert cluster.num_created == 1
+
+
+@pytest.mark.parametrize("condition", [None, "Created", "Running", "Restarting", "Suspended", "Succeeded"])
+def test_retry_adopts_a_job_that_runs_or_succeeded(launcher: JobLauncher, cluster: FakeCluster, condition: str | None):
+    first = start(launcher)
+    if condition:
+        cluster.condition("job-0", condition)
+    again = start(launcher, retry())
+    assert again.adopted
+    assert (again.job.uid, again.job.launch_id) == (first.job.uid, "1st")
+    assert cluster.num_created == 1
+
+
+def test_failed_job_is_gone_with_its_pods_before_the_next_is_created(launcher: JobLauncher, cluster: FakeCluster):
+    start(launcher)
+    cluster.condition("job-0", "Failed")
+    cluster.pods["job-0"] = [pod_body("job-0", "worker-0")]
+    seen: list[bool] = []
+    cluster.before_create = lambda: seen.append("job-0" in cluster.pods)
+    again = start(launcher, retry())
+    assert not again.adopted
+    assert seen == [False]
+    assert list(cluster.jobs) == ["job-1"]
+    assert cluster.most_active == 1
+
+
+def test_failed_job_of_the_same_attempt_is_replaced_under_the_same_name(launcher: JobLauncher, cluster: FakeCluster):
+    start(launcher)
+    cluster.condition("job-0", "Failed")
+    again = start(launcher, replace(REQUEST, launch_id="2nd"))
+    assert not again.adopted
+    assert again.job.launch_id == "2nd"
+    assert cluster.num_created == 2
+
+
+def test_running_job_that_computes_something_else_is_replaced(launcher: JobLauncher, cluster: FakeCluster):
+    start(launcher)
+    cluster.condition("job-0", "Running")
+    again = start(launcher, retry(work="other digest"))
+    assert not again.adopted
+    assert list(cluster.jobs) == ["job-1"]
+    assert cluster.most_active == 1
+
+
+def test_job_that_is_being_deleted_is_waited_for(launcher: JobLauncher, cluster: FakeCluster):
+    start(launcher)
+    cluster.jobs["job-0"]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    again = start(launcher, retry())
+    assert again.job.name == "job-1"
+    assert cluster.most_active == 1
+
+
+def test_retried_run_adopts_its_parents_job_and_takes_it_over(launcher: JobLauncher, cluster: FakeCluster):
+    start(launcher)
+    child = retry(run_id="run-2", ancestor_run_ids=("run-1",))
+    again = start(launcher, child)
+    assert again.adopted
+    assert again.job.run_id == "run-2"
+    grandchild = retry(run_id="run-3", ancestor_run_ids=("run-2", "run-1"))
+    assert start(launcher, grandchild).adopted
+    assert cluster.num_created == 1
+
+
+def test_unrelated_run_and_other_step_start_their_own(launcher: JobLauncher, cluster: FakeCluster):
+    start(launcher)
+    start(launcher, retry(run_id="run-2"))
+    start(launcher, retry(name="job-2", step_key="other"))
+    assert cluster.num_created == 3
+    assert len(cluster.jobs) == 3
+
+
+def test_of_two_jobs_the_newer_stays(launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient):
+    start(launcher)
+    cluster.clock.sleep(5)
+    client.create(manifest(retry()))
+    again = start(launcher, retry(name="job-2", launch_id="3rd"))
+    assert again.job.name == "job-1"
+    assert list(cluster.jobs) == ["job-1"]
+
+
+def test_foreign_job_of_the_same_name_is_left_alone(
+    launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient
+):
+    client.create({"metadata": {"name": "job-0", "namespace": "space", "labels": {RUN_ID_LABEL: "someone"}}})
+    with pytest.raises(JobConflictError, match=r"space/job-0 exists and is not this step's.*'someone'"):
+        start(launcher)
+    assert list(cluster.jobs) == ["job-0"]
+
+
+def test_create_whose_answer_was_lost_makes_one_job(launcher: JobLauncher, cluster: FakeCluster):
+    def lose_answer() -> None:
+        cluster.after_create = lambda: None
+        raise TimeoutError("no answer")
+
+    cluster.after_create = lose_answer
+    started = start(launcher)
+    assert started.job.launch_id == "1st"
+    assert cluster.num_created == 1
+
+
+def test_api_outage_is_ridden_out_and_ends_in_its_own_error(launcher: JobLauncher, cluster: FakeCluster):
+    def fail(call: str) -> None:
+        raise api_error(503, "away")
+
+    cluster.failing = fail
+    cluster.clock.after(20, lambda: setattr(cluster, "failing", lambda call: None))
+    start(launcher)
+    cluster.failing = fail
+    with pytest.raises(ApiUnavailableError, match="away"):
+        start(launcher, retry())
+
+
+def test_refusal_is_not_retried(launcher: JobLauncher, cluster: FakeCluster):
+    calls: list[str] = []
+
+    def fail(call: str) -> None:
+        calls.append(call)
+        raise api_error(403, "forbidden")
+
+    cluster.failing = fail
+    with pytest.raises(ApiRefusedError):
+        start(launcher)
+    assert len(calls) == 1
+
+
+def test_pods_that_do_not_go_away_stop_the_replacement(launcher: JobLauncher, cluster: FakeCluster):
+    start(launcher)
+    cluster.condition("job-0", "Failed")
+    cluster.pods["job-0"] = [pod_body("job-0")]
+    cluster._remove_pods = lambda job: None
+    with pytest.raises(PyTorchJobError, match="still has pods"):
+        start(launcher, retry())
+    assert cluster.num_created == 1
+
+
+def test_removal_takes_job_and_pods_within_the_short_grace_time(launcher: JobLauncher, cluster: FakeCluster):
+    start(launcher)
+    cluster.pods["job-0"] = [pod_body("job-0")]
+    begin = cluster.clock()
+    assert launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+    assert (cluster.jobs, cluster.pods) == ({}, {})
+    assert cluster.clock() - begin < 10
+    assert cluster.deleted_pod_graces == [5]
+
+
+def test_removal_catches_a_job_that_appears_late(launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient):
+    cluster.clock.after(4, lambda: client.create(manifest(REQUEST)))
+    assert launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=10)
+    assert cluster.num_created == 1
+    assert cluster.jobs == {}
+
+
+def test_removal_says_when_it_ran_out_of_time(launcher: JobLauncher, cluster: FakeCluster):
+    def fail(call: str) -> None:
+        raise api_error(503)
+
+    cluster.failing = fail
+    assert not launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
