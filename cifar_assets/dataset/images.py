@@ -256,9 +256,8 @@ def _describe(data: bytes) -> str:
             return f"a truncated or damaged {name} file of {len(data)} bytes"
     if data[:1] == b"P" and data[1:2] in b"1234567":
         return f"a Netpbm (PNM) image of {len(data)} bytes"
-    try:
-        start = data[:512].decode("ascii").lstrip().lower()
-    except UnicodeDecodeError:
+    start = data[:512].decode("latin-1").lstrip().lower()
+    if not start.isascii() or not all(letter.isprintable() or letter.isspace() for letter in start):
         return f"{len(data)} bytes of an unknown kind"
     if start.startswith(("<svg", "<?xml")):
         return f"an SVG or XML document of {len(data)} bytes"

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from cifar_assets.contracts import EXIT_BAD_SPEC
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def configure_logging() -> None:
     """One line per event on stderr; kserve's and uvicorn's own start-up chatter only from warnings on."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    warnings.filterwarnings("ignore", module="PIL")  # its remarks on clients' pictures
     for name in ("kserve", "uvicorn"):
         logger = logging.getLogger(name)
         logger.addHandler(logging.NullHandler())  # kserve replaces the logging configuration where it finds none
