@@ -1,0 +1,173 @@
+"""The official CIFAR-10 archives, python and binary. Members are read in place: nothing is ever unpacked to disk."""
+
+import gzip
+import io
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
+from cifar_assets.dataset.formats.binary import parse_records
+from cifar_assets.dataset.formats.pickles import HostileDataError, load_plain
+from cifar_assets.dataset.rows import RowBatch, Split, pixel_batches
+from cifar_assets.errors import DataError
+
+PYTHON_FOLDER = "cifar-10-batches-py"
+BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+MAX_MEMBER_BYTES = 256 << 20
+MAX_UNPACKED_BYTES = 4 << 30
+"""Bounds against archives that unpack to far more than CIFAR-10 (186 MB, 31 MB per batch)."""
+
+_IMAGE_BYTES = int(np.prod(IMAGE_SHAPE))
+_READABLE_ERRORS = (EOFError, OSError, tarfile.TarError, zlib.error)
+
+
+def read_archive(path: Path, name: str) -> Iterator[RowBatch]:
+    """Rows of a `.tar`, `.tar.gz` or `.tgz` in the official layout, in the order of its members.
+
+    `name` is what errors call the archive. Raises DataError when it is cut off, no archive, lacks a batch or holds one
+    twice; HostileDataError naming the member when a member's path leaves the folder, is a link or a device, or a batch
+    asks for code to be run.
+    """
+    with path.open("rb") as file:
+        yield from _read_stream(_unpacked(file, name), name, path.stat().st_size)
+
+
+def _unpacked(file: BinaryIO, name: str) -> BinaryIO:
+    start = file.read(512)
+    file.seek(0)
+    if start[:2] == b"\x1f\x8b":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    if start[257:262] == b"ustar":
+        return file
+    if not start:
+        raise DataError(f"{name} is empty (0 bytes): fetch or upload it again.")
+    raise DataError(
+        f"{name} is no tar archive: it starts with {start[:24]!r}. An error page saved in place of the archive looks "
+        "like this; fetch or upload it again."
+    )
+
+
+def _read_stream(stream: BinaryIO, name: str, size: int) -> Iterator[RowBatch]:
+    bounded = _Bounded(stream, MAX_UNPACKED_BYTES, name)
+    first_row = 0
+    seen: set[str] = set()
+    try:
+        with tarfile.open(fileobj=bounded, mode="r|") as archive:
+            for member in archive:
+                batch_name = _checked_member(member, name)
+                if batch_name is None:
+                    continue
+                data = _member_bytes(archive, member, name)
+                if batch_name.startswith("batches.meta"):
+                    _check_meta(batch_name, data, f"{name}, member {member.name!r}")
+                    continue
+                stem = batch_name.removesuffix(".bin")
+                if stem in seen:
+                    raise DataError(f"{name} holds {stem} twice: which one counts is not clear.")
+                seen.add(stem)
+                images, labels = _parse_batch(batch_name, data, f"{name}, member {member.name!r}")
+                split: Split = "test" if stem == "test_batch" else "train"
+                yield from pixel_batches(images, labels, split, first_row)
+                first_row += len(labels)
+        # tarfile stops at its end mark; gzip checks length and checksum at its own.
+        while bounded.read(1 << 20):
+            pass
+    except _READABLE_ERRORS as error:
+        raise DataError(
+            f"{name} is cut off or damaged: {size:,} bytes received, {bounded.count:,} bytes unpacked, "
+            f"batches read so far: {', '.join(sorted(seen)) or 'none'} ({error}). Fetch or upload it again."
+        ) from error
+    missing = [batch for batch in BATCHES if batch not in seen]
+    if missing:
+        raise DataError(
+            f"{name} is not the official CIFAR-10 layout or is cut off: expected {len(BATCHES)} batches, "
+            f"got {len(seen)}; missing {', '.join(missing)}."
+        )
+
+
+def _checked_member(member: tarfile.TarInfo, name: str) -> str | None:
+    """The batch's name, or None for a member of no interest. Refuses what an unpacking tool could be tricked with."""
+    parts = member.name.replace("\\", "/").split("/")
+    if member.name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "\0" in member.name:
+        raise HostileDataError(
+            f"{name}: member {member.name!r} points outside the archive's folder. The archive was not unpacked; "
+            "do not use it, fetch it from its source again."
+        )
+    if member.isdir():
+        return None
+    if not member.isreg():
+        kind = "link" if member.issym() or member.islnk() else "device or special file"
+        raise HostileDataError(
+            f"{name}: member {member.name!r} is a {kind}. The official archive holds plain files only; nothing was "
+            "unpacked, fetch it from its source again."
+        )
+    base = parts[-1]
+    wanted = base.removesuffix(".bin") in BATCHES or base in ("batches.meta", "batches.meta.txt")
+    if wanted and member.size > MAX_MEMBER_BYTES:
+        raise DataError(
+            f"{name}: member {member.name!r} claims {member.size:,} bytes; at most {MAX_MEMBER_BYTES:,} are read."
+        )
+    return base if wanted else None
+
+
+def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> bytes:
+    file = archive.extractfile(member)
+    data = file.read() if file else b""
+    if len(data) != member.size:
+        raise DataError(
+            f"{name}: member {member.name!r} is cut off: expected {member.size:,} bytes, got {len(data):,}."
+        )
+    return data
+
+
+def _parse_batch(batch_name: str, data: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    if batch_name.endswith(".bin"):
+        return parse_records(data, where)
+    batch = load_plain(data, where)
+    if not isinstance(batch, dict) or not {"data", "labels"} <= {_text(key) for key in batch}:
+        raise DataError(f"{where}: expected a dict with 'data' and 'labels'.")
+    fields = {_text(key): value for key, value in batch.items()}
+    pixels, labels = np.asarray(fields["data"]), np.asarray(fields["labels"])
+    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != _IMAGE_BYTES:
+        raise DataError(f"{where}: expected data uint8 N x {_IMAGE_BYTES}, got {pixels.dtype} {pixels.shape}.")
+    if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
+        raise DataError(f"{where}: expected {len(pixels)} integer labels, got {labels.dtype} {labels.shape}.")
+    return pixels.reshape(-1, *IMAGE_SHAPE), labels.astype(np.int64)
+
+
+def _check_meta(batch_name: str, data: bytes, where: str) -> None:
+    if batch_name == "batches.meta.txt":
+        names = data.decode("ascii", "replace").split()
+    else:
+        meta = load_plain(data, where)
+        found = {_text(key): value for key, value in meta.items()} if isinstance(meta, dict) else {}
+        names = [_text(value) for value in found.get("label_names", [])]
+    if tuple(names) != CLASSES:
+        raise DataError(f"{where}: label names are {names}; expected {list(CLASSES)}. Labels would mean other classes.")
+
+
+def _text(value: object) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
+
+class _Bounded(io.RawIOBase):
+    """A reader that counts what it hands out and stops at a limit."""
+
+    def __init__(self, stream: IO[bytes], limit: int, name: str):
+        self._stream, self._limit, self._name, self.count = stream, limit, name, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size if size >= 0 else self._limit)
+        self.count += len(data)
+        if self.count > self._limit:
+            raise DataError(f"{self._name} unpacks to more than {self._limit:,} bytes: this is not CIFAR-10.")
+        return data

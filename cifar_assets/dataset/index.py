@@ -1,0 +1,107 @@
+"""What is known of an object's rows without reading the object again: pixel digest, label, split, refusal per row.
+
+An index is a function of the object's bytes and of how images are prepared, so it is stored under both and never
+goes stale. It makes validating an unchanged object cheap and is derived data: deleting it costs time only.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from cifar_assets.dataset.objects import RawObject, fetched, read_rows
+from cifar_assets.dataset.progress import Progress, quiet
+from cifar_assets.dataset.rows import SPLITS, RowBatch
+from cifar_assets.object_store import ObjectStore
+
+PREPARATION = 1
+"""Raised whenever `prepare_image` gives other pixels for an image it accepted before."""
+
+INDEX_PREFIX = "index/"
+
+
+@dataclass(frozen=True)
+class ObjectIndex:
+    """Per row of one object, in row order."""
+
+    digests: NDArray[np.uint8]
+    """N x 32: sha256 of the prepared pixels; zeros for a refused row."""
+    labels: NDArray[np.int64]
+    splits: NDArray[np.uint8]
+    """Positions in SPLITS."""
+    refused: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def keys(self) -> list[bytes]:
+        """The pixel digests as 32-byte strings."""
+        data = self.digests.tobytes()
+        return [data[i : i + 32] for i in range(0, len(data), 32)]
+
+
+def pixel_digests(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """N x 32: the binary form of `images.pixel_digest` of each image."""
+    joined = b"".join(hashlib.sha256(image.tobytes()).digest() for image in images)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32)
+
+
+def build_index(batches: Iterable[RowBatch], what: str = "images", progress: Progress = quiet) -> ObjectIndex:
+    """The index of the rows that the batches hold."""
+    digests, labels, splits = [np.empty((0, 32), np.uint8)], [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
+    refused: dict[int, str] = {}
+    rows = 0
+    for batch in batches:
+        found = pixel_digests(batch.images).copy()
+        found[[row - batch.first_row for row in batch.refused]] = 0
+        digests.append(found)
+        labels.append(batch.labels)
+        splits.append(np.full(len(batch), SPLITS.index(batch.split), np.uint8))
+        refused.update(batch.refused)
+        rows += len(batch)
+        progress(f"validating {what}", rows, None)
+    return ObjectIndex(np.concatenate(digests), np.concatenate(labels), np.concatenate(splits), refused)
+
+
+def save_index(raw: ObjectStore, sha256: str, split: str, resize: bool, index: ObjectIndex) -> None:
+    """Keep the index of an object with the given digest."""
+    tensors = {"digests": index.digests, "labels": index.labels, "splits": index.splits}
+    refused = json.dumps({str(row): reason for row, reason in index.refused.items()})
+    raw.write(_key(sha256, split, resize), save(tensors, {"refused": refused}))
+
+
+def load_index(raw: ObjectStore, sha256: str, split: str, resize: bool) -> ObjectIndex | None:
+    """The index kept for an object, or None when there is no readable one."""
+    key = _key(sha256, split, resize)
+    if not raw.exists(key):
+        return None
+    data = raw.read(key)
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        refused = json.loads(header["__metadata__"]["refused"])
+        return ObjectIndex(
+            tensors["digests"], tensors["labels"], tensors["splits"], {int(row): why for row, why in refused.items()}
+        )
+    except (SafetensorError, ValueError, KeyError):
+        return None
+
+
+def index_of(raw: ObjectStore, item: RawObject, resize: bool, progress: Progress = quiet) -> ObjectIndex:
+    """The index of a stored object, built again when none is kept."""
+    index = load_index(raw, item.sha256, item.split, resize)
+    if index is None or len(index) != item.rows:
+        with fetched(raw, item.key, item.sha256) as path:
+            name = raw.uri(item.key)
+            index = build_index(read_rows(path, item.format, item.split, name, resize=resize), name, progress)
+        save_index(raw, item.sha256, item.split, resize, index)
+    return index
+
+
+def _key(sha256: str, split: str, resize: bool) -> str:
+    return f"{INDEX_PREFIX}{sha256}-{split}-{PREPARATION}{'r' if resize else 's'}.safetensors"

@@ -1,0 +1,234 @@
+"""Examining landed objects one by one, without reading again what has not changed since."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from pydantic import BaseModel, Field, ValidationError
+
+from cifar_assets.contracts import CLASSES, LANDING_PREFIX
+from cifar_assets.dataset.formats.image_tar import IMAGE_SUFFIXES, class_of, pack_images
+from cifar_assets.dataset.formats.pickles import HostileDataError
+from cifar_assets.dataset.images import ImageError, pixel_digest, prepare_image
+from cifar_assets.dataset.index import PREPARATION, ObjectIndex, build_index, load_index, save_index
+from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, is_test_name, suffix_of
+from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, is_stored, read_rows, store_object
+from cifar_assets.dataset.rows import SPLITS
+from cifar_assets.digests import sha256_bytes, sha256_file, sha256_json
+from cifar_assets.errors import DataError, ObjectNotFoundError
+from cifar_assets.object_store import ObjectInfo, ObjectStore
+
+_MEMORY_KEY = "landing-memory.json"
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """An object not judged this time: it is gone, or still being written."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An object that cannot be read as what its name says."""
+
+    sha256: str
+    reason: str
+    hostile: bool = False
+
+
+@dataclass(frozen=True)
+class LandedTable:
+    """A Parquet file or archive, stored under its digest, and its rows' index."""
+
+    item: RawObject
+    index: ObjectIndex
+
+
+@dataclass(frozen=True)
+class LandedImage:
+    """A single image in a class folder."""
+
+    key: str
+    sha256: str
+    label: int
+    is_test: bool
+    pixels: str
+    """Pixel digest, hex."""
+
+    def index(self) -> ObjectIndex:
+        """The index of a one-row object."""
+        return ObjectIndex(
+            np.frombuffer(bytes.fromhex(self.pixels), np.uint8).reshape(1, 32),
+            np.array([self.label]),
+            np.array([SPLITS.index("test" if self.is_test else "train")], np.uint8),
+            {},
+        )
+
+    @property
+    def member(self) -> str:
+        """Its name in a packed object, free of the name it landed under."""
+        return f"{CLASSES[self.label]}/{self.sha256}"
+
+
+class _Seen(BaseModel):
+    etag: str
+    size: int
+    sha256: str
+
+
+class _Memory(BaseModel):
+    """Digests of landed objects by key, and pixel digests of single images by the digest of their bytes."""
+
+    preparation: str
+    seen: dict[str, _Seen] = Field(default_factory=dict)
+    pixels: dict[str, str] = Field(default_factory=dict)
+
+
+def examine(
+    raw: ObjectStore, infos: Sequence[ObjectInfo], resize: bool
+) -> Iterator[tuple[ObjectInfo, Unchanged | Refused | LandedTable | LandedImage]]:
+    """Judge each object on its own. Good tables are stored under their digests on the way."""
+    before = _load_memory(raw, resize)
+    memory = _Memory(preparation=before.preparation)
+    for info in infos:
+        seen = before.seen.get(info.key)
+        sha256 = seen.sha256 if seen and (seen.etag, seen.size) == (info.etag, info.size) else None
+        is_image = suffix_of(info.key) in IMAGE_SUFFIXES
+        remembered = _recall(raw, info, sha256, before, resize, is_image) if sha256 else None
+        found = remembered or _read(raw, info, resize, is_image)
+        if isinstance(found, LandedTable | LandedImage):
+            content = found.item.sha256 if isinstance(found, LandedTable) else found.sha256
+            memory.seen[info.key] = _Seen(etag=info.etag, size=info.size, sha256=content)
+            if isinstance(found, LandedImage):
+                memory.pixels[content] = found.pixels
+        yield info, found
+    if memory != before:
+        raw.write(_MEMORY_KEY, memory.model_dump_json().encode())
+
+
+def pack_landed_images(raw: ObjectStore, images: Sequence[LandedImage], resize: bool) -> list[RawObject]:
+    """One object holding the images, the same for the same images however they landed."""
+    ordered = sorted(images, key=lambda image: image.member)
+    pack_key = f"packs/{sha256_json([image.member for image in ordered])}.json"
+    if raw.exists(pack_key):
+        item = RawObject.model_validate_json(raw.read(pack_key))
+        if is_stored(raw, item.key, item.sha256, item.size):
+            return [item]
+    with tempfile.TemporaryDirectory(prefix="cifar-landed-") as folder:
+        path = Path(folder, "images.tar")
+        pack_images(path, ((image.member, raw.read_verified(image.key, image.sha256)) for image in ordered))
+        index = build_index(read_rows(path, "images", "train", "landed images", resize=resize), "landed images")
+        item = _store(raw, path, "images", "train", ".tar", len(index))
+        save_index(raw, item.sha256, "train", resize, index)
+    raw.write(pack_key, item.model_dump_json().encode())
+    return [item]
+
+
+def _recall(
+    raw: ObjectStore, info: ObjectInfo, sha256: str, memory: _Memory, resize: bool, is_image: bool
+) -> LandedTable | LandedImage | None:
+    if is_image:
+        pixels = memory.pixels.get(sha256)
+        return _image(info.key, sha256, pixels) if pixels else None
+    kind, split = _table_kind(info.key)
+    index = load_index(raw, sha256, split, resize)
+    key = next((key for key in _possible_keys(sha256, kind) if raw.exists(key)), None)
+    if index is None or key is None:
+        return None
+    return LandedTable(_item(key, sha256, info.size, kind, split, len(index)), index)
+
+
+def _read(
+    raw: ObjectStore, info: ObjectInfo, resize: bool, is_image: bool
+) -> Unchanged | Refused | LandedTable | LandedImage:
+    try:
+        found = _judge_image(raw, info, resize) if is_image else _judge_table(raw, info, resize)
+    except ObjectNotFoundError:
+        return Unchanged("removed while it was being read")
+    now = raw.stat(info.key)
+    if now is None or (now.etag, now.size) != (info.etag, info.size):
+        return Unchanged("changed while it was being read: looked at again next time")
+    return found
+
+
+def _judge_image(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Refused | LandedImage:
+    data = raw.read(info.key)
+    sha256 = sha256_bytes(data)
+    try:
+        return _image(info.key, sha256, pixel_digest(prepare_image(data, resize=resize)))
+    except ImageError as error:
+        return Refused(sha256, str(error))
+
+
+def _judge_table(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Refused | LandedTable:
+    kind, split = _table_kind(info.key)
+    with tempfile.TemporaryDirectory(prefix="cifar-landed-") as folder:
+        path = Path(folder, "object")
+        raw.download(info.key, path)
+        sha256 = sha256_file(path)
+        try:
+            index = load_index(raw, sha256, split, resize)
+            if index is None:
+                index = build_index(read_rows(path, kind, split, info.key, resize=resize), info.key)
+            if not len(index):
+                return Refused(sha256, f"{info.key} holds no rows.")
+        except HostileDataError as error:
+            return Refused(sha256, str(error), hostile=True)
+        except DataError as error:
+            return Refused(sha256, str(error))
+        if len(index.refused) < len(index):
+            item = _store(raw, path, kind, split, _suffix(path, kind), len(index))
+        else:
+            item = _item(f"{OBJECTS_PREFIX}{sha256}{_suffix(path, kind)}", sha256, info.size, kind, split, len(index))
+        save_index(raw, sha256, split, resize, index)
+    return LandedTable(item, index)
+
+
+def _image(key: str, sha256: str, pixels: str) -> LandedImage:
+    label = class_of(key.removeprefix(LANDING_PREFIX))
+    if label is None:
+        raise DataError(f"{key} is in no class folder.")
+    folders = PurePosixPath(key.removeprefix(LANDING_PREFIX)).parts[:-1]
+    return LandedImage(key, sha256, label, "test" in (part.lower() for part in folders), pixels)
+
+
+def _table_kind(key: str) -> tuple[ObjectFormat, str]:
+    if suffix_of(key) in ARCHIVE_SUFFIXES:
+        return "archive", "mixed"
+    return "parquet", "test" if is_test_name(key.removeprefix(LANDING_PREFIX)) else "train"
+
+
+def _suffix(path: Path, kind: ObjectFormat) -> str:
+    """The stored object's suffix, by content: the name something landed under must not matter."""
+    if kind != "archive":
+        return f".{kind}"
+    with path.open("rb") as file:
+        return ".tar.gz" if file.read(2) == b"\x1f\x8b" else ".tar"
+
+
+def _possible_keys(sha256: str, kind: ObjectFormat) -> list[str]:
+    suffixes = (".tar.gz", ".tar") if kind == "archive" else (f".{kind}",)
+    return [f"{OBJECTS_PREFIX}{sha256}{suffix}" for suffix in suffixes]
+
+
+def _store(raw: ObjectStore, path: Path, kind: ObjectFormat, split: str, suffix: str, rows: int) -> RawObject:
+    sha256 = sha256_file(path)
+    return _item(store_object(raw, path, sha256, suffix), sha256, path.stat().st_size, kind, split, rows)
+
+
+def _item(key: str, sha256: str, size: int, kind: ObjectFormat, split: str, rows: int) -> RawObject:
+    return RawObject.model_validate(
+        {"key": key, "sha256": sha256, "size": size, "format": kind, "role": "landed", "split": split, "rows": rows}
+    )
+
+
+def _load_memory(raw: ObjectStore, resize: bool) -> _Memory:
+    preparation = f"{PREPARATION}{'r' if resize else 's'}"
+    try:
+        memory = _Memory.model_validate_json(raw.read(_MEMORY_KEY))
+    except (ObjectNotFoundError, ValidationError):
+        return _Memory(preparation=preparation)
+    return memory if memory.preparation == preparation else _Memory(preparation=preparation)

@@ -1,0 +1,171 @@
+"""The landing zone: whatever people put under `landing/` is validated, joined into the next version, or rejected."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from cifar_assets.contracts import CLASSES, LANDING_PREFIX
+from cifar_assets.dataset.consistency import Known, Verdict, check_landed
+from cifar_assets.dataset.formats.image_tar import IMAGE_SUFFIXES, class_of
+from cifar_assets.dataset.index import ObjectIndex
+from cifar_assets.dataset.landed import LandedImage, LandedTable, Refused, Unchanged, examine, pack_landed_images
+from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, suffix_of
+from cifar_assets.dataset.objects import RawObject
+from cifar_assets.dataset.progress import Progress, quiet
+from cifar_assets.dataset.rejection import Rejection, reject_object, reject_rows
+from cifar_assets.object_store import ObjectInfo, ObjectStore
+
+UNFINISHED_SUFFIXES = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download", ".swp", "~")
+TABLE_SUFFIXES = (*ARCHIVE_SUFFIXES, ".parquet")
+
+
+@dataclass(frozen=True)
+class LandingScan:
+    """What lies in the landing zone, by name and size alone."""
+
+    ready: tuple[ObjectInfo, ...]
+    skipped: dict[str, str]
+    """Why an object is not looked at, by key."""
+
+
+@dataclass(frozen=True)
+class LandingReport:
+    """What became of the landing zone's objects, by key in the raw bucket."""
+
+    accepted: dict[str, int] = field(default_factory=dict)
+    """Rows that joined the version."""
+    duplicates: dict[str, int] = field(default_factory=dict)
+    """Rows not used because the same pixels are in the version already. They stay where they are."""
+    rejected: tuple[Rejection, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def hostile(self) -> tuple[Rejection, ...]:
+        return tuple(rejection for rejection in self.rejected if rejection.hostile)
+
+    @property
+    def rejected_rows(self) -> int:
+        return sum(len(rejection.rows) or 1 for rejection in self.rejected)
+
+
+def classify_landing_object(key: str, size: int) -> str | None:
+    """Why an object under `landing/` is no data to be read, or None when it is to be validated. Reads nothing."""
+    name = key.removeprefix(LANDING_PREFIX)
+    base = name.rpartition("/")[2]
+    if not base:
+        return "a folder marker" if size == 0 else f"has no name: expected {_EXPECTED}"
+    if base.startswith(".") or any(part.startswith(".") for part in name.split("/")):
+        return "a hidden or placeholder file"
+    if base.lower().endswith(UNFINISHED_SUFFIXES):
+        return "an unfinished upload"
+    if size == 0:
+        return "empty (0 bytes)"
+    suffix = suffix_of(base)
+    if suffix in TABLE_SUFFIXES:
+        return None
+    if suffix in IMAGE_SUFFIXES:
+        if class_of(name) is not None:
+            return None
+        return (
+            f"an image outside a class folder: put it under {LANDING_PREFIX}<class>/, class one of {', '.join(CLASSES)}"
+        )
+    return f"not a kind of data that is read here: expected {_EXPECTED}"
+
+
+_EXPECTED = "a .parquet file, an official archive (.tar.gz), or images in class folders"
+
+
+def scan_landing(raw: ObjectStore) -> LandingScan:
+    """List the landing zone and sort out what is no data. Cheap: one listing."""
+    ready: list[ObjectInfo] = []
+    skipped: dict[str, str] = {}
+    for info in raw.list(LANDING_PREFIX):
+        reason = classify_landing_object(info.key, info.size)
+        if reason is None:
+            ready.append(info)
+        else:
+            skipped[info.key] = reason
+    return LandingScan(tuple(ready), skipped)
+
+
+def join_landed(
+    raw: ObjectStore, known: Known, *, resize: bool, progress: Progress = quiet
+) -> tuple[list[RawObject], LandingReport, dict[str, list[str]]]:
+    """Validate what landed against the images known.
+
+    Gives the objects to join, in an order given by their content; the report; and the landed names of each sha256.
+    What is refused is moved, or its rows copied, to `rejected/` with a reason.
+    """
+    scan = scan_landing(raw)
+    skipped = dict(scan.skipped)
+    tables: dict[tuple[str, str], LandedTable] = {}
+    images: dict[tuple[str, int], LandedImage] = {}
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    rejected: list[Rejection] = []
+    for number, (info, found) in enumerate(examine(raw, scan.ready, resize), 1):
+        progress("validating landed objects", number, len(scan.ready))
+        if isinstance(found, Unchanged):
+            skipped[info.key] = found.reason
+        elif isinstance(found, Refused):
+            rejected.append(reject_object(raw, info.key, found.sha256, found.reason, hostile=found.hostile))
+        elif isinstance(found, LandedTable):
+            tables[found.item.sha256, found.item.split] = found
+            names[f"{found.item.sha256}:{found.item.split}"].append(info.key)
+        else:
+            images[found.sha256, found.label] = found
+            names[f"{found.sha256}:{found.label}"].append(info.key)
+    table_list = [tables[identity] for identity in sorted(tables)]
+    image_list = [images[identity] for identity in sorted(images)]
+    indexes: list[ObjectIndex] = [*(table.index for table in table_list), *(image.index() for image in image_list)]
+    verdicts = check_landed(indexes, known)
+    report = LandingReport({}, {}, (), skipped)
+    objects = []
+    for table, verdict in zip(table_list, verdicts, strict=False):
+        keys = names.pop(f"{table.item.sha256}:{table.item.split}")
+        item = table.item.model_copy(update={"excluded": verdict.excluded()})
+        rejected += _apply(raw, keys, item, verdict, report)
+        if item.used_rows:
+            objects.append(item)
+            names[item.sha256] += keys
+    good = []
+    for image, verdict in zip(image_list, verdicts[len(table_list) :], strict=True):
+        keys = names.pop(f"{image.sha256}:{image.label}")
+        if verdict.rejected:
+            rejected += [reject_object(raw, key, image.sha256, verdict.rejected[0]) for key in keys]
+            continue
+        _count(report, keys, 0 if verdict.duplicates else 1, len(verdict.duplicates))
+        if not verdict.duplicates:
+            good.append(image)
+            names[image.sha256] += keys
+    if good:
+        objects += pack_landed_images(raw, good, resize)
+    used = {item.sha256 for item in objects} | {image.sha256 for image in good}
+    final = LandingReport(report.accepted, report.duplicates, tuple(rejected), skipped)
+    return (
+        sorted(objects, key=lambda item: item.sha256),
+        final,
+        {key: sorted(names[key]) for key in sorted(used & names.keys())},
+    )
+
+
+def _apply(
+    raw: ObjectStore, keys: list[str], item: RawObject, verdict: Verdict, report: LandingReport
+) -> list[Rejection]:
+    """Count a table's rows and put its rejected ones aside: the whole object when nothing of it can be used."""
+    if verdict.rejected and len(verdict.rejected) == item.rows:
+        first = next(iter(verdict.rejected.values()))
+        reason = f"all {item.rows} rows are refused; the first one: {first}"
+        return [reject_object(raw, key, item.sha256, reason, rows=verdict.rejected) for key in keys]
+    _count(report, keys, item.used_rows, len(verdict.duplicates))
+    if not verdict.rejected:
+        return []
+    return [reject_rows(raw, keys[0], item, verdict.rejected)]
+
+
+def _count(report: LandingReport, keys: list[str], used: int, duplicates: int) -> None:
+    first, *copies = keys
+    if used:
+        report.accepted[first] = used
+    if duplicates:
+        report.duplicates[first] = duplicates
+    for copy in copies:
+        report.duplicates[copy] = used + duplicates

@@ -1,0 +1,122 @@
+"""Raw objects: what a raw version is made of, and reading their rows from verified bytes."""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from cifar_assets.dataset.formats.archive import read_archive
+from cifar_assets.dataset.formats.binary import read_records
+from cifar_assets.dataset.formats.image_tar import read_image_tar
+from cifar_assets.dataset.formats.parquet import read_parquet
+from cifar_assets.dataset.rows import RowBatch, Split
+from cifar_assets.digests import sha256_file
+from cifar_assets.errors import DataError, IntegrityError, StoreError
+from cifar_assets.object_store import ObjectStore
+
+ObjectFormat = Literal["archive", "parquet", "images", "records"]
+"""Official archive (python or binary), Parquet in the Hugging Face layout, tar of image files, plain binary records."""
+
+OBJECTS_PREFIX = "objects/"
+
+
+class RawObject(BaseModel):
+    """One stored object of a raw version and which of its rows count."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str = Field(description="Key in the raw bucket: objects/<sha256><suffix>.")
+    sha256: str
+    size: int = Field(description="Bytes.")
+    format: ObjectFormat
+    role: Literal["source", "landed"] = Field(description="Part of the source, or joined from the landing zone.")
+    split: Split | Literal["mixed"] = Field(
+        description="Split of all its rows; mixed for an archive, any where the source has no split of its own."
+    )
+    rows: int = Field(description="Rows in the object, used or not.")
+    excluded: tuple[tuple[int, int], ...] = Field(
+        default=(), description="Row ranges (first, one past the last) that this version does not use."
+    )
+
+    @property
+    def used_rows(self) -> int:
+        return self.rows - sum(stop - start for start, stop in self.excluded)
+
+    def used(self) -> NDArray[np.bool_]:
+        """One flag per row: whether this version uses it."""
+        flags = np.ones(self.rows, dtype=np.bool_)
+        for start, stop in self.excluded:
+            flags[start:stop] = False
+        return flags
+
+
+def ranges_of(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """The row numbers as ranges (first, one past the last), in order."""
+    ranges: list[tuple[int, int]] = []
+    for row in sorted(set(rows)):
+        if ranges and ranges[-1][1] == row:
+            ranges[-1] = (ranges[-1][0], row + 1)
+        else:
+            ranges.append((row, row + 1))
+    return tuple(ranges)
+
+
+def read_rows(path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool) -> Iterator[RowBatch]:
+    """The rows of a file in one of the formats; `name` is what errors call it."""
+    only: Split = "test" if split == "test" else "any" if split == "any" else "train"
+    if kind == "archive":
+        return read_archive(path, name)
+    if kind == "parquet":
+        return read_parquet(path, only, name, resize=resize)
+    if kind == "images":
+        return read_image_tar(path, only, name, resize=resize)
+    return read_records(path, only, name)
+
+
+@contextmanager
+def fetched(store: ObjectStore, key: str, sha256: str) -> Iterator[Path]:
+    """The object as a local file with verified content: in place where the store is a folder, else a temporary copy."""
+    local = store.local_path(key)
+    if local is not None and local.is_file():
+        found = sha256_file(local)
+        if found != sha256:
+            raise IntegrityError(
+                f"{store.uri(key)}: expected sha256 {sha256}, got {found}. It was changed after it was written: "
+                "materialize the raw dataset again to restore it from its source."
+            )
+        yield local
+        return
+    with tempfile.TemporaryDirectory(prefix="cifar-object-") as folder:
+        path = Path(folder, os.path.basename(key))
+        store.download_verified(key, sha256, path)
+        yield path
+
+
+def store_object(raw: ObjectStore, path: Path, sha256: str, suffix: str) -> str:
+    """Store a file under its digest and return the key. A good copy already there is kept, a damaged one replaced."""
+    key = f"{OBJECTS_PREFIX}{sha256}{suffix}"
+    if is_stored(raw, key, sha256, path.stat().st_size):
+        return key
+    raw.upload(key, path)
+    if not is_stored(raw, key, sha256, path.stat().st_size):
+        raw.delete(key)
+        raise DataError(f"{path} changed while it was being stored; wait until it is complete and try again.")
+    return key
+
+
+def is_stored(raw: ObjectStore, key: str, sha256: str, size: int) -> bool:
+    """Whether the object is there with the right content."""
+    info = raw.stat(key)
+    if info is None or info.size != size:
+        return False
+    try:
+        with fetched(raw, key, sha256):
+            return True
+    except (IntegrityError, StoreError):
+        return False

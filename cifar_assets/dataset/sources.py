@@ -1,0 +1,211 @@
+"""Where raw data comes from: the official archive, a path or bucket, or drawn from a seed."""
+
+import logging
+import os
+import tempfile
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from cifar_assets.dataset import synthetic
+from cifar_assets.dataset.download import (
+    OFFICIAL_MD5,
+    OFFICIAL_URL,
+    DownloadError,
+    Expected,
+    check_file,
+    fetch,
+    split_expected,
+)
+from cifar_assets.dataset.formats.binary import pack_records
+from cifar_assets.dataset.index import build_index, load_index, save_index
+from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, Entry, SourceFile, recognize, suffix_of
+from cifar_assets.dataset.objects import RawObject, is_stored, read_rows, store_object
+from cifar_assets.dataset.progress import Progress, quiet
+from cifar_assets.digests import sha256_file, sha256_json
+from cifar_assets.errors import ConfigError, DataError
+from cifar_assets.object_store import ObjectStore, open_store
+
+logger = logging.getLogger(__name__)
+
+CHOICES = (
+    "Choices for CIFAR10_SOURCE: 'download' (the official archive, needs the network), 'synthetic' (drawn from a seed, "
+    "needs nothing), or a path, file:// or s3:// address of the official python or binary archive, of Parquet files in "
+    "the Hugging Face layout, or of a folder of class folders."
+)
+
+_SHOWN_REFUSALS = 5
+
+
+class _Imports(BaseModel):
+    """Objects that an address with a known digest was imported as, so that it is not fetched again."""
+
+    objects: tuple[RawObject, ...]
+
+
+def import_source(
+    source: str, raw: ObjectStore, *, resize: bool = False, progress: Progress = quiet
+) -> list[RawObject]:
+    """Validate the source and store its objects under their digests; nothing of an invalid file is stored.
+
+    `source` is 'download', 'synthetic' or 'synthetic:<seed>', a path, or a file://, s3:// or http(s):// address. A
+    file's address may end in `#md5=...` or `#sha256=...`, which it must then have. Importing what is already stored
+    stores nothing again. Raises ConfigError for a source that cannot be understood or found, DataError (naming file
+    and row) for one that is damaged.
+    """
+    address = f"{OFFICIAL_URL}#md5={OFFICIAL_MD5}" if source == "download" else source
+    remembered = _remembered(address, raw)
+    if remembered:
+        logger.info("%s is already stored; not fetched again.", source)
+        return remembered
+    with tempfile.TemporaryDirectory(prefix="cifar-source-") as work:
+        try:
+            files = _source_files(address, Path(work), progress)
+            objects = [_import_file(file, raw, resize, progress) for file in files]
+        except DownloadError as error:
+            raise DownloadError(f"Cannot fetch the raw data: {error} {CHOICES}") from error
+    if _is_pinned_url(address):
+        raw.write(_import_key(address), _Imports(objects=tuple(objects)).model_dump_json().encode())
+    return objects
+
+
+def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, progress: Progress) -> RawObject:
+    sha256 = sha256_file(file.path)
+    index = load_index(raw, sha256, file.split, resize)
+    if index is None:
+        index = build_index(
+            read_rows(file.path, file.format, file.split, file.name, resize=resize), file.name, progress
+        )
+        if index.refused:
+            raise DataError(_refusal_message(file.name, index.refused, len(index)))
+        if not len(index):
+            raise DataError(f"{file.name} holds no images.")
+    key = store_object(raw, file.path, sha256, file.suffix)
+    save_index(raw, sha256, file.split, resize, index)
+    return RawObject.model_validate(
+        {
+            "key": key,
+            "sha256": sha256,
+            "size": file.path.stat().st_size,
+            "format": file.format,
+            "role": "source",
+            "split": file.split,
+            "rows": len(index),
+        }
+    )
+
+
+def _refusal_message(name: str, refused: dict[int, str], rows: int) -> str:
+    shown = "; ".join(f"row {row}: {reason}" for row, reason in list(refused.items())[:_SHOWN_REFUSALS])
+    more = f" and {len(refused) - _SHOWN_REFUSALS} more" if len(refused) > _SHOWN_REFUSALS else ""
+    return (
+        f"{name}: {len(refused)} of {rows} rows cannot be used ({shown}{more}). Correct or remove them in the source."
+    )
+
+
+def _source_files(address: str, work: Path, progress: Progress) -> Iterator[SourceFile]:
+    if address == "synthetic" or address.startswith("synthetic:"):
+        return _synthetic_files(address, work)
+    base, expected = split_expected(address)
+    scheme = urllib.parse.urlsplit(base).scheme
+    if scheme in ("http", "https"):
+        name = urllib.parse.unquote(urllib.parse.urlsplit(base).path).rpartition("/")[2]
+        target = work / "download"
+        fetch(base, target, expected, parts=_download_folder(), progress=progress)
+        return _one_file(target, name, base)
+    if scheme == "s3":
+        return _bucket_files(base, expected, work, progress)
+    path = Path(urllib.parse.unquote(urllib.parse.urlsplit(base).path)) if scheme == "file" else Path(base).expanduser()
+    return _local_files(path, expected, work, progress)
+
+
+def _local_files(path: Path, expected: Expected, work: Path, progress: Progress) -> Iterator[SourceFile]:
+    if path.is_file():
+        check_file(path, expected, str(path))
+        return _one_file(path, path.name, str(path))
+    if not path.is_dir():
+        raise ConfigError(f"Source {str(path)!r} is neither a file nor a folder here. {CHOICES}")
+    entries = [
+        Entry(
+            Path(folder, name).relative_to(path).as_posix(),
+            Path(folder, name).stat().st_size,
+            lambda p=Path(folder, name): p,
+        )
+        for folder, _, names in os.walk(path)
+        for name in names
+        if Path(folder, name).is_file()
+    ]
+    return recognize(entries, str(path), work, progress)
+
+
+def _bucket_files(address: str, expected: Expected, work: Path, progress: Progress) -> Iterator[SourceFile]:
+    parent, _, name = address.rstrip("/").rpartition("/")
+    if parent != "s3:/":
+        store = open_store(parent)
+        if not address.endswith("/") and store.exists(name):
+            target = work / "download"
+            store.download(name, target)
+            check_file(target, expected, address)
+            return _one_file(target, name, address)
+    store = open_store(address.rstrip("/"))
+
+    def fetch_object(key: str) -> Path:
+        # One object at a time lies here: what was fetched before has been stored by now.
+        target = work / "object"
+        store.download(key, target)
+        return target
+
+    entries = [Entry(info.key, info.size, lambda key=info.key: fetch_object(key)) for info in store.list() if info.size]
+    if not entries:
+        raise ConfigError(f"Source {address!r}: no object has this key or prefix. {CHOICES}")
+    return recognize(entries, address, work, progress)
+
+
+def _one_file(path: Path, name: str, shown: str) -> Iterator[SourceFile]:
+    suffix = suffix_of(name)
+    if suffix in ARCHIVE_SUFFIXES:
+        return iter([SourceFile(path, shown, "archive", "mixed", suffix)])
+    if suffix == ".parquet":
+        return iter([SourceFile(path, shown, "parquet", "any", suffix)])
+    raise ConfigError(f"Source {shown!r}: expected a .tar.gz, .tgz, .tar or .parquet file, or a folder. {CHOICES}")
+
+
+def _synthetic_files(source: str, work: Path) -> Iterator[SourceFile]:
+    seed_text = source.partition(":")[2] or "0"
+    if not seed_text.isdecimal():
+        raise ConfigError(f"Source {source!r}: the seed must be a whole number, as in synthetic:7. {CHOICES}")
+    for split, rows in (("train", synthetic.TRAIN_ROWS), ("test", synthetic.TEST_ROWS)):
+        path = work / f"{split}.bin"
+        path.write_bytes(pack_records(*synthetic.draw_split(int(seed_text), split, rows)))
+        yield SourceFile(path, f"{source} ({split})", "records", split, ".bin")
+
+
+def _is_pinned_url(address: str) -> bool:
+    base, expected = split_expected(address)
+    return base.startswith(("http://", "https://")) and expected != Expected()
+
+
+def _import_key(address: str) -> str:
+    return f"imports/{sha256_json(address)}.json"
+
+
+def _remembered(address: str, raw: ObjectStore) -> list[RawObject]:
+    if not _is_pinned_url(address) or not raw.exists(_import_key(address)):
+        return []
+    try:
+        objects = list(_Imports.model_validate_json(raw.read(_import_key(address))).objects)
+    except ValidationError:
+        return []
+    return objects if all(is_stored(raw, item.key, item.sha256, item.size) for item in objects) else []
+
+
+def _download_folder() -> Path:
+    """Where an interrupted download waits to be gone on with: CIFAR_DOWNLOADS, or .cifar/downloads."""
+    folder = Path(os.environ.get("CIFAR_DOWNLOADS", ".cifar/downloads"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir(), "cifar-downloads")
+    return folder
