@@ -1,0 +1,98 @@
+"""Command line: `python -m cifar_assets.training --spec FILE`, or the spec on standard input or in CIFAR_JOB_SPEC."""
+
+import argparse
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from cifar_assets.errors import CifarError, ConfigError, DataError, ObjectNotFoundError
+from cifar_assets.training.spec import JobSpec, parse_spec, read_spec
+from cifar_assets.training.stopping import StopSignal, TrainingStopped
+
+SPEC_VARIABLE = "CIFAR_JOB_SPEC"
+_LOG = logging.getLogger("cifar_assets.training")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one training job and return the exit code: 0, EXIT_BAD_SPEC, EXIT_RESUME, or 1."""
+    options = _parser().parse_args(arguments)
+    log = _set_up_logging()
+    stop = StopSignal()
+    stop.install()
+    try:
+        spec = _load_spec(options.spec)
+        _run(spec, stop, log)
+    except TrainingStopped as stopped:
+        _LOG.warning("%s", stopped)
+        return EXIT_RESUME
+    except (ConfigError, DataError, ObjectNotFoundError) as error:
+        _LOG.error("%s", error)
+        return EXIT_BAD_SPEC
+    except CifarError as error:
+        _LOG.error("%s", error)
+        return 1
+    except Exception:
+        _LOG.exception("The training failed for a reason it does not know.")
+        return 1
+    return 0
+
+
+def _run(spec: JobSpec, stop: StopSignal, log: io.StringIO) -> None:
+    # torch takes seconds to load: a spec that is wrong is refused before
+    from cifar_assets.training.job import run_job
+    from cifar_assets.training.messages import Messages
+
+    stopped: TrainingStopped | None = None
+    with Messages(wanted=_is_first()) as messages:
+        if (handler := messages.handler()) is not None:
+            logging.getLogger("cifar_assets").addHandler(handler)
+        try:
+            run_job(spec, stop, messages, log)
+        except TrainingStopped as error:
+            # leaves Pipes as a success does: the exit code says that there is more to come
+            stopped = error
+    if stopped is not None:
+        raise stopped
+
+
+def _load_spec(source: str | None) -> JobSpec:
+    if source == "-":
+        return parse_spec(sys.stdin.buffer.read(), "standard input")
+    if source is not None:
+        return read_spec(Path(source))
+    if SPEC_VARIABLE in os.environ:
+        return parse_spec(os.environ[SPEC_VARIABLE], f"the environment variable {SPEC_VARIABLE}")
+    raise ConfigError(f"There is no job spec: give --spec FILE, --spec - or the environment variable {SPEC_VARIABLE}.")
+
+
+def _set_up_logging() -> io.StringIO:
+    """Log lines of this project go to standard output and to the buffer returned; on other ranks only warnings do."""
+    buffer = io.StringIO()
+    level = logging.INFO if _is_first() else logging.WARNING
+    project = logging.getLogger("cifar_assets")
+    project.setLevel(level)
+    for stream, form in ((sys.stdout, "%(message)s"), (buffer, "%(asctime)s %(levelname)s %(message)s")):
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(logging.Formatter(form))
+        project.addHandler(handler)
+    return buffer
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cifar_assets.training", description="Run one training job.")
+    parser.add_argument(
+        "--spec", metavar="FILE", help=f"job spec in JSON, - for standard input; else {SPEC_VARIABLE} holds it"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

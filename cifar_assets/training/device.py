@@ -1,0 +1,84 @@
+"""The processor a training runs on, and what it is good at."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cifar_assets.errors import ConfigError
+from cifar_assets.training.recipes import Precision
+from cifar_assets.training.spec import Execution
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A device and the arithmetic convolutions use on it."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context in which convolutions and matrix products run in `dtype`."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def choose_processor(execution: Execution, precision: Precision, local_rank: int = 0) -> Processor:
+    """The device and precision asked for. Raises ConfigError when there is no such device."""
+    device = choose_device(execution.device, local_rank)
+    if precision == "auto":
+        dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    else:
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return Processor(device, dtype)
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The device of this process; ranks of one machine take its GPUs in turn."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ConfigError(
+            "The job asks for device cuda, and torch finds no GPU: ask for auto or cpu, or fix the driver."
+        )
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is done in hardware: emulated it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    abilities = torch.cpu.get_capabilities()
+    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+
+
+def use_threads(execution: Execution) -> int:
+    """Set torch's CPU threads for this process and return their number."""
+    torch.set_num_threads(execution.threads or default_threads())
+    return torch.get_num_threads()
+
+
+def default_threads() -> int:
+    """This process's share of the CPUs it may use. torchrun's own default of one thread is not taken over."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    wanted = os.environ.get("OMP_NUM_THREADS")
+    if wanted and wanted.isdigit() and local_processes == 1:
+        return max(1, int(wanted))
+    return max(1, int(cpu_limit()) // local_processes)
+
+
+def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPUs this process may use: the affinity mask, or the container's limit where that is lower.
+
+    Torch counts the machine's CPUs; a pod limited to 2 of 64 would run 64 threads that are throttled most of the time.
+    """
+    cpus = float(len(os.sched_getaffinity(0)))
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else min(cpus, max(1.0, int(quota) / int(period)))

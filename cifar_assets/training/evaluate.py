@@ -1,0 +1,98 @@
+"""Measuring a network on a split."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cifar_assets.contracts import CLASSES, IMAGE_SIZE
+from cifar_assets.training.data import Split
+from cifar_assets.training.device import Processor
+from cifar_assets.training.distributed import Processes
+
+_BATCH = 500
+_CALIBRATION_BINS = 15
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Float images scaled down to `size` pixels with antialiasing; unchanged where they have that size."""
+    if images.shape[-1] == size:
+        return images
+    if IMAGE_SIZE % size == 0:
+        return functional.avg_pool2d(images, images.shape[-1] // size)
+    return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy in nats and share of right answers on a split."""
+
+    loss: float
+    accuracy: float
+
+
+def score(classify: Callable[[Tensor], Tensor], split: Split, processor: Processor, processes: Processes) -> Score:
+    """Loss and accuracy of a function from uint8 images to logits.
+
+    Each process measures its share; over all of them every image counts once.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=processor.device)
+    for start in range(0, len(split), _BATCH * processes.count):
+        indices = processes.share(np.arange(start, min(start + _BATCH * processes.count, len(split))))
+        if not len(indices):
+            continue
+        labels = split.labels_at(indices)
+        with torch.inference_mode(), processor.autocast():
+            logits = classify(split.images(indices)).float()
+        sums[0] += functional.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (logits.argmax(1) == labels).sum()
+    loss, accuracy = (processes.sum(sums) / len(split)).tolist()
+    return Score(loss, accuracy)
+
+
+def predict(classifier: nn.Module, split: Split, device: torch.device) -> NDArray[np.float32]:
+    """Logits (N, 10) of a classifier that takes uint8 images, in full precision."""
+    parts = []
+    for start in range(0, len(split), _BATCH):
+        indices = np.arange(start, min(start + _BATCH, len(split)))
+        with torch.inference_mode():
+            parts.append(classifier(split.images(indices).to(device)).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def measure(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, Any]:
+    """Everything the metrics say of one split: accuracy, loss, recall per class, confusion matrix, calibration error.
+
+    The confusion matrix has the true class by row, the predicted one by column. A class without images has no recall.
+    """
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    predicted = logits.argmax(axis=1)
+    confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
+    np.add.at(confusion, (labels, predicted), 1)
+    totals = confusion.sum(axis=1)
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+        "images": len(labels),
+        "per_class_recall": {
+            name: float(confusion[index, index] / totals[index]) if totals[index] else None
+            for index, name in enumerate(CLASSES)
+        },
+        "confusion_matrix": confusion.tolist(),
+        "expected_calibration_error": calibration_error(np.exp(log_probabilities), labels),
+    }
+
+
+def calibration_error(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Expected calibration error over 15 equal bins of confidence (Guo et al., arXiv:1706.04599)."""
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    bins = np.minimum((confidence * _CALIBRATION_BINS).astype(int), _CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=_CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(labels))

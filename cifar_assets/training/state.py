@@ -1,0 +1,125 @@
+"""Everything a training changes as it goes: what a checkpoint holds."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar_assets.training.recipes import Recipe
+
+
+@dataclass
+class EpochRecord:
+    """What one finished epoch came to. Losses and accuracy are repeatable; seconds and images/s are not."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float
+    learning_rate: float
+    resolution: int
+    seconds: float
+    images_per_second: float
+
+
+@dataclass
+class Position:
+    """Where a training stands: the next step is `step` of epoch `epoch`, both counted from 0."""
+
+    epoch: int = 0
+    step: int = 0
+    epoch_seconds: float = 0.0
+    history: list[EpochRecord] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Position":
+        history = [EpochRecord(**record) for record in value["history"]]
+        return cls(value["epoch"], value["step"], value["epoch_seconds"], history)
+
+
+class TrainingState:
+    """Network, optimizer, moving average and position of one training.
+
+    Args:
+        network: the network being trained, on its device.
+        recipe: decides optimizer groups and whether there is a moving average.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe):
+        self.network = network
+        self.optimizer = build_optimizer(network, recipe)
+        self.position = Position()
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
+        self._recipe = recipe
+        self._average = _copy_tensors(network) if recipe.ema_decay else None
+
+    def update_average(self, global_step: int) -> None:
+        """Move the average towards the weights, after the step of this number, counted from 1 over the training.
+
+        The decay grows from 0, so that the average forgets the initial weights.
+        """
+        if self._average is None or global_step % self._recipe.ema_every:
+            return
+        updates = global_step // self._recipe.ema_every
+        decay = min(self._recipe.ema_decay**self._recipe.ema_every, 1 - 1 / (updates + 1))
+        with torch.no_grad():
+            for name, value in self.network.state_dict().items():
+                if value.is_floating_point():
+                    self._average[name].lerp_(value, 1 - decay)
+                else:
+                    self._average[name].copy_(value)
+
+    def published_tensors(self) -> dict[str, Tensor]:
+        """State dict of the network that is evaluated and published: the moving average where there is one."""
+        return self._average if self._average is not None else dict(self.network.state_dict())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor a continuation needs, by name."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in (self._average or {}).items()}
+        for index, parameter in enumerate(self._parameters()):
+            momentum = self.optimizer.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{index}"] = momentum
+        tensors["loss_sum"] = self.loss_sum
+        tensors["torch_random"] = torch.get_rng_state()
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor], position: Position) -> None:
+        """Continue from these. Raises KeyError or RuntimeError when they do not fit the recipe."""
+        prefix = "network."
+        self.network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for name, value in (self._average or {}).items():
+            value.copy_(tensors[f"average.{name}"])
+        for index, parameter in enumerate(self._parameters()):
+            momentum = tensors.get(f"momentum.{index}")
+            if momentum is not None:
+                buffer = torch.empty_like(parameter, requires_grad=False).copy_(momentum)
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        self.loss_sum.copy_(tensors["loss_sum"])
+        torch.set_rng_state(tensors["torch_random"])
+        self.position = position
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """SGD; batch norm parameters and biases in a group of their own, decayed only where the recipe says so."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {
+            "params": [p for p in trained if p.ndim <= 1],
+            "weight_decay": recipe.weight_decay if recipe.decay_norm_and_bias else 0.0,
+        },
+    ]
+    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
+
+
+def _copy_tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in network.state_dict().items()}
