@@ -33,6 +33,7 @@ def configure_logging() -> None:
     """One line per event on stderr; kserve's and uvicorn's own start-up chatter only from warnings on."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     warnings.filterwarnings("ignore", module="PIL")  # its remarks on clients' pictures
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings are clients' faults, answered as such
     for name in ("kserve", "uvicorn"):
         logger = logging.getLogger(name)
         logger.addHandler(logging.NullHandler())  # kserve replaces the logging configuration where it finds none

@@ -52,7 +52,7 @@ class Admission:
             held.enter()
             body = await self._read_body(headers, receive, held)
         except RequestError as error:
-            if b"expect" not in headers:
+            if b"expect" not in headers and error.status != 408:
                 await _discard(receive)
             await send_error(send, error)
             held.leave()

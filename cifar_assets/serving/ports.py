@@ -1,8 +1,10 @@
 """Ports of this machine: taking one, and who holds it, for errors that a person can act on."""
 
+import contextlib
 import errno
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from cifar_assets.errors import ConfigError
@@ -32,13 +34,9 @@ def port_holder(port: int) -> int | None:
     inodes = _listening_inodes(port)
     if not inodes:
         return None
-    for folder in Path("/proc").glob("[0-9]*/fd"):
-        try:
-            links = [os.readlink(link) for link in folder.iterdir()]
-        except OSError:
-            continue
-        if inodes.intersection(links):
-            return int(folder.parent.name)
+    for folder in Path("/proc").glob("[0-9]*"):
+        if not inodes.isdisjoint(_open_files(folder / "fd")):
+            return int(folder.name)
     return None
 
 
@@ -48,6 +46,14 @@ def command_line(pid: int) -> str | None:
         return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode("utf-8", "replace")
     except OSError:
         return None
+
+
+def _open_files(folder: Path) -> Iterator[str]:
+    """What a process's descriptors point to, as far as this process may know and while it is so."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                yield os.readlink(folder / name)
 
 
 def _listening_inodes(port: int) -> set[str]:

@@ -18,7 +18,6 @@ from cifar_assets.serving.admission import Admission
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.endpoints import CifarRESTServer
 from cifar_assets.serving.kserve_sdk import ModelServer, app
-from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.ports import bind_address
 from cifar_assets.serving.predictor import CifarModel
 from cifar_assets.serving.settings import ServerSettings
@@ -28,12 +27,11 @@ _log = logging.getLogger(__name__)
 _KEEP_ALIVE_SECONDS = 65
 
 
-def run_server(settings: ServerSettings, limits: ServingLimits | None = None) -> None:
+def run_server(settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT. Returns after a complete drain.
 
     Raises ConfigError when the address cannot be had, and what `load_classifier` raises; then nothing ever listened.
     """
-    limits = limits or ServingLimits()
     report = Reporter(settings.report_fd)
     try:
         listener = _listener(settings)
@@ -41,28 +39,27 @@ def run_server(settings: ServerSettings, limits: ServingLimits | None = None) ->
             settings.model_uri,
             settings.model_digest,
             num_threads=settings.threads,
-            batch_images=limits.batch_images,
+            batch_images=settings.limits.batch_images,
         )
     except Exception as error:
         is_own = isinstance(error, CifarError)
         report.send(state="failed", reason=str(error) if is_own else f"{type(error).__name__}: {error}")
         raise
-    CifarServer(settings, limits, listener, report).start_with(classifier)
+    CifarServer(settings, listener, report).start_with(classifier)
 
 
 class CifarServer(ModelServer):
     """kserve's model server on a socket of our own, with one model and the door in front of it."""
 
-    def __init__(self, settings: ServerSettings, limits: ServingLimits, listener: socket.socket, report: "Reporter"):
+    def __init__(self, settings: ServerSettings, listener: socket.socket, report: "Reporter"):
         super().__init__(http_port=settings.port, workers=1, enable_grpc=False, enable_latency_logging=False)
         self._settings = settings
-        self._limits = limits
         self._listener = listener
         self._report = report
 
     def start_with(self, classifier: Classifier) -> None:
         """Serve the classifier until told to stop."""
-        model = CifarModel(self._settings.identity, classifier, self._limits)
+        model = CifarModel(self._settings.identity, classifier, self._settings.limits)
         self.register_model(model)
         is_leaving = threading.Event()
         rest = CifarRESTServer(
@@ -74,7 +71,7 @@ class CifarServer(ModelServer):
             is_ready=lambda: model.ready and not is_leaving.is_set(),
         )
         rest.create_application()
-        door = Admission(app, self._limits, model.batcher.retry_after)
+        door = Admission(app, self._settings.limits, model.batcher.retry_after)
         config = uvicorn.Config(
             door,  # pyright: ignore[reportArgumentType] - an ASGI application with looser scope types
             log_config=None,

@@ -8,8 +8,11 @@ from typing import Any
 
 from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.serving.classifier import ModelIdentity
+from cifar_assets.serving.limits import ServingLimits
 
 ENVIRONMENT_PREFIX = "CIFAR_SERVING_"
+_DEFAULTS = ServingLimits()
+_LIMIT_OPTIONS = ("batch_images", "batch_delay", "queue_images", "max_pending_requests")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class ServerSettings:
     """A listening socket to take over in place of host and port."""
     report_fd: int | None
     """Where to report loading, readiness and draining, one JSON object per line."""
+    limits: ServingLimits
     lifeline_fd: int | None
     """The end of a pipe: when its other end closes, the server drains and exits."""
 
@@ -53,6 +57,20 @@ def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, st
     parser.option("host", "address to listen on; a pod passes 0.0.0.0", default="127.0.0.1")
     parser.option("port", "port to listen on", kind=_port, default=environment.get("PORT", "8080"))
     parser.option("threads", "threads of one run of the model; by default one per CPU", kind=_positive)
+    parser.option("batch-images", "images in one run of the model", kind=_positive, default=str(_DEFAULTS.batch_images))
+    parser.option(
+        "batch-delay",
+        "seconds an image waits for others that are on their way",
+        kind=_seconds,
+        default=str(_DEFAULTS.batch_delay),
+    )
+    parser.option("queue-images", "images that may wait", kind=_positive, default=str(_DEFAULTS.queue_images))
+    parser.option(
+        "max-pending-requests",
+        "requests read or answered at a time",
+        kind=_positive,
+        default=str(_DEFAULTS.max_pending_requests),
+    )
     parser.option("drain-delay", "seconds to go on accepting after SIGTERM", kind=_seconds, default="0")
     parser.option("linger", "seconds to serve open connections after that", kind=_seconds, default="2")
     parser.option("grace", "seconds to finish begun requests after that", kind=_seconds, default="30")
@@ -61,7 +79,8 @@ def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, st
     parser.option("lifeline-fd", "descriptor of a pipe whose closing ends the server", kind=int)
     values = vars(parser.parse_args(arguments))
     values["model_version"] = values["model_version"] or values["model_digest"][:12]
-    return ServerSettings(**values)
+    limits = ServingLimits(**{name: values.pop(name) for name in _LIMIT_OPTIONS})
+    return ServerSettings(**values, limits=limits)
 
 
 class _Parser(argparse.ArgumentParser):

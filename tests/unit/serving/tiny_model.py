@@ -21,8 +21,11 @@ def tiny_logits(images: np.ndarray, seed: int = 0) -> np.ndarray:
     return pooled.reshape(len(images), 48) @ tiny_weights(seed).astype(np.float64)
 
 
-def tiny_onnx(seed: int = 0, *, bias: float = 0.0) -> bytes:
-    """images uint8 [N,3,32,32] -> cast, scale, average pooling, matmul -> logits float32 [N,10]."""
+def tiny_onnx(seed: int = 0, *, bias: float = 0.0, work: int = 0) -> bytes:
+    """images uint8 [N,3,32,32] -> cast, scale, average pooling, matmul -> logits float32 [N,10].
+
+    `work` adds that many 1024x1024 matrix products, about 2 GFLOP each, whose result does not change the answer.
+    """
     weights = numpy_helper.from_array(tiny_weights(seed), "weights")
     scale = numpy_helper.from_array(np.array(1 / 255, dtype=np.float32), "scale")
     shift = numpy_helper.from_array(np.array(bias, dtype=np.float32), "shift")
@@ -34,16 +37,38 @@ def tiny_onnx(seed: int = 0, *, bias: float = 0.0) -> bytes:
         helper.make_node("MatMul", ["features", "weights"], ["product"]),
         helper.make_node("Add", ["product", "shift"], ["logits"]),
     ]
+    if work:
+        nodes[-1:] = _busy_nodes(work)
     graph = helper.make_graph(
         nodes,
         "tiny",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 3, 32, 32])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 10])],
-        [weights, scale, shift],
+        [weights, scale, shift, _BUSY_SHAPE, _ZERO],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)
     return model.SerializeToString()
+
+
+_BUSY_SHAPE = numpy_helper.from_array(np.array([1024, 1024], dtype=np.int64), "busy_shape")
+_ZERO = numpy_helper.from_array(np.array(0, dtype=np.float32), "zero")
+
+
+def _busy_nodes(work: int) -> list[onnx.NodeProto]:
+    """Matrix products that start from the images, so that they cannot be worked out beforehand."""
+    nodes = [
+        helper.make_node("ReduceMean", ["scaled"], ["mean"], keepdims=0),
+        helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+        helper.make_node("Expand", ["nothing", "busy_shape"], ["busy_0"]),
+    ]
+    for step in range(work):
+        nodes.append(helper.make_node("MatMul", [f"busy_{step}", f"busy_{step}"], [f"busy_{step + 1}"]))
+    return [
+        *nodes,
+        helper.make_node("ReduceMean", [f"busy_{work}"], ["busy_mean"], keepdims=0),
+        helper.make_node("Sum", ["product", "shift", "busy_mean"], ["logits"]),
+    ]
 
 
 def store_tiny_model(models: ObjectStore, seed: int = 0, *, onnx_bytes: bytes | None = None) -> tuple[str, str]:

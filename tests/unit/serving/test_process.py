@@ -1,0 +1,108 @@
+"""What a server process is told, what it loads, and how ports are found taken."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from cifar_assets.contracts import EXIT_BAD_SPEC
+from cifar_assets.errors import ConfigError
+from cifar_assets.serving.__main__ import main
+from cifar_assets.serving.ports import bind_address, command_line, port_holder
+from cifar_assets.serving.settings import parse_settings
+
+REQUIRED = ["--model-uri", "file:///m/", "--model-digest", "abcdef0123456789"]
+
+
+def test_a_server_listens_on_loopback_unless_told_otherwise():
+    settings = parse_settings(REQUIRED, {})
+    assert (settings.host, settings.port, settings.model_version) == ("127.0.0.1", 8080, "abcdef012345")
+
+
+def test_options_come_from_the_environment_too_and_the_command_line_wins():
+    environment = {
+        "CIFAR_SERVING_MODEL_URI": "s3://models/a/",
+        "CIFAR_SERVING_MODEL_DIGEST": "aa",
+        "CIFAR_SERVING_HOST": "0.0.0.0",
+        "CIFAR_SERVING_PORT": "9000",
+        "CIFAR_SERVING_DRAIN_DELAY": "5",
+        "CIFAR_SERVING_THREADS": "2",
+        "PORT": "1",
+    }
+    settings = parse_settings(["--port", "9001", "--model-version", "3"], environment)
+    assert (settings.model_uri, settings.model_digest, settings.model_version) == ("s3://models/a/", "aa", "3")
+    assert (settings.host, settings.port, settings.drain_delay, settings.threads) == ("0.0.0.0", 9001, 5, 2)
+    assert parse_settings(REQUIRED, {"PORT": "8081"}).port == 8081
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "--model-uri"),
+        (["--model-uri", "file:///m/"], "--model-digest"),
+        ([*REQUIRED, "--port", "70000"], "--port"),
+        ([*REQUIRED, "--port", "http"], "--port"),
+        ([*REQUIRED, "--threads", "0"], "--threads"),
+        ([*REQUIRED, "--linger", "-1"], "--linger"),
+        ([*REQUIRED, "--linger", "nan"], "--linger"),
+        ([*REQUIRED, "--models", "x"], "--models"),
+    ],
+)
+def test_wrong_options_end_with_a_usage_message(arguments, word, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_settings(arguments, {})
+    assert caught.value.code == EXIT_BAD_SPEC
+    assert word in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_ends_the_process_with_one_line(tmp_path):
+    command = [sys.executable, "-m", "cifar_assets.serving", "--model-digest", "0" * 64, "--port", "0"]
+    result = subprocess.run(
+        [*command, "--model-uri", (tmp_path / "none").as_uri()], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == EXIT_BAD_SPEC
+    assert "no such object" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_scheme_is_a_configuration_error(caplog, monkeypatch):
+    monkeypatch.setattr("cifar_assets.serving.__main__.configure_logging", lambda: None)
+    assert main(["--model-uri", "ftp://x/", "--model-digest", "0", "--port", "0"]) == EXIT_BAD_SPEC
+    assert "expected a file:///... or s3://" in caplog.text
+
+
+def test_the_server_loads_neither_what_trains_nor_what_it_never_calls():
+    """And with kserve in it stays small enough for a pod of 512 MiB."""
+    code = (
+        "import json, resource, sys; sys.argv += ['--workers', 'x']; import cifar_assets.serving.server;"
+        "print(json.dumps([sorted(sys.modules), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    modules, peak_kilobytes = json.loads(output.stdout)
+    unwanted = {"torch", "torchvision", "dagster", "pandas", "kubernetes", "mlflow", "pyarrow", "matplotlib"}
+    assert unwanted.isdisjoint(modules)
+    assert peak_kilobytes < 200 * 1024
+
+
+def test_what_stands_in_for_modules_while_kserve_loads_is_gone_afterwards():
+    code = (
+        "import cifar_assets.serving.kserve_sdk as sdk, sys; before = list(sys.argv); import pandas, kserve;"
+        "print(pandas.DataFrame([1]).shape, issubclass(sdk.Model, kserve.Model), before == sys.argv)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert output.stdout.split("\n")[0] == "(1, 1) True True"
+
+
+def test_a_taken_port_is_refused_and_its_holder_found():
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: another process listens there"):
+            bind_address("127.0.0.1", port).listen()
+        pid = port_holder(port)
+        assert pid is not None
+        assert "python" in (command_line(pid) or "")
+    assert port_holder(port) is None
+    with pytest.raises(ConfigError, match="Cannot listen on no-such-host"):
+        bind_address("no-such-host.invalid", 0)

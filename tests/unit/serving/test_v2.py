@@ -1,0 +1,228 @@
+"""V2 tensors against their declaration (case C20)."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cifar_assets.serving.classifier import ModelIdentity, softmax
+from cifar_assets.serving.faults import RequestError
+from cifar_assets.serving.limits import ServingLimits
+from cifar_assets.serving.v2 import InferRequest, parse_infer, render_infer
+
+LIMITS = ServingLimits()
+IMAGES = np.random.default_rng(5).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
+FLAT = IMAGES.ravel().tolist()
+IDENTITY = ModelIdentity("cifar10", "7", "a" * 64)
+
+
+def tensor(**changes: Any) -> dict[str, Any]:
+    values = {"name": "images", "datatype": "UINT8", "shape": [2, 3, 32, 32], "data": FLAT, **changes}
+    return {name: value for name, value in values.items() if value is not ...}
+
+
+def request(**changes: Any) -> bytes:
+    return json.dumps({"inputs": [tensor()], **changes}).encode()
+
+
+def with_tensor(**changes: Any) -> bytes:
+    return json.dumps({"inputs": [tensor(**changes)]}).encode()
+
+
+def binary(size: Any = 6144, pixels: bytes = IMAGES.tobytes(), **changes: Any) -> tuple[bytes, str]:
+    header = with_tensor(data=..., parameters={"binary_data_size": size}, **changes)
+    return header + pixels, str(len(header))
+
+
+def test_flat_nested_and_binary_data_are_the_same_tensor():
+    bodies = [(with_tensor(), None), (with_tensor(data=IMAGES.tolist()), None), binary()]
+    bodies.append((bodies[0][0], str(len(bodies[0][0]))))
+    for body, header_length in bodies:
+        np.testing.assert_array_equal(parse_infer(body, header_length, LIMITS).images, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "expected", "received"),
+    [
+        ({"data": FLAT[:-1]}, "inputs[0].data", "6144 numbers", "shape [6143]"),
+        ({"data": [*FLAT, 0]}, "inputs[0].data", "6144 numbers", "shape [6145]"),
+        ({"data": IMAGES[:1].tolist()}, "inputs[0].data", "6144 numbers", "shape [1, 3, 32, 32]"),
+        ({"data": IMAGES.transpose(0, 2, 3, 1).tolist()}, "inputs[0].data", "6144 numbers", "shape [2, 32, 32, 3]"),
+        ({"data": [IMAGES.tolist()]}, "inputs[0].data", "6144 numbers", "deeper than 4"),
+        ({"data": [FLAT[:10], FLAT[:11]]}, "inputs[0].data", "6144 numbers", "ragged"),
+        ({"data": [1, [2]]}, "inputs[0].data", "6144 numbers", "ragged"),
+        ({"data": []}, "inputs[0].data", "6144 numbers", "shape [0]"),
+        ({"data": ...}, "inputs[0].data", "6144 numbers", "null"),
+        ({"data": "AAAA"}, "inputs[0].data", "6144 numbers", "the text"),
+        ({"data": [*FLAT[:-1], "7"]}, "inputs[0].data", "whole numbers", "the text '7'"),
+        ({"data": [*FLAT[:-1], 0.5]}, "inputs[0].data", "whole numbers", "0.5"),
+        ({"data": [*FLAT[:-1], True]}, "inputs[0].data", "whole numbers", "true"),
+        ({"data": [*FLAT[:-1], None]}, "inputs[0].data", "whole numbers", "null"),
+        ({"data": [*FLAT[:-1], 256]}, "inputs[0].data", "0 to 255", "to 256"),
+        ({"data": [*FLAT[:-1], -1]}, "inputs[0].data", "0 to 255", "from -1"),
+        ({"shape": [1, 3, 32, 32]}, "inputs[0].data", "3072 numbers", "shape [6144]"),
+        ({"shape": [2, 32, 32, 3]}, "inputs[0].shape", "[N, 3, 32, 32]", "[2, 32, 32, 3]"),
+        ({"shape": [3, 32, 32]}, "inputs[0].shape", "[N, 3, 32, 32]", "[3, 32, 32]"),
+        ({"shape": [-1, 3, 32, 32]}, "inputs[0].shape", "[N, 3, 32, 32]", "[-1, 3, 32, 32]"),
+        ({"shape": [0, 3, 32, 32]}, "inputs[0].shape", "[N, 3, 32, 32]", "[0, 3, 32, 32]"),
+        ({"shape": ["2", 3, 32, 32]}, "inputs[0].shape", "[N, 3, 32, 32]", "['2', 3, 32, 32]"),
+        ({"shape": [2.0, 3, 32, 32]}, "inputs[0].shape", "[N, 3, 32, 32]", "[2.0, 3, 32, 32]"),
+        ({"shape": [True, 3, 32, 32]}, "inputs[0].shape", "[N, 3, 32, 32]", "[True, 3, 32, 32]"),
+        ({"shape": []}, "inputs[0].shape", "[N, 3, 32, 32]", "[]"),
+        ({"shape": None}, "inputs[0].shape", "[N, 3, 32, 32]", "null"),
+        ({"shape": "2,3,32,32"}, "inputs[0].shape", "[N, 3, 32, 32]", "the text"),
+        ({"shape": ...}, "inputs[0].shape", "[N, 3, 32, 32]", "null"),
+        ({"shape": [[2], 3, 32, 32]}, "inputs[0].shape", "[N, 3, 32, 32]", "[[2], 3, 32, 32]"),
+        ({"datatype": "FP32"}, "inputs[0].datatype", "'UINT8'", "'FP32'"),
+        ({"datatype": "uint8"}, "inputs[0].datatype", "'UINT8'", "'uint8'"),
+        ({"datatype": "BYTES"}, "inputs[0].datatype", "'UINT8'", "'BYTES'"),
+        ({"datatype": None}, "inputs[0].datatype", "'UINT8'", "null"),
+        ({"datatype": ["UINT8"]}, "inputs[0].datatype", "'UINT8'", "a list"),
+        ({"name": "input_1"}, "inputs[0].name", "'images'", "'input_1'"),
+        ({"name": ...}, "inputs[0].name", "'images'", "null"),
+        ({"parameters": 3}, "inputs[0].parameters", "an object", "the number 3"),
+        ({"parameters": {"binary_data_size": 6144}}, "Inference-Header-Content-Length", "header", "none"),
+    ],
+)
+def test_a_tensor_unlike_its_declaration_is_refused(changes, field, expected, received):
+    with pytest.raises(RequestError) as caught:
+        parse_infer(with_tensor(**changes), None, LIMITS)
+    assert caught.value.status == 400
+    assert caught.value.field.startswith(field)
+    assert expected in caught.value.expected
+    assert received in caught.value.received
+
+
+def test_a_huge_claim_costs_nothing():
+    with pytest.raises(RequestError, match="at most 64 images, got 1000000000") as caught:
+        parse_infer(with_tensor(shape=[10**9, 3, 32, 32]), None, LIMITS)
+    assert caught.value.status == 413
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "received"),
+    [
+        (b"", "body", "empty"),
+        (b"{", "body", "not valid JSON"),
+        (b"[]", "body", "a list"),
+        (b"{}", "inputs", "keys []"),
+        (request(inputs=[]), "inputs", "a list of 0"),
+        (request(inputs=None), "inputs", "null"),
+        (request(inputs={"images": 1}), "inputs", "an object"),
+        (request(inputs=[3]), "inputs[0]", "the number 3"),
+        (request(inputs=[tensor(), tensor(name="mask")]), "inputs[1].name", "'mask'"),
+        (request(inputs=[tensor(), tensor()]), "inputs", "2 times"),
+        (request(id=3), "id", "the number 3"),
+        (request(parameters=[]), "parameters", "a list"),
+        (request(parameters={"binary_data_output": "yes"}), "parameters.binary_data_output", "'yes'"),
+        (request(outputs=3), "outputs", "the number 3"),
+        (request(outputs=["logits"]), "outputs[0].name", "'logits'"),
+        (request(outputs=[{"name": "labels"}]), "outputs[0].name", "'labels'"),
+        (request(outputs=[{"name": ["logits"]}]), "outputs[0].name", "a list"),
+        (request(outputs=[{"name": "logits", "parameters": 1}]), "outputs[0].parameters", "the number 1"),
+        (
+            request(outputs=[{"name": "logits", "parameters": {"binary_data": 1}}]),
+            "outputs[0].parameters.binary_data",
+            "the number 1",
+        ),
+    ],
+)
+def test_a_bad_request_is_refused(body, field, received):
+    with pytest.raises(RequestError) as caught:
+        parse_infer(body, None, LIMITS)
+    assert caught.value.status == 400
+    assert caught.value.field == field
+    assert received in caught.value.received
+
+
+@pytest.mark.parametrize("length", ["", "-1", "abc", "1e3", "99999999999999999999", "7000000", "\u0661"])
+def test_a_header_length_that_cannot_be_is_refused(length):
+    with pytest.raises(RequestError, match="Inference-Header-Content-Length"):
+        parse_infer(binary()[0], length, LIMITS)
+
+
+def test_a_header_length_that_cuts_the_json_is_refused():
+    body, length = binary()
+    for wrong in (0, int(length) - 1, int(length) + 1):
+        with pytest.raises(RequestError, match="JSON"):
+            parse_infer(body, str(wrong), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"), [(6144, 6143), (6144, 6145), (6144, 0), (6143, 6143), (0, 0), (-1, 6144), ("6144", 6144)]
+)
+def test_a_byte_count_that_is_not_the_product_of_the_shape_is_refused(size, num_bytes):
+    pixels = (IMAGES.tobytes() + b"\0")[:num_bytes]
+    with pytest.raises(RequestError, match=r"6144 bytes"):
+        parse_infer(*binary(size, pixels), LIMITS)
+
+
+def test_bytes_that_nothing_declares_and_data_given_twice_are_refused():
+    header = with_tensor()
+    with pytest.raises(RequestError, match="binary_data_size"):
+        parse_infer(header + b"abc", str(len(header)), LIMITS)
+    header = with_tensor(parameters={"binary_data_size": 6144})
+    with pytest.raises(RequestError, match="no data where"):
+        parse_infer(header + IMAGES.tobytes(), str(len(header)), LIMITS)
+
+
+class TestAnswer:
+    LOGITS = np.random.default_rng(1).normal(size=(2, 10)).astype(np.float32)
+
+    def test_json_carries_both_outputs_and_the_model(self):
+        answer = render_infer(parse_infer(request(id="r1"), None, LIMITS), self.LOGITS, IDENTITY)
+        assert answer.header_length is None
+        value = json.loads(answer.body)
+        assert (value["id"], value["model_name"], value["model_version"]) == ("r1", "cifar10", "7")
+        assert value["parameters"] == {"model_digest": "a" * 64}
+        outputs = {output["name"]: output for output in value["outputs"]}
+        assert list(outputs) == ["probabilities", "logits"]
+        for output in outputs.values():
+            assert (output["datatype"], output["shape"]) == ("FP32", [2, 10])
+        np.testing.assert_allclose(outputs["logits"]["data"], self.LOGITS.ravel(), rtol=1e-6)
+        np.testing.assert_allclose(outputs["probabilities"]["data"], softmax(self.LOGITS).ravel(), rtol=1e-6)
+
+    def test_binary_outputs_follow_the_json_in_order(self):
+        outputs = [{"name": "logits", "parameters": {"binary_data": True}}, {"name": "probabilities"}]
+        answer = render_infer(parse_infer(request(outputs=outputs), None, LIMITS), self.LOGITS, IDENTITY)
+        assert answer.header_length is not None
+        value = json.loads(answer.body[: answer.header_length])
+        assert value["outputs"][0]["parameters"] == {"binary_data_size": 80}
+        assert "data" not in value["outputs"][0]
+        assert len(value["outputs"][1]["data"]) == 20
+        logits = np.frombuffer(answer.body[answer.header_length :], "<f4").reshape(2, 10)
+        np.testing.assert_array_equal(logits, self.LOGITS)
+
+    def test_a_request_may_ask_for_all_outputs_as_binary(self):
+        wanted = parse_infer(request(parameters={"binary_data_output": True}), None, LIMITS)
+        assert wanted.outputs == {"probabilities": True, "logits": True}
+        answer = render_infer(wanted, self.LOGITS, IDENTITY)
+        assert len(answer.body) - (answer.header_length or 0) == 160
+
+    def test_extreme_logits_give_finite_probabilities(self):
+        logits = np.array([[1e30, -1e30, *[0] * 8]], np.float32)
+        assert softmax(logits).tolist() == [[1.0, *[0.0] * 9]]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(["name", "shape", "datatype", "data", "parameters", "inputs", "outputs", "id"]), value=JSON)
+def test_any_value_in_any_place_is_accepted_or_refused(name, value):
+    top = name in ("inputs", "outputs", "id")
+    body = request(**{name: value}) if top else with_tensor(**{name: value})
+    try:
+        parsed = parse_infer(body.replace(b"Infinity", b"1"), None, LIMITS)
+    except RequestError as error:
+        parsed = error
+    assert isinstance(parsed, (InferRequest, RequestError))
+    if isinstance(parsed, RequestError):
+        assert 400 <= parsed.status < 500
