@@ -41,15 +41,15 @@ class FolderStore(ObjectStore):
             raise ObjectNotFoundError(f"{self.uri(key)}: no such object.") from error
 
     def write(self, key: str, data: bytes) -> None:
-        self._write_atomically(self._path(key), lambda file: file.write(data))
+        write_atomically(self._path(key), lambda file: file.write(data))
 
     def upload(self, key: str, path: Path) -> None:
         with path.open("rb") as source:
-            self._write_atomically(self._path(key), lambda file: shutil.copyfileobj(source, file))
+            write_atomically(self._path(key), lambda file: shutil.copyfileobj(source, file))
 
     def download(self, key: str, path: Path) -> None:
         with self.open(key) as source:
-            self._write_atomically(path, lambda file: shutil.copyfileobj(source, file))
+            write_atomically(path, lambda file: shutil.copyfileobj(source, file))
 
     def stat(self, key: str) -> ObjectInfo | None:
         path = self._path(key)
@@ -91,18 +91,24 @@ class FolderStore(ObjectStore):
             last_modified=datetime.fromtimestamp(status.st_mtime, UTC),
         )
 
-    def _write_atomically(self, path: Path, fill: Callable[[BinaryIO], object]) -> None:
+
+def write_atomically(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Let `fill` write a temporary file next to the path and rename it into place; nothing is left when it fails.
+
+    Raises StoreError when the disk refuses; what `fill` raises of this project's own errors passes through.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    fill(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(name, path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise StoreError(f"Could not write {path}: {error}. Check free space and permissions.") from error
+            with os.fdopen(descriptor, "wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StoreError(f"Could not write {path}: {error}. Check free space and permissions.") from error

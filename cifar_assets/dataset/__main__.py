@@ -1,0 +1,151 @@
+"""Versions and lineage on the command line: `python -m cifar_assets.dataset --help`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar_assets.contracts import MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET
+from cifar_assets.dataset.images import pixel_digest, prepare_image
+from cifar_assets.dataset.lineage import (
+    DatasetLineage,
+    Stores,
+    dataset_lineage,
+    find_image,
+    find_object,
+    images_of,
+    model_lineage,
+)
+from cifar_assets.dataset.processed import SPLIT_NAMES
+from cifar_assets.dataset.raw import list_raw_versions, make_current
+from cifar_assets.errors import CifarError
+from cifar_assets.object_store import FolderStore, open_store
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0, or 1 with one line on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(_open(options.store), options)
+    except (CifarError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m cifar_assets.dataset", description=__doc__)
+    parser.add_argument(
+        "--store",
+        default=os.environ.get("CIFAR_STORE", ".cifar/store"),
+        help="folder above the buckets, or s3:/// for the server at AWS_ENDPOINT_URL (default: %(default)s)",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser("versions", help="list the raw versions, oldest first")
+    command.set_defaults(run=_versions)
+
+    command = commands.add_parser("use", help="make an earlier raw version current")
+    command.add_argument("digest", help="its digest, or enough of its first digits")
+    command.set_defaults(run=_use)
+
+    command = commands.add_parser("model", help="which data made this model")
+    command.add_argument("digest", help="model digest, as in a served answer or in the asset's metadata")
+    command.add_argument("--images", action="store_true", help="list every image with its object and row")
+    command.set_defaults(run=_model)
+
+    command = commands.add_parser("dataset", help="which objects made this processed version")
+    command.add_argument("digest", help="processed digest")
+    command.add_argument("--images", action="store_true", help="list every image with its object and row")
+    command.set_defaults(run=_dataset)
+
+    command = commands.add_parser("where", help="where an image is used: versions, splits, objects, models")
+    command.add_argument("image", help="an image file, or a pixel digest")
+    command.set_defaults(run=_where)
+
+    command = commands.add_parser("object", help="which versions and models a raw object went into")
+    command.add_argument("sha256", help="digest of the object, or of an image file that landed on its own")
+    command.set_defaults(run=_object)
+    return parser
+
+
+def _open(address: str) -> Stores:
+    root = open_store(address) if "://" in address else FolderStore(Path(address))
+    return Stores(root.at(RAW_BUCKET), root.at(PROCESSED_BUCKET), root.at(MODELS_BUCKET))
+
+
+def _versions(stores: Stores, options: argparse.Namespace) -> int:
+    for version in list_raw_versions(stores.raw):
+        mark = "*" if version.is_current else " "
+        _say(
+            f"{mark} {version.digest}  {version.created}  {version.rows:,} images ({version.landed_rows:,} landed)  "
+            f"{version.source}"
+        )
+    return 0
+
+
+def _use(stores: Stores, options: argparse.Namespace) -> int:
+    found = [version.digest for version in list_raw_versions(stores.raw) if version.digest.startswith(options.digest)]
+    digest = found[0] if len(found) == 1 else options.digest
+    make_current(stores.raw, digest)
+    _say(f"Current raw version: {digest}")
+    _say("Processing and training take it with the raw_dataset run config `version`.")
+    return 0
+
+
+def _model(stores: Stores, options: argparse.Namespace) -> int:
+    lineage = model_lineage(stores, options.digest)
+    _say(f"model      {lineage.model_digest} (seed {lineage.seed})")
+    _show_dataset(stores, lineage.dataset, options.images)
+    return 0
+
+
+def _dataset(stores: Stores, options: argparse.Namespace) -> int:
+    _show_dataset(stores, dataset_lineage(stores, options.digest), options.images)
+    return 0
+
+
+def _show_dataset(stores: Stores, lineage: DatasetLineage, images: bool) -> None:
+    _say(f"processed  {lineage.processed_digest}")
+    _say(f"raw        {lineage.raw_digest} (source: {lineage.source})")
+    for used in lineage.objects:
+        counts = ", ".join(f"{count:,} {split}" for split, count in used.images.items())
+        landed = f", landed as {', '.join(used.landed_as)}" if used.landed_as else ""
+        _say(f"  {used.item.role} object {used.item.key} ({counts}{landed})")
+    if images:
+        for split in SPLIT_NAMES:
+            for image in images_of(stores, lineage.processed_digest, split):
+                _say(
+                    f"  {split} {image.position} {image.pixel_digest} {image.label} {image.object_key} row {image.row}"
+                )
+
+
+def _where(stores: Stores, options: argparse.Namespace) -> int:
+    path = Path(options.image)
+    digest = pixel_digest(prepare_image(path.read_bytes())) if path.is_file() else options.image
+    uses = find_image(stores, digest)
+    _say(f"image {digest}: used in {len(uses)} places")
+    for use in uses:
+        origin = use.origin
+        _say(f"  {origin.split} of processed {use.processed_digest} as {origin.label}")
+        _say(f"    from {origin.object_key} row {origin.row}; models: {', '.join(use.models) or 'none'}")
+    return 0
+
+
+def _object(stores: Stores, options: argparse.Namespace) -> int:
+    use = find_object(stores, options.sha256)
+    for name, digests in (
+        ("raw versions", use.raw_versions),
+        ("processed versions", use.processed_versions),
+        ("models", use.models),
+    ):
+        _say(f"{name}: {', '.join(digests) or 'none'}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""What an S3 fault means to the person who has to act on it."""
+
+import ssl
+
+from minio.error import InvalidResponseError, S3Error, ServerError
+from urllib3.exceptions import HTTPError, LocationParseError, NewConnectionError, SSLError
+
+from cifar_assets.errors import StoreError
+
+_TRANSIENT_CODES = frozenset(
+    {
+        "InternalError",
+        "OperationAborted",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "SlowDownRead",
+        "SlowDownWrite",
+        "XMinioServerNotInitialized",
+    }
+)
+_ADVICE = {
+    "AccessDenied": "The credentials are known but not allowed to do this: check the policy of AWS_ACCESS_KEY_ID.",
+    "InvalidAccessKeyId": "AWS_ACCESS_KEY_ID is not known to this server: check it, and the endpoint.",
+    "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID: check it for a typing "
+    "error or a line break at its end.",
+    "RequestTimeTooSkewed": "The clocks of this machine and of the server differ by over 15 minutes: set them right.",
+    "NoSuchBucket": "The bucket does not exist: make it, or correct the name in the s3:// address.",
+    "InvalidBucketName": "The bucket's name is not allowed: 3 to 63 lower-case letters, digits, dots and hyphens.",
+    "PreconditionFailed": "The object was replaced while it was being read: read it again.",
+    "XMinioStorageFull": "The server's disk is full: free some space.",
+    "AuthorizationHeaderMalformed": "The server expects another region: set AWS_REGION to the one in the message.",
+}
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same call may well succeed in a moment."""
+    if isinstance(error, S3Error):
+        return error.code in _TRANSIENT_CODES
+    if isinstance(error, ServerError):
+        return error.status_code in (429, 500, 502, 503, 504)
+    if isinstance(error, SSLError | ssl.SSLError | LocationParseError | InvalidResponseError):
+        return False
+    return isinstance(error, HTTPError | OSError)
+
+
+def explain(error: Exception, uri: str, endpoint: str, attempts: int) -> StoreError:
+    """The error with the object, the server and the next step."""
+    where = f"{uri} at {endpoint}"
+    if isinstance(error, S3Error):
+        advice = _ADVICE.get(error.code or "", "See the server's log.")
+        return StoreError(f"{where}: {error.code}: {error.message}. {advice}")
+    if isinstance(error, SSLError | ssl.SSLError):
+        return StoreError(
+            f"{where}: no secure connection ({error}). Set AWS_CA_BUNDLE to the server's certificate authority, or use "
+            "http:// in AWS_ENDPOINT_URL where the server speaks no TLS."
+        )
+    if isinstance(error, InvalidResponseError):
+        return StoreError(
+            f"{where}: the answer is not from an S3 server ({error}). AWS_ENDPOINT_URL may name a web console or "
+            "a proxy, or use http:// for a server that speaks TLS."
+        )
+    if isinstance(error, NewConnectionError | HTTPError | OSError):
+        return StoreError(
+            f"{where}: not reached in {attempts} attempts ({error}). Check that the server runs and that "
+            "AWS_ENDPOINT_URL names its host and port."
+        )
+    return StoreError(f"{where}: {error}. See the server's log.")
