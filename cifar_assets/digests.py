@@ -10,9 +10,7 @@ _CHUNK_BYTES = 1 << 20
 
 def canonical_json(value: Any) -> bytes:
     """One byte sequence per JSON value: sorted keys, no spaces, ASCII; NaN and infinity are refused (ValueError)."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
 def sha256_bytes(data: bytes) -> str:

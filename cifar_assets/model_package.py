@@ -20,7 +20,7 @@ CARD_FILE = "MODEL_CARD.md"
 LOG_FILE = "training.log"
 
 IDENTITY_FILES = (WEIGHTS_FILE, ONNX_FILE, METRICS_FILE, RECIPE_FILE)
-"""Files the digest covers. What two identical trainings may differ in (timings, host, log) lies beside them, uncovered."""
+"""Files the digest covers. What two identical trainings differ in (timings, host, log) lies beside them, uncovered."""
 
 
 class ModelManifest(BaseModel):

@@ -1,0 +1,47 @@
+# Every command sets up what it needs: uv into .uv when it is missing, the locked environment into .venv.
+CIFAR10_SOURCE ?= synthetic
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+RUN := $(UV) run --frozen --all-extras
+PATHS := cifar_assets resources tests
+
+export CIFAR10_SOURCE
+
+.PHONY: help setup demo stop dev test lint types check format browser-test cluster-test
+.DEFAULT_GOAL := help
+
+help: ## List the commands.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+.uv/bin/uv:
+	python3 -m venv .uv
+	.uv/bin/pip install --quiet uv
+
+setup: $(filter .uv/bin/uv,$(UV)) ## Install the locked environment.
+	@$(UV) sync --frozen --all-extras --quiet
+
+demo: setup ## Images to served model. CIFAR10_SOURCE chooses other images than the synthetic ones.
+	@$(RUN) python -m cifar_assets.demo
+
+stop: setup ## End the local inference service.
+	@$(RUN) python -m cifar_assets.serving.local stop
+
+dev: setup ## Open the Dagster UI and daemon on this checkout.
+	$(RUN) dagster dev
+
+test: setup ## Unit tests and local end-to-end tests.
+	$(RUN) pytest
+
+lint: setup ## Style, spelling and the lock file.
+	$(RUN) ruff check $(PATHS)
+	$(RUN) ruff format --check $(PATHS)
+	$(RUN) codespell $(PATHS) docs README.md
+	$(UV) lock --check
+
+types: setup ## Types.
+	$(RUN) basedpyright $(PATHS)
+
+format: setup ## Rewrite files in the project's style.
+	$(RUN) ruff check --fix $(PATHS)
+	$(RUN) ruff format $(PATHS)
+
+check: lint types test ## What CI runs without a cluster.

@@ -1,0 +1,1 @@
+"""The four assets, from raw images to a served model."""

@@ -1,0 +1,16 @@
+"""Keys and groups of the assets, and what all four are given alike."""
+
+import dagster as dg
+
+PREFIX = "cifar10"
+
+RAW_DATASET = dg.AssetKey([PREFIX, "raw_dataset"])
+PROCESSED_DATASET = dg.AssetKey([PREFIX, "processed_dataset"])
+TRAINED_MODEL = dg.AssetKey([PREFIX, "trained_model"])
+INFERENCE_SERVICE = dg.AssetKey([PREFIX, "inference_service"])
+
+OWNERS = ["team:ml-platform"]
+"""A team's tag; replace it with yours."""
+
+TRAINING_POOL = "training"
+SERVING_POOL = "serving"

@@ -1,0 +1,164 @@
+"""What the Dagster UI shows of each materialization: tables, plots and pictures rather than raw JSON."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import dagster as dg
+
+from cifar_assets.contracts import CLASSES, MODEL_NAME
+from cifar_assets.dataset.processed import SPLIT_NAMES, ProcessedVersion
+from cifar_assets.dataset.raw import RawVersion
+from cifar_assets.dataset.reader import open_split
+from cifar_assets.dataset.sheet import sample_sheet
+from cifar_assets.gate import Verdict
+from cifar_assets.model_package import (
+    CARD_FILE,
+    METRICS_FILE,
+    PERFORMANCE_FILE,
+    RECIPE_FILE,
+    ModelManifest,
+    read_json,
+    read_manifest,
+)
+from cifar_assets.object_store import ObjectStore
+from cifar_assets.pictures import as_markdown, confusion_matrix, training_curves
+from resources.inference_service import DeployedService
+from resources.mlflow import MlflowResource
+from resources.trainer import TrainingResult
+
+_MAX_REJECTED_SHOWN = 50
+Metadata = dict[str, Any]
+
+
+def table(rows: Iterable[Mapping[str, str | int | float | bool | None]]) -> dg.MetadataValue:
+    """Rows as a table in the UI; columns and their types follow from the first row."""
+    return dg.MetadataValue.table([dg.TableRecord(dict(row)) for row in rows])
+
+
+def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
+    """Size, objects, and what became of everything that landed."""
+    report, landing = version.report, version.report.landing
+    metadata: Metadata = {
+        "dagster/row_count": version.manifest.rows,
+        "source": report.source,
+        "uri": raw.uri(f"versions/{version.digest}/manifest.json"),
+        "size_bytes": version.manifest.size,
+        "num_objects": len(version.manifest.objects),
+        "num_landed_accepted": sum(landing.accepted.values()),
+        "num_landed_duplicates": sum(landing.duplicates.values()),
+        "num_landed_rejected": landing.rejected_rows,
+        "objects": table(
+            {
+                "key": item.key,
+                "format": item.format,
+                "role": item.role,
+                "rows": item.rows,
+                "used_rows": item.used_rows,
+                "bytes": item.size,
+                "sha256": item.sha256,
+            }
+            for item in version.manifest.objects
+        ),
+    }
+    if report.left_out:
+        metadata["left_out_of_source"] = table(
+            {"reason": reason, "rows": count} for reason, count in report.left_out.items()
+        )
+    if landing.rejected:
+        metadata["rejected"] = table(
+            {"key": item.key, "rows": len(item.rows) or None, "reason": item.reason, "moved_to": item.moved_to or ""}
+            for item in landing.rejected[:_MAX_REJECTED_SHOWN]
+        )
+    if landing.skipped:
+        metadata["skipped"] = table(
+            {"key": key, "reason": reason} for key, reason in list(landing.skipped.items())[:_MAX_REJECTED_SHOWN]
+        )
+    return metadata
+
+
+def of_processed(processed: ObjectStore, version: ProcessedVersion) -> Metadata:
+    """Counts by class and split, channel statistics, and a sheet of training images."""
+    manifest = version.manifest
+    return {
+        "dagster/row_count": sum(manifest.count(split) for split in SPLIT_NAMES),
+        **{f"num_{split}": manifest.count(split) for split in SPLIT_NAMES},
+        "uri": processed.uri(f"{version.digest}/"),
+        "size_bytes": version.report.size,
+        "built_before": version.report.reused,
+        "raw_digest": manifest.raw_digest,
+        "counts": table(
+            {"class": name, **{split: manifest.counts[split][name] for split in SPLIT_NAMES}} for name in CLASSES
+        ),
+        "channels": table(
+            {"channel": name, "mean": mean, "std": std}
+            for name, mean, std in zip(("red", "green", "blue"), manifest.mean, manifest.std, strict=True)
+        ),
+        "samples": dg.MetadataValue.md(
+            as_markdown(sample_sheet(open_split(processed, version.digest, "train")), "training images by class")
+        ),
+    }
+
+
+def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource, threshold: float) -> Metadata:
+    """Quality and cost of the training, its curves and its confusion matrix."""
+    package = models.at(result.model_digest)
+    manifest = read_manifest(package, result.model_digest)
+    metrics = read_json(package, manifest, METRICS_FILE)
+    recipe = read_json(package, manifest, RECIPE_FILE)
+    metadata: Metadata = {
+        "test_accuracy": metrics["test_accuracy"],
+        "test_loss": metrics["test_loss"],
+        "threshold": threshold,
+        "expected_calibration_error": metrics["expected_calibration_error"],
+        "onnx_max_difference": metrics["onnx_max_difference"],
+        "model_digest": result.model_digest,
+        "model_version": result.mlflow_model_version or "not registered",
+        "dataset_digest": manifest.dataset_digest,
+        "raw_digest": manifest.raw_digest,
+        "uri": result.model_uri,
+        "resumed_from": result.resumed_from or "the start",
+        "mlflow_run": mlflow.run_link(result.mlflow_run_id),
+        "recipe": table({"field": name, "value": str(value)} for name, value in recipe.items()),
+        "recall": table({"class": name, "recall": metrics["per_class_recall"][name]} for name in CLASSES),
+        "curves": dg.MetadataValue.md(as_markdown(training_curves(metrics["history"]), "loss and accuracy by epoch")),
+        "confusion": dg.MetadataValue.md(
+            as_markdown(confusion_matrix(metrics["confusion_matrix"], CLASSES), "confusion matrix of the test split")
+        ),
+    }
+    if package.exists(PERFORMANCE_FILE):
+        metadata["performance"] = _json(package, PERFORMANCE_FILE)
+    if package.exists(CARD_FILE):
+        metadata["model_card"] = dg.MetadataValue.md(package.read(CARD_FILE).decode())
+    return metadata
+
+
+def of_verdict(verdict: Verdict) -> Metadata:
+    """The gate's decision, with both numbers."""
+    return {
+        "gate": "passed" if verdict.passed else "refused",
+        "gate_reason": verdict.reason,
+        "model_digest": verdict.model_digest,
+        "test_accuracy": verdict.test_accuracy,
+        "threshold": verdict.threshold,
+    }
+
+
+def of_service(service: DeployedService, manifest: ModelManifest, verdict: Verdict) -> Metadata:
+    """Where the model answers, what it replaced and which data made it."""
+    predict_url = f"{service.url}/v1/models/{MODEL_NAME}:predict"
+    return {
+        **of_verdict(verdict),
+        "url": dg.MetadataValue.url(service.url),
+        "model_version": service.model_version,
+        "previous_digest": service.previous_digest or "none",
+        "changed": service.changed,
+        "dataset_digest": manifest.dataset_digest,
+        "raw_digest": manifest.raw_digest,
+        "example": dg.MetadataValue.md(f"```\ncurl -F image=@picture.png {predict_url}\n```"),
+        **{f"service_{name}": value for name, value in service.details.items()},
+    }
+
+
+def _json(package: ObjectStore, name: str) -> dg.MetadataValue:
+    return dg.MetadataValue.json(json.loads(package.read(name)))

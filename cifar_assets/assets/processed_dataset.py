@@ -1,0 +1,57 @@
+"""Training-ready tensors: one immutable version per raw version and split."""
+
+import dagster as dg
+from pydantic import Field
+
+from cifar_assets.assets import metadata
+from cifar_assets.assets.faults import INFRASTRUCTURE_RETRIES, final_faults
+from cifar_assets.assets.keys import OWNERS, PREFIX, RAW_DATASET
+from cifar_assets.assets.upstream import materialized_digest
+from cifar_assets.dataset.processed import SplitConfig, build_processed
+from cifar_assets.dataset.progress import logged
+from resources.object_store import ObjectStoreResource
+
+
+class ProcessedDatasetConfig(dg.Config):
+    """How the raw images are split and stored."""
+
+    raw_digest: str | None = Field(
+        default=None, description="Digest of the raw version to process; by default the one raw_dataset materialized."
+    )
+    validation_fraction: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Share of the training images, chosen by image digest, kept for validation.",
+    )
+
+
+@dg.asset(
+    key_prefix=PREFIX,
+    group_name="data",
+    kinds={"s3", "numpy"},
+    owners=OWNERS,
+    tags={"layer": "processed"},
+    retry_policy=INFRASTRUCTURE_RETRIES,
+    deps=[RAW_DATASET],
+)
+def processed_dataset(
+    context: dg.AssetExecutionContext, config: ProcessedDatasetConfig, object_store: ObjectStoreResource
+) -> dg.MaterializeResult:
+    """Decoded images as uint8 tensors in safetensors shards, split into train, validation and test.
+
+    The split follows each image's own digest, so that new data moves no old image. Channel statistics are those of the
+    train split alone.
+    """
+    with final_faults():
+        raw_digest = config.raw_digest or materialized_digest(context, RAW_DATASET)
+        version = build_processed(
+            object_store.raw,
+            object_store.processed,
+            raw_digest,
+            SplitConfig(validation_fraction=config.validation_fraction),
+            progress=logged(),
+        )
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(version.digest), metadata=metadata.of_processed(object_store.processed, version)
+        )

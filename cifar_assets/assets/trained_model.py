@@ -1,0 +1,121 @@
+"""A trained model, made by a job that runs apart from Dagster."""
+
+from typing import Any, get_args, get_origin
+
+import dagster as dg
+from pydantic import BaseModel, Field, create_model
+
+from cifar_assets.assets import metadata
+from cifar_assets.assets.faults import INFRASTRUCTURE_RETRIES, final_faults
+from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, TRAINING_POOL
+from cifar_assets.assets.upstream import materialized_digest
+from cifar_assets.training.recipes import RECIPES, Recipe, get_recipe
+from cifar_assets.training.spec import Execution, JobSpec, MlflowTarget
+from resources.gate import AccuracyGate
+from resources.mlflow import MlflowResource
+from resources.object_store import ObjectStoreResource
+from resources.trainer import TrainerResource, TrainingScale, recall_result, remember_result
+
+
+def _optional_fields(model: type[BaseModel], name: str) -> Any:
+    """A Dagster config with every field of the model, none required, so that the launchpad shows and completes them.
+
+    Types are the nearest ones Dagster's config system knows; the model itself checks the values afterwards.
+    """
+    fields: dict[str, Any] = {
+        field_name: (_config_type(field.annotation) | None, Field(default=None, description=field.description))
+        for field_name, field in model.model_fields.items()
+        if field_name != "name"
+    }
+    return create_model(name, __base__=dg.Config, __doc__=model.__doc__, **fields)
+
+
+def _config_type(annotation: Any) -> Any:
+    if get_origin(annotation) is tuple:
+        return list[dict[str, float]]
+    simple = {int, float, bool} & {annotation, *get_args(annotation)}
+    return simple.pop() if simple else str
+
+
+RecipeOverrides = _optional_fields(Recipe, "RecipeOverrides")
+ExecutionOverrides = _optional_fields(Execution, "ExecutionOverrides")
+
+
+class TrainedModelConfig(dg.Config):
+    """Which dataset, by which recipe, on how many processes."""
+
+    recipe: str = Field(default="resnet18", description=f"One of {', '.join(sorted(RECIPES))}.")
+    overrides: RecipeOverrides = Field(  # pyright: ignore[reportInvalidTypeForm]: made from Recipe at import
+        default_factory=RecipeOverrides, description="Fields of the recipe to change for this run."
+    )
+    seed: int = Field(default=0, ge=0, description="Decides initial weights, order and augmentation.")
+    dataset_digest: str | None = Field(
+        default=None, description="Digest of the processed version; by default the one processed_dataset materialized."
+    )
+    scale: TrainingScale = Field(
+        default_factory=TrainingScale, description="Processes, and what each replica is given."
+    )
+    execution: ExecutionOverrides = Field(  # pyright: ignore[reportInvalidTypeForm]: made from Execution at import
+        default_factory=ExecutionOverrides,
+        description="How the job runs where it runs; does not decide what it learns.",
+    )
+    reuse: bool = Field(
+        default=False,
+        description="Take the model that the same dataset, recipe and seed gave before, where there is one, "
+        "instead of training it again to the same bits.",
+    )
+
+    def job_spec(self, object_store: ObjectStoreResource, dataset_digest: str, mlflow: MlflowTarget | None) -> JobSpec:
+        """The job this config asks for. Raises ConfigError naming what is wrong with it."""
+        return JobSpec(
+            dataset_uri=object_store.processed.at(dataset_digest).uri(),
+            dataset_digest=dataset_digest,
+            recipe=get_recipe(self.recipe, _given(self.overrides)),
+            seed=self.seed,
+            output_uri=object_store.models.uri(),
+            mlflow=mlflow,
+            write_seed_copies=True,
+            execution=Execution(**_given(self.execution)),
+        )
+
+
+def _given(config: dg.Config) -> dict[str, Any]:
+    return {name: value for name, value in config.model_dump().items() if value is not None}
+
+
+@dg.asset(
+    key_prefix=PREFIX,
+    group_name="training",
+    kinds={"pytorch", "mlflow"},
+    owners=OWNERS,
+    tags={"layer": "model"},
+    deps=[PROCESSED_DATASET],
+    pool=TRAINING_POOL,
+    retry_policy=INFRASTRUCTURE_RETRIES,
+)
+def trained_model(
+    context: dg.AssetExecutionContext,
+    config: TrainedModelConfig,
+    object_store: ObjectStoreResource,
+    mlflow: MlflowResource,
+    trainer: TrainerResource,
+    gate: AccuracyGate,  # bound here so that a threshold out of range is refused before hours of training
+) -> dg.MaterializeResult:
+    """Weights, ONNX and metrics under the model's digest, made by one training job.
+
+    Epochs appear as observations while it runs. A job that was stopped continues from its checkpoint when the asset is
+    materialized again with the same config.
+    """
+    with final_faults():
+        dataset_digest = config.dataset_digest or materialized_digest(context, PROCESSED_DATASET)
+        mlflow.prepare()
+        spec = config.job_spec(object_store, dataset_digest, mlflow.target(context))
+        result = recall_result(object_store.models, spec.identity) if config.reuse else None
+        if result is None:
+            with mlflow.closing_open_runs(context):
+                result = trainer.train(context, spec, config.scale, object_store.child_environment())
+            remember_result(object_store.models, spec.identity, result)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(result.model_digest),
+            metadata=metadata.of_model(object_store.models, result, mlflow, gate.threshold),
+        )

@@ -1,0 +1,66 @@
+"""Which resources stand behind the graph: the one place that knows of deployments."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from cifar_assets.errors import ConfigError
+from resources.gate import DEFAULT_THRESHOLD, AccuracyGate
+
+DEPLOYMENT_VARIABLE = "DAGSTER_DEPLOYMENT"
+THRESHOLD_VARIABLE = "ACCURACY_THRESHOLD"
+
+
+def resources_for(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Resources by key for the deployment that DAGSTER_DEPLOYMENT names. Opens no connection.
+
+    Raises ConfigError for an unknown deployment or a threshold that is no fraction.
+    """
+    name = environment.get(DEPLOYMENT_VARIABLE, "local")
+    if name == "local":
+        deployed = _local()
+    elif name == "kubernetes":
+        deployed = _kubernetes(environment)
+    else:
+        raise ConfigError(f"{DEPLOYMENT_VARIABLE} is {name!r}: expected 'local' or 'kubernetes'.")
+    return {**deployed, "gate": _gate(environment)}
+
+
+def _gate(environment: Mapping[str, str]) -> AccuracyGate:
+    text = environment.get(THRESHOLD_VARIABLE)
+    try:
+        return AccuracyGate(threshold=DEFAULT_THRESHOLD if text is None else float(text))
+    except ValueError as error:
+        raise ConfigError(
+            f"{THRESHOLD_VARIABLE} is {text!r}: expected a fraction from 0 to 1 with a decimal point, such as 0.8."
+        ) from error
+
+
+def _local() -> dict[str, Any]:
+    from resources.inference_service.local import LocalInferenceService
+    from resources.local_trainer import LocalTrainer
+    from resources.mlflow import LocalMlflow
+    from resources.object_store import LocalObjectStore
+
+    return {
+        "object_store": LocalObjectStore(),
+        "mlflow": LocalMlflow(),
+        "trainer": LocalTrainer(),
+        "serving": LocalInferenceService(),
+    }
+
+
+def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
+    from resources.mlflow import MlflowServer
+    from resources.object_store import MinioObjectStore
+
+    return {
+        "object_store": MinioObjectStore(
+            endpoint_url=dg.EnvVar("AWS_ENDPOINT_URL"),
+            access_key=dg.EnvVar("AWS_ACCESS_KEY_ID"),
+            secret_key=dg.EnvVar("AWS_SECRET_ACCESS_KEY"),
+        ),
+        "mlflow": MlflowServer(tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI")),
+    }

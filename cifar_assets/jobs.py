@@ -1,0 +1,49 @@
+"""The jobs a person or a sensor starts."""
+
+import dagster as dg
+
+from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
+
+_DATA = dg.AssetSelection.assets(RAW_DATASET, PROCESSED_DATASET)
+_MODEL = dg.AssetSelection.assets(TRAINED_MODEL)
+_SERVICE = dg.AssetSelection.assets(INFERENCE_SERVICE)
+
+retrain = dg.define_asset_job(
+    "retrain",
+    selection=_DATA | _MODEL | _SERVICE,
+    description="From the source and everything landed to a served model, each step behind its checks.",
+    tags={"purpose": "retrain"},
+)
+
+train = dg.define_asset_job(
+    "train",
+    selection=_DATA | _MODEL,
+    description="Like retrain, without deploying.",
+    tags={"purpose": "train"},
+)
+
+deploy = dg.define_asset_job(
+    "deploy",
+    selection=_SERVICE,
+    description="Serve the last trained model, or the one named by model_digest, if the gate passes it.",
+    tags={"purpose": "deploy"},
+)
+
+rollback = dg.define_asset_job(
+    "rollback",
+    selection=_SERVICE,
+    description="Serve again what was served before the current model, if the gate passes it.",
+    tags={"purpose": "rollback"},
+    config={"ops": {INFERENCE_SERVICE.to_python_identifier(): {"config": {"rollback": True}}}},
+)
+
+verify_service = dg.define_asset_job(
+    "verify_service",
+    selection=dg.AssetSelection.checks_for_assets(INFERENCE_SERVICE),
+    description="Ask the running service whether it still serves the right model, and how fast.",
+    tags={"purpose": "verify"},
+)
+
+verify_service_daily = dg.ScheduleDefinition(job=verify_service, cron_schedule="0 6 * * *", execution_timezone="UTC")
+
+ALL = [retrain, train, deploy, rollback, verify_service]

@@ -1,0 +1,176 @@
+"""Sensors: retrain on landed data, close what dead runs left open, deploy what passed its checks."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import dagster as dg
+from pydantic import BaseModel, ConfigDict
+
+from cifar_assets.assets.keys import TRAINED_MODEL
+from cifar_assets.contracts import LANDING_PREFIX
+from cifar_assets.dataset.completeness import still_being_written
+from cifar_assets.dataset.landing import classify_landing_object
+from cifar_assets.digests import sha256_json
+from cifar_assets.jobs import retrain
+from cifar_assets.object_store import ObjectInfo
+from resources.mlflow import MlflowResource
+from resources.object_store import ObjectStoreResource
+
+MAX_ATTEMPTS = 3
+"""How often one batch of arrivals is trained on when runs fail, the first time included."""
+
+_FINGERPRINT_CHARS = 16
+_RUN_KEY_TAG = "dagster/run_key"
+_IN_FLIGHT = [
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+
+class LandingCursor(BaseModel):
+    """What the sensor remembers: fingerprints of the objects that the last requested run covers, and that run's key.
+
+    Fingerprints (of key, etag and size) instead of keys keep it small with thousands of objects. They are replaced only
+    when a run is requested: an object that is removed and put back meanwhile is not new.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    covered: list[str] = []
+    sequence: int = 0
+    attempt: int = 0
+    run_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Either a request (run key and the cursor to save with it) or the reason for none."""
+
+    cursor: LandingCursor
+    run_key: str | None
+    reason: str
+
+
+def fingerprint(info: ObjectInfo) -> str:
+    """Identity of one state of an object. Time stamps are left out: stores disagree on them."""
+    return sha256_json([info.key, info.etag, info.size])[:_FINGERPRINT_CHARS]
+
+
+def decide(
+    cursor: LandingCursor,
+    objects: Iterable[ObjectInfo],
+    skip_reason: Callable[[ObjectInfo], str | None],
+    *,
+    busy_run_id: str | None,
+    last_run_failed: bool,
+) -> Decision:
+    """Whether to retrain now. Pure: the same cursor and listing give the same run key, so that a replay adds no run."""
+    skipped: Counter[str] = Counter()
+    ready: set[str] = set()
+    for info in objects:
+        reason = skip_reason(info)
+        if reason:
+            skipped[reason] += 1
+        else:
+            ready.add(fingerprint(info))
+    num_new = len(ready - set(cursor.covered))
+    retry = not num_new and last_run_failed and cursor.attempt < MAX_ATTEMPTS and bool(ready)
+    notes = "".join(f" Skipped {count}: {reason}." for reason, count in sorted(skipped.items()))
+    if not num_new and not retry:
+        return Decision(cursor, None, f"No new data under {LANDING_PREFIX}.{notes}")
+    if busy_run_id:
+        return Decision(cursor, None, f"{num_new} new objects wait for run {busy_run_id} to end.{notes}")
+    sequence = cursor.sequence + 1
+    covered = sorted(ready)
+    run_key = f"landing-{sequence}-{sha256_json(covered)[:12]}"
+    after = LandingCursor(
+        covered=covered, sequence=sequence, attempt=cursor.attempt + 1 if retry else 1, run_key=run_key
+    )
+    what = f"attempt {after.attempt} after a failed run" if retry else f"{num_new} new objects"
+    return Decision(after, run_key, f"Retraining: {what}.{notes}")
+
+
+@dg.sensor(
+    job=retrain,
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Starts one retrain run for each batch of objects that landed; arrivals meanwhile wait for it to end.",
+)
+def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStoreResource) -> dg.SensorResult:
+    """One tick: list the landing prefix and request at most one run."""
+    raw = object_store.raw
+    cursor = LandingCursor.model_validate_json(context.cursor) if context.cursor else LandingCursor()
+    decision = decide(
+        cursor,
+        raw.list(LANDING_PREFIX),
+        lambda info: classify_landing_object(info.key, info.size) or still_being_written(raw, info),
+        busy_run_id=_run_in_flight(context.instance),
+        last_run_failed=_run_failed(context.instance, cursor.run_key),
+    )
+    if decision.run_key is None:
+        return dg.SensorResult(skip_reason=decision.reason)
+    context.log.info(decision.reason)
+    request = dg.RunRequest(
+        run_key=decision.run_key,
+        run_config={"ops": {TRAINED_MODEL.to_python_identifier(): {"config": {"reuse": True}}}},
+        tags={"landing": decision.reason[:200]},
+    )
+    return dg.SensorResult(run_requests=[request], cursor=decision.cursor.model_dump_json())
+
+
+def _run_in_flight(instance: dg.DagsterInstance) -> str | None:
+    """Any unfinished run that trains, whichever way it was started."""
+    records = instance.get_run_records(dg.RunsFilter(statuses=_IN_FLIGHT))
+    for record in records:
+        run = record.dagster_run
+        selection = run.asset_selection
+        if run.job_name == retrain.name or (selection and TRAINED_MODEL in selection):
+            return run.run_id
+    return None
+
+
+def _run_failed(instance: dg.DagsterInstance, run_key: str | None) -> bool:
+    if run_key is None:
+        return False
+    records = instance.get_run_records(dg.RunsFilter(tags={_RUN_KEY_TAG: run_key}), limit=1)
+    return bool(records) and records[0].dagster_run.status == dg.DagsterRunStatus.FAILURE
+
+
+def _close_mlflow_runs(run: dg.DagsterRun, mlflow: MlflowResource, status: str, log: Callable[[str], None]) -> None:
+    closed = mlflow.close_open_runs(run.run_id, status)
+    if closed:
+        log(f"Closed {len(closed)} MLflow runs as {status}: {', '.join(closed)}")
+
+
+@dg.run_status_sensor(
+    run_status=dg.DagsterRunStatus.FAILURE,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Ends MLflow runs of a failed Dagster run whose process died before it could.",
+)
+def close_mlflow_runs_of_failed(context: dg.RunStatusSensorContext, mlflow: MlflowResource) -> None:
+    """Nothing stays RUNNING in MLflow after its Dagster run failed."""
+    _close_mlflow_runs(context.dagster_run, mlflow, "FAILED", context.log.info)
+
+
+@dg.run_status_sensor(
+    run_status=dg.DagsterRunStatus.CANCELED,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Ends MLflow runs of a cancelled Dagster run whose process died before it could.",
+)
+def close_mlflow_runs_of_cancelled(context: dg.RunStatusSensorContext, mlflow: MlflowResource) -> None:
+    """Nothing stays RUNNING in MLflow after its Dagster run was cancelled."""
+    _close_mlflow_runs(context.dagster_run, mlflow, "KILLED", context.log.info)
+
+
+deploy_when_trained = dg.AutomationConditionSensorDefinition(
+    "deploy_when_trained",
+    target=dg.AssetSelection.groups("serving"),
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Deploys a newly trained model once its blocking checks passed, when no run has done so already.",
+)
+
+ALL = [landing_sensor, close_mlflow_runs_of_failed, close_mlflow_runs_of_cancelled, deploy_when_trained]

@@ -1,0 +1,103 @@
+"""Training as a process on this machine: the same command a pod runs, through Dagster Pipes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+import dagster as dg
+from pydantic import Field
+
+from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from cifar_assets.errors import TrainingError
+from cifar_assets.training.spec import JobSpec
+from resources.trainer import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
+
+_POLL_SECONDS = 0.2
+
+
+class LocalTrainer(TrainerResource):
+    """Starts `python -m cifar_assets.training` (under torchrun for more than one process) and relays its messages."""
+
+    stop_grace_seconds: float = Field(
+        default=60.0,
+        description="How long a cancelled training may take to write its checkpoint before it is killed.",
+    )
+
+    def train(
+        self,
+        context: dg.AssetExecutionContext,
+        spec: JobSpec,
+        scale: TrainingScale,
+        child_environment: Mapping[str, str],
+    ) -> TrainingResult:
+        messages = TrainingMessages(context)
+        with dg.open_pipes_session(
+            context=context,
+            context_injector=dg.PipesTempFileContextInjector(),
+            message_reader=dg.PipesTempFileMessageReader(),
+        ) as session:
+            process = subprocess.Popen(
+                _command(scale.num_processes),
+                env={
+                    **os.environ,
+                    **child_environment,
+                    **session.get_bootstrap_env_vars(),
+                    "CIFAR_JOB_SPEC": spec.model_dump_json(),
+                    "PYTHONUNBUFFERED": "1",
+                },
+                start_new_session=True,
+            )
+            try:
+                while process.poll() is None:
+                    messages.relay(session.get_custom_messages())
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                self._stop(context, process)
+        messages.relay(session.get_custom_messages())
+        if process.returncode:
+            interrupted = process.returncode < 0 or process.returncode == EXIT_RESUME
+            raise TrainingError(_failure(process.returncode), transient=interrupted)
+        return messages.result()
+
+    def _stop(self, context: dg.AssetExecutionContext, process: subprocess.Popen[bytes]) -> None:
+        """End the whole process group, torchrun's children included; does nothing once the process has ended."""
+        if process.poll() is not None:
+            return
+        context.log.info("Stopping the trainer; it writes a checkpoint first.")
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(self.stop_grace_seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _command(num_processes: int) -> list[str]:
+    # Where the kernel offers it, the trainer is told to stop when this process is killed outright.
+    follow_parent = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+        if num_processes > 1
+        else []
+    )
+    return [*follow_parent, sys.executable, *launcher, "-m", "cifar_assets.training"]
+
+
+def _failure(code: int) -> str:
+    if code == EXIT_RESUME:
+        return (
+            "The trainer was told to stop and wrote a checkpoint: materialize trained_model again to continue from it."
+        )
+    if code == EXIT_BAD_SPEC:
+        return "The trainer refused its job: the last lines of its log name the setting or the object to correct."
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " The kernel does this when memory runs out: use a smaller batch." if name == "SIGKILL" else ""
+        return (
+            f"The trainer was ended by {name}.{hint} Materialize trained_model again to continue from its checkpoint."
+        )
+    return f"The trainer failed with exit code {code}: the last lines of its log (stderr of this step) say why."

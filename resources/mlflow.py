@@ -1,0 +1,166 @@
+"""MLflow: where trainings are tracked and model versions are registered.
+
+dagster-mlflow's own resource binds one global MLflow run to a Dagster run and leaves closing it to a hook that asset
+materializations do not run. Here the trainer opens and closes its run, tagged with dagster-mlflow's `dagster_run_id`,
+and the launcher closes what a killed trainer left open.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from pydantic import Field
+
+from cifar_assets.contracts import CHAMPION_ALIAS, MODEL_NAME
+from cifar_assets.gate import Verdict
+from cifar_assets.training.spec import MlflowTarget
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+RUN_ID_TAG = "dagster_run_id"
+"""The tag dagster-mlflow puts on its runs."""
+ATTEMPT_TAG = "dagster_attempt"
+JOB_TAG = "dagster_job_name"
+
+
+class MlflowResource(dg.ConfigurableResource):
+    """Tracking server, experiment and registered model of this project."""
+
+    experiment: str = Field(default="cifar10", description="Experiment that trainings are logged to.")
+    registered_model: str = Field(default=MODEL_NAME, description="Name of the registered model.")
+
+    @property
+    @abstractmethod
+    def uri(self) -> str:
+        """Tracking URI: sqlite:///... or http(s)://..."""
+
+    def client(self) -> "MlflowClient":
+        from mlflow.tracking import MlflowClient
+
+        return MlflowClient(tracking_uri=self.uri)
+
+    def artifact_uri(self) -> str | None:
+        """Where a new experiment keeps its artifacts; None leaves that to the server."""
+        return None
+
+    def prepare(self) -> None:
+        """Make what must exist before the first use."""
+
+    def target(self, context: dg.AssetExecutionContext) -> MlflowTarget:
+        """What the trainer is told about MLflow."""
+        return MlflowTarget(
+            tracking_uri=self.uri,
+            experiment=self.experiment,
+            artifact_uri=self.artifact_uri(),
+            run_name=f"{context.run.job_name}-{context.run_id[:8]}",
+            registered_model=self.registered_model,
+            tags={
+                RUN_ID_TAG: context.run_id,
+                ATTEMPT_TAG: str(context.retry_number),
+                JOB_TAG: context.run.job_name,
+            },
+        )
+
+    @contextmanager
+    def closing_open_runs(self, context: dg.AssetExecutionContext) -> Iterator[None]:
+        """On leaving with an error, end what the trainer left RUNNING: KILLED when cancelled, FAILED otherwise."""
+        try:
+            yield
+        except BaseException as error:
+            cancelled = isinstance(error, dg.DagsterExecutionInterruptedError | KeyboardInterrupt)
+            try:
+                self.close_open_runs(context.run_id, "KILLED" if cancelled else "FAILED")
+            except Exception as failure:
+                context.log.warning(f"Could not close this run's MLflow runs at {self.uri}: {failure}")
+            raise
+
+    def close_open_runs(self, dagster_run_id: str, status: str) -> list[str]:
+        """End each MLflow run that belongs to the Dagster run and is still RUNNING; returns their ids."""
+        client = self.client()
+        experiment = client.get_experiment_by_name(self.experiment)
+        if experiment is None:
+            return []
+        open_runs = client.search_runs(
+            [experiment.experiment_id],
+            filter_string=f"tags.{RUN_ID_TAG} = '{dagster_run_id}' and attributes.status = 'RUNNING'",
+        )
+        for run in open_runs:
+            client.set_terminated(run.info.run_id, status=status)
+        return [run.info.run_id for run in open_runs]
+
+    def run_link(self, run_id: str | None) -> dg.MetadataValue:
+        """Where a person finds the run: a link where a server shows it, otherwise its id."""
+        if run_id is None or not self.uri.startswith("http"):
+            return dg.MetadataValue.text(run_id or "not tracked")
+        experiment = self.client().get_run(run_id).info.experiment_id
+        return dg.MetadataValue.url(f"{self.uri}/#/experiments/{experiment}/runs/{run_id}")
+
+    def find_version(self, model_digest: str) -> "ModelVersion | None":
+        """The newest registered version that carries the digest."""
+        versions = self.client().search_model_versions(
+            f"name = '{self.registered_model}' and tags.model_digest = '{model_digest}'"
+        )
+        return max(versions, key=lambda version: int(version.version), default=None)
+
+    def champion_digest(self) -> str | None:
+        """Digest of the model that the champion alias names, or None."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            version = self.client().get_model_version_by_alias(self.registered_model, CHAMPION_ALIAS)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return version.tags.get("model_digest")
+
+    def record_decision(self, verdict: Verdict, dagster_run_id: str) -> str | None:
+        """Write the gate's decision on the model's version; the champion alias moves only when it passed.
+
+        Returns the registered version's number, or None where the model was never registered.
+        """
+        version = self.find_version(verdict.model_digest)
+        if version is None:
+            return None
+        client = self.client()
+        tags = {
+            "gate": "passed" if verdict.passed else "refused",
+            "gate_reason": verdict.reason,
+            "gate_dagster_run_id": dagster_run_id,
+        }
+        for key, value in tags.items():
+            client.set_model_version_tag(self.registered_model, version.version, key, value)
+        if verdict.passed:
+            client.set_registered_model_alias(self.registered_model, CHAMPION_ALIAS, version.version)
+        return str(version.version)
+
+
+class LocalMlflow(MlflowResource):
+    """A sqlite file and a folder of artifacts; `mlflow ui --backend-store-uri` on the file shows them."""
+
+    path: str = Field(default=".cifar/mlflow", description="Folder of the database and the artifacts.")
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{Path(self.path).resolve() / 'mlflow.db'}"
+
+    def artifact_uri(self) -> str | None:
+        return (Path(self.path).resolve() / "artifacts").as_uri()
+
+    def prepare(self) -> None:
+        Path(self.path).mkdir(parents=True, exist_ok=True)
+
+
+class MlflowServer(MlflowResource):
+    """A tracking server, its artifacts proxied, so that trainers need no credentials of the artifact store."""
+
+    tracking_uri: str = Field(description="Address of the server, such as http://mlflow.cifar.svc:5000.")
+
+    @property
+    def uri(self) -> str:
+        return self.tracking_uri

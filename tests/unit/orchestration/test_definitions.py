@@ -1,0 +1,78 @@
+"""The graph: what loading it costs, and that it is the same graph in every deployment."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import dagster as dg
+
+from cifar_assets.definitions import defs
+
+LOAD = textwrap.dedent(
+    """
+    import sys
+
+    def refuse(event, arguments):
+        if event in ("socket.connect", "socket.getaddrinfo"):
+            raise SystemExit(f"opened a connection: {event} {arguments}")
+
+    sys.addaudithook(refuse)
+    import cifar_assets.definitions
+    loaded = [name for name in sys.argv[1:] if name in sys.modules]
+    raise SystemExit(f"loaded {loaded}" if loaded else 0)
+    """
+)
+HEAVY = ["torch", "torchvision", "kserve", "onnxruntime", "matplotlib"]
+KUBERNETES_ENVIRONMENT = {
+    "DAGSTER_DEPLOYMENT": "kubernetes",
+    "AWS_ENDPOINT_URL": "http://minio.invalid:9000",
+    "AWS_ACCESS_KEY_ID": "key",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "MLFLOW_TRACKING_URI": "http://mlflow.invalid:5000",
+}
+
+
+def load_definitions(unwanted: list[str], environment: dict[str, str]) -> None:
+    subprocess.run([sys.executable, "-c", LOAD, *unwanted], check=True, env={**os.environ, **environment}, timeout=120)
+
+
+def test_loading_for_a_laptop_imports_nothing_heavy_and_connects_to_nothing() -> None:
+    load_definitions([*HEAVY, "kubernetes", "mlflow"], {"DAGSTER_DEPLOYMENT": "local"})
+
+
+def describe(definitions: dg.Definitions) -> dict[str, object]:
+    graph = definitions.resolve_asset_graph()
+    repository = definitions.get_repository_def()
+    return {
+        "assets": {
+            key.to_user_string(): {
+                "after": sorted(parent.to_user_string() for parent in graph.get(key).parent_keys),
+                "group": graph.get(key).group_name,
+                "checks": {
+                    check.name: "blocking" if graph.get(check).blocking else "not blocking"
+                    for check in sorted(graph.get(key).check_keys)
+                },
+            }
+            for key in sorted(graph.get_all_asset_keys())
+        },
+        "jobs": sorted(job.name for job in repository.get_all_jobs() if not job.name.startswith("__")),
+        "sensors": sorted(sensor.name for sensor in repository.sensor_defs),
+        "schedules": sorted(schedule.name for schedule in repository.schedule_defs),
+    }
+
+
+def test_the_graph_is_the_one_people_know(snapshot) -> None:
+    assert describe(defs) == snapshot
+
+
+def test_every_asset_and_check_says_what_it_is() -> None:
+    graph = defs.resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        node = graph.get(key)
+        assert node.description, key
+        assert node.owners, key
+        assert node.kinds, key
+        for check in node.check_keys:
+            spec = graph.get(check).description
+            assert spec, check

@@ -1,0 +1,74 @@
+"""The gate's decision and the settings it refuses (case C09)."""
+
+import json
+
+import pytest
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.deployment import resources_for
+from cifar_assets.digests import sha256_bytes
+from cifar_assets.errors import CifarError, ConfigError, DataError, IntegrityError
+from cifar_assets.gate import judge
+from cifar_assets.model_package import METRICS_FILE, ModelManifest, write_package
+from cifar_assets.object_store import ObjectStore, open_store
+from resources.gate import DEFAULT_THRESHOLD
+
+
+@pytest.fixture
+def models(tmp_path) -> ObjectStore:
+    return open_store((tmp_path / "models").as_uri())
+
+
+def store_model(models: ObjectStore, metrics: object) -> str:
+    files = {METRICS_FILE: json.dumps(metrics).encode()}
+    manifest = ModelManifest(
+        dataset_digest="d" * 64,
+        raw_digest="r" * 64,
+        seed=0,
+        classes=CLASSES,
+        files={name: sha256_bytes(data) for name, data in files.items()},
+    )
+    return write_package(models, manifest, files)
+
+
+@pytest.mark.parametrize(("accuracy", "passed"), [(0.31, False), (0.7999, False), (0.8, True), (0.93, True)])
+def test_a_model_passes_from_the_threshold_on(models: ObjectStore, accuracy: float, passed: bool) -> None:
+    _, verdict = judge(models, store_model(models, {"test_accuracy": accuracy}), 0.8)
+    assert verdict.passed is passed
+    assert f"{accuracy:.4f}" in verdict.reason
+    assert "0.8000" in verdict.reason
+
+
+def test_edited_metrics_are_found_out(models: ObjectStore) -> None:
+    digest = store_model(models, {"test_accuracy": 0.31})
+    models.write(f"{digest}/{METRICS_FILE}", b'{"test_accuracy": 0.99}')
+    with pytest.raises(IntegrityError, match=METRICS_FILE):
+        judge(models, digest, 0.8)
+
+
+@pytest.mark.parametrize("accuracy", [None, "0.9", 77.11, -0.1, True])
+def test_an_accuracy_that_is_no_fraction_is_refused(models: ObjectStore, accuracy: object) -> None:
+    digest = store_model(models, {"test_accuracy": accuracy})
+    with pytest.raises(DataError, match="test_accuracy"):
+        judge(models, digest, 0.8)
+
+
+def test_a_model_that_is_not_stored_cannot_pass(models: ObjectStore) -> None:
+    with pytest.raises(CifarError, match="f" * 64):
+        judge(models, "f" * 64, 0.0)
+
+
+@pytest.mark.parametrize("text", ["80", "-0.1", "0,8", "nan", "inf", "high", ""])
+def test_a_threshold_that_is_no_fraction_is_a_configuration_error(text: str) -> None:
+    with pytest.raises(ConfigError, match="ACCURACY_THRESHOLD"):
+        resources_for({"ACCURACY_THRESHOLD": text})
+
+
+def test_the_threshold_comes_from_the_environment_or_its_default() -> None:
+    assert resources_for({"ACCURACY_THRESHOLD": "0.5"})["gate"].threshold == 0.5
+    assert resources_for({})["gate"].threshold == DEFAULT_THRESHOLD
+
+
+def test_an_unknown_deployment_is_named() -> None:
+    with pytest.raises(ConfigError, match="'cloud'"):
+        resources_for({"DAGSTER_DEPLOYMENT": "cloud"})

@@ -1,0 +1,105 @@
+"""The training asset's config: every field of a recipe can be changed, and nothing else."""
+
+import dagster as dg
+import pytest
+from pydantic import ValidationError
+
+from cifar_assets.assets.trained_model import TrainedModelConfig
+from cifar_assets.definitions import defs
+from cifar_assets.errors import ConfigError
+from cifar_assets.training.recipes import Recipe
+from cifar_assets.training.spec import Execution, JobSpec
+from resources.object_store import LocalObjectStore
+
+DIGEST = "a" * 64
+CHANGED = {
+    "network": "speednet",
+    "width": 8,
+    "epochs": 3,
+    "batch_size": 17,
+    "resolutions": [{"start": 0.0, "size": 16.0}, {"start": 0.5, "size": 32.0}],
+    "learning_rate": 0.123,
+    "schedule": "constant",
+    "schedule_interval": "epoch",
+    "warmup": 0.31,
+    "final_learning_rate": 0.11,
+    "momentum": 0.81,
+    "nesterov": False,
+    "weight_decay": 0.0123,
+    "decay_norm_and_bias": True,
+    "label_smoothing": 0.07,
+    "ema_decay": 0.77,
+    "ema_every": 7,
+    "flip": "none",
+    "translate": 3,
+    "padding": "zero",
+    "cutout": 9,
+    "batch_norm_momentum": 0.33,
+    "precision": "float32",
+    "test_time_flip": True,
+}
+
+
+def spec_of(config: dict) -> JobSpec:
+    return TrainedModelConfig(**config).job_spec(LocalObjectStore(), DIGEST, None)
+
+
+def test_every_field_of_a_recipe_can_be_overridden() -> None:
+    assert set(CHANGED) == set(Recipe.model_fields) - {"name"}, "add the new field above with a changed value"
+    recipe = spec_of({"overrides": CHANGED}).recipe.model_dump(mode="json")
+    for name, value in CHANGED.items():
+        assert recipe[name] == value, name
+
+
+def test_every_field_of_the_execution_can_be_set() -> None:
+    changed = {
+        "device": "cpu",
+        "threads": 3,
+        "compile": True,
+        "resident_megabytes": 7,
+        "checkpoint_every_steps": 11,
+        "keep_checkpoints": 5,
+        "cache_folder": "cache",
+    }
+    assert set(changed) == set(Execution.model_fields)
+    assert spec_of({"execution": changed}).execution == Execution.model_validate(changed)
+
+
+def test_without_config_the_default_recipe_is_complete() -> None:
+    spec = spec_of({})
+    assert spec.recipe.name == "resnet18"
+    assert spec.dataset_uri.endswith(f"processed-data/{DIGEST}/")
+    assert spec.output_uri.endswith("/models/")
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"recipe": "resnet50"}, "fast.*resnet18.*seed"),
+        ({"overrides": {"epochs": 0}}, "epochs"),
+        ({"overrides": {"network": "vgg"}}, "network"),
+        ({"overrides": {"resolutions": [{"start": 0.5, "size": 16}]}}, "resolutions"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_naming_the_field(config: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        spec_of(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"overrides": {"lerning_rate": 1.0}}, "lerning_rate"),
+        ({"recipe_name": "fast"}, "recipe_name"),
+        ({"overrides": {"epochs": "many"}}, "epochs"),
+    ],
+)
+def test_the_launchpad_refuses_what_it_does_not_know(config: dict, named: str) -> None:
+    with pytest.raises(dg.DagsterInvalidConfigError, match=named):
+        dg.validate_run_config(defs.resolve_job_def("train"), {"ops": {"cifar10__trained_model": {"config": config}}})
+
+
+@pytest.mark.parametrize("config", [{"scale": {"replicas": 0}}, {"seed": -1}])
+def test_impossible_values_are_refused(config: dict) -> None:
+    with pytest.raises(ValidationError, match=r"replicas|seed"):
+        TrainedModelConfig(**config)
