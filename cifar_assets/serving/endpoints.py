@@ -139,6 +139,8 @@ class Endpoints:
         )
 
     def _check_name(self, model_name: str) -> None:
+        if model_name.endswith(":predict"):
+            raise HTTPException(405, "Method Not Allowed, use POST", {"Allow": "POST"})
         if model_name != self._identity.name:
             raise ModelNotFound(model_name)
 

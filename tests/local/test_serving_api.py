@@ -1,0 +1,469 @@
+"""The server as a process, over HTTP: cases C18, C20 and C22, and the surface around them."""
+
+import base64
+import contextlib
+import io
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.object_store import FolderStore
+from cifar_assets.serving.classifier import softmax
+from cifar_assets.serving.client import InferenceClient, ServerError
+from tests.unit.serving.server_process import Answer, ServerProcess, form, run_server
+from tests.unit.serving.tiny_model import store_tiny_model, tiny_logits
+
+PREDICT = "/v1/models/cifar10:predict"
+INFER = "/v2/models/cifar10/infer"
+RNG = np.random.default_rng(11)
+PIXELS = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+SMOOTH = np.array(Image.fromarray(PIXELS[:4, :4]).resize((32, 32), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def digest_and_server(tmp_path_factory) -> Iterator[tuple[str, ServerProcess]]:
+    folder = tmp_path_factory.mktemp("server")
+    uri, digest = store_tiny_model(FolderStore(folder / "models"))
+    with run_server(uri, digest, folder, "--model-version", "7") as server:
+        yield digest, server
+        assert "Traceback" not in server.log
+
+
+@pytest.fixture(scope="module")
+def server(digest_and_server) -> ServerProcess:
+    return digest_and_server[1]
+
+
+def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def expected_probabilities(*images: np.ndarray) -> np.ndarray:
+    stacked = np.stack(images).transpose(0, 3, 1, 2)
+    return softmax(tiny_logits(stacked).astype(np.float32))
+
+
+def probabilities(answer: Answer) -> np.ndarray:
+    assert answer.status == 200, answer.body
+    return np.array([[row["probabilities"][name] for name in CLASSES] for row in answer.json["predictions"]])
+
+
+def upload(server: ServerProcess, *files: bytes, content_type: str = "image/png") -> Answer:
+    return server.post(PREDICT, *form(*[("image", data) for data in files], content_type=content_type))
+
+
+def check_refused(server: ServerProcess, answer: Answer, status: int, field: str, words: str) -> None:
+    """A client's fault: its status, a JSON error that names place and reason, and a server that goes on."""
+    assert answer.status == status, answer.body
+    assert answer.headers["Content-Type"] == "application/json"
+    body = answer.json
+    assert field in body["field"]
+    assert words in body["error"]
+    assert body["expected"]
+    assert body["received"]
+    assert b"Traceback" not in answer.body
+    assert b"/cifar_assets" not in answer.body
+    assert upload(server, encode(PIXELS)).status == 200
+    assert server.process.poll() is None
+
+
+def test_the_answer_names_class_confidence_all_probabilities_and_the_model(digest_and_server):
+    digest, server = digest_and_server
+    answer = upload(server, encode(PIXELS)).json
+    assert set(answer) == {"predictions", "model_name", "model_version", "model_digest"}
+    assert (answer["model_name"], answer["model_version"], answer["model_digest"]) == ("cifar10", "7", digest)
+    (prediction,) = answer["predictions"]
+    assert list(prediction["probabilities"]) == list(CLASSES)
+    assert prediction["class"] == max(prediction["probabilities"], key=prediction["probabilities"].__getitem__)
+    assert prediction["confidence"] == prediction["probabilities"][prediction["class"]]
+    assert sum(prediction["probabilities"].values()) == pytest.approx(1)
+
+
+def test_every_way_in_gives_the_same_answer(server):
+    expected = expected_probabilities(PIXELS)
+    b64 = base64.b64encode(encode(PIXELS)).decode()
+    for instance in (b64, {"b64": b64}, f"data:image/png;base64,{b64}", PIXELS.tolist(), (PIXELS / 255).tolist()):
+        answer = server.post(PREDICT, {"instances": [instance]})
+        np.testing.assert_allclose(probabilities(answer), expected, atol=1e-4)
+    np.testing.assert_allclose(probabilities(upload(server, encode(PIXELS))), expected, atol=1e-4)
+
+
+class TestBrokenUploads:
+    """C18."""
+
+    NOISE = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+    @pytest.mark.parametrize(
+        ("parts", "field", "words"),
+        [
+            ([], "image", "without parts"),
+            ([("file", encode(PIXELS))], "image", "parts named ['file']"),
+            ([("image", b"")], "image[0]", "an empty file"),
+            ([("image", (data := encode(NOISE, "JPEG"))[: len(data) // 2])], "image[0]", "truncated"),
+            ([("image", b"just some text")], "image[0]", "14 bytes of text"),
+            ([("image", encode(PIXELS)), ("image", b"")], "image[1]", "an empty file"),
+            ([("image", encode(PIXELS)), ("image", encode(PIXELS)[:500])], "image[1]", "truncated"),
+            ([("image", b"%PDF-1.4")], "image[0]", "a PDF document"),
+            ([("image", b"\x00" * 1000)], "image[0]", "unknown kind"),
+        ],
+    )
+    def test_forms(self, server, parts, field, words):
+        check_refused(server, server.post(PREDICT, *form(*parts)), 400, field, words)
+
+    def test_bytes_decide_not_the_declared_type(self, server):
+        for declared in ("image/jpeg", "text/plain", "application/x-whatever"):
+            answer = upload(server, encode(PIXELS), content_type=declared)
+            np.testing.assert_allclose(probabilities(answer), expected_probabilities(PIXELS), atol=1e-4)
+
+    def test_several_files_are_answered_in_order(self, server):
+        answer = upload(server, encode(PIXELS), encode(SMOOTH), encode(PIXELS, "BMP"))
+        np.testing.assert_allclose(probabilities(answer), expected_probabilities(PIXELS, SMOOTH, PIXELS), atol=1e-4)
+
+    def test_a_form_without_boundary(self, server):
+        body, _ = form(("image", encode(PIXELS)))
+        check_refused(server, server.post(PREDICT, body, "multipart/form-data"), 400, "Content-Type", "boundary")
+
+    def test_a_form_cut_off(self, server):
+        body, content_type = form(("image", encode(PIXELS)))
+        check_refused(server, server.post(PREDICT, body[:-300], content_type), 400, "image[0]", "cut off")
+
+    @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
+    def test_json_is_json_under_any_name_that_curl_gives_it(self, server, content_type):
+        body = json.dumps({"instances": [PIXELS.tolist()]}).encode()
+        assert server.post(PREDICT, body, content_type).status == 200
+
+    @pytest.mark.parametrize("content_type", ["image/png", "application/octet-stream", "application/xml"])
+    def test_other_types_are_refused(self, server, content_type):
+        check_refused(server, server.post(PREDICT, encode(PIXELS), content_type), 415, "Content-Type", content_type)
+
+    @pytest.mark.parametrize(
+        ("body", "field", "words"),
+        [
+            (b'{"instances": [[[[1, 2', "body", "not valid JSON"),
+            (b"", "body", "empty"),
+            (b"{}", "instances", "a list of images"),
+            (b'{"instances": []}', "instances", "at least one image"),
+            (b'{"instances": [null]}', "instances[0]", "null"),
+            (b'{"instances": ["AAAA", 1]}', "instances[0]", "3 bytes"),
+        ],
+    )
+    def test_json(self, server, body, field, words):
+        check_refused(server, server.post(PREDICT, body), 400, field, words)
+
+    def test_one_bad_instance_refuses_the_whole_with_its_index(self, server):
+        ragged = PIXELS.tolist()
+        ragged[5].pop()
+        for bad, words in ((ragged, "ragged"), (PIXELS[:28, :28].tolist(), "[28, 28, 3]"), (None, "null")):
+            answer = server.post(PREDICT, {"instances": [PIXELS.tolist(), bad]})
+            check_refused(server, answer, 400, "instances[1]", words)
+
+
+class TestTensors:
+    """C20; the whole table of declarations is in the unit tests of the parser."""
+
+    @staticmethod
+    def tensor(images: np.ndarray, **changes: Any) -> dict[str, Any]:
+        values = {"name": "images", "datatype": "UINT8", "shape": list(images.shape), "data": images.ravel().tolist()}
+        return {"inputs": [{**values, **changes}]}
+
+    IMAGES = np.stack([PIXELS, SMOOTH]).transpose(0, 3, 1, 2)
+
+    def test_what_the_metadata_says_is_what_is_accepted(self, server):
+        metadata = server.get("/v2/models/cifar10").json
+        (declared,) = metadata["inputs"]
+        body = {
+            "inputs": [
+                {
+                    "name": declared["name"],
+                    "datatype": declared["datatype"],
+                    "shape": [len(self.IMAGES), *declared["shape"][1:]],
+                    "data": self.IMAGES.ravel().tolist(),
+                }
+            ]
+        }
+        outputs = server.post(INFER, body).json["outputs"]
+        found = [(output["name"], output["datatype"], [-1, *output["shape"][1:]]) for output in outputs]
+        assert found == [(output["name"], output["datatype"], output["shape"]) for output in metadata["outputs"]]
+
+    def test_flat_nested_and_binary_give_equal_probabilities(self, server):
+        flat = server.post(INFER, self.tensor(self.IMAGES)).json["outputs"][0]["data"]
+        nested = server.post(INFER, self.tensor(self.IMAGES, data=self.IMAGES.tolist())).json["outputs"][0]["data"]
+        binary = InferenceClient(server.url).predict_arrays(self.IMAGES).probabilities
+        assert flat == nested
+        np.testing.assert_array_equal(np.float32(flat).reshape(2, 10), binary.astype(np.float32))
+        np.testing.assert_allclose(binary, expected_probabilities(PIXELS, SMOOTH), atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("changes", "status", "words"),
+        [
+            ({"data": [0] * 6143}, 400, "6144 numbers"),
+            ({"shape": [2, 32, 32, 3]}, 400, "[N, 3, 32, 32]"),
+            ({"shape": [-1, 3, 32, 32]}, 400, "[-1, 3, 32, 32]"),
+            ({"shape": [0, 3, 32, 32]}, 400, "[0, 3, 32, 32]"),
+            ({"shape": ["two", 3, 32, 32]}, 400, "'two'"),
+            ({"shape": [10**9, 3, 32, 32]}, 413, "at most 64 images"),
+            ({"datatype": "FP32"}, 400, "'UINT8'"),
+            ({"data": ["x"] * 6144}, 400, "whole numbers"),
+            ({"name": "input_0"}, 400, "'images'"),
+        ],
+    )
+    def test_declarations(self, server, changes, status, words):
+        check_refused(server, server.post(INFER, self.tensor(self.IMAGES, **changes)), status, "inputs[0]", words)
+
+    def test_no_inputs(self, server):
+        for body in ({}, {"inputs": []}):
+            check_refused(server, server.post(INFER, body), 400, "inputs", "images")
+
+    def test_binary_lengths(self, server):
+        header = json.dumps(
+            {
+                "inputs": [
+                    {
+                        "name": "images",
+                        "datatype": "UINT8",
+                        "shape": [1, 3, 32, 32],
+                        "parameters": {"binary_data_size": 3072},
+                    }
+                ]
+            }
+        ).encode()
+        for length, num_bytes, field in (
+            (10**6, 3072, "Inference-Header-Content-Length"),
+            (-1, 3072, "Inference-Header-Content-Length"),
+            (len(header), 3071, "inputs[0].parameters.binary_data_size"),
+            (len(header), 3073, "inputs[0].parameters.binary_data_size"),
+            (len(header) - 1, 3072, "body"),
+        ):
+            answer = server.post(
+                INFER,
+                header + bytes(num_bytes),
+                "application/octet-stream",
+                Inference_Header_Content_Length=str(length),
+            )
+            check_refused(server, answer, 400, field, "expected")
+
+
+class TestPictureModes:
+    """C22."""
+
+    def ask(self, server: ServerProcess, *files: bytes) -> np.ndarray:
+        return probabilities(upload(server, *files))
+
+    def test_lossless_variants_answer_like_rgb(self, server):
+        few = (SMOOTH // 64 * 64).astype(np.uint8)
+        palette = Image.fromarray(few).convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
+        opaque = np.dstack([few, np.full((32, 32), 255, np.uint8)])
+        variants = [
+            encode(opaque),
+            encode(palette),
+            encode(palette, "GIF"),
+            encode(few, "BMP"),
+            encode(few, "TIFF"),
+            encode(few, "WEBP", lossless=True),
+            encode(opaque, "WEBP", lossless=True),
+        ]
+        answers = self.ask(server, encode(few), *variants)
+        np.testing.assert_allclose(answers[1:], np.tile(answers[0], (len(variants), 1)), atol=1e-6)
+
+    def test_grey_variants_answer_alike(self, server):
+        grey = SMOOTH[:, :, 0]
+        rgb = np.dstack([grey] * 3)
+        variants = [encode(grey), encode(np.dstack([grey, grey * 0 + 255])), encode(grey.astype(np.uint16) * 257)]
+        answers = self.ask(server, encode(rgb), *variants)
+        np.testing.assert_allclose(answers[1:], np.tile(answers[0], (3, 1)), atol=1e-6)
+        bits = Image.fromarray((grey > 127).astype(np.uint8) * 255)
+        one, eight = self.ask(server, encode(bits.convert("1")), encode(bits.convert("RGB")))
+        np.testing.assert_allclose(one, eight, atol=1e-6)
+
+    def test_lossy_variants_answer_nearly_like_rgb(self, server):
+        image = Image.fromarray(SMOOTH)
+        lossy = [encode(image, "JPEG", quality=95), encode(image.convert("CMYK"), "JPEG", quality=95)]
+        answers = self.ask(server, encode(image), *lossy, encode(image, "WEBP", quality=95))
+        np.testing.assert_allclose(answers[1:], np.tile(answers[0], (3, 1)), atol=0.05)
+
+    def test_hidden_colours_do_not_matter(self, server):
+        alpha = np.where(np.arange(32)[:, None] < 16, 0, 255) * np.ones((1, 32))
+        pairs = []
+        for colours in (PIXELS, np.where(alpha[:, :, None] == 0, 255 - PIXELS, PIXELS).astype(np.uint8)):
+            pairs.append(encode(np.dstack([colours, alpha.astype(np.uint8)])))
+        for hidden in ((255, 0, 0), (0, 0, 255)):
+            image = Image.fromarray((np.arange(1024) % 3).astype(np.uint8).reshape(32, 32))
+            image.putpalette([*hidden, 10, 20, 30, 200, 100, 50])
+            pairs.append(encode(image, transparency=0))
+        answers = self.ask(server, *pairs)
+        np.testing.assert_array_equal(answers[0], answers[1])
+        np.testing.assert_array_equal(answers[2], answers[3])
+
+    def test_an_animation_is_its_first_frame(self, server):
+        first, second = (Image.new("RGB", (32, 32), colour) for colour in ((250, 0, 0), (0, 0, 250)))
+        for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+            options = {"lossless": True} if kind == "WEBP" else {}
+            animation = encode(first, kind, save_all=True, append_images=[second], **options)
+            answers = self.ask(server, animation, encode(first, kind, **options))
+            np.testing.assert_array_equal(answers[0], answers[1])
+
+    def test_other_formats_are_refused_by_name(self, server):
+        for kind, name in (("PPM", "Netpbm"), ("ICO", "ICO"), ("JPEG2000", "JPEG 2000")):
+            answer = upload(server, encode(Image.fromarray(PIXELS), kind))
+            check_refused(server, answer, 400, "image[0]", name)
+
+
+class TestLimits:
+    def test_a_picture_of_too_many_pixels(self, server):
+        header = bytearray(encode(PIXELS))
+        header[16:24] = (60000).to_bytes(4, "big") * 2
+        answer = upload(server, bytes(header))
+        assert answer.status in (400, 413)  # Pillow may refuse the header's check sum first
+        check_refused(server, answer, answer.status, "image[0]", "expected")
+        large = encode(Image.new("1", (4097, 4096)))
+        check_refused(server, upload(server, large), 413, "image[0]", "at most 8388608 pixels, got 4097x4096")
+
+    def test_too_many_pictures(self, server):
+        check_refused(server, upload(server, *[encode(PIXELS)] * 65), 413, "image", "at most 64 images")
+        assert len(probabilities(upload(server, *[encode(PIXELS)] * 64))) == 64
+
+    def test_a_body_that_is_too_long(self, server):
+        answer = server.post(PREDICT, bytes(17 * 1024 * 1024))
+        check_refused(server, answer, 413, "body", "at most 16777216 bytes")
+
+    def test_an_endless_body(self, server):
+        """Chunked, without an end: answered when the limit is reached, though the client keeps on sending."""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+            chunk = b"100000\r\n" + bytes(0x100000) + b"\r\n"
+            with contextlib.suppress(ConnectionError):
+                for _ in range(100):
+                    connection.sendall(chunk)
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(100).startswith(b"HTTP/1.1 413")
+        assert upload(server, encode(PIXELS)).status == 200
+
+    def test_too_many_json_values(self, server):
+        body = b'{"instances": [' + b"[]," * 400_000 + b"[]]}"
+        check_refused(server, server.post(PREDICT, body), 413, "body", "JSON values")
+
+    def test_a_compressed_body(self, server):
+        answer = server.post(PREDICT, b"\x1f\x8b", Content_Encoding="gzip")
+        check_refused(server, answer, 415, "Content-Encoding", "uncompressed")
+
+
+class TestSurface:
+    def test_health_and_metadata(self, digest_and_server):
+        digest, server = digest_and_server
+        served = {"name": "cifar10", "ready": True, "model_version": "7", "model_digest": digest}
+        for path, expected in {
+            "/": {"status": "alive"},
+            "/v1/models": {"models": ["cifar10"]},
+            "/v2/models": {"models": ["cifar10"]},
+            "/v1/models/cifar10": served,
+            "/v2/models/cifar10/ready": served,
+            "/v2/health/live": {"live": True},
+            "/v2/health/ready": {"ready": True},
+        }.items():
+            answer = server.get(path)
+            assert (answer.status, answer.json) == (200, expected), path
+        metadata = server.get("/v2/models/cifar10").json
+        assert metadata["properties"] == {"model_digest": digest}
+        assert metadata["versions"] == ["7"]
+        assert "binary_tensor_data" in server.get("/v2").json["extensions"]
+
+    @pytest.mark.parametrize(
+        ("method", "path", "status"),
+        [
+            ("GET", "/v1/models/other", 404),
+            ("GET", "/v2/models/other", 404),
+            ("POST", "/v1/models/other:predict", 404),
+            ("POST", "/v2/models/other/infer", 404),
+            ("POST", "/v2/repository/models/cifar10/unload", 404),
+            ("POST", "/v1/models/cifar10:explain", 405),
+            ("GET", "/v2/models/cifar10/versions/9", 404),
+            ("GET", "/nothing", 404),
+            ("GET", PREDICT, 405),
+            ("DELETE", "/v1/models/cifar10", 405),
+            ("POST", "/v1/models/cifar10", 405),
+        ],
+    )
+    def test_what_is_not_there_is_a_json_error(self, server, method, path, status):
+        answer = server.post(path, {"instances": [PIXELS.tolist()]}) if method == "POST" else None
+        if answer is None:
+            with contextlib.closing(server.connect()) as connection:
+                connection.request(method, path)
+                response = connection.getresponse()
+                found, body = response.status, json.loads(response.read())
+        else:
+            found, body = answer.status, answer.json
+        assert found == status
+        assert body["error"]
+
+    def test_metrics_count_what_happened(self, server):
+        def sample(name: str) -> float:
+            lines = server.get("/metrics").body.decode().splitlines()
+            return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+        before = {name: sample(name) for name in ("cifar10_batch_images_sum", "request_predict_seconds_count")}
+        refused = sample('cifar10_responses_total{method="POST",status="400"}')
+        upload(server, encode(PIXELS), encode(PIXELS))
+        server.post(PREDICT, b"{}")
+        assert sample("cifar10_batch_images_sum") == before["cifar10_batch_images_sum"] + 2
+        assert sample("request_predict_seconds_count") == before["request_predict_seconds_count"] + 1
+        assert sample('cifar10_responses_total{method="POST",status="400"}') == refused + 1
+        assert sample("cifar10_pending_requests ") == 0
+        assert sample("cifar10_pending_bytes ") == 0
+
+    def test_openapi_describes_both_protocols(self, server):
+        api = server.get("/openapi.json").json
+        predict = api["paths"]["/v1/models/{model_name}:predict"]["post"]
+        assert set(predict["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
+        assert {"200", "400", "413", "429"} <= set(predict["responses"])
+        assert "/v2/models/{model_name}/infer" in api["paths"]
+        assert not [path for path in api["paths"] if "repository" in path or "explain" in path]
+
+    def test_listening_is_on_loopback_only(self, server):
+        lines = Path(f"/proc/{server.process.pid}/net/tcp").read_text().splitlines()[1:]
+        listening = [line.split()[1] for line in lines if line.split()[3] == "0A"]
+        assert f"0100007F:{server.port:04X}" in listening
+        assert f"00000000:{server.port:04X}" not in listening
+
+
+class TestClient:
+    def test_arrays_of_any_number_and_files(self, digest_and_server, tmp_path):
+        digest, server = digest_and_server
+        client = InferenceClient(server.url)
+        images = RNG.integers(0, 256, (150, 3, 32, 32), dtype=np.uint8)
+        predictions = client.predict_arrays(images)
+        assert (predictions.model_digest, predictions.model_version) == (digest, "7")
+        np.testing.assert_allclose(
+            predictions.probabilities, expected_probabilities(*images.transpose(0, 2, 3, 1)), atol=1e-4
+        )
+        paths = [tmp_path / "a.png", tmp_path / "b.webp"]
+        paths[0].write_bytes(encode(PIXELS))
+        paths[1].write_bytes(encode(SMOOTH, "WEBP", lossless=True))
+        from_files = client.predict_files(paths)
+        np.testing.assert_allclose(from_files.probabilities, expected_probabilities(PIXELS, SMOOTH), atol=1e-4)
+        assert from_files.classes == tuple(CLASSES[index] for index in from_files.probabilities.argmax(axis=1))
+        served = client.served_model()
+        assert (served.ready, served.model_digest, served.model_version) == (True, digest, "7")
+
+    def test_errors_say_what_was_asked(self, server, tmp_path, monkeypatch):
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # loopback is not asked through a proxy
+        client = InferenceClient(server.url)
+        (tmp_path / "x.png").write_bytes(b"x")
+        with pytest.raises(ServerError, match=r"image\[0\]") as caught:
+            client.predict_files([tmp_path / "x.png"])
+        assert caught.value.status == 400
+        with pytest.raises(ValueError, match="uint8"):
+            client.predict_arrays(np.zeros((1, 3, 32, 32)))  # pyright: ignore[reportArgumentType] - the fault under test
+        with pytest.raises(ServerError, match="was not answered") as caught:
+            InferenceClient("http://127.0.0.1:9").served_model()
+        assert caught.value.status is None
