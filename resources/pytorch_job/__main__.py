@@ -30,6 +30,7 @@ def render(path: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    """Print the manifest and return 0, or say what is wrong with the settings and return 2."""
     if len(arguments) != 1:
         sys.stderr.write(f"{__doc__}\n")
         return 2

@@ -110,7 +110,7 @@ def build_pytorch_job_collector(
     @dg.sensor(
         name=name,
         minimum_interval_seconds=minimum_interval_seconds,
-        description=f"Deletes PyTorchJobs in namespace {namespace} whose Dagster run has ended, and old Pipes messages.",
+        description=f"Deletes PyTorchJobs in namespace {namespace} whose run has ended, and old Pipes messages.",
     )
     def collector(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         connected = client()

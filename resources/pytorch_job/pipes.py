@@ -129,6 +129,8 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
                 shield=_interrupts_after,
                 outage_seconds=self._limits.outage_timeout_seconds,
             )
+            if _is_being_cancelled(context):
+                raise _cancelled()
             with self._cleaning_up(context, client, launcher, request):
                 started = launcher.start(request, manifest)
                 self._record(context, started)
@@ -191,9 +193,12 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
         """Removes the job when the run was cancelled, from before the create call on, or when it never started."""
         try:
             yield
-        except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+        except (DagsterExecutionInterruptedError, KeyboardInterrupt) as interrupt:
+            cancelled = _is_being_cancelled(context)
             with capture_interrupts():  # a second signal must not stop the clean-up
-                self._after_interrupt(context, client, launcher, request)
+                self._after_interrupt(context, client, launcher, request, cancelled)
+            if cancelled and context.get_step_execution_context().op_retry_policy:
+                raise _cancelled() from interrupt  # Dagster would answer the interrupt itself with a retry
             raise
         except JobFailedError as error:
             if not error.diagnosis.job_finished:
@@ -201,9 +206,14 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
             raise
 
     def _after_interrupt(
-        self, context: PipesContext, client: PyTorchJobClient, launcher: JobLauncher, request: JobRequest
+        self,
+        context: PipesContext,
+        client: PyTorchJobClient,
+        launcher: JobLauncher,
+        request: JobRequest,
+        cancelled: bool,
     ) -> None:
-        if not _is_being_cancelled(context):
+        if not cancelled:
             context.log.info(
                 f"This process was told to stop, but nobody cancelled the run: PyTorchJob {request.namespace}/"
                 f"{request.name} goes on, and the step's next attempt adopts it."
@@ -270,6 +280,10 @@ def _retried_runs(context: PipesContext) -> tuple[str, ...]:
 def _is_being_cancelled(context: PipesContext) -> bool:
     run = context.instance.get_run_by_id(context.run_id)
     return run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+
+
+def _cancelled() -> dg.Failure:
+    return dg.Failure("The run was cancelled: this step starts no PyTorchJob and leaves none.", allow_retries=False)
 
 
 def _dagster_labels(context: PipesContext) -> dict[str, str]:

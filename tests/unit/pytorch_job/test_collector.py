@@ -1,0 +1,107 @@
+"""The collector deletes what nobody waits for, and nothing else."""
+
+import logging
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from cifar_assets.object_store import FolderStore
+from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.collector import (
+    RunEnd,
+    build_pytorch_job_collector,
+    collect_leftovers,
+    collect_messages,
+)
+from resources.pytorch_job.labels import LAUNCH_ANNOTATION, MANAGED_BY, MANAGED_BY_LABEL, RUN_ID_LABEL
+from tests.unit.pytorch_job.fake_cluster import FakeCluster
+
+NOW = 100_000.0
+FAILURE, CANCELED, SUCCESS = (
+    dg.DagsterRunStatus.FAILURE,
+    dg.DagsterRunStatus.CANCELED,
+    dg.DagsterRunStatus.SUCCESS,
+)
+
+
+def create(client: PyTorchJobClient, name: str, run_id: str, *, managed: bool = True, launch: str = "launch") -> None:
+    labels = {RUN_ID_LABEL: run_id} | ({MANAGED_BY_LABEL: MANAGED_BY} if managed else {})
+    metadata = {"name": name, "namespace": "space", "labels": labels, "annotations": {LAUNCH_ANNOTATION: launch}}
+    client.create({"metadata": metadata})
+
+
+@pytest.mark.parametrize(
+    ("end", "collected"),
+    [
+        (None, False),
+        (RunEnd(CANCELED, NOW - 61), True),
+        (RunEnd(CANCELED, NOW - 59), False),
+        (RunEnd(SUCCESS, NOW - 61), True),
+        (RunEnd(FAILURE, NOW - 899), False),
+        (RunEnd(FAILURE, NOW - 901), True),
+    ],
+    ids=str,
+)
+def test_active_job_is_collected_when_its_run_ended_long_enough_ago(
+    client: PyTorchJobClient, cluster: FakeCluster, end: RunEnd | None, collected: bool
+):
+    create(client, "job", "run")
+    found = collect_leftovers(client, "space", lambda run_id: end, now=NOW, failure_grace_seconds=900)
+    assert [leftover.job.name for leftover in found] == (["job"] if collected else [])
+    assert ("job" in cluster.jobs) != collected
+
+
+def test_finished_and_foreign_jobs_are_left_alone(client: PyTorchJobClient, cluster: FakeCluster):
+    create(client, "finished", "run")
+    cluster.condition("finished", "Succeeded")
+    create(client, "foreign", "run", managed=False)
+    end = RunEnd(CANCELED, 0)
+    assert collect_leftovers(client, "space", lambda run_id: end, now=NOW, failure_grace_seconds=0) == []
+    assert set(cluster.jobs) == {"finished", "foreign"}
+
+
+def test_old_messages_go_unless_their_job_exists_or_one_of_them_is_new(tmp_path: Path):
+    store = FolderStore(tmp_path)
+    week_ago = datetime.now(UTC) - timedelta(days=7)
+    for key in ("messages/old/w/0.jsonl", "read/old/run.json", "messages/live/w/0.jsonl", "messages/new/w/0.jsonl"):
+        store.write(key, b"x")
+        age = 0 if "new" in key else 8 * 86400
+        stamp = datetime.now(UTC).timestamp() - age
+        os.utime(tmp_path / key, (stamp, stamp))
+    store.write("read/new/run.json", b"x")
+    assert collect_messages(store, ["live"], older_than=week_ago) == 2
+    assert {info.key for info in store.list()} == {
+        "messages/live/w/0.jsonl",
+        "messages/new/w/0.jsonl",
+        "read/new/run.json",
+    }
+
+
+def test_sensor_collects_by_the_instances_runs(
+    client: PyTorchJobClient, cluster: FakeCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.WARNING)
+    sensor = build_pytorch_job_collector(
+        client=lambda: client,
+        message_store=lambda: FolderStore(tmp_path),
+        namespace="space",
+        failure_grace_seconds=0,
+    )
+
+    @dg.job
+    def training() -> None: ...
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        failed = instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED)
+        going = instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED)
+        instance.report_run_failed(failed)
+        create(client, "leftover", failed.run_id)
+        create(client, "wanted", going.run_id)
+        create(client, "of-another-instance", "unknown")
+        result: Any = sensor(dg.build_sensor_context(instance=instance))
+    assert set(cluster.jobs) == {"wanted", "of-another-instance"}
+    assert "leftover" in result.skip_message

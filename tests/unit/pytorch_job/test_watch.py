@@ -1,0 +1,257 @@
+"""Watching a job: it ends in bounded time, and a failure says why (twins of tests/cluster/test_failures.py)."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.diagnosis import Cause
+from resources.pytorch_job.errors import ApiUnavailableError, JobDeletedError, JobFailedError
+from resources.pytorch_job.watch import JobWatcher, WatchLimits
+from tests.unit.pytorch_job.fake_cluster import (
+    RUNNING,
+    FakeCluster,
+    api_error,
+    container_status,
+    pod_body,
+    runs_and_succeeds,
+    terminated,
+)
+
+LIMITS = WatchLimits(
+    poll_interval_seconds=1,
+    unschedulable_timeout_seconds=100,
+    blocked_timeout_seconds=20,
+    start_timeout_seconds=300,
+    outage_timeout_seconds=60,
+)
+
+
+class Watched:
+    def __init__(self, cluster: FakeCluster, client: PyTorchJobClient):
+        self.cluster = cluster
+        self.client = client
+        self.lines: list[str] = []
+        self.ticks: list[float] = []
+
+    def create(self, *act: Callable[[FakeCluster, str], None]) -> "Watched":
+        if act:
+            self.cluster.on_created = act[0]
+        job = self.client.create({"metadata": {"name": "job", "namespace": "space"}})
+        assert job
+        self.job = job
+        return self
+
+    def wait(self):
+        return JobWatcher(
+            self.client,
+            self.job,
+            limits=LIMITS,
+            on_log_line=lambda line: self.lines.append(f"{line.replica} {line.text}"),
+            on_tick=lambda: self.ticks.append(self.cluster.clock()),
+            clock=self.cluster.clock,
+            sleeper=self.cluster.clock.sleep,
+            logger=logging.getLogger("test"),
+        ).wait_until_finished()
+
+    def fails(self, cause: Cause, *texts: str) -> JobFailedError:
+        with pytest.raises(JobFailedError) as caught:
+            self.wait()
+        assert caught.value.diagnosis.cause == cause
+        for text in ("PyTorchJob space/job", *texts):
+            assert text in str(caught.value)
+        return caught.value
+
+
+@pytest.fixture
+def watched(cluster: FakeCluster, client: PyTorchJobClient) -> Watched:
+    return Watched(cluster, client)
+
+
+def pods_at(seconds: float, *bodies: dict[str, Any]) -> Callable[[FakeCluster, str], None]:
+    def act(cluster: FakeCluster, name: str) -> None:
+        cluster.clock.after(seconds, lambda: cluster.pods.__setitem__(name, list(bodies)))
+
+    return act
+
+
+def test_success_with_logs_and_ticks(watched: Watched):
+    watched.create(runs_and_succeeds(seconds=5, log="2026-01-01T00:00:00Z epoch 1\n"))
+    assert watched.wait().status.state.finished
+    assert watched.lines == ["master-0 epoch 1"]
+    assert len(watched.ticks) >= 5
+
+
+def test_job_that_has_finished_already_is_seen_at_once(watched: Watched, cluster: FakeCluster):
+    watched.create()
+    cluster.condition("job", "Succeeded")
+    watched.wait()
+    assert watched.ticks == [cluster.clock()]
+
+
+def test_failing_exit_code_with_the_lines_that_matter(watched: Watched, cluster: FakeCluster):
+    status = container_status(terminated(3))
+    watched.create(pods_at(2, pod_body("job", phase="Failed", container_statuses=[status])))
+    cluster.logs["job-master-0"] = "2026-01-01T00:00:00Z ValueError: no such column\n"
+    cluster.clock.after(3, lambda: cluster.condition("job", "Failed", "1 Master replica(s) failed"))
+    error = watched.fails(Cause.EXIT_CODE, "exit code 3", "ValueError: no such column", "Master replica(s) failed")
+    assert error.diagnosis.exit_code == 3
+    assert not error.permanent
+
+
+def test_first_of_several_failures_is_the_cause(watched: Watched, cluster: FakeCluster):
+    worker = pod_body(
+        "job",
+        "worker-0",
+        phase="Failed",
+        container_statuses=[container_status(terminated(137, "OOMKilled", "2026-01-01T00:00:10Z"))],
+    )
+    master = pod_body(
+        "job", phase="Failed", container_statuses=[container_status(terminated(1, at="2026-01-01T00:00:12Z"))]
+    )
+    watched.create(pods_at(0, master, worker))
+    cluster.logs["job-master-0"] = "2026-01-01T00:00:12Z connection closed by peer\n"
+    cluster.clock.after(1, lambda: cluster.condition("job", "Failed"))
+    error = watched.fails(Cause.OUT_OF_MEMORY, "worker-0/pytorch ended with exit code 137", "Raise `memory`")
+    assert error.permanent
+    assert "master-0/pytorch ended with exit code 1" in str(error)
+
+
+def test_exit_of_a_pod_that_is_gone_is_remembered(watched: Watched, cluster: FakeCluster):
+    crashed = container_status({"waiting": {"reason": "CrashLoopBackOff"}}, restarts=2, last=terminated(7))
+    watched.create(pods_at(0, pod_body("job", container_statuses=[crashed])))
+    cluster.clock.after(5, lambda: cluster.pods.clear())
+    cluster.clock.after(6, lambda: cluster.condition("job", "Failed", "it has reached the specified backoff limit"))
+    watched.fails(Cause.EXIT_CODE, "exit code 7", "backoff limit")
+
+
+@pytest.mark.parametrize(
+    ("pod", "cause", "text"),
+    [
+        (
+            pod_body(
+                "job",
+                phase="Pending",
+                conditions=[
+                    {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes: cpu"}
+                ],
+            ),
+            Cause.UNSCHEDULABLE,
+            "0/1 nodes: cpu",
+        ),
+        *(
+            (
+                pod_body(
+                    "job",
+                    phase="Pending",
+                    container_statuses=[container_status({"waiting": {"reason": reason, "message": "because"}})],
+                ),
+                cause,
+                reason if cause == Cause.SLOW_START else f"{reason}: because",
+            )
+            for reason, cause in [
+                ("ErrImagePull", Cause.IMAGE),
+                ("ImagePullBackOff", Cause.IMAGE),
+                ("InvalidImageName", Cause.IMAGE),
+                ("ErrImageNeverPull", Cause.IMAGE),
+                ("CreateContainerConfigError", Cause.CONFIGURATION),
+                ("RunContainerError", Cause.NOT_STARTED),
+                ("ContainerCreating", Cause.SLOW_START),
+            ]
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_pod_that_cannot_start_is_given_up_after_its_own_limit(
+    watched: Watched, cluster: FakeCluster, pod: dict[str, Any], cause: Cause, text: str
+):
+    watched.create(pods_at(0, pod))
+    cluster.events["job-master-0"] = ["FailedMount: secret not found"]
+    begin = cluster.clock()
+    error = watched.fails(cause, text, "FailedMount: secret not found")
+    assert LIMITS.of(cause) <= cluster.clock() - begin <= LIMITS.of(cause) + 3
+    assert not error.diagnosis.job_finished
+
+
+def test_no_pods_at_all_shows_the_events_of_the_job(watched: Watched, cluster: FakeCluster):
+    watched.create()
+    cluster.events["job"] = ["FailedCreatePod: exceeded quota: cpu"]
+    watched.fails(Cause.NO_PODS, "exceeded quota: cpu")
+
+
+def test_obstacle_that_goes_away_in_time_does_no_harm(watched: Watched, cluster: FakeCluster):
+    waiting = container_status({"waiting": {"reason": "ErrImagePull", "message": ""}})
+    watched.create(pods_at(0, pod_body("job", phase="Pending", container_statuses=[waiting])))
+    running = pod_body("job", container_statuses=[container_status(RUNNING)])
+    cluster.clock.after(15, lambda: cluster.pods.__setitem__("job", [running]))
+    cluster.clock.after(500, lambda: cluster.condition("job", "Succeeded"))
+    assert watched.wait().status.state.finished
+
+
+def test_suspended_job_is_not_given_up(watched: Watched, cluster: FakeCluster):
+    watched.create()
+    cluster.condition("job", "Suspended")
+    cluster.clock.after(2000, lambda: cluster.condition("job", "Succeeded"))
+    assert watched.wait().status.state.finished
+
+
+def test_deadline_shows_what_the_replicas_were_doing(watched: Watched, cluster: FakeCluster):
+    watched.create(runs_and_succeeds(seconds=1000, log="2026-01-01T00:00:00Z epoch 3 of 90\n"))
+    message = "Job job has failed because it was active longer than specified deadline"
+    cluster.clock.after(30, lambda: cluster.condition("job", "Failed", message))
+    watched.fails(Cause.DEADLINE, "active_deadline_seconds", "epoch 3 of 90")
+
+
+def test_evicted_pod_is_named(watched: Watched, cluster: FakeCluster):
+    pod = pod_body("job", phase="Failed", reason="Evicted", message="The node was low on resource: memory")
+    watched.create(pods_at(0, pod))
+    cluster.clock.after(2, lambda: cluster.condition("job", "Failed"))
+    error = watched.fails(Cause.EVICTED, "low on resource: memory")
+    assert not error.permanent
+
+
+def test_failure_without_a_trace_still_gives_the_operators_words(watched: Watched, cluster: FakeCluster):
+    watched.create()
+    cluster.condition("job", "Failed", "managed elsewhere")
+    watched.fails(Cause.UNKNOWN, "managed elsewhere")
+
+
+@pytest.mark.parametrize("recreated", [False, True])
+def test_job_deleted_by_someone_else(watched: Watched, cluster: FakeCluster, recreated: bool):
+    watched.create(runs_and_succeeds(seconds=100))
+
+    def delete() -> None:
+        body = cluster.jobs.pop("job")
+        if recreated:
+            body["metadata"]["uid"] = "another"
+            cluster.jobs["job"] = body
+
+    cluster.clock.after(5, delete)
+    with pytest.raises(JobDeletedError, match=r"space/job was deleted by someone else.*Running"):
+        watched.wait()
+
+
+def test_api_outage_shorter_than_the_limit_is_ridden_out_and_messages_go_on(watched: Watched, cluster: FakeCluster):
+    watched.create(runs_and_succeeds(seconds=50))
+
+    def fail(call: str) -> None:
+        raise api_error(503, "away")
+
+    cluster.clock.after(10, lambda: setattr(cluster, "failing", fail))
+    cluster.clock.after(30, lambda: setattr(cluster, "failing", lambda call: None))
+    watched.wait()
+    assert len(watched.ticks) >= 45
+
+
+def test_api_outage_longer_than_the_limit_ends_the_watch(watched: Watched, cluster: FakeCluster):
+    watched.create(runs_and_succeeds(seconds=500))
+
+    def fail(call: str) -> None:
+        raise api_error(503, "away")
+
+    cluster.clock.after(10, lambda: setattr(cluster, "failing", fail))
+    with pytest.raises(ApiUnavailableError, match="away"):
+        watched.wait()
+    assert cluster.clock() - 1000 <= 10 + LIMITS.outage_timeout_seconds + 2
