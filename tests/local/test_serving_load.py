@@ -1,0 +1,133 @@
+"""The server under load and on its way out: nothing begun is lost, health answers, too much is told to come again."""
+
+import contextlib
+import json
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cifar_assets.object_store import FolderStore
+from tests.unit.serving.server_process import Answer, ServerProcess, ask, ask_on, run_server
+from tests.unit.serving.tiny_model import store_tiny_model, tiny_onnx
+
+PREDICT = "/v1/models/cifar10:predict"
+BODY = json.dumps({"instances": [np.zeros((32, 32, 3), int).tolist()]}).encode()
+JSON = {"Content-Type": "application/json"}
+
+
+def store_slow_model(folder: Path, work: int) -> tuple[str, str]:
+    """A model that takes about 40 ms times `work` for a run."""
+    return store_tiny_model(FolderStore(folder / "models"), onnx_bytes=tiny_onnx(work=work))
+
+
+def predict(server: ServerProcess) -> Answer:
+    return ask(server.port, "POST", PREDICT, BODY, JSON)
+
+
+@contextlib.contextmanager
+def slow_server(folder: Path, work: int, *options: str) -> Iterator[ServerProcess]:
+    with run_server(*store_slow_model(folder, work), folder, "--batch-images", "1", *options) as server:
+        yield server
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    lines = server.get("/metrics").body.decode().splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory) -> Iterator[ServerProcess]:
+    options = ("--queue-images", "4", "--max-pending-requests", "12")
+    with slow_server(tmp_path_factory.mktemp("busy"), 4, *options) as server:
+        yield server
+
+
+def test_too_much_is_told_to_come_again_and_the_rest_is_answered(busy):
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda _: predict(busy), range(48)))
+    statuses = Counter(answer.status for answer in answers)
+    assert set(statuses) == {200, 429}
+    assert statuses[200] >= 5
+    for answer in answers:
+        if answer.status == 429:
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert "got" in answer.json["error"]
+    assert predict(busy).status == 200
+
+
+def test_health_answers_while_requests_wait(busy):
+    with ThreadPoolExecutor(5) as pool:
+        futures = [pool.submit(predict, busy) for _ in range(5)]
+        wait_for(lambda: metric(busy, "cifar10_queue_images") >= 2)
+        for path in ("/v2/health/live", "/v2/health/ready", "/v1/models/cifar10", "/metrics"):
+            assert busy.get(path).status == 200
+        assert not all(future.done() for future in futures)
+        assert [future.result().status for future in futures] == [200] * 5
+
+
+def test_clients_that_leave_or_talk_nonsense_take_nothing_with_them(busy):
+    request = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
+    for data in (
+        b"",
+        b"\x16\x03\x01\x02\x00",
+        b"GET\r\n\r\n",
+        b"A" * 100_000,
+        request,
+        request + BODY[:100],
+        request + BODY,
+    ):
+        with socket.create_connection(("127.0.0.1", busy.port), timeout=10) as connection:
+            connection.sendall(data)
+    wait_for(lambda: metric(busy, "cifar10_pending_requests") == 0)
+    assert metric(busy, "cifar10_pending_bytes") == 0
+    assert predict(busy).status == 200
+    assert "Traceback" not in busy.log
+
+
+def test_on_sigterm_everything_begun_is_answered_and_nothing_new_is_taken(tmp_path):
+    with slow_server(tmp_path, 8, "--linger", "5") as server, ThreadPoolExecutor(6) as pool:
+        with contextlib.closing(server.connect()) as kept, contextlib.closing(server.connect()) as idle:
+            for connection in (kept, idle):
+                assert ask_on(connection, "GET", "/v1/models/cifar10").status == 200
+            futures = [pool.submit(predict, server) for _ in range(6)]
+            wait_for(lambda: metric(server, "cifar10_pending_requests") >= 3)
+            server.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: is_refused(server.port))
+            last = ask_on(kept, "POST", PREDICT, BODY, JSON)
+            assert (last.status, last.headers["Connection"]) == (200, "close")
+            assert [future.result().status for future in futures] == [200] * 6
+            wait(futures)
+        assert server.process.wait(30) == 0
+
+
+def test_with_a_drain_delay_readiness_turns_before_the_door_closes(tmp_path):
+    with slow_server(tmp_path, 0, "--drain-delay", "4") as server:
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: server.get("/v2/health/ready").status == 503)
+        assert server.get("/v1/models/cifar10").json["ready"] is False
+        assert server.get("/v2/health/live").status == 200
+        assert predict(server).status == 200
+        server.process.send_signal(signal.SIGINT)  # asked again: at once
+        assert server.process.wait(30) == 0
+
+
+def is_refused(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5):
+            return False
+    except ConnectionRefusedError:
+        return True
