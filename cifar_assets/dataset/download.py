@@ -104,7 +104,7 @@ def fetch(
                 "Check the network and try again."
             ) from failure
         logger.warning("%s: %s; attempt %d of %d failed, going on.", url, failure, attempt, ATTEMPTS)
-        sleep(min(2.0 ** (attempt - 1), 10.0))
+        sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
     try:
         check_file(part, expected, url)
         target.parent.mkdir(parents=True, exist_ok=True)

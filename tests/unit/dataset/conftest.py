@@ -1,0 +1,120 @@
+"""Small datasets in every format, made on the spot."""
+
+import gzip
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset.formats.archive import BATCHES
+from cifar_assets.object_store import FolderStore
+
+Images = NDArray[np.uint8]
+
+
+class Maker:
+    """Writes valid data; tests damage it from there."""
+
+    rows = 20
+
+    def images(self, count: int, seed: int = 0) -> Images:
+        return np.random.RandomState(seed).randint(0, 256, (count, 3, 32, 32)).astype(np.uint8)
+
+    def labels(self, count: int) -> NDArray[np.int64]:
+        return np.arange(count) % len(CLASSES)
+
+    def png(self, image: Images) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def python_members(self, seed: int = 0) -> dict[str, bytes]:
+        """Six batches of 20 rows and the meta file, by name in the archive."""
+        members = {"batches.meta": pickle.dumps({"label_names": list(CLASSES), "num_vis": 3072}, protocol=2)}
+        for number, name in enumerate(BATCHES):
+            images = self.images(self.rows, seed * 100 + number)
+            batch = {b"data": images.reshape(self.rows, -1), b"labels": self.labels(self.rows).tolist()}
+            members[name] = pickle.dumps(batch, protocol=2)
+        return {f"cifar-10-batches-py/{name}": data for name, data in members.items()}
+
+    def binary_members(self, seed: int = 0) -> dict[str, bytes]:
+        members = {"batches.meta.txt": "\n".join(CLASSES).encode() + b"\n\n"}
+        for number, name in enumerate(BATCHES):
+            images = self.images(self.rows, seed * 100 + number).reshape(self.rows, -1)
+            labels = self.labels(self.rows).astype(np.uint8)[:, None]
+            members[f"{name}.bin"] = np.concatenate([labels, images], axis=1).tobytes()
+        return {f"cifar-10-batches-bin/{name}": data for name, data in members.items()}
+
+    def tar(self, members: dict[str, bytes], extra: list[tuple[tarfile.TarInfo, bytes]] | None = None) -> bytes:
+        """A tar.gz with the members, and then with the extra ones as they are."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+            for info, data in extra or []:
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+        return gzip.compress(buffer.getvalue(), 1, mtime=0)
+
+    def archive(self, seed: int = 0) -> bytes:
+        return self.tar(self.python_members(seed))
+
+    def parquet(self, images: Images, labels: list[int | None] | NDArray[np.int64]) -> bytes:
+        return self.encoded_parquet([self.png(image) for image in images], list(labels))
+
+    def encoded_parquet(self, encoded: list[bytes | None], labels: list, schema: pa.Schema | None = None) -> bytes:
+        rows = [{"bytes": data, "path": f"{number}.png"} for number, data in enumerate(encoded)]
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        table = pa.table({"img": pa.array(rows, kind), "label": pa.array(labels, pa.int64())})
+        if schema is not None:
+            table = table.replace_schema_metadata(schema.metadata)
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, row_group_size=7)
+        return buffer.getvalue()
+
+    def parquet_source(self, folder: Path, train: int = 60, test: int = 20) -> Path:
+        """A folder in the Hugging Face layout: training images of seed 0, test images of seed 1."""
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.joinpath("train-00000-of-00001.parquet").write_bytes(
+            self.parquet(self.images(train), self.labels(train))
+        )
+        folder.joinpath("test-00000-of-00001.parquet").write_bytes(
+            self.parquet(self.images(test, 1), self.labels(test))
+        )
+        return folder
+
+
+@pytest.fixture
+def make() -> Maker:
+    return Maker()
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> FolderStore:
+    return FolderStore(tmp_path / "store" / "raw-data")
+
+
+@pytest.fixture
+def processed(tmp_path: Path) -> FolderStore:
+    return FolderStore(tmp_path / "store" / "processed-data")
+
+
+@pytest.fixture
+def source(tmp_path: Path, make: Maker) -> str:
+    """60 training and 20 test images in Parquet."""
+    return str(make.parquet_source(tmp_path / "source"))
+
+
+@pytest.fixture(autouse=True)
+def _downloads_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR_DOWNLOADS", str(tmp_path / "downloads"))

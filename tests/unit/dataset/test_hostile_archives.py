@@ -1,0 +1,189 @@
+"""Case C03 and its kind: archives and pickles that would write or run something."""
+
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cifar_assets.dataset.formats import archive
+from cifar_assets.dataset.formats.pickles import HostileDataError, load_plain
+from cifar_assets.dataset.raw import build_raw_version, current_raw_digest
+from cifar_assets.errors import DataError
+from cifar_assets.object_store import FolderStore
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def extras(outside: str) -> dict[str, list[tuple[tarfile.TarInfo, bytes]]]:
+    return {
+        "parent folder": [(member("../../evil.txt"), b"evil")],
+        "parent in the middle": [(member("cifar-10-batches-py/../../evil.txt"), b"evil")],
+        "backslashes": [(member("..\\..\\evil.txt"), b"evil")],
+        "absolute path": [(member(f"{outside}/evil.txt"), b"evil")],
+        "drive letter": [(member("C:/evil.txt"), b"evil")],
+        "file through a link": [
+            (member("cifar-10-batches-py/out", tarfile.SYMTYPE, outside), b""),
+            (member("cifar-10-batches-py/out/evil.txt"), b"evil"),
+        ],
+        "hard link": [(member("cifar-10-batches-py/passwd", tarfile.LNKTYPE, "/etc/passwd"), b"")],
+        "device": [(member("cifar-10-batches-py/null", tarfile.CHRTYPE), b"")],
+        "pipe": [(member("cifar-10-batches-py/pipe", tarfile.FIFOTYPE), b"")],
+    }
+
+
+@pytest.mark.parametrize("landed", [False, True])
+@pytest.mark.parametrize("name", list(extras("/")))
+def test_a_member_that_points_elsewhere_is_named_and_nothing_is_written(
+    name: str, landed: bool, make, raw: FolderStore, source: str, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    infos = extras(str(outside))[name]
+    data = make.tar(make.python_members(7), infos)
+    if landed:
+        raw.write("landing/batch.tar.gz", data)
+        built_from = source
+    else:
+        path = tmp_path / "cifar-10-python.tar.gz"
+        path.write_bytes(data)
+        built_from = str(path)
+    before = {path for path in tmp_path.rglob("*") if "store" not in path.parts}
+    with pytest.raises(HostileDataError) as caught:
+        build_raw_version(raw, built_from)
+    assert repr(infos[0][0].name) in str(caught.value)
+    assert {path for path in tmp_path.rglob("*") if "store" not in path.parts} <= before | {tmp_path / "downloads"}
+    assert list(outside.iterdir()) == []
+    assert current_raw_digest(raw) is None
+
+
+def test_a_hostile_landed_archive_is_put_aside_and_the_next_build_goes_on(make, raw: FolderStore, source: str) -> None:
+    data = make.tar(make.python_members(7), [(member("../evil"), b"")])
+    raw.write("landing/batch.tar.gz", data)
+    with pytest.raises(HostileDataError, match=r"rejected/batch\.tar\.gz"):
+        build_raw_version(raw, source)
+    assert raw.read("rejected/batch.tar.gz") == data
+    assert b"../evil" in raw.read("rejected/batch.tar.gz.reason.json")
+    assert list(raw.list("landing/")) == []
+    assert build_raw_version(raw, source).manifest.rows == 80
+
+
+class Touch:
+    """Pickles into a call of `os.open` that would create the file."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.open, (self.path, os.O_CREAT)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_that_runs_code_never_runs(protocol: int, make, raw: FolderStore, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    members = make.python_members()
+    batch = {"data": np.zeros((1, 3072), np.uint8), "labels": [Touch(marker)]}
+    members["cifar-10-batches-py/data_batch_3"] = pickle.dumps(batch, protocol=protocol)
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(make.tar(members))
+    with pytest.raises(HostileDataError, match=r"data_batch_3.*asks for (posix|os)\.open"):
+        build_raw_version(raw, str(path))
+    assert not marker.exists()
+    assert list(raw.list("objects/")) == []
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"cbuiltins\neval\n(S'1+1'\ntR.",
+        b"cbuiltins\ngetattr\n(cnumpy\nndarray\nS'tofile'\ntR.",
+        b"cnumpy\nload\n(S'x'\ntR.",
+        b"cnumpy.core.multiarray\nfromstring\n(S'x'\ntR.",
+        b"c__main__\nanything\n.",
+        b"ccodecs\nopen\n(S'x'\ntR.",
+        b"\x80\x02c_codecs\nlookup\nX\x01\x00\x00\x00x\x85R.",
+        b"cnumpy\ndtype\n(S'O'\ntR.",
+        b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.__new__\x93.",
+    ],
+)
+def test_names_beyond_plain_arrays_are_refused(payload: bytes) -> None:
+    with pytest.raises(HostileDataError, match="batch"):
+        load_plain(payload, "batch")
+
+
+@pytest.mark.parametrize("payload", [b"", b"garbage", pickle.dumps([1, 2])[:-1], b"\x80\x02j\xff\xff\xff\xff."])
+def test_what_is_no_pickle_is_a_clear_error(payload: bytes) -> None:
+    with pytest.raises(DataError, match="batch is no readable pickle"):
+        load_plain(payload, "batch")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_values_load(protocol: int) -> None:
+    value = {
+        "array": np.arange(12, dtype=np.uint8).reshape(3, 4),
+        "big": np.arange(6, dtype=">i4").reshape(2, 3, order="F"),
+        "float": np.array([0.5, np.pi]),
+        "text": np.array(["a", "bc"]),
+        "list": [1, -(2**70), 1.5, True, None, "text \u00e4", b"\x00\xff", bytearray(b"x"), (1, {2}, frozenset({3}))],
+    }
+    data = pickle.dumps(value, protocol=protocol)
+    loaded, trusted = load_plain(data, "batch"), pickle.loads(data)
+    assert loaded["list"] == value["list"]
+    for name in ("array", "big", "float", "text"):
+        assert loaded[name].dtype == trusted[name].dtype
+        assert np.array_equal(loaded[name], value[name])
+
+
+def test_numpy_is_not_changed_by_a_pickle() -> None:
+    # Setting a state on numpy's shared dtype would change the byte order of the whole process.
+    payload = b"cnumpy\ndtype\n(S'i4'\ntR(I3\nS'>'\nNNNI-1\nI-1\nI0\ntb."
+    assert load_plain(payload, "batch") == np.dtype(">i4")
+    assert np.dtype("i4") == np.dtype(np.int32)
+    assert np.dtype("i4").isnative
+
+
+def test_claims_are_bounded(make, raw: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(make.tar({"padding": bytes(3 << 20), **make.python_members()}))
+    monkeypatch.setattr(archive, "MAX_UNPACKED_BYTES", 2 << 20)
+    with pytest.raises(DataError, match="unpacks to more than"):
+        build_raw_version(raw, str(path))
+    monkeypatch.undo()
+    monkeypatch.setattr(archive, "MAX_MEMBER_BYTES", 1 << 10)
+    with pytest.raises(DataError, match=r"claims .* bytes"):
+        build_raw_version(raw, str(path))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [1, 2, 3],
+        {"data": np.zeros((2, 3072), np.uint8)},
+        {"data": np.zeros((2, 3071), np.uint8), "labels": [0, 1]},
+        {"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0, "cat"]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]},
+    ],
+)
+def test_a_batch_of_another_shape_is_refused(batch: object, make, raw: FolderStore, tmp_path: Path) -> None:
+    members = make.python_members()
+    members["cifar-10-batches-py/data_batch_2"] = pickle.dumps(batch)
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(make.tar(members))
+    with pytest.raises(DataError, match="data_batch_2|out of range"):
+        build_raw_version(raw, str(path))
+
+
+def test_a_batch_given_twice_is_refused(make, raw: FolderStore, tmp_path: Path) -> None:
+    data = make.python_members()["cifar-10-batches-py/data_batch_1"]
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(make.tar(make.python_members(), [(member("other/data_batch_1"), data)]))
+    with pytest.raises(DataError, match="data_batch_1 twice"):
+        build_raw_version(raw, str(path))

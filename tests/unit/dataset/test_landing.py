@@ -1,0 +1,338 @@
+"""Landed data: joined, rejected with a reason, or left where it is. Cases C04 and its kind."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset import landed
+from cifar_assets.dataset.landing import classify_landing_object, scan_landing
+from cifar_assets.dataset.processed import build_processed
+from cifar_assets.dataset.raw import RawVersion, build_raw_version, make_current, read_raw
+from cifar_assets.dataset.reader import open_split
+from cifar_assets.errors import DataError
+from cifar_assets.object_store import FolderStore
+
+
+def reason_of(raw: FolderStore, key: str) -> dict:
+    return json.loads(raw.read(f"{key}.reason.json"))
+
+
+def landing_keys(raw: FolderStore) -> list[str]:
+    return [info.key for info in raw.list("landing/")]
+
+
+def test_good_rows_join_and_bad_rows_are_rejected_with_reasons(make, raw: FolderStore, source: str) -> None:
+    good = [make.png(image) for image in make.images(500, 5)]
+    encoded = [*good, *[b"no image"] * 10, *[make.png(image) for image in make.images(9, 6)], None]
+    labels = [*make.labels(500), *[1] * 10, *[10] * 4, *[-1] * 4, None, 3]
+    data = make.encoded_parquet(encoded, labels)
+    raw.write("landing/week 1.parquet", data)
+    version = build_raw_version(raw, source)
+    assert version.manifest.rows == 80 + 500
+    assert version.report.landing.accepted == {"landing/week 1.parquet": 500}
+    assert version.report.landing.rejected_rows == 20
+    # The object stays: it is part of the next version as well.
+    assert landing_keys(raw) == ["landing/week 1.parquet"]
+    table = pq.read_table(io.BytesIO(raw.read("rejected/week 1.parquet"))).to_pylist()
+    assert [row["row"] for row in table] == list(range(500, 520))
+    assert table[0]["img"]["bytes"] == b"no image"
+    assert "out of range" in table[10]["reason"]
+    reason = reason_of(raw, "rejected/week 1.parquet")
+    assert reason["rejected_rows"] == 20
+    assert reason["rows"][19] == {"row": 519, "reason": "the image is missing"}
+    assert build_raw_version(raw, source).digest == version.digest
+
+
+@pytest.mark.parametrize("name", ["images.parquet", "deep/er/images.parquet", "caf\u00e9 #1 +50%.parquet"])
+def test_names_copies_and_removal_give_the_digest_one_expects(name: str, make, raw: FolderStore, source: str) -> None:
+    without = build_raw_version(raw, source).digest
+    data = make.parquet(make.images(10, 5), make.labels(10))
+    raw.write(f"landing/{name}", data)
+    landed_once = build_raw_version(raw, source).digest
+    assert landed_once != without
+    raw.write("landing/copy.parquet", data)
+    twice = build_raw_version(raw, source)
+    assert twice.digest == landed_once
+    assert sum(twice.report.landing.duplicates.values()) == 10
+    raw.delete(f"landing/{name}")
+    assert build_raw_version(raw, source).digest == landed_once
+    raw.delete("landing/copy.parquet")
+    assert build_raw_version(raw, source).digest == without
+
+
+def test_order_of_arrival_does_not_matter(make, tmp_path: Path, source: str) -> None:
+    files = {f"landing/{n}.parquet": make.parquet(make.images(4, n), make.labels(4)) for n in (5, 6, 7)}
+    digests = set()
+    for number, names in enumerate([sorted(files), sorted(files, reverse=True)]):
+        raw = FolderStore(tmp_path / f"store{number}")
+        for name in names:
+            raw.write(name, files[name])
+            digest = build_raw_version(raw, source).digest
+        digests.add(digest)
+    assert len(digests) == 1
+
+
+def test_single_images_join_under_their_class_folder(
+    make, raw: FolderStore, processed: FolderStore, source: str
+) -> None:
+    images = make.images(3, 5)
+    raw.write("landing/cat/a.png", make.png(images[0]))
+    raw.write("landing/2024/Dog/b.png", make.png(images[1]))
+    raw.write("landing/cat/again.png", make.png(images[0]))
+    version = build_raw_version(raw, source)
+    assert version.report.landing.accepted == {"landing/2024/Dog/b.png": 1, "landing/cat/a.png": 1}
+    assert version.report.landing.duplicates == {"landing/cat/again.png": 1}
+    assert [(item.format, item.rows) for item in version.manifest.objects if item.role == "landed"] == [("images", 2)]
+    built = build_processed(raw, processed, version.digest)
+    readers = [open_split(processed, built.digest, split) for split in ("train", "validation")]
+    labels = {reader.digest(i): int(reader.labels[i]) for reader in readers for i in range(len(reader))}
+    assert labels[landed.pixel_digest(images[0])] == CLASSES.index("cat")
+    assert labels[landed.pixel_digest(images[1])] == CLASSES.index("dog")
+
+
+def test_a_bad_single_image_moves_to_rejected(make, raw: FolderStore, source: str) -> None:
+    cut = make.png(make.images(1, 5)[0])[:500]
+    raw.write("landing/cat/cut.png", cut)
+    version = build_raw_version(raw, source)
+    assert version.manifest.rows == 80
+    assert landing_keys(raw) == []
+    assert raw.read("rejected/cat/cut.png") == cut
+    assert reason_of(raw, "rejected/cat/cut.png")["object"] == "landing/cat/cut.png"
+    assert version.report.landing.rejected[0].moved_to == "rejected/cat/cut.png"
+
+
+def test_other_content_under_a_rejected_name_loses_nothing(raw: FolderStore, source: str) -> None:
+    for data in (b"first bad one", b"second bad one"):
+        raw.write("landing/cat/x.png", data)
+        build_raw_version(raw, source)
+    kept = {raw.read(info.key) for info in raw.list("rejected/") if info.key.endswith(".png")}
+    assert kept == {b"first bad one", b"second bad one"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("x.parquet", b"not parquet at all"),
+        ("x.tar.gz", b"not an archive"),
+        ("x.tgz", b"\x1f\x8b\x08\x00cut"),
+    ],
+)
+def test_an_unreadable_object_moves_to_rejected_as_a_whole(
+    name: str, data: bytes, raw: FolderStore, source: str
+) -> None:
+    raw.write(f"landing/{name}", data)
+    version = build_raw_version(raw, source)
+    assert version.manifest.rows == 80
+    assert landing_keys(raw) == []
+    assert raw.read(f"rejected/{name}") == data
+    assert len(reason_of(raw, f"rejected/{name}")["reason"]) > 20
+
+
+def test_an_object_without_any_good_row_moves_as_a_whole(make, raw: FolderStore, source: str) -> None:
+    data = make.encoded_parquet([b"?", b"??"], [0, 1])
+    raw.write("landing/x.parquet", data)
+    build_raw_version(raw, source)
+    assert landing_keys(raw) == []
+    assert raw.read("rejected/x.parquet") == data
+    assert [row["row"] for row in reason_of(raw, "rejected/x.parquet")["rows"]] == [0, 1]
+
+
+def build_with(make, raw: FolderStore, source: str, images: np.ndarray, labels: list[int]) -> RawVersion:
+    raw.write("landing/x.parquet", make.parquet(images, labels))
+    return build_raw_version(raw, source)
+
+
+def test_duplicates_of_the_source_are_not_trained_twice(make, raw: FolderStore, source: str) -> None:
+    before = build_raw_version(raw, source).digest
+    version = build_with(make, raw, source, make.images(5), list(range(5)))
+    assert version.digest == before
+    assert version.report.landing.duplicates == {"landing/x.parquet": 5}
+    assert version.report.landing.rejected == ()
+
+
+def test_a_conflict_with_the_source_is_rejected(make, raw: FolderStore, source: str) -> None:
+    images = np.stack([make.images(1)[0], make.images(1, 5)[0]])
+    version = build_with(make, raw, source, images, [3, 4])
+    assert version.manifest.rows == 81
+    (rejection,) = version.report.landing.rejected
+    assert "labelled cat, but the source has the same pixels as airplane" in rejection.rows[0]
+
+
+def test_a_test_image_never_gets_into_training(make, raw: FolderStore, source: str) -> None:
+    images = np.stack([make.images(1, 1)[0], make.images(1, 5)[0]])
+    version = build_with(make, raw, source, images, [0, 4])
+    assert version.manifest.rows == 81
+    assert "is a test image" in version.report.landing.rejected[0].rows[0]
+
+
+def test_a_conflict_between_landed_images_rejects_all_of_them(make, raw: FolderStore, source: str) -> None:
+    images = make.images(3, 5)
+    raw.write("landing/a.parquet", make.parquet(images[:2], [1, 2]))
+    raw.write("landing/b.parquet", make.parquet(images[1:], [3, 4]))
+    version = build_raw_version(raw, source)
+    assert version.manifest.rows == 82
+    assert sorted(rejection.key for rejection in version.report.landing.rejected) == [
+        "landing/a.parquet",
+        "landing/b.parquet",
+    ]
+
+
+def test_the_same_picture_in_another_format_is_a_duplicate(make, raw: FolderStore, source: str) -> None:
+    from PIL import Image
+
+    image = make.images(1, 5)[0]
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, "BMP")
+    raw.write("landing/frog/a.png", make.png(image))
+    raw.write("landing/frog/b.bmp", buffer.getvalue())
+    version = build_raw_version(raw, source)
+    assert version.manifest.rows == 81
+
+
+def test_test_data_does_not_land(make, raw: FolderStore, source: str) -> None:
+    raw.write("landing/test/cat/a.png", make.png(make.images(1, 5)[0]))
+    raw.write("landing/test-00000.parquet", make.parquet(make.images(2, 6), [0, 1]))
+    version = build_raw_version(raw, source)
+    assert version.manifest.rows == 80
+    assert all("test split" in rejection.reason for rejection in version.report.landing.rejected)
+
+
+def test_a_landed_archive_adds_its_training_rows_only(make, raw: FolderStore, source: str) -> None:
+    raw.write("landing/more.tar.gz", make.archive(8))
+    version = build_raw_version(raw, source)
+    assert version.manifest.rows == 80 + 100
+    assert version.report.landing.rejected_rows == 20
+    raw.write("landing/more.tgz", make.archive(8))
+    raw.delete("landing/more.tar.gz")
+    assert build_raw_version(raw, source).digest == version.digest
+
+
+@pytest.mark.parametrize("resize", [True, False])
+def test_another_size_is_scaled_or_refused(resize: bool, make, raw: FolderStore, source: str) -> None:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), (10, 200, 30)).save(buffer, "PNG")
+    raw.write("landing/frog/big.png", buffer.getvalue())
+    version = build_raw_version(raw, source, resize=resize)
+    assert version.manifest.rows == (81 if resize else 80)
+    assert landing_keys(raw) == (["landing/frog/big.png"] if resize else [])
+
+
+def test_unchanged_objects_are_not_read_again(make, raw: FolderStore, source: str, monkeypatch) -> None:
+    raw.write("landing/a.parquet", make.parquet(make.images(10, 5), make.labels(10)))
+    raw.write("landing/cat/b.png", make.png(make.images(1, 6)[0]))
+    first = build_raw_version(raw, source)
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(landed, "_judge_table", fail)
+    monkeypatch.setattr(landed, "_judge_image", fail)
+    assert build_raw_version(raw, source).digest == first.digest
+
+
+def test_an_object_replaced_under_its_name_is_read_again(make, raw: FolderStore, source: str) -> None:
+    raw.write("landing/a.parquet", make.parquet(make.images(10, 5), make.labels(10)))
+    first = build_raw_version(raw, source)
+    raw.write("landing/a.parquet", make.parquet(make.images(11, 7), make.labels(11)))
+    second = build_raw_version(raw, source)
+    assert (first.manifest.rows, second.manifest.rows) == (90, 91)
+
+
+def test_an_object_that_changes_while_it_is_read_waits(make, raw: FolderStore, source: str, monkeypatch) -> None:
+    raw.write("landing/a.parquet", b"half of it")
+    judge = landed._judge_table
+
+    def judge_and_grow(store: FolderStore, info, resize: bool):
+        found = judge(store, info, resize)
+        raw.write("landing/a.parquet", make.parquet(make.images(10, 5), make.labels(10)))
+        return found
+
+    monkeypatch.setattr(landed, "_judge_table", judge_and_grow)
+    version = build_raw_version(raw, source)
+    assert "changed while it was being read" in version.report.landing.skipped["landing/a.parquet"]
+    monkeypatch.undo()
+    assert build_raw_version(raw, source).manifest.rows == 90
+
+
+NOT_DATA = {
+    "landing/": 0,
+    "landing/nested/": 0,
+    "landing/.keep": 0,
+    "landing/cat/.keep": 0,
+    "landing/.DS_Store": 6148,
+    "landing/.git/x.parquet": 10,
+    "landing/._a.parquet": 4096,
+    "landing/x.tar.gz": 0,
+    "landing/cat/x.png": 0,
+    "landing/notes.txt": 12,
+    "landing/x.tar.gz.part": 100,
+    "landing/x.parquet.tmp": 100,
+    "landing/x.parquet~": 100,
+    "landing/x.parquet.crdownload": 100,
+    "landing/parquet": 100,
+    "landing/cat.png": 100,
+    "landing/elephant/x.png": 100,
+    "landing/cat": 5,
+    "landing/x.zip": 100,
+}
+
+
+@pytest.mark.parametrize(("key", "size"), NOT_DATA.items())
+def test_what_is_not_data_is_skipped_with_a_reason(key: str, size: int) -> None:
+    reason = classify_landing_object(key, size)
+    assert reason is not None
+    assert len(reason) > 5
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "landing/x.parquet",
+        "landing/X.TAR.GZ",
+        "landing/a b/x.tgz",
+        "landing/x.tar",
+        "landing/cat/x.JPEG",
+        "landing/a/dog/b/x.png",
+    ],
+)
+def test_data_is_not_skipped(key: str) -> None:
+    assert classify_landing_object(key, 10) is None
+
+
+def test_things_that_are_no_data_are_left_alone(make, raw: FolderStore, source: str) -> None:
+    before = build_raw_version(raw, source).digest
+    for key, size in NOT_DATA.items():
+        if not key.endswith("/") and key not in ("landing/cat",):
+            raw.write(key, bytes(size))
+    listed = landing_keys(raw)
+    scan = scan_landing(raw)
+    assert scan.ready == ()
+    assert sorted(scan.skipped) == listed
+    version = build_raw_version(raw, source)
+    assert version.digest == before
+    assert version.report.landing.skipped == scan.skipped
+    assert landing_keys(raw) == listed
+    raw.write("landing/complete.tar.gz", make.archive(8))
+    assert [info.key for info in scan_landing(raw).ready] == ["landing/complete.tar.gz"]
+    assert build_raw_version(raw, source).manifest.rows == 180
+
+
+def test_an_earlier_version_is_made_current_by_its_digest(make, raw: FolderStore, source: str) -> None:
+    first = build_raw_version(raw, source)
+    raw.write("landing/a.parquet", make.parquet(make.images(10, 5), make.labels(10)))
+    second = build_raw_version(raw, source)
+    undone = build_raw_version(raw, source, digest=first.digest)
+    assert (undone.digest, undone.manifest) == (first.digest, first.manifest)
+    raw.delete(second.manifest.objects[-1].key)
+    with pytest.raises(DataError, match="is missing"):
+        make_current(raw, second.digest)
+    # Landed data is still there: the next build brings the later version back.
+    assert build_raw_version(raw, source).digest == second.digest
+    assert read_raw(raw, second.digest) == second.manifest
