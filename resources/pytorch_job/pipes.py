@@ -100,7 +100,7 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
         reader = PipesStoreMessageReader(
             self._store,
             launch_id=request.launch_id,
-            run_id=context.run_id,
+            run_id=context.run.run_id,
             logger=context.log,
             on_message=on_message,
         )
@@ -150,13 +150,13 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
     ) -> JobRequest:
         step_key = context.get_step_execution_context().step.key
         if name is None:
-            name = job_name(name_prefix, run_id=context.run_id, step_key=step_key, attempt=context.retry_number)
+            name = job_name(name_prefix, run_id=context.run.run_id, step_key=step_key, attempt=context.retry_number)
         check_job_name(name, config.replicas)
         return JobRequest(
             name=name,
             namespace=namespace or self._namespace or detect_current_namespace(self._kubeconfig_file) or "default",
             step_key=step_key,
-            run_id=context.run_id,
+            run_id=context.run.run_id,
             ancestor_run_ids=_retried_runs(context),
             work=hashlib.sha256((work or _content(config, extras)).encode()).hexdigest(),
         )
@@ -262,7 +262,7 @@ def _content(config: PyTorchJobConfig, extras: PipesExtras | None) -> str:
 def _retried_runs(context: PipesContext) -> tuple[str, ...]:
     """Runs that this one retries from failure, nearest first. Any other re-execution starts afresh."""
     runs: list[str] = []
-    run = context.dagster_run
+    run = context.run
     while (
         run.parent_run_id
         and run.parent_run_id not in runs
@@ -278,7 +278,7 @@ def _retried_runs(context: PipesContext) -> tuple[str, ...]:
 
 
 def _is_being_cancelled(context: PipesContext) -> bool:
-    run = context.instance.get_run_by_id(context.run_id)
+    run = context.instance.get_run_by_id(context.run.run_id)
     return run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 

@@ -23,12 +23,12 @@ class FakeClock:
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self._events: list[tuple[float, Callable[[], None]]] = []
+        self._events: list[tuple[float, Callable[[], object]]] = []
 
     def __call__(self) -> float:
         return self.now
 
-    def after(self, seconds: float, event: Callable[[], None]) -> None:
+    def after(self, seconds: float, event: Callable[[], object]) -> None:
         self._events.append((self.now + seconds, event))
 
     def sleep(self, seconds: float) -> None:
@@ -131,7 +131,7 @@ class FakeCluster:
 
     def list_namespaced_custom_object(self, *_: Any, label_selector: str = "", **__: Any):
         self.failing("list")
-        wanted = dict(part.split("=") for part in label_selector.split(",") if part)
+        wanted = {key: value for key, _, value in (part.partition("=") for part in label_selector.split(",") if part)}
         found = [job for job in self.jobs.values() if wanted.items() <= job["metadata"].get("labels", {}).items()]
         return {"items": copy.deepcopy(found)}
 
@@ -180,7 +180,7 @@ class FakeCluster:
         name = field_selector.split(",")[0].partition("=")[2]
         items = []
         for event in self.events.get(name, []):
-            reason, _, message = event.partition(": ")
+            reason, message = event.split(": ", 1)
             items.append(SimpleNamespace(reason=reason, message=message, last_timestamp=None, event_time=None))
         return SimpleNamespace(items=items)
 

@@ -1,0 +1,25 @@
+# Images of the pods, by buildah or docker alike: `make images`. Include from the top Makefile, or
+# `make -f images/images.mk images` from the repository's root.
+#   BUILDER     command that builds:  buildah bud  |  docker build
+#   BUILD_ARGS  further arguments, such as --no-cache
+#   TAG         tag of all images
+#   LOAD        command that puts one image into the cluster, such as `minikube image load`; empty does nothing
+
+TAG ?= dev
+REGISTRY ?= localhost
+BUILDER ?= $(if $(shell command -v buildah),buildah bud --isolation chroot --network host,docker build)
+BUILD_ARGS ?=
+LOAD ?=
+IMAGES := trainer server dagster mlflow
+
+.PHONY: images story-image $(IMAGES:%=image-%)
+
+images: $(IMAGES:%=image-%)  ## Build (and load) the images of all pods
+
+$(IMAGES:%=image-%): image-%:
+	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/cifar-$*:$(TAG) -f images/$*/Dockerfile .
+	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-$*:$(TAG))
+
+story-image:  ## Build (and load) the small image of the cluster tests
+	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/pytorch-job-story:test -f tests/cluster/story_image/Dockerfile .
+	$(if $(LOAD),$(LOAD) $(REGISTRY)/pytorch-job-story:test)

@@ -1,0 +1,225 @@
+"""A namespace of its own with an object store, on whatever cluster KUBECONFIG names; nothing is left behind.
+
+Stories need the image of tests/cluster/story_image: `make -f images/images.mk story-image LOAD=...`.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes import client as k8s
+from kubernetes import config as k8s_config
+
+from cifar_assets.object_store.s3 import S3Store
+from resources.pytorch_job.client import PyTorchJobClient
+
+STORY_IMAGE = os.environ.get("TEST_STORY_IMAGE", "localhost/pytorch-job-story:test")
+MINIO_IMAGE = os.environ.get("TEST_MINIO_IMAGE", "docker.io/minio/minio:RELEASE.2026-02-12T20-18-48Z")
+_KEYS = {"access_key": "story-access", "secret_key": "story-secret-key"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/cluster" in str(item.path):
+            item.add_marker(pytest.mark.cluster)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Puts the namespace's state into the report of a test that failed."""
+    report: Any = yield
+    if report.when == "call" and report.failed and "namespace" in getattr(item, "fixturenames", ()):
+        name = item.funcargs["namespace"]  # pyright: ignore[reportAttributeAccessIssue]  # set by pytest for functions
+        report.sections.append((f"state of namespace {name}", dump(name)))
+    return report
+
+
+def kubectl(*arguments: str, text: str | None = None) -> str:
+    done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        raise RuntimeError(f"kubectl {' '.join(arguments)}: {done.stderr}")
+    return done.stdout
+
+
+def dump(namespace: str) -> str:
+    parts = []
+    for arguments in (
+        ["get", "pods,pytorchjobs,services", "-o", "wide"],
+        ["get", "events", "--sort-by=.lastTimestamp"],
+        ["get", "pytorchjobs", "-o", "yaml"],
+    ):
+        done = subprocess.run(["kubectl", "-n", namespace, *arguments], capture_output=True, text=True, timeout=60)
+        parts.append(f"$ kubectl {' '.join(arguments)}\n{done.stdout}{done.stderr}"[-20_000:])
+    return "\n".join(parts)
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """The condition's first true value, looked at every quarter second."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.25)
+
+
+@pytest.fixture(scope="session")
+def core() -> Any:
+    """The cluster's API; skips, with the reason, where there is none or it lacks the training operator."""
+    if not shutil.which("kubectl"):
+        pytest.skip("no kubectl")
+    try:
+        api = k8s_config.new_client_from_config()
+        version: Any = k8s.VersionApi(api).get_code(_request_timeout=5)
+    except Exception as error:
+        pytest.skip(f"no cluster answers (KUBECONFIG={os.environ.get('KUBECONFIG')}): {str(error)[:200]}")
+    names: Any = k8s.ApisApi(api).get_api_versions()
+    if "kubeflow.org" not in {group.name for group in names.groups}:
+        pytest.skip(f"the cluster (Kubernetes {version.git_version}) has no training operator")
+    return k8s.CoreV1Api(api)
+
+
+@pytest.fixture(scope="session")
+def jobs(core: Any) -> PyTorchJobClient:
+    return PyTorchJobClient.production()
+
+
+def everything() -> set[str]:
+    """Names of what a test could leave behind."""
+    kinds = "namespaces,persistentvolumes,pytorchjobs,persistentvolumeclaims,clusterroles,clusterrolebindings"
+    return set(kubectl("get", kinds, "-A", "-o", "name", "--ignore-not-found").split())
+
+
+@pytest.fixture(scope="session")
+def namespace(core: Any) -> Iterator[str]:
+    before = everything()
+    name = f"pytorch-job-test-{uuid.uuid4().hex[:8]}"
+    core.create_namespace({"metadata": {"name": name}})
+    try:
+        yield name
+    finally:
+        kubectl("delete", "namespace", name, "--wait=true", "--timeout=110s")
+    wait_for(f"removal of {everything() - before}", lambda: everything() <= before)
+
+
+@pytest.fixture(scope="session")
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+class Minio:
+    """An object store in the namespace, reached from here through a forwarded port."""
+
+    def __init__(self, namespace: str, port: int):
+        self.namespace = namespace
+        self.port = port
+        self._forward: subprocess.Popen[bytes] | None = None
+
+    def apply(self) -> None:
+        pod_env = [
+            {"name": "MINIO_ROOT_USER", "value": _KEYS["access_key"]},
+            {"name": "MINIO_ROOT_PASSWORD", "value": _KEYS["secret_key"]},
+        ]
+        container = {"name": "minio", "image": MINIO_IMAGE, "args": ["server", "/data"], "env": pod_env}
+        container["volumeMounts"] = [{"name": "data", "mountPath": "/data"}]
+        container["readinessProbe"] = {"tcpSocket": {"port": 9000}, "periodSeconds": 1}
+        container["resources"] = {"requests": {"cpu": "50m", "memory": "128Mi"}}
+        labels = {"app": "minio"}
+        secret = {
+            "AWS_ENDPOINT_URL": f"http://minio.{self.namespace}.svc:9000",
+            "AWS_ACCESS_KEY_ID": _KEYS["access_key"],
+            "AWS_SECRET_ACCESS_KEY": _KEYS["secret_key"],
+        }
+        claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+        volume = {"name": "data", "persistentVolumeClaim": {"claimName": "minio"}}
+        template = {"metadata": {"labels": labels}, "spec": {"containers": [container], "volumes": [volume]}}
+        objects = [
+            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "object-store"}, "stringData": secret},
+            {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "minio"}, "spec": claim},
+            {
+                "apiVersion": "v1",
+                "kind": "Service",
+                "metadata": {"name": "minio"},
+                "spec": {"selector": labels, "ports": [{"port": 9000}]},
+            },
+            {
+                "apiVersion": "apps/v1",
+                "kind": "Deployment",
+                "metadata": {"name": "minio"},
+                "spec": {"selector": {"matchLabels": labels}, "template": template, "strategy": {"type": "Recreate"}},
+            },
+        ]
+        kubectl("-n", self.namespace, "apply", "-f", "-", text=yaml.safe_dump_all(objects))
+
+    def connect(self) -> None:
+        """Wait until the pod answers, and forward its port."""
+        kubectl("-n", self.namespace, "rollout", "status", "deploy/minio", "--timeout=90s")
+        self.disconnect()
+        command = ["kubectl", "-n", self.namespace, "port-forward", "svc/minio", f"{self.port}:9000"]
+        self._forward = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for("the forwarded port", self._answers, 30)
+
+    def disconnect(self) -> None:
+        if self._forward:
+            self._forward.kill()
+            self._forward.wait()
+            self._forward = None
+
+    def scale(self, replicas: int) -> None:
+        kubectl("-n", self.namespace, "scale", "deploy/minio", f"--replicas={replicas}")
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def store(self) -> S3Store:
+        return S3Store.connect(self.endpoint, _KEYS["access_key"], _KEYS["secret_key"])
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": _KEYS["access_key"],
+            "AWS_SECRET_ACCESS_KEY": _KEYS["secret_key"],
+        }
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return True
+        except OSError:
+            return False
+
+
+@pytest.fixture(scope="session")
+def minio(namespace: str, free_port: int) -> Iterator[Minio]:
+    server = Minio(namespace, free_port)
+    server.apply()
+    server.connect()
+    server.store().ensure_buckets(["stories"])
+    try:
+        yield server
+    finally:
+        server.disconnect()
+
+
+@pytest.fixture
+def no_jobs_left(namespace: str, core: Any) -> Iterator[None]:
+    """Deletes the jobs of one test, so that the next one has the node to itself."""
+    yield
+    kubectl("-n", namespace, "delete", "pytorchjobs", "--all", "--wait=true", "--timeout=60s")
+    selector = ["-l", "training.kubeflow.org/job-name", "--ignore-not-found"]
+    kubectl("-n", namespace, "delete", "pods", *selector, "--grace-period=0", "--force")
+    wait_for("removal of pods", lambda: not pods_of(core, namespace))
+
+
+def pods_of(core: Any, namespace: str) -> list[Any]:
+    return core.list_namespaced_pod(namespace, label_selector="training.kubeflow.org/job-name").items

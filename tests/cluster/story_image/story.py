@@ -1,0 +1,98 @@
+"""What the pod of a cluster test does: `python story.py STORY [NUMBER]`. Needs dagster-pipes and minio only."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+
+from dagster_pipes import PipesEnvVarParamsLoader, open_dagster_pipes
+
+from cifar_assets.pipes_store import PipesStoreMessageWriter
+
+
+def epochs(count: int) -> None:
+    """One epoch a second, told to Dagster by rank 0; every rank prints."""
+    stop_on_sigterm()
+    rank = int(os.environ.get("RANK", "0"))
+    if rank != 0 or not PipesEnvVarParamsLoader().is_dagster_pipes_process():
+        for epoch in range(count):
+            say(f"rank {rank} epoch {epoch}")
+            time.sleep(1)
+        return
+    with open_dagster_pipes(message_writer=PipesStoreMessageWriter()) as pipes:
+        pipes.log.info("the story begins")
+        for epoch in range(count):
+            say(f"rank {rank} epoch {epoch}")
+            pipes.report_custom_message({"epoch": epoch, "host": socket.gethostname()})
+            time.sleep(1)
+
+
+def peers(count: int) -> None:
+    """The master waits for its workers' greetings over the network that the operator set up."""
+    stop_on_sigterm()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    port = int(os.environ["MASTER_PORT"])
+    if rank > 0:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=5) as peer:
+                    peer.sendall(json.dumps({"rank": rank}).encode())
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+        say(f"rank {rank} greeted")
+        return
+    with (
+        socket.create_server(("", port)) as server,
+        open_dagster_pipes(message_writer=PipesStoreMessageWriter()) as pipes,
+    ):
+        ranks = []
+        for _ in range(world - 1):
+            connection, _ = server.accept()
+            with connection:
+                ranks.append(json.loads(connection.recv(1000))["rank"])
+        say(f"rank 0 was greeted by {sorted(ranks)}")
+        pipes.report_custom_message({"epoch": 0, "ranks": sorted(ranks)})
+    time.sleep(count)
+
+
+def fail(code: int) -> None:
+    say("about to fail")
+    say("ValueError: the data has 11 classes, expected 10")
+    sys.exit(code)
+
+
+def memory(mebibytes: int) -> None:
+    """Take memory until the kernel ends it."""
+    taken = []
+    while True:
+        taken.append(bytearray(os.urandom(1 << 20) * mebibytes))
+        say(f"took {len(taken) * mebibytes} MiB")
+
+
+def crash(_: int) -> None:
+    import no_such_module  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+
+def deaf(seconds: int) -> None:
+    """Ignore SIGTERM, as a process does that is number 1 of its container and has no handler."""
+    say("deaf")
+    time.sleep(seconds)
+
+
+def stop_on_sigterm() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    stories = {f.__name__: f for f in (epochs, peers, fail, memory, crash, deaf)}
+    stories[sys.argv[1]](int(sys.argv[2]) if len(sys.argv) > 2 else 0)

@@ -1,0 +1,272 @@
+"""What PipesPyTorchJobClient does on a real cluster with the real operator."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from kubernetes import client as k8s
+
+from resources.pytorch_job import JobState, PyTorchJobClient
+from tests.cluster.conftest import Minio, kubectl, wait_for
+from tests.cluster.story import ClusterStory, story_config
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    return tmp_path
+
+
+@pytest.fixture
+def story(
+    namespace: str, core: Any, jobs: PyTorchJobClient, minio: Minio, home: Path, no_jobs_left: None
+) -> Iterator[ClusterStory]:
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        yield ClusterStory(namespace, core, jobs, minio, instance)
+
+
+def test_success(story: ClusterStory):
+    with story.run(story_config("epochs", "4")) as result:
+        assert result.success
+        assert result.asset_materializations_for_node("trained")[0].metadata["epochs"].value == 4
+    assert story.epochs == [(epoch, False) for epoch in range(4)]
+    assert [line for line in story.lines if "epoch" in line] == [f"master-0: rank 0 epoch {i}" for i in range(4)]
+
+
+def test_metrics_and_logs_arrive_while_the_job_runs(story: ClusterStory):
+    seen: list[int] = []
+    story.when(lambda: len(story.epochs) >= 2 and len(story.lines) >= 2, lambda: seen.append(len(story.epochs)))
+    with story.run(story_config("epochs", "12")) as result:
+        assert result.success
+    assert seen
+    assert seen[0] < 12
+
+
+def test_one_master_and_two_workers(story: ClusterStory):
+    with story.run(story_config("peers", "3", replicas=3)) as result:
+        assert result.success
+    assert "master-0: rank 0 was greeted by [1, 2]" in story.lines
+    assert {"worker-0: rank 1 greeted", "worker-1: rank 2 greeted"} <= set(story.lines)
+
+
+def test_failing_exit_code(story: ClusterStory):
+    error = story.failure(story_config("fail", "3", restart_policy="Never"))
+    assert "ended with exit code 3" in error
+    assert "ValueError: the data has 11 classes, expected 10" in error
+
+
+def test_crash_at_import(story: ClusterStory):
+    error = story.failure(story_config("crash", restart_policy="Never"))
+    assert "ModuleNotFoundError: No module named 'no_such_module'" in error
+
+
+def test_backoff_limit_bounds_the_restarts(story: ClusterStory):
+    error = story.failure(story_config("fail", "3", run_policy={"backoff_limit": 1}))
+    assert "ended with exit code 3" in error
+    assert "ValueError: the data has 11 classes" in error
+
+
+def test_out_of_memory(story: ClusterStory):
+    error = story.failure(story_config("memory", "16", restart_policy="Never", memory="64Mi"))
+    assert "out of memory" in error
+    assert "exit code 137" in error
+    assert "Raise `memory`" in error
+    assert "took 16 MiB" in error
+
+
+def test_failure_of_a_worker_is_the_error_that_is_shown(story: ClusterStory):
+    config = story_config("fail", "7", replicas=2, restart_policy="Never")
+    assert "ended with exit code 7" in story.failure(config)
+
+
+def test_missing_image(story: ClusterStory):
+    begin = time.monotonic()
+    error = story.failure(
+        story_config("epochs", "1", image="localhost/never-loaded:1", image_pull_policy="IfNotPresent")
+    )
+    assert "image not pulled" in error
+    assert "localhost/never-loaded:1" in error
+    assert time.monotonic() - begin < 60
+    assert (story.names(), story.pods()) == ([], [])
+
+
+def test_unschedulable(story: ClusterStory):
+    error = story.failure(story_config("epochs", "1", node_selector={"no-such": "node"}))
+    assert "unschedulable" in error
+    assert "node" in error
+    assert (story.names(), story.pods()) == ([], [])
+
+
+def test_missing_secret(story: ClusterStory):
+    error = story.failure(story_config("epochs", "1", env_secrets=["no-such-secret"]))
+    assert "pod configuration" in error
+    assert 'secret "no-such-secret" not found' in error
+    assert (story.names(), story.pods()) == ([], [])
+
+
+def test_deadline_exceeded(story: ClusterStory):
+    error = story.failure(story_config("epochs", "600", run_policy={"active_deadline_seconds": 6}))
+    assert "deadline exceeded" in error
+    assert "rank 0 epoch" in error
+
+
+def test_command_that_does_not_exist(story: ClusterStory):
+    error = story.failure(story_config(command=["/no/such/program"], restart_policy="Never"))
+    assert "/no/such/program" in error
+
+
+def test_refused_by_the_admission_webhook(story: ClusterStory):
+    config = story_config("epochs", "1", extra_spec={"pytorchReplicaSpecs": {"Master": {"replicas": 2}}})
+    error = story.failure(config)
+    assert "must be 1" in error
+    assert story.names() == []
+
+
+def test_no_permission(story: ClusterStory):
+    api = k8s.ApiClient(story.core.api_client.configuration)
+    api.set_default_header("Impersonate-User", f"system:serviceaccount:{story.namespace}:nobody")
+    story.client = PyTorchJobClient(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
+    error = story.failure(story_config("epochs", "1"))
+    assert "system:serviceaccount" in error
+    assert "Role" in error
+
+
+def test_kind_that_is_not_installed(story: ClusterStory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("resources.pytorch_job.client.PLURAL", "pytorchjobsofanotherversion")
+    error = story.failure(story_config("epochs", "1"))
+    assert "install the Kubeflow training operator" in error
+
+
+def assert_gone_soon(story: ClusterStory, since: float) -> None:
+    wait_for("removal", lambda: not story.names() and not story.pods(), 15 - (time.monotonic() - since))
+
+
+@pytest.mark.parametrize("moment", ["created", "image pull", "running", "ignoring SIGTERM"])
+def test_cancel(story: ClusterStory, moment: str):
+    config = story_config("deaf" if moment == "ignoring SIGTERM" else "epochs", "600")
+    if moment == "image pull":
+        config = story_config("epochs", "1", image="localhost/never-loaded:1")
+    conditions = {
+        "created": story.names,
+        "image pull": lambda: any(
+            status.state.waiting and "Image" in status.state.waiting.reason
+            for pod in story.pods()
+            for status in pod.status.container_statuses or ()
+        ),
+        "running": story.running,
+        "ignoring SIGTERM": story.running,
+    }
+    cancelled_at: list[float] = []
+
+    def cancel() -> None:
+        cancelled_at.append(time.monotonic())
+        story.cancel()
+
+    story.when(conditions[moment], cancel)
+    with story.run(config) as result:
+        assert story.status(result) == dg.DagsterRunStatus.CANCELED
+    assert_gone_soon(story, cancelled_at[0])
+
+
+def test_killed_run_worker(story: ClusterStory, home: Path):
+    config = story_config("epochs", "20")
+    worker = story.in_another_process(config, home)
+    wait_for("the job to run", story.running, 90)
+    (name,) = story.names()
+    time.sleep(4)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    (run,) = story.instance.get_runs()
+    story.instance.report_run_failed(run)  # what run monitoring does
+    with story.run(config, parent=run.run_id) as result:
+        assert result.success
+        assert result.asset_materializations_for_node("trained")[0].metadata["epochs"].value == 20
+    assert story.names() == [name]
+    assert story.metadata["pytorch_job_adopted"].value is True
+    assert [epoch for epoch, replayed in story.epochs if not replayed] == list(range(20))
+
+
+def test_finished_while_nobody_watched(story: ClusterStory, home: Path):
+    config = story_config("epochs", "5")
+    worker = story.in_another_process(config, home)
+    wait_for("the job to run", story.running, 90)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    (name,) = story.names()
+    wait_for("the job to end", lambda: _state(story, name) == JobState.SUCCEEDED, 60)
+    (run,) = story.instance.get_runs()
+    story.instance.report_run_failed(run)
+    with story.run(config, parent=run.run_id) as result:
+        assert result.success
+    assert story.names() == [name]
+    assert [epoch for epoch, _ in story.epochs] == list(range(5))
+
+
+def test_failed_while_nobody_watched(story: ClusterStory, home: Path):
+    config = story_config("fail", "3", restart_policy="Never")
+    worker = story.in_another_process(config, home)
+    assert worker.wait(90) == 1
+    (name,) = story.names()
+    (run,) = story.instance.get_runs()
+    with story.run(config, parent=run.run_id) as result:
+        assert not result.success
+    assert len(story.names()) == 1
+    assert story.names() != [name]
+
+
+def test_evicted_run_worker(story: ClusterStory, home: Path):
+    config = story_config("epochs", "20")
+    worker = story.in_another_process(config, home)
+    wait_for("the job to run", story.running, 90)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(60) != 0
+    (run,) = story.instance.get_runs()
+    with story.run(config, parent=run.run_id) as result:
+        assert result.success
+    assert story.metadata["pytorch_job_adopted"].value is True
+    assert len(story.names()) == 1
+
+
+def test_pod_deleted_in_mid_run(story: ClusterStory):
+    def delete_pod() -> None:
+        kubectl("-n", story.namespace, "delete", "pod", story.pods()[0].metadata.name, "--grace-period=1")
+
+    story.when(lambda: len(story.epochs) >= 3, delete_pod)
+    with story.run(story_config("epochs", "6")) as result:
+        assert result.success
+    assert [epoch for epoch, _ in story.epochs][-6:] == list(range(6))
+    assert len(story.epochs) > 6, "the second process said its epochs again"
+
+
+def test_operator_restarted(story: ClusterStory):
+    def restart() -> None:
+        kubectl("-n", "kubeflow", "rollout", "restart", "deploy/training-operator")
+
+    story.when(story.running, restart)
+    with story.run(story_config("epochs", "15")) as result:
+        assert result.success
+    assert len(story.names()) == 1
+    kubectl("-n", "kubeflow", "rollout", "status", "deploy/training-operator", "--timeout=90s")
+
+
+def test_object_store_away_in_mid_run(story: ClusterStory):
+    def away() -> None:
+        story.minio.scale(0)
+        time.sleep(12)
+        story.minio.scale(1)
+        story.minio.connect()
+
+    thread = story.when(lambda: len(story.epochs) >= 3, away)
+    with story.run(story_config("epochs", "15")) as result:
+        thread.join(120)
+        assert result.success
+    assert [epoch for epoch, _ in story.epochs] == list(range(15))
+
+
+def _state(story: ClusterStory, name: str) -> JobState | None:
+    job = story.jobs.get(story.namespace, name)
+    return job.status.state if job else None
