@@ -49,6 +49,14 @@ def split_expected(address: str) -> tuple[str, Expected]:
     return base, Expected(**{name: value.lower()})
 
 
+def shown(address: str) -> str:
+    """The address without what may be secret: user, password and query (a signed URL is a credential)."""
+    parts = urllib.parse.urlsplit(address)
+    if parts.scheme not in ("http", "https"):
+        return address
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def check_file(path: Path, expected: Expected, name: str) -> None:
     """IntegrityError naming expected and received digest when the file is not what was expected."""
     for kind in ("md5", "sha256"):
@@ -91,7 +99,7 @@ def fetch(
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code != 429:
                 _forget(part)
-                raise DownloadError(f"{url}: the server answered {error.code} {error.reason}.") from error
+                raise DownloadError(f"{shown(url)}: the server answered {error.code} {error.reason}.") from error
             failure: Exception = error
         except _FAULTS as error:
             failure = error
@@ -100,13 +108,13 @@ def fetch(
             if not have or not _validator_file(part).exists():
                 _forget(part)
             raise DownloadError(
-                f"{url}: failed {ATTEMPTS} times, {have:,} bytes received so far ({failure}). "
+                f"{shown(url)}: failed {ATTEMPTS} times, {have:,} bytes received so far ({failure}). "
                 "Check the network and try again."
             ) from failure
-        logger.warning("%s: %s; attempt %d of %d failed, going on.", url, failure, attempt, ATTEMPTS)
+        logger.warning("%s: %s; attempt %d of %d failed, going on.", shown(url), failure, attempt, ATTEMPTS)
         sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
     try:
-        check_file(part, expected, url)
+        check_file(part, expected, shown(url))
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(part, target)
     finally:
@@ -141,7 +149,7 @@ def _transfer(url: str, part: Path, progress: Progress) -> None:
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)
                 have += len(chunk)
-                progress(f"downloading {url}", have, total)
+                progress(f"downloading {shown(url)}", have, total)
     if total is not None and have < total:
         raise http.client.IncompleteRead(b"", total - have)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.consistency import Known, check_source
+from cifar_assets.dataset.download import shown
 from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.landing import LandingReport, join_landed
@@ -114,7 +115,7 @@ def build_raw_version(
         )
     manifest = RawManifest(resize=resize, objects=(*sources, *landed))
     publish(raw, manifest, source, names)
-    report = RawReport(source, sum(item.rows for item in imported), left_out, landing_report)
+    report = RawReport(shown(source), sum(item.rows for item in imported), left_out, landing_report)
     return RawVersion(manifest.digest, manifest, report)
 
 
@@ -122,7 +123,7 @@ def publish(raw: ObjectStore, manifest: RawManifest, source: str, landed_names: 
     """Write the manifest, last of all that the version needs, and point to it."""
     digest = manifest.digest
     provenance = {
-        "source": source.split("?")[0],
+        "source": shown(source),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "landed": landed_names,
     }

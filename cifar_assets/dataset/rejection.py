@@ -9,6 +9,7 @@ from cifar_assets.contracts import LANDING_PREFIX, REJECTED_PREFIX
 from cifar_assets.dataset.formats.parquet import pick_rows
 from cifar_assets.dataset.layouts import suffix_of
 from cifar_assets.dataset.objects import RawObject, fetched
+from cifar_assets.errors import ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
 
 REASON_SUFFIX = ".reason.json"
@@ -33,7 +34,11 @@ def reject_object(
 ) -> Rejection:
     """Move a landed object to `rejected/` under the same name and write the reason next to it."""
     target = _target(raw, key, sha256)
-    raw.copy(key, target)
+    try:
+        raw.copy(key, target)
+    except ObjectNotFoundError:
+        # Another build moved it in the meantime, or its owner took it back.
+        return Rejection(key, reason, target if raw.exists(target) else None, rows or {}, hostile)
     _write_reason(raw, target, key, sha256, reason, rows or {})
     raw.delete(key)
     return Rejection(key, reason, target, rows or {}, hostile)

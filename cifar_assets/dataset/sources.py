@@ -17,6 +17,7 @@ from cifar_assets.dataset.download import (
     Expected,
     check_file,
     fetch,
+    shown,
     split_expected,
 )
 from cifar_assets.dataset.formats.binary import pack_records
@@ -98,10 +99,10 @@ def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, progress: Pro
 
 
 def _refusal_message(name: str, refused: dict[int, str], rows: int) -> str:
-    shown = "; ".join(f"row {row}: {reason}" for row, reason in list(refused.items())[:_SHOWN_REFUSALS])
+    listed = "; ".join(f"row {row}: {reason}" for row, reason in list(refused.items())[:_SHOWN_REFUSALS])
     more = f" and {len(refused) - _SHOWN_REFUSALS} more" if len(refused) > _SHOWN_REFUSALS else ""
     return (
-        f"{name}: {len(refused)} of {rows} rows cannot be used ({shown}{more}). Correct or remove them in the source."
+        f"{name}: {len(refused)} of {rows} rows cannot be used ({listed}{more}). Correct or remove them in the source."
     )
 
 
@@ -114,7 +115,7 @@ def _source_files(address: str, work: Path, progress: Progress) -> Iterator[Sour
         name = urllib.parse.unquote(urllib.parse.urlsplit(base).path).rpartition("/")[2]
         target = work / "download"
         fetch(base, target, expected, parts=_download_folder(), progress=progress)
-        return _one_file(target, name, base)
+        return _one_file(target, name, shown(base))
     if scheme == "s3":
         return _bucket_files(base, expected, work, progress)
     path = Path(urllib.parse.unquote(urllib.parse.urlsplit(base).path)) if scheme == "file" else Path(base).expanduser()
@@ -163,13 +164,13 @@ def _bucket_files(address: str, expected: Expected, work: Path, progress: Progre
     return recognize(entries, address, work, progress)
 
 
-def _one_file(path: Path, name: str, shown: str) -> Iterator[SourceFile]:
+def _one_file(path: Path, name: str, address: str) -> Iterator[SourceFile]:
     suffix = suffix_of(name)
     if suffix in ARCHIVE_SUFFIXES:
-        return iter([SourceFile(path, shown, "archive", "mixed", suffix)])
+        return iter([SourceFile(path, address, "archive", "mixed", suffix)])
     if suffix == ".parquet":
-        return iter([SourceFile(path, shown, "parquet", "any", suffix)])
-    raise ConfigError(f"Source {shown!r}: expected a .tar.gz, .tgz, .tar or .parquet file, or a folder. {CHOICES}")
+        return iter([SourceFile(path, address, "parquet", "any", suffix)])
+    raise ConfigError(f"Source {address!r}: expected a .tar.gz, .tgz, .tar or .parquet file, or a folder. {CHOICES}")
 
 
 def _synthetic_files(source: str, work: Path) -> Iterator[SourceFile]:

@@ -41,11 +41,11 @@ class FolderStore(ObjectStore):
             raise ObjectNotFoundError(f"{self.uri(key)}: no such object.") from error
 
     def write(self, key: str, data: bytes) -> None:
-        write_atomically(self._path(key), lambda file: file.write(data))
+        write_atomically(self._target(key), lambda file: file.write(data))
 
     def upload(self, key: str, path: Path) -> None:
         with path.open("rb") as source:
-            write_atomically(self._path(key), lambda file: shutil.copyfileobj(source, file))
+            write_atomically(self._target(key), lambda file: shutil.copyfileobj(source, file))
 
     def download(self, key: str, path: Path) -> None:
         with self.open(key) as source:
@@ -73,7 +73,14 @@ class FolderStore(ObjectStore):
         self._path(key).unlink(missing_ok=True)
 
     def copy(self, key: str, to_key: str) -> None:
-        self.download(key, self._path(to_key))
+        self.download(key, self._target(to_key))
+
+    def _target(self, key: str) -> Path:
+        if not key or key.endswith("/"):
+            raise ConfigError(
+                f"Key {key!r} names a folder: a folder store keeps objects only, under names of their own."
+            )
+        return self._path(key)
 
     def _path(self, key: str) -> Path:
         path = (self.root / key).resolve()

@@ -237,7 +237,8 @@ class S3Store(ObjectStore):
             try:
                 state.etag = response.headers.get("ETag", state.etag)
                 total = state.done + int(response.headers.get("Content-Length", 0))
-                while chunk := response.read(_CHUNK_BYTES):
+                # read would drop what arrived before the connection broke.
+                while chunk := response.read1(_CHUNK_BYTES):
                     file.write(chunk)
                     state.done += len(chunk)
                     if progress:

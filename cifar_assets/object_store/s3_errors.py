@@ -1,5 +1,6 @@
 """What an S3 fault means to the person who has to act on it."""
 
+import re
 import ssl
 
 from minio.error import InvalidResponseError, S3Error, ServerError
@@ -39,7 +40,10 @@ def is_transient(error: Exception) -> bool:
         return error.code in _TRANSIENT_CODES
     if isinstance(error, ServerError):
         return error.status_code in (429, 500, 502, 503, 504)
-    if isinstance(error, SSLError | ssl.SSLError | LocationParseError | InvalidResponseError):
+    if isinstance(error, InvalidResponseError):
+        # A proxy in front of the server answers in HTML; the status is in the message alone.
+        return re.search(r"Response code: (429|5\d\d)\b", str(error)) is not None
+    if isinstance(error, SSLError | ssl.SSLError | LocationParseError):
         return False
     return isinstance(error, HTTPError | OSError)
 

@@ -177,7 +177,7 @@ def test_a_batch_of_another_shape_is_refused(batch: object, make, raw: FolderSto
     members["cifar-10-batches-py/data_batch_2"] = pickle.dumps(batch)
     path = tmp_path / "a.tar.gz"
     path.write_bytes(make.tar(members))
-    with pytest.raises(DataError, match="data_batch_2|out of range"):
+    with pytest.raises(DataError, match=r"data_batch_2|out of range"):
         build_raw_version(raw, str(path))
 
 

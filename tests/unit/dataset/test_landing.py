@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset import landed
+from cifar_assets.dataset import landed, rejection
 from cifar_assets.dataset.landing import classify_landing_object, scan_landing
 from cifar_assets.dataset.processed import build_processed
 from cifar_assets.dataset.raw import RawVersion, build_raw_version, make_current, read_raw
@@ -72,8 +72,8 @@ def test_order_of_arrival_does_not_matter(make, tmp_path: Path, source: str) -> 
         raw = FolderStore(tmp_path / f"store{number}")
         for name in names:
             raw.write(name, files[name])
-            digest = build_raw_version(raw, source).digest
-        digests.add(digest)
+            build_raw_version(raw, source)
+        digests.add(build_raw_version(raw, source).digest)
     assert len(digests) == 1
 
 
@@ -336,3 +336,17 @@ def test_an_earlier_version_is_made_current_by_its_digest(make, raw: FolderStore
     # Landed data is still there: the next build brings the later version back.
     assert build_raw_version(raw, source).digest == second.digest
     assert read_raw(raw, second.digest) == second.manifest
+
+
+def test_an_object_that_another_build_moved_is_no_fault(raw: FolderStore, source: str, monkeypatch) -> None:
+    raw.write("landing/cat/x.png", b"bad")
+    move = rejection.reject_object
+
+    def move_twice(store: FolderStore, *arguments, **options):
+        move(store, *arguments, **options)
+        return move(store, *arguments, **options)
+
+    monkeypatch.setattr("cifar_assets.dataset.landing.reject_object", move_twice)
+    version = build_raw_version(raw, source)
+    assert version.report.landing.rejected[0].moved_to == "rejected/cat/x.png"
+    assert raw.read("rejected/cat/x.png") == b"bad"

@@ -1,0 +1,228 @@
+"""One contract for both stores, and what an S3 store says when the server or the settings are wrong."""
+
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_assets.dataset import synthetic
+from cifar_assets.dataset.images import pixel_digest
+from cifar_assets.dataset.lineage import Stores, find_image
+from cifar_assets.dataset.processed import build_processed
+from cifar_assets.dataset.raw import build_raw_version
+from cifar_assets.dataset.reader import open_split
+from cifar_assets.errors import ConfigError, IntegrityError, ObjectNotFoundError, StoreError
+from cifar_assets.object_store import FolderStore, ObjectStore, open_store
+from cifar_assets.object_store.s3 import PART_BYTES, S3Connection, S3Store
+
+KEYS = [
+    "plain.txt",
+    "deep/er/and deeper/x.bin",
+    "caf\u00e9/\u732b.png",
+    "a+b=c&d?e#f%20g.txt",
+    "quote'\"(1)[2]{3}~!$,;@.txt",
+    "..hidden/.keep",
+]
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """An empty store rooted at a prefix."""
+    if request.param == "folder":
+        return FolderStore(tmp_path / "bucket" / "pre fix")
+    server = request.getfixturevalue("s3_server")
+    return server.store(f"{server.new_bucket()}/pre fix")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_what_is_written_is_read(key: str, store: ObjectStore, tmp_path: Path) -> None:
+    assert store.stat(key) is None
+    store.write(key, b"one")
+    store.write(key, b"content")
+    assert store.read(key) == b"content"
+    with store.open(key) as file:
+        assert (file.read(3), file.read()) == (b"con", b"tent")
+    store.download(key, tmp_path / "new folder" / "copy")
+    assert (tmp_path / "new folder" / "copy").read_bytes() == b"content"
+    info = store.stat(key)
+    assert info is not None
+    assert (info.key, info.size) == (key, 7)
+    assert [found.key for found in store.list()] == [key]
+    store.copy(key, "copied/" + key)
+    assert store.read("copied/" + key) == b"content"
+    store.delete(key)
+    assert not store.exists(key)
+    store.delete(key)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_uri_leads_back(key: str, store: ObjectStore, request, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isinstance(store, S3Store):
+        for name, value in request.getfixturevalue("s3_server").environment().items():
+            monkeypatch.setenv(name, value)
+    store.write(key, b"content")
+    folder, _, name = key.rpartition("/")
+    reopened = open_store(store.at(folder).uri() if folder else store.uri())
+    assert reopened.read(name) == b"content"
+    assert reopened.uri(name) == store.uri(key)
+
+
+def test_a_missing_object_is_named(store: ObjectStore, tmp_path: Path) -> None:
+    for call in (
+        lambda: store.read("no/such"),
+        lambda: store.open("no/such"),
+        lambda: store.download("no/such", tmp_path / "x"),
+        lambda: store.copy("no/such", "to"),
+        lambda: store.read_verified("no/such", "0" * 64),
+    ):
+        with pytest.raises(ObjectNotFoundError, match="no/such"):
+            call()
+    assert list(tmp_path.glob("x*")) == []
+    assert not store.exists("to")
+    assert list(store.list("no/")) == []
+
+
+def test_listing_is_in_key_order_by_prefix_and_complete(store: ObjectStore) -> None:
+    keys = ["a.b", "a/1", "a/2/3", "ab", "b/1", "B"]
+    for key in reversed(keys):
+        store.write(key, key.encode())
+    assert [info.key for info in store.list()] == sorted(keys)
+    assert [info.key for info in store.list("a/")] == ["a/1", "a/2/3"]
+    assert [info.key for info in store.list("a/2/3")] == ["a/2/3"]
+    assert [info.key for info in store.at("a").list("2/")] == ["2/3"]
+    assert [info.key for info in store.at("a/2").list()] == ["3"]
+
+
+@pytest.mark.s3
+def test_more_objects_than_one_page(s3_server) -> None:
+    root = s3_server.store()
+    bucket = s3_server.new_bucket()
+    store = root.at(bucket).at("many")
+    threads = [
+        threading.Thread(target=lambda part=part: [store.write(f"{n:05d}", b"x") for n in range(part, 1105, 8)])
+        for part in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    root.at(bucket).write("many-more", b"not below the prefix")
+    assert [info.key for info in store.list()] == [f"{n:05d}" for n in range(1105)]
+    assert [info.key for info in root.list(f"{bucket}/many-")] == [f"{bucket}/many-more"]
+
+
+def test_verified_reads_notice_a_change(store: ObjectStore, tmp_path: Path) -> None:
+    store.write("x", b"content")
+    with pytest.raises(IntegrityError, match="expected sha256 0000"):
+        store.read_verified("x", "0" * 64)
+    with pytest.raises(IntegrityError):
+        store.download_verified("x", "0" * 64, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_keys_do_not_leave_the_root(store: ObjectStore) -> None:
+    for key in ("../x", "a/../../x", "/../x"):
+        with pytest.raises(ConfigError, match="root"):
+            store.write(key, b"x")
+
+
+def test_the_tag_tells_a_replaced_object(store: ObjectStore) -> None:
+    tags = set()
+    for content in (b"one", b"two"):
+        store.write("x", content)
+        info = store.stat("x")
+        assert info is not None
+        tags.add(info.etag)
+        assert [found.etag for found in store.list("x")] == [info.etag]
+    assert len(tags) == 2
+
+
+@pytest.mark.s3
+def test_large_files_go_in_parts_with_progress(s3_server, tmp_path: Path) -> None:
+    store = s3_server.store(s3_server.new_bucket())
+    content = bytes(range(256)) * (PART_BYTES // 256 * 2 + 100)
+    (tmp_path / "large").write_bytes(content)
+    seen: list[tuple[int, int]] = []
+    store.upload("large", tmp_path / "large", progress=lambda done, total: seen.append((done, total)))
+    assert max(seen) == (len(content), len(content))
+    assert len(seen) >= 3
+    seen.clear()
+    store.download("large", tmp_path / "back", progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (len(content), len(content))
+    assert (tmp_path / "back").read_bytes() == content
+
+
+@pytest.mark.s3
+def test_buckets_are_made_once(s3_server) -> None:
+    root = s3_server.store()
+    name = s3_server.new_bucket()
+    root.ensure_buckets([name, name])
+    root.at(name).write("x", b"1")
+    root.ensure_buckets([name])
+    assert root.read(f"{name}/x") == b"1"
+
+
+@pytest.fixture
+def wrong(s3_server) -> Iterator[tuple[S3Connection, str]]:
+    sleeps: list[float] = []
+    connection = S3Connection(s3_server.endpoint, s3_server.access_key, s3_server.secret_key, sleep=sleeps.append)
+    yield connection, s3_server.new_bucket()
+    assert sleeps == [], "a mistake in the settings is not retried"
+
+
+@pytest.mark.s3
+def test_wrong_settings_say_what_to_do(wrong: tuple[S3Connection, str]) -> None:
+    right, bucket = wrong
+    cases = [
+        (S3Connection(right.endpoint, "nobody", "x" * 8, sleep=right.sleep), bucket, "AWS_ACCESS_KEY_ID is not known"),
+        (S3Connection(right.endpoint, right.access_key, "wrong", sleep=right.sleep), bucket, "AWS_SECRET_ACCESS_KEY"),
+        (right, "no-such-bucket", "bucket does not exist"),
+    ]
+    for connection, name, advice in cases:
+        store = S3Store(connection, name)
+        for call in (lambda s=store: s.read("x"), lambda s=store: s.write("x", b"1"), lambda s=store: list(s.list())):
+            with pytest.raises(StoreError, match=advice) as caught:
+                call()
+            assert name in str(caught.value)
+
+
+@pytest.mark.s3
+def test_a_dataset_in_s3_is_the_one_in_a_folder(s3_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "TRAIN_ROWS", 300)
+    monkeypatch.setattr(synthetic, "TEST_ROWS", 50)
+    images, _ = synthetic.draw_split(9, "train", 20)
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(images[0].transpose(1, 2, 0))).save(buffer, "PNG")
+    results = []
+    bucket = s3_server.new_bucket()
+    for root in (FolderStore(tmp_path / "store"), s3_server.store(bucket)):
+        raw, processed = root.at("raw-data"), root.at("processed-data")
+        raw.write("landing/cat/new.png", buffer.getvalue())
+        raw.write("landing/dog/bad.png", b"bad")
+        version = build_raw_version(raw, "synthetic:4")
+        built = build_processed(raw, processed, version.digest)
+        again = build_processed(raw, processed, build_raw_version(raw, "synthetic:4").digest)
+        assert again.report.reused
+        reader = open_split(processed, built.digest, "train", tmp_path / "cache")
+        results.append((version.digest, built.digest, reader.images.tobytes(), reader.labels.tolist()))
+        assert raw.exists("rejected/dog/bad.png")
+        assert not raw.exists("landing/dog/bad.png")
+        uses = find_image(Stores(raw, processed, root.at("models")), pixel_digest(images[0]))
+        assert [use.processed_digest for use in uses] == [built.digest]
+    assert results[0] == results[1]
+    # And a bucket can be the source of another store.
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    upload = s3_server.store(bucket).at("upload")
+    for number in range(10):
+        for split in ("train", "test"):
+            noise = np.random.RandomState(number + 100 * (split == "test")).randint(0, 256, (32, 32, 3))
+            buffer = io.BytesIO()
+            Image.fromarray(noise.astype(np.uint8)).save(buffer, "PNG")
+            upload.write(f"{split}/ship/{number}.png", buffer.getvalue())
+    version = build_raw_version(FolderStore(tmp_path / "other"), f"s3://{bucket}/upload")
+    assert [(item.split, item.rows) for item in version.manifest.objects] == [("train", 10), ("test", 10)]

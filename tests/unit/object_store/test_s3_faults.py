@@ -1,0 +1,202 @@
+"""Connection faults, with a server that misbehaves in a known way."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from cifar_assets.errors import ConfigError, StoreError
+from cifar_assets.object_store import open_store
+from cifar_assets.object_store.s3 import ATTEMPTS, S3Connection, S3Store
+
+Answer = Callable[[BaseHTTPRequestHandler, int], None]
+BODY = bytes(range(256)) * 400
+
+
+def reply(handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:
+    handler.send_response(status)
+    headers.setdefault("Content_Length", str(len(body)))
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(body)
+
+
+def error(code: str, message: str = "told so") -> bytes:
+    return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+
+
+class Fake:
+    """Answers each request by the function set, with the number of the request."""
+
+    def __init__(self, endpoint: str):
+        self.endpoint = endpoint
+        self.answer: Answer = lambda handler, number: reply(handler, 200, BODY)
+        self.requests: list[tuple[str, str | None]] = []
+        self.sleeps: list[float] = []
+
+    def store(self) -> S3Store:
+        return S3Store(S3Connection(self.endpoint, "a", "b", read_seconds=2, sleep=self.sleeps.append), "bucket")
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            state.requests.append((self.command, self.headers.get("Range")))
+            length = int(self.headers.get("Content-Length", 0))
+            self.rfile.read(length)
+            state.answer(self, len(state.requests))
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_any  # noqa: N815
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        http.daemon_threads = True
+        state = Fake(f"http://127.0.0.1:{http.server_port}")
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield state
+        http.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("fault", ["SlowDown", "InternalError", "gateway", "drop"])
+def test_passing_faults_are_tried_again_with_growing_pauses(fault: str, fake: Fake) -> None:
+    def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
+        if number >= 3:
+            reply(handler, 200, BODY)
+        elif fault == "gateway":
+            reply(handler, 502, b"Bad Gateway", Content_Type="text/html")
+        elif fault == "drop":
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            handler.close_connection = True
+        else:
+            reply(handler, 503, error(fault), Content_Type="application/xml")
+
+    fake.answer = answer
+    assert fake.store().read("x") == BODY
+    assert len(fake.requests) == 3
+    assert fake.sleeps == sorted(fake.sleeps)
+    assert len(fake.sleeps) == 2
+
+
+def test_faults_that_stay_end_in_an_error_that_names_object_and_server(fake: Fake) -> None:
+    fake.answer = lambda handler, number: reply(handler, 503, error("SlowDown"), Content_Type="application/xml")
+    with pytest.raises(StoreError, match=r"s3://bucket/x at http://127\.0\.0\.1.*SlowDown"):
+        fake.store().write("x", b"1")
+    assert len(fake.requests) == ATTEMPTS
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(fake: Fake, tmp_path: Path) -> None:
+    def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
+        asked = handler.headers.get("Range")
+        start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
+        assert number == 1 or handler.headers.get("If-Match") == '"tag"'
+        part = BODY[start : start + 40_000]
+        reply(handler, 206 if start else 200, part, Content_Length=str(len(BODY) - start), ETag='"tag"')
+        if start + len(part) < len(BODY):
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            handler.close_connection = True
+
+    fake.answer = answer
+    fake.store().download("x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == BODY
+    assert len(fake.requests) == 3
+
+
+def test_an_object_replaced_in_mid_download_is_no_mixture(fake: Fake, tmp_path: Path) -> None:
+    def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
+        if number == 1:
+            reply(handler, 200, BODY[:1000], Content_Length=str(len(BODY)), ETag='"one"')
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            handler.close_connection = True
+        else:
+            reply(handler, 412, error("PreconditionFailed"), Content_Type="application/xml")
+
+    fake.answer = answer
+    with pytest.raises(StoreError, match="replaced while it was being read"):
+        fake.store().download("x", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "advice"),
+    [
+        (403, "RequestTimeTooSkewed", "clocks"),
+        (403, "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
+        (403, "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
+        (403, "AccessDenied", "policy"),
+        (404, "NoSuchBucket", "bucket does not exist"),
+        (400, "AuthorizationHeaderMalformed", "AWS_REGION"),
+        (507, "XMinioStorageFull", "disk is full"),
+    ],
+)
+def test_mistakes_are_not_retried_and_say_what_to_do(status: int, code: str, advice: str, fake: Fake) -> None:
+    fake.answer = lambda handler, number: reply(handler, status, error(code), Content_Type="application/xml")
+    with pytest.raises(StoreError, match=advice):
+        fake.store().read("x")
+    assert len(fake.requests) == 1
+
+
+def test_a_server_that_is_no_s3_server_is_recognized(fake: Fake) -> None:
+    fake.answer = lambda handler, number: reply(handler, 404, b"<html>console</html>", Content_Type="text/html")
+    with pytest.raises(StoreError, match="not from an S3 server"):
+        fake.store().read("x")
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        sleeps: list[float] = []
+        endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(StoreError, match=r"not reached in 5 attempts.*AWS_ENDPOINT_URL"):
+            S3Store(S3Connection(endpoint, "a", "b", sleep=sleeps.append), "bucket").read("x")
+        assert len(sleeps) == ATTEMPTS - 1
+
+
+def test_tls_against_a_plain_server_says_so(fake: Fake) -> None:
+    store = S3Store(
+        S3Connection(fake.endpoint.replace("http:", "https:"), "a", "b", sleep=fake.sleeps.append), "bucket"
+    )
+    with pytest.raises(StoreError, match=r"no secure connection.*AWS_CA_BUNDLE"):
+        store.read("x")
+    assert fake.sleeps == []
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "localhost:9000",
+        "minio",
+        "",
+        "ftp://host",
+        "http://",
+        "http://host:9000/bucket",
+        "https://host/?x=1",
+        "http://u:p@host",
+    ],
+)
+def test_a_malformed_endpoint_is_refused_at_once(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL is") as caught:
+        S3Connection(endpoint, "a", "b")
+    assert "u:p" not in str(caught.value)
+
+
+def test_missing_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"):
+        open_store("s3://bucket/prefix")
+
+
+def test_secrets_are_not_shown() -> None:
+    assert "hush" not in repr(S3Connection("http://host", "hush-a", "hush-b"))
