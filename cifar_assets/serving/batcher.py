@@ -39,6 +39,19 @@ class _Item:
     future: "Future[Logits]" = field(default_factory=Future)
 
 
+class Arrival:
+    """A request on its way to the queue."""
+
+    def __init__(self, batcher: "MicroBatcher"):
+        self._batcher = batcher
+        self.arrived = False
+
+    def submit(self, images: Images) -> "Future[Logits]":
+        """Queue its images, see `MicroBatcher.submit`."""
+        self.arrived = True
+        return self._batcher.submit_arrived(images)
+
+
 class MicroBatcher:
     """Gathers what is waiting, up to `batch_images`, and runs it in one thread.
 
@@ -70,36 +83,47 @@ class MicroBatcher:
         self._thread.start()
 
     @contextmanager
-    def arriving(self) -> Iterator[None]:
+    def arriving(self) -> Iterator["Arrival"]:
         """Marks a request that is being read and will submit images soon; a batch may wait for it."""
         with self._changed:
             self._num_arriving += 1
+        arrival = Arrival(self)
         try:
-            yield
+            yield arrival
         finally:
-            with self._changed:
-                self._num_arriving -= 1
-                self._changed.notify()
+            if not arrival.arrived:
+                with self._changed:
+                    self._num_arriving -= 1
+                    self._changed.notify()
 
     def submit(self, images: Images) -> "Future[Logits]":
         """Queue images of shape (N, 3, 32, 32); the future gives logits of shape (N, 10).
 
         Raises BusyError when they do not fit into the queue.
         """
-        item = _Item(images, self._clock())
         with self._changed:
-            if self._closed:
-                raise RuntimeError("The batcher is closed.")
-            if self._waiting and self._num_waiting + len(images) > self._queue_images:
-                raise BusyError(
-                    "request",
-                    f"room for {len(images)} images in the queue of {self._queue_images}",
-                    f"{self._num_waiting} waiting",
-                    retry_after=self._retry_after(),
-                )
-            self._waiting.append(item)
-            self._count_waiting(len(images))
-            self._changed.notify()
+            return self._submit(images)
+
+    def submit_arrived(self, images: Images) -> "Future[Logits]":
+        """`submit` for a request that `arriving` marked: it has come, in one step, so that nobody waits for it."""
+        with self._changed:
+            self._num_arriving -= 1
+            return self._submit(images)
+
+    def _submit(self, images: Images) -> "Future[Logits]":
+        if self._closed:
+            raise RuntimeError("The batcher is closed.")
+        self._changed.notify()
+        if self._waiting and self._num_waiting + len(images) > self._queue_images:
+            raise BusyError(
+                "request",
+                f"room for {len(images)} images in the queue of {self._queue_images}",
+                f"{self._num_waiting} waiting",
+                retry_after=self._retry_after(),
+            )
+        item = _Item(images, self._clock())
+        self._waiting.append(item)
+        self._count_waiting(len(images))
         return item.future
 
     def retry_after(self) -> int:

@@ -20,7 +20,7 @@ class ServingLimits:
     """Bodies of those requests together; what keeps a pod within its memory."""
     queue_images: int = 512
     """Images waiting for the inference thread."""
-    batch_images: int = 32
+    batch_images: int = 16
     """Images in one run of the model."""
     batch_delay: float = 0.002
     """How long an image waits for company while other requests are on their way."""

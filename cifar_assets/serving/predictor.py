@@ -62,10 +62,10 @@ class CifarModel(Model):
         self.batcher.close()
 
     async def preprocess(self, payload: ClientCall, headers: dict[str, str] | None = None) -> _Queued:  # pyright: ignore[reportIncompatibleMethodOverride] - kserve passes on what the route gave
-        with self.batcher.arriving():
+        with self.batcher.arriving() as arrival:
             loop = asyncio.get_running_loop()
             images, infer = await loop.run_in_executor(self._reader, self._read, payload)
-            return _Queued(infer, self.batcher.submit(images))
+            return _Queued(infer, arrival.submit(images))
 
     async def predict(self, payload: _Queued, headers: dict[str, str] | None = None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] - takes what preprocess gives
         return payload.infer, await asyncio.wrap_future(payload.logits)

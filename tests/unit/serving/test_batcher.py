@@ -52,13 +52,19 @@ def test_a_lone_request_waits_for_nothing():
 def test_a_batch_waits_for_requests_on_their_way_until_the_last_has_come():
     model = GatedModel()
     batcher = make_batcher(model)
-    with batcher.arriving():
-        with batcher.arriving():
-            first = batcher.submit(images(1))
-        second = batcher.submit(images(2))
+    with batcher.arriving() as earlier, batcher.arriving() as later, batcher.arriving():
+        first = earlier.submit(images(1))
+        second = later.submit(images(2))
         assert not first.done()
     assert first_pixels(first) + first_pixels(second) == [1, 2]
     assert model.sizes == [2]
+    batcher.close()
+
+
+def test_a_request_that_has_come_is_not_waited_for_though_its_mark_remains():
+    batcher = make_batcher(GatedModel())
+    with batcher.arriving() as arrival:
+        assert first_pixels(arrival.submit(images(5))) == [5]
     batcher.close()
 
 
@@ -164,8 +170,8 @@ def test_many_threads_each_get_their_own_answers():
     batcher = make_batcher(GatedModel(), batch_delay=0.001, queue_images=1000)
 
     def ask(value: int) -> bool:
-        with batcher.arriving():
-            future = batcher.submit(images(*[value % 251] * (1 + value % 3)))
+        with batcher.arriving() as arrival:
+            future = arrival.submit(images(*[value % 251] * (1 + value % 3)))
         return first_pixels(future) == [value % 251] * (1 + value % 3)
 
     with ThreadPoolExecutor(16) as pool:
