@@ -30,6 +30,7 @@ _ADVICE = {
     "InvalidBucketName": "The bucket's name is not allowed: 3 to 63 lower-case letters, digits, dots and hyphens.",
     "PreconditionFailed": "The object was replaced while it was being read: read it again.",
     "XMinioStorageFull": "The server's disk is full: free some space.",
+    "BadRequest": "The server may speak TLS: use https:// in AWS_ENDPOINT_URL then.",
     "AuthorizationHeaderMalformed": "The server expects another region: set AWS_REGION to the one in the message.",
 }
 
