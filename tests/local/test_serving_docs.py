@@ -1,0 +1,80 @@
+"""The commands and numbers of docs/serving.md, as printed there."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.object_store import FolderStore
+from cifar_assets.serving.limits import ServingLimits
+from cifar_assets.serving.settings import parse_settings
+from tests.unit.serving.server_process import run_server
+from tests.unit.serving.tiny_model import store_tiny_model
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+COMMANDS = [
+    line.removeprefix("$ ")
+    for block in re.findall(r"```console\n(.*?)```", DOCUMENT, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("$ ")
+]
+
+
+def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_every_curl_line_answers(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    Image.fromarray(pixels).save(tmp_path / "other.jpg")
+    lines = [command for command in COMMANDS if command.startswith("curl")]
+    assert len(lines) >= 6
+    uri, digest = store_tiny_model(FolderStore(tmp_path / "models"))
+    with run_server(uri, digest, tmp_path) as server:
+        for line in lines:
+            assert ":8080" in line
+            result = run(line.replace(":8080", f":{server.port}"), tmp_path)
+            assert result.returncode == 0, (line, result.stderr)
+            if ":predict" in line:
+                answer = json.loads(result.stdout)
+                assert len(answer["predictions"]) == line.count("@") or "instances" in line
+                assert answer["model_digest"] == digest
+            assert result.stdout
+
+
+def test_the_commands_of_the_local_deployment_exist(tmp_path):
+    lines = [command for command in COMMANDS if command.startswith("python")]
+    assert len(lines) == 2
+    for line in lines:
+        result = run(f"{sys.executable}{line.removeprefix('python')}", tmp_path)
+        assert result.returncode == 3, result.stderr
+        assert "Nothing is running in .cifar/serving" in result.stdout
+
+
+def test_the_numbers_are_those_of_the_code():
+    limits = ServingLimits()
+    settings = parse_settings(["--model-uri", "x", "--model-digest", "y"], {})
+    for text in (
+        f"| {limits.max_body_bytes // 2**20} MiB, sent within {limits.body_timeout:g} s |",
+        f"| {limits.image.max_bytes // 2**20} MiB |",
+        f"| {limits.image.max_pixels:,}; JPEG {limits.image.max_pixels * limits.image.jpeg_factor:,} |",
+        f"| frames | {limits.image.max_frames:,} |",
+        f"| pictures in a request | {limits.max_images} |",
+        f"(`--max-pending-requests`) | {limits.max_pending_requests} |",
+        f"| bodies at a time | {limits.max_pending_bytes // 2**20} MiB |",
+        f"(`--queue-images`) | {limits.queue_images} |",
+        f"`--linger` seconds ({settings.linger:g})",
+        f"`--grace` seconds ({settings.grace:g})",
+        f"{settings.host}:{settings.port}",
+        ", ".join(CLASSES),
+    ):
+        assert text in DOCUMENT.replace("\n", " "), text
