@@ -37,8 +37,8 @@ class Toleration(StrictConfig):
     key: str | None = Field(default=None, description="Taint key; none matches every key.")
     operator: Literal["Equal", "Exists"] = Field(default="Exists", description="How key and value are compared.")
     value: str | None = Field(default=None, description="Taint value, with operator Equal.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        default=None, description="Taint effect; none matches every effect."
+    effect: Literal["Any", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field(
+        default="Any", description="Taint effect."
     )
     toleration_seconds: int | None = Field(default=None, ge=0, description="How long NoExecute is put up with.")
 

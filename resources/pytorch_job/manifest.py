@@ -174,7 +174,7 @@ def _pod_spec(config: PyTorchJobConfig) -> dict[str, Any]:
                 "key": toleration.key,
                 "operator": toleration.operator,
                 "value": toleration.value,
-                "effect": toleration.effect,
+                "effect": None if toleration.effect == "Any" else toleration.effect,
                 "toleration_seconds": toleration.toleration_seconds,
             }
         )

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 from pydantic import BaseModel, ValidationError
 from syrupy.assertion import SnapshotAssertion
@@ -194,6 +195,20 @@ def test_pod_overrides_merge_as_dagster_k8s_does():
     assert main["resources"] == {"limits": {"hugepages-2Mi": "4Mi"}}
     assert main["securityContext"] == {"readOnlyRootFilesystem": False}
     assert tolerations == ["other"]
+
+
+def test_settings_are_run_config_of_an_asset():
+    seen: list[PyTorchJobConfig] = []
+
+    @dg.asset
+    def trained(config: PyTorchJobConfig) -> None:
+        seen.append(config)
+
+    config = {"image": "image:1", "replicas": 2, "tolerations": [{"key": "gpu", "effect": "NoSchedule"}]}
+    assert dg.materialize([trained], run_config={"ops": {"trained": {"config": config}}}).success
+    assert seen == [
+        PyTorchJobConfig(image="image:1", replicas=2, tolerations=[Toleration(key="gpu", effect="NoSchedule")])
+    ]
 
 
 def test_builder_leaves_its_inputs_alone():

@@ -1,0 +1,157 @@
+"""Training as a PyTorchJob: the same spec, command and messages as the local trainer's process."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from cifar_assets.errors import ConfigError
+from cifar_assets.training.spec import JobSpec
+from resources.object_store import ObjectStoreResource
+from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.collector import build_pytorch_job_collector
+from resources.pytorch_job.config import PyTorchJobConfig
+from resources.pytorch_job.diagnosis import Cause
+from resources.pytorch_job.errors import JobFailedError
+from resources.pytorch_job.pipes import PipesPyTorchJobClient
+from resources.pytorch_job.watch import WatchLimits
+from resources.trainer import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
+
+MESSAGES_PREFIX = "pipes/"
+"""Where in the models bucket the jobs' Pipes messages are."""
+SPEC_VARIABLE = "CIFAR_JOB_SPEC"
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+TORCHRUN = ["python", "-m", "torch.distributed.run", "-m", "cifar_assets.training"]
+"""Used for several processes in a pod; the operator sets what torchrun needs to know in PET_... variables."""
+
+_TRANSIENT = (Cause.KILLED, Cause.EVICTED, Cause.UNSCHEDULABLE, Cause.NO_PODS, Cause.SLOW_START)
+
+
+class KubernetesTrainer(TrainerResource):
+    """Runs the trainer image as a PyTorchJob and relays its messages.
+
+    A failed job is dg.Failure with cause, exit code and log tails as metadata; it allows a retry only where the cause
+    lies outside of the training.
+    """
+
+    object_store: dg.ResourceDependency[ObjectStoreResource]
+    job: PyTorchJobConfig = Field(
+        description="What every training's job has in common; the asset's config sets replicas, CPU, memory and GPUs."
+    )
+    namespace: str = Field(description="Namespace of the jobs.")
+    kubeconfig_file: str | None = Field(
+        default=None, description="Kubeconfig; by default the pod's service account, else KUBECONFIG."
+    )
+    kube_context: str | None = Field(default=None, description="Context of the kubeconfig.")
+    store_endpoint_url: str | None = Field(
+        default=None, description="Object store as pods reach it, where that differs from how Dagster does."
+    )
+    mlflow_tracking_uri: str | None = Field(
+        default=None, description="MLflow as pods reach it, where that differs from how Dagster does."
+    )
+    unschedulable_timeout_seconds: float = Field(
+        default=600.0, gt=0, description="How long a pod may wait for a node that has room for it."
+    )
+    blocked_timeout_seconds: float = Field(
+        default=180.0, gt=0, description="How long an image that cannot be pulled, or a missing Secret, is put up with."
+    )
+    start_timeout_seconds: float = Field(
+        default=1800.0, gt=0, description="How long a pod may take to start while nothing is wrong."
+    )
+
+    def train(
+        self,
+        context: dg.AssetExecutionContext,
+        spec: JobSpec,
+        scale: TrainingScale,
+        child_environment: Mapping[str, str],
+    ) -> TrainingResult:
+        messages = TrainingMessages(context)
+        delivered: list[Any] = []
+
+        def on_message(payload: Any, replayed: bool) -> None:
+            # An epoch that this Dagster run has recorded already is not observed twice; the result always counts.
+            if not (replayed and isinstance(payload, Mapping) and payload.get("type") == "epoch"):
+                delivered.append(payload)
+                messages.relay(delivered)
+
+        config = self.job_config(spec, scale, child_environment)
+        with _retried_where_it_helps():
+            self.pipes_client().run(
+                context=context,
+                config=config,
+                name_prefix=f"cifar10-{spec.recipe.name}",
+                work=json.dumps([spec.identity, scale.replicas, scale.nproc_per_node, config.image]),
+                on_message=on_message,
+            )
+        return messages.result()
+
+    def job_config(self, spec: JobSpec, scale: TrainingScale, child_environment: Mapping[str, str]) -> PyTorchJobConfig:
+        """Settings of one training's job. ConfigError when the pods would have no credentials for the store."""
+        env = {name: value for name, value in child_environment.items() if name not in CREDENTIALS}
+        if len(env) < len(child_environment) and not self.job.env_secrets:
+            raise ConfigError(
+                "The trainer's job has no Secret with the object store's credentials: name it in job.env_secrets, with "
+                f"the keys {' and '.join(CREDENTIALS)}. They are never written into a manifest."
+            )
+        if self.store_endpoint_url:
+            env["AWS_ENDPOINT_URL"] = self.store_endpoint_url
+        env[SPEC_VARIABLE] = self._spec_for_pods(spec).model_dump_json()
+        settings = self.job.model_dump()
+        settings |= {"replicas": scale.replicas, "nproc_per_node": scale.nproc_per_node, "gpu": scale.gpu}
+        settings |= {name: value for name in ("cpu", "memory") if (value := getattr(scale, name))}
+        settings["env"] = {**self.job.env, **env}
+        if scale.nproc_per_node > 1 and not self.job.command:
+            settings["command"] = TORCHRUN
+        return PyTorchJobConfig(**settings)
+
+    def pipes_client(self) -> PipesPyTorchJobClient:
+        return PipesPyTorchJobClient(
+            message_store=self.object_store.models.at(MESSAGES_PREFIX),
+            client=self.connect(),
+            namespace=self.namespace,
+            limits=WatchLimits(
+                unschedulable_timeout_seconds=self.unschedulable_timeout_seconds,
+                blocked_timeout_seconds=self.blocked_timeout_seconds,
+                start_timeout_seconds=self.start_timeout_seconds,
+            ),
+        )
+
+    def connect(self) -> PyTorchJobClient:
+        """Client of the cluster's API. JobConfigError when no cluster is configured."""
+        return PyTorchJobClient.production(kubeconfig_file=self.kubeconfig_file, context=self.kube_context)
+
+    def collector(self) -> dg.SensorDefinition:
+        """The sensor that collects jobs and messages which ended runs left behind."""
+        return build_pytorch_job_collector(
+            client=self.connect,
+            message_store=lambda: self.object_store.models.at(MESSAGES_PREFIX),
+            namespace=self.namespace,
+        )
+
+    def _spec_for_pods(self, spec: JobSpec) -> JobSpec:
+        if spec.mlflow is None or self.mlflow_tracking_uri is None:
+            return spec
+        target = spec.mlflow.model_copy(update={"tracking_uri": self.mlflow_tracking_uri})
+        return spec.model_copy(update={"mlflow": target})
+
+
+@contextmanager
+def _retried_where_it_helps() -> Iterator[None]:
+    """Forbids the retry of a training that failed by itself, and hands an interrupt on as such."""
+    try:
+        yield
+    except dg.Failure as failure:
+        cause = failure.__cause__
+        if isinstance(cause, dg.DagsterExecutionInterruptedError | KeyboardInterrupt):
+            raise cause from None
+        if isinstance(cause, JobFailedError):
+            diagnosis = cause.diagnosis
+            again = diagnosis.cause in _TRANSIENT or diagnosis.exit_code == EXIT_RESUME
+            refused = diagnosis.exit_code == EXIT_BAD_SPEC
+            raise dg.Failure(failure.description, failure.metadata, allow_retries=again and not refused) from cause
+        raise
