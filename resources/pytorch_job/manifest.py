@@ -181,6 +181,9 @@ def _pod_spec(config: PyTorchJobConfig) -> dict[str, Any]:
         for toleration in config.tolerations
     ]
     return {
+        # The operator looks at its own deadline only when something else happens to the job (1.9.4 puts the reminder
+        # into a queue that nobody reads). A pod's deadline is the kubelet's: it makes that something happen.
+        "active_deadline_seconds": config.run_policy.active_deadline_seconds,
         "automount_service_account_token": False,
         "termination_grace_period_seconds": config.termination_grace_seconds,
         "security_context": {
