@@ -2,7 +2,6 @@
 
 import logging
 import os
-from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime
@@ -17,15 +16,6 @@ _log = logging.getLogger(__name__)
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Which model is served."""
-
-    name: str
-    version: str
-    digest: str
 
 
 class Classifier:

@@ -10,8 +10,8 @@ from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 
 from cifar_assets.contracts import CLASSES, MODEL_NAME
-from cifar_assets.serving.classifier import ModelIdentity
 from cifar_assets.serving.faults import RequestError
+from cifar_assets.serving.identity import ModelIdentity
 from cifar_assets.serving.kserve_sdk import DataPlane, ModelNotFound, RESTServer, metrics_handler
 from cifar_assets.serving.openapi import INFER_DOCS, PREDICT_DOCS
 from cifar_assets.serving.predictor import ClientCall

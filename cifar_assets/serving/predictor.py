@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.serving.batcher import MicroBatcher
-from cifar_assets.serving.classifier import Classifier, ModelIdentity, softmax
+from cifar_assets.serving.classifier import Classifier, softmax
 from cifar_assets.serving.faults import RequestError, shorten
+from cifar_assets.serving.identity import ModelIdentity
 from cifar_assets.serving.kserve_sdk import Model
 from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.multipart import parse_form

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifar_assets.contracts import MODEL_NAME
-from cifar_assets.serving.classifier import ModelIdentity
+from cifar_assets.serving.identity import ModelIdentity
 from cifar_assets.serving.limits import ServingLimits
 
 ENVIRONMENT_PREFIX = "CIFAR_SERVING_"

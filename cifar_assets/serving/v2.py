@@ -13,8 +13,9 @@ import orjson
 from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
-from cifar_assets.serving.classifier import INPUT_NAME, ModelIdentity, softmax
+from cifar_assets.serving.classifier import INPUT_NAME, softmax
 from cifar_assets.serving.faults import RequestError, shorten
+from cifar_assets.serving.identity import ModelIdentity
 from cifar_assets.serving.json_body import kind_of, nested_shape, parse_json_object
 from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.v1 import check_count, whole_pixels

@@ -73,26 +73,40 @@ def test_an_unknown_scheme_is_a_configuration_error(caplog, monkeypatch):
     assert "expected a file:///... or s3://" in caplog.text
 
 
+def run_code(code: str) -> str:
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return output.stdout.splitlines()[-1]
+
+
 def test_the_server_loads_neither_what_trains_nor_what_it_never_calls():
-    """And with kserve in it stays small enough for a pod of 512 MiB."""
-    code = (
-        "import json, resource, sys; sys.argv += ['--workers', 'x']; import cifar_assets.serving.server;"
-        "print(json.dumps([sorted(sys.modules), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))"
+    """With kserve in it, it stays small enough for a pod of 512 MiB, and what stood in for modules is gone."""
+    before, peak_kilobytes, *later = json.loads(
+        run_code(
+            "import json, resource, sys; sys.argv += ['--workers', 'x']; arguments = list(sys.argv)\n"
+            "import cifar_assets.serving.server\n"
+            "from cifar_assets.serving.kserve_sdk import Model\n"
+            "before, peak = sorted(sys.modules), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "import pandas, kserve\n"
+            "later = [len(pandas.DataFrame([1])), issubclass(Model, kserve.Model), sys.argv == arguments]\n"
+            "print(json.dumps([before, peak, *later]))"
+        )
     )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    modules, peak_kilobytes = json.loads(output.stdout)
     unwanted = {"torch", "torchvision", "dagster", "pandas", "kubernetes", "mlflow", "pyarrow", "matplotlib"}
-    assert unwanted.isdisjoint(modules)
+    assert unwanted.isdisjoint(before)
     assert peak_kilobytes < 200 * 1024
+    assert later == [1, True, True]
 
 
-def test_what_stands_in_for_modules_while_kserve_loads_is_gone_afterwards():
-    code = (
-        "import cifar_assets.serving.kserve_sdk as sdk, sys; before = list(sys.argv); import pandas, kserve;"
-        "print(pandas.DataFrame([1]).shape, issubclass(sdk.Model, kserve.Model), before == sys.argv)"
+def test_what_deploys_needs_nothing_of_what_serves():
+    modules = json.loads(
+        run_code(
+            "import json, sys\n"
+            "import cifar_assets.serving.local, cifar_assets.serving.supervisor, resources.inference_service\n"
+            "print(json.dumps(sorted(sys.modules)))"
+        )
     )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert output.stdout.split("\n")[0] == "(1, 1) True True"
+    unwanted = {"onnxruntime", "kserve", "fastapi", "uvicorn", "torch", "mlflow", "kubernetes"}
+    assert unwanted.isdisjoint(modules)
 
 
 def test_a_taken_port_is_refused_and_its_holder_found():

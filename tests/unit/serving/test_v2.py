@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cifar_assets.serving.classifier import ModelIdentity, softmax
+from cifar_assets.serving.classifier import softmax
 from cifar_assets.serving.faults import RequestError
+from cifar_assets.serving.identity import ModelIdentity
 from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.v2 import InferRequest, parse_infer, render_infer
 
