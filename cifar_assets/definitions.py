@@ -14,13 +14,12 @@ from cifar_assets.checks.model import trained_model_checks
 from cifar_assets.checks.service import inference_service_checks
 from cifar_assets.deployment import resources_for
 
-with warnings.catch_warnings():
-    # Links from assets to their source are marked as beta, with a warning for every asset at every start.
-    warnings.simplefilter("ignore", dg.BetaWarning)
-    assets = dg.with_source_code_references([raw_dataset, processed_dataset, trained_model, inference_service])
+# Parts of Dagster used here on purpose are marked as beta or preview; each would warn in every process of every run.
+warnings.filterwarnings("ignore", category=dg.BetaWarning)
+warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
 defs = dg.Definitions(
-    assets=assets,
+    assets=dg.with_source_code_references([raw_dataset, processed_dataset, trained_model, inference_service]),
     asset_checks=[raw_dataset_checks, processed_dataset_checks, trained_model_checks, inference_service_checks],
     jobs=jobs.ALL,
     schedules=[jobs.verify_service_daily],

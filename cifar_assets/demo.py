@@ -31,17 +31,7 @@ def main() -> int:
     source = os.environ.get(SOURCE_VARIABLE) or "synthetic"
     _log.info("Images: %s%s", source, _SYNTHETIC_NOTE if source.startswith("synthetic") else "")
     started = time.monotonic()
-    command = [
-        sys.executable,
-        "-m",
-        "dagster",
-        "asset",
-        "materialize",
-        "--select",
-        "*",
-        "-m",
-        "cifar_assets.definitions",
-    ]
+    command = ["dagster", "asset", "materialize", "--select", "*", "-m", "cifar_assets.definitions"]
     if source.startswith("synthetic"):
         config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": _SYNTHETIC_TRAINING}}}
         command += ["--config-json", canonical_json(config).decode()]
@@ -57,7 +47,7 @@ def main() -> int:
 
 
 # Few images need few steps of small batches.
-_SYNTHETIC_TRAINING = {"overrides": {"epochs": 5, "batch_size": 64, "learning_rate": 0.05, "ema_decay": 0.0}}
+_SYNTHETIC_TRAINING = {"overrides": {"epochs": 4, "batch_size": 64, "learning_rate": 0.05, "ema_decay": 0.0}}
 _SYNTHETIC_NOTE = (
     " (ten classes drawn from a seed, so that the demo needs no download; "
     "`make demo CIFAR10_SOURCE=download` takes the real CIFAR-10)"

@@ -11,6 +11,7 @@ from resources.gate import DEFAULT_THRESHOLD, AccuracyGate
 
 DEPLOYMENT_VARIABLE = "DAGSTER_DEPLOYMENT"
 THRESHOLD_VARIABLE = "ACCURACY_THRESHOLD"
+SERVICE_PORT_VARIABLE = "INFERENCE_SERVICE_PORT"
 
 
 def resources_for(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def resources_for(environment: Mapping[str, str] = os.environ) -> dict[str, Any]
     """
     name = environment.get(DEPLOYMENT_VARIABLE, "local")
     if name == "local":
-        deployed = _local()
+        deployed = _local(environment)
     elif name == "kubernetes":
         deployed = _kubernetes(environment)
     else:
@@ -38,7 +39,7 @@ def _gate(environment: Mapping[str, str]) -> AccuracyGate:
         ) from error
 
 
-def _local() -> dict[str, Any]:
+def _local(environment: Mapping[str, str]) -> dict[str, Any]:
     from resources.inference_service.local import LocalInferenceService
     from resources.local_trainer import LocalTrainer
     from resources.mlflow import LocalMlflow
@@ -48,8 +49,15 @@ def _local() -> dict[str, Any]:
         "object_store": LocalObjectStore(),
         "mlflow": LocalMlflow(),
         "trainer": LocalTrainer(),
-        "serving": LocalInferenceService(),
+        "serving": LocalInferenceService(port=_port(environment)),
     }
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    text = environment.get(SERVICE_PORT_VARIABLE, "8080")
+    if not (text.isdecimal() and 1 <= int(text) <= 65535):
+        raise ConfigError(f"{SERVICE_PORT_VARIABLE} is {text!r}: expected a port number from 1 to 65535.")
+    return int(text)
 
 
 def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:

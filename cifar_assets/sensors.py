@@ -1,8 +1,11 @@
 """Sensors: retrain on landed data, close what dead runs left open, deploy what passed its checks."""
 
+import json
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 from pydantic import BaseModel, ConfigDict
@@ -12,10 +15,14 @@ from cifar_assets.contracts import LANDING_PREFIX
 from cifar_assets.dataset.completeness import still_being_written
 from cifar_assets.dataset.landing import classify_landing_object
 from cifar_assets.digests import sha256_json
+from cifar_assets.errors import ConfigError
 from cifar_assets.jobs import retrain
 from cifar_assets.object_store import ObjectInfo
 from resources.mlflow import MlflowResource
 from resources.object_store import ObjectStoreResource
+
+RETRAIN_CONFIG_VARIABLE = "RETRAIN_CONFIG"
+"""Holds, as JSON, the config of trained_model for runs started by the landing sensor: recipe, overrides, scale."""
 
 MAX_ATTEMPTS = 3
 """How often one batch of arrivals is trained on when runs fail, the first time included."""
@@ -116,10 +123,22 @@ def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStor
     context.log.info(decision.reason)
     request = dg.RunRequest(
         run_key=decision.run_key,
-        run_config={"ops": {TRAINED_MODEL.to_python_identifier(): {"config": {"reuse": True}}}},
+        run_config={"ops": {TRAINED_MODEL.to_python_identifier(): {"config": retrain_config(os.environ)}}},
         tags={"landing": decision.reason[:200]},
     )
     return dg.SensorResult(run_requests=[request], cursor=decision.cursor.model_dump_json())
+
+
+def retrain_config(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Config of trained_model for runs that the sensor starts. ConfigError when RETRAIN_CONFIG is no JSON object."""
+    text = environment.get(RETRAIN_CONFIG_VARIABLE) or "{}"
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{RETRAIN_CONFIG_VARIABLE} is no JSON: {error}. Got {text!r}.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f'{RETRAIN_CONFIG_VARIABLE} is {text!r}: expected an object such as {{"recipe": "fast"}}.')
+    return {"reuse": True, **config}
 
 
 def _run_in_flight(instance: dg.DagsterInstance) -> str | None:

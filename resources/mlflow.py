@@ -5,6 +5,7 @@ materializations do not run. Here the trainer opens and closes its run, tagged w
 and the launcher closes what a killed trainer left open.
 """
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ class MlflowResource(dg.ConfigurableResource):
     def client(self) -> "MlflowClient":
         from mlflow.tracking import MlflowClient
 
+        # Opening a sqlite store logs every step of the schema migration.
+        logging.getLogger("alembic").setLevel(logging.WARNING)
         return MlflowClient(tracking_uri=self.uri)
 
     def artifact_uri(self) -> str | None:

@@ -1,0 +1,3 @@
+"""What several kinds of tests share."""
+
+pytest_plugins = ["tests.fixtures.workspace"]

@@ -1,0 +1,134 @@
+"""Landed data, found by the real daemon, retrained and served; a refused model leaves the old one answering."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import dagster as dg
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cifar_assets.assets.keys import INFERENCE_SERVICE, RAW_DATASET, TRAINED_MODEL
+from cifar_assets.assets.upstream import data_version
+from cifar_assets.dataset.raw import read_raw
+from cifar_assets.serving.client import InferenceClient
+from resources.object_store import LocalObjectStore
+from tests.fixtures.workspace import SMALL_TRAINING, Workspace, free_port
+
+LANDED_KEY = "landing/cameras.parquet"
+NUM_GOOD, NUM_BAD = 500, 20
+
+
+def landed_parquet() -> bytes:
+    """Rows in the Hugging Face layout: pictures of noise that decode, and others that do not or have no class."""
+    random = np.random.default_rng(7)
+    rows = []
+    for number in range(NUM_GOOD):
+        buffer = io.BytesIO()
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
+        rows.append(({"bytes": buffer.getvalue(), "path": f"{number}.png"}, number % 10))
+    for number in range(NUM_BAD):
+        content = rows[number][0]["bytes"][:60] if number % 2 else rows[number][0]["bytes"]
+        rows.append(({"bytes": content, "path": f"bad-{number}.png"}, 3 if number % 2 else 17))
+    random.shuffle(rows)
+    table = pa.table({"img": [row[0] for row in rows], "label": [row[1] for row in rows]})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def served(workspace: Workspace) -> str:
+    """A first model in service; gives its digest."""
+    done = workspace.materialize("*", {"trained_model": SMALL_TRAINING})
+    assert done.returncode == 0, done.stdout
+    return client(workspace).served_model().model_digest
+
+
+@pytest.fixture(scope="module")
+def daemon(workspace: Workspace, served: str) -> Iterator[dg.DagsterInstance]:
+    """`dagster dev` in the working folder, as a user runs it."""
+    log = workspace.folder / "dev.log"
+    environment = {**os.environ, "RETRAIN_CONFIG": json.dumps(SMALL_TRAINING)}
+    command = [sys.executable, "-m", "dagster", "dev", "-m", "cifar_assets.definitions", "-p", str(free_port())]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        with workspace.instance() as instance:
+            yield instance
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def client(workspace: Workspace) -> InferenceClient:
+    return InferenceClient(f"http://127.0.0.1:{workspace.environment['INFERENCE_SERVICE_PORT']}")
+
+
+def landing_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
+    return [run for run in instance.get_runs() if "landing" in run.tags]
+
+
+def test_landed_rows_are_trained_on_or_rejected_and_the_service_names_the_new_version(
+    workspace: Workspace, served: str, daemon: dg.DagsterInstance
+) -> None:
+    raw = LocalObjectStore().raw
+    raw.write("landing/.keep", b"")
+    raw.write(LANDED_KEY, landed_parquet())
+    wait_until(lambda: landing_runs(daemon), "the sensor to start a run")
+    wait_until(lambda: all(run.is_finished for run in landing_runs(daemon)), "the run to end")
+    (run,) = landing_runs(daemon)
+    assert run.status == dg.DagsterRunStatus.SUCCESS, (workspace.folder / "dev.log").read_text()[-5000:]
+
+    event = daemon.get_latest_materialization_event(RAW_DATASET)
+    assert event is not None
+    made = event.asset_materialization
+    assert made is not None
+    assert made.metadata["num_landed_accepted"].value == NUM_GOOD
+    assert made.metadata["num_landed_rejected"].value == NUM_BAD
+    landed = [item for item in read_raw(raw, data_version(made)).objects if item.role == "landed"]
+    assert sum(item.used_rows for item in landed) == NUM_GOOD
+    reasons = [json.loads(raw.read(info.key)) for info in raw.list("rejected/") if info.key.endswith(".json")]
+    assert len(reasons) == 1
+
+    now = client(workspace).served_model().model_digest
+    assert now != served
+    event = daemon.get_latest_materialization_event(INFERENCE_SERVICE)
+    assert event is not None
+    assert event.asset_materialization is not None
+    assert event.asset_materialization.metadata["raw_digest"].value == data_version(made)
+    assert event.asset_materialization.metadata["model_digest"].value == now
+
+
+def test_a_landing_that_changes_nothing_trains_nothing(daemon: dg.DagsterInstance) -> None:
+    raw = LocalObjectStore().raw
+    before = daemon.get_latest_materialization_event(TRAINED_MODEL)
+    assert before is not None
+    raw.write("landing/the-same-again.parquet", raw.read(LANDED_KEY))
+    wait_until(lambda: len(landing_runs(daemon)) == 2, "the sensor to look at the copy")
+    wait_until(lambda: all(run.is_finished for run in landing_runs(daemon)), "the run to end")
+    after = daemon.get_latest_materialization_event(TRAINED_MODEL)
+    assert after is not None
+    assert after.asset_materialization is not None
+    assert before.asset_materialization is not None
+    assert data_version(after.asset_materialization) == data_version(before.asset_materialization)
+    observations = daemon.fetch_observations(TRAINED_MODEL, limit=100).records
+    assert all(record.run_id != after.run_id for record in observations)
