@@ -14,13 +14,18 @@ _TEST = SPLITS.index("test")
 DUPLICATE = "an image of the same pixels is used already"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
-    """Where an image is already used."""
+    """Where an image is already used. One is kept per image of the source, so it is small."""
 
     label: int
     is_test: bool
-    where: str
+    key: str
+    row: int
+
+    @property
+    def where(self) -> str:
+        return f"row {self.row} of {self.key}"
 
 
 class Known(dict[bytes, Place]):
@@ -49,7 +54,7 @@ def check_source(
     for item, index in items:
         for row, key in enumerate(index.keys()):
             if index.splits[row] == _TEST:
-                known.setdefault(key, Place(int(index.labels[row]), True, f"row {row} of {item.key}"))
+                known.setdefault(key, Place(int(index.labels[row]), True, item.key, row))
     labels_of: dict[bytes, int] = {}
     conflicting = set()
     for _, index in items:
@@ -68,7 +73,7 @@ def check_source(
             elif key in known:
                 reason = "test image in the training data" if known[key].is_test else DUPLICATE
             else:
-                known[key] = Place(labels_of[key], False, f"row {row} of {item.key}")
+                known[key] = Place(labels_of[key], False, item.key, row)
             if reason:
                 left_out[reason] += 1
                 excluded.append(row)

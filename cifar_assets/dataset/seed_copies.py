@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cifar_assets.contracts import CLASSES, SEED_PROCESSED_KEY, SEED_RAW_KEY
 from cifar_assets.dataset.formats.archive import BATCHES, PYTHON_FOLDER
 from cifar_assets.dataset.objects import fetched
-from cifar_assets.dataset.processed import MANIFEST_FILE, read_processed
+from cifar_assets.dataset.processed import MANIFEST_FILE, SPLIT_NAMES, read_processed
 from cifar_assets.dataset.raw import read_raw
 from cifar_assets.dataset.reader import open_split
 from cifar_assets.object_store import ObjectStore
@@ -36,18 +36,21 @@ def write_seed_raw(raw: ObjectStore, processed: ObjectStore, processed_digest: s
     if only is not None and only.format == "archive" and only.key.endswith(".tar.gz") and not only.excluded:
         raw.copy(only.key, SEED_RAW_KEY)
         return SEED_RAW_KEY
-    readers = [open_split(processed, processed_digest, split, cache) for split in ("train", "validation")]
-    test = open_split(processed, processed_digest, "test", cache)
-    images = np.concatenate([reader.images for reader in readers])
-    labels = np.concatenate([reader.labels for reader in readers])
-    members: dict[str, bytes] = {"batches.meta": _pickled(_meta(len(images) // 5))}
-    parts = np.array_split(np.arange(len(images)), 5)
-    for name, part in zip(BATCHES, parts, strict=False):
-        members[name] = _pickled(_batch(name, images[part], labels[part]))
-    members["test_batch"] = _pickled(_batch("test_batch", test.images, test.labels))
-    files = ((f"{PYTHON_FOLDER}/{name}", data) for name, data in members.items())
-    _write_archive(raw, SEED_RAW_KEY, files)
+    _write_archive(raw, SEED_RAW_KEY, _official_files(processed, processed_digest, cache))
     return SEED_RAW_KEY
+
+
+def _official_files(processed: ObjectStore, digest: str, cache: Path | None) -> Iterator[tuple[str, bytes]]:
+    """The members of an official python archive, one batch in memory at a time."""
+    train, validation, test = (open_split(processed, digest, split, cache) for split in SPLIT_NAMES)
+    parts = np.array_split(np.arange(len(train) + len(validation)), len(BATCHES) - 1)
+    yield f"{PYTHON_FOLDER}/batches.meta", _pickled(_meta(len(parts[0])))
+    for name, part in zip(BATCHES, parts, strict=False):
+        first, second = part[part < len(train)], part[part >= len(train)] - len(train)
+        images = np.concatenate([train.take(first), validation.take(second)])
+        labels = np.concatenate([train.labels[first], validation.labels[second]])
+        yield f"{PYTHON_FOLDER}/{name}", _pickled(_batch(name, images, labels))
+    yield f"{PYTHON_FOLDER}/test_batch", _pickled(_batch("test_batch", test.images, test.labels))
 
 
 def write_seed_processed(processed: ObjectStore, processed_digest: str) -> str:
