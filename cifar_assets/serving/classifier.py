@@ -1,7 +1,9 @@
 """The stored model, verified and loaded into ONNX Runtime."""
 
 import logging
+import math
 import os
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -82,14 +84,19 @@ def load_classifier(model_uri: str, model_digest: str, *, num_threads: int | Non
 def available_cpus() -> int:
     """CPUs this process may use: its affinity, and its cgroup's quota rounded up."""
     num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
-        return num_cpus
-    if quota == "max":
-        return num_cpus
-    return max(1, min(num_cpus, -(-int(quota) // int(period))))
+    quota = _cgroup_cpus()
+    return num_cpus if quota is None else max(1, min(num_cpus, math.ceil(quota)))
+
+
+def _cgroup_cpus() -> float | None:
+    """CPUs that the cgroup of a container allows, None for no limit. Version 2, then version 1."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in files).split()
+            return None if quota in ("max", "-1") else int(quota) / int(period)
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return None
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

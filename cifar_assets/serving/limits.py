@@ -16,7 +16,7 @@ class ServingLimits:
     """Images in one request."""
     max_pending_requests: int = 256
     """Requests read or answered at the same time."""
-    max_pending_bytes: int = 48 * 1024 * 1024
+    max_pending_bytes: int = 32 * 1024 * 1024
     """Bodies of those requests together; what keeps a pod within its memory."""
     queue_images: int = 512
     """Images waiting for the inference thread."""

@@ -18,6 +18,7 @@ from cifar_assets.serving.admission import Admission
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.endpoints import CifarRESTServer
 from cifar_assets.serving.kserve_sdk import ModelServer, app
+from cifar_assets.serving.memory import return_large_blocks, trim
 from cifar_assets.serving.ports import bind_address
 from cifar_assets.serving.predictor import CifarModel
 from cifar_assets.serving.settings import ServerSettings
@@ -32,6 +33,7 @@ def run_server(settings: ServerSettings) -> None:
 
     Raises ConfigError when the address cannot be had, and what `load_classifier` raises; then nothing ever listened.
     """
+    return_large_blocks()
     report = Reporter(settings.report_fd)
     try:
         listener = _listener(settings)
@@ -45,6 +47,7 @@ def run_server(settings: ServerSettings) -> None:
         is_own = isinstance(error, CifarError)
         report.send(state="failed", reason=str(error) if is_own else f"{type(error).__name__}: {error}")
         raise
+    trim()
     CifarServer(settings, listener, report).start_with(classifier)
 
 
