@@ -28,6 +28,12 @@ CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 TORCHRUN = ["python", "-m", "torch.distributed.run", "-m", "cifar_assets.training"]
 """Used for several processes in a pod; the operator sets what torchrun needs to know in PET_... variables."""
 
+_JOB_DEFAULTS: Mapping[str, Any] = {
+    "env_secrets": ["object-store"],
+    "service_account_name": "trainer",
+    "scratch": "4Gi",
+    "run_policy": {"backoff_limit": 3},
+}
 _TRANSIENT = (Cause.KILLED, Cause.EVICTED, Cause.UNSCHEDULABLE, Cause.NO_PODS, Cause.SLOW_START)
 
 
@@ -138,6 +144,30 @@ class KubernetesTrainer(TrainerResource):
             return spec
         target = spec.mlflow.model_copy(update={"tracking_uri": self.mlflow_tracking_uri})
         return spec.model_copy(update={"mlflow": target})
+
+
+def trainer_from_environment(environment: Mapping[str, str], object_store: ObjectStoreResource) -> KubernetesTrainer:
+    """The trainer that TRAINER_IMAGE, TRAINER_NAMESPACE and TRAINER_JOB describe; opens no connection.
+
+    TRAINER_JOB holds further fields of PyTorchJobConfig as JSON. TRAINER_STORE_ENDPOINT_URL and
+    TRAINER_MLFLOW_TRACKING_URI say how pods reach the platform where Dagster runs outside of the cluster. ConfigError
+    naming the variable that is missing or wrong.
+    """
+    if "TRAINER_IMAGE" not in environment:
+        raise ConfigError("TRAINER_IMAGE is not set: name the image that trains, such as localhost/cifar-trainer:dev.")
+    text = environment.get("TRAINER_JOB", "{}")
+    try:
+        settings = json.loads(text)
+        job = PyTorchJobConfig(**{**_JOB_DEFAULTS, **settings, "image": environment["TRAINER_IMAGE"]})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"TRAINER_JOB is {text!r}: expected fields of PyTorchJobConfig as JSON. {error}") from error
+    return KubernetesTrainer(
+        object_store=object_store,
+        job=job,
+        namespace=environment.get("TRAINER_NAMESPACE", "cifar"),
+        store_endpoint_url=environment.get("TRAINER_STORE_ENDPOINT_URL"),
+        mlflow_tracking_uri=environment.get("TRAINER_MLFLOW_TRACKING_URI"),
+    )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -123,6 +124,8 @@ class Minio:
         self.namespace = namespace
         self.port = port
         self._forward: subprocess.Popen[bytes] | None = None
+        self._forwarder: Thread | None = None
+        self._disconnected = Event()
 
     def apply(self) -> None:
         pod_env = [
@@ -161,18 +164,35 @@ class Minio:
         kubectl("-n", self.namespace, "apply", "-f", "-", text=yaml.safe_dump_all(objects))
 
     def connect(self) -> None:
-        """Wait until the pod answers, and forward its port."""
-        kubectl("-n", self.namespace, "rollout", "status", "deploy/minio", "--timeout=90s")
-        self.disconnect()
-        command = ["kubectl", "-n", self.namespace, "port-forward", "svc/minio", f"{self.port}:9000"]
-        self._forward = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        """Wait until the pod answers, and forward its port, again whenever the forwarding breaks off."""
+        self.wait_until_ready()
+        self._forwarder = Thread(target=self._forward_until_disconnected, daemon=True)
+        self._forwarder.start()
         wait_for("the forwarded port", self._answers, 30)
 
+    def wait_until_ready(self) -> None:
+        kubectl("-n", self.namespace, "rollout", "status", "deploy/minio", "--timeout=90s")
+
     def disconnect(self) -> None:
+        self._disconnected.set()
         if self._forward:
             self._forward.kill()
+        if self._forwarder:
+            self._forwarder.join(10)
+
+    def _forward_until_disconnected(self) -> None:
+        command = ["kubectl", "-n", self.namespace, "port-forward", "svc/minio", f"{self.port}:9000"]
+        while not self._disconnected.is_set():
+            self._forward = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+            )
+            # kubectl stays after its pod has gone, and says so with the next connection.
+            for line in self._forward.stderr or ():
+                if b"error" in line.lower() or b"lost connection" in line:
+                    break
+            self._forward.kill()
             self._forward.wait()
-            self._forward = None
+            self._disconnected.wait(0.5)
 
     def scale(self, replicas: int) -> None:
         kubectl("-n", self.namespace, "scale", "deploy/minio", f"--replicas={replicas}")

@@ -258,7 +258,7 @@ def test_object_store_away_in_mid_run(story: ClusterStory):
         story.minio.scale(0)
         time.sleep(12)
         story.minio.scale(1)
-        story.minio.connect()
+        story.minio.wait_until_ready()
 
     thread = story.when(lambda: len(story.epochs) >= 3, away)
     with story.run(story_config("epochs", "15")) as result:

@@ -1,0 +1,75 @@
+"""What the Dockerfiles promise, read without building them."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+ROLES = ("trainer", "server", "dagster", "mlflow")
+LOCK: dict[str, Any] = {p["name"]: p for p in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
+
+
+def lines(role: str) -> list[str]:
+    text = (ROOT / f"images/{role}/Dockerfile").read_text().replace("\\\n", " ")
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def extras(role: str) -> list[str]:
+    return re.findall(r"--extra (\w+)", "\n".join(lines(role)))
+
+
+def locked(role: str) -> set[str]:
+    """Names of all packages that the role's extras bring along, by the lock file."""
+    project = LOCK["cifar-assets"]
+    todo = [d["name"] for d in project["dependencies"]]
+    todo += [d["name"] for extra in extras(role) for d in project["optional-dependencies"].get(extra, [])]
+    found: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += [d["name"] for d in LOCK[name].get("dependencies", [])]
+    return found
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_runs_as_a_numeric_user_and_takes_versions_from_the_lock_file(role: str):
+    assert "USER 1000:1000" in lines(role)
+    (install,) = [line for line in lines(role) if "uv sync" in line]
+    assert "--frozen --no-dev --no-install-project" in install
+    assert extras(role)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_extras_exist(role: str):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras(role)) <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("role", ["trainer", "server", "dagster"])
+def test_our_code_is_the_last_layer(role: str):
+    kinds = [line.split()[0] for line in lines(role)]
+    last_run = max(i for i, kind in enumerate(kinds) if kind == "RUN")
+    code = [i for i, line in enumerate(lines(role)) if line.startswith(("COPY cifar_assets", "COPY resources"))]
+    assert code
+    assert min(code) > last_run
+    assert set(kinds[min(code) :]) == {"COPY"}
+
+
+def test_only_the_trainer_has_torch():
+    assert "torch" in locked("trainer")
+    for role in ("server", "dagster", "mlflow"):
+        assert "torch" not in locked(role)
+    assert "onnxruntime" in locked("server")
+    assert "dagster" not in locked("server") | locked("trainer")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_context_holds_only_what_is_copied(role: str):
+    ignore = (ROOT / f"images/{role}/Dockerfile.dockerignore").read_text().splitlines()
+    assert "*" in ignore
+    copied = {name.rstrip("/") for line in lines(role) if line.startswith("COPY") for name in line.split()[1:-1]}
+    assert copied <= {line[1:] for line in ignore if line.startswith("!")}

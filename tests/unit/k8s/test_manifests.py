@@ -1,0 +1,118 @@
+"""What the committed YAML promises, read without a cluster: tests/cluster/test_platform.py applies it to a real one."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cifar_assets.object_store import FolderStore
+from resources.kubernetes_trainer import trainer_from_environment
+from resources.object_store import LocalObjectStore
+from resources.pytorch_job.config import PyTorchJobConfig
+
+ROOT = Path(__file__).parents[3]
+K8S = ROOT / "k8s"
+UNITS = {"m": 1e-3, "Mi": 2**20, "Gi": 2**30, "": 1.0}
+
+
+def documents(*folders: str) -> list[tuple[str, dict[str, Any]]]:
+    paths = [path for folder in folders for path in sorted((K8S / folder).rglob("*.yaml"))]
+    return [
+        (f"{path.relative_to(K8S)}:{document['kind']}", document)
+        for path in paths
+        if not path.name.endswith(".settings.yaml")
+        for document in yaml.safe_load_all(path.read_text())
+        if document
+    ]
+
+
+OBJECTS = [(name, document) for name, document in documents("platform", "access", "pytorchjob") if "Kustom" not in name]
+
+
+def pod_specs(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if document["kind"] in ("Deployment", "Job"):
+        yield document["spec"]["template"]["spec"]
+    if document["kind"] == "PyTorchJob":
+        for replica in document["spec"]["pytorchReplicaSpecs"].values():
+            yield replica["template"]["spec"]
+
+
+PODS = [(name, spec) for name, document in OBJECTS for spec in pod_specs(document)]
+
+
+def quantity(text: str) -> float:
+    match = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", text)
+    assert match
+    return float(match[1]) * UNITS[match[2]]
+
+
+def test_no_secret_is_committed():
+    assert not [name for name, document in OBJECTS if document["kind"] == "Secret"]
+    text = "\n".join(path.read_text() for path in K8S.rglob("*.yaml"))
+    assert "secretGenerator" not in text
+
+
+@pytest.mark.parametrize(("name", "spec"), PODS, ids=[name for name, _ in PODS])
+def test_pods_are_restricted(name: str, spec: dict[str, Any]):
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in [*spec["containers"], *spec.get("initContainers", [])]:
+        security = container["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["readOnlyRootFilesystem"] is True
+        assert security["capabilities"]["drop"] == ["ALL"]
+        assert container["imagePullPolicy"] == "IfNotPresent"
+        assert "memory" in container["resources"]["limits"]
+
+
+def test_platform_and_one_training_fit_a_small_minikube():
+    """4 CPU and 8 GB, of which Kubernetes itself, its operators and Dagster take about half."""
+    cpu = memory = 0.0
+    for _, spec in PODS:
+        for container in spec["containers"]:
+            requests = container["resources"]["requests"]
+            cpu += quantity(requests["cpu"])
+            memory += quantity(requests["memory"])
+    assert cpu <= 2
+    assert memory <= 4 * 2**30
+
+
+def test_roles_name_verbs_and_resources_without_wildcards_and_are_in_the_docs():
+    table = (ROOT / "docs/kubernetes.md").read_text()
+    roles = [document for _, document in OBJECTS if document["kind"] in ("Role", "ClusterRole")]
+    assert roles
+    for role in roles:
+        assert role["kind"] == "Role"
+        for rule in role["rules"]:
+            for resource in rule["resources"]:
+                assert "*" not in (resource, *rule["verbs"], *rule["apiGroups"])
+                assert f"| `{resource}` | {', '.join(rule['verbs'])} |" in table
+
+
+@pytest.mark.parametrize("overlay", ["minikube", "gpu"])
+def test_trainer_settings_of_the_overlays_are_valid(overlay: str):
+    overlays = ["minikube", overlay]
+    values: dict[str, str] = {}
+    for name in overlays:
+        kustomization = yaml.safe_load((K8S / f"overlays/{name}/kustomization.yaml").read_text())
+        for patch in kustomization["patches"]:
+            for change in yaml.safe_load(patch["patch"]):
+                values[change["path"].rpartition("/")[2]] = change["value"]
+    trainer = trainer_from_environment(values, LocalObjectStore())
+    assert trainer.job.image == values["TRAINER_IMAGE"]
+    assert trainer.job.memory == json.loads(values["TRAINER_JOB"])["memory"]
+    assert isinstance(trainer.job, PyTorchJobConfig)
+    assert isinstance(trainer.object_store.models, FolderStore)
+
+
+def test_every_file_belongs_to_a_kustomization():
+    for folder in ("platform", "access", "pytorchjob"):
+        kustomization = yaml.safe_load((K8S / folder / "kustomization.yaml").read_text())
+        files = {path.name for path in (K8S / folder).glob("*.yaml")}
+        settings = {name for name in files if name.endswith(".settings.yaml")}
+        assert files - settings - {"kustomization.yaml"} == set(kustomization["resources"])

@@ -1,0 +1,205 @@
+"""The trainer over PyTorchJobs does what the local one does: same spec, same messages, same result."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from cifar_assets.errors import ConfigError, TrainingError
+from cifar_assets.pipes_store import STORE_URI_PARAM
+from cifar_assets.training.recipes import RECIPES
+from cifar_assets.training.spec import JobSpec, MlflowTarget
+from resources.kubernetes_trainer import TORCHRUN, KubernetesTrainer, trainer_from_environment
+from resources.object_store import LocalObjectStore
+from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.config import PyTorchJobConfig
+from resources.pytorch_job.pipes import PipesPyTorchJobClient
+from resources.trainer import TrainingScale
+from tests.unit.pytorch_job.fake_cluster import FakeCluster, runs_and_succeeds
+from tests.unit.pytorch_job.test_messages import process
+from tests.unit.pytorch_job.test_pipes import failing
+
+DIGEST = "a" * 64
+SPEC = JobSpec(
+    dataset_uri=f"s3://processed-data/{DIGEST}/",
+    dataset_digest=DIGEST,
+    recipe=next(iter(RECIPES.values())),
+    output_uri="s3://models/",
+    mlflow=MlflowTarget(tracking_uri="http://localhost:5000", tags={"dagster_run_id": "run"}),
+)
+STORE = {
+    "AWS_ENDPOINT_URL": "http://localhost:9000",
+    "AWS_ACCESS_KEY_ID": "the-access-key",
+    "AWS_SECRET_ACCESS_KEY": "the-secret-key",
+}
+RESULT = {"type": "result", "model_digest": DIGEST, "model_uri": f"s3://models/{DIGEST}/", "mlflow_run_id": "m"}
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> KubernetesTrainer:
+    def connected(trainer: KubernetesTrainer) -> PipesPyTorchJobClient:
+        return PipesPyTorchJobClient(
+            message_store=trainer.object_store.models.at("pipes/"),
+            client=PyTorchJobClient(cluster, cluster),
+            namespace="space",
+            clock=cluster.clock,
+            sleeper=cluster.clock.sleep,
+        )
+
+    monkeypatch.setattr(KubernetesTrainer, "pipes_client", connected)
+    return KubernetesTrainer(
+        object_store=LocalObjectStore(path=str(tmp_path)),
+        job=PyTorchJobConfig(image="trainer:1", env_secrets=["object-store"]),
+        namespace="space",
+    )
+
+
+@pytest.fixture
+def train(trainer: KubernetesTrainer) -> Iterator[Callable[..., dg.ExecuteInProcessResult]]:
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def run(**settings: Any) -> dg.ExecuteInProcessResult:
+            @dg.asset(name="trained", **settings)
+            def trained(context: dg.AssetExecutionContext, trainer: KubernetesTrainer) -> dg.MaterializeResult:
+                result = trainer.train(context, SPEC, TrainingScale(), STORE)
+                return dg.MaterializeResult(metadata={"model_digest": result.model_digest})
+
+            assets: list[Any] = [trained]
+            return dg.materialize(assets, resources={"trainer": trainer}, instance=instance, raise_on_error=False)
+
+        yield run
+
+
+def say(cluster: FakeCluster, folder: Path, *messages: dict[str, Any]) -> None:
+    (job,) = cluster.jobs.values()
+    launch_id = job["metadata"]["annotations"]["dagster/pytorch-job-launch"]
+    with process({STORE_URI_PARAM: (folder / "models/pipes/messages" / launch_id).as_uri()}) as pipes:
+        for message in messages:
+            pipes.report_custom_message(message)
+
+
+def test_epochs_become_observations_and_the_result_is_returned(
+    train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster, tmp_path: Path
+):
+    cluster.on_created = runs_and_succeeds()
+    epoch = {"type": "epoch", "epoch": 1, "epochs": 1, "train_loss": 0.5}
+    cluster.clock.after(5, lambda: say(cluster, tmp_path, epoch, RESULT))
+    result = train()
+    assert result.success
+    (materialization,) = result.asset_materializations_for_node("trained")
+    assert materialization.metadata["model_digest"].value == DIGEST
+    observations = [e for e in result.all_events if e.is_asset_observation]
+    assert [o.asset_observation_data.asset_observation.metadata["train_loss"].value for o in observations] == [0.5]
+
+
+def test_job_that_says_no_result_is_an_error(train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster):
+    cluster.on_created = runs_and_succeeds()
+    result = train()
+    (failure,) = [e for e in result.all_node_events if e.is_step_failure]
+    assert TrainingError.__name__ in str(failure.step_failure_data.error)
+
+
+@pytest.mark.parametrize(("exit_code", "allowed"), [(1, False), (2, False), (143, True), (137, True)])
+def test_retry_is_allowed_only_where_the_training_was_ended_from_outside(
+    train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster, exit_code: int, allowed: bool
+):
+    cluster.on_created = failing(exit_code)
+    result = train(retry_policy=dg.RetryPolicy(max_retries=1))
+    assert cluster.num_created == (2 if allowed else 1)
+    (failure,) = [e for e in result.all_node_events if e.is_step_failure]
+    data = failure.step_failure_data.user_failure_data
+    assert data
+    assert data.metadata["exit_code"].value == exit_code
+    assert "RuntimeError: broken" in str(data.description)
+
+
+def test_cancelled_training_ends_as_an_interrupt_so_that_others_clean_up_too(
+    trainer: KubernetesTrainer, cluster: FakeCluster
+):
+    cluster.on_created = runs_and_succeeds(seconds=3600)
+    seen: list[type[BaseException]] = []
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def cancel() -> None:
+            (run,) = instance.get_runs()
+            instance.report_run_canceling(run)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        @dg.asset(retry_policy=dg.RetryPolicy(max_retries=2))
+        def trained(context: dg.AssetExecutionContext, trainer: KubernetesTrainer) -> None:
+            try:
+                trainer.train(context, SPEC, TrainingScale(), STORE)
+            except BaseException as error:
+                seen.append(type(error))
+                raise
+
+        cluster.clock.after(20, cancel)
+        result = dg.materialize([trained], resources={"trainer": trainer}, instance=instance, raise_on_error=False)
+        run = instance.get_run_by_id(result.run_id)
+        assert run
+        assert run.status == dg.DagsterRunStatus.CANCELED
+    assert seen == [dg.DagsterExecutionInterruptedError, dg.Failure], "Dagster's retry starts nothing"
+    assert (cluster.num_created, cluster.jobs) == (1, {})
+
+
+def test_credentials_are_never_in_the_manifest(train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster):
+    cluster.on_created = runs_and_succeeds()
+    train()
+    text = json.dumps(cluster.jobs)
+    assert "the-secret-key" not in text
+    assert "the-access-key" not in text
+    assert "http://localhost:9000" in text
+    assert '{"secretRef": {"name": "object-store"}}' in text
+
+
+def test_job_without_a_secret_for_the_store_is_refused(tmp_path: Path):
+    trainer = KubernetesTrainer(
+        object_store=LocalObjectStore(path=str(tmp_path)), job=PyTorchJobConfig(image="x"), namespace="space"
+    )
+    with pytest.raises(ConfigError, match="env_secrets"):
+        trainer.job_config(SPEC, TrainingScale(), STORE)
+    assert trainer.job_config(SPEC, TrainingScale(), {}).env["CIFAR_JOB_SPEC"] == SPEC.model_dump_json()
+
+
+def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer):
+    scale = TrainingScale(replicas=3, nproc_per_node=2, cpu="4", memory="9Gi", gpu=2)
+    config = trainer.job_config(SPEC, scale, STORE)
+    assert (config.replicas, config.nproc_per_node, config.cpu, config.memory, config.gpu) == (3, 2, "4", "9Gi", 2)
+    assert config.command == TORCHRUN
+    assert trainer.job_config(SPEC, TrainingScale(), STORE).command == []
+
+
+def test_pods_are_told_where_the_platform_is_for_them(tmp_path: Path):
+    environment = {
+        "TRAINER_IMAGE": "trainer:2",
+        "TRAINER_JOB": '{"cpu": "2", "run_policy": {"backoff_limit": 1}}',
+        "TRAINER_STORE_ENDPOINT_URL": "http://minio:9000",
+        "TRAINER_MLFLOW_TRACKING_URI": "http://mlflow:5000",
+    }
+    trainer = trainer_from_environment(environment, LocalObjectStore(path=str(tmp_path)))
+    config = trainer.job_config(SPEC, TrainingScale(), STORE)
+    assert (config.image, config.cpu, config.run_policy.backoff_limit) == ("trainer:2", "2", 1)
+    assert config.env["AWS_ENDPOINT_URL"] == "http://minio:9000"
+    spec = JobSpec.model_validate_json(config.env["CIFAR_JOB_SPEC"])
+    assert spec.mlflow
+    assert spec.mlflow.tracking_uri == "http://mlflow:5000"
+    assert spec.identity == SPEC.identity
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "TRAINER_IMAGE is not set"),
+        ({"TRAINER_IMAGE": "x", "TRAINER_JOB": "{cpu"}, "TRAINER_JOB"),
+        ({"TRAINER_IMAGE": "x", "TRAINER_JOB": '{"cpuu": "1"}'}, "cpuu"),
+        ({"TRAINER_IMAGE": "x", "TRAINER_JOB": "[1]"}, "TRAINER_JOB"),
+    ],
+)
+def test_wrong_environment_is_refused_by_name(environment: dict[str, str], message: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
+        trainer_from_environment(environment, LocalObjectStore(path=str(tmp_path)))
