@@ -19,14 +19,23 @@ def resources_for(environment: Mapping[str, str] = os.environ) -> dict[str, Any]
 
     Raises ConfigError for an unknown deployment or a threshold that is no fraction.
     """
-    name = environment.get(DEPLOYMENT_VARIABLE, "local")
-    if name == "local":
-        deployed = _local(environment)
-    elif name == "kubernetes":
-        deployed = _kubernetes(environment)
-    else:
-        raise ConfigError(f"{DEPLOYMENT_VARIABLE} is {name!r}: expected 'local' or 'kubernetes'.")
+    deployed = _local(environment) if _name(environment) == "local" else _kubernetes(environment)
     return {**deployed, "gate": _gate(environment)}
+
+
+def executor_for(environment: Mapping[str, str] = os.environ) -> dg.ExecutorDefinition:
+    """How steps run: one after the other in the run's process on a laptop, each in a process of its own elsewhere.
+
+    The steps are one chain and the heavy one runs apart in any case, so on a laptop more processes only cost start-up.
+    """
+    return dg.in_process_executor if _name(environment) == "local" else dg.multiprocess_executor
+
+
+def _name(environment: Mapping[str, str]) -> str:
+    name = environment.get(DEPLOYMENT_VARIABLE, "local")
+    if name not in ("local", "kubernetes"):
+        raise ConfigError(f"{DEPLOYMENT_VARIABLE} is {name!r}: expected 'local' or 'kubernetes'.")
+    return name
 
 
 def _gate(environment: Mapping[str, str]) -> AccuracyGate:

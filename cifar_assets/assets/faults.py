@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import dagster as dg
 
-from cifar_assets.errors import CifarError, StoreError, TrainingError
+from cifar_assets.errors import CifarError, ObjectNotFoundError, StoreError, TrainingError
 
 INFRASTRUCTURE_RETRIES = dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL)
 """For assets: what escapes `final_faults` is tried again, a store that does not answer or a job whose node died."""
@@ -17,6 +17,12 @@ def final_faults() -> Iterator[None]:
     try:
         yield
     except CifarError as error:
-        if isinstance(error, StoreError) or (isinstance(error, TrainingError) and error.transient):
+        if _is_transient(error):
             raise
         raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def _is_transient(error: CifarError) -> bool:
+    if isinstance(error, TrainingError):
+        return error.transient
+    return isinstance(error, StoreError) and not isinstance(error, ObjectNotFoundError)
