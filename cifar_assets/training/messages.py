@@ -3,46 +3,11 @@
 import logging
 from contextlib import ExitStack
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
-from dagster_pipes import (
-    PipesBlobStoreMessageWriter,
-    PipesBlobStoreMessageWriterChannel,
-    PipesContext,
-    PipesDefaultMessageWriter,
-    PipesEnvVarParamsLoader,
-    PipesMessageWriter,
-    PipesParams,
-    open_dagster_pipes,
-)
+from dagster_pipes import PipesContext, PipesEnvVarParamsLoader, open_dagster_pipes
 
-from cifar_assets.object_store import ObjectStore, open_store
-
-STORE_URI_PARAM = "store_uri"
-"""Message parameter of a launcher that reads messages from an object store: URI of a folder of this launch's own."""
-
-
-class StoreMessageChannel(PipesBlobStoreMessageWriterChannel):
-    """Writes messages as objects `<number>.json`, numbered from 1, one JSON message a line.
-
-    A restarted process goes on counting where the one before it ended.
-    """
-
-    def __init__(self, store: ObjectStore, interval_seconds: float):
-        super().__init__(interval=interval_seconds)
-        self._store = store
-        numbers = [info.key.removesuffix(".json") for info in store.list()]
-        self._last = max((int(number) for number in numbers if number.isdigit()), default=0)
-
-    def upload_messages_chunk(self, payload: IO[str], index: int) -> None:
-        self._store.write(f"{self._last + index}.json", payload.read().encode())
-
-
-class StoreMessageWriter(PipesBlobStoreMessageWriter[StoreMessageChannel]):
-    """Sends Pipes messages through the object store that the launcher names."""
-
-    def make_channel(self, params: PipesParams) -> StoreMessageChannel:
-        return StoreMessageChannel(open_store(params[STORE_URI_PARAM]), self.interval)
+from cifar_assets.pipes_store import PipesStoreMessageWriter
 
 
 class Messages:
@@ -54,12 +19,8 @@ class Messages:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        loader = PipesEnvVarParamsLoader()
-        if self._wanted and loader.is_dagster_pipes_process():
-            params = loader.load_messages_params()
-            writer: PipesMessageWriter[Any] = (
-                StoreMessageWriter(interval=2) if STORE_URI_PARAM in params else PipesDefaultMessageWriter()
-            )
+        if self._wanted and PipesEnvVarParamsLoader().is_dagster_pipes_process():
+            writer = PipesStoreMessageWriter()
             self._context = self._stack.enter_context(open_dagster_pipes(message_writer=writer))
         return self
 
@@ -84,4 +45,6 @@ class _ForwardToDagster(logging.Handler):
         self._context = context
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._context.log.log(record.levelno, record.getMessage())
+        # a line about the way to Dagster would go that same way
+        if record.name != PipesStoreMessageWriter.__module__:
+            self._context.log.log(record.levelno, record.getMessage())

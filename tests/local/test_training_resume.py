@@ -1,0 +1,118 @@
+"""A training that is killed or stopped, and started again with the same spec."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from cifar_assets.contracts import EXIT_RESUME
+from tests.unit.training.jobs import Workplace, fork_trainer, json_file, start_trainer, wait_for_line
+
+NUM_KILLS = 20
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    return Workplace.make(tmp_path)
+
+
+def long_recipe(**changes: object) -> dict[str, object]:
+    return {"epochs": 40, "ema_every": 2, **changes}
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(place: Workplace):
+    """SIGKILL, from before the first step to the writing of the model; then the same spec once more."""
+    execution = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 2}
+    undisturbed = place.spec("undisturbed", recipe_fields=long_recipe(), execution=execution)
+    spec = place.spec("killed", recipe_fields=long_recipe(), execution=execution)
+    fork_trainer(undisturbed).join()  # a first start is slower; the second one is timed
+    before = time.monotonic()
+    again = fork_trainer(place.spec("again", recipe_fields=long_recipe(), execution=execution))
+    again.join()
+    seconds = time.monotonic() - before
+    assert again.exitcode == 0
+
+    choice = random.Random(20)
+    resumed_steps = set()
+    kills = 0
+    while kills < NUM_KILLS:
+        process = fork_trainer(spec)
+        process.join(choice.uniform(0, 0.5 * seconds))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+            resumed_steps |= {path.name for path in place.checkpoints("killed")}
+        else:
+            # it was quicker than the kill: the job is done, and starts over
+            assert process.exitcode == 0
+    last = fork_trainer(spec)
+    last.join()
+    assert last.exitcode == 0
+    assert resumed_steps
+    assert set(place.published("killed")) == set(place.published("undisturbed")) == set(place.published("again"))
+    assert place.checkpoints("killed") == []
+    assert list((place.folder / "killed").rglob("*.writing-*")) == []
+
+
+def test_sigterm_leaves_a_checkpoint_and_says_that_there_is_more(place: Workplace):
+    recipe = long_recipe(epochs=400)
+    spec = place.spec("stopped", recipe_fields=recipe, execution={"threads": 1, "checkpoint_every_steps": 0})
+    process = start_trainer(spec)
+    wait_for_line(process, "Epoch 3/")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_RESUME, output
+    assert "start the same spec again" in output
+    assert place.published("stopped") == {}
+    assert place.checkpoints("stopped")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_training_continues_where_it_was(place: Workplace, stop: signal.Signals):
+    spec = place.spec("stopped", recipe_fields=long_recipe())
+    process = fork_trainer(spec)
+    while not place.checkpoints("stopped"):
+        assert process.is_alive()
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, stop)
+    process.join()
+    assert process.exitcode == EXIT_RESUME
+    step = int(place.checkpoints("stopped")[-1].name.split("-")[1])
+
+    for job in (spec, place.spec("undisturbed", recipe_fields=long_recipe())):
+        process = fork_trainer(job)
+        process.join()
+        assert process.exitcode == 0
+    digest, metrics = place.only_model("stopped")
+    assert digest == place.only_model("undisturbed")[0]
+    assert len(metrics["history"]) == 40
+    performance = json_file(place.models("stopped"), f"{digest}/performance.json")
+    assert performance["resumed_from_step"] == step
+    assert "Continuing from the checkpoint" in place.models("stopped").read(f"{digest}/training.log").decode()
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(place: Workplace):
+    spec = place.spec("damaged", recipe_fields=long_recipe())
+    process = fork_trainer(spec)
+    while len(place.checkpoints("damaged")) < 2:
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    newest = place.checkpoints("damaged")[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+
+    for job in (spec, place.spec("undisturbed", recipe_fields=long_recipe())):
+        process = fork_trainer(job)
+        process.join()
+        assert process.exitcode == 0
+    digest = place.only_model("damaged")[0]
+    assert digest == place.only_model("undisturbed")[0]
+    log = place.models("damaged").read(f"{digest}/training.log").decode()
+    assert f"Checkpoint passed over: {newest.as_uri()}" in log

@@ -1,0 +1,43 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_assets.object_store import FolderStore
+from cifar_assets.training.recipes import get_recipe
+from cifar_assets.training.spec import JobSpec
+from tests.unit.training.small_dataset import store_dataset
+
+SpecMaker = Callable[..., JobSpec]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a small processed dataset."""
+    bucket = tmp_path_factory.mktemp("processed-data")
+    return FolderStore(bucket).uri(store_dataset(bucket) + "/")
+
+
+@pytest.fixture
+def make_spec(dataset: str, tmp_path: Path) -> SpecMaker:
+    """Makes the spec of a training that takes a moment; recipe fields by name, the spec's own in `spec`."""
+
+    def make(recipe: str = "resnet18", spec: dict | None = None, **overrides: object) -> JobSpec:
+        small = {"width": 4, "epochs": 3, "batch_size": 16, "precision": "float32", "ema_every": 2}
+        values = {
+            "dataset_uri": dataset,
+            "dataset_digest": dataset.rstrip("/").rpartition("/")[2],
+            "recipe": get_recipe(recipe, {**small, **overrides}),
+            "seed": 3,
+            "output_uri": FolderStore(tmp_path / "models").uri(),
+            "execution": {"threads": 1, "device": "cpu"},
+        }
+        return JobSpec.model_validate(values | (spec or {}))
+
+    return make

@@ -1,0 +1,115 @@
+"""Running the trainer as a process of its own, as a pod does."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from cifar_assets.model_package import METRICS_FILE, ModelManifest, read_json, read_manifest
+from cifar_assets.object_store import FolderStore
+from cifar_assets.training.recipes import get_recipe
+from cifar_assets.training.spec import JobSpec
+from tests.unit.training.small_dataset import store_dataset
+
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(["cifar_assets.training.__main__", "cifar_assets.training.job"])
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with a small dataset, and jobs on it."""
+
+    folder: Path
+    digest: str
+
+    @classmethod
+    def make(cls, folder: Path, train: int = 96) -> "Workplace":
+        return cls(folder, store_dataset(folder / "processed-data", train=train))
+
+    def spec(self, output: str = "models", recipe: str = "resnet18", **changes: Any) -> JobSpec:
+        """A job that takes seconds. `recipe_fields` overrides fields of the recipe, the rest fields of the spec."""
+        small = {"width": 4, "epochs": 3, "batch_size": 16, "precision": "float32", "learning_rate": 0.05}
+        values = {
+            "dataset_uri": FolderStore(self.folder / "processed-data").uri(f"{self.digest}/"),
+            "dataset_digest": self.digest,
+            "recipe": get_recipe(recipe, small | changes.pop("recipe_fields", {})),
+            "output_uri": self.models(output).uri(),
+            "execution": {"threads": 1, "device": "cpu"},
+        }
+        return JobSpec.model_validate(values | changes)
+
+    def models(self, output: str = "models") -> FolderStore:
+        return FolderStore(self.folder / output)
+
+    def published(self, output: str = "models") -> dict[str, ModelManifest]:
+        """Manifests of the models in a bucket, by digest."""
+        models = self.models(output)
+        keys = [info.key for info in models.list() if info.key.endswith("/manifest.json")]
+        digests = [key.partition("/")[0] for key in keys]
+        return {digest: read_manifest(models.at(digest), digest) for digest in digests}
+
+    def only_model(self, output: str = "models") -> tuple[str, dict[str, Any]]:
+        """Digest and metrics of the one model in a bucket."""
+        ((digest, manifest),) = self.published(output).items()
+        return digest, read_json(self.models(output).at(digest), manifest, METRICS_FILE)
+
+    def checkpoints(self, output: str = "models") -> list[Path]:
+        """Files of checkpoints, the newest last."""
+        return sorted((self.folder / output / "checkpoints").rglob("step-*"), key=lambda path: path.name)
+
+
+def run_trainer(spec: JobSpec, *launcher: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a job in a process of its own to its end; `launcher` stands before the module in place of python -m."""
+    return subprocess.run(
+        [*(launcher or (sys.executable, "-m")), "cifar_assets.training", "--spec", "-"],
+        input=spec.model_dump_json(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **env},
+    )
+
+
+def start_trainer(spec: JobSpec) -> subprocess.Popen[str]:
+    """Start a job in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "cifar_assets.training"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "CIFAR_JOB_SPEC": spec.model_dump_json()},
+    )
+
+
+def fork_trainer(spec: JobSpec) -> ForkServerProcess:
+    """Start a job in a process of its own that finds torch loaded already, so that twenty of them take seconds."""
+    process = _FORKSERVER.Process(target=_trainer_process, args=(spec.model_dump_json(),))
+    process.start()
+    return process
+
+
+def _trainer_process(spec: str) -> None:
+    from cifar_assets.training.__main__ import main
+
+    os.environ["CIFAR_JOB_SPEC"] = spec
+    sys.exit(main([]))
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> list[str]:
+    """Read a process's output up to a line that holds the text."""
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"the trainer ended without {text!r}: {''.join(lines)}")
+
+
+def json_file(store: FolderStore, key: str) -> Any:
+    return json.loads(store.read(key))

@@ -1,0 +1,69 @@
+"""A processed dataset of a few drawn images, stored as the data side stores it."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset.index import pixel_digests
+from cifar_assets.dataset.processed import (
+    MANIFEST_FILE,
+    SPLIT_NAMES,
+    ChannelStatistics,
+    ProcessedManifest,
+    SplitConfig,
+    SplitName,
+)
+from cifar_assets.dataset.shards import Rows, Shard, ShardWriter
+from cifar_assets.dataset.synthetic import draw_split
+from cifar_assets.digests import canonical_json
+from cifar_assets.object_store import FolderStore
+
+RAW_DIGEST = "0" * 64
+
+
+def store_dataset(bucket: Path, train: int = 96, validation: int = 40, test: int = 40, shard_rows: int = 64) -> str:
+    """Write a processed dataset below the bucket's folder and return its digest."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        writers: dict[SplitName, ShardWriter] = {split: ShardWriter(folder, split, shard_rows) for split in SPLIT_NAMES}
+        statistics = ChannelStatistics()
+        for number, (split, count) in enumerate(zip(SPLIT_NAMES, (train, validation, test), strict=True)):
+            rows = _drawn_rows(number, count)
+            writers[split].add(rows)
+            if split == "train":
+                statistics.add(rows.images)
+        shards: dict[SplitName, tuple[Shard, ...]] = {split: writer.finish() for split, writer in writers.items()}
+        rows_files: dict[SplitName, Shard] = {split: writer.write_rows() for split, writer in writers.items()}
+        counts: dict[SplitName, dict[str, int]] = {split: _counts(writer) for split, writer in writers.items()}
+        manifest = ProcessedManifest(
+            raw_digest=RAW_DIGEST,
+            config=SplitConfig(max_shard_rows=shard_rows),
+            counts=counts,
+            mean=statistics.mean(),
+            std=statistics.std(),
+            shards=shards,
+            rows=rows_files,
+        )
+        store = FolderStore(bucket).at(manifest.digest)
+        for path in folder.iterdir():
+            store.upload(path.name, path)
+        store.write(MANIFEST_FILE, canonical_json(manifest.model_dump(mode="json")))
+    return manifest.digest
+
+
+def _drawn_rows(seed: int, count: int) -> Rows:
+    images, labels = draw_split(seed, "train", count)
+    return Rows(
+        images=images,
+        labels=labels,
+        digests=pixel_digests(images),
+        objects=np.zeros(count, np.int32),
+        rows=np.arange(count, dtype=np.int64),
+        source_splits=np.full(count, "any"),
+    )
+
+
+def _counts(writer: ShardWriter) -> dict[str, int]:
+    return {name: int(count) for name, count in zip(CLASSES, writer.label_counts, strict=True)}

@@ -1,0 +1,203 @@
+"""The loop in this process: what it computes, and that it can be left and continued anywhere."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cifar_assets.errors import ConfigError, DataError
+from cifar_assets.object_store import FolderStore
+from cifar_assets.training.checkpoint import CheckpointStore
+from cifar_assets.training.data import open_data
+from cifar_assets.training.device import choose_processor
+from cifar_assets.training.distributed import Processes
+from cifar_assets.training.loop import DivergedError, Trainer
+from cifar_assets.training.recipes import RECIPES
+from cifar_assets.training.spec import JobSpec
+from cifar_assets.training.state import EpochRecord
+from cifar_assets.training.stopping import StopSignal, TrainingStopped
+from tests.unit.training.conftest import SpecMaker
+from tests.unit.training.small_dataset import store_dataset
+
+NUM_STEPS = 18
+"""Three epochs of 96 images in batches of 16."""
+
+
+def make_trainer(spec: JobSpec, stop: StopSignal | None = None, processes: Processes | None = None) -> Trainer:
+    processor = choose_processor(spec.execution, spec.recipe.precision)
+    data = open_data(spec, processor.device)
+    checkpoints = CheckpointStore(FolderStore(Path(spec.output_uri.removeprefix("file://"))), 3)
+    return Trainer(spec, data, processor, processes or Processes(), checkpoints, stop or StopSignal())
+
+
+def finish(trainer: Trainer, on_step: Callable[[], None] = lambda: None) -> list[EpochRecord]:
+    records: list[EpochRecord] = []
+    trainer.train(on_step, records.append)
+    return records
+
+
+def final_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.state.tensors().items()}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name, value in first.items() if not torch.equal(value, second[name])]
+    assert different == []
+
+
+def elsewhere(spec: JobSpec, path: Path) -> JobSpec:
+    return spec.model_copy(update={"output_uri": FolderStore(path).uri()})
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_a_run_cut_at_every_step_ends_as_an_undisturbed_one(make_spec: SpecMaker, tmp_path: Path, recipe: str):
+    spec = make_spec(recipe)
+    whole = make_trainer(elsewhere(spec, tmp_path / "whole"))
+    records = finish(whole)
+
+    steps_done = 0
+    while True:
+        stop = StopSignal()
+        trainer = make_trainer(spec, stop)
+        assert trainer.global_step == steps_done
+
+        def stop_now(signal: StopSignal = stop) -> None:
+            signal.is_set = True
+
+        if steps_done == NUM_STEPS:
+            break
+        with pytest.raises(TrainingStopped, match=f"step {steps_done + 1} of {NUM_STEPS}"):
+            finish(trainer, stop_now)
+        steps_done += 1
+    finish(trainer)
+    assert_same(final_tensors(whole), final_tensors(trainer))
+    told = [(r.train_loss, r.validation_loss, r.validation_accuracy) for r in trainer.state.position.history]
+    assert told == [(r.train_loss, r.validation_loss, r.validation_accuracy) for r in records]
+
+
+def test_a_step_redone_after_a_kill_gives_the_same(make_spec: SpecMaker, tmp_path: Path):
+    """A kill loses the steps since the last checkpoint: they are done again."""
+    spec = make_spec("resnet18", spec={"execution": {"threads": 1, "checkpoint_every_steps": 4}})
+    whole = make_trainer(elsewhere(spec, tmp_path / "whole"))
+    finish(whole)
+
+    class KilledError(Exception):
+        pass
+
+    for kill_after in (3, 6, 7, 1, 5):
+        steps = iter(range(kill_after))
+
+        def kill(left: object = steps) -> None:
+            if next(left, None) is None:  # pyright: ignore[reportCallIssue, reportArgumentType]
+                raise KilledError
+
+        with pytest.raises(KilledError):
+            finish(make_trainer(spec), kill)
+    trainer = make_trainer(spec)
+    assert trainer.resumed_from
+    finish(trainer)
+    assert_same(final_tensors(whole), final_tensors(trainer))
+
+
+def test_images_read_batch_by_batch_train_alike(make_spec: SpecMaker, tmp_path: Path):
+    resident = make_trainer(make_spec())
+    finish(resident)
+    streamed_spec = make_spec(spec={"execution": {"threads": 1, "resident_megabytes": 0}})
+    streamed = make_trainer(elsewhere(streamed_spec, tmp_path / "streamed"))
+    finish(streamed)
+    assert_same(final_tensors(resident), final_tensors(streamed))
+
+
+def test_seeds_differ(make_spec: SpecMaker, tmp_path: Path):
+    first = make_trainer(make_spec(epochs=1))
+    second = make_trainer(elsewhere(make_spec(epochs=1, spec={"seed": 4}), tmp_path / "second"))
+    assert finish(first)[0].train_loss != finish(second)[0].train_loss
+
+
+def test_a_published_average_is_that_of_the_weights(make_spec: SpecMaker):
+    """Recomputed from the weights after each step."""
+    trainer = make_trainer(make_spec(epochs=1, ema_decay=0.9, ema_every=1))
+    average: dict[str, Tensor] = {}
+    steps = 0
+
+    def follow() -> None:
+        nonlocal steps
+        steps += 1
+        decay = min(0.9, 1 - 1 / (steps + 1))
+        for name, value in trainer.state.tensors().items():
+            if name.startswith("network.") and value.is_floating_point():
+                before = average.get(name, initial[name])
+                average[name] = decay * before + (1 - decay) * value
+
+    initial = final_tensors(trainer)
+    finish(trainer, follow)
+    published = trainer.published().state_dict()
+    assert steps == 6
+    for name, value in average.items():
+        assert torch.allclose(published[name.removeprefix("network.")], value, atol=1e-5)
+
+
+def test_without_an_average_the_last_weights_are_published(make_spec: SpecMaker):
+    trainer = make_trainer(make_spec("seed", epochs=1))
+    finish(trainer)
+    last = trainer.state.network.state_dict()
+    assert_same(dict(trainer.published().state_dict()), dict(last))
+
+
+def test_one_step_of_the_seed_recipe_is_plain_sgd(make_spec: SpecMaker):
+    """Against a step written out in torch: same loss, same weights."""
+    spec = make_spec("seed", epochs=1, translate=0, flip="none", batch_size=96)
+    trainer = make_trainer(spec)
+    network, manifest = trainer.published().train(), open_data(spec, torch.device("cpu")).manifest
+    split = open_data(spec, torch.device("cpu")).train
+    everything = np.arange(96)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (manifest.mean, manifest.std))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    loss = torch.nn.functional.cross_entropy(
+        network((split.images(everything) / 255 - mean) / std), split.labels_at(everything)
+    )
+    loss.backward()
+    optimizer.step()
+    expected = {name: value.clone() for name, value in network.state_dict().items()}
+    records = finish(trainer)
+    assert records[0].train_loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, value in trainer.state.network.state_dict().items():
+        assert torch.allclose(value.float(), expected[name].float(), atol=1e-5), name
+
+
+def test_a_golden_loss_curve(make_spec: SpecMaker):
+    """A change that should alter no numbers alters none. Raise spec.ALGORITHM with these when one is meant to."""
+    records = finish(make_trainer(make_spec("resnet18", epochs=4, learning_rate=0.01, translate=4, cutout=8)))
+    losses = [round(record.train_loss, 3) for record in records]
+    assert losses == pytest.approx(GOLDEN_LOSSES, abs=0.005)
+    assert [record.resolution for record in records] == [16, 16, 24, 32]
+
+
+GOLDEN_LOSSES = [2.448, 2.382, 2.291, 2.34]
+
+
+def test_a_diverging_training_is_an_error_and_leaves_no_checkpoint(make_spec: SpecMaker):
+    trainer = make_trainer(make_spec("seed", learning_rate=1e30))
+    with pytest.raises(DivergedError, match="learning_rate"):
+        finish(trainer)
+    assert make_trainer(make_spec("seed", learning_rate=1e30)).resumed_from is None
+
+
+def test_batches_too_small_for_the_processes_are_refused(make_spec: SpecMaker):
+    with pytest.raises(ConfigError, match="5 processes"):
+        make_trainer(make_spec(batch_size=8), processes=Processes(0, 5))
+
+
+def test_an_empty_split_is_refused(make_spec: SpecMaker, tmp_path: Path):
+    digest = store_dataset(tmp_path / "processed", validation=1)
+    spec = make_spec(spec={"dataset_uri": FolderStore(tmp_path / "processed").uri(digest), "dataset_digest": digest})
+    finish(make_trainer(spec))
+    empty = tmp_path / "empty"
+    digest = store_dataset(empty, validation=0)
+    spec = make_spec(spec={"dataset_uri": FolderStore(empty).uri(digest), "dataset_digest": digest})
+    with pytest.raises(DataError, match="validation split is empty"):
+        make_trainer(spec)

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from cifar_assets.errors import ConfigError
+from cifar_assets.training.recipes import get_recipe
+from cifar_assets.training.spec import JobSpec, parse_spec
+
+DIGEST = "ab" * 32
+
+
+def make_spec(**changes: object) -> JobSpec:
+    values: dict[str, object] = {
+        "dataset_uri": f"file:///store/processed-data/{DIGEST}/",
+        "dataset_digest": DIGEST,
+        "recipe": get_recipe("resnet18").model_dump(),
+        "output_uri": "file:///store/models/",
+    }
+    return JobSpec.model_validate(values | changes)
+
+
+def test_a_spec_survives_the_way_through_json():
+    spec = make_spec(seed=7, mlflow={"tracking_uri": "sqlite:///x.db", "tags": {"a": "b"}})
+    assert parse_spec(spec.model_dump_json(), "here") == spec
+
+
+def test_the_processed_bucket_is_the_folder_above_the_dataset():
+    assert make_spec().processed_uri == "file:///store/processed-data/"
+    without_slash = make_spec(dataset_uri=f"s3://processed-data/{DIGEST}")
+    assert without_slash.processed_uri == "s3://processed-data/"
+
+
+def test_the_identity_follows_what_decides_the_weights():
+    base = make_spec()
+    assert make_spec(seed=1).identity != base.identity
+    assert make_spec(recipe=get_recipe("resnet18", {"epochs": 2}).model_dump()).identity != base.identity
+    other = "cd" * 32
+    assert make_spec(dataset_uri=f"file:///p/{other}", dataset_digest=other).identity != base.identity
+
+
+def test_the_identity_does_not_follow_where_and_how_it_runs():
+    elsewhere = make_spec(
+        dataset_uri=f"s3://processed-data/{DIGEST}/",
+        output_uri="s3://models/",
+        mlflow={"tracking_uri": "http://mlflow:5000"},
+        execution={"threads": 1, "checkpoint_every_steps": 3, "keep_checkpoints": 9},
+        write_seed_copies=True,
+    )
+    assert elsewhere.identity == make_spec().identity
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"dataset_uri": "file:///store/processed-data/other/"}, "dataset_uri"),
+        ({"dataset_digest": "latest"}, "dataset_digest"),
+        ({"seed": -1}, "seed"),
+        ({"sede": 1}, "sede"),
+        ({"execution": {"device": "tpu"}}, r"execution\.device"),
+        ({"mlflow": {"experiment": "x"}}, r"mlflow\.tracking_uri"),
+        ({"recipe": {"name": "x"}}, r"recipe\.network"),
+    ],
+)
+def test_a_wrong_spec_is_refused_by_field_and_source(change: dict, named: str):
+    text = json.dumps(json.loads(make_spec().model_dump_json()) | change)
+    with pytest.raises(ConfigError, match=f"my-file.*{named}"):
+        parse_spec(text, "my-file")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', b"\xff\xfe"])
+def test_what_is_no_spec_is_refused(text: str | bytes):
+    with pytest.raises(ConfigError, match="standard input"):
+        parse_spec(text, "standard input")
