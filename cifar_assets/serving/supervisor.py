@@ -6,12 +6,14 @@ changes nothing. It outlives the process that started it, restarts a worker that
 """
 
 import argparse
+import contextlib
 import fcntl
 import hmac
 import json
 import logging
 import os
 import secrets
+import select
 import signal
 import socket
 import socketserver
@@ -35,6 +37,7 @@ _STALE_WORKER_SECONDS = 5.0
 _FAILED_WORKER_SECONDS = 2.0
 _MAX_RESTART_DELAY = 30.0
 _NUM_LOGS_KEPT = 20
+_WITHDRAWN = "whoever asked for it went away before it was up"
 _WORKER_MODULE = "cifar_assets.serving"
 
 
@@ -61,15 +64,15 @@ class Supervisor:
         self._control_port = control_port
         self._write_state(self._current)
 
-    def handle(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Carry out one command and give its answer."""
+    def handle(self, message: dict[str, Any], is_wanted: Callable[[], bool]) -> dict[str, Any]:
+        """Carry out one command and give its answer. `is_wanted` says whether anybody still waits for it."""
         if not hmac.compare_digest(str(message.get("token", "")).encode(), self._token.encode()):
             return {"error": "The command does not carry this supervisor's token."}
         command = message.get("command")
         if command == "status":
             return self.status()
         if command == "deploy":
-            return self.deploy(Deployment(**message["deployment"]), float(message["timeout"]))
+            return self.deploy(Deployment(**message["deployment"]), float(message["timeout"]), is_wanted)
         if command == "stop":
             self.stop()
             return self.status()
@@ -100,15 +103,21 @@ class Supervisor:
             "last_failure": self._last_failure,
         }
 
-    def deploy(self, deployment: Deployment, timeout: float) -> dict[str, Any]:
-        """Swap to the deployment, or keep what serves and say why in `error`."""
+    def deploy(self, deployment: Deployment, timeout: float, is_wanted: Callable[[], bool]) -> dict[str, Any]:
+        """Swap to the deployment, or keep what serves and say why in `error`.
+
+        Whoever asked may be cancelled meanwhile; then nothing is swapped.
+        """
         with self._swap:
             old = self._current
             if self.stopped.is_set():
                 return {"error": "The local deployment is being stopped."}
             if old is not None and old.is_running() and old.deployment.identity == deployment.identity:
                 return {**self.status(), "changed": False}
-            new, reason = self._start(deployment, timeout)
+            new, reason = self._start(deployment, timeout) if is_wanted() else (None, _WITHDRAWN)
+            if new is not None and not is_wanted():
+                new.kill()
+                new, reason = None, _WITHDRAWN
             if new is None:
                 kept = "Nothing was served before, and nothing is now."
                 if old is not None:
@@ -218,11 +227,20 @@ class _ControlHandler(socketserver.StreamRequestHandler):
         assert isinstance(self.server, _ControlServer)
         try:
             message = json.loads(self.rfile.readline(1 << 20))
-            answer = self.server.supervisor.handle(message if isinstance(message, dict) else {})
+            answer = self.server.supervisor.handle(message if isinstance(message, dict) else {}, self._is_open)
         except (OSError, ValueError, TypeError, KeyError) as error:
             answer = {"error": f"The command could not be carried out: {type(error).__name__}: {error}"}
             _log.exception("A command failed")
-        self.wfile.write(json.dumps(answer).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+    def _is_open(self) -> bool:
+        """Whether the other side still holds the connection: its end is readable, as nothing."""
+        try:
+            readable = select.select([self.connection], [], [], 0)[0]
+            return not readable or self.connection.recv(1, socket.MSG_PEEK) != b""
+        except OSError:
+            return False
 
 
 def bind(folder: Path, host: str, port: int) -> socket.socket:

@@ -64,15 +64,17 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
         f"s = LocalInferenceService(state_dir={deployment.service.state_dir!r}, port={deployment.service.port});"
         f"print(s.deploy(DeployRequest({request.model_uri!r}, {request.model_digest!r}, 'v0')).url)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        output, _ = process.communicate(timeout=120)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    assert output.strip() == f"http://127.0.0.1:{deployment.service.port}"
-    yield deployment
-    deployment.service.delete()
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            output, _ = process.communicate(timeout=120)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        assert output.strip() == f"http://127.0.0.1:{deployment.service.port}"
+        yield deployment
+    finally:
+        deployment.service.delete()
     assert find_supervisor(Path(deployment.service.state_dir)) is None
 
 
@@ -147,6 +149,29 @@ def test_deploying_what_serves_changes_nothing(running):
     assert running.service.status().details["worker_pid"] == worker
 
 
+def test_a_deployment_whose_run_is_cancelled_meanwhile_does_not_happen(running):
+    running.deploy(1)
+    state = find_supervisor(Path(running.service.state_dir))
+    assert state is not None
+    request = running.request(2)
+    deployment = {
+        "model_uri": request.model_uri, "model_digest": request.model_digest, "model_version": "v2", "annotations": {}
+    }  # fmt: skip
+    message = {"command": "deploy", "deployment": deployment, "timeout": 60, "token": state.token}
+    with socket.create_connection(("127.0.0.1", state.control_port), timeout=10) as connection:
+        connection.sendall(json.dumps(message).encode() + b"\n")
+        wait_for(lambda: list(Path(running.service.state_dir).glob(f"worker-*{request.model_digest[:12]}.log")))
+    wait_for(lambda: "went away" in (running.service.status().reason or ""))
+    assert running.served_digest() == running.request(1).model_digest
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_worker_that_dies_is_replaced_and_requests_wait_for_it(running):
     running.deploy(1)
     worker = int(running.service.status().details["worker_pid"])
@@ -192,35 +217,37 @@ def test_commands_without_the_token_are_refused(running):
     assert running.service.status().ready
 
 
-def test_a_killed_supervisor_leaves_nothing_that_is_in_the_way(tmp_path):
+@pytest.fixture
+def own(tmp_path) -> Iterator[Deployment]:
+    """A deployment of one test, with nothing in it."""
     deployment = Deployment(tmp_path)
-    deployment.deploy(0)
-    try:
-        state = read_state(Path(deployment.service.state_dir))
-        assert state is not None
-        os.kill(state.pid, signal.SIGKILL)
-        deployed = deployment.deploy(1)
-        assert deployment.served_digest() == deployed.model_digest == deployment.request(1).model_digest
-        assert deployed.details["supervisor_pid"] != str(state.pid)
-    finally:
-        assert deployment.service.delete()
-    assert not deployment.service.delete()
-    assert "No model server is running" in (deployment.service.status().reason or "")
+    yield deployment
+    deployment.service.delete()
+
+
+def test_a_killed_supervisor_leaves_nothing_that_is_in_the_way(own):
+    own.deploy(0)
+    state = read_state(Path(own.service.state_dir))
+    assert state is not None
+    os.kill(state.pid, signal.SIGKILL)
+    deployed = own.deploy(1)
+    assert own.served_digest() == deployed.model_digest == own.request(1).model_digest
+    assert deployed.details["supervisor_pid"] != str(state.pid)
+    assert own.service.delete()
+    assert not own.service.delete()
+    assert "No model server is running" in (own.service.status().reason or "")
     with pytest.raises(ConnectionRefusedError):
-        ask(deployment.service.port, "GET", "/")
+        ask(own.service.port, "GET", "/")
 
 
-def test_a_foreign_process_on_the_port_is_named_and_left_alone(tmp_path):
-    deployment = Deployment(tmp_path)
-    with http.server.HTTPServer(
-        ("127.0.0.1", deployment.service.port), http.server.SimpleHTTPRequestHandler
-    ) as foreign:
+def test_a_foreign_process_on_the_port_is_named_and_left_alone(own):
+    with http.server.HTTPServer(("127.0.0.1", own.service.port), http.server.SimpleHTTPRequestHandler) as foreign:
         threading.Thread(target=foreign.serve_forever, daemon=True).start()
         with pytest.raises(DeployError, match=f"held by process {os.getpid()} .*pytest.*another port"):
-            deployment.deploy(0)
-        assert ask(deployment.service.port, "GET", "/").status == 200
+            own.deploy(0)
+        assert ask(own.service.port, "GET", "/").status == 200
         foreign.shutdown()
-    assert not deployment.service.status().ready
+    assert not own.service.status().ready
 
 
 def test_commands_where_nothing_runs_say_so(tmp_path, capsys):
@@ -230,21 +257,19 @@ def test_commands_where_nothing_runs_say_so(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_stop_ends_a_deployment_that_is_still_coming_up(tmp_path):
-    deployment = Deployment(tmp_path)
+def test_stop_ends_a_deployment_that_is_still_coming_up(own):
     failures: list[str] = []
 
     def deploy() -> None:
         try:
-            deployment.deploy(0)
+            own.deploy(0)
         except DeployError as error:
             failures.append(str(error))
 
     thread = threading.Thread(target=deploy)
     thread.start()
-    folder = Path(deployment.service.state_dir)
-    while not list(folder.glob("worker-*.log")):
-        time.sleep(0.01)
+    folder = Path(own.service.state_dir)
+    wait_for(lambda: list(folder.glob("worker-*.log")))
     assert local_command(["stop", "--state-dir", str(folder)]) == 0
     thread.join()
     assert len(failures) == 1
