@@ -78,7 +78,7 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
     distributed.join(processes, processor.device)
     tracker = Tracker(spec.mlflow if processes.is_first else None, sha256_json(spec.model_dump(mode="json")))
     status: RunStatus = "FAILED"
-    patience = 60.0
+    patience: float | None = None
     try:
         tracker.start(_parameters(spec))
         model = _Job(spec, stop, messages, tracker, processor, processes, log).run()

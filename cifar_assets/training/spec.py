@@ -28,6 +28,9 @@ class MlflowTarget(BaseModel):
     registered_model: str | None = Field(
         default=MODEL_NAME, description="Registered model that gets the new version; none registers nothing."
     )
+    patience_seconds: float = Field(
+        default=60.0, ge=0, description="Seconds the end of a training waits for what could not be sent before."
+    )
     artifact_uri: str | None = Field(
         default=None, description="Artifact root for a new experiment; the tracking store's own when it is empty."
     )

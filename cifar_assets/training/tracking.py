@@ -81,10 +81,12 @@ class Tracker:
         """A new version of the registered model, from artifacts logged before; one that this run has is kept."""
         self._do("model version", lambda: self._register(folder, tags))
 
-    def close(self, status: RunStatus, patience_seconds: float = 60.0) -> list[str]:
+    def close(self, status: RunStatus, patience_seconds: float | None = None) -> list[str]:
         """End the run, waiting for MLflow no longer than told. Returns what could not be sent, in words."""
         if self._target is None or not self._thread.is_alive():
             return []
+        if patience_seconds is None:
+            patience_seconds = self._target.patience_seconds
         self._do(f"end of the run as {status}", lambda: self._end_run(status))
         self._deadline = time.monotonic() + patience_seconds
         self._tasks.put(None)

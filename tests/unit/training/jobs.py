@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -63,7 +64,9 @@ class Workplace:
         return sorted((self.folder / output / "checkpoints").rglob("step-*"), key=lambda path: path.name)
 
 
-def run_trainer(spec: JobSpec, *launcher: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+def run_trainer(
+    spec: JobSpec, *launcher: str, timeout: float = 240, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a job in a process of its own to its end; `launcher` stands before the module in place of python -m."""
     return subprocess.run(
         [*(launcher or (sys.executable, "-m")), "cifar_assets.training", "--spec", "-"],
@@ -71,7 +74,7 @@ def run_trainer(spec: JobSpec, *launcher: str, timeout: float = 120, **env: str)
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, **env},
+        env={**os.environ, **(env or {})},
     )
 
 

@@ -1,0 +1,84 @@
+"""Two processes that train together, started by torchrun."""
+
+import sqlite3
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unit.training.jobs import Workplace, json_file, run_trainer
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace.make(tmp_path_factory.mktemp("distributed"), train=610)
+
+
+RECIPE = {"epochs": 8, "width": 8, "batch_size": 31, "learning_rate": 0.05, "resolutions": [{"start": 0, "size": 16}]}
+
+
+def test_two_processes_do_what_one_does(place: Workplace):
+    """Batches of 30 and 31 images over two processes, one MLflow run, one model, the accuracy of one process."""
+    tracking = {
+        "tracking_uri": f"sqlite:///{place.folder}/mlflow.db",
+        "artifact_uri": (place.folder / "artifacts").as_uri(),
+    }
+    alone = run_trainer(place.spec("alone", recipe_fields=RECIPE))
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    two = run_trainer(place.spec("two", recipe_fields=RECIPE, mlflow=tracking), *TORCHRUN)
+    assert two.returncode == 0, two.stdout + two.stderr
+
+    digest, metrics = place.only_model("two")
+    _, expected = place.only_model("alone")
+    assert metrics["test_accuracy"] == pytest.approx(expected["test_accuracy"], abs=0.2)
+    assert metrics["test_images"] == np.sum(metrics["confusion_matrix"]) == 40
+    losses = [[record["train_loss"] for record in m["history"]] for m in (metrics, expected)]
+    # the first epoch's batches and augmentations are the same; only batch norm sees half a batch
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=0.1)
+    assert losses[0][-1] == pytest.approx(losses[1][-1], abs=0.35)
+    assert json_file(place.models("two"), f"{digest}/environment.json")["processes"] == 2
+
+    lines = two.stdout.splitlines()
+    assert sum(line.startswith("Epoch 1/8") for line in lines) == 1
+    assert place.checkpoints("two") == []
+    with sqlite3.connect(place.folder / "mlflow.db") as database:
+        assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
+
+
+def test_two_processes_continue_from_a_checkpoint_to_the_same_weights(place: Workplace, tmp_path: Path):
+    """The job of two is killed by a deadline, and started again."""
+    execution = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 3}
+    recipe = RECIPE | {"epochs": 3}
+    whole = run_trainer(place.spec("whole", recipe_fields=recipe, execution=execution), *TORCHRUN)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    spec = place.spec("cut", recipe_fields=recipe, execution=execution)
+    script = tmp_path / "cut.py"
+    script.write_text(CUT)
+    cut = run_trainer(spec, *TORCHRUN[:-1], str(script))
+    assert cut.returncode != 0
+    assert place.published("cut") == {}
+    assert place.checkpoints("cut")
+    again = run_trainer(spec, *TORCHRUN)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Continuing from the checkpoint" in again.stdout
+    assert place.only_model("cut")[0] == place.only_model("whole")[0]
+
+
+CUT = """
+import os, signal, sys
+from cifar_assets.training import loop
+step = loop.Trainer._step
+count = 0
+def step_or_die(self, *rest):
+    global count
+    count += 1
+    if count == 29 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, *rest)
+loop.Trainer._step = step_or_die
+from cifar_assets.training.__main__ import main
+sys.exit(main(sys.argv[2:]))
+"""

@@ -1,0 +1,172 @@
+"""What MLflow is told of a training, and that a training does not depend on it (case C12, the trainer's side)."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from cifar_assets.contracts import EXIT_RESUME
+from cifar_assets.training.spec import JobSpec
+from tests.unit.training.jobs import Workplace, fork_trainer, json_file, run_trainer, start_trainer, wait_for_line
+
+TAGS = {"dagster.run_id": "run-1", "dagster.attempt": "0"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    place = Workplace.make(tmp_path_factory.mktemp("mlflow"))
+    # the tables take seconds to make: once is enough
+    MlflowClient(tracking_uri(place)).search_experiments()
+    return place
+
+
+def tracking_uri(place: Workplace) -> str:
+    return f"sqlite:///{place.folder}/mlflow.db"
+
+
+def tracked(place: Workplace, experiment: str, recipe_fields: dict | None = None, **target: object) -> JobSpec:
+    """A job tracked in an experiment of its own."""
+    mlflow = {
+        "tracking_uri": tracking_uri(place),
+        "experiment": experiment,
+        "artifact_uri": (place.folder / "artifacts" / experiment).as_uri(),
+        "registered_model": experiment,
+        "tags": TAGS,
+        **target,
+    }
+    return place.spec(experiment, recipe_fields=recipe_fields or {}, mlflow=mlflow)
+
+
+def runs_of(place: Workplace, experiment: str) -> list[Run]:
+    """Runs of an experiment, the first one first."""
+    client = MlflowClient(tracking_uri(place))
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    return list(client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"]))
+
+
+def test_a_training_is_tracked_and_its_model_registered(place: Workplace):
+    done = run_trainer(tracked(place, "success"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    digest, metrics = place.only_model("success")
+    (run,) = runs_of(place, "success")
+    assert run.info.status == "FINISHED"
+    assert TAGS.items() <= run.data.tags.items()
+    assert run.data.tags["model_digest"] == digest
+    assert run.data.params["recipe.learning_rate"] == "0.05"
+    assert run.data.metrics["test_accuracy"] == metrics["test_accuracy"]
+
+    client = MlflowClient(tracking_uri(place))
+    history = client.get_metric_history(run.info.run_id, "validation_accuracy")
+    assert [(m.step, m.value) for m in history] == [
+        (record["epoch"] + 1, record["validation_accuracy"]) for record in metrics["history"]
+    ]
+    artifacts = {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "model")}
+    assert {"model.onnx", "model.safetensors", "metrics.json", "MODEL_CARD.md", "manifest.json"} <= artifacts
+    (version,) = client.search_model_versions("name = 'success'")
+    assert version.run_id == run.info.run_id
+    assert version.tags["model_digest"] == digest
+    assert version.tags["dataset_digest"] == place.digest
+    assert version.tags["test_accuracy"] == f"{metrics['test_accuracy']:.4f}"
+    assert version.tags["dagster.run_id"] == "run-1"
+    assert not version.aliases
+
+
+def test_a_training_that_fails_is_failed_and_its_retry_is_a_run_of_its_own(place: Workplace):
+    """C12 (a) and (e): the loss stops being a number in the second epoch; then a retry with a sane rate."""
+    bad = {"warmup": 0.5, "learning_rate": 1e30, "schedule": "constant"}
+    failed = run_trainer(tracked(place, "failure", bad))
+    assert failed.returncode == 1, failed.stdout + failed.stderr
+    assert "learning_rate" in failed.stdout
+    retry = tracked(place, "failure", tags={**TAGS, "dagster.attempt": "1"})
+    done = run_trainer(retry)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = runs_of(place, "failure")
+    assert [(run.info.status, run.data.tags["dagster.attempt"]) for run in runs] == [("FAILED", "0"), ("FINISHED", "1")]
+
+
+def test_a_training_that_is_stopped_is_killed_in_mlflow_too(place: Workplace):
+    """C12 (b): what a cancel does to the process."""
+    process = start_trainer(tracked(place, "stopped", {"epochs": 400}))
+    wait_for_line(process, "Epoch 2/")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_RESUME, output
+    assert [run.info.status for run in runs_of(place, "stopped")] == ["KILLED"]
+
+
+def test_what_a_killed_process_left_open_is_closed_by_the_next_one(place: Workplace):
+    """C12 (c), where the pod is started again by Kubernetes and the launcher sees one job."""
+    spec = tracked(place, "killed", {"epochs": 60})
+    process = fork_trainer(spec)
+    deadline = time.monotonic() + 120
+    client = MlflowClient(tracking_uri(place))
+    while client.get_experiment_by_name("killed") is None or not runs_of(place, "killed"):
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    assert [run.info.status for run in runs_of(place, "killed")] == ["RUNNING"]
+    process = fork_trainer(spec)
+    process.join()
+    assert process.exitcode == 0
+    assert [run.info.status for run in runs_of(place, "killed")] == ["FAILED", "FINISHED"]
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_with_mlflow_away_the_training_goes_on_and_says_what_was_not_sent(
+    place: Workplace, port: int, monkeypatch: pytest.MonkeyPatch
+):
+    spec = tracked(place, "away", tracking_uri=f"http://127.0.0.1:{port}", artifact_uri=None, patience_seconds=2)
+    done = run_trainer(spec)
+    assert done.returncode == 0, done.stdout + done.stderr
+    digest, _ = place.only_model("away")
+    unsent = json_file(place.models("away"), f"{digest}/performance.json")["mlflow_unsent"]
+    assert {"start of the run", "metrics of step 3", "model version"} <= set(unsent)
+    assert "Not sent to MLflow" in done.stdout
+
+
+@pytest.fixture
+def server(place: Workplace, port: int, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A real tracking server that starts seconds after the training does."""
+    command = (
+        f"sleep 8; exec {sys.executable} -m mlflow server --backend-store-uri sqlite:///{place.folder}/server.db "
+        f"--artifacts-destination {tmp_path} --serve-artifacts --port {port} --workers 1"
+    )
+    process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield process
+    process.terminate()
+    process.wait(30)
+
+
+def test_a_server_that_comes_late_is_told_everything(place: Workplace, port: int, server: subprocess.Popen[bytes]):
+    """Over HTTP, artifacts proxied by the server."""
+    uri = f"http://127.0.0.1:{port}"
+    done = run_trainer(tracked(place, "late", tracking_uri=uri, artifact_uri=None), timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    digest, metrics = place.only_model("late")
+    assert json_file(place.models("late"), f"{digest}/performance.json")["mlflow_unsent"] == []
+    client = MlflowClient(uri)
+    (version,) = client.search_model_versions("name = 'late'")
+    assert version.tags["model_digest"] == digest
+    assert version.run_id is not None
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["test_loss"] == metrics["test_loss"]
+    assert len(client.get_metric_history(version.run_id, "train_loss")) == 3
+    assert len(client.list_artifacts(version.run_id, "model")) >= 8
