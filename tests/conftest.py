@@ -1,3 +1,3 @@
 """What several kinds of tests share."""
 
-pytest_plugins = ["tests.fixtures.workspace"]
+pytest_plugins = ["tests.fixtures.minio", "tests.fixtures.workspace"]

@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from cifar_assets.contracts import CLASSES, MODEL_NAME
+from cifar_assets.dataset.lineage import changes_since
 from cifar_assets.dataset.processed import SPLIT_NAMES, ProcessedVersion
 from cifar_assets.dataset.raw import RawVersion
 from cifar_assets.dataset.reader import open_split
@@ -14,6 +15,7 @@ from cifar_assets.dataset.sheet import sample_sheet
 from cifar_assets.gate import Verdict
 from cifar_assets.model_package import (
     CARD_FILE,
+    MANIFEST_FILE,
     METRICS_FILE,
     PERFORMANCE_FILE,
     RECIPE_FILE,
@@ -77,10 +79,10 @@ def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
     return metadata
 
 
-def of_processed(processed: ObjectStore, version: ProcessedVersion) -> Metadata:
-    """Counts by class and split, channel statistics, and a sheet of training images."""
+def of_processed(processed: ObjectStore, version: ProcessedVersion, previous: str | None) -> Metadata:
+    """Counts by class and split, channel statistics, samples, and what changed since the previous version."""
     manifest = version.manifest
-    return {
+    metadata: Metadata = {
         "dagster/row_count": sum(manifest.count(split) for split in SPLIT_NAMES),
         **{f"num_{split}": manifest.count(split) for split in SPLIT_NAMES},
         "uri": processed.uri(f"{version.digest}/"),
@@ -98,6 +100,15 @@ def of_processed(processed: ObjectStore, version: ProcessedVersion) -> Metadata:
             as_markdown(sample_sheet(open_split(processed, version.digest, "train")), "training images by class")
         ),
     }
+    if previous is not None and processed.exists(f"{previous}/{MANIFEST_FILE}"):
+        changes = changes_since(processed, version.digest, previous)
+        metadata["previous_digest"] = previous
+        metadata["changes"] = table(
+            {"split": split, "added": changes.added[split], "removed": changes.removed[split]} for split in SPLIT_NAMES
+        )
+        metadata["num_moved_between_splits"] = changes.moved
+        metadata["num_relabelled"] = changes.relabelled
+    return metadata
 
 
 def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource, threshold: float) -> Metadata:

@@ -5,10 +5,11 @@ from pydantic import Field
 
 from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import INFRASTRUCTURE_RETRIES, final_faults
-from cifar_assets.assets.keys import OWNERS, PREFIX, RAW_DATASET
-from cifar_assets.assets.upstream import materialized_digest
+from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, RAW_DATASET
+from cifar_assets.assets.upstream import materialized_digest, previous_digests
 from cifar_assets.dataset.processed import SplitConfig, build_processed
 from cifar_assets.dataset.progress import logged
+from cifar_assets.dataset.seed_copies import write_seed_processed, write_seed_raw
 from resources.object_store import ObjectStoreResource
 
 
@@ -23,6 +24,15 @@ class ProcessedDatasetConfig(dg.Config):
         gt=0,
         lt=1,
         description="Share of the training images, chosen by image digest, kept for validation.",
+    )
+    test_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="Share kept for the test where the source has no test split of its own."
+    )
+    max_shard_rows: int = Field(default=16_384, ge=1, description="Images in one shard, 3 kB each.")
+    write_seed_copies: bool = Field(
+        default=True,
+        description="Also write cifar10-dataset.tar.gz and cifar10-processed.tar.gz, for readers of the pipeline that "
+        "this project replaces. Costs some seconds.",
     )
 
 
@@ -44,14 +54,21 @@ def processed_dataset(
     train split alone.
     """
     with final_faults():
+        raw, processed = object_store.raw, object_store.processed
         raw_digest = config.raw_digest or materialized_digest(context, RAW_DATASET)
-        version = build_processed(
-            object_store.raw,
-            object_store.processed,
-            raw_digest,
-            SplitConfig(validation_fraction=config.validation_fraction),
-            progress=logged(),
+        split = SplitConfig(
+            validation_fraction=config.validation_fraction,
+            test_fraction=config.test_fraction,
+            max_shard_rows=config.max_shard_rows,
+        )
+        version = build_processed(raw, processed, raw_digest, split, progress=logged())
+        if config.write_seed_copies:
+            write_seed_raw(raw, processed, version.digest)
+            write_seed_processed(processed, version.digest)
+        previous = next(
+            (digest for digest in previous_digests(context.instance, PROCESSED_DATASET) if digest != version.digest),
+            None,
         )
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(version.digest), metadata=metadata.of_processed(object_store.processed, version)
+            data_version=dg.DataVersion(version.digest), metadata=metadata.of_processed(processed, version, previous)
         )
