@@ -37,6 +37,7 @@ _STALE_WORKER_SECONDS = 5.0
 _FAILED_WORKER_SECONDS = 2.0
 _MAX_RESTART_DELAY = 30.0
 _NUM_LOGS_KEPT = 20
+_STOPPED = "the local deployment is being stopped"
 _WITHDRAWN = "whoever asked for it went away before it was up"
 _WORKER_MODULE = "cifar_assets.serving"
 
@@ -111,7 +112,7 @@ class Supervisor:
         with self._swap:
             old = self._current
             if self.stopped.is_set():
-                return {"error": "The local deployment is being stopped."}
+                return {"error": f"Model {deployment.model_digest} was not put into service: {_STOPPED}."}
             if old is not None and old.is_running() and old.deployment.identity == deployment.identity:
                 return {**self.status(), "changed": False}
             new, reason = self._start(deployment, timeout) if is_wanted() else (None, _WITHDRAWN)
@@ -161,8 +162,13 @@ class Supervisor:
         _log.info("Started worker %d for model %s, log %s", worker.pid, deployment.model_digest, log_file)
         self._write_state(worker)
         self._starting = worker
+        if self.stopped.is_set():  # `stop` may have looked before this worker was known
+            worker.kill()
         reason = worker.wait_until_ready(timeout)
         self._starting = None
+        if self.stopped.is_set():
+            worker.kill()
+            reason = _STOPPED
         if reason is not None:
             worker.end(_FAILED_WORKER_SECONDS)
             self._write_state(self._current)

@@ -273,5 +273,5 @@ def test_stop_ends_a_deployment_that_is_still_coming_up(own):
     assert local_command(["stop", "--state-dir", str(folder)]) == 0
     thread.join()
     assert len(failures) == 1
-    assert "was not put into service" in failures[0] or "did not answer" in failures[0]
+    assert "was not put into service: the local deployment is being stopped" in failures[0]
     assert find_supervisor(folder) is None
