@@ -13,7 +13,7 @@ from cifar_assets.errors import ConfigError
 from cifar_assets.training.spec import JobSpec
 from resources.object_store import ObjectStoreResource
 from resources.pytorch_job.client import PyTorchJobClient
-from resources.pytorch_job.collector import build_pytorch_job_collector
+from resources.pytorch_job.collector import CollectorTarget, build_pytorch_job_collector
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.diagnosis import Cause
 from resources.pytorch_job.errors import JobFailedError
@@ -131,19 +131,24 @@ class KubernetesTrainer(TrainerResource):
         """Client of the cluster's API. JobConfigError when no cluster is configured."""
         return PyTorchJobClient.production(kubeconfig_file=self.kubeconfig_file, context=self.kube_context)
 
-    def collector(self) -> dg.SensorDefinition:
-        """The sensor that collects jobs and messages which ended runs left behind."""
-        return build_pytorch_job_collector(
-            client=self.connect,
-            message_store=lambda: self.object_store.models.at(MESSAGES_PREFIX),
-            namespace=self.namespace,
-        )
+    def collector_target(self) -> CollectorTarget:
+        """Where the collector sensor looks for what ended runs left behind."""
+        return CollectorTarget(self.connect(), self.namespace, self.object_store.models.at(MESSAGES_PREFIX))
 
     def _spec_for_pods(self, spec: JobSpec) -> JobSpec:
         if spec.mlflow is None or self.mlflow_tracking_uri is None:
             return spec
         target = spec.mlflow.model_copy(update={"tracking_uri": self.mlflow_tracking_uri})
         return spec.model_copy(update={"mlflow": target})
+
+
+def build_trainer_collector(resource_key: str = "trainer") -> dg.SensorDefinition:
+    """The sensor that collects jobs and messages of the KubernetesTrainer under this resource key."""
+
+    def target(context: dg.SensorEvaluationContext) -> CollectorTarget:
+        return getattr(context.resources, resource_key).collector_target()
+
+    return build_pytorch_job_collector(target, required_resource_keys={resource_key})
 
 
 def trainer_from_environment(environment: Mapping[str, str], object_store: ObjectStoreResource) -> KubernetesTrainer:

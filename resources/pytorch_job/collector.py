@@ -95,37 +95,49 @@ def collect_messages(store: ObjectStore, live_launch_ids: Iterable[str], *, olde
     return len(dead)
 
 
+@dataclass(frozen=True)
+class CollectorTarget:
+    """Where a collector looks."""
+
+    client: PyTorchJobClient
+    namespace: str
+    message_store: ObjectStore
+
+
 def build_pytorch_job_collector(
+    target: Callable[[dg.SensorEvaluationContext], CollectorTarget],
     *,
-    client: Callable[[], PyTorchJobClient],
-    message_store: Callable[[], ObjectStore],
-    namespace: str,
+    required_resource_keys: set[str] | None = None,
     name: str = "pytorch_job_collector",
     minimum_interval_seconds: int = 120,
     failure_grace_seconds: float = 900.0,
     message_retention: timedelta = timedelta(days=7),
 ) -> dg.SensorDefinition:
-    """A sensor that deletes leftover jobs and old messages. It opens connections only when it is evaluated."""
+    """A sensor that deletes leftover jobs and old messages.
+
+    `target` is called at each evaluation, with the resources of `required_resource_keys`; nothing is connected before.
+    """
 
     @dg.sensor(
         name=name,
         minimum_interval_seconds=minimum_interval_seconds,
-        description=f"Deletes PyTorchJobs in namespace {namespace} whose run has ended, and old Pipes messages.",
+        required_resource_keys=required_resource_keys,
+        description="Deletes PyTorchJobs whose Dagster run has ended, and Pipes messages that nobody will read.",
     )
     def collector(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        connected = client()
+        where = target(context)
         leftovers = collect_leftovers(
-            connected,
-            namespace,
+            where.client,
+            where.namespace,
             lambda run_id: _run_end(context.instance, run_id),
             now=time.time(),
             failure_grace_seconds=failure_grace_seconds,
         )
         for leftover in leftovers:
             context.log.warning(f"Deleted {leftover.job}: {leftover.reason}.")
-        jobs = connected.find(namespace, selector(**{MANAGED_BY_LABEL: MANAGED_BY}))
+        jobs = where.client.find(where.namespace, selector(**{MANAGED_BY_LABEL: MANAGED_BY}))
         num_deleted = collect_messages(
-            message_store(),
+            where.message_store,
             [job.launch_id for job in jobs if job.launch_id],
             older_than=datetime.now(UTC) - message_retention,
         )

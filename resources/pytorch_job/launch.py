@@ -220,19 +220,23 @@ class JobLauncher:
     def _clear(
         self, namespace: str, jobs: Sequence[PyTorchJob], names: set[str], asked: set[str], grace_seconds: int
     ) -> bool:
-        """Ask for deletion of jobs and pods; True while any of them is still there. `asked`: pods asked before."""
+        """Ask for deletion of jobs and pods; True while any of them is still there. `asked`: pods asked before.
+
+        The pods are asked first, and their job in the next moment, before its operator could make them anew. The other
+        way round, the garbage collector asks them with their own grace time, which a kubelet does not shorten later.
+        """
+        uids = {job.uid for job in jobs}
         left = False
-        for job in jobs:
-            current = self._client.get(namespace, job.name)
-            if current and current.uid == job.uid:
-                left = True
-                self._client.delete(current)
         for name in sorted(names):
-            if self._client.get(namespace, name) is not None:
-                continue  # its operator would make the pods anew
+            current = self._client.get(namespace, name)
+            if current and current.uid not in uids:
+                continue  # another's job, or one that is newer than the list
             for pod in self._client.pods(namespace, name):
                 left = True
-                if pod.uid not in asked:  # also when the garbage collector asked first, with a longer grace time
+                if pod.uid not in asked:
                     asked.add(pod.uid)
                     self._client.delete_pod(namespace, pod, grace_seconds)
+            if current:
+                left = True
+                self._client.delete(current)
         return left

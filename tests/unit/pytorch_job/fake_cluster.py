@@ -166,7 +166,7 @@ class FakeCluster:
         self.failing("delete pod")
         self.deleted_pod_graces.append(body.grace_period_seconds)
         job = name.rsplit("-", 2)[0]
-        self.clock.after(body.grace_period_seconds, lambda: self._remove_pods(job))
+        self.clock.after(body.grace_period_seconds, lambda: self.pods.pop(job, None))
 
     def read_namespaced_pod_log(self, name: str, namespace: str, previous: bool = False, **_: Any):
         self.failing("log")

@@ -12,6 +12,7 @@ import pytest
 from cifar_assets.object_store import FolderStore
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.collector import (
+    CollectorTarget,
     RunEnd,
     build_pytorch_job_collector,
     collect_leftovers,
@@ -86,9 +87,7 @@ def test_sensor_collects_by_the_instances_runs(
 ):
     caplog.set_level(logging.WARNING)
     sensor = build_pytorch_job_collector(
-        client=lambda: client,
-        message_store=lambda: FolderStore(tmp_path),
-        namespace="space",
+        lambda context: CollectorTarget(client, "space", FolderStore(tmp_path)),
         failure_grace_seconds=0,
     )
 

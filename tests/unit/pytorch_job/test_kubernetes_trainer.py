@@ -14,7 +14,12 @@ from cifar_assets.errors import ConfigError, TrainingError
 from cifar_assets.pipes_store import STORE_URI_PARAM
 from cifar_assets.training.recipes import RECIPES
 from cifar_assets.training.spec import JobSpec, MlflowTarget
-from resources.kubernetes_trainer import TORCHRUN, KubernetesTrainer, trainer_from_environment
+from resources.kubernetes_trainer import (
+    TORCHRUN,
+    KubernetesTrainer,
+    build_trainer_collector,
+    trainer_from_environment,
+)
 from resources.object_store import LocalObjectStore
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
@@ -95,6 +100,16 @@ def test_epochs_become_observations_and_the_result_is_returned(
     assert materialization.metadata["model_digest"].value == DIGEST
     observations = [e for e in result.all_events if e.is_asset_observation]
     assert [o.asset_observation_data.asset_observation.metadata["train_loss"].value for o in observations] == [0.5]
+
+
+def test_collector_uses_the_trainer_that_dagster_resolves(
+    trainer: KubernetesTrainer, client: PyTorchJobClient, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(KubernetesTrainer, "connect", lambda trainer: client)
+    with dg.build_sensor_context(resources={"trainer": trainer}) as context:
+        result = build_trainer_collector().evaluate_tick(context)
+    assert result.skip_message
+    assert "Leftover PyTorchJobs deleted: none" in result.skip_message
 
 
 def test_job_that_says_no_result_is_an_error(train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster):

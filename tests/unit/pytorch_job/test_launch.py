@@ -184,6 +184,7 @@ def test_pods_that_do_not_go_away_stop_the_replacement(launcher: JobLauncher, cl
     cluster.condition("job-0", "Failed")
     cluster.pods["job-0"] = [pod_body("job-0")]
     cluster._remove_pods = lambda job: None
+    cluster.delete_namespaced_pod = lambda *_, **__: None
     with pytest.raises(PyTorchJobError, match="still has pods"):
         start(launcher, retry())
     assert cluster.num_created == 1
@@ -197,6 +198,26 @@ def test_removal_takes_job_and_pods_within_the_short_grace_time(launcher: JobLau
     assert (cluster.jobs, cluster.pods) == ({}, {})
     assert cluster.clock() - begin < 10
     assert cluster.deleted_pod_graces == [5]
+
+
+def test_pods_are_asked_before_the_garbage_collector_asks_them_with_their_own_grace_time(
+    launcher: JobLauncher, cluster: FakeCluster
+):
+    start(launcher)
+    cluster.pods["job-0"] = [pod_body("job-0")]
+    calls: list[str] = []
+    cluster.failing = calls.append
+    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+    assert calls.index("delete pod") < calls.index("delete")
+
+
+def test_removal_leaves_a_foreign_job_of_the_same_name_and_its_pods_alone(
+    launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient
+):
+    client.create({"metadata": {"name": "job-0", "namespace": "space", "labels": {RUN_ID_LABEL: "someone"}}})
+    cluster.pods["job-0"] = [pod_body("job-0")]
+    assert launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+    assert (list(cluster.jobs), list(cluster.pods)) == (["job-0"], ["job-0"])
 
 
 def test_removal_catches_a_job_that_appears_late(launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient):

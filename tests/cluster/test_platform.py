@@ -1,0 +1,100 @@
+"""The committed manifests against the real API server, its CRDs and webhooks; the Role against the real RBAC."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+from kubernetes import client as k8s
+
+from resources.pytorch_job import PyTorchJobClient
+from tests.cluster.conftest import Minio, kubectl
+from tests.cluster.story import ClusterStory, story_config
+
+K8S = Path(__file__).parents[2] / "k8s"
+
+
+def objects_in(folder: str, namespace: str) -> list[dict[str, Any]]:
+    """What `kubectl apply -k` would send, put into one namespace that exists."""
+    documents = [document for document in yaml.safe_load_all(kubectl("kustomize", str(K8S / folder))) if document]
+    found = [document for document in documents if document["kind"] != "Namespace"]
+    for document in found:
+        document["metadata"]["namespace"] = namespace
+        for subject in document.get("subjects", []):
+            subject["namespace"] = namespace
+    return found
+
+
+@pytest.mark.parametrize("folder", ["overlays/minikube", "overlays/gpu", "pytorchjob"])
+def test_api_server_takes_every_object(folder: str, namespace: str):
+    objects = objects_in(folder, namespace)
+    text = yaml.safe_dump_all(objects)
+    answer = kubectl("apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-", text=text)
+    assert len(answer.splitlines()) == len(objects)
+
+
+@pytest.fixture
+def limited(
+    namespace: str, core: Any, jobs: PyTorchJobClient, minio: Minio, tmp_path: Path, no_jobs_left: None
+) -> Iterator[ClusterStory]:
+    """A story told with the rights of the service account `dagster`, and no others."""
+    access = [o for o in objects_in("access", namespace) if o["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
+    kubectl("apply", "--server-side", "-f", "-", text=yaml.safe_dump_all(access))
+    api = k8s.ApiClient(core.api_client.configuration)
+    api.set_default_header("Impersonate-User", f"system:serviceaccount:{namespace}:dagster")
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        limited_client = PyTorchJobClient(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
+        yield ClusterStory(namespace, core, jobs, minio, instance, client=limited_client)
+
+
+def test_role_is_enough_to_run_and_see_a_job(limited: ClusterStory):
+    config = story_config("epochs", "3", service_account_name="trainer")
+    with limited.run(config) as result:
+        assert result.success
+    assert "master-0: rank 0 epoch 2" in limited.lines
+
+
+def test_role_is_enough_to_explain_and_replace_a_failure(limited: ClusterStory):
+    config = story_config("fail", "3", restart_policy="Never")
+    with limited.run(config) as first:
+        assert not first.success
+        with limited.run(config, parent=first) as second:
+            assert not second.success
+    assert len(limited.names()) == 1
+
+
+def test_role_is_enough_to_cancel(limited: ClusterStory):
+    limited.when(limited.running, limited.cancel)
+    with limited.run(story_config("epochs", "600")) as result:
+        assert limited.status(result) == dg.DagsterRunStatus.CANCELED
+    assert limited.names() == []
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        ["create", "pods"],
+        ["get", "secrets"],
+        ["create", "pods/exec"],
+        ["update", "pytorchjobs.kubeflow.org"],
+        ["deletecollection", "pytorchjobs.kubeflow.org"],
+    ],
+    ids=" ".join,
+)
+def test_role_allows_nothing_else(limited: ClusterStory, question: list[str]):
+    account = f"system:serviceaccount:{limited.namespace}:dagster"
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SubjectAccessReview",
+        "spec": {"user": account, "resourceAttributes": _attributes(limited.namespace, *question)},
+    }
+    answer = yaml.safe_load(kubectl("create", "-f", "-", "-o", "yaml", text=yaml.safe_dump(review)))
+    assert answer["status"]["allowed"] is False
+
+
+def _attributes(namespace: str, verb: str, resource: str) -> dict[str, str]:
+    name, _, group = resource.partition(".")
+    kind, _, subresource = name.partition("/")
+    return {"namespace": namespace, "verb": verb, "resource": kind, "group": group, "subresource": subresource}
