@@ -123,6 +123,10 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
         "threshold": threshold,
         "expected_calibration_error": metrics["expected_calibration_error"],
         "onnx_max_difference": metrics["onnx_max_difference"],
+        "curves": dg.MetadataValue.md(as_markdown(training_curves(metrics["history"]), "loss and accuracy by epoch")),
+        "confusion": dg.MetadataValue.md(
+            as_markdown(confusion_matrix(metrics["confusion_matrix"], CLASSES), "confusion matrix of the test split")
+        ),
         "model_digest": result.model_digest,
         "model_version": result.mlflow_model_version or "not registered",
         "dataset_digest": manifest.dataset_digest,
@@ -130,17 +134,18 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
         "uri": result.model_uri,
         "resumed_from": result.resumed_from or "the start",
         "mlflow_run": mlflow.run_link(result.mlflow_run_id),
-        "recipe": table({"field": name, "value": str(value)} for name, value in recipe.items()),
-        "recall": table({"class": name, "recall": metrics["per_class_recall"][name]} for name in CLASSES),
-        "curves": dg.MetadataValue.md(as_markdown(training_curves(metrics["history"]), "loss and accuracy by epoch")),
-        "confusion": dg.MetadataValue.md(
-            as_markdown(confusion_matrix(metrics["confusion_matrix"], CLASSES), "confusion matrix of the test split")
-        ),
     }
     if package.exists(PERFORMANCE_FILE):
-        metadata["performance"] = _json(package, PERFORMANCE_FILE)
+        performance = json.loads(package.read(PERFORMANCE_FILE))
+        metadata["images_per_second"] = float(performance["images_per_second"])
+        metadata["train_seconds"] = float(performance["train_seconds"])
+        metadata["phases"] = table(
+            {"phase": name, "seconds": seconds} for name, seconds in performance["seconds_per_phase"].items()
+        )
     if package.exists(CARD_FILE):
         metadata["model_card"] = dg.MetadataValue.md(package.read(CARD_FILE).decode())
+    metadata["recall"] = table({"class": name, "recall": metrics["per_class_recall"][name]} for name in CLASSES)
+    metadata["recipe"] = table({"field": name, "value": str(value)} for name, value in recipe.items())
     return metadata
 
 
@@ -169,7 +174,3 @@ def of_service(service: DeployedService, manifest: ModelManifest, verdict: Verdi
         "example": dg.MetadataValue.md(f"```\ncurl -F image=@picture.png {predict_url}\n```"),
         **{f"service_{name}": value for name, value in service.details.items()},
     }
-
-
-def _json(package: ObjectStore, name: str) -> dg.MetadataValue:
-    return dg.MetadataValue.json(json.loads(package.read(name)))

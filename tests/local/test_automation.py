@@ -2,12 +2,7 @@
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import dagster as dg
 import numpy as np
@@ -21,7 +16,7 @@ from cifar_assets.assets.upstream import data_version
 from cifar_assets.dataset.raw import read_raw
 from cifar_assets.serving.client import InferenceClient
 from resources.object_store import LocalObjectStore
-from tests.fixtures.workspace import SMALL_TRAINING, Workspace, free_port
+from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
 
 LANDED_KEY = "landing/cameras.parquet"
 NUM_GOOD, NUM_BAD = 500, 20
@@ -45,13 +40,6 @@ def landed_parquet() -> bytes:
     return buffer.getvalue()
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.5)
-
-
 @pytest.fixture(scope="module")
 def served(workspace: Workspace) -> str:
     """A first model in service; gives its digest."""
@@ -63,20 +51,8 @@ def served(workspace: Workspace) -> str:
 @pytest.fixture(scope="module")
 def daemon(workspace: Workspace, served: str) -> Iterator[dg.DagsterInstance]:
     """`dagster dev` in the working folder, as a user runs it."""
-    log = workspace.folder / "dev.log"
-    environment = {**os.environ, "RETRAIN_CONFIG": json.dumps(SMALL_TRAINING)}
-    command = [sys.executable, "-m", "dagster", "dev", "-m", "cifar_assets.definitions", "-p", str(free_port())]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-    try:
-        with workspace.instance() as instance:
-            yield instance
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    with workspace.dagster_dev(RETRAIN_CONFIG=json.dumps(SMALL_TRAINING)), workspace.instance() as instance:
+        yield instance
 
 
 def client(workspace: Workspace) -> InferenceClient:
