@@ -225,21 +225,6 @@ def own(tmp_path) -> Iterator[Deployment]:
     deployment.service.delete()
 
 
-def test_a_killed_supervisor_leaves_nothing_that_is_in_the_way(own):
-    own.deploy(0)
-    state = read_state(Path(own.service.state_dir))
-    assert state is not None
-    os.kill(state.pid, signal.SIGKILL)
-    deployed = own.deploy(1)
-    assert own.served_digest() == deployed.model_digest == own.request(1).model_digest
-    assert deployed.details["supervisor_pid"] != str(state.pid)
-    assert own.service.delete()
-    assert not own.service.delete()
-    assert "No model server is running" in (own.service.status().reason or "")
-    with pytest.raises(ConnectionRefusedError):
-        ask(own.service.port, "GET", "/")
-
-
 def test_a_foreign_process_on_the_port_is_named_and_left_alone(own):
     with http.server.HTTPServer(("127.0.0.1", own.service.port), http.server.SimpleHTTPRequestHandler) as foreign:
         threading.Thread(target=foreign.serve_forever, daemon=True).start()
@@ -275,3 +260,17 @@ def test_stop_ends_a_deployment_that_is_still_coming_up(own):
     assert len(failures) == 1
     assert "was not put into service: the local deployment is being stopped" in failures[0]
     assert find_supervisor(folder) is None
+
+
+def test_a_killed_supervisor_leaves_nothing_that_is_in_the_way(running):
+    state = read_state(Path(running.service.state_dir))
+    assert state is not None
+    os.kill(state.pid, signal.SIGKILL)
+    deployed = running.deploy(1)
+    assert running.served_digest() == deployed.model_digest == running.request(1).model_digest
+    assert deployed.details["supervisor_pid"] != str(state.pid)
+    assert running.service.delete()
+    assert not running.service.delete()
+    assert "No model server is running" in (running.service.status().reason or "")
+    with pytest.raises(ConnectionRefusedError):
+        ask(running.service.port, "GET", "/")

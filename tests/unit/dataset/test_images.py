@@ -306,7 +306,7 @@ SEEDS = [encode(SMOOTH, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", 
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.sampled_from(SEEDS),
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8),

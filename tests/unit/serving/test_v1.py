@@ -179,7 +179,7 @@ def test_the_largest_batch_of_arrays_is_within_the_limit_of_json_values():
     assert images.shape == (LIMITS.max_images, 3, 32, 32)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -256,7 +256,7 @@ class TestForm:
             parse_form(TYPE, form(*[(FILE, b"x")] * 3), small)
         assert caught.value.status == 413
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(body=st.binary(max_size=300) | st.builds(
         lambda position, value: form((FILE, picture()))[:position] + value + form((FILE, picture()))[position:],
         st.integers(0, 400),
