@@ -124,6 +124,7 @@ class KubernetesTrainer(TrainerResource):
                 unschedulable_timeout_seconds=self.unschedulable_timeout_seconds,
                 blocked_timeout_seconds=self.blocked_timeout_seconds,
                 start_timeout_seconds=self.start_timeout_seconds,
+                final_exit_codes=(EXIT_BAD_SPEC,),
             ),
         )
 

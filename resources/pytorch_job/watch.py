@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.diagnosis import (
@@ -32,6 +32,8 @@ class WatchLimits:
     """Nothing is wrong but a pod is not running: a large image is being pulled. Also for an operator that is away."""
     outage_timeout_seconds: float = 600.0
     """No answer from the API server."""
+    final_exit_codes: tuple[int, ...] = ()
+    """Exit codes after which a restart cannot help: the job is given up at the first one."""
 
     def of(self, cause: Cause) -> float:
         if cause == Cause.UNSCHEDULABLE:
@@ -104,6 +106,7 @@ class JobWatcher:
             raise JobFailedError(
                 diagnose_failure(str(job), job.status, self._history, self._logs.tails, self._events(pods))
             )
+        self._give_up_if_final(job, pods)
         self._give_up_if_stuck(job, pods)
         return None
 
@@ -111,6 +114,11 @@ class JobWatcher:
         if job.status.state != self._state:
             self._state = job.status.state
             self._log.info("%s: %s", job, job.status)
+
+    def _give_up_if_final(self, job: PyTorchJob, pods: Sequence[Pod]) -> None:
+        if any(end.exit_code in self._limits.final_exit_codes for end in self._history.failures()):
+            found = diagnose_failure(str(job), job.status, self._history, self._logs.tails, self._events(pods))
+            raise JobFailedError(replace(found, job_finished=False))
 
     def _give_up_if_stuck(self, job: PyTorchJob, pods: Sequence[Pod]) -> None:
         obstacle = None if job.status.state == JobState.SUSPENDED else find_obstacle(pods)

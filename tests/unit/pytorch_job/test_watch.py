@@ -26,6 +26,7 @@ LIMITS = WatchLimits(
     blocked_timeout_seconds=20,
     start_timeout_seconds=300,
     outage_timeout_seconds=60,
+    final_exit_codes=(2,),
 )
 
 
@@ -99,6 +100,15 @@ def test_failing_exit_code_with_the_lines_that_matter(watched: Watched, cluster:
     error = watched.fails(Cause.EXIT_CODE, "exit code 3", "ValueError: no such column", "Master replica(s) failed")
     assert error.diagnosis.exit_code == 3
     assert not error.permanent
+
+
+def test_final_exit_code_is_not_restarted_in_vain(watched: Watched, cluster: FakeCluster):
+    crashed = container_status({"waiting": {"reason": "CrashLoopBackOff"}}, restarts=1, last=terminated(2))
+    watched.create(pods_at(0, pod_body("job", container_statuses=[crashed])))
+    cluster.logs["job-master-0/previous"] = cluster.logs["job-master-0"] = "2026-01-01T00:00:00Z bad spec\n"
+    error = watched.fails(Cause.EXIT_CODE, "exit code 2", "bad spec")
+    assert not error.diagnosis.job_finished
+    assert cluster.clock() < 1005
 
 
 def test_first_of_several_failures_is_the_cause(watched: Watched, cluster: FakeCluster):
