@@ -21,11 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one training job and return the exit code: 0, EXIT_BAD_SPEC, EXIT_RESUME, or 1."""
     options = _parser().parse_args(arguments)
     log = _set_up_logging()
-    stop = StopSignal()
-    stop.install()
     try:
         spec = _load_spec(options.spec)
-        _run(spec, stop, log)
+        _run(spec, StopSignal(), log)
     except TrainingStopped as stopped:
         _LOG.warning("%s", stopped)
         return EXIT_RESUME
@@ -61,6 +59,8 @@ def _run(spec: JobSpec, stop: StopSignal, log: io.StringIO) -> None:
 
 def _load_spec(source: str | None) -> JobSpec:
     if source == "-":
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError(f"Several processes cannot read one standard input: use --spec FILE or {SPEC_VARIABLE}.")
         return parse_spec(sys.stdin.buffer.read(), "standard input")
     if source is not None:
         return read_spec(Path(source))

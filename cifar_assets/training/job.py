@@ -65,7 +65,7 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
 
     Args:
         spec: the job.
-        stop: set when the trainer is told to stop.
+        stop: takes over the signals once the processes have met.
         messages: tells Dagster.
         log: has the log so far; its content is stored with the model.
 
@@ -76,6 +76,8 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
     torch.backends.cudnn.allow_tf32 = False
     processor = choose_processor(spec.execution, spec.recipe.precision, processes.local_rank)
     distributed.join(processes, processor.device)
+    # until here there is nothing to save, and a signal may end a process that waits for others
+    stop.install()
     tracker = Tracker(spec.mlflow if processes.is_first else None, sha256_json(spec.model_dump(mode="json")))
     status: RunStatus = "FAILED"
     patience: float | None = None

@@ -124,7 +124,7 @@ class Trainer:
         network.train()
         before = time.perf_counter()
         while position.step < self._steps:
-            self._step(network, batches[position.step], augmentation)
+            self.step(network, batches[position.step], augmentation)
             position.step += 1
             self.state.update_average(self.global_step)
             now = self.phases.add("train", before)
@@ -136,7 +136,7 @@ class Trainer:
                 self._save()
             before = time.perf_counter()
 
-    def _step(self, network: nn.Module, batch: NDArray[np.int64], augmentation: EpochAugmentation) -> None:
+    def step(self, network: nn.Module, batch: NDArray[np.int64], augmentation: EpochAugmentation) -> None:
         """One optimizer step on this process's share of the batch, weighted so that every image counts the same."""
         rate = learning_rate(self._recipe, self.global_step, self._steps)
         for group in self.state.optimizer.param_groups:

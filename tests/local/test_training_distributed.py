@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit.training.jobs import Workplace, json_file, run_trainer
+from cifar_assets.contracts import EXIT_BAD_SPEC
+from tests.unit.training.jobs import COMMAND, Workplace, json_file, run_trainer
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+TRAINER = ("-m", "cifar_assets.training")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def test_two_processes_do_what_one_does(place: Workplace):
     }
     alone = run_trainer(place.spec("alone", recipe_fields=RECIPE))
     assert alone.returncode == 0, alone.stdout + alone.stderr
-    two = run_trainer(place.spec("two", recipe_fields=RECIPE, mlflow=tracking), *TORCHRUN)
+    two = run_trainer(place.spec("two", recipe_fields=RECIPE, mlflow=tracking), *TORCHRUN, *TRAINER)
     assert two.returncode == 0, two.stdout + two.stderr
 
     digest, metrics = place.only_model("two")
@@ -52,25 +54,31 @@ def test_two_processes_continue_from_a_checkpoint_to_the_same_weights(place: Wor
     """The job of two is killed by a deadline, and started again."""
     execution = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 3}
     recipe = RECIPE | {"epochs": 3}
-    whole = run_trainer(place.spec("whole", recipe_fields=recipe, execution=execution), *TORCHRUN)
+    whole = run_trainer(place.spec("whole", recipe_fields=recipe, execution=execution), *TORCHRUN, *TRAINER)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     spec = place.spec("cut", recipe_fields=recipe, execution=execution)
     script = tmp_path / "cut.py"
     script.write_text(CUT)
-    cut = run_trainer(spec, *TORCHRUN[:-1], str(script))
+    cut = run_trainer(spec, *TORCHRUN, str(script))
     assert cut.returncode != 0
     assert place.published("cut") == {}
     assert place.checkpoints("cut")
-    again = run_trainer(spec, *TORCHRUN)
+    again = run_trainer(spec, *TORCHRUN, *TRAINER)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "Continuing from the checkpoint" in again.stdout
     assert place.only_model("cut")[0] == place.only_model("whole")[0]
 
 
+def test_standard_input_is_refused_where_several_would_read_it(place: Workplace):
+    done = run_trainer(place.spec(), *COMMAND, "--spec", "-", env={"WORLD_SIZE": "2", "RANK": "0"})
+    assert done.returncode == EXIT_BAD_SPEC
+    assert "CIFAR_JOB_SPEC" in done.stdout
+
+
 CUT = """
 import os, signal, sys
 from cifar_assets.training import loop
-step = loop.Trainer._step
+step = loop.Trainer.step
 count = 0
 def step_or_die(self, *rest):
     global count
@@ -78,7 +86,7 @@ def step_or_die(self, *rest):
     if count == 29 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, *rest)
-loop.Trainer._step = step_or_die
+loop.Trainer.step = step_or_die
 from cifar_assets.training.__main__ import main
-sys.exit(main(sys.argv[2:]))
+sys.exit(main([]))
 """

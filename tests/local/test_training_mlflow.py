@@ -1,5 +1,6 @@
 """What MLflow is told of a training, and that a training does not depend on it (case C12, the trainer's side)."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -148,7 +149,9 @@ def server(place: Workplace, port: int, tmp_path: Path) -> Iterator[subprocess.P
         f"sleep 8; exec {sys.executable} -m mlflow server --backend-store-uri sqlite:///{place.folder}/server.db "
         f"--artifacts-destination {tmp_path} --serve-artifacts --port {port} --workers 1"
     )
-    process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # its workers for jobs of its own are many, and not needed here
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     yield process
     process.terminate()
     process.wait(30)

@@ -21,6 +21,9 @@ _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(["cifar_assets.training.__main__", "cifar_assets.training.job"])
 
 
+COMMAND = (sys.executable, "-m", "cifar_assets.training")
+
+
 @dataclass(frozen=True)
 class Workplace:
     """A folder with a small dataset, and jobs on it."""
@@ -67,21 +70,20 @@ class Workplace:
 def run_trainer(
     spec: JobSpec, *launcher: str, timeout: float = 240, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a job in a process of its own to its end; `launcher` stands before the module in place of python -m."""
+    """Run a job in a process of its own to its end; `launcher` is another command than the plain one."""
     return subprocess.run(
-        [*(launcher or (sys.executable, "-m")), "cifar_assets.training", "--spec", "-"],
-        input=spec.model_dump_json(),
+        launcher or COMMAND,
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, "CIFAR_JOB_SPEC": spec.model_dump_json(), **(env or {})},
     )
 
 
 def start_trainer(spec: JobSpec) -> subprocess.Popen[str]:
     """Start a job in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "cifar_assets.training"],
+        COMMAND,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
