@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cifar_assets.assets.keys import TRAINED_MODEL
 from cifar_assets.contracts import LANDING_PREFIX
-from cifar_assets.dataset.completeness import still_being_written
-from cifar_assets.dataset.landing import classify_landing_object
+from cifar_assets.dataset.landing import LandingScan, scan_landing
 from cifar_assets.digests import sha256_json
 from cifar_assets.errors import ConfigError
 from cifar_assets.jobs import retrain
@@ -67,26 +66,12 @@ def fingerprint(info: ObjectInfo) -> str:
     return sha256_json([info.key, info.etag, info.size])[:_FINGERPRINT_CHARS]
 
 
-def decide(
-    cursor: LandingCursor,
-    objects: Iterable[ObjectInfo],
-    skip_reason: Callable[[ObjectInfo], str | None],
-    *,
-    busy_run_id: str | None,
-    last_run_failed: bool,
-) -> Decision:
+def decide(cursor: LandingCursor, scan: LandingScan, *, busy_run_id: str | None, last_run_failed: bool) -> Decision:
     """Whether to retrain now. Pure: the same cursor and listing give the same run key, so that a replay adds no run."""
-    skipped: Counter[str] = Counter()
-    ready: set[str] = set()
-    for info in objects:
-        reason = skip_reason(info)
-        if reason:
-            skipped[reason] += 1
-        else:
-            ready.add(fingerprint(info))
+    ready = {fingerprint(info) for info in scan.ready}
     num_new = len(ready - set(cursor.covered))
     retry = not num_new and last_run_failed and cursor.attempt < MAX_ATTEMPTS and bool(ready)
-    notes = "".join(f" Skipped {count}: {reason}." for reason, count in sorted(skipped.items()))
+    notes = "".join(f" Skipped {count}: {reason}." for reason, count in sorted(Counter(scan.skipped.values()).items()))
     if not num_new and not retry:
         return Decision(cursor, None, f"No new data under {LANDING_PREFIX}.{notes}")
     if busy_run_id:
@@ -109,12 +94,10 @@ def decide(
 )
 def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStoreResource) -> dg.SensorResult:
     """One tick: list the landing prefix and request at most one run."""
-    raw = object_store.raw
     cursor = LandingCursor.model_validate_json(context.cursor) if context.cursor else LandingCursor()
     decision = decide(
         cursor,
-        raw.list(LANDING_PREFIX),
-        lambda info: classify_landing_object(info.key, info.size) or still_being_written(raw, info),
+        scan_landing(object_store.raw),
         busy_run_id=_run_in_flight(context.instance),
         last_run_failed=_run_failed(context.instance, cursor.run_key),
     )

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.upstream import materialized_digest
-from cifar_assets.checks.results import WARN, result, spec
+from cifar_assets.checks.results import WARN, only_selected, result, spec
 from cifar_assets.dataset.objects import fetched
 from cifar_assets.dataset.processed import SPLIT_NAMES, ProcessedManifest, read_processed
 from cifar_assets.dataset.raw import RawManifest, read_raw
@@ -24,6 +24,7 @@ _STD_RANGE = (0.02, 0.5)
 
 @dg.multi_asset_check(
     name="raw_dataset_checks",
+    can_subset=True,
     specs=[
         spec(
             RAW_DATASET,
@@ -44,6 +45,12 @@ def raw_dataset_checks(
     context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Two verdicts on the raw version that this run, or the last one, made."""
+    yield from only_selected(context, _raw_dataset_verdicts(context, object_store))
+
+
+def _raw_dataset_verdicts(
+    context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
+) -> Iterator[dg.AssetCheckResult]:
     manifest = read_raw(object_store.raw, materialized_digest(context, RAW_DATASET))
     broken = list(_broken_objects(object_store.raw, manifest))
     yield result(
@@ -84,6 +91,7 @@ class ProcessedCheckConfig(dg.Config):
 
 @dg.multi_asset_check(
     name="processed_dataset_checks",
+    can_subset=True,
     specs=[
         spec(
             PROCESSED_DATASET,
@@ -117,6 +125,12 @@ def processed_dataset_checks(
     context: dg.AssetCheckExecutionContext, config: ProcessedCheckConfig, object_store: ObjectStoreResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Four verdicts on the processed version that this run, or the last one, made."""
+    yield from only_selected(context, _processed_dataset_verdicts(context, config, object_store))
+
+
+def _processed_dataset_verdicts(
+    context: dg.AssetCheckExecutionContext, config: ProcessedCheckConfig, object_store: ObjectStoreResource
+) -> Iterator[dg.AssetCheckResult]:
     digest = materialized_digest(context, PROCESSED_DATASET)
     manifest = read_processed(object_store.processed, digest)
     num_images = sum(manifest.count(split) for split in SPLIT_NAMES)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cifar_assets.assets.keys import TRAINED_MODEL
 from cifar_assets.assets.upstream import materialized_digest
-from cifar_assets.checks.results import WARN, result, spec
+from cifar_assets.checks.results import WARN, only_selected, result, spec
 from cifar_assets.contracts import CLASSES
 from cifar_assets.gate import judge
 from cifar_assets.model_package import METRICS_FILE, read_json, read_manifest
@@ -33,6 +33,7 @@ class ModelCheckConfig(dg.Config):
 
 @dg.multi_asset_check(
     name="trained_model_checks",
+    can_subset=True,
     specs=[
         spec(
             TRAINED_MODEL,
@@ -79,6 +80,16 @@ def trained_model_checks(
     gate: AccuracyGate,
 ) -> Iterator[dg.AssetCheckResult]:
     """Six verdicts on the model that this run, or the last one, trained."""
+    yield from only_selected(context, _trained_model_verdicts(context, config, object_store, mlflow, gate))
+
+
+def _trained_model_verdicts(
+    context: dg.AssetCheckExecutionContext,
+    config: ModelCheckConfig,
+    object_store: ObjectStoreResource,
+    mlflow: MlflowResource,
+    gate: AccuracyGate,
+) -> Iterator[dg.AssetCheckResult]:
     digest = materialized_digest(context, TRAINED_MODEL)
     manifest, verdict = judge(object_store.models, digest, gate.threshold)
     metrics = read_json(object_store.models.at(digest), manifest, METRICS_FILE)

@@ -1,5 +1,7 @@
 """How checks are declared and how they answer."""
 
+from collections.abc import Iterable, Iterator
+
 import dagster as dg
 
 
@@ -29,3 +31,11 @@ def result(
 
 
 WARN = dg.AssetCheckSeverity.WARN
+
+
+def only_selected(
+    context: dg.AssetCheckExecutionContext, results: Iterable[dg.AssetCheckResult]
+) -> Iterator[dg.AssetCheckResult]:
+    """The results that were asked for, so that a single check can be executed from the UI."""
+    selected = {key.name for key in context.selected_asset_check_keys}
+    return (result for result in results if result.check_name in selected)

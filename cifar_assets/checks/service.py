@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE
 from cifar_assets.assets.upstream import materialized_digest
-from cifar_assets.checks.results import WARN, result, spec
+from cifar_assets.checks.results import WARN, only_selected, result, spec
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.reader import SplitReader, open_split
 from cifar_assets.model_package import METRICS_FILE, read_json, read_manifest
@@ -32,6 +32,7 @@ class ServiceCheckConfig(dg.Config):
 
 @dg.multi_asset_check(
     name="inference_service_checks",
+    can_subset=True,
     specs=[
         spec(
             INFERENCE_SERVICE,
@@ -61,6 +62,15 @@ def inference_service_checks(
     serving: InferenceServiceResource,
 ) -> Iterator[dg.AssetCheckResult]:
     """Three verdicts on what answers now."""
+    yield from only_selected(context, _inference_service_verdicts(context, config, object_store, serving))
+
+
+def _inference_service_verdicts(
+    context: dg.AssetCheckExecutionContext,
+    config: ServiceCheckConfig,
+    object_store: ObjectStoreResource,
+    serving: InferenceServiceResource,
+) -> Iterator[dg.AssetCheckResult]:
     digest = materialized_digest(context, INFERENCE_SERVICE)
     status = serving.status()
     right = status.ready and status.model_digest == digest

@@ -1,4 +1,4 @@
-"""Whether a file that was just put into a folder is whole. In S3 an object appears all at once; in a folder it grows."""
+"""Whether a file just put into a folder is whole. In S3 an object appears all at once; in a folder it grows."""
 
 import gzip
 import time

@@ -4,6 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
+from cifar_assets.dataset.completeness import still_being_written
 from cifar_assets.dataset.consistency import Known, Verdict, check_landed
 from cifar_assets.dataset.formats.image_tar import IMAGE_SUFFIXES, class_of
 from cifar_assets.dataset.index import ObjectIndex
@@ -75,11 +76,11 @@ _EXPECTED = "a .parquet file, an official archive (.tar.gz), or images in class 
 
 
 def scan_landing(raw: ObjectStore) -> LandingScan:
-    """List the landing zone and sort out what is no data. Cheap: one listing."""
+    """List the landing zone and sort out what is no data yet. Cheap: one listing, and a look at files just written."""
     ready: list[ObjectInfo] = []
     skipped: dict[str, str] = {}
     for info in raw.list(LANDING_PREFIX):
-        reason = classify_landing_object(info.key, info.size)
+        reason = classify_landing_object(info.key, info.size) or still_being_written(raw, info)
         if reason is None:
             ready.append(info)
         else:

@@ -143,18 +143,14 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             name="resnet18",
-            network="resnet18",
+            network="resnet18-imagenet",
             epochs=6,
             batch_size=256,
-            resolutions=(
-                ResolutionPhase(start=0, size=16),
-                ResolutionPhase(start=0.5, size=24),
-                ResolutionPhase(start=0.8, size=32),
-            ),
-            learning_rate=0.2,
-            label_smoothing=0.1,
-            ema_decay=0.99,
+            learning_rate=0.15,
+            warmup=0.25,
+            label_smoothing=0.05,
             flip="alternating",
+            test_time_flip=True,
         ),
         Recipe(
             name="fast",

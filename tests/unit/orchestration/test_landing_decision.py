@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from cifar_assets.dataset.landing import LandingScan
 from cifar_assets.object_store import ObjectInfo
 from cifar_assets.sensors import MAX_ATTEMPTS, Decision, LandingCursor, decide
 
@@ -16,14 +17,12 @@ def landed(name: str, *, etag: str = "a", size: int = 10, minutes: int = 0) -> O
     return ObjectInfo(f"landing/{name}", size, etag, START + timedelta(minutes=minutes))
 
 
-def skip_marked(info: ObjectInfo) -> str | None:
-    return "empty object" if info.size == 0 else None
-
-
 def tick(
     cursor: LandingCursor, objects: list[ObjectInfo], *, busy: str | None = None, failed: bool = False
 ) -> Decision:
-    return decide(cursor, objects, skip_marked, busy_run_id=busy, last_run_failed=failed)
+    ready = tuple(info for info in objects if info.size)
+    skipped = {info.key: "empty object" for info in objects if not info.size}
+    return decide(cursor, LandingScan(ready, skipped), busy_run_id=busy, last_run_failed=failed)
 
 
 def test_a_burst_gives_one_run_and_arrivals_meanwhile_one_follow_up() -> None:
