@@ -12,7 +12,7 @@ from cifar_assets.assets.trained_model import trained_model
 from cifar_assets.checks.data import processed_dataset_checks, raw_dataset_checks
 from cifar_assets.checks.model import trained_model_checks
 from cifar_assets.checks.service import inference_service_checks
-from cifar_assets.deployment import executor_for, resources_for
+from cifar_assets.deployment import executor_for, resources_for, sensors_for
 
 # Parts of Dagster used here on purpose are marked as beta or preview; each would warn in every process of every run.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
@@ -23,7 +23,7 @@ defs = dg.Definitions(
     asset_checks=[raw_dataset_checks, processed_dataset_checks, trained_model_checks, inference_service_checks],
     jobs=jobs.ALL,
     schedules=[jobs.verify_service_daily],
-    sensors=sensors.ALL,
+    sensors=[*sensors.ALL, *sensors_for()],
     resources=resources_for(),
     executor=executor_for(),
 )

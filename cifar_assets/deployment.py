@@ -31,6 +31,15 @@ def executor_for(environment: Mapping[str, str] = os.environ) -> dg.ExecutorDefi
     return dg.in_process_executor if _name(environment) == "local" else dg.multiprocess_executor
 
 
+def sensors_for(environment: Mapping[str, str] = os.environ) -> list[dg.SensorDefinition]:
+    """Sensors that only this deployment needs: in a cluster, the one that collects what dead runs left behind."""
+    if _name(environment) == "local":
+        return []
+    from resources.kubernetes_trainer import build_trainer_collector
+
+    return [build_trainer_collector()]
+
+
 def _name(environment: Mapping[str, str]) -> str:
     name = environment.get(DEPLOYMENT_VARIABLE, "local")
     if name not in ("local", "kubernetes"):
@@ -70,14 +79,19 @@ def _port(environment: Mapping[str, str]) -> int:
 
 
 def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
+    from resources.inference_service.absent import NoInferenceService
+    from resources.kubernetes_trainer import trainer_from_environment
     from resources.mlflow import MlflowServer
     from resources.object_store import MinioObjectStore
 
+    object_store = MinioObjectStore(
+        endpoint_url=dg.EnvVar("AWS_ENDPOINT_URL"),
+        access_key=dg.EnvVar("AWS_ACCESS_KEY_ID"),
+        secret_key=dg.EnvVar("AWS_SECRET_ACCESS_KEY"),
+    )
     return {
-        "object_store": MinioObjectStore(
-            endpoint_url=dg.EnvVar("AWS_ENDPOINT_URL"),
-            access_key=dg.EnvVar("AWS_ACCESS_KEY_ID"),
-            secret_key=dg.EnvVar("AWS_SECRET_ACCESS_KEY"),
-        ),
+        "object_store": object_store,
         "mlflow": MlflowServer(tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI")),
+        "trainer": trainer_from_environment(environment, object_store),
+        "serving": NoInferenceService(),
     }

@@ -7,19 +7,26 @@ import dagster as dg
 
 from cifar_assets.errors import CifarError, ObjectNotFoundError, StoreError, TrainingError
 
-INFRASTRUCTURE_RETRIES = dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL)
-"""For assets: what escapes `final_faults` is tried again, a store that does not answer or a job whose node died."""
+MAX_RETRIES = 2
+RETRY_SECONDS = 10.0
 
 
 @contextmanager
-def final_faults() -> Iterator[None]:
-    """Turn faults that would recur (config, data, a training that fails by itself) into failures without a retry."""
+def retrying_infrastructure_faults() -> Iterator[None]:
+    """Ask for a retry where the cause lies outside (a store that does not answer, a node that died); otherwise fail.
+
+    A RetryPolicy on the asset would do the same, but it also starts a step again that a person cancelled.
+    """
     try:
         yield
     except CifarError as error:
         if _is_transient(error):
-            raise
+            raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from error
         raise dg.Failure(str(error), allow_retries=False) from error
+    except dg.Failure as failure:
+        if failure.allow_retries:
+            raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from failure
+        raise
 
 
 def _is_transient(error: CifarError) -> bool:

@@ -6,7 +6,7 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import metadata
-from cifar_assets.assets.faults import INFRASTRUCTURE_RETRIES, final_faults
+from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import INFERENCE_SERVICE, OWNERS, PREFIX, SERVING_POOL, TRAINED_MODEL
 from cifar_assets.assets.upstream import materialized_digest, previous_digests
 from cifar_assets.errors import ConfigError
@@ -53,7 +53,6 @@ class InferenceServiceConfig(dg.Config):
     tags={"layer": "serving"},
     deps=[TRAINED_MODEL],
     pool=SERVING_POOL,
-    retry_policy=INFRASTRUCTURE_RETRIES,
     automation_condition=dg.AutomationCondition.eager() & dg.AutomationCondition.all_deps_blocking_checks_passed(),
     freshness_policy=dg.FreshnessPolicy.time_window(fail_window=MAX_SERVICE_AGE),
 )
@@ -70,7 +69,7 @@ def inference_service(
     However this asset is materialized, it first judges the stored metrics of the very model it is about to deploy
     against the threshold in force now. A refused model leaves the service as it is.
     """
-    with final_faults():
+    with retrying_infrastructure_faults():
         digest = config.resolved_digest(context)
         manifest, verdict = judge(object_store.models, digest, gate.threshold)
         if not verdict.passed:

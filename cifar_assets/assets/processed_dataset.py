@@ -4,7 +4,7 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import metadata
-from cifar_assets.assets.faults import INFRASTRUCTURE_RETRIES, final_faults
+from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.upstream import materialized_digest, previous_digests
 from cifar_assets.dataset.processed import SplitConfig, build_processed
@@ -42,7 +42,6 @@ class ProcessedDatasetConfig(dg.Config):
     kinds={"s3", "numpy"},
     owners=OWNERS,
     tags={"layer": "processed"},
-    retry_policy=INFRASTRUCTURE_RETRIES,
     deps=[RAW_DATASET],
 )
 def processed_dataset(
@@ -53,7 +52,7 @@ def processed_dataset(
     The split follows each image's own digest, so that new data moves no old image. Channel statistics are those of the
     train split alone.
     """
-    with final_faults():
+    with retrying_infrastructure_faults():
         raw, processed = object_store.raw, object_store.processed
         raw_digest = config.raw_digest or materialized_digest(context, RAW_DATASET)
         split = SplitConfig(

@@ -6,7 +6,7 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import metadata
-from cifar_assets.assets.faults import INFRASTRUCTURE_RETRIES, final_faults
+from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX
 from cifar_assets.dataset.progress import logged
 from cifar_assets.dataset.raw import build_raw_version
@@ -39,7 +39,6 @@ class RawDatasetConfig(dg.Config):
     kinds={"s3", "parquet"},
     owners=OWNERS,
     tags={"layer": "raw"},
-    retry_policy=INFRASTRUCTURE_RETRIES,
 )
 def raw_dataset(
     context: dg.AssetExecutionContext, config: RawDatasetConfig, object_store: ObjectStoreResource
@@ -49,7 +48,7 @@ def raw_dataset(
     The data version is the sha256 of a manifest that lists each object with its own sha256. Landed objects that cannot
     be used are in the bucket under rejected/ with the reason beside them.
     """
-    with final_faults():
+    with retrying_infrastructure_faults():
         object_store.ensure_buckets()
         version = build_raw_version(
             object_store.raw, config.resolved_source(), digest=config.version, resize=config.resize, progress=logged()

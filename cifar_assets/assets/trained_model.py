@@ -6,7 +6,7 @@ import dagster as dg
 from pydantic import BaseModel, Field, create_model
 
 from cifar_assets.assets import metadata
-from cifar_assets.assets.faults import INFRASTRUCTURE_RETRIES, final_faults
+from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, TRAINING_POOL
 from cifar_assets.assets.upstream import materialized_digest
 from cifar_assets.training.recipes import RECIPES, Recipe, get_recipe
@@ -91,7 +91,6 @@ def _given(config: dg.Config) -> dict[str, Any]:
     tags={"layer": "model"},
     deps=[PROCESSED_DATASET],
     pool=TRAINING_POOL,
-    retry_policy=INFRASTRUCTURE_RETRIES,
 )
 def trained_model(
     context: dg.AssetExecutionContext,
@@ -106,7 +105,7 @@ def trained_model(
     Epochs appear as observations while it runs. A job that was stopped continues from its checkpoint when the asset is
     materialized again with the same config.
     """
-    with final_faults():
+    with retrying_infrastructure_faults():
         dataset_digest = config.dataset_digest or materialized_digest(context, PROCESSED_DATASET)
         mlflow.prepare()
         spec = config.job_spec(object_store, dataset_digest, mlflow.target(context))

@@ -43,10 +43,7 @@ def test_runs_as_a_numeric_user_and_takes_versions_from_the_lock_file(role: str)
     assert extras(role)
 
 
-NOT_YET = pytest.mark.xfail(reason="pyproject.toml has no extra `tracking` (mlflow, boto3) yet", strict=False)
-
-
-@pytest.mark.parametrize("role", ["trainer", "server", "dagster", pytest.param("mlflow", marks=NOT_YET)])
+@pytest.mark.parametrize("role", ["trainer", "server", "dagster", "mlflow"])
 def test_extras_exist(role: str):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(extras(role)) <= set(project["optional-dependencies"])

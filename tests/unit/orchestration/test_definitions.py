@@ -1,5 +1,6 @@
 """The graph: what loading it costs, and that it is the same graph in every deployment."""
 
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,7 @@ KUBERNETES_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "key",
     "AWS_SECRET_ACCESS_KEY": "secret",
     "MLFLOW_TRACKING_URI": "http://mlflow.invalid:5000",
+    "TRAINER_IMAGE": "trainer.invalid/trainer:test",
 }
 
 
@@ -39,6 +41,10 @@ def load_definitions(unwanted: list[str], environment: dict[str, str]) -> None:
 
 def test_loading_for_a_laptop_imports_nothing_heavy_and_connects_to_nothing() -> None:
     load_definitions([*HEAVY, "kubernetes", "mlflow"], {"DAGSTER_DEPLOYMENT": "local"})
+
+
+def test_loading_for_a_cluster_connects_to_nothing() -> None:
+    load_definitions(HEAVY, KUBERNETES_ENVIRONMENT)
 
 
 def describe(definitions: dg.Definitions) -> dict[str, object]:
@@ -64,6 +70,23 @@ def describe(definitions: dg.Definitions) -> dict[str, object]:
 
 def test_the_graph_is_the_one_people_know(snapshot) -> None:
     assert describe(defs) == snapshot
+
+
+def test_a_cluster_gets_the_same_assets_and_checks() -> None:
+    """Loaded in a process of its own: which deployment it is, is decided when the module is loaded."""
+    script = (
+        "import json; from cifar_assets.definitions import defs; "
+        "from tests.unit.orchestration.test_definitions import describe; print(json.dumps(describe(defs)['assets']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        env={**os.environ, **KUBERNETES_ENVIRONMENT},
+        timeout=120,
+        text=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == describe(defs)["assets"]
 
 
 def test_every_asset_and_check_says_what_it_is() -> None:
