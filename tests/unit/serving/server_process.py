@@ -92,7 +92,7 @@ def run_server(model_uri: str, digest: str, folder: Path, *options: str) -> Iter
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(60)
         finally:
             process.kill()
             process.wait()
