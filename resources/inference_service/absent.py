@@ -8,9 +8,7 @@ from resources.inference_service.interface import (
     ServiceStatus,
 )
 
-_REASON = "This deployment has no inference service: KServe is not connected yet. Serve the model from a local deployment."
-    "This deployment has no inference service: KServe is not connected yet. Serve the model where Dagster is local."
-)
+_REASON = "This deployment serves nothing: KServe is not connected yet. Serve the model from a local deployment."
 
 
 class NoInferenceService(InferenceServiceResource):

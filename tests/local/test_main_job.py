@@ -12,7 +12,7 @@ from cifar_assets.dataset.reader import open_split
 from cifar_assets.serving.client import InferenceClient
 from resources.mlflow import RUN_ID_TAG, LocalMlflow
 from resources.object_store import LocalObjectStore
-from tests.fixtures.workspace import SMALL_TRAINING, Workspace
+from tests.fixtures.workspace import SMALL_TRAINING, Workspace, steady_requests
 
 ALL = [RAW_DATASET, PROCESSED_DATASET, TRAINED_MODEL, INFERENCE_SERVICE]
 BLOCKING = ["objects_intact", "nothing_lost", "splits_disjoint", "accuracy_threshold", "onnx_equals_torch"]
@@ -97,10 +97,13 @@ class TestOneRun:
 class TestGate:
     def test_materializing_the_service_alone_is_refused_below_the_threshold(self, workspace: Workspace) -> None:
         served = client(workspace).served_model()
-        done = workspace.materialize("cifar10/inference_service", ACCURACY_THRESHOLD="0.999")
+        with steady_requests(client(workspace)) as answers:
+            done = workspace.materialize("cifar10/inference_service", ACCURACY_THRESHOLD="0.999")
         assert done.returncode != 0
         assert "Not deployed: test accuracy 0." in done.stdout
         assert "the threshold 0.9990" in done.stdout
+        assert answers.failures == []
+        assert answers.digests == {served.model_digest}
         assert client(workspace).served_model() == served
         version = MlflowClient(LocalMlflow().uri).search_model_versions(f"name = '{MODEL_NAME}'")[0]
         assert version.tags["gate"] == "refused"
@@ -109,12 +112,16 @@ class TestGate:
         served = client(workspace).served_model()
         with workspace.instance() as instance:
             before = len(previous_digests(instance, INFERENCE_SERVICE))
-        done = workspace.materialize(
-            "cifar10/trained_model,cifar10/inference_service",
-            {"trained_model": {**SMALL_TRAINING, "seed": 1}},
-            ACCURACY_THRESHOLD="0.999",
-        )
+        with steady_requests(client(workspace)) as answers:
+            done = workspace.materialize(
+                "cifar10/trained_model,cifar10/inference_service",
+                {"trained_model": {**SMALL_TRAINING, "seed": 1}},
+                ACCURACY_THRESHOLD="0.999",
+            )
         assert done.returncode != 0
+        assert answers.failures == []
+        assert answers.num_answered > 10
+        assert answers.digests == {served.model_digest}
         assert client(workspace).served_model() == served
         with workspace.instance() as instance:
             assert len(previous_digests(instance, INFERENCE_SERVICE)) == before
@@ -142,9 +149,12 @@ class TestGate:
 
     def test_a_good_model_replaces_the_old_one_and_rollback_brings_it_back(self, workspace: Workspace) -> None:
         old = client(workspace).served_model().model_digest
-        assert workspace.materialize("cifar10/inference_service").returncode == 0
+        with steady_requests(client(workspace)) as answers:
+            assert workspace.materialize("cifar10/inference_service").returncode == 0
         new = client(workspace).served_model().model_digest
         assert new != old
+        assert answers.failures == []
+        assert answers.digests == {old, new}
         done = workspace.materialize("cifar10/inference_service", {"inference_service": {"rollback": True}})
         assert done.returncode == 0, done.stdout
         assert client(workspace).served_model().model_digest == old

@@ -19,7 +19,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return Workplace.make(tmp_path_factory.mktemp("distributed"), train=610)
 
 
-RECIPE = {"epochs": 8, "width": 8, "batch_size": 31, "learning_rate": 0.05, "resolutions": [{"start": 0, "size": 16}]}
+RECIPE = {
+    "network": "resnet18",
+    "epochs": 8,
+    "width": 8,
+    "batch_size": 31,
+    "learning_rate": 0.05,
+    "resolutions": [{"start": 0, "size": 16}],
+}
 
 
 def test_two_processes_do_what_one_does(place: Workplace):

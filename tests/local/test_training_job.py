@@ -86,7 +86,7 @@ def test_the_metrics_are_those_of_the_stored_model(place: Workplace, finished: o
     assert metrics["confusion_matrix"] == expected["confusion_matrix"]
     assert metrics["test_images"] == 40
     assert metrics["onnx_max_difference"] < 1e-3
-    assert metrics["test_time_flip"] is False
+    assert metrics["test_time_flip"] is place.spec().recipe.test_time_flip is True
     assert [record["epoch"] for record in metrics["history"]] == [0, 1, 2, 3]
     assert "seconds" not in metrics["history"][0]
 

@@ -1,0 +1,78 @@
+"""Trainings that are cancelled or killed: what MLflow says of them, and that they continue (case C12)."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from resources.mlflow import ATTEMPT_TAG, RUN_ID_TAG, LocalMlflow
+from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
+
+LONG_TRAINING = {**SMALL_TRAINING, "overrides": {**SMALL_TRAINING["overrides"], "epochs": 12}}
+
+
+@pytest.fixture(scope="module")
+def data(workspace: Workspace) -> None:
+    done = workspace.materialize("cifar10/raw_dataset,cifar10/processed_dataset")
+    assert done.returncode == 0, done.stdout
+
+
+def start_training(workspace: Workspace, seed: int) -> tuple[subprocess.Popen[bytes], Path]:
+    """Starts the long training and waits until an epoch is done."""
+    log = workspace.folder / f"seed-{seed}.log"
+    command = workspace.materialize_command("cifar10/trained_model", {"trained_model": {**LONG_TRAINING, "seed": seed}})
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=workspace.folder, stdout=output, stderr=output)
+    wait_until(lambda: "Epoch 1/12" in log.read_text() or process.poll() is not None, "the first epoch")
+    assert process.poll() is None, log.read_text()
+    return process, log
+
+
+def trainer_of(process: subprocess.Popen[bytes]) -> psutil.Process:
+    return next(
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "cifar_assets.training" in child.cmdline()
+    )
+
+
+def mlflow_runs() -> list[Run]:
+    client = MlflowClient(LocalMlflow().uri)
+    experiment = client.get_experiment_by_name("cifar10")
+    assert experiment is not None
+    return sorted(client.search_runs([experiment.experiment_id]), key=lambda run: run.info.start_time)
+
+
+@pytest.mark.usefixtures("data")
+def test_a_cancelled_training_stops_is_killed_in_mlflow_and_continues_when_asked(workspace: Workspace) -> None:
+    process, log = start_training(workspace, seed=1)
+    trainer = trainer_of(process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) != 0
+    assert not trainer.is_running()
+    assert [run.info.status for run in mlflow_runs()] == ["KILLED"]
+    assert log.read_text().count("Recipe resnet18") <= 2, "a cancelled step was started again"
+
+    done = workspace.materialize("cifar10/trained_model", {"trained_model": {**LONG_TRAINING, "seed": 1}})
+    assert done.returncode == 0, done.stdout
+    assert "Continuing from the checkpoint" in done.stdout
+    assert [run.info.status for run in mlflow_runs()] == ["KILLED", "FINISHED"]
+
+
+@pytest.mark.usefixtures("data")
+def test_a_killed_trainer_is_failed_in_mlflow_and_tried_again_from_its_checkpoint(workspace: Workspace) -> None:
+    before = len(mlflow_runs())
+    process, log = start_training(workspace, seed=2)
+    time.sleep(1)
+    trainer_of(process).kill()
+    assert process.wait(240) == 0, log.read_text()
+    assert "Continuing from the checkpoint" in log.read_text()
+    failed, finished = mlflow_runs()[before:]
+    assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
+    assert (failed.data.tags[ATTEMPT_TAG], finished.data.tags[ATTEMPT_TAG]) == ("0", "1")
+    assert failed.data.tags[RUN_ID_TAG] == finished.data.tags[RUN_ID_TAG]
