@@ -86,9 +86,12 @@ def start_supervisor(folder: Path, host: str, port: int) -> SupervisorState:
     Raises DeployError when the address belongs to another process, or the supervisor to another address.
     """
     folder = folder.resolve()
-    if not is_locked(folder):
-        _spawn(folder, host, port)
     state = _wait_for_state(folder)
+    if state is None:  # there is none, or the one there was ending
+        _spawn(folder, host, port)
+        state = _wait_for_state(folder)
+    if state is None:
+        raise DeployError(f"The supervisor in {folder} ended while it started. See {folder / SUPERVISOR_LOG}.")
     if (state.host, state.port) != (host, port) and port != 0:
         raise DeployError(
             f"The local deployment in {folder} serves on {state.host}:{state.port}, not on {host}:{port}. "
@@ -162,8 +165,8 @@ def _spawn(folder: Path, host: str, port: int) -> None:
         raise DeployError(f"The local deployment did not start: {result.stderr.strip()}")
 
 
-def _wait_for_state(folder: Path) -> SupervisorState:
-    """The state of a supervisor that may be starting. It is written once it takes commands."""
+def _wait_for_state(folder: Path) -> SupervisorState | None:
+    """The state of a supervisor that may be starting, written once it takes commands; None when none lives."""
     deadline = time.monotonic() + _START_SECONDS
     while is_locked(folder):
         state = read_state(folder)
@@ -172,7 +175,7 @@ def _wait_for_state(folder: Path) -> SupervisorState:
         if time.monotonic() > deadline:
             raise DeployError(f"The supervisor in {folder} takes no commands. See {folder / SUPERVISOR_LOG}.")
         time.sleep(0.05)
-    raise DeployError(f"The supervisor in {folder} ended while it started. See {folder / SUPERVISOR_LOG}.")
+    return None
 
 
 def _answers(state: SupervisorState) -> bool:
