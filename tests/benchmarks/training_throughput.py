@@ -114,19 +114,16 @@ def candidates(bucket: Path) -> dict[str, Callable[[], Steps]]:
         "output_uri": "file:///unused/",
     }
 
-    def ours(recipe: str, size: int | None = None) -> Steps:
-        overrides = {} if size is None else {"resolutions": [{"start": 0, "size": size}]}
-        return trainer(JobSpec.model_validate(base | {"recipe": get_recipe(recipe, overrides)}))
+    def ours(recipe: str) -> Steps:
+        return trainer(JobSpec.model_validate(base | {"recipe": get_recipe(recipe)}))
 
     split = open_data(JobSpec.model_validate(base | {"recipe": get_recipe("seed")}), torch.device("cpu")).train
     images = split.images(np.arange(NUM_IMAGES)).numpy()
     return {
         "seed-style loop": lambda: seed_style(images, split.labels.numpy()),
         "recipe seed": lambda: ours("seed"),
-        "recipe resnet18 at 16 px": lambda: ours("resnet18", 16),
-        "recipe resnet18 at 24 px": lambda: ours("resnet18", 24),
-        "recipe resnet18 at 32 px": lambda: ours("resnet18", 32),
-        "recipe fast at 32 px": lambda: ours("fast", 32),
+        "recipe resnet18": lambda: ours("resnet18"),
+        "recipe fast": lambda: ours("fast"),
     }
 
 

@@ -15,8 +15,8 @@ def test_the_imagenet_resnet_is_that_of_torchvision():
         assert torch.allclose(ours(images), theirs(images), atol=1e-5)
 
 
-def test_the_default_has_the_eighteen_layers_of_a_resnet_18():
-    network = build_network(get_recipe("resnet18"))
+def test_the_small_stem_leaves_the_eighteen_layers_of_a_resnet_18():
+    network = build_network(get_recipe("resnet18", {"network": "resnet18"}))
     weighted = [m for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "down" not in name]
     assert len(weighted) == 18
     assert sum(isinstance(m, BasicBlock) for m in network.modules()) == 8
