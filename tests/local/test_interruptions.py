@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from resources.mlflow import ATTEMPT_TAG, RUN_ID_TAG, LocalMlflow
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
 
-LONG_TRAINING = {**SMALL_TRAINING, "overrides": {**SMALL_TRAINING["overrides"], "epochs": 12}}
+LONG_TRAINING = {**SMALL_TRAINING, "overrides": {**SMALL_TRAINING["overrides"], "epochs": 6}}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def start_training(workspace: Workspace, seed: int) -> tuple[subprocess.Popen[by
     command = workspace.materialize_command("cifar10/trained_model", {"trained_model": {**LONG_TRAINING, "seed": seed}})
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=workspace.folder, stdout=output, stderr=output)
-    wait_until(lambda: "Epoch 1/12" in log.read_text() or process.poll() is not None, "the first epoch")
+    wait_until(lambda: "Epoch 1/6" in log.read_text() or process.poll() is not None, "the first epoch")
     assert process.poll() is None, log.read_text()
     return process, log
 
