@@ -79,6 +79,11 @@ def join(processes: Processes, device: torch.device) -> None:
         dist.init_process_group(backend, rank=processes.rank, world_size=processes.count, timeout=_TIMEOUT)
 
 
+def is_peer_lost(error: RuntimeError, processes: Processes) -> bool:
+    """Whether an error of torch says that another process does not answer. Gloo's have no type of their own."""
+    return processes.count > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 def leave(processes: Processes) -> None:
     """End the connection that `join` made."""
     if processes.count > 1 and dist.is_initialized():

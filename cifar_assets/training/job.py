@@ -40,7 +40,7 @@ from cifar_assets.training.networks import Classifier
 from cifar_assets.training.report import build_metrics, build_performance, model_card
 from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.state import EpochRecord
-from cifar_assets.training.stopping import StopSignal, TrainingStopped
+from cifar_assets.training.stopping import PeerLostError, StopSignal, TrainingStopped
 from cifar_assets.training.tracking import RunStatus, Tracker
 
 _LOG = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
         messages: tells Dagster.
         log: has the log so far; its content is stored with the model.
 
-    Raises TrainingStopped when told to stop, ConfigError and DataError for what a person must put right.
+    Raises TrainingStopped when told to stop, PeerLostError when another process went away, ConfigError
+    and DataError for what a person must put right.
     """
     processes = distributed.read_processes()
     use_threads(spec.execution)
@@ -89,6 +90,13 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
     except TrainingStopped:
         status, patience = "KILLED", _STOP_PATIENCE_SECONDS
         raise
+    except RuntimeError as error:
+        if not distributed.is_peer_lost(error, processes):
+            raise
+        raise PeerLostError(
+            f"Process {processes.rank} of {processes.count} lost the others: {str(error).splitlines()[0]} "
+            "See their logs for the reason; start the same spec again to continue from the last checkpoint."
+        ) from error
     finally:
         if status != "FINISHED":
             tracker.close(status, patience)

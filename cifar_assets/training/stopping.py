@@ -10,6 +10,10 @@ class TrainingStopped(CifarError):  # noqa: N818 (it is no error but the way a s
     """The trainer was told to stop. The same spec continues from the checkpoint written."""
 
 
+class PeerLostError(TrainingStopped):
+    """Another process of the training went away. The same spec continues from the last checkpoint."""
+
+
 class StopSignal:
     """Remembers that SIGTERM or SIGINT came. A second one has its usual effect."""
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar_assets.contracts import EXIT_BAD_SPEC
-from tests.unit.training.jobs import COMMAND, Workplace, json_file, run_trainer
+from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from tests.unit.training.jobs import COMMAND, Workplace, json_file, run_forked, run_trainer
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 TRAINER = ("-m", "cifar_assets.training")
@@ -21,25 +21,32 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 RECIPE = {
     "network": "resnet18",
-    "epochs": 8,
+    "epochs": 5,
     "width": 8,
     "batch_size": 31,
     "learning_rate": 0.05,
     "resolutions": [{"start": 0, "size": 16}],
 }
+EXECUTION = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 3}
 
 
-def test_two_processes_do_what_one_does(place: Workplace):
-    """Batches of 30 and 31 images over two processes, one MLflow run, one model, the accuracy of one process."""
+@pytest.fixture(scope="module")
+def two(place: Workplace) -> str:
+    """Output of a job of two processes, tracked in MLflow."""
     tracking = {
         "tracking_uri": f"sqlite:///{place.folder}/mlflow.db",
         "artifact_uri": (place.folder / "artifacts").as_uri(),
     }
-    alone = run_trainer(place.spec("alone", recipe_fields=RECIPE))
-    assert alone.returncode == 0, alone.stdout + alone.stderr
-    two = run_trainer(place.spec("two", recipe_fields=RECIPE, mlflow=tracking), *TORCHRUN, *TRAINER)
-    assert two.returncode == 0, two.stdout + two.stderr
+    spec = place.spec("two", recipe_fields=RECIPE, execution=EXECUTION, mlflow=tracking)
+    done = run_trainer(spec, *TORCHRUN, *TRAINER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
+
+def test_two_processes_do_what_one_does(place: Workplace, two: str):
+    """Batches of 30 and 31 images over two processes, one MLflow run, one model, the accuracy of one process."""
+    code, output = run_forked(place.spec("alone", recipe_fields=RECIPE))
+    assert code == 0, output
     digest, metrics = place.only_model("two")
     _, expected = place.only_model("alone")
     assert metrics["test_accuracy"] == pytest.approx(expected["test_accuracy"], abs=0.2)
@@ -50,30 +57,27 @@ def test_two_processes_do_what_one_does(place: Workplace):
     assert losses[0][-1] == pytest.approx(losses[1][-1], abs=0.35)
     assert json_file(place.models("two"), f"{digest}/environment.json")["processes"] == 2
 
-    lines = two.stdout.splitlines()
-    assert sum(line.startswith("Epoch 1/8") for line in lines) == 1
+    assert sum(line.startswith("Epoch 1/5") for line in two.splitlines()) == 1
     assert place.checkpoints("two") == []
     with sqlite3.connect(place.folder / "mlflow.db") as database:
         assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
 
 
-def test_two_processes_continue_from_a_checkpoint_to_the_same_weights(place: Workplace, tmp_path: Path):
-    """The job of two is killed by a deadline, and started again."""
-    execution = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 3}
-    recipe = RECIPE | {"epochs": 3}
-    whole = run_trainer(place.spec("whole", recipe_fields=recipe, execution=execution), *TORCHRUN, *TRAINER)
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    spec = place.spec("cut", recipe_fields=recipe, execution=execution)
+def test_two_processes_continue_from_a_checkpoint_to_the_same_weights(place: Workplace, two: str, tmp_path: Path):
+    """One of two is killed: the other says that it can be continued. Then the same job again."""
+    spec = place.spec("cut", recipe_fields=RECIPE, execution=EXECUTION)
     script = tmp_path / "cut.py"
     script.write_text(CUT)
     cut = run_trainer(spec, *TORCHRUN, str(script))
     assert cut.returncode != 0
+    assert "start the same spec again" in cut.stdout
+    assert f"exitcode  : {EXIT_RESUME}" in cut.stderr
     assert place.published("cut") == {}
     assert place.checkpoints("cut")
     again = run_trainer(spec, *TORCHRUN, *TRAINER)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "Continuing from the checkpoint" in again.stdout
-    assert place.only_model("cut")[0] == place.only_model("whole")[0]
+    assert place.only_model("cut")[0] == place.only_model("two")[0]
 
 
 def test_standard_input_is_refused_where_several_would_read_it(place: Workplace):

@@ -15,7 +15,7 @@ from mlflow.entities import Run
 
 from cifar_assets.contracts import EXIT_RESUME
 from cifar_assets.training.spec import JobSpec
-from tests.unit.training.jobs import Workplace, fork_trainer, json_file, run_trainer, start_trainer, wait_for_line
+from tests.unit.training.jobs import Workplace, fork_trainer, json_file, run_forked, start_trainer, wait_for_line
 
 TAGS = {"dagster.run_id": "run-1", "dagster.attempt": "0"}
 
@@ -54,8 +54,8 @@ def runs_of(place: Workplace, experiment: str) -> list[Run]:
 
 
 def test_a_training_is_tracked_and_its_model_registered(place: Workplace):
-    done = run_trainer(tracked(place, "success"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = run_forked(tracked(place, "success"))
+    assert code == 0, output
     digest, metrics = place.only_model("success")
     (run,) = runs_of(place, "success")
     assert run.info.status == "FINISHED"
@@ -83,12 +83,12 @@ def test_a_training_is_tracked_and_its_model_registered(place: Workplace):
 def test_a_training_that_fails_is_failed_and_its_retry_is_a_run_of_its_own(place: Workplace):
     """C12 (a) and (e): the loss stops being a number in the second epoch; then a retry with a sane rate."""
     bad = {"warmup": 0.5, "learning_rate": 1e30, "schedule": "constant"}
-    failed = run_trainer(tracked(place, "failure", bad))
-    assert failed.returncode == 1, failed.stdout + failed.stderr
-    assert "learning_rate" in failed.stdout
+    code, output = run_forked(tracked(place, "failure", bad))
+    assert code == 1, output
+    assert "learning_rate" in output
     retry = tracked(place, "failure", tags={**TAGS, "dagster.attempt": "1"})
-    done = run_trainer(retry)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = run_forked(retry)
+    assert code == 0, output
     runs = runs_of(place, "failure")
     assert [(run.info.status, run.data.tags["dagster.attempt"]) for run in runs] == [("FAILED", "0"), ("FINISHED", "1")]
 
@@ -134,19 +134,19 @@ def test_with_mlflow_away_the_training_goes_on_and_says_what_was_not_sent(
     place: Workplace, port: int, monkeypatch: pytest.MonkeyPatch
 ):
     spec = tracked(place, "away", tracking_uri=f"http://127.0.0.1:{port}", artifact_uri=None, patience_seconds=2)
-    done = run_trainer(spec)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = run_forked(spec)
+    assert code == 0, output
     digest, _ = place.only_model("away")
     unsent = json_file(place.models("away"), f"{digest}/performance.json")["mlflow_unsent"]
     assert {"start of the run", "metrics of step 3", "model version"} <= set(unsent)
-    assert "Not sent to MLflow" in done.stdout
+    assert "Not sent to MLflow" in output
 
 
 @pytest.fixture
 def server(place: Workplace, port: int, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A real tracking server that starts seconds after the training does."""
     command = (
-        f"sleep 8; exec {sys.executable} -m mlflow server --backend-store-uri sqlite:///{place.folder}/server.db "
+        f"sleep 4; exec {sys.executable} -m mlflow server --backend-store-uri sqlite:///{place.folder}/server.db "
         f"--artifacts-destination {tmp_path} --serve-artifacts --port {port} --workers 1"
     )
     # its workers for jobs of its own are many, and not needed here
@@ -160,8 +160,8 @@ def server(place: Workplace, port: int, tmp_path: Path) -> Iterator[subprocess.P
 def test_a_server_that_comes_late_is_told_everything(place: Workplace, port: int, server: subprocess.Popen[bytes]):
     """Over HTTP, artifacts proxied by the server."""
     uri = f"http://127.0.0.1:{port}"
-    done = run_trainer(tracked(place, "late", tracking_uri=uri, artifact_uri=None), timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = run_forked(tracked(place, "late", tracking_uri=uri, artifact_uri=None))
+    assert code == 0, output
     digest, metrics = place.only_model("late")
     assert json_file(place.models("late"), f"{digest}/performance.json")["mlflow_unsent"] == []
     client = MlflowClient(uri)

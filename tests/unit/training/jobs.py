@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
@@ -18,7 +19,7 @@ from cifar_assets.training.spec import JobSpec
 from tests.unit.training.small_dataset import store_dataset
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["cifar_assets.training.__main__", "cifar_assets.training.job"])
+_FORKSERVER.set_forkserver_preload(["cifar_assets.training.__main__", "cifar_assets.training.job", "mlflow"])
 
 
 COMMAND = (sys.executable, "-m", "cifar_assets.training")
@@ -93,16 +94,35 @@ def start_trainer(spec: JobSpec) -> subprocess.Popen[str]:
 
 def fork_trainer(spec: JobSpec) -> ForkServerProcess:
     """Start a job in a process of its own that finds torch loaded already, so that twenty of them take seconds."""
-    process = _FORKSERVER.Process(target=_trainer_process, args=(spec.model_dump_json(),))
+    return _fork(spec, os.devnull, {})
+
+
+def run_forked(spec: JobSpec, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Run a job as `fork_trainer` does to its end. Returns exit code and output."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        process = _fork(spec, output.name, env or {})
+        process.join()
+        assert process.exitcode is not None
+        return process.exitcode, output.read()
+
+
+def _fork(spec: JobSpec, output: str, env: Mapping[str, str]) -> ForkServerProcess:
+    env = {**env, "CIFAR_JOB_SPEC": spec.model_dump_json()}
+    process = _FORKSERVER.Process(target=_trainer_process, args=(output, env))
     process.start()
     return process
 
 
-def _trainer_process(spec: str) -> None:
+def _trainer_process(output: str, env: dict[str, str]) -> None:
     from cifar_assets.training.__main__ import main
 
-    os.environ["CIFAR_JOB_SPEC"] = spec
-    sys.exit(main([]))
+    os.environ.update(env)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    code = main([])
+    sys.stdout.flush()
+    sys.exit(code)
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> list[str]:
