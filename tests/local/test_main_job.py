@@ -85,7 +85,9 @@ class TestOneRun:
         with workspace.instance() as instance:
             model = data_version(materialization(instance, TRAINED_MODEL))
             dagster_run = instance.get_runs(limit=1)[0].run_id
-        runs = mlflow.search_runs([mlflow.get_experiment_by_name("cifar10").experiment_id])
+        experiment = mlflow.get_experiment_by_name("cifar10")
+        assert experiment is not None
+        runs = mlflow.search_runs([experiment.experiment_id])
         assert [run.info.status for run in runs] == ["FINISHED"]
         assert runs[0].data.tags[RUN_ID_TAG] == dagster_run
         champion = mlflow.get_model_version_by_alias(MODEL_NAME, CHAMPION_ALIAS)
