@@ -25,7 +25,7 @@ def long_recipe(**changes: object) -> dict[str, object]:
 
 
 def wait_for_checkpoints(process: ForkServerProcess, place: Workplace, num_new: int) -> None:
-    """Until that many new checkpoints are there or the job ended. By the clock alone a slow machine is killed too early."""
+    """Until that many new checkpoints are there or the job ended: by the clock alone all kills may come too early."""
     before = {path.name for path in place.checkpoints("killed")}
     seen: set[str] = set()
     while process.exitcode is None and len(seen) < num_new:
