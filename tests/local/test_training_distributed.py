@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from cifar_assets.contracts import EXIT_BAD_SPEC
 from tests.unit.training.jobs import COMMAND, Workplace, json_file, run_forked, run_trainer
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -64,14 +64,12 @@ def test_two_processes_do_what_one_does(place: Workplace, two: str):
 
 
 def test_two_processes_continue_from_a_checkpoint_to_the_same_weights(place: Workplace, two: str, tmp_path: Path):
-    """One of two is killed: the other says that it can be continued. Then the same job again."""
+    """One of two is killed, and torchrun may end the other before it can say anything. Then the same job again."""
     spec = place.spec("cut", recipe_fields=RECIPE, execution=EXECUTION)
     script = tmp_path / "cut.py"
     script.write_text(CUT)
     cut = run_trainer(spec, *TORCHRUN, str(script))
     assert cut.returncode != 0
-    assert "start the same spec again" in cut.stdout
-    assert f"exitcode  : {EXIT_RESUME}" in cut.stderr
     assert place.published("cut") == {}
     assert place.checkpoints("cut")
     again = run_trainer(spec, *TORCHRUN, *TRAINER)
