@@ -34,4 +34,11 @@ class TrainingError(CifarError):
 
 
 class DeployError(CifarError):
-    """A model was not put into service. What served before, if anything did, still serves; the message says why."""
+    """A model was not put into service. What served before, if anything did, still serves; the message says why.
+
+    `transient` says that the cause lies outside of the model and its settings: try again.
+    """
+
+    def __init__(self, message: str, *, transient: bool = False):
+        super().__init__(message)
+        self.transient = transient

@@ -1,0 +1,168 @@
+"""Asking a Kubernetes API server: one way to connect and one reading of its answers, for a client of any kind.
+
+Absence and conflict are values. A fault of the connection or of the server is ApiUnavailableError, a refusal
+ApiRefusedError; both name the object and chain the original.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import urllib3.exceptions
+from kubernetes import client as k8s
+from kubernetes import config as k8s_config
+from kubernetes.client.exceptions import ApiException
+
+from resources.pytorch_job.errors import ApiRefusedError, ApiUnavailableError, JobConfigError
+
+T = TypeVar("T")
+
+REQUEST_TIMEOUT_SECONDS = 10.0
+_TRANSIENT = (0, 401, 408, 429, 500, 502, 503, 504)
+"""401 is among them as clusters give it while they rotate keys; dagster-k8s retries it for the same reason."""
+
+
+class CorePods(Protocol):
+    """The part of kubernetes.client.CoreV1Api that tells of pods."""
+
+    def list_namespaced_pod(self, *args: Any, **kwargs: Any) -> Any: ...
+    def read_namespaced_pod_log(self, *args: Any, **kwargs: Any) -> Any: ...
+    def list_namespaced_event(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def load_configuration(
+    kubeconfig_file: str | None = None, context: str | None = None
+) -> tuple[k8s.Configuration, bool]:
+    """How to reach the cluster, and whether that is from a pod inside of it.
+
+    The pod's service account counts where there is one and nothing is named, else a kubeconfig. JobConfigError when
+    neither is there. Global configuration of the kubernetes package is left alone.
+    """
+    configuration = k8s.Configuration()
+    configuration.retries = 0  # pyright: ignore[reportAttributeAccessIssue]  # a repeated create is the caller's decision, not urllib3's
+    try:
+        if kubeconfig_file is None and context is None:
+            try:
+                k8s_config.load_incluster_config(client_configuration=configuration)
+                return configuration, True
+            except k8s_config.ConfigException:
+                k8s_config.load_kube_config(client_configuration=configuration)
+        else:
+            k8s_config.load_kube_config(kubeconfig_file, context=context, client_configuration=configuration)
+    except (k8s_config.ConfigException, OSError) as error:
+        raise JobConfigError(
+            f"No Kubernetes cluster is configured: {error}. Set KUBECONFIG, or run in a pod with a service account."
+        ) from error
+    return configuration, False
+
+
+class KubernetesClient:
+    """What clients of one custom resource share. `kind` and the advices complete its errors."""
+
+    kind = "object"
+    missing_kind_advice = "Install its CRD."
+    forbidden_advice = "Give the service account a Role that allows it, or check the namespace's quota."
+    invalid_advice = "Correct the settings."
+
+    def __init__(self, core: CorePods, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
+        self._pods = core
+        self.request_timeout_seconds = request_timeout_seconds
+
+    def log(
+        self,
+        namespace: str,
+        pod: str,
+        container: str,
+        *,
+        since_seconds: int | None = None,
+        tail_lines: int | None = None,
+        previous: bool = False,
+    ) -> str | None:
+        """Time-stamped lines of a container's log, or None when it has none (not started, or gone)."""
+        options: dict[str, Any] = {"since_seconds": since_seconds, "tail_lines": tail_lines, "previous": previous}
+        response = self._ask_or_none(
+            f"read the log of pod {namespace}/{pod}",
+            lambda: self._pods.read_namespaced_pod_log(
+                pod,
+                namespace,
+                container=container,
+                timestamps=True,
+                _preload_content=False,  # the client would otherwise turn lines of JSON into Python reprs
+                _request_timeout=self.request_timeout_seconds,
+                **{key: value for key, value in options.items() if value},
+            ),
+            absent_is_none=True,
+            bad_request_is_none=True,
+        )
+        return None if response is None else response.data.decode(errors="replace")
+
+    def warnings(self, namespace: str, name: str) -> list[str]:
+        """Warning events of one object, oldest first, as `reason: message`. None when events may not be read."""
+        try:
+            body = self._ask(
+                f"read events of {namespace}/{name}",
+                lambda: self._pods.list_namespaced_event(
+                    namespace,
+                    field_selector=f"involvedObject.name={name},type=Warning",
+                    _request_timeout=self.request_timeout_seconds,
+                ),
+            )
+        except ApiRefusedError:
+            return []
+        events = sorted(body.items, key=lambda event: str(event.last_timestamp or event.event_time or ""))
+        return [f"{event.reason}: {event.message}" for event in events]
+
+    def _ask(self, what: str, call: Callable[[], T]) -> T:
+        answer = self._ask_or_none(what, call)
+        if answer is None:
+            raise ApiUnavailableError(f"Could not {what}: the API server's answer is empty.")
+        return answer
+
+    def _ask_or_none(
+        self,
+        what: str,
+        call: Callable[[], T],
+        *,
+        absent_is_none: bool = False,
+        conflict_is_none: bool = False,
+        bad_request_is_none: bool = False,
+    ) -> T | None:
+        try:
+            return call()
+        except ApiException as error:
+            code = error.status or 0
+            if code in _TRANSIENT:
+                raise ApiUnavailableError(f"Could not {what}: HTTP {code}: {_message(error)}") from error
+            absent = code == 404 and absent_is_none and not _kind_is_missing(error)
+            if absent or (code == 409 and conflict_is_none) or (code == 400 and bad_request_is_none):
+                return None
+            raise ApiRefusedError(f"Could not {what}: {_message(error)}. {self._advice(error)}") from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise ApiUnavailableError(f"Could not {what}: no answer from the API server ({error}).") from error
+
+    def _advice(self, error: ApiException) -> str:
+        if error.status == 403:
+            return self.forbidden_advice
+        if error.status == 404 and "namespaces" in _message(error):
+            return "Create the namespace, or correct its name."
+        if error.status == 404:
+            return f"The cluster has no {self.kind} kind: {self.missing_kind_advice}"
+        return self.invalid_advice
+
+
+def _details(error: ApiException) -> Mapping[str, Any]:
+    try:
+        body = json.loads(error.body or "{}")
+    except (TypeError, ValueError):
+        return {}
+    return body if isinstance(body, Mapping) else {}
+
+
+def _message(error: ApiException) -> str:
+    return str(_details(error).get("message") or error.body or error.reason or "no reason given").strip().rstrip(".")
+
+
+def _kind_is_missing(error: ApiException) -> bool:
+    """Whether a 404 is about the resource type or the namespace, not about one object."""
+    details = _details(error).get("details") or {}
+    return error.status == 404 and (not details.get("name") or details.get("kind") == "namespaces")
