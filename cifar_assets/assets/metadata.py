@@ -139,6 +139,7 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
         performance = json.loads(package.read(PERFORMANCE_FILE))
         metadata["images_per_second"] = float(performance["images_per_second"])
         metadata["train_seconds"] = float(performance["train_seconds"])
+        metadata["mlflow_unsent"] = ", ".join(performance["mlflow_unsent"]) or "nothing"
         metadata["phases"] = table(
             {"phase": name, "seconds": seconds} for name, seconds in performance["seconds_per_phase"].items()
         )

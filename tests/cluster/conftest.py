@@ -5,12 +5,9 @@ Stories need the image of tests/cluster/story_image: `make -f images/images.mk s
 
 import os
 import shutil
-import socket
 import subprocess
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from threading import Event, Thread
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +17,8 @@ from kubernetes import config as k8s_config
 
 from cifar_assets.object_store.s3 import S3Store
 from resources.pytorch_job.client import PyTorchJobClient
+from tests.cluster.kubectl import forwarded, free_port, kubectl, wait_for
+from tests.cluster.platform import Platform
 
 STORY_IMAGE = os.environ.get("TEST_STORY_IMAGE", "localhost/pytorch-job-story:test")
 MINIO_IMAGE = os.environ.get("TEST_MINIO_IMAGE", "docker.io/minio/minio:RELEASE.2026-02-12T20-18-48Z")
@@ -42,13 +41,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
-def kubectl(*arguments: str, text: str | None = None) -> str:
-    done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        raise RuntimeError(f"kubectl {' '.join(arguments)}: {done.stderr}")
-    return done.stdout
-
-
 def dump(namespace: str) -> str:
     parts = []
     for arguments in (
@@ -59,17 +51,6 @@ def dump(namespace: str) -> str:
         done = subprocess.run(["kubectl", "-n", namespace, *arguments], capture_output=True, text=True, timeout=60)
         parts.append(f"$ kubectl {' '.join(arguments)}\n{done.stdout}{done.stderr}"[-20_000:])
     return "\n".join(parts)
-
-
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """The condition's first true value, looked at every quarter second."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
-        time.sleep(0.25)
 
 
 @pytest.fixture(scope="session")
@@ -111,21 +92,12 @@ def namespace(core: Any) -> Iterator[str]:
     wait_for(f"removal of {everything() - before}", lambda: everything() <= before)
 
 
-@pytest.fixture(scope="session")
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 class Minio:
     """An object store in the namespace, reached from here through a forwarded port."""
 
     def __init__(self, namespace: str, port: int):
         self.namespace = namespace
         self.port = port
-        self._forward: subprocess.Popen[bytes] | None = None
-        self._forwarder: Thread | None = None
-        self._disconnected = Event()
 
     def apply(self) -> None:
         pod_env = [
@@ -163,36 +135,8 @@ class Minio:
         ]
         kubectl("-n", self.namespace, "apply", "-f", "-", text=yaml.safe_dump_all(objects))
 
-    def connect(self) -> None:
-        """Wait until the pod answers, and forward its port, again whenever the forwarding breaks off."""
-        self.wait_until_ready()
-        self._forwarder = Thread(target=self._forward_until_disconnected, daemon=True)
-        self._forwarder.start()
-        wait_for("the forwarded port", self._answers, 30)
-
     def wait_until_ready(self) -> None:
         kubectl("-n", self.namespace, "rollout", "status", "deploy/minio", "--timeout=90s")
-
-    def disconnect(self) -> None:
-        self._disconnected.set()
-        if self._forward:
-            self._forward.kill()
-        if self._forwarder:
-            self._forwarder.join(10)
-
-    def _forward_until_disconnected(self) -> None:
-        command = ["kubectl", "-n", self.namespace, "port-forward", "svc/minio", f"{self.port}:9000"]
-        while not self._disconnected.is_set():
-            self._forward = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-            )
-            # kubectl stays after its pod has gone, and says so with the next connection.
-            for line in self._forward.stderr or ():
-                if b"error" in line.lower() or b"lost connection" in line:
-                    break
-            self._forward.kill()
-            self._forward.wait()
-            self._disconnected.wait(0.5)
 
     def scale(self, replicas: int) -> None:
         kubectl("-n", self.namespace, "scale", "deploy/minio", f"--replicas={replicas}")
@@ -211,24 +155,15 @@ class Minio:
             "AWS_SECRET_ACCESS_KEY": _KEYS["secret_key"],
         }
 
-    def _answers(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return True
-        except OSError:
-            return False
-
 
 @pytest.fixture(scope="session")
-def minio(namespace: str, free_port: int) -> Iterator[Minio]:
-    server = Minio(namespace, free_port)
+def minio(namespace: str) -> Iterator[Minio]:
+    server = Minio(namespace, free_port())
     server.apply()
-    server.connect()
-    server.store().ensure_buckets(["stories"])
-    try:
+    server.wait_until_ready()
+    with forwarded(namespace, "svc/minio", server.port, 9000):
+        server.store().ensure_buckets(["stories"])
         yield server
-    finally:
-        server.disconnect()
 
 
 @pytest.fixture
@@ -243,3 +178,12 @@ def no_jobs_left(namespace: str, core: Any) -> Iterator[None]:
 
 def pods_of(core: Any, namespace: str) -> list[Any]:
     return core.list_namespaced_pod(namespace, label_selector="training.kubeflow.org/job-name").items
+
+
+@pytest.fixture(scope="session")
+def platform(core: Any) -> Iterator[Platform]:
+    """MinIO and MLflow as the overlay `minikube` sets them up, and the namespace for Dagster and its jobs."""
+    before = everything()
+    with Platform.deployed() as deployed:
+        yield deployed
+    wait_for(f"removal of {everything() - before}", lambda: everything() <= before, 120)

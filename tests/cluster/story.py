@@ -17,7 +17,8 @@ from kubernetes import client as k8s
 
 from cifar_assets.object_store.s3 import S3Store
 from resources.pytorch_job import PipesPyTorchJobClient, PyTorchJobClient, PyTorchJobConfig, RunPolicy, WatchLimits
-from tests.cluster.conftest import STORY_IMAGE, Minio, pods_of, wait_for
+from tests.cluster.conftest import STORY_IMAGE, Minio, pods_of
+from tests.cluster.kubectl import wait_for
 
 LIMITS = WatchLimits(
     poll_interval_seconds=0.5,

@@ -10,7 +10,8 @@ import yaml
 from kubernetes import client as k8s
 
 from resources.pytorch_job import PyTorchJobClient
-from tests.cluster.conftest import Minio, kubectl
+from tests.cluster.conftest import Minio
+from tests.cluster.kubectl import kubectl
 from tests.cluster.story import ClusterStory, story_config
 
 K8S = Path(__file__).parents[2] / "k8s"

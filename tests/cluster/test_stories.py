@@ -11,7 +11,8 @@ import pytest
 from kubernetes import client as k8s
 
 from resources.pytorch_job import JobState, PyTorchJobClient
-from tests.cluster.conftest import Minio, kubectl, wait_for
+from tests.cluster.conftest import Minio
+from tests.cluster.kubectl import kubectl, wait_for
 from tests.cluster.story import ClusterStory, story_config
 
 

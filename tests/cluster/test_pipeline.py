@@ -1,0 +1,196 @@
+"""raw_dataset, processed_dataset and trained_model on a real cluster by `dagster asset materialize`, as users type it.
+
+Needs the images of images.mk in the cluster. The trainings are small; docs/kubernetes.md has the figures of a real one.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from mlflow.tracking import MlflowClient
+
+from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
+from cifar_assets.assets.upstream import data_version
+from cifar_assets.contracts import MODEL_NAME
+from cifar_assets.model_package import METRICS_FILE, PERFORMANCE_FILE, ModelManifest, read_json, read_manifest
+from cifar_assets.object_store.s3 import S3Store
+from resources.mlflow import RUN_ID_TAG
+from tests.cluster.kubectl import kubectl, wait_for
+from tests.cluster.platform import PLATFORM_NAMESPACE, Platform
+from tests.fixtures.workspace import ROOT, Workspace
+
+DATA = "cifar10/raw_dataset,cifar10/processed_dataset"
+MODEL = "cifar10/trained_model"
+OVERRIDES = {"network": "resnet18", "width": 8, "epochs": 3, "batch_size": 64, "learning_rate": 0.1}
+POD = {"cpu": "200m", "memory": "2Gi"}
+
+
+def training(**changes: Any) -> dict[str, Any]:
+    config = {"overrides": OVERRIDES, "execution": {"threads": 1, "checkpoint_every_steps": 10}, "scale": POD}
+    return {"trained_model": {**config, **changes}}
+
+
+@pytest.fixture(scope="module")
+def cluster(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A Dagster outside of the cluster, with the data materialized in it."""
+    made = _workspace(tmp_path_factory.mktemp("cluster"), platform.environment())
+    _materialized(made, DATA)
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: Workspace) -> str:
+    """A first training; gives what it printed."""
+    return _materialized(cluster, MODEL, training())
+
+
+@pytest.fixture(scope="module")
+def models(platform: Platform) -> S3Store:
+    return platform.store().at("models")
+
+
+@pytest.fixture
+def jobs_removed(platform: Platform) -> Iterator[None]:
+    yield
+    kubectl("-n", platform.namespace, "delete", "pytorchjobs", "--all", "--wait=true", "--timeout=60s")
+
+
+def test_the_model_is_in_the_store_and_in_mlflow(
+    cluster: Workspace, trained: str, models: S3Store, platform: Platform
+) -> None:
+    digest, manifest = _latest_model(cluster, models)
+    assert read_json(models.at(digest), manifest, METRICS_FILE)["test_accuracy"] > 0.5
+    client = MlflowClient(platform.mlflow_uri)
+    experiment = client.get_experiment_by_name("cifar10")
+    assert experiment is not None
+    with cluster.instance() as instance:
+        run_id = instance.get_runs(limit=1)[0].run_id
+    (run,) = client.search_runs([experiment.experiment_id], filter_string=f"tags.{RUN_ID_TAG} = '{run_id}'")
+    assert run.info.status == "FINISHED"
+    assert len(client.get_metric_history(run.info.run_id, "validation_accuracy")) == OVERRIDES["epochs"]
+    assert client.list_artifacts(run.info.run_id)
+    versions = client.search_model_versions(f"name = '{MODEL_NAME}' and tags.model_digest = '{digest}'")
+    assert len(versions) == 1
+
+
+def test_epochs_and_logs_are_in_the_run(cluster: Workspace, trained: str) -> None:
+    with cluster.instance() as instance:
+        observed = instance.fetch_observations(TRAINED_MODEL, limit=10).records
+        finished = instance.get_latest_materialization_event(TRAINED_MODEL)
+    assert finished is not None
+    assert len(observed) == OVERRIDES["epochs"]
+    assert min(record.timestamp for record in observed) < finished.timestamp
+    assert "master-0: " in trained
+    assert "Epoch 3/3" in trained
+
+
+def test_keys_metadata_and_checks_are_those_of_the_local_deployment(
+    cluster: Workspace, trained: str, tmp_path: Path
+) -> None:
+    local = _workspace(tmp_path, {"DAGSTER_DEPLOYMENT": "local"})
+    _materialized(local, f"{DATA},{MODEL}", training())
+    assert _shown(cluster) == _shown(local)
+
+
+def test_master_and_worker_do_what_one_process_does(
+    cluster: Workspace, trained: str, models: S3Store, platform: Platform, jobs_removed: None
+) -> None:
+    """And with the worker's pod deleted in mid-epoch the weights are bit for bit the same."""
+    alone = _accuracy(*_latest_model(cluster, models), models)
+    two = training(scale={**POD, "replicas": 2})
+    output = _materialized(cluster, MODEL, two)
+    assert "worker-0: " in output
+    undisturbed, manifest = _latest_model(cluster, models)
+    assert _accuracy(undisturbed, manifest, models) == pytest.approx(alone, abs=0.1)
+
+    process = _start(cluster, two)
+    checkpoints = models.at("checkpoints")
+    before = {info.key for info in checkpoints.list()}
+    wait_for("a checkpoint", lambda: {info.key for info in checkpoints.list()} - before, 200)
+    worker = "training.kubeflow.org/replica-type=worker,training.kubeflow.org/job-role!=master"
+    kubectl("-n", platform.namespace, "delete", "pod", "-l", worker, "--wait=false")
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert _latest_model(cluster, models)[0] == undisturbed
+    with cluster.instance() as instance:
+        event = instance.get_latest_materialization_event(TRAINED_MODEL)
+    assert event is not None
+    assert event.asset_materialization is not None
+    assert event.asset_materialization.metadata["resumed_from"].value != "the start"
+
+
+def test_mlflow_away_costs_no_training(cluster: Workspace, models: S3Store, jobs_removed: None) -> None:
+    _scale_mlflow(0)
+    try:
+        output = _materialized(cluster, MODEL, training(seed=1))
+    finally:
+        _scale_mlflow(1)
+    assert "Not sent to MLflow" in output
+    digest, manifest = _latest_model(cluster, models)
+    assert _accuracy(digest, manifest, models) > 0.5
+    assert json.loads(models.read(f"{digest}/{PERFORMANCE_FILE}"))["mlflow_unsent"]
+
+
+def _workspace(folder: Path, environment: Mapping[str, str]) -> Workspace:
+    shutil.copy(ROOT / "dagster.yaml", folder)
+    common = {"PYTHONPATH": str(ROOT), "CIFAR10_SOURCE": "synthetic", "ACCURACY_THRESHOLD": "0.3"}
+    return Workspace(folder, {**common, **environment})
+
+
+def _materialized(workspace: Workspace, select: str, config: Mapping[str, Any] | None = None) -> str:
+    done = workspace.materialize(select, config)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def _start(workspace: Workspace, config: Mapping[str, Any]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        workspace.materialize_command(MODEL, config),
+        cwd=workspace.folder,
+        env={**os.environ, **workspace.environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _latest_model(workspace: Workspace, models: S3Store) -> tuple[str, ModelManifest]:
+    with workspace.instance() as instance:
+        event = instance.get_latest_materialization_event(TRAINED_MODEL)
+    assert event is not None
+    assert event.asset_materialization is not None
+    digest = data_version(event.asset_materialization)
+    assert digest is not None
+    return digest, read_manifest(models.at(digest), digest)
+
+
+def _accuracy(digest: str, manifest: ModelManifest, models: S3Store) -> float:
+    return read_json(models.at(digest), manifest, METRICS_FILE)["test_accuracy"]
+
+
+def _shown(workspace: Workspace) -> dict[str, Any]:
+    """Names of what the UI shows of each asset: its metadata and its checks."""
+    shown: dict[str, Any] = {}
+    with workspace.instance() as instance:
+        for key in (RAW_DATASET, PROCESSED_DATASET, TRAINED_MODEL):
+            event = instance.get_latest_materialization_event(key)
+            assert event is not None
+            assert event.asset_materialization is not None
+            shown[key.to_user_string()] = sorted(event.asset_materialization.metadata)
+        for run in instance.get_runs():
+            for entry in instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION):
+                evaluation = entry.get_dagster_event().asset_check_evaluation_data
+                shown[f"{evaluation.asset_key.to_user_string()}:{evaluation.check_name}"] = sorted(evaluation.metadata)
+    return shown
+
+
+def _scale_mlflow(replicas: int) -> None:
+    kubectl("-n", PLATFORM_NAMESPACE, "scale", "deploy/mlflow", f"--replicas={replicas}")
+    if replicas:
+        kubectl("-n", PLATFORM_NAMESPACE, "rollout", "status", "deploy/mlflow", "--timeout=200s")
