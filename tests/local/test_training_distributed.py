@@ -1,5 +1,6 @@
 """Two processes that train together, started by torchrun."""
 
+import signal
 import sqlite3
 import sys
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar_assets.contracts import EXIT_BAD_SPEC
-from tests.unit.training.jobs import COMMAND, Workplace, json_file, run_forked, run_trainer
+from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from tests.fixtures.workspace import free_port
+from tests.unit.training.jobs import COMMAND, Workplace, json_file, run_forked, run_trainer, start_trainer
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 TRAINER = ("-m", "cifar_assets.training")
@@ -64,12 +66,17 @@ def test_two_processes_do_what_one_does(place: Workplace, two: str):
 
 
 def test_two_processes_continue_from_a_checkpoint_to_the_same_weights(place: Workplace, two: str, tmp_path: Path):
-    """One of two is killed, and torchrun may end the other before it can say anything. Then the same job again."""
+    """Two processes as two pods have them, without torchrun: one is killed, the other says so. Then the same again."""
     spec = place.spec("cut", recipe_fields=RECIPE, execution=EXECUTION)
     script = tmp_path / "cut.py"
     script.write_text(CUT)
-    cut = run_trainer(spec, *TORCHRUN, str(script))
-    assert cut.returncode != 0
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    killed = start_trainer(spec, sys.executable, str(script), env={**meeting, "RANK": "1"})
+    survivor = run_trainer(spec, *COMMAND, env={**meeting, "RANK": "0"})
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert survivor.returncode == EXIT_RESUME, survivor.stdout + survivor.stderr
+    assert "start the same spec again" in survivor.stdout
     assert place.published("cut") == {}
     assert place.checkpoints("cut")
     again = run_trainer(spec, *TORCHRUN, *TRAINER)

@@ -81,14 +81,14 @@ def run_trainer(
     )
 
 
-def start_trainer(spec: JobSpec) -> subprocess.Popen[str]:
-    """Start a job in a process of its own."""
+def start_trainer(spec: JobSpec, *launcher: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a job in a process of its own; `launcher` is another command than the plain one."""
     return subprocess.Popen(
-        COMMAND,
+        launcher or COMMAND,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "CIFAR_JOB_SPEC": spec.model_dump_json()},
+        env={**os.environ, "CIFAR_JOB_SPEC": spec.model_dump_json(), **(env or {})},
     )
 
 
