@@ -18,7 +18,7 @@ from kubernetes import config as k8s_config
 from cifar_assets.object_store.s3 import S3Store
 from resources.pytorch_job.client import PyTorchJobClient
 from tests.cluster.kubectl import forwarded, free_port, kubectl, wait_for
-from tests.cluster.platform import Platform
+from tests.cluster.platform import Platform, is_kept
 
 STORY_IMAGE = os.environ.get("TEST_STORY_IMAGE", "localhost/pytorch-job-story:test")
 MINIO_IMAGE = os.environ.get("TEST_MINIO_IMAGE", "docker.io/minio/minio:RELEASE.2026-02-12T20-18-48Z")
@@ -186,4 +186,5 @@ def platform(core: Any) -> Iterator[Platform]:
     before = everything()
     with Platform.deployed() as deployed:
         yield deployed
-    wait_for(f"removal of {everything() - before}", lambda: everything() <= before, 120)
+    if not is_kept():
+        wait_for(f"removal of {everything() - before}", lambda: everything() <= before, 120)

@@ -37,9 +37,8 @@ class Platform:
 
         Skips where the namespaces are someone else's.
         """
-        keep = os.environ.get(KEEP_VARIABLE) == "1"
         found = kubectl("get", "namespaces", NAMESPACE, PLATFORM_NAMESPACE, "--ignore-not-found", "-o", "name")
-        if found and not keep:
+        if found and not is_kept():
             pytest.skip(f"the cluster has {' and '.join(found.split())} already; {KEEP_VARIABLE}=1 tests in them")
         secret_key = _secret_key() if found else _apply()
         try:
@@ -51,7 +50,7 @@ class Platform:
             ):
                 yield platform
         finally:
-            if not keep:
+            if not is_kept():
                 kubectl("delete", "namespace", NAMESPACE, PLATFORM_NAMESPACE, "--wait=true", "--timeout=200s")
 
     def store(self) -> S3Store:
@@ -75,6 +74,10 @@ class Platform:
             "TRAINER_STORE_ENDPOINT_URL": settings["AWS_ENDPOINT_URL"],
             "TRAINER_MLFLOW_TRACKING_URI": settings["MLFLOW_TRACKING_URI"],
         }
+
+
+def is_kept() -> bool:
+    return os.environ.get(KEEP_VARIABLE) == "1"
 
 
 def _apply() -> str:
