@@ -79,7 +79,7 @@ def _port(environment: Mapping[str, str]) -> int:
 
 
 def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
-    from resources.inference_service.absent import NoInferenceService
+    from resources.inference_service.kserve.resource import serving_from_environment
     from resources.kubernetes_trainer import trainer_from_environment
     from resources.mlflow import MlflowServer
     from resources.object_store import MinioObjectStore
@@ -93,5 +93,5 @@ def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
         "object_store": object_store,
         "mlflow": MlflowServer(tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI")),
         "trainer": trainer_from_environment(environment, object_store),
-        "serving": NoInferenceService(),
+        "serving": serving_from_environment(environment, object_store),
     }

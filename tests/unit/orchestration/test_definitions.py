@@ -32,6 +32,7 @@ KUBERNETES_ENVIRONMENT = {
     "AWS_SECRET_ACCESS_KEY": "secret",
     "MLFLOW_TRACKING_URI": "http://mlflow.invalid:5000",
     "TRAINER_IMAGE": "trainer.invalid/trainer:test",
+    "SERVER_IMAGE": "server.invalid/server:test",
 }
 
 

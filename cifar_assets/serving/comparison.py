@@ -1,0 +1,50 @@
+"""Whether a service answers as its stored model was evaluated, by asking it about held-out images."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset.reader import SplitReader
+from cifar_assets.serving.client import InferenceClient
+
+_ALLOWED_ERRORS = 4.0
+"""In standard errors of a sample: a sound service fails less than once in ten thousand times."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many of the images were answered right, against what was to be expected."""
+
+    model_digest: str
+    """Of the model that answered."""
+    accuracy: float
+    expected: float
+    allowed: float
+    """Difference that a sample of this size may show."""
+    num_images: int
+
+    @property
+    def passed(self) -> bool:
+        return abs(self.accuracy - self.expected) <= self.allowed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.accuracy:.3f} of {self.num_images} test images right; the stored model has {self.expected:.3f}, "
+            f"and a difference of {self.allowed:.3f} is allowed for a sample of this size."
+        )
+
+
+def compare_answers(client: InferenceClient, test: SplitReader, expected: float, num_images: int) -> Comparison:
+    """Ask about up to that many test images. ServerError where the service does not answer."""
+    # Spread evenly over the split, the same ones each time.
+    indices = np.unique(np.linspace(0, len(test) - 1, min(num_images, len(test))).astype(np.int64))
+    answers = client.predict_arrays(test.take(indices))
+    labels = [CLASSES[label] for label in test.labels[indices]]
+    return Comparison(
+        model_digest=answers.model_digest,
+        accuracy=float(np.mean([answer == label for answer, label in zip(answers.classes, labels, strict=True)])),
+        expected=expected,
+        allowed=_ALLOWED_ERRORS * float(np.sqrt(max(expected * (1 - expected), 0.01) / len(indices))),
+        num_images=len(indices),
+    )

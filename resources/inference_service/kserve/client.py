@@ -1,0 +1,288 @@
+"""A thin typed client of the InferenceService custom resource, its pods and events. No Dagster, no waiting, no policy.
+
+Absence and conflict are values; everything else is as in `resources.pytorch_job.api`.
+"""
+
+import copy
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from kubernetes import client as k8s
+
+from resources.inference_service.kserve.manifest import (
+    DIGEST_ANNOTATION,
+    GROUP,
+    KIND,
+    MODE_ANNOTATION,
+    PLURAL,
+    PREFIX,
+    REVISION_ANNOTATION,
+    VERSION,
+    VERSION_ANNOTATION,
+)
+from resources.inference_service.kserve.pods import ServingPod, read_serving_pod
+from resources.pytorch_job.api import REQUEST_TIMEOUT_SECONDS, CorePods, KubernetesClient
+from resources.pytorch_job.errors import ApiRefusedError
+
+SERVICE_LABEL = "serving.kserve.io/inferenceservice"
+EVENT_SOURCE = "cifar-dagster"
+
+
+class CustomObjects(Protocol):
+    """The part of kubernetes.client.CustomObjectsApi in use."""
+
+    def create_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
+    def get_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
+    def replace_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
+    def delete_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class Core(CorePods, Protocol):
+    """The part of kubernetes.client.CoreV1Api in use."""
+
+    def create_namespaced_event(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class InferenceService:
+    """One stored InferenceService."""
+
+    body: Mapping[str, Any]
+    """As the API server gave it; not to be changed."""
+
+    @property
+    def name(self) -> str:
+        return self.body["metadata"]["name"]
+
+    @property
+    def namespace(self) -> str:
+        return self.body["metadata"]["namespace"]
+
+    @property
+    def uid(self) -> str:
+        return self.body["metadata"]["uid"]
+
+    @property
+    def deleting(self) -> bool:
+        return "deletionTimestamp" in self.body["metadata"]
+
+    @property
+    def annotations(self) -> Mapping[str, str]:
+        return self.body["metadata"].get("annotations") or {}
+
+    @property
+    def revision(self) -> str | None:
+        """Mark of the settings and model it was written with; None for one that this package did not write."""
+        return self.annotations.get(REVISION_ANNOTATION)
+
+    @property
+    def model_digest(self) -> str | None:
+        return self.annotations.get(DIGEST_ANNOTATION)
+
+    @property
+    def model_version(self) -> str | None:
+        return self.annotations.get(VERSION_ANNOTATION)
+
+    @property
+    def status(self) -> Mapping[str, Any]:
+        return self.body.get("status") or {}
+
+    @property
+    def ready(self) -> bool:
+        """KServe's own word, which may still be about an earlier generation."""
+        return self._condition("Ready").get("status") == "True"
+
+    @property
+    def complaints(self) -> list[str]:
+        """What its conditions give as reasons for not being ready."""
+        found = [
+            f"{condition['type']}: {condition.get('reason', '')}: {condition['message']}"
+            for condition in self.status.get("conditions") or ()
+            if condition.get("status") == "False" and condition.get("message")
+        ]
+        return [text for text in found if not text.startswith("Ready:")] or found
+
+    @property
+    def predictor(self) -> Mapping[str, Any]:
+        return self.body["spec"]["predictor"]
+
+    @property
+    def canary_percent(self) -> int | None:
+        """Share of the requests that its newest revision is to get; None for all."""
+        return self.predictor.get("canaryTrafficPercent")
+
+    @property
+    def serverless(self) -> bool:
+        return self.annotations.get(MODE_ANNOTATION) == "Knative"
+
+    @property
+    def predictor_status(self) -> Mapping[str, Any]:
+        return (self.status.get("components") or {}).get("predictor") or {}
+
+    def _condition(self, kind: str) -> Mapping[str, Any]:
+        conditions = self.status.get("conditions") or ()
+        return next((condition for condition in conditions if condition.get("type") == kind), {})
+
+    def __str__(self) -> str:
+        return f"InferenceService {self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that this package said about an InferenceService."""
+
+    reason: str
+    message: str
+    at: str
+    """ISO time in UTC, so that text order is time order."""
+
+
+class InferenceServiceClient(KubernetesClient):
+    """Reads and writes InferenceServices through injected API objects."""
+
+    kind = KIND
+    missing_kind_advice = "install KServe and its CRDs."
+    forbidden_advice = "Give the service account the Role of docs/kserve.md, or check the namespace's quota."
+    invalid_advice = "Correct the service's settings."
+
+    def __init__(self, custom: CustomObjects, core: Core, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
+        super().__init__(core, request_timeout_seconds)
+        self._custom = custom
+        self._core = core
+
+    @classmethod
+    def of(cls, configuration: k8s.Configuration) -> "InferenceServiceClient":
+        api = k8s.ApiClient(configuration)
+        return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
+
+    def get(self, namespace: str, name: str) -> InferenceService | None:
+        """The service, or None where there is none of that name."""
+        body = self._ask_or_none(
+            f"read {KIND} {namespace}/{name}",
+            lambda: self._custom.get_namespaced_custom_object(
+                GROUP, VERSION, namespace, PLURAL, name, _request_timeout=self.request_timeout_seconds
+            ),
+            absent_is_none=True,
+        )
+        return InferenceService(body) if body else None
+
+    def create(self, manifest: Mapping[str, Any]) -> InferenceService | None:
+        """The stored service, or None when its name is taken."""
+        namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
+        body = self._ask_or_none(
+            f"create {KIND} {namespace}/{name}",
+            lambda: self._custom.create_namespaced_custom_object(
+                GROUP, VERSION, namespace, PLURAL, manifest, _request_timeout=self.request_timeout_seconds
+            ),
+            conflict_is_none=True,
+        )
+        return InferenceService(body) if body else None
+
+    def replace(self, current: InferenceService, manifest: Mapping[str, Any]) -> InferenceService | None:
+        """The service with the manifest's spec, labels and annotations; None when it changed or went in between.
+
+        Annotations and labels of others stay, ours that the manifest lacks go.
+        """
+        body = copy.deepcopy(dict(current.body))
+        body.pop("status", None)
+        body["spec"] = copy.deepcopy(manifest["spec"])
+        theirs = {key: value for key, value in current.annotations.items() if not _is_ours(key)}
+        body["metadata"]["annotations"] = {**theirs, **manifest["metadata"]["annotations"]}
+        body["metadata"]["labels"] = {**(body["metadata"].get("labels") or {}), **manifest["metadata"]["labels"]}
+        answer = self._ask_or_none(
+            f"replace {current}",
+            lambda: self._custom.replace_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                current.namespace,
+                PLURAL,
+                current.name,
+                body,
+                _request_timeout=self.request_timeout_seconds,
+            ),
+            absent_is_none=True,
+            conflict_is_none=True,
+        )
+        return InferenceService(answer) if answer else None
+
+    def delete(self, service: InferenceService) -> None:
+        """Ask for the deletion of exactly this service and, after it, of what belongs to it."""
+        options = {"propagationPolicy": "Background", "preconditions": {"uid": service.uid}}
+        self._ask_or_none(
+            f"delete {service}",
+            lambda: self._custom.delete_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                service.namespace,
+                PLURAL,
+                service.name,
+                body=options,
+                _request_timeout=self.request_timeout_seconds,
+            ),
+            absent_is_none=True,
+            conflict_is_none=True,
+        )
+
+    def pods(self, namespace: str, name: str) -> list[ServingPod]:
+        """Pods of the service of that name by name, also those that are ending."""
+        body = self._ask(
+            f"list the pods of {KIND} {namespace}/{name}",
+            lambda: self._core.list_namespaced_pod(
+                namespace, label_selector=f"{SERVICE_LABEL}={name}", _request_timeout=self.request_timeout_seconds
+            ),
+        )
+        return sorted((read_serving_pod(item) for item in body.items), key=lambda pod: pod.pod.name)
+
+    def record(self, namespace: str, name: str, *, reason: str, message: str, warning: bool, uid: str | None) -> None:
+        """Say something about the service as an Event, for `kubectl describe` and `events`, if that is allowed."""
+        now = datetime.now(UTC)
+        involved = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "namespace": namespace, "name": name}
+        event = {
+            "metadata": {"name": f"{name}.{uuid.uuid4().hex[:16]}", "namespace": namespace},
+            "involvedObject": {**involved, **({"uid": uid} if uid else {})},
+            "reason": reason,
+            "message": message[:1000],
+            "type": "Warning" if warning else "Normal",
+            "source": {"component": EVENT_SOURCE},
+            "eventTime": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "firstTimestamp": now.isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "lastTimestamp": now.isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "count": 1,
+            "action": reason,
+            "reportingComponent": EVENT_SOURCE,
+            "reportingInstance": EVENT_SOURCE,
+        }
+        try:
+            self._ask_or_none(
+                f"record an event of {namespace}/{name}",
+                lambda: self._core.create_namespaced_event(
+                    namespace, event, _request_timeout=self.request_timeout_seconds
+                ),
+                conflict_is_none=True,
+            )
+        except ApiRefusedError:
+            return
+
+    def events(self, namespace: str, name: str) -> Sequence[Event]:
+        """What `record` said of the service, oldest first, as far as the cluster still knows and may be asked."""
+        try:
+            body = self._ask(
+                f"read events of {KIND} {namespace}/{name}",
+                lambda: self._core.list_namespaced_event(
+                    namespace,
+                    field_selector=f"involvedObject.kind={KIND},involvedObject.name={name}",
+                    _request_timeout=self.request_timeout_seconds,
+                ),
+            )
+        except ApiRefusedError:
+            return []
+        ours = [event for event in body.items if event.reporting_component == EVENT_SOURCE and event.event_time]
+        found = [Event(event.reason, event.message, event.event_time.isoformat()) for event in ours]
+        return sorted(found, key=lambda event: event.at)
+
+
+def _is_ours(key: str) -> bool:
+    return key.startswith((PREFIX, "serving.kserve.io/enable-tag-routing", "serving.kserve.io/autoscalerClass"))

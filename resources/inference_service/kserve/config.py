@@ -1,0 +1,131 @@
+"""Typed settings of an InferenceService. What KServe would refuse, or take and never act on, is refused here."""
+
+import math
+import re
+from decimal import Decimal
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from resources.pytorch_job.config import StrictConfig
+
+CONTAINER_NAME = "kserve-container"
+"""KServe looks after a container of this name."""
+PORT = 8080
+
+_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)([munkKMGTPE]|[KMGTPE]i)?")
+
+
+class InferenceServiceSettings(StrictConfig):
+    """Everything of an InferenceService except its name, its namespace and the model."""
+
+    image: str = Field(min_length=1, description="Image of the model server.")
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        default="IfNotPresent", description="When the node asks the registry."
+    )
+    image_pull_secrets: list[str] = Field(default=[], description="Secrets with registry credentials.")
+    mode: Literal["Standard", "Knative"] = Field(
+        default="Standard",
+        description="Standard: a Deployment and a Service. Knative: serverless, down to no pod, with canaries.",
+    )
+    env: dict[str, str] = Field(default={}, description="Environment variables of the server.")
+    env_secrets: list[str] = Field(
+        default=["object-store"], description="Secrets whose every key becomes an environment variable."
+    )
+    env_config_maps: list[str] = Field(default=["cifar-platform"], description="The same with ConfigMaps.")
+
+    cpu: str = Field(default="200m", description="CPU request of each replica.")
+    cpu_limit: str = Field(
+        default="1", description="CPU limit of each replica, and how many threads run the model. KServe insists on one."
+    )
+    memory: str = Field(default="384Mi", description="Memory request of each replica.")
+    memory_limit: str = Field(default="512Mi", description="Memory limit of each replica.")
+    scratch: str = Field(default="64Mi", description="Size limit of a writable /tmp.")
+
+    min_replicas: int = Field(default=1, ge=0, description="Fewest replicas; 0 in Knative mode only.")
+    max_replicas: int = Field(default=3, ge=1, description="Most replicas. Equal to min_replicas: no autoscaling.")
+    target_cpu_percent: int = Field(
+        default=80, ge=1, le=100, description="Standard mode: use of the requested CPU above which replicas are added."
+    )
+    target_concurrency: int = Field(
+        default=16, ge=1, description="Knative mode: requests at a time in one replica above which replicas are added."
+    )
+    canary_percent: int | None = Field(
+        default=None,
+        ge=1,
+        le=99,
+        description="Knative mode: share of the requests that a new model gets until it answered held-out images as "
+        "well as it was evaluated. Then it gets all of them, or the model before it does. None: all at once.",
+    )
+
+    drain_delay_seconds: float = Field(
+        default=5.0,
+        ge=0,
+        description="How long a replica that is to end still accepts requests, for proxies to notice.",
+    )
+    linger_seconds: float = Field(default=2.0, ge=0, description="Then: how long open connections are still served.")
+    grace_seconds: float = Field(default=20.0, ge=1, description="Then: how long requests that were begun may take.")
+    startup_seconds: int = Field(
+        default=120, ge=5, description="How long a server may load, verify and warm up before it is started anew."
+    )
+
+    service_account_name: str | None = Field(
+        default=None, description="Service account of the pods. Its token is not mounted: serving needs no API."
+    )
+    run_as_user: int = Field(default=1000, ge=1, description="Numeric user of the server.")
+    labels: dict[str, str] = Field(default={}, description="Further labels of the service and its pods.")
+    annotations: dict[str, str] = Field(default={}, description="Further annotations of the service and its pods.")
+    extra_predictor: dict[str, Any] = Field(
+        default={},
+        description="Fields of spec.predictor that have no setting here, such as nodeSelector or tolerations, "
+        "unchecked. Knative takes some of them only behind feature flags.",
+    )
+
+    @property
+    def serverless(self) -> bool:
+        return self.mode == "Knative"
+
+    @property
+    def threads(self) -> int:
+        """Threads of one run of the model: as many as the limit lets run at a time."""
+        return max(1, math.ceil(_amount("cpu_limit", self.cpu_limit)))
+
+    @property
+    def termination_grace_seconds(self) -> int:
+        """The three steps of leaving, and a little for the process itself."""
+        return math.ceil(self.drain_delay_seconds + self.linger_seconds + self.grace_seconds) + 5
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "InferenceServiceSettings":
+        _amount("scratch", self.scratch)
+        for request, limit in (("cpu", "cpu_limit"), ("memory", "memory_limit")):
+            if _amount(request, getattr(self, request)) > _amount(limit, getattr(self, limit)):
+                raise ValueError(
+                    f"{request} {getattr(self, request)!r} is more than {limit} {getattr(self, limit)!r}: "
+                    "Kubernetes refuses a request above its limit."
+                )
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is larger than max_replicas {self.max_replicas}.")
+        if not self.serverless:
+            if self.min_replicas == 0:
+                raise ValueError("min_replicas is 0, which only Knative mode can wake up from: use 1, or mode Knative.")
+            if self.canary_percent is not None:
+                raise ValueError("canary_percent needs mode Knative: Standard mode has no split of the traffic.")
+        return self
+
+
+_UNITS = {
+    "m": Decimal("0.001"),
+    "u": Decimal("0.000001"),
+    "n": Decimal("0.000000001"),
+    "": Decimal(1),
+    **{unit: Decimal(1000) ** power for power, unit in enumerate("kMGTPE", start=1)},
+    **{f"{unit}i": Decimal(1024) ** power for power, unit in enumerate("KMGTPE", start=1)},
+}
+
+
+def _amount(what: str, text: str) -> Decimal:
+    match = _QUANTITY.fullmatch(text)
+    if not match or (match[2] or "") not in _UNITS:
+        raise ValueError(f"{what} {text!r} is not a Kubernetes quantity such as '500m', '2', '512Mi' or '4Gi'.")
+    return Decimal(match[1]) * _UNITS[match[2] or ""]

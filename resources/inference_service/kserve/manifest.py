@@ -1,0 +1,210 @@
+"""The InferenceService as a mapping, from typed settings and a model. Pure: no connection, no clock."""
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from resources.inference_service.interface import DeployRequest
+from resources.inference_service.kserve.config import CONTAINER_NAME, PORT, InferenceServiceSettings
+from resources.pytorch_job.errors import JobConfigError
+from resources.pytorch_job.naming import MAX_LABEL_LENGTH
+
+GROUP = "serving.kserve.io"
+VERSION = "v1beta1"
+KIND = "InferenceService"
+PLURAL = "inferenceservices"
+
+MODE_ANNOTATION = "serving.kserve.io/deploymentMode"
+AUTOSCALER_ANNOTATION = "serving.kserve.io/autoscalerClass"
+TAG_ROUTING_ANNOTATION = "serving.kserve.io/enable-tag-routing"
+PREFIX = "cifar/"
+"""Of this package's own annotations. KServe copies annotations of the service to its pods, so that each pod tells
+which decision it came from."""
+DIGEST_ANNOTATION = f"{PREFIX}model-digest"
+VERSION_ANNOTATION = f"{PREFIX}model-version"
+URI_ANNOTATION = f"{PREFIX}model-uri"
+REVISION_ANNOTATION = f"{PREFIX}revision"
+"""Digest of all that makes a difference to what is served: equal ones need no new deployment."""
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
+MANAGED_BY = "dagster-inference-service"
+
+_DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+
+
+def predictor_name(name: str) -> str:
+    """Name of the Service in front of the pods, and of the Deployment or Knative service behind it."""
+    return f"{name}-predictor"
+
+
+def check_service_name(name: str, namespace: str, settings: InferenceServiceSettings) -> None:
+    """JobConfigError unless the name and what is derived from it are DNS-1035 labels."""
+    if not _DNS_1035.fullmatch(name):
+        raise JobConfigError(
+            f"InferenceService name {name!r} is not a DNS-1035 label: use lower case letters, digits and '-', "
+            "start with a letter and end with a letter or digit."
+        )
+    predictor = predictor_name(name)
+    derived = [f"isvc.{predictor}", f"{predictor}-{namespace}"]  # a label's value, and the first part of a host name
+    if settings.serverless:
+        derived += [f"{predictor}-00001-private", f"latest-{predictor}"]
+    longest = max(derived, key=len)
+    excess = len(longest) - MAX_LABEL_LENGTH
+    if excess > 0:
+        raise JobConfigError(
+            f"InferenceService name {name!r} is too long: {longest!r}, which is derived from it, would have "
+            f"{len(longest)} characters, and Kubernetes takes {MAX_LABEL_LENGTH}. Shorten it by {excess}."
+        )
+
+
+def build_inference_service_manifest(
+    settings: InferenceServiceSettings, request: DeployRequest, *, name: str, namespace: str
+) -> dict[str, Any]:
+    """The whole custom resource. JobConfigError for a name that something derived from it would not take."""
+    check_service_name(name, namespace, settings)
+    spec = {"predictor": _predictor(settings, request)}
+    annotations = {**settings.annotations, MODE_ANNOTATION: settings.mode, **_scaling_annotations(settings)}
+    labels = {**settings.labels, MANAGED_BY_LABEL: MANAGED_BY}
+    predictor = {key: value for key, value in spec["predictor"].items() if key != "canaryTrafficPercent"}
+    identity = {"predictor": predictor, "annotations": annotations, "labels": labels}
+    annotations |= {
+        REVISION_ANNOTATION: hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
+        URI_ANNOTATION: request.model_uri,
+        DIGEST_ANNOTATION: request.model_digest,
+        VERSION_ANNOTATION: request.model_version,
+        **{f"{PREFIX}{key}": value for key, value in request.annotations().items()},
+    }
+    metadata = {"name": name, "namespace": namespace, "labels": labels, "annotations": annotations}
+    return {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "metadata": metadata, "spec": spec}
+
+
+def with_traffic(manifest: Mapping[str, Any], percent: int | None) -> dict[str, Any]:
+    """The same with another share of the requests for its newest revision; None for all of them.
+
+    Of a stored service, only what a new one could be made from is kept.
+    """
+    metadata = {key: manifest["metadata"][key] for key in ("name", "namespace", "labels", "annotations")}
+    predictor = {key: value for key, value in manifest["spec"]["predictor"].items() if key != "canaryTrafficPercent"}
+    if percent is not None:
+        predictor["canaryTrafficPercent"] = percent
+    head = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND}
+    return copy.deepcopy({**head, "metadata": metadata, "spec": {**manifest["spec"], "predictor": predictor}})
+
+
+def request_of(annotations: Mapping[str, str]) -> DeployRequest | None:
+    """The decision that a service or a pod carries; None where it is not one of ours."""
+    known = {key.removeprefix(PREFIX): value for key, value in annotations.items() if key.startswith(PREFIX)}
+    try:
+        accuracy, threshold = known.get("test-accuracy"), known.get("accuracy-threshold")
+        return DeployRequest(
+            model_uri=known["model-uri"],
+            model_digest=known["model-digest"],
+            model_version=known["model-version"],
+            dagster_run_id=known.get("dagster-run-id"),
+            dataset_digest=known.get("dataset-digest"),
+            test_accuracy=float(accuracy) if accuracy else None,
+            accuracy_threshold=float(threshold) if threshold else None,
+        )
+    except (KeyError, ValueError):
+        return None
+
+
+def _scaling_annotations(settings: InferenceServiceSettings) -> dict[str, str]:
+    if settings.serverless:
+        # Names for the newest revision and the one before it, so that a canary can be asked by itself.
+        return {TAG_ROUTING_ANNOTATION: "true"} if settings.canary_percent else {}
+    return {AUTOSCALER_ANNOTATION: "hpa" if settings.max_replicas > settings.min_replicas else "none"}
+
+
+def _predictor(settings: InferenceServiceSettings, request: DeployRequest) -> dict[str, Any]:
+    predictor = {
+        "minReplicas": settings.min_replicas,
+        "maxReplicas": settings.max_replicas,
+        **(_knative_scaling(settings) if settings.serverless else _standard_scaling(settings)),
+        **_without_empty(
+            {
+                "imagePullSecrets": [{"name": secret} for secret in settings.image_pull_secrets],
+                "serviceAccountName": settings.service_account_name,
+            }
+        ),
+        "automountServiceAccountToken": False,
+        "containers": [_container(settings, request)],
+        "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": settings.scratch}}],
+    }
+    both = sorted(set(predictor) & set(settings.extra_predictor))
+    if both:
+        raise JobConfigError(f"extra_predictor sets {', '.join(both)}, which other settings make: use those.")
+    return {**predictor, **copy.deepcopy(settings.extra_predictor)}
+
+
+def _knative_scaling(settings: InferenceServiceSettings) -> dict[str, Any]:
+    # Knative keeps its own grace time: requests are drained by its queue proxy before the server is told to end.
+    canary = {"canaryTrafficPercent": settings.canary_percent} if settings.canary_percent else {}
+    return {"scaleMetric": "concurrency", "scaleTarget": settings.target_concurrency, **canary}
+
+
+def _standard_scaling(settings: InferenceServiceSettings) -> dict[str, Any]:
+    return {
+        "scaleMetric": "cpu",
+        "scaleTarget": settings.target_cpu_percent,
+        # A replica leaves only after one that is ready has taken its place.
+        "deploymentStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+        "terminationGracePeriodSeconds": settings.termination_grace_seconds,
+    }
+
+
+def _container(settings: InferenceServiceSettings, request: DeployRequest) -> dict[str, Any]:
+    sources = [{"configMapRef": {"name": name}} for name in settings.env_config_maps]
+    sources += [{"secretRef": {"name": name}} for name in settings.env_secrets]
+    return {
+        "name": CONTAINER_NAME,
+        "image": settings.image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "args": [
+            "--host=0.0.0.0",
+            f"--port={PORT}",
+            f"--model-uri={request.model_uri}",
+            f"--model-digest={request.model_digest}",
+            f"--model-version={request.model_version}",
+            f"--threads={settings.threads}",
+            f"--drain-delay={settings.drain_delay_seconds:g}",
+            f"--linger={settings.linger_seconds:g}",
+            f"--grace={settings.grace_seconds:g}",
+        ],
+        **_without_empty({"env": [{"name": key, "value": value} for key, value in settings.env.items()]}),
+        **_without_empty({"envFrom": sources}),
+        "ports": [{"containerPort": PORT, "protocol": "TCP"}],
+        "resources": {
+            "requests": {"cpu": settings.cpu, "memory": settings.memory},
+            "limits": {"cpu": settings.cpu_limit, "memory": settings.memory_limit},
+        },
+        "startupProbe": _probe("/v2/health/live", period=1, failures=settings.startup_seconds),
+        "readinessProbe": _probe("/v2/health/ready", period=2, failures=2),
+        "livenessProbe": _probe("/v2/health/live", period=10, failures=3),
+        # All of it on the container: Knative takes a pod's security context only behind a feature flag.
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": settings.run_as_user,
+            "runAsGroup": settings.run_as_user,
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
+    }
+
+
+def _probe(path: str, *, period: int, failures: int) -> dict[str, Any]:
+    return {
+        "httpGet": {"path": path, "port": PORT},
+        "periodSeconds": period,
+        "timeoutSeconds": 3,
+        "failureThreshold": failures,
+    }
+
+
+def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value}

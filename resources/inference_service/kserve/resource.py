@@ -1,0 +1,212 @@
+"""The model server as a KServe InferenceService."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+from pydantic import Field, model_validator
+
+from cifar_assets.contracts import EXIT_BAD_SPEC, MODEL_NAME
+from cifar_assets.errors import CifarError, ConfigError, DeployError
+from resources.inference_service.interface import (
+    DeployedService,
+    DeployRequest,
+    InferenceServiceResource,
+    ServiceStatus,
+)
+from resources.inference_service.kserve.canary import HeldOutImages
+from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
+from resources.inference_service.kserve.config import InferenceServiceSettings
+from resources.inference_service.kserve.deployer import ServiceDeployer
+from resources.inference_service.kserve.endpoint import Address, ServiceEndpoint
+from resources.inference_service.kserve.manifest import (
+    build_inference_service_manifest,
+    check_service_name,
+    predictor_name,
+)
+from resources.inference_service.kserve.watch import RolloutLimits
+from resources.object_store import ObjectStoreResource
+from resources.pytorch_job.api import load_configuration
+from resources.pytorch_job.errors import PyTorchJobError
+
+IMAGE_VARIABLE = "SERVER_IMAGE"
+NAMESPACE_VARIABLE = "SERVER_NAMESPACE"
+NAME_VARIABLE = "SERVER_NAME"
+SETTINGS_VARIABLE = "SERVER_SETTINGS"
+URL_VARIABLE = "SERVER_URL"
+HOST_VARIABLE = "SERVER_HOST"
+
+
+class KServeInferenceService(InferenceServiceResource):
+    """Serves from the cluster that the pod's service account or KUBECONFIG names, in Standard or serverless mode."""
+
+    object_store: dg.ResourceDependency[ObjectStoreResource]
+    settings: InferenceServiceSettings = Field(description="The InferenceService's own settings.")
+    namespace: str = Field(description="Namespace of the InferenceService.")
+    name: str = Field(default=MODEL_NAME, description="Name of the InferenceService.")
+    kubeconfig_file: str | None = Field(
+        default=None, description="Kubeconfig; by default the pod's service account, else KUBECONFIG."
+    )
+    kube_context: str | None = Field(default=None, description="Context of the kubeconfig.")
+    base_url: str | None = Field(
+        default=None,
+        description="Where Dagster reaches the service, such as an ingress. By default the cluster's DNS in a pod, and "
+        "elsewhere a port that the process forwards itself.",
+    )
+    host: str | None = Field(
+        default=None, description="Host header for base_url. By default the host of the service's own URL."
+    )
+    gateway: str = Field(
+        default="kourier-system/kourier-internal",
+        description="Knative's gateway as namespace/service, for a port forwarded to a serverless service.",
+    )
+    rollout_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="How long a new version may take until it answers."
+    )
+    unschedulable_timeout_seconds: float = Field(
+        default=120.0, gt=0, description="How long a pod may wait for a node that has room for it."
+    )
+    blocked_timeout_seconds: float = Field(
+        default=45.0, gt=0, description="How long an image that cannot be pulled, or a missing Secret, is put up with."
+    )
+    canary_images: int = Field(
+        default=256, ge=1, le=10_000, description="Held-out images that a canary has to answer as it was evaluated."
+    )
+
+    @model_validator(mode="after")
+    def _names_hold(self) -> "KServeInferenceService":
+        check_service_name(self.name, self.namespace, self.settings)
+        return self
+
+    def deploy(self, request: DeployRequest) -> DeployedService:
+        try:
+            endpoint = self._endpoint()
+            outcome = self._deployer(endpoint).deploy(request)
+            address = endpoint.address(outcome.service)
+        except PyTorchJobError as error:
+            raise DeployError(
+                f"Model {request.model_digest} was not deployed to {self._label}: {error}",
+                transient=not error.permanent,
+            ) from error
+        return DeployedService(
+            url=address.url,
+            model_digest=request.model_digest,
+            model_version=request.model_version,
+            previous_digest=outcome.previous_digest,
+            changed=outcome.changed,
+            details=self._details(outcome.service, address),
+            headers=address.headers,
+        )
+
+    def status(self) -> ServiceStatus:
+        try:
+            return self._status()
+        except (CifarError, PyTorchJobError) as error:
+            return ServiceStatus(False, None, None, None, str(error))
+
+    def delete(self) -> bool:
+        try:
+            return self._deployer(self._endpoint()).delete()
+        except PyTorchJobError as error:
+            raise DeployError(f"{self._label} was not deleted: {error}", transient=not error.permanent) from error
+
+    @property
+    def _label(self) -> str:
+        return f"InferenceService {self.namespace}/{self.name}"
+
+    def _status(self) -> ServiceStatus:
+        endpoint = self._endpoint()
+        deployer = self._deployer(endpoint)
+        service = self._client().get(self.namespace, self.name)
+        failure = deployer.last_failure()
+        if service is None:
+            return ServiceStatus(False, None, None, None, failure or f"There is no {self._label}.")
+        address = endpoint.address(service)
+        details = self._details(service, address)
+        try:
+            served = endpoint.client(service).served_model()
+        except CifarError as error:
+            reason = failure or "; ".join(service.complaints) or str(error)
+            return ServiceStatus(False, address.url, None, None, reason, details, address.headers)
+        return ServiceStatus(
+            served.ready, address.url, served.model_digest, served.model_version, failure, details, address.headers
+        )
+
+    def _details(self, service: InferenceService, address: Address) -> dict[str, str]:
+        predictor = predictor_name(self.name)
+        details = {
+            "deployment": f"KServe, {self.settings.mode} mode",
+            "inference_service": f"{self.namespace}/{self.name}",
+            "cluster_url": f"http://{predictor}.{self.namespace}.svc",
+        }
+        if service.status.get("url"):
+            details["kserve_url"] = str(service.status["url"])
+        if address.url.startswith("http://127.0.0.1:") and not self.base_url:
+            details["url_is"] = "forwarded by this run's process and gone with it"
+            if not self.settings.serverless:
+                details["to_reach_it"] = f"kubectl -n {self.namespace} port-forward svc/{predictor} 8080:80"
+        return details
+
+    def _build(self, request: DeployRequest) -> dict[str, Any]:
+        return build_inference_service_manifest(self.settings, request, name=self.name, namespace=self.namespace)
+
+    def _client(self) -> InferenceServiceClient:
+        configuration, _ = load_configuration(self.kubeconfig_file, self.kube_context)
+        return InferenceServiceClient.of(configuration)
+
+    def _endpoint(self) -> ServiceEndpoint:
+        configuration, in_cluster = load_configuration(self.kubeconfig_file, self.kube_context)
+        return ServiceEndpoint(
+            configuration, in_cluster=in_cluster, base_url=self.base_url, host=self.host, gateway=self.gateway
+        )
+
+    def _deployer(self, endpoint: ServiceEndpoint) -> ServiceDeployer:
+        return ServiceDeployer(
+            self._client(),
+            endpoint,
+            self._build,
+            namespace=self.namespace,
+            name=self.name,
+            limits=RolloutLimits(
+                rollout_timeout_seconds=self.rollout_timeout_seconds,
+                unschedulable_timeout_seconds=self.unschedulable_timeout_seconds,
+                blocked_timeout_seconds=self.blocked_timeout_seconds,
+                final_exit_codes=(EXIT_BAD_SPEC,),
+            ),
+            judge=HeldOutImages(endpoint, self.object_store, self.canary_images),
+            logger=dg.get_dagster_logger(),
+        )
+
+
+def serving_from_environment(
+    environment: Mapping[str, str], object_store: ObjectStoreResource
+) -> KServeInferenceService:
+    """The service that SERVER_IMAGE, SERVER_NAMESPACE, SERVER_NAME and SERVER_SETTINGS describe; opens no connection.
+
+    SERVER_SETTINGS holds further fields of InferenceServiceSettings as JSON. SERVER_URL and SERVER_HOST say how Dagster
+    reaches it where neither the cluster's DNS nor a forwarded port will do. ConfigError naming the variable that is
+    missing or wrong.
+    """
+    if IMAGE_VARIABLE not in environment:
+        raise ConfigError(
+            f"{IMAGE_VARIABLE} is not set: name the image that serves, such as localhost/cifar-server:dev."
+        )
+    text = environment.get(SETTINGS_VARIABLE, "{}")
+    try:
+        settings = InferenceServiceSettings(**{**json.loads(text), "image": environment[IMAGE_VARIABLE]})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{SETTINGS_VARIABLE} is {text!r}: expected fields of InferenceServiceSettings as JSON. {error}"
+        ) from error
+    try:
+        return KServeInferenceService(
+            object_store=object_store,
+            settings=settings,
+            namespace=environment.get(NAMESPACE_VARIABLE, "cifar"),
+            name=environment.get(NAME_VARIABLE, MODEL_NAME),
+            base_url=environment.get(URL_VARIABLE),
+            host=environment.get(HOST_VARIABLE),
+        )
+    except ValueError as error:
+        raise ConfigError(f"{NAME_VARIABLE} or {NAMESPACE_VARIABLE} will not do: {error}") from error

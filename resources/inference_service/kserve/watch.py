@@ -1,0 +1,231 @@
+"""Waiting for one revision of an InferenceService to answer. No Dagster; clock and sleeper are given."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cifar_assets.errors import DeployError
+from cifar_assets.serving.client import ServedModel, ServerError
+from resources.inference_service.interface import DeployRequest
+from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
+from resources.inference_service.kserve.config import CONTAINER_NAME
+from resources.inference_service.kserve.diagnosis import (
+    Diagnosis,
+    diagnose_obstacle,
+    diagnose_timeout,
+    find_crash,
+    find_serving_obstacle,
+)
+from resources.inference_service.kserve.pods import ServingPod
+from resources.inference_service.kserve.settled import find_missing
+from resources.pytorch_job.diagnosis import Cause, Obstacle, PodHistory
+from resources.pytorch_job.errors import ApiUnavailableError, PyTorchJobError
+
+_LOG_LINES = 12
+
+
+class Endpoint(Protocol):
+    """Whoever can ask the service, as its users do."""
+
+    def served_model(self, service: InferenceService) -> ServedModel:
+        """What answers. ServerError where nothing does."""
+        ...
+
+
+@dataclass(frozen=True)
+class RolloutLimits:
+    """How often to look, and how long to put up with what may pass. Seconds."""
+
+    poll_interval_seconds: float = 1.0
+    rollout_timeout_seconds: float = 300.0
+    """For all of it."""
+    unschedulable_timeout_seconds: float = 120.0
+    blocked_timeout_seconds: float = 45.0
+    """The image cannot be pulled, or a Secret or ConfigMap is missing."""
+    no_pods_timeout_seconds: float = 60.0
+    outage_timeout_seconds: float = 120.0
+    """No answer from the API server."""
+    removal_timeout_seconds: float = 120.0
+    """For what is put back, or deleted, to take effect."""
+    max_restarts: int = 3
+    """Of a server that ends with a code a restart might mend."""
+    final_exit_codes: tuple[int, ...] = ()
+    """Exit codes after which a restart cannot help."""
+
+    def of(self, cause: Cause) -> float:
+        if cause == Cause.UNSCHEDULABLE:
+            return self.unschedulable_timeout_seconds
+        if cause in (Cause.IMAGE, Cause.CONFIGURATION, Cause.NOT_STARTED):
+            return self.blocked_timeout_seconds
+        if cause == Cause.NO_PODS:
+            return self.no_pods_timeout_seconds
+        return self.rollout_timeout_seconds
+
+
+class NotServingError(Exception):
+    """The revision was given up."""
+
+    def __init__(self, diagnosis: Diagnosis):
+        super().__init__(diagnosis.report())
+        self.diagnosis = diagnosis
+
+    @classmethod
+    def canary(cls, percent: int, fault: str) -> "NotServingError":
+        """A model that came up, got a share of the requests, and answered wrong."""
+        return cls(
+            Diagnosis(Cause.UNKNOWN, f"with {percent} % of the requests it was refused: {fault}", transient=False)
+        )
+
+
+@dataclass
+class _Watch:
+    """What was seen of one revision so far."""
+
+    began: float
+    history: PodHistory
+    seen: str = "nothing"
+    obstacle: Obstacle | None = None
+    obstacle_since: float = 0.0
+    outage_since: float | None = None
+
+
+class RevisionWatcher:
+    """Watches revisions of one service come up."""
+
+    def __init__(
+        self,
+        client: InferenceServiceClient,
+        endpoint: Endpoint,
+        *,
+        namespace: str,
+        name: str,
+        limits: RolloutLimits,
+        logger: logging.Logger,
+        clock: Callable[[], float],
+        sleeper: Callable[[float], None],
+    ):
+        self._client = client
+        self._endpoint = endpoint
+        self._namespace = namespace
+        self._name = name
+        self._limits = limits
+        self._log = logger
+        self._clock = clock
+        self._sleep = sleeper
+        self._label = f"InferenceService {namespace}/{name}"
+
+    def is_serving(self, service: InferenceService, revision: str, request: DeployRequest) -> bool:
+        """Whether the revision answers already, asleep or awake, and no other does."""
+        pods = self._client.pods(self._namespace, self._name)
+        return find_missing(service, pods, revision, asleep=True) is None and self._problem(service, request) is None
+
+    def wait_until_serving(self, revision: str, request: DeployRequest) -> None:
+        """Return once the revision answers and has what is meant for it.
+
+        NotServingError for one that does not come up; DeployError for a service that others changed, or an API server
+        that does not answer.
+        """
+        watch = _Watch(self._clock(), PodHistory())
+        while not self._look(watch, revision, request):
+            if self._clock() - watch.began > self._limits.rollout_timeout_seconds:
+                pods = self._pods_of(revision)
+                complaints, warnings = self._words(pods)
+                waited = self._clock() - watch.began
+                found = diagnose_timeout(watch.seen, waited, pods, complaints, warnings)
+                raise NotServingError(self._with_log(found))
+            self._sleep(self._limits.poll_interval_seconds)
+        self._log.info("%s serves model %s", self._label, request.model_digest)
+
+    def _look(self, watch: _Watch, revision: str, request: DeployRequest) -> bool:
+        """One look. Raises NotServingError for a revision that is given up."""
+        try:
+            service = self._client.get(self._namespace, self._name)
+            if service is None or service.deleting or service.revision != revision:
+                raise DeployError(
+                    f"{self._label} was deleted or changed by someone else while model {request.model_digest} was "
+                    "being deployed. It was left as it is now."
+                )
+            pods = self._client.pods(self._namespace, self._name)
+            ours = [pod for pod in pods if pod.revision == revision]
+            watch.history.observe(pod.pod for pod in ours)
+            self._give_up_if_broken(watch, ours)
+            self._give_up_if_stuck(watch, ours)
+            problem = find_missing(service, pods, revision) or self._problem(service, request)
+            watch.outage_since = None
+        except ApiUnavailableError as error:
+            problem = str(error)
+            watch.outage_since = self._clock() if watch.outage_since is None else watch.outage_since
+            if self._clock() - watch.outage_since > self._limits.outage_timeout_seconds:
+                raise DeployError(
+                    f"Model {request.model_digest} was written to {self._label}, but the API server has not answered "
+                    f"since, so that nobody knows whether it serves: {error}",
+                    transient=True,
+                ) from error
+        if problem and problem != watch.seen:
+            watch.seen = problem
+            self._log.info("%s: %s", self._label, problem)
+        return problem is None
+
+    def _problem(self, service: InferenceService, request: DeployRequest) -> str | None:
+        try:
+            served = self._endpoint.served_model(service)
+        except ServerError as error:
+            return str(error)
+        if (served.ready, served.model_digest, served.model_version) == (
+            True,
+            request.model_digest,
+            request.model_version,
+        ):
+            return None
+        return f"the endpoint answers with model {served.model_digest} version {served.model_version}"
+
+    def _give_up_if_broken(self, watch: _Watch, pods: Sequence[ServingPod]) -> None:
+        crash = find_crash(
+            watch.history,
+            pods,
+            final_exit_codes=self._limits.final_exit_codes,
+            max_restarts=self._limits.max_restarts,
+        )
+        if crash:
+            raise NotServingError(self._with_log(crash))
+
+    def _give_up_if_stuck(self, watch: _Watch, pods: Sequence[ServingPod]) -> None:
+        obstacle = find_serving_obstacle(pods)
+        now = self._clock()
+        if obstacle is None or watch.obstacle is None or obstacle.cause != watch.obstacle.cause:
+            watch.obstacle_since = now
+        watch.obstacle = obstacle
+        waited = now - watch.obstacle_since
+        if obstacle and waited >= self._limits.of(obstacle.cause):
+            complaints, warnings = self._words(pods)
+            raise NotServingError(diagnose_obstacle(obstacle, waited, complaints, warnings))
+
+    def _pods_of(self, revision: str) -> list[ServingPod]:
+        return [pod for pod in self._client.pods(self._namespace, self._name) if pod.revision == revision]
+
+    def _words(self, pods: Sequence[ServingPod]) -> tuple[list[str], list[str]]:
+        """Complaints of the service's conditions, warnings of its and its pods' events; they only add to an error."""
+        try:
+            service = self._client.get(self._namespace, self._name)
+            names = [self._name, *(pod.pod.name for pod in pods)]
+            warnings = [text for name in names for text in self._client.warnings(self._namespace, name)]
+            return (service.complaints if service else []), warnings
+        except ApiUnavailableError:
+            return [], []
+
+    def _with_log(self, diagnosis: Diagnosis) -> Diagnosis:
+        """The last lines of the container that ended, or of the one that does not get ready."""
+        if not diagnosis.where:
+            return diagnosis
+        try:
+            for previous in (True, False):
+                text = self._client.log(
+                    self._namespace, diagnosis.where, CONTAINER_NAME, tail_lines=_LOG_LINES, previous=previous
+                )
+                if text:
+                    lines = [line.partition(" ")[2] for line in text.splitlines()]
+                    return diagnosis.with_log(diagnosis.where, lines)
+        except PyTorchJobError as error:
+            return diagnosis.with_log(diagnosis.where, [f"(not read: {error})"])
+        return diagnosis
