@@ -12,14 +12,18 @@ BUILD_ARGS ?=
 LOAD ?=
 IMAGES := trainer server dagster mlflow
 
-.PHONY: images story-image $(IMAGES:%=image-%)
+.PHONY: images story-image postgres-image $(IMAGES:%=image-%)
 
-images: $(IMAGES:%=image-%)  ## Build (and load) the images of all pods
+images: $(IMAGES:%=image-%) ## Build the images of all pods; LOAD puts each into the cluster.
 
 $(IMAGES:%=image-%): image-%:
 	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/cifar-$*:$(TAG) -f images/$*/Dockerfile .
 	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-$*:$(TAG))
 
-story-image:  ## Build (and load) the small image of the cluster tests
+story-image: ## Build the small image of the cluster tests.
 	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/pytorch-job-story:test -f tests/cluster/story_image/Dockerfile .
 	$(if $(LOAD),$(LOAD) $(REGISTRY)/pytorch-job-story:test)
+
+postgres-image:  ## Build (and load) Postgres for test clusters that reach no registry
+	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/cifar-postgres:test -f tests/cluster/postgres_image/Dockerfile .
+	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-postgres:test)
