@@ -44,4 +44,9 @@ format: setup ## Rewrite files in the project's style.
 	$(RUN) ruff check --fix $(PATHS)
 	$(RUN) ruff format $(PATHS)
 
+cluster-test: setup ## Tests on the cluster of KUBECONFIG, with our images loaded (see `make images`).
+	$(RUN) pytest tests/cluster
+
 check: lint types test ## What CI runs without a cluster.
+
+include images/images.mk

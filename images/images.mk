@@ -12,7 +12,7 @@ BUILD_ARGS ?=
 LOAD ?=
 IMAGES := trainer server dagster mlflow
 
-.PHONY: images story-image postgres-image $(IMAGES:%=image-%)
+.PHONY: images test-images story-image postgres-image $(IMAGES:%=image-%)
 
 images: $(IMAGES:%=image-%) ## Build the images of all pods; LOAD puts each into the cluster.
 
@@ -20,10 +20,12 @@ $(IMAGES:%=image-%): image-%:
 	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/cifar-$*:$(TAG) -f images/$*/Dockerfile .
 	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-$*:$(TAG))
 
+test-images: story-image postgres-image ## Build what only the cluster tests run.
+
 story-image: ## Build the small image of the cluster tests.
 	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/pytorch-job-story:test -f tests/cluster/story_image/Dockerfile .
 	$(if $(LOAD),$(LOAD) $(REGISTRY)/pytorch-job-story:test)
 
-postgres-image:  ## Build (and load) Postgres for test clusters that reach no registry
+postgres-image: ## Build Postgres for test clusters that reach no registry.
 	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/cifar-postgres:test -f tests/cluster/postgres_image/Dockerfile .
 	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-postgres:test)

@@ -86,8 +86,7 @@ def test_epochs_and_logs_are_in_the_run(cluster: Workspace, trained: str) -> Non
     assert finished is not None
     assert len(observed) == OVERRIDES["epochs"]
     assert min(record.timestamp for record in observed) < finished.timestamp
-    assert "master-0: " in trained
-    assert "Epoch 3/3" in trained
+    assert "[master-0] Epoch 3/3" in trained
 
 
 def test_keys_metadata_and_checks_are_those_of_the_local_deployment(
@@ -105,7 +104,7 @@ def test_master_and_worker_do_what_one_process_does(
     alone = _accuracy(*_latest_model(cluster, models), models)
     two = training(scale={**POD, "replicas": 2})
     output = _materialized(cluster, MODEL, two)
-    assert "worker-0: " in output
+    assert "[worker-0] " in output
     undisturbed, manifest = _latest_model(cluster, models)
     assert _accuracy(undisturbed, manifest, models) == pytest.approx(alone, abs=0.1)
 
