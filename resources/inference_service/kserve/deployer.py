@@ -18,11 +18,15 @@ from resources.inference_service.kserve.manifest import (
     with_traffic,
 )
 from resources.inference_service.kserve.settled import find_missing
-from resources.inference_service.kserve.watch import Endpoint, NotServingError, RevisionWatcher, RolloutLimits
+from resources.inference_service.kserve.watch import (
+    DEPLOY_FAILED,
+    DEPLOYED,
+    Endpoint,
+    NotServingError,
+    RevisionWatcher,
+    RolloutLimits,
+)
 from resources.pytorch_job.errors import ApiUnavailableError, PyTorchJobError
-
-DEPLOYED = "Deployed"
-DEPLOY_FAILED = "DeployFailed"
 
 
 class CanaryJudge(Protocol):

@@ -23,6 +23,9 @@ from resources.pytorch_job.diagnosis import Cause, Obstacle, PodHistory
 from resources.pytorch_job.errors import ApiUnavailableError, PyTorchJobError
 
 _LOG_LINES = 12
+DEPLOYED = "Deployed"
+DEPLOY_FAILED = "DeployFailed"
+"""Reasons of the events that tell how deployments ended."""
 
 
 class Endpoint(Protocol):
@@ -205,11 +208,15 @@ class RevisionWatcher:
         return [pod for pod in self._client.pods(self._namespace, self._name) if pod.revision == revision]
 
     def _words(self, pods: Sequence[ServingPod]) -> tuple[list[str], list[str]]:
-        """Complaints of the service's conditions, warnings of its and its pods' events; they only add to an error."""
+        """Complaints of the service's conditions, warnings about its pods, or about itself where it has none.
+
+        They only add to an error.
+        """
         try:
             service = self._client.get(self._namespace, self._name)
-            names = [self._name, *(pod.pod.name for pod in pods)]
+            names = [pod.pod.name for pod in pods] or [self._name]
             warnings = [text for name in names for text in self._client.warnings(self._namespace, name)]
+            warnings = [text for text in warnings if not text.startswith(DEPLOY_FAILED)]
             return (service.complaints if service else []), warnings
         except ApiUnavailableError:
             return [], []

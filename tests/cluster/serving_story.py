@@ -1,0 +1,133 @@
+"""A model server of its own in the cluster, and somebody in the cluster who asks it all the time."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from kubernetes import client as k8s
+
+from cifar_assets.object_store.s3 import S3Store
+from resources.inference_service import DeployRequest
+from resources.inference_service.kserve.client import InferenceServiceClient
+from resources.inference_service.kserve.config import InferenceServiceSettings
+from resources.inference_service.kserve.resource import KServeInferenceService
+from resources.object_store import LocalObjectStore
+from resources.pytorch_job.api import load_configuration
+from tests.cluster.kubectl import kubectl, wait_for
+from tests.unit.serving.tiny_model import store_tiny_model
+
+SERVER_IMAGE = "localhost/cifar-server:dev"
+NAME = "cifar10"
+
+_ASK = """
+import io, json, pathlib, sys, time
+import numpy as np
+from PIL import Image
+from cifar_assets.serving.client import InferenceClient, ServerError
+pathlib.Path("/tmp/picture.png").write_bytes(b"")
+Image.fromarray(np.full((32, 32, 3), 90, dtype=np.uint8)).save("/tmp/picture.png")
+client = InferenceClient(sys.argv[1], timeout=10)
+answers, failures = {}, []
+began = time.monotonic()
+while not pathlib.Path("/tmp/enough").exists() and time.monotonic() - began < 300:
+    try:
+        digest = client.predict_files([pathlib.Path("/tmp/picture.png")]).model_digest
+        answers[digest] = answers.get(digest, 0) + 1
+    except ServerError as error:
+        failures.append(f"{time.monotonic() - began:.1f} s: {error}")
+    time.sleep(0.03)
+print("TALLY " + json.dumps({"answers": answers, "failures": failures}))
+"""
+
+
+class Service(KServeInferenceService):
+    """With the rights of one service account, and no others."""
+
+    account: str = "dagster"
+
+    def _client(self) -> InferenceServiceClient:
+        configuration, _ = load_configuration()
+        api = k8s.ApiClient(configuration)
+        api.set_default_header("Impersonate-User", f"system:serviceaccount:{self.namespace}:{self.account}")
+        return InferenceServiceClient(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
+
+
+def service(namespace: str, *, account: str = "dagster", **settings: Any) -> Service:
+    """The service of the stories, its settings changed as told; it gives up sooner than users would."""
+    values = {"image": SERVER_IMAGE, "env_config_maps": [], "cpu": "50m", "max_replicas": 1, **settings}
+    return Service(
+        object_store=LocalObjectStore(),
+        settings=InferenceServiceSettings(**values),
+        namespace=namespace,
+        name=NAME,
+        account=account,
+        blocked_timeout_seconds=4,
+        unschedulable_timeout_seconds=4,
+        rollout_timeout_seconds=120,
+    )
+
+
+def store_model(store: S3Store, seed: int, version: str) -> DeployRequest:
+    """A real model package, small, stored where the server's pod finds it."""
+    uri, digest = store_tiny_model(store.at("models"), seed)
+    return DeployRequest(uri, digest, version, dagster_run_id=f"run-{seed}", dataset_digest="d" * 64, test_accuracy=0.9)
+
+
+@dataclass
+class Tally:
+    """What somebody was answered."""
+
+    answers: dict[str, int]
+    failures: Sequence[str]
+
+
+@contextmanager
+def asking(namespace: str) -> Iterator[Tally]:
+    """Ask by multipart form over new connections, about 20 times a second, while the block runs; then tell."""
+    container = {
+        "name": "asker",
+        "image": SERVER_IMAGE,
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["python", "-c", _ASK, f"http://{NAME}-predictor.{namespace}.svc"],
+        "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}},
+    }
+    spec = {"containers": [container], "restartPolicy": "Never", "terminationGracePeriodSeconds": 1}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "asker"}, "spec": spec}
+    inside = ["-n", namespace]
+    kubectl(*inside, "create", "-f", "-", text=yaml.safe_dump(pod))
+    tally = Tally({}, [])
+    try:
+        kubectl(*inside, "wait", "--for=condition=Ready", "pod/asker", "--timeout=60s")
+        kubectl(*inside, "exec", "asker", "--", "python", "-c", _UNTIL_PICTURE)
+        yield tally
+        kubectl(*inside, "exec", "asker", "--", "touch", "/tmp/enough")
+        lines = wait_for("the asker's tally", lambda: _tally_lines(namespace), 40)
+        found = json.loads(lines[-1].removeprefix("TALLY "))
+        tally.answers, tally.failures = found["answers"], found["failures"]
+    finally:
+        kubectl(*inside, "delete", "pod", "asker", "--grace-period=1", "--wait=true", "--timeout=60s")
+
+
+_UNTIL_PICTURE = """
+import pathlib, time
+deadline = time.monotonic() + 60
+while not (pathlib.Path("/tmp/picture.png").exists() and pathlib.Path("/tmp/picture.png").stat().st_size):
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+time.sleep(1)
+"""
+
+
+def _tally_lines(namespace: str) -> list[str]:
+    lines = kubectl("-n", namespace, "logs", "asker").splitlines()
+    return [line for line in lines if line.startswith("TALLY ")]
+
+
+def left_behind(namespace: str) -> list[str]:
+    """Names of what belongs to a service and is there."""
+    kinds = "inferenceservices,deployments,replicasets,services,horizontalpodautoscalers,pods"
+    names = kubectl("-n", namespace, "get", kinds, "-o", "name", "--ignore-not-found").split()
+    return [name for name in names if NAME in name]

@@ -1,0 +1,163 @@
+"""What KServeInferenceService does on a real cluster with the real KServe, told with the rights of `dagster`."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from kubernetes import client as k8s
+from PIL import Image
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.errors import DeployError
+from cifar_assets.serving.client import InferenceClient
+from resources.inference_service import DeployRequest
+from tests.cluster.conftest import Minio
+from tests.cluster.kubectl import kubectl, wait_for
+from tests.cluster.serving_story import asking, left_behind, service, store_model
+from tests.unit.serving.tiny_model import tiny_logits
+
+K8S = Path(__file__).parents[2] / "k8s"
+
+
+@pytest.fixture(scope="module")
+def models(namespace: str, minio: Minio, core: Any) -> tuple[DeployRequest, DeployRequest]:
+    """Two models in the object store, and the Role of `dagster` in the namespace. Skips where KServe is not there."""
+    names: Any = k8s.ApisApi(core.api_client).get_api_versions()
+    if "serving.kserve.io" not in {group.name for group in names.groups}:
+        pytest.skip("the cluster has no KServe")
+    access = yaml.safe_load_all(kubectl("kustomize", str(K8S / "access")))
+    wanted = [o for o in access if o["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
+    for document in wanted:
+        document["metadata"]["namespace"] = namespace
+        for subject in document.get("subjects", []):
+            subject["namespace"] = namespace
+    kubectl("apply", "--server-side", "-f", "-", text=yaml.safe_dump_all(wanted))
+    store = minio.store()
+    store.ensure_buckets(["models"])
+    return store_model(store, 1, "1"), store_model(store, 2, "2")
+
+
+@pytest.fixture
+def nothing_serves(namespace: str) -> Iterator[None]:
+    yield
+    kubectl("-n", namespace, "delete", "inferenceservices", "--all", "--wait=true", "--timeout=90s")
+    wait_for("removal of the service", lambda: not left_behind(namespace), 60)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(5).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def pod_names(namespace: str) -> list[str]:
+    names = kubectl("-n", namespace, "get", "pods", "-l", "serving.kserve.io/inferenceservice", "-o", "name")
+    return names.split()
+
+
+def test_deploy_update_and_roll_back_without_a_failed_request(
+    namespace: str, models: tuple[DeployRequest, DeployRequest], picture: Path, nothing_serves: None
+):
+    first, second = models
+    serving = service(namespace)
+    deployed = serving.deploy(first)
+    assert (deployed.changed, deployed.previous_digest) == (True, None)
+
+    answer = InferenceClient(deployed.url, headers=deployed.headers).predict_files([picture])
+    pixels = np.asarray(Image.open(picture)).transpose(2, 0, 1)[None]
+    assert answer.model_digest == first.model_digest
+    assert answer.classes == (CLASSES[int(tiny_logits(pixels, 1).argmax())],)
+
+    pods = pod_names(namespace)
+    again = serving.deploy(replace(first, dagster_run_id="another run"))
+    assert (again.changed, again.previous_digest) == (False, first.model_digest)
+    assert pod_names(namespace) == pods
+
+    with asking(namespace) as tally:
+        updated = serving.deploy(second)
+        status = serving.status()
+        back = serving.deploy(first)
+    assert (updated.changed, updated.previous_digest) == (True, first.model_digest)
+    assert (status.ready, status.model_digest, status.model_version) == (True, second.model_digest, "2")
+    assert (back.changed, back.previous_digest) == (True, second.model_digest)
+    assert tally.failures == []
+    assert set(tally.answers) == {first.model_digest, second.model_digest}
+
+    assert serving.delete()
+    assert left_behind(namespace) == []
+    assert not serving.delete()
+
+
+def test_broken_versions_fail_with_the_cause_while_the_old_one_answers(
+    namespace: str, models: tuple[DeployRequest, DeployRequest], nothing_serves: None
+):
+    first, second = models
+    serving = service(namespace)
+    serving.deploy(first)
+    pods = pod_names(namespace)
+    with asking(namespace) as tally:
+        with pytest.raises(DeployError) as wrong_digest:
+            serving.deploy(replace(second, model_uri=first.model_uri))
+        reason = serving.status().reason
+        with pytest.raises(DeployError) as no_object:
+            serving.deploy(replace(second, model_uri=first.model_uri.replace(first.model_digest, "f" * 64)))
+        with pytest.raises(DeployError) as no_image:
+            service(namespace, image="localhost/never-loaded:1").deploy(second)
+        with pytest.raises(DeployError) as no_secret:
+            service(namespace, env_secrets=["object-store", "no-such-secret"]).deploy(second)
+        with pytest.raises(DeployError) as no_room:
+            service(namespace, cpu="63", cpu_limit="64").deploy(second)
+        with pytest.raises(DeployError) as no_mode_change:
+            service(namespace, mode="Knative").deploy(second)
+        status = serving.status()
+    errors = [wrong_digest, no_object, no_image, no_secret, no_room]
+    for error in errors:
+        assert f"set back to model {first.model_digest} version 1, which serves as before" in str(error.value)
+    assert "ended with exit code 2" in str(wrong_digest.value)
+    assert "Not serving" in str(wrong_digest.value)
+    assert reason is not None
+    assert "ended with exit code 2" in reason
+    assert "ended with exit code 2" in str(no_object.value)
+    assert "localhost/never-loaded:1" in str(no_image.value)
+    assert 'secret "no-such-secret" not found' in str(no_secret.value)
+    assert "Insufficient cpu" in str(no_room.value)
+    assert "deploymentMode cannot be changed" in str(no_mode_change.value)
+    assert [error.value.transient for error in [*errors, no_mode_change]] == [False, False, False, False, True, False]
+
+    assert tally.failures == []
+    assert set(tally.answers) == {first.model_digest}
+    assert (status.ready, status.model_digest) == (True, first.model_digest)
+    assert pod_names(namespace) == pods, "the pods of the old version were never touched"
+
+
+def test_a_first_version_that_fails_leaves_nothing(
+    namespace: str, models: tuple[DeployRequest, DeployRequest], nothing_serves: None
+):
+    first, second = models
+    serving = service(namespace)
+    with pytest.raises(DeployError, match="Nothing served before, so the InferenceService was deleted"):
+        serving.deploy(replace(first, model_digest=second.model_digest))
+    assert left_behind(namespace) == []
+    status = serving.status()
+    assert (status.ready, status.model_digest) == (False, None)
+    assert "ended with exit code 2" in (status.reason or "")
+
+
+def test_without_the_role_the_error_says_so(namespace: str, models: tuple[DeployRequest, DeployRequest]):
+    with pytest.raises(DeployError, match=r"Role of docs/kserve\.md"):
+        service(namespace, account="nobody").deploy(models[0])
+    assert left_behind(namespace) == []
+
+
+def test_kserve_takes_the_committed_service(namespace: str, models: tuple[DeployRequest, DeployRequest]):
+    documents = list(yaml.safe_load_all(kubectl("kustomize", str(K8S / "inference-service"))))
+    for document in documents:
+        document["metadata"]["namespace"] = namespace
+    text = yaml.safe_dump_all(documents)
+    answer = kubectl("apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-", text=text)
+    assert len(answer.splitlines()) == len(documents)
