@@ -208,6 +208,7 @@ class ServiceDeployer:
             current = self._client.get(self._namespace, self._name)
             if current and current.canary_percent is not None:
                 self._write(with_traffic(current.body, 0))
+                self._wait_until_settled(_revision(current.body), asleep=True)
                 return "All requests go to the revision before it."
             self._remove()
             return "Nothing served before, so the InferenceService was deleted."
@@ -232,14 +233,14 @@ class ServiceDeployer:
         except (DeployError, PyTorchJobError) as error:
             self._log.warning("%s: interrupted, and what was there before was not put back: %s", self._label, error)
 
-    def _wait_until_settled(self, revision: str) -> bool:
-        """Whether the revision gets the requests again, and no other has a pod, within the time allowed."""
+    def _wait_until_settled(self, revision: str, *, asleep: bool = False) -> bool:
+        """Whether the revision gets the requests meant for it, and no other does, within the time allowed."""
         deadline = self._clock() + self._limits.removal_timeout_seconds
         while self._clock() < deadline:
             try:
                 service = self._client.get(self._namespace, self._name)
                 pods = self._client.pods(self._namespace, self._name)
-                if service and find_missing(service, pods, revision) is None:
+                if service and find_missing(service, pods, revision, asleep=asleep) is None:
                     return True
             except ApiUnavailableError as error:
                 self._log.warning("%s: still putting back what was there: %s", self._label, error)

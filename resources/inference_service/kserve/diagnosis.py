@@ -35,10 +35,12 @@ class Diagnosis:
     details: tuple[str, ...] = ()
     where: str = ""
     log_tail: tuple[str, ...] = ()
+    advice: str = ""
+    """In place of the cause's own."""
 
     def report(self) -> str:
         """All of it, as the text of an error."""
-        lines = [f"({self.cause}) {self.summary}", f"What to do: {ADVICE[self.cause]}"]
+        lines = [f"({self.cause}) {self.summary}", f"What to do: {self.advice or ADVICE[self.cause]}"]
         lines += [f"- {detail}" for detail in self.details]
         if self.log_tail:
             lines.append(f"Last lines of {self.where}:")

@@ -77,7 +77,12 @@ class NotServingError(Exception):
     def canary(cls, percent: int, fault: str) -> "NotServingError":
         """A model that came up, got a share of the requests, and answered wrong."""
         return cls(
-            Diagnosis(Cause.UNKNOWN, f"with {percent} % of the requests it was refused: {fault}", transient=False)
+            Diagnosis(
+                Cause.UNKNOWN,
+                f"with {percent} % of the requests it was refused: {fault}",
+                transient=False,
+                advice="See that the server prepares images as training does; deploy another model meanwhile.",
+            )
         )
 
 

@@ -1,0 +1,299 @@
+"""An API server, KServe and kubelet small enough to act out one deployment at a time, on a clock of its own.
+
+Every story told with it has a twin in tests/cluster/test_inference_service.py or was tried by hand as docs/kserve.md
+says; this one runs in milliseconds and can fail at an exact call.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+from dagster_k8s.models import k8s_model_from_dict
+from kubernetes import client as k8s
+
+from cifar_assets.serving.client import ServedModel, ServerError
+from resources.inference_service.kserve.client import InferenceService
+from tests.unit.pytorch_job.fake_cluster import FakeClock, api_error, not_found
+
+GRACE_SECONDS = 7.0
+START_SECONDS = 5.0
+
+
+@dataclass
+class FakeKServe:
+    """Implements the calls of CustomObjectsApi and CoreV1Api that the client makes, and answers requests."""
+
+    clock: FakeClock = field(default_factory=FakeClock)
+    service: dict[str, Any] | None = None
+    pods: list[dict[str, Any]] = field(default_factory=list)
+    events: list[Any] = field(default_factory=list)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+    logs: dict[str, str] = field(default_factory=dict)
+    behaviours: dict[str, Callable[["FakeKServe", dict[str, Any]], None]] = field(default_factory=dict)
+    """What becomes of a new pod, by the digest of its model; by default it gets ready."""
+    writes: list[dict[str, Any]] = field(default_factory=list)
+    failing: Callable[[str], None] = lambda call: None
+    """Called before each call takes effect."""
+    after_write: Callable[[], None] = lambda: None
+    """Runs before the answer of a write leaves: raising here loses the answer."""
+
+    # The custom resource
+
+    def get_namespaced_custom_object(self, group: str, version: str, namespace: str, plural: str, name: str, **_: Any):
+        self.failing("get")
+        if self.service is None:
+            raise not_found("inferenceservices.serving.kserve.io", name)
+        return copy.deepcopy(self.service)
+
+    def create_namespaced_custom_object(
+        self, group: str, version: str, namespace: str, plural: str, body: Any, **_: Any
+    ):
+        self.failing("create")
+        if self.service is not None:
+            raise api_error(409, "already exists", name=body["metadata"]["name"])
+        assert "resourceVersion" not in body["metadata"]
+        return self._store({**copy.deepcopy(body), "status": {}})
+
+    def replace_namespaced_custom_object(
+        self, group: str, version: str, namespace: str, plural: str, name: str, body: Any, **_: Any
+    ):
+        self.failing("replace")
+        assert self.service is not None
+        if body["metadata"]["resourceVersion"] != self.service["metadata"]["resourceVersion"]:
+            raise api_error(409, "the object has been modified", name=name)
+        return self._store({**copy.deepcopy(body), "status": self.service["status"]})
+
+    def delete_namespaced_custom_object(
+        self, group: str, version: str, namespace: str, plural: str, name: str, body: Any, **_: Any
+    ):
+        self.failing("delete")
+        self.service = None
+        for pod in list(self.pods):
+            self._end(pod)
+
+    # Pods and events
+
+    def list_namespaced_pod(self, namespace: str, **_: Any):
+        self.failing("list pods")
+        return SimpleNamespace(items=[k8s_model_from_dict(k8s.V1Pod, pod) for pod in self.pods])
+
+    def read_namespaced_pod_log(self, name: str, namespace: str, previous: bool = False, **_: Any):
+        self.failing("log")
+        text = None if previous else self.logs.get(name)
+        if text is None:
+            raise api_error(400, "no such log")
+        return SimpleNamespace(data=text.encode())
+
+    def list_namespaced_event(self, namespace: str, field_selector: str = "", **_: Any):
+        self.failing("events")
+        wanted = dict(part.split("=") for part in field_selector.split(","))
+        if wanted.get("involvedObject.kind"):
+            return SimpleNamespace(items=self.events)
+        texts = self.warnings.get(wanted["involvedObject.name"], [])
+        split = [text.split(": ", 1) for text in texts]
+        items = [SimpleNamespace(reason=r, message=m, last_timestamp=None, event_time=None) for r, m in split]
+        return SimpleNamespace(items=items)
+
+    def create_namespaced_event(self, namespace: str, body: dict[str, Any], **_: Any):
+        self.failing("event")
+        self.events.append(
+            SimpleNamespace(
+                reason=body["reason"],
+                message=body["message"],
+                reporting_component=body["reportingComponent"],
+                event_time=datetime.fromisoformat(body["eventTime"]),
+            )
+        )
+
+    # Requests
+
+    def served_model(self, service: InferenceService) -> ServedModel:
+        """What a pod answers that is ready or ending: an ending one goes on for open connections."""
+        answering = [pod for pod in self.pods if is_ready(pod)]
+        if not answering:
+            raise ServerError("GET http://cifar10-predictor.space.svc was not answered: connection refused")
+        annotations = answering[0]["metadata"]["annotations"]
+        return ServedModel(True, annotations["cifar/model-digest"], annotations["cifar/model-version"])
+
+    # What the controllers do
+
+    def _store(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.writes.append(body)
+        body["metadata"] |= {"uid": "uid-1", "resourceVersion": str(len(self.writes))}
+        self.service = body
+        self._reconcile(body)
+        self.after_write()
+        return copy.deepcopy(body)
+
+    def _reconcile(self, body: dict[str, Any]) -> None:
+        annotations = body["metadata"]["annotations"]
+        mine = [pod for pod in self.pods if _revision(pod) == annotations["cifar/revision"] and not is_ending(pod)]
+        if any(is_ready(pod) for pod in mine):
+            self.set_ready(True)
+            self.clock.after(1.0, lambda: self._retire_others(annotations["cifar/revision"]))
+            return
+        pod = pod_body(f"pod-{len(self.writes)}", annotations)
+        behave = self.behaviours.get(annotations["cifar/model-digest"], gets_ready)
+        self.clock.after(0.5, lambda: self._start(pod, behave))
+
+    def _start(self, pod: dict[str, Any], behave: Callable[["FakeKServe", dict[str, Any]], None]) -> None:
+        if self.service and self.service["metadata"]["annotations"]["cifar/revision"] == _revision(pod):
+            self.pods.append(pod)
+            behave(self, pod)
+
+    def _retire_others(self, revision: str) -> None:
+        for pod in [pod for pod in self.pods if _revision(pod) != revision]:
+            self._end(pod)
+
+    def _end(self, pod: dict[str, Any]) -> None:
+        if not is_ending(pod):
+            pod["metadata"]["deletion_timestamp"] = "2026-01-01T00:00:00Z"
+            self.clock.after(GRACE_SECONDS, lambda: pod in self.pods and self.pods.remove(pod))
+
+    def make_ready(self, pod: dict[str, Any]) -> None:
+        if pod in self.pods and not is_ending(pod):
+            pod["status"] = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
+            self.set_ready(True)
+            self._retire_others(_revision(pod))
+
+    def set_ready(self, ready: bool, message: str = "") -> None:
+        if self.service is not None:
+            status = {"type": "PredictorReady", "status": str(ready), "reason": "Reason", "message": message}
+            self.service["status"] = {"conditions": [{**status, "type": "Ready"}, status]}
+
+
+def _revision(pod: dict[str, Any]) -> str:
+    return pod["metadata"]["annotations"]["cifar/revision"]
+
+
+def is_ending(pod: dict[str, Any]) -> bool:
+    return "deletion_timestamp" in pod["metadata"]
+
+
+def is_ready(pod: dict[str, Any]) -> bool:
+    return {"type": "Ready", "status": "True"} in pod["status"].get("conditions", [])
+
+
+def pod_body(name: str, annotations: dict[str, str]) -> dict[str, Any]:
+    metadata = {"name": name, "uid": f"uid-{name}", "annotations": dict(annotations), "labels": {}}
+    return {"metadata": metadata, "status": {"phase": "Pending"}}
+
+
+def container(state: dict[str, Any], *, restarts: int = 0) -> dict[str, Any]:
+    return {
+        "name": "kserve-container",
+        "image": "image",
+        "image_id": "",
+        "ready": False,
+        "restart_count": restarts,
+        "state": state,
+        "last_state": {},
+    }
+
+
+def gets_ready(cluster: FakeKServe, pod: dict[str, Any]) -> None:
+    cluster.clock.after(START_SECONDS, lambda: cluster.make_ready(pod))
+
+
+def ends(exit_code: int, *, restarts: int = 0, reason: str = "Error", log: str = ""):
+    """The server ends, again and again."""
+
+    def act(cluster: FakeKServe, pod: dict[str, Any]) -> None:
+        def end(times: int) -> None:
+            at = f"2026-01-01T00:00:{times:02d}Z"
+            state = {"terminated": {"exit_code": exit_code, "reason": reason, "finished_at": at}}
+            pod["status"] = {"phase": "Running", "container_statuses": [container(state, restarts=times)]}
+
+        cluster.logs[pod["metadata"]["name"]] = f"2026-01-01T00:00:00Z {log}\n"
+        for times in range(restarts + 1):
+            cluster.clock.after(3.0 + 10 * times, lambda times=times: end(times))
+
+    return act
+
+
+def waits(reason: str, message: str):
+    """The container is never started."""
+
+    def act(cluster: FakeKServe, pod: dict[str, Any]) -> None:
+        state = {"waiting": {"reason": reason, "message": message}}
+        pod["status"] = {"phase": "Pending", "container_statuses": [container(state)]}
+
+    return act
+
+
+def fits_nowhere(message: str):
+    def act(cluster: FakeKServe, pod: dict[str, Any]) -> None:
+        condition = {"type": "PodScheduled", "status": "False", "message": message}
+        pod["status"] = {"phase": "Pending", "conditions": [condition]}
+        cluster.warnings[pod["metadata"]["name"]] = [f"FailedScheduling: {message}"]
+
+    return act
+
+
+def never_ready(cluster: FakeKServe, pod: dict[str, Any]) -> None:
+    pod["status"] = {"phase": "Running", "container_statuses": [container({"running": {}})]}
+    cluster.logs[pod["metadata"]["name"]] = "2026-01-01T00:00:00Z waiting for the object store\n"
+
+
+def gets_no_pod(cluster: FakeKServe, pod: dict[str, Any]) -> None:
+    cluster.pods.remove(pod)
+    cluster.set_ready(False, "exceeded quota: pods=10")
+
+
+class FakeKnative(FakeKServe):
+    """The same in serverless mode: revisions, and a share of the requests for the latest one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.template = ""
+        self.created = self.ready = self.rolled_out = 0
+        self.digests: dict[int, str] = {}
+        self.shares: list[dict[str, int]] = []
+        """Share of the requests by digest, after every change of it."""
+
+    def served_model(self, service: InferenceService) -> ServedModel:
+        """The canary where there is one, as its own address tells; else whoever gets all requests."""
+        if not self.ready:
+            raise ServerError("no revision is ready")
+        digest = self.digests[self.ready]
+        return ServedModel(True, digest, "1" if digest[0] == "a" else "2")
+
+    def _reconcile(self, body: dict[str, Any]) -> None:
+        annotations = body["metadata"]["annotations"]
+        if annotations["cifar/revision"] != self.template:
+            self.template = annotations["cifar/revision"]
+            self.created += 1
+            self.digests[self.created] = annotations["cifar/model-digest"]
+            pod = pod_body(f"pod-{self.created}", annotations)
+            pod["metadata"]["labels"]["serving.knative.dev/revision"] = f"r{self.created}"
+            behave = self.behaviours.get(annotations["cifar/model-digest"], gets_ready)
+            self.clock.after(0.5, lambda: self._start(pod, behave))
+        self.clock.after(1.0, self._route)
+
+    def make_ready(self, pod: dict[str, Any]) -> None:
+        pod["status"] = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
+        self.ready = int(pod["metadata"]["labels"]["serving.knative.dev/revision"][1:])
+        self._route()
+
+    def _route(self) -> None:
+        if self.service is None or not self.ready:
+            return
+        percent = self.service["spec"]["predictor"].get("canaryTrafficPercent")
+        percent = 100 if percent is None or not self.rolled_out else percent
+        if percent == 100:
+            self.rolled_out = self.ready
+        traffic = [{"revisionName": f"r{self.ready}", "latestRevision": True, "percent": percent}]
+        if percent < 100:
+            traffic.append({"revisionName": f"r{self.rolled_out}", "latestRevision": False, "percent": 100 - percent})
+        names = {"latestCreatedRevision": f"r{self.created}", "latestReadyRevision": f"r{self.ready}"}
+        self.set_ready(self.ready == self.created)
+        self.service["status"]["components"] = {"predictor": {**names, "traffic": traffic}}
+        share: dict[str, int] = {}
+        for target in traffic:
+            digest = self.digests[int(target["revisionName"][1:])]
+            share[digest] = share.get(digest, 0) + target["percent"]
+        if not self.shares or self.shares[-1] != share:
+            self.shares.append(share)

@@ -1,0 +1,283 @@
+"""Stories of deployments: what serves afterwards, what was written, and what the error says."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cifar_assets.errors import DeployError
+from resources.inference_service import DeployRequest
+from resources.inference_service.kserve.client import InferenceServiceClient
+from resources.inference_service.kserve.config import InferenceServiceSettings
+from resources.inference_service.kserve.deployer import Outcome, ServiceDeployer
+from resources.inference_service.kserve.manifest import build_inference_service_manifest
+from resources.inference_service.kserve.watch import RolloutLimits
+from resources.pytorch_job.errors import ApiRefusedError
+from tests.unit.inference_service import fake_kserve as fake
+from tests.unit.inference_service.fake_kserve import FakeKServe
+from tests.unit.pytorch_job.fake_cluster import api_error
+
+SETTINGS = InferenceServiceSettings(image="server:1")
+LIMITS = RolloutLimits(final_exit_codes=(2,))
+A = DeployRequest("s3://models/a/", "a" * 64, "1", "run-a")
+B = DeployRequest("s3://models/b/", "b" * 64, "2", "run-b")
+
+
+def build(request: DeployRequest) -> dict[str, Any]:
+    return build_inference_service_manifest(SETTINGS, request, name="cifar10", namespace="space")
+
+
+def deployer(cluster: FakeKServe, limits: RolloutLimits = LIMITS) -> ServiceDeployer:
+    return ServiceDeployer(
+        InferenceServiceClient(cluster, cluster),
+        cluster,
+        build,
+        namespace="space",
+        name="cifar10",
+        limits=limits,
+        logger=logging.getLogger("test"),
+        clock=cluster.clock,
+        sleeper=cluster.clock.sleep,
+    )
+
+
+@pytest.fixture
+def cluster() -> FakeKServe:
+    return FakeKServe()
+
+
+@pytest.fixture
+def serving_a(cluster: FakeKServe) -> FakeKServe:
+    deployer(cluster).deploy(A)
+    return cluster
+
+
+def digests_of_pods(cluster: FakeKServe) -> list[str]:
+    return [pod["metadata"]["annotations"]["cifar/model-digest"] for pod in cluster.pods]
+
+
+def failure(cluster: FakeKServe, request: DeployRequest, **limits: Any) -> DeployError:
+    with pytest.raises(DeployError) as caught:
+        deployer(cluster, replace(LIMITS, **limits)).deploy(request)
+    return caught.value
+
+
+def test_first_deployment(cluster: FakeKServe):
+    outcome = deployer(cluster).deploy(A)
+    assert (outcome.changed, outcome.previous_digest) == (True, None)
+    assert outcome.service.model_digest == A.model_digest
+    assert [event.reason for event in cluster.events] == ["Deployed"]
+
+
+def test_same_again_writes_nothing(serving_a: FakeKServe):
+    outcome = deployer(serving_a).deploy(replace(A, dagster_run_id="another run"))
+    assert outcome == Outcome(outcome.service, False, A.model_digest)
+    assert len(serving_a.writes) == 1
+
+
+def test_update_ends_when_no_pod_of_the_old_version_is_left(serving_a: FakeKServe):
+    began = serving_a.clock.now
+    outcome = deployer(serving_a).deploy(B)
+    assert (outcome.changed, outcome.previous_digest) == (True, A.model_digest)
+    assert digests_of_pods(serving_a) == [B.model_digest]
+    assert serving_a.clock.now - began > fake.START_SECONDS + fake.GRACE_SECONDS
+
+
+def test_rollback_is_deploying_the_older_one(serving_a: FakeKServe):
+    deployer(serving_a).deploy(B)
+    outcome = deployer(serving_a).deploy(A)
+    assert (outcome.changed, outcome.previous_digest) == (True, B.model_digest)
+    assert digests_of_pods(serving_a) == [A.model_digest]
+
+
+def test_word_of_kserve_about_an_earlier_generation_is_not_believed(serving_a: FakeKServe):
+    serving_a.behaviours[B.model_digest] = fake.never_ready
+    assert serving_a.service is not None
+    assert serving_a.service["status"]["conditions"][0]["status"] == "True"
+    assert "0 of 1 new pods are ready" in str(failure(serving_a, B, rollout_timeout_seconds=20))
+
+
+def test_what_the_endpoint_answers_counts(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch):
+    stale = serving_a.served_model(object())  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(serving_a, "served_model", lambda service: stale)
+    error = failure(serving_a, B, rollout_timeout_seconds=30)
+    assert f"the endpoint answers with model {A.model_digest} version 1" in str(error)
+
+
+STORIES: dict[str, tuple[Callable[[FakeKServe, dict[str, Any]], None], str, bool]] = {
+    "digest": (
+        fake.ends(2, log="Not serving: wrong digest"),
+        "Last lines of pod-2:\n    Not serving: wrong dig",
+        False,
+    ),
+    "code 2": (fake.ends(2), "(exit code) pod-2/kserve-container ended with exit code 2\n", False),
+    "code 1": (fake.ends(1, restarts=5), "ended with exit code 1, after 3 restarts", True),
+    "killed": (fake.ends(137, restarts=5), "(killed) pod-2/kserve-container ended with exit code 137", True),
+    "memory": (fake.ends(137, reason="OOMKilled"), "(out of memory)", False),
+    "image": (fake.waits("ErrImagePull", "no such tag"), "(image not pulled) pod-2/kserve-container: ErrImage", False),
+    "secret": (fake.waits("CreateContainerConfigError", 'secret "x" not found'), 'secret "x" not found', False),
+    "room": (fake.fits_nowhere("Insufficient cpu"), "- event FailedScheduling: Insufficient cpu", True),
+    "quota": (fake.gets_no_pod, "- PredictorReady: Reason: exceeded quota: pods=10", True),
+    "slow": (fake.never_ready, "Last lines of pod-2:\n    waiting for the object store", True),
+}
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_failed_update_is_explained_and_undone(serving_a: FakeKServe, story: str):
+    behaviour, text, transient = STORIES[story]
+    serving_a.behaviours[B.model_digest] = behaviour
+    error = failure(serving_a, B)
+    assert text in str(error)
+    assert "What to do: " in str(error)
+    assert f"set back to model {A.model_digest} version 1, which serves as before" in str(error)
+    assert error.transient is transient
+    assert digests_of_pods(serving_a) == [A.model_digest]
+    assert serving_a.service is not None
+    assert serving_a.service["spec"] == build(A)["spec"]
+    assert serving_a.service["metadata"]["annotations"] == build(A)["metadata"]["annotations"]
+
+
+def test_reason_of_a_failure_is_known_until_something_else_is_deployed(serving_a: FakeKServe):
+    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    failure(serving_a, B)
+    assert "ended with exit code 2" in (deployer(serving_a).last_failure() or "")
+    del serving_a.behaviours[B.model_digest]
+    deployer(serving_a).deploy(B)
+    assert deployer(serving_a).last_failure() is None
+
+
+def test_failed_first_deployment_leaves_nothing(cluster: FakeKServe):
+    cluster.behaviours[A.model_digest] = fake.ends(2)
+    assert "Nothing served before, so the InferenceService was deleted" in str(failure(cluster, A))
+    assert (cluster.service, cluster.pods) == (None, [])
+    assert "ended with exit code 2" in (deployer(cluster).last_failure() or "")
+
+
+def test_service_of_someone_else_is_left_alone(cluster: FakeKServe):
+    cluster.service = {"metadata": {"name": "cifar10", "namespace": "space", "uid": "x"}, "spec": {"predictor": {}}}
+    assert "was not made by this project" in str(failure(cluster, A))
+    with pytest.raises(DeployError, match="was not made by this project"):
+        deployer(cluster).delete()
+    assert cluster.writes == []
+    assert cluster.service is not None
+
+
+def test_attempt_that_was_cut_off_is_taken_up(serving_a: FakeKServe):
+    InferenceServiceClient(serving_a, serving_a).replace(deployer(serving_a).deploy(A).service, build(B))
+    serving_a.clock.sleep(2)
+    outcome = deployer(serving_a).deploy(B)
+    assert (outcome.changed, outcome.previous_digest) == (True, A.model_digest)
+    assert len(serving_a.writes) == 2, "what had been written already was not written again"
+
+
+def test_attempt_that_was_cut_off_and_fails_gives_way_to_what_still_answers(serving_a: FakeKServe):
+    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    InferenceServiceClient(serving_a, serving_a).replace(deployer(serving_a).deploy(A).service, build(B))
+    serving_a.clock.sleep(2)
+    assert f"set back to model {A.model_digest}" in str(failure(serving_a, B))
+    assert digests_of_pods(serving_a) == [A.model_digest]
+
+
+def test_change_by_someone_else_ends_the_wait_and_stays(serving_a: FakeKServe):
+    serving_a.behaviours[B.model_digest] = fake.never_ready
+    third = build(replace(B, model_digest="c" * 64))
+
+    def change() -> None:
+        assert serving_a.service is not None
+        serving_a.service["metadata"]["annotations"] = third["metadata"]["annotations"]
+
+    serving_a.clock.after(5, change)
+    assert "changed by someone else" in str(failure(serving_a, B))
+    assert serving_a.service is not None
+    assert serving_a.service["metadata"]["annotations"]["cifar/model-digest"] == "c" * 64
+
+
+def test_answer_of_a_write_that_is_lost(cluster: FakeKServe):
+    def lose_once() -> None:
+        cluster.after_write = lambda: None
+        raise api_error(504, "gateway timeout")
+
+    cluster.after_write = lose_once
+    assert deployer(cluster).deploy(A).changed
+    assert len(cluster.writes) == 1
+
+
+def away_from(cluster: FakeKServe, begin: float, seconds: float) -> None:
+    def refuse(call: str) -> None:
+        if begin <= cluster.clock.now < begin + seconds:
+            raise api_error(503, "apiserver not ready")
+
+    cluster.failing = refuse
+
+
+def test_api_server_that_is_away_for_a_while_is_put_up_with(serving_a: FakeKServe):
+    away_from(serving_a, serving_a.clock.now + 3, 60)
+    assert deployer(serving_a).deploy(B).changed
+
+
+def test_api_server_that_stays_away_is_a_transient_error(serving_a: FakeKServe):
+    away_from(serving_a, serving_a.clock.now + 3, 10_000)
+    error = failure(serving_a, B)
+    assert error.transient
+    assert "the API server has not answered since" in str(error)
+
+
+def test_refusal_changes_nothing(serving_a: FakeKServe):
+    def refuse(call: str) -> None:
+        if call == "replace":
+            raise api_error(403, 'admission webhook "inferenceservice.kserve-webhook-server.validator" denied: no')
+
+    serving_a.failing = refuse
+    with pytest.raises(ApiRefusedError, match="denied: no"):
+        deployer(serving_a).deploy(B)
+    assert digests_of_pods(serving_a) == [A.model_digest]
+
+
+def test_interrupt_puts_the_earlier_version_back(serving_a: FakeKServe):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    serving_a.clock.after(3, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        deployer(serving_a).deploy(B)
+    assert serving_a.service is not None
+    assert serving_a.service["metadata"]["annotations"]["cifar/model-digest"] == A.model_digest
+    serving_a.clock.sleep(30)
+    assert digests_of_pods(serving_a) == [A.model_digest]
+
+
+def test_interrupted_first_deployment_leaves_nothing(cluster: FakeKServe):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    cluster.clock.after(3, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        deployer(cluster).deploy(A)
+    cluster.clock.sleep(30)
+    assert (cluster.service, cluster.pods) == (None, [])
+
+
+def test_deletion_waits_for_the_pods(serving_a: FakeKServe):
+    assert deployer(serving_a).delete()
+    assert serving_a.pods == []
+    assert not deployer(serving_a).delete()
+
+
+def test_deletion_that_does_not_end_is_an_error(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serving_a, "_end", lambda pod: None)
+    with pytest.raises(DeployError, match="pod pod-1"):
+        deployer(serving_a).delete()
+
+
+def test_events_are_no_condition(cluster: FakeKServe):
+    def refuse(call: str) -> None:
+        if call in ("event", "events", "log"):
+            raise api_error(403, "forbidden")
+
+    cluster.failing = refuse
+    assert deployer(cluster).deploy(A).changed
+    assert deployer(cluster).last_failure() is None
+    cluster.behaviours[B.model_digest] = fake.ends(2)
+    assert "ended with exit code 2" in str(failure(cluster, B))

@@ -1,0 +1,174 @@
+"""The resource: what the environment says, where it is reached, and what its errors become."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+from kubernetes import client as k8s
+
+from cifar_assets.assets.faults import retrying_infrastructure_faults
+from cifar_assets.errors import ConfigError, DeployError
+from resources.inference_service import DeployRequest
+from resources.inference_service.kserve import resource as module
+from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
+from resources.inference_service.kserve.endpoint import Address, ServiceEndpoint
+from resources.inference_service.kserve.resource import KServeInferenceService, serving_from_environment
+from resources.object_store import LocalObjectStore
+from tests.unit.inference_service.fake_kserve import FakeKServe
+from tests.unit.pytorch_job.fake_cluster import api_error
+
+REQUEST = DeployRequest("s3://models/a/", "a" * 64, "1")
+KUBECONFIG = {
+    "apiVersion": "v1",
+    "kind": "Config",
+    "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}],
+    "users": [{"name": "u", "user": {}}],
+    "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+    "current-context": "x",
+}
+
+
+def serving(**environment: str) -> KServeInferenceService:
+    return serving_from_environment({"SERVER_IMAGE": "server:2", **environment}, LocalObjectStore())
+
+
+def test_settings_come_from_the_environment():
+    found = serving(
+        SERVER_NAMESPACE="elsewhere",
+        SERVER_NAME="other",
+        SERVER_SETTINGS='{"mode": "Knative", "canary_percent": 5}',
+        SERVER_URL="http://ingress.example",
+        SERVER_HOST="other.example",
+    )
+    assert (found.namespace, found.name, found.settings.image) == ("elsewhere", "other", "server:2")
+    assert (found.settings.mode, found.settings.canary_percent) == ("Knative", 5)
+    assert (found.base_url, found.host) == ("http://ingress.example", "other.example")
+    assert (serving().namespace, serving().name) == ("cifar", "cifar10")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "SERVER_IMAGE is not set"),
+        ({"SERVER_IMAGE": "x", "SERVER_SETTINGS": "{cpu"}, "SERVER_SETTINGS"),
+        ({"SERVER_IMAGE": "x", "SERVER_SETTINGS": '{"cpuu": "1"}'}, "cpuu"),
+        ({"SERVER_IMAGE": "x", "SERVER_SETTINGS": "[1]"}, "SERVER_SETTINGS"),
+        ({"SERVER_IMAGE": "x", "SERVER_NAME": "Cifar10_v2"}, "not a DNS-1035 label"),
+        ({"SERVER_IMAGE": "x", "SERVER_NAME": "c" * 70}, "too long"),
+    ],
+)
+def test_what_is_wrong_with_the_environment(environment: dict[str, str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        serving_from_environment(environment, LocalObjectStore())
+
+
+def service(mode: str = "Standard", **status: Any) -> InferenceService:
+    metadata = {"name": "cifar10", "namespace": "space", "annotations": {"serving.kserve.io/deploymentMode": mode}}
+    return InferenceService({"metadata": metadata, "spec": {"predictor": {}}, "status": status})
+
+
+def endpoint(**options: Any) -> ServiceEndpoint:
+    return ServiceEndpoint(k8s.Configuration(), **{"in_cluster": False, **options})
+
+
+def test_address_in_a_pod_is_the_clusters_own():
+    found = endpoint(in_cluster=True)
+    assert found.address(service()) == Address("http://cifar10-predictor.space.svc")
+    assert found.address(service("Knative"), canary=True) == Address("http://latest-cifar10-predictor.space.svc")
+
+
+def test_address_by_an_ingress_carries_the_host():
+    found = endpoint(base_url="http://ingress.example/")
+    assert found.address(service(url="http://cifar10.example")) == Address(
+        "http://ingress.example", {"Host": "cifar10.example"}
+    )
+    named = endpoint(base_url="http://ingress.example", host="mine.example")
+    assert named.address(service(url="http://cifar10.example")).headers == {"Host": "mine.example"}
+
+
+def test_address_outside_of_the_cluster_is_a_port_of_this_process():
+    found = endpoint()
+    plain, again = found.address(service()), found.address(service())
+    assert plain.url.startswith("http://127.0.0.1:")
+    assert plain == again
+    serverless = found.address(service("Knative"))
+    assert serverless.url != plain.url
+    assert serverless.headers == {"Host": "cifar10-predictor.space.svc.cluster.local"}
+
+
+def test_port_that_leads_nowhere_is_no_answer():
+    status = endpoint().client(service())
+    with pytest.raises(Exception, match="was not answered"):
+        status.served_model()
+
+
+@pytest.fixture
+def kubeconfig(tmp_path: Path) -> str:
+    path = tmp_path / "kubeconfig"
+    path.write_text(yaml.safe_dump(KUBECONFIG))
+    return str(path)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeKServe:
+    """A cluster behind the resource, with time that passes at once."""
+    found = FakeKServe()
+    monkeypatch.setattr(InferenceServiceClient, "of", lambda configuration: InferenceServiceClient(found, found))
+    original = module.ServiceDeployer
+
+    def build(*arguments: Any, **options: Any):
+        return original(*arguments, **options, clock=found.clock, sleeper=found.clock.sleep)
+
+    monkeypatch.setattr(module, "ServiceDeployer", build)
+    monkeypatch.setattr(ServiceEndpoint, "served_model", lambda self, service: found.served_model(service))
+    return found
+
+
+def test_deployed_service_tells_where_to_look(cluster: FakeKServe, kubeconfig: str):
+    found = serving().model_copy(update={"kubeconfig_file": kubeconfig}).deploy(REQUEST)
+    assert (found.model_digest, found.changed) == (REQUEST.model_digest, True)
+    assert found.details["inference_service"] == "cifar/cifar10"
+    assert found.details["cluster_url"] == "http://cifar10-predictor.cifar.svc"
+    assert found.details["to_reach_it"] == "kubectl -n cifar port-forward svc/cifar10-predictor 8080:80"
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "retried"),
+    [
+        (api_error(403, "forbidden"), "Role of docs/kserve.md", False),
+        (api_error(404, "the server could not find the requested resource"), "install KServe and its CRDs", False),
+        (api_error(503, "not ready"), "503", True),
+    ],
+)
+def test_api_errors_become_deploy_errors(
+    cluster: FakeKServe, kubeconfig: str, error: Exception, text: str, retried: bool
+):
+    def fail(call: str) -> None:
+        raise error
+
+    cluster.failing = fail
+    resource = serving().model_copy(update={"kubeconfig_file": kubeconfig})
+    with pytest.raises(DeployError, match=text) as caught:
+        resource.deploy(REQUEST)
+    assert caught.value.transient is retried
+    with pytest.raises(dg.RetryRequested if retried else dg.Failure), retrying_infrastructure_faults():
+        resource.deploy(REQUEST)
+    with pytest.raises(DeployError, match="was not deleted"):
+        resource.delete()
+    status = resource.status()
+    assert not status.ready
+    assert text in (status.reason or "")
+
+
+def test_status_of_nothing(cluster: FakeKServe, kubeconfig: str):
+    status = serving().model_copy(update={"kubeconfig_file": kubeconfig}).status()
+    assert (status.ready, status.reason) == (False, "There is no InferenceService cifar/cifar10.")
+
+
+def test_no_cluster_is_an_error_that_says_so(tmp_path: Path):
+    resource = serving().model_copy(update={"kubeconfig_file": str(tmp_path / "none")})
+    with pytest.raises(DeployError, match="No Kubernetes cluster is configured"):
+        resource.deploy(REQUEST)
+    assert "No Kubernetes cluster is configured" in (resource.status().reason or "")

@@ -1,0 +1,130 @@
+"""Stories of serverless deployments: who gets which share of the requests, and when."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from cifar_assets.errors import DeployError
+from resources.inference_service import DeployRequest
+from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
+from resources.inference_service.kserve.config import InferenceServiceSettings
+from resources.inference_service.kserve.deployer import ServiceDeployer
+from resources.inference_service.kserve.manifest import build_inference_service_manifest, with_traffic
+from resources.inference_service.kserve.watch import RolloutLimits
+from tests.unit.inference_service import fake_kserve as fake
+from tests.unit.inference_service.fake_kserve import FakeKnative
+
+A = DeployRequest("s3://models/a/", "a" * 64, "1", "run-a")
+B = DeployRequest("s3://models/b/", "b" * 64, "2", "run-b")
+
+
+def build(request: DeployRequest, percent: int | None = 10) -> dict[str, Any]:
+    settings = InferenceServiceSettings(image="server:1", mode="Knative", min_replicas=0, canary_percent=percent)
+    return build_inference_service_manifest(settings, request, name="cifar10", namespace="space")
+
+
+class Judge:
+    """Finds what it was told to find, and remembers what was asked for."""
+
+    def __init__(self, fault: str | None = None):
+        self.fault = fault
+        self.asked: list[tuple[str, int | None]] = []
+
+    def find_fault(self, service: InferenceService, request: DeployRequest) -> str | None:
+        self.asked.append((request.model_digest, service.canary_percent))
+        return self.fault
+
+
+def deployer(cluster: FakeKnative, judge: Judge | None = None, percent: int | None = 10) -> ServiceDeployer:
+    return ServiceDeployer(
+        InferenceServiceClient(cluster, cluster),
+        cluster,
+        lambda request: build(request, percent),
+        namespace="space",
+        name="cifar10",
+        limits=RolloutLimits(final_exit_codes=(2,)),
+        judge=judge or Judge(),
+        logger=logging.getLogger("test"),
+        clock=cluster.clock,
+        sleeper=cluster.clock.sleep,
+    )
+
+
+@pytest.fixture
+def serving_a() -> FakeKnative:
+    cluster = FakeKnative()
+    deployer(cluster).deploy(A)
+    return cluster
+
+
+def test_first_model_gets_all_requests_and_is_not_judged():
+    cluster, judge = FakeKnative(), Judge("would be refused")
+    assert deployer(cluster, judge).deploy(A).changed
+    assert judge.asked == []
+    assert cluster.shares == [{A.model_digest: 100}]
+
+
+def test_canary_that_answers_well_is_promoted(serving_a: FakeKnative):
+    judge = Judge()
+    outcome = deployer(serving_a, judge).deploy(B)
+    assert outcome.previous_digest == A.model_digest
+    assert judge.asked == [(B.model_digest, 10)]
+    assert serving_a.shares[1:] == [{B.model_digest: 10, A.model_digest: 90}, {B.model_digest: 100}]
+    assert serving_a.created == 2, "promotion makes no revision"
+
+
+def test_canary_that_answers_badly_gives_its_share_back(serving_a: FakeKnative):
+    with pytest.raises(DeployError) as caught:
+        deployer(serving_a, Judge("0.1 of 256 right")).deploy(B)
+    assert "with 10 % of the requests it was refused: 0.1 of 256 right" in str(caught.value)
+    assert f"set back to model {A.model_digest}" in str(caught.value)
+    assert not caught.value.transient
+    assert max(share.get(B.model_digest, 0) for share in serving_a.shares) == 10
+    assert serving_a.shares[-1] == {A.model_digest: 100}
+
+
+def test_revision_that_does_not_come_up_never_gets_a_request(serving_a: FakeKnative):
+    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    with pytest.raises(DeployError, match="ended with exit code 2"):
+        deployer(serving_a).deploy(B)
+    assert all(B.model_digest not in share for share in serving_a.shares)
+    assert serving_a.shares[-1] == {A.model_digest: 100}
+
+
+def test_without_a_canary_the_new_model_gets_all_at_once(serving_a: FakeKnative):
+    judge = Judge("would be refused")
+    deployer(serving_a, judge, percent=None).deploy(B)
+    assert judge.asked == []
+    assert serving_a.shares == [{A.model_digest: 100}, {B.model_digest: 100}]
+
+
+def test_same_again_while_asleep_writes_nothing(serving_a: FakeKnative):
+    serving_a.pods.clear()
+    assert not deployer(serving_a).deploy(A).changed
+    assert len(serving_a.writes) == 1
+
+
+def test_canary_of_a_run_that_was_cut_off_is_judged_by_the_next(serving_a: FakeKnative):
+    client = InferenceServiceClient(serving_a, serving_a)
+    service = client.get("space", "cifar10")
+    assert service is not None
+    client.replace(service, build(B))
+    serving_a.clock.sleep(10)
+    judge = Judge()
+    deployer(serving_a, judge).deploy(B)
+    assert judge.asked == [(B.model_digest, 10)]
+    assert serving_a.shares[-1] == {B.model_digest: 100}
+
+
+def test_refused_canary_of_a_run_that_was_cut_off_gets_nothing_while_the_other_sleeps(serving_a: FakeKnative):
+    client = InferenceServiceClient(serving_a, serving_a)
+    service = client.get("space", "cifar10")
+    assert service is not None
+    client.replace(service, build(B))
+    serving_a.clock.sleep(10)
+    serving_a.pods[:] = [pod for pod in serving_a.pods if pod["metadata"]["name"] == "pod-2"]
+    with pytest.raises(DeployError, match="All requests go to the revision before it"):
+        deployer(serving_a, Judge("bad")).deploy(B)
+    assert serving_a.shares[-1] == {B.model_digest: 0, A.model_digest: 100}
+    assert with_traffic(build(B), 0)["spec"] == serving_a.writes[-1]["spec"]
