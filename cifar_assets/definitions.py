@@ -5,12 +5,14 @@ import warnings
 import dagster as dg
 
 from cifar_assets import jobs, sensors
+from cifar_assets.assets.argo_trained_model import argo_trained_model
 from cifar_assets.assets.inference_service import inference_service
 from cifar_assets.assets.processed_dataset import processed_dataset
 from cifar_assets.assets.raw_dataset import raw_dataset
 from cifar_assets.assets.trained_model import trained_model
 from cifar_assets.checks.data import processed_dataset_checks, raw_dataset_checks
 from cifar_assets.checks.model import trained_model_checks
+from cifar_assets.checks.parity import argo_parity_checks
 from cifar_assets.checks.service import inference_service_checks
 from cifar_assets.deployment import executor_for, resources_for, sensors_for
 
@@ -19,8 +21,16 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning)
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
 defs = dg.Definitions(
-    assets=dg.with_source_code_references([raw_dataset, processed_dataset, trained_model, inference_service]),
-    asset_checks=[raw_dataset_checks, processed_dataset_checks, trained_model_checks, inference_service_checks],
+    assets=dg.with_source_code_references(
+        [raw_dataset, processed_dataset, trained_model, inference_service, argo_trained_model]
+    ),
+    asset_checks=[
+        raw_dataset_checks,
+        processed_dataset_checks,
+        trained_model_checks,
+        inference_service_checks,
+        argo_parity_checks,
+    ],
     jobs=jobs.ALL,
     schedules=[jobs.verify_service_daily],
     sensors=[*sensors.ALL, *sensors_for()],

@@ -58,6 +58,7 @@ def _gate(environment: Mapping[str, str]) -> AccuracyGate:
 
 
 def _local(environment: Mapping[str, str]) -> dict[str, Any]:
+    from resources.argo.local import LocalPipeline
     from resources.inference_service.local import LocalInferenceService
     from resources.local_trainer import LocalTrainer
     from resources.mlflow import LocalMlflow
@@ -68,6 +69,7 @@ def _local(environment: Mapping[str, str]) -> dict[str, Any]:
         "mlflow": LocalMlflow(),
         "trainer": LocalTrainer(),
         "serving": LocalInferenceService(port=_port(environment)),
+        "argo": LocalPipeline(),
     }
 
 
@@ -79,6 +81,7 @@ def _port(environment: Mapping[str, str]) -> int:
 
 
 def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
+    from resources.argo.workflows import argo_from_environment
     from resources.inference_service.kserve.resource import serving_from_environment
     from resources.kubernetes_trainer import trainer_from_environment
     from resources.mlflow import MlflowServer
@@ -94,4 +97,5 @@ def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
         "mlflow": MlflowServer(tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI")),
         "trainer": trainer_from_environment(environment, object_store),
         "serving": serving_from_environment(environment, object_store),
+        "argo": argo_from_environment(environment),
     }

@@ -2,7 +2,13 @@
 
 import dagster as dg
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
+from cifar_assets.assets.keys import (
+    ARGO_TRAINED_MODEL,
+    INFERENCE_SERVICE,
+    PROCESSED_DATASET,
+    RAW_DATASET,
+    TRAINED_MODEL,
+)
 
 _DATA = dg.AssetSelection.assets(RAW_DATASET, PROCESSED_DATASET)
 _MODEL = dg.AssetSelection.assets(TRAINED_MODEL)
@@ -37,6 +43,13 @@ rollback = dg.define_asset_job(
     config={"ops": {INFERENCE_SERVICE.to_python_identifier(): {"config": {"rollback": True}}}},
 )
 
+argo_parity = dg.define_asset_job(
+    "argo_parity",
+    selection=dg.AssetSelection.assets(ARGO_TRAINED_MODEL),
+    description="Train the last model once more by the Argo workflow, and compare the two.",
+    tags={"purpose": "parity"},
+)
+
 verify_service = dg.define_asset_job(
     "verify_service",
     selection=dg.AssetSelection.checks_for_assets(INFERENCE_SERVICE),
@@ -46,4 +59,4 @@ verify_service = dg.define_asset_job(
 
 verify_service_daily = dg.ScheduleDefinition(job=verify_service, cron_schedule="0 6 * * *", execution_timezone="UTC")
 
-ALL = [retrain, train, deploy, rollback, verify_service]
+ALL = [retrain, train, deploy, rollback, argo_parity, verify_service]

@@ -1,4 +1,4 @@
-"""Keys and groups of the assets, and what all four are given alike."""
+"""Keys and groups of the assets, and what all of them are given alike."""
 
 import dagster as dg
 
@@ -7,6 +7,7 @@ PREFIX = "cifar10"
 RAW_DATASET = dg.AssetKey([PREFIX, "raw_dataset"])
 PROCESSED_DATASET = dg.AssetKey([PREFIX, "processed_dataset"])
 TRAINED_MODEL = dg.AssetKey([PREFIX, "trained_model"])
+ARGO_TRAINED_MODEL = dg.AssetKey([PREFIX, "argo_trained_model"])
 INFERENCE_SERVICE = dg.AssetKey([PREFIX, "inference_service"])
 
 OWNERS = ["team:ml-platform"]

@@ -16,7 +16,7 @@ from dagster._core.pipes.reattach import find_latest_launch_handle as find_handl
 from dagster._core.pipes.reattach import record_external_launch, record_external_reattach
 from dagster._core.pipes.utils import PipesEnvContextInjector, open_pipes_session
 from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
-from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt
+from dagster._utils.interrupts import capture_interrupts
 from dagster_k8s.utils import detect_current_namespace, get_common_labels, sanitize_k8s_label
 from dagster_pipes import PipesExtras
 
@@ -25,6 +25,7 @@ from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.diagnosis import Diagnosis
 from resources.pytorch_job.errors import JobFailedError, PyTorchJobError
+from resources.pytorch_job.interrupts import StepContext, interrupts_after, is_being_cancelled
 from resources.pytorch_job.labels import JOB_LABEL, OP_LABEL
 from resources.pytorch_job.launch import JobLauncher, JobRequest, Started
 from resources.pytorch_job.logs import LogLine
@@ -35,8 +36,6 @@ from resources.pytorch_job.watch import JobWatcher, WatchLimits
 
 CLIENT_NAME = "PipesPyTorchJobClient"
 _MAX_ANCESTORS = 64
-
-PipesContext = dg.OpExecutionContext | dg.AssetExecutionContext
 
 
 class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
@@ -77,7 +76,7 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
     def run(  # pyright: ignore[reportIncompatibleMethodOverride]  # Dagster's own clients replace **kwargs too
         self,
         *,
-        context: PipesContext,
+        context: StepContext,
         config: PyTorchJobConfig,
         extras: PipesExtras | None = None,
         name_prefix: str = "pytorch-job",
@@ -126,10 +125,10 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
                 clock=self._clock,
                 sleeper=self._sleeper,
                 logger=context.log,
-                shield=_interrupts_after,
+                shield=interrupts_after,
                 outage_seconds=self._limits.outage_timeout_seconds,
             )
-            if _is_being_cancelled(context):
+            if is_being_cancelled(context):
                 raise _cancelled()
             with self._cleaning_up(context, client, launcher, request):
                 started = launcher.start(request, manifest)
@@ -140,7 +139,7 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
 
     def _request(
         self,
-        context: PipesContext,
+        context: StepContext,
         config: PyTorchJobConfig,
         extras: PipesExtras | None,
         name_prefix: str,
@@ -163,7 +162,7 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
 
     def _watch(
         self,
-        context: PipesContext,
+        context: StepContext,
         client: PyTorchJobClient,
         job: PyTorchJob,
         reader: PipesStoreMessageReader,
@@ -188,13 +187,13 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
 
     @contextmanager
     def _cleaning_up(
-        self, context: PipesContext, client: PyTorchJobClient, launcher: JobLauncher, request: JobRequest
+        self, context: StepContext, client: PyTorchJobClient, launcher: JobLauncher, request: JobRequest
     ) -> Iterator[None]:
         """Removes the job when the run was cancelled, from before the create call on, or when it never started."""
         try:
             yield
         except (DagsterExecutionInterruptedError, KeyboardInterrupt) as interrupt:
-            cancelled = _is_being_cancelled(context)
+            cancelled = is_being_cancelled(context)
             with capture_interrupts():  # a second signal must not stop the clean-up
                 self._after_interrupt(context, client, launcher, request, cancelled)
             if cancelled and context.get_step_execution_context().op_retry_policy:
@@ -207,7 +206,7 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
 
     def _after_interrupt(
         self,
-        context: PipesContext,
+        context: StepContext,
         client: PyTorchJobClient,
         launcher: JobLauncher,
         request: JobRequest,
@@ -223,7 +222,7 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
         self._remove(context, launcher, request, settle_seconds=settle_seconds)
 
     def _remove(
-        self, context: PipesContext, launcher: JobLauncher, request: JobRequest, *, settle_seconds: float
+        self, context: StepContext, launcher: JobLauncher, request: JobRequest, *, settle_seconds: float
     ) -> None:
         removed = launcher.remove(
             request,
@@ -240,7 +239,7 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
                 "again; the job's deadline ends it in any case."
             )
 
-    def _record(self, context: PipesContext, started: Started) -> None:
+    def _record(self, context: StepContext, started: Started) -> None:
         """Write to the event log which job belongs to the step, as Dagster's own re-attaching clients do."""
         job = started.job
         handle = find_handle(context, client_name=CLIENT_NAME)
@@ -259,7 +258,7 @@ def _content(config: PyTorchJobConfig, extras: PipesExtras | None) -> str:
     return json.dumps([config.model_dump(mode="json"), extras or {}], sort_keys=True, default=str)
 
 
-def _retried_runs(context: PipesContext) -> tuple[str, ...]:
+def _retried_runs(context: StepContext) -> tuple[str, ...]:
     """Runs that this one retries from failure, nearest first. Any other re-execution starts afresh."""
     runs: list[str] = []
     run = context.run
@@ -277,16 +276,11 @@ def _retried_runs(context: PipesContext) -> tuple[str, ...]:
     return tuple(runs)
 
 
-def _is_being_cancelled(context: PipesContext) -> bool:
-    run = context.instance.get_run_by_id(context.run.run_id)
-    return run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
-
-
 def _cancelled() -> dg.Failure:
     return dg.Failure("The run was cancelled: this step starts no PyTorchJob and leaves none.", allow_retries=False)
 
 
-def _dagster_labels(context: PipesContext) -> dict[str, str]:
+def _dagster_labels(context: StepContext) -> dict[str, str]:
     return {
         **get_common_labels(),
         JOB_LABEL: sanitize_k8s_label(context.job_name),
@@ -302,22 +296,6 @@ def _metadata(started: Started) -> dict[str, Any]:
 def _show(line: LogLine) -> None:
     sys.stdout.write(f"[{line.replica}] {line.text}\n")
     sys.stdout.flush()
-
-
-@contextmanager
-def _interrupts_after() -> Iterator[None]:
-    """Holds an interrupt back until the block has ended, then raises it in place of the block's own error."""
-    error: Exception | None = None
-    with capture_interrupts():
-        try:
-            yield
-        except Exception as raised:
-            error = raised
-        interrupted = check_captured_interrupt()
-    if interrupted:
-        raise DagsterExecutionInterruptedError() from error
-    if error:
-        raise error
 
 
 @contextmanager

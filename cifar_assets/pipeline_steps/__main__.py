@@ -1,0 +1,178 @@
+"""The pipeline's steps on the command line.
+
+Exit codes: 0, 1 for a check that failed, 2 for a setting that is wrong, 75 for a store that does not answer (the only
+one worth trying again).
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar_assets.dataset.lineage import Stores
+from cifar_assets.errors import CifarError, ConfigError, ObjectNotFoundError, StoreError
+from cifar_assets.object_store import FolderStore, open_store
+from cifar_assets.pipeline_steps.data import (
+    CURRENT,
+    Request,
+    make_plan,
+    parse_object,
+    stores_below,
+    verify_processed,
+    verify_raw,
+)
+from cifar_assets.pipeline_steps.model import verify_model
+from cifar_assets.pipeline_steps.plan import Plan, parse_plan
+from cifar_assets.training.spec import MlflowTarget
+
+EXIT_FAILED = 1
+EXIT_BAD_SETTING = 2
+EXIT_STORE_AWAY = 75
+"""EX_TEMPFAIL of sysexits.h."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one step and return its exit code; what went wrong is one line on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.step(options)
+    except ConfigError as error:
+        return _failed(error, EXIT_BAD_SETTING)
+    except StoreError as error:
+        return _failed(error, EXIT_FAILED if isinstance(error, ObjectNotFoundError) else EXIT_STORE_AWAY)
+    except CifarError as error:
+        return _failed(error, EXIT_FAILED)
+
+
+def _data(options: argparse.Namespace) -> int:
+    stores = _stores(options)
+    request = Request(
+        run=options.run,
+        dataset=options.dataset,
+        recipe=options.recipe,
+        overrides=parse_object(options.overrides, "overrides"),
+        execution=parse_object(options.execution, "execution"),
+        seed=options.seed,
+        replicas=options.replicas,
+        mlflow=_mlflow(options.run),
+    )
+    plan = make_plan(stores, request)
+    images = verify_raw(stores.raw, plan.raw_digest)
+    _say(f"Raw version {plan.raw_digest}: every object has its digest, {images:,} images.")
+    _say(f"This run trains on processed version {plan.spec.dataset_digest}.")
+    outputs = {"plan": plan.to_json(), "workers": str(plan.replicas - 1)}
+    outputs |= {name.lower().replace("_", "-"): value for name, value in plan.trainer_environment().items()}
+    _write(options.outputs, outputs)
+    return 0
+
+
+def _processed(options: argparse.Namespace) -> int:
+    plan: Plan = options.plan
+    manifest = verify_processed(_stores(options).processed, plan.spec.dataset_digest, plan.raw_digest)
+    counts = ", ".join(f"{manifest.count(split):,} {split}" for split in manifest.counts)
+    _say(f"Processed version {plan.spec.dataset_digest}: every file has its digest; {counts} images.")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    plan: Plan = options.plan
+    if plan.replicas > 1:
+        raise ConfigError(f"The plan asks for {plan.replicas} replicas; this step trains in one process.")
+    command = [sys.executable, "-m", "cifar_assets.training"]
+    return subprocess.run(command, env={**os.environ, **plan.trainer_environment()}, check=False).returncode
+
+
+def _model(options: argparse.Namespace) -> int:
+    report = verify_model(_stores(options).models, options.plan, options.threshold)
+    _write(options.outputs, {"model": report.to_json()})
+    verdict = report.verdict
+    if not verdict.passed:
+        sys.stderr.write(f"error: {verdict.reason}. Train longer, with more data, or by another recipe.\n")
+        return EXIT_FAILED
+    _say(f"{verdict.reason[0].upper()}{verdict.reason[1:]}.")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m cifar_assets.pipeline_steps", description=__doc__)
+    parser.add_argument(
+        "--store",
+        default=os.environ.get("CIFAR_STORE", ".cifar/store"),
+        help="folder above the buckets, or s3:/// for the server at AWS_ENDPOINT_URL (default: %(default)s)",
+    )
+    steps = parser.add_subparsers(required=True, metavar="step")
+
+    step = steps.add_parser("data", help="name the data by digest, compare every raw object, and plan the run")
+    step.add_argument("--run", required=True, help="name of the run; no two share one")
+    step.add_argument("--dataset", default=CURRENT, help="digest of a processed version (default: %(default)s)")
+    step.add_argument("--recipe", default="resnet18", help="what to train (default: %(default)s)")
+    step.add_argument("--overrides", default="{}", help="fields of the recipe to change, as JSON")
+    step.add_argument("--execution", default="{}", help="how to train where it runs, such as threads, as JSON")
+    step.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
+    step.add_argument("--replicas", type=int, default=1, help="pods that train (default: %(default)s)")
+    step.add_argument("--outputs", type=Path, required=True, help="folder for the plan and what comes of it")
+    step.set_defaults(step=_data)
+
+    step = steps.add_parser("processed", help="compare every file of the processed version with its manifest")
+    step.set_defaults(step=_processed)
+    _add_plan(step)
+
+    step = steps.add_parser("train", help="train in this place; Argo's workflow has a PyTorchJob instead")
+    step.set_defaults(step=_train)
+    _add_plan(step)
+
+    step = steps.add_parser("model", help="compare every file of the model, and hold it against the threshold")
+    step.add_argument("--threshold", type=_fraction, required=True, help="lowest test accuracy, from 0 to 1")
+    step.add_argument("--outputs", type=Path, required=True, help="folder for the report")
+    step.set_defaults(step=_model)
+    _add_plan(step)
+    return parser
+
+
+def _add_plan(step: argparse.ArgumentParser) -> None:
+    step.add_argument("--plan", type=_plan, required=True, help="the plan that the step `data` wrote: a file or JSON")
+
+
+def _plan(text: str) -> Plan:
+    try:
+        return parse_plan(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except (ConfigError, OSError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no fraction from 0 to 1")
+    return value
+
+
+def _stores(options: argparse.Namespace) -> Stores:
+    root = open_store(options.store) if "://" in options.store else FolderStore(Path(options.store))
+    return stores_below(root)
+
+
+def _mlflow(run: str) -> MlflowTarget | None:
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return MlflowTarget(tracking_uri=uri, run_name=run, tags={"pipeline_run": run}) if uri else None
+
+
+def _write(folder: Path, outputs: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in outputs.items():
+        Path(folder, name).write_text(value)
+
+
+def _failed(error: Exception, code: int) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return code
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""A thin typed client of Argo's Workflow custom resource and of its steps' pods. No Dagster, no waiting, no policy."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from kubernetes import client as k8s
+
+from resources.argo.status import Workflow, read_workflow
+from resources.pytorch_job.api import REQUEST_TIMEOUT_SECONDS, KubernetesClient, load_configuration
+from resources.pytorch_job.client import Core, CustomObjects, PyTorchJobClient
+from resources.pytorch_job.pods import Pod, read_pod
+
+GROUP = "argoproj.io"
+VERSION = "v1alpha1"
+PLURAL = "workflows"
+MAIN_CONTAINER = "main"
+_WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
+_NODE_ID_ANNOTATION = "workflows.argoproj.io/node-id"
+
+
+class WorkflowClient(KubernetesClient):
+    """Reads and writes workflows through injected API objects. `jobs` does the same for their PyTorchJobs."""
+
+    kind = "Workflow"
+    missing_kind_advice = "install Argo Workflows and its CRDs."
+    forbidden_advice = "Give the service account the Role of docs/argo.md, or check the namespace's quota."
+    invalid_advice = "Correct the workflow's parameters, or apply k8s/argo again."
+
+    def __init__(self, custom: CustomObjects, core: Core, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
+        super().__init__(core, request_timeout_seconds)
+        self._custom = custom
+        self.jobs = PyTorchJobClient(custom, core, request_timeout_seconds)
+
+    @classmethod
+    def production(cls, kubeconfig_file: str | None = None, context: str | None = None) -> "WorkflowClient":
+        """Client of the cluster that `load_configuration` finds. JobConfigError when there is none."""
+        configuration, _ = load_configuration(kubeconfig_file, context)
+        api = k8s.ApiClient(configuration)
+        return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
+
+    def create(self, manifest: Mapping[str, Any]) -> Workflow | None:
+        """The stored workflow, or None when its name is taken."""
+        namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
+        body = self._ask_or_none(
+            f"create workflow {namespace}/{name}",
+            lambda: self._custom.create_namespaced_custom_object(
+                GROUP, VERSION, namespace, PLURAL, manifest, _request_timeout=self.request_timeout_seconds
+            ),
+            conflict_is_none=True,
+        )
+        return read_workflow(body) if body else None
+
+    def get(self, namespace: str, name: str) -> Workflow | None:
+        """The workflow, or None where there is none of that name."""
+        body = self._ask_or_none(
+            f"read workflow {namespace}/{name}",
+            lambda: self._custom.get_namespaced_custom_object(
+                GROUP, VERSION, namespace, PLURAL, name, _request_timeout=self.request_timeout_seconds
+            ),
+            absent_is_none=True,
+        )
+        return read_workflow(body) if body else None
+
+    def terminate(self, workflow: Workflow) -> None:
+        """Ask the controller to start nothing more of it, the exit handler included, and to end its pods."""
+        patch = {"metadata": {"uid": workflow.uid}, "spec": {"shutdown": "Terminate"}}
+        self._ask_or_none(
+            f"terminate {workflow}",
+            lambda: self._custom.patch_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                workflow.namespace,
+                PLURAL,
+                workflow.name,
+                patch,
+                _request_timeout=self.request_timeout_seconds,
+            ),
+            absent_is_none=True,
+            conflict_is_none=True,
+        )
+
+    def delete(self, workflow: Workflow) -> None:
+        """Ask for the deletion of exactly this workflow and, after it, of its pods and its PyTorchJob."""
+        options = {"propagationPolicy": "Background", "preconditions": {"uid": workflow.uid}}
+        self._ask_or_none(
+            f"delete {workflow}",
+            lambda: self._custom.delete_namespaced_custom_object(
+                GROUP,
+                VERSION,
+                workflow.namespace,
+                PLURAL,
+                workflow.name,
+                body=options,
+                _request_timeout=self.request_timeout_seconds,
+            ),
+            absent_is_none=True,
+            conflict_is_none=True,  # another workflow has the name now
+        )
+
+    def pods(self, workflow: Workflow) -> list[Pod]:
+        """Pods of the workflow's steps, named after their step, with the container that does the work alone."""
+        body = self._ask(
+            f"list the pods of {workflow}",
+            lambda: self._pods.list_namespaced_pod(
+                workflow.namespace,
+                label_selector=f"{_WORKFLOW_LABEL}={workflow.name}",
+                _request_timeout=self.request_timeout_seconds,
+            ),
+        )
+        names = {step.node_id: step.name for step in workflow.steps}
+        return [_step_pod(item, names) for item in body.items]
+
+
+def _step_pod(item: Any, names: Mapping[str, str]) -> Pod:
+    pod = read_pod(item)
+    node_id = (item.metadata.annotations or {}).get(_NODE_ID_ANNOTATION, "")
+    containers = tuple(container for container in pod.containers if container.name == MAIN_CONTAINER)
+    return replace(pod, replica=names.get(node_id, pod.name), containers=containers)

@@ -1,0 +1,71 @@
+"""What every way of running the four steps has in common."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+
+from cifar_assets.errors import TrainingError
+from cifar_assets.gate import Verdict
+from resources.trainer import TrainingResult
+
+
+@dataclass(frozen=True)
+class PipelineRequest:
+    """What one run of the steps is asked to train, and to hold the model against."""
+
+    dataset_digest: str
+    recipe: str
+    overrides: Mapping[str, Any]
+    execution: Mapping[str, Any]
+    seed: int
+    replicas: int
+    threshold: float
+
+    def parameters(self) -> dict[str, str]:
+        """The same as parameters of the workflow."""
+        return {
+            "dataset": self.dataset_digest,
+            "recipe": self.recipe,
+            "overrides": json.dumps(self.overrides),
+            "execution": json.dumps(self.execution),
+            "seed": str(self.seed),
+            "replicas": str(self.replicas),
+            "threshold": str(self.threshold),
+        }
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The model that a run of the steps made, and what its last step said of it."""
+
+    run: str
+    training: TrainingResult
+    verdict: Verdict
+
+
+def parse_result(run: str, text: str) -> PipelineResult:
+    """The result from the last step's report. TrainingError for one that it did not write."""
+    try:
+        report = json.loads(text)
+        fields = ("model_digest", "model_uri", "mlflow_run_id", "mlflow_model_version", "resumed_from")
+        training = TrainingResult(**{name: report[name] for name in fields})
+        verdict = Verdict(training.model_digest, report["test_accuracy"], report["threshold"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{run} reported a model as {text!r}, which cannot be read: {error}") from error
+    return PipelineResult(run, training, verdict)
+
+
+class PipelineResource(dg.ConfigurableResource):
+    """Runs the pipeline's four steps apart from Dagster and waits for them."""
+
+    @abstractmethod
+    def run(self, context: dg.AssetExecutionContext, request: PipelineRequest) -> PipelineResult:
+        """Run the steps to the end.
+
+        A model that was refused by the threshold is a result like any other. TrainingError or dg.Failure names the step
+        that failed, why, and its last lines; cancelling the Dagster run ends the steps.
+        """

@@ -1,0 +1,82 @@
+"""The four steps on this machine, one process after another: what the workflow's pods run, without a cluster."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import dagster as dg
+from pydantic import Field
+
+from cifar_assets.errors import TrainingError
+from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult, parse_result
+
+_TAIL_LINES = 30
+
+
+class LocalPipeline(PipelineResource):
+    """Starts `python -m cifar_assets.pipeline_steps` for each step. One process trains, whatever replicas say."""
+
+    store_path: str = Field(default=".cifar/store", description="Folder that holds the buckets.")
+    stop_grace_seconds: float = Field(
+        default=60.0, description="How long a cancelled step may take to write its checkpoint before it is killed."
+    )
+
+    def run(self, context: dg.AssetExecutionContext, request: PipelineRequest) -> PipelineResult:
+        run = f"{context.run_id}.{context.retry_number}"
+        parameters = {**request.parameters(), "replicas": "1"}
+        threshold = parameters.pop("threshold")
+        with tempfile.TemporaryDirectory(prefix="cifar-pipeline-") as folder:
+            outputs, plan = f"--outputs={folder}", f"--plan={folder}/plan"
+            asked = [f"--{name}={value}" for name, value in parameters.items()]
+            self._step("data", f"--run={run}", *asked, outputs)
+            self._step("processed", plan)
+            self._step("train", plan)
+            report = Path(folder, "model")
+            try:
+                self._step("model", plan, f"--threshold={threshold}", outputs)
+            except TrainingError:
+                if not report.exists():
+                    raise
+            return parse_result(f"Local run {run}", report.read_text())
+
+    def _step(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "cifar_assets.pipeline_steps", "--store", self.store_path, *arguments]
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        try:
+            for line in process.stdout or ():
+                sys.stdout.write(f"[{arguments[0]}] {line}")
+                tail.append(line)
+            process.wait()
+        finally:
+            self._stop(process)
+        if process.returncode:
+            raise TrainingError(_failure(arguments[0], process.returncode, tail))
+
+    def _stop(self, process: subprocess.Popen[str]) -> None:
+        """End the step and what it started; does nothing once it has ended."""
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(self.stop_grace_seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _failure(step: str, code: int, tail: Sequence[str]) -> str:
+    lines = "".join(f"    {line}" for line in tail).rstrip()
+    return f"The pipeline failed at step {step} with exit code {code}. Last lines of {step}:\n{lines}"

@@ -1,0 +1,119 @@
+"""The training step of the Argo workflow, made from the same typed settings as Dagster's PyTorchJobs. Pure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from resources.argo.conditions import FAILURE_CONDITION, RESOURCE_IS_RETRIED, SUCCESS_CONDITION
+from resources.pytorch_job.config import PyTorchJobConfig
+from resources.pytorch_job.manifest import build_pytorch_job_manifest
+
+API_VERSION = "argoproj.io/v1alpha1"
+WORKFLOW_LABEL = "cifar/argo-workflow"
+"""On a PyTorchJob: the workflow that it belongs to. Argo's own label would make Argo take its pods for a step's."""
+JOB_NAME_PREFIX = "cifar10-"
+TRAINER_VARIABLES = ("CIFAR_JOB_SPEC", "DAGSTER_PIPES_CONTEXT", "DAGSTER_PIPES_MESSAGES")
+_STAND_IN = "00000000-0000-0000-0000-000000000000"
+"""As long as the workflow's uid, so that the builder judges the name that the job will have."""
+_STEP_MARGIN_SECONDS = 600
+"""How much longer the step may take than the job it waits for."""
+
+
+def build_train_template(name: str, config: PyTorchJobConfig) -> dict[str, Any]:
+    """A WorkflowTemplate with the training as a resource step, for one replica (`train`) and for more.
+
+    The PyTorchJob is named after the workflow's uid and applied, so that a second submission finds the first.
+    """
+    templates = [_step("train", config, workers=False), _step("train-replicas", config, workers=True)]
+    metadata = {"name": name}
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "WorkflowTemplate",
+        "metadata": metadata,
+        "spec": {"templates": templates},
+    }
+
+
+def _step(name: str, config: PyTorchJobConfig, *, workers: bool) -> dict[str, Any]:
+    inputs = ["image", *map(parameter_of, TRAINER_VARIABLES), *(["workers"] if workers else [])]
+    deadline = config.run_policy.active_deadline_seconds + _STEP_MARGIN_SECONDS
+    return {
+        "name": name,
+        "inputs": {"parameters": [{"name": parameter} for parameter in inputs]},
+        "activeDeadlineSeconds": deadline,
+        "retryStrategy": {
+            "limit": 3,
+            "backoff": {"duration": "5s", "factor": 2, "cap": "60s"},
+            "expression": RESOURCE_IS_RETRIED,
+        },
+        "podSpecPatch": _RESOURCE_POD,
+        "resource": {
+            "action": "apply",
+            "setOwnerReference": True,
+            "successCondition": SUCCESS_CONDITION,
+            "failureCondition": FAILURE_CONDITION,
+            "manifest": _manifest_text(config, workers),
+        },
+    }
+
+
+_RESOURCE_POD = yaml.safe_dump(
+    {
+        "containers": [
+            {
+                "name": "main",
+                "resources": {
+                    "requests": {"cpu": "20m", "memory": "64Mi"},
+                    "limits": {"memory": "256Mi"},
+                },
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "capabilities": {"drop": ["ALL"]},
+                    "readOnlyRootFilesystem": True,
+                },
+            }
+        ]
+    },
+    sort_keys=False,
+)
+
+
+def parameter_of(variable: str) -> str:
+    """The name under which a step hands on the value of an environment variable."""
+    return variable.lower().replace("_", "-")
+
+
+def _manifest_text(config: PyTorchJobConfig, workers: bool) -> str:
+    manifest = build_pytorch_job_manifest(
+        config.model_copy(update={"replicas": 2 if workers else 1}),
+        name=JOB_NAME_PREFIX + _STAND_IN,
+        namespace="namespace",
+        env={variable: _parameter(parameter_of(variable)) for variable in TRAINER_VARIABLES},
+        labels={"app.kubernetes.io/managed-by": "argo-workflow", WORKFLOW_LABEL: "{{workflow.name}}"},
+    )
+    manifest["metadata"] |= {"name": JOB_NAME_PREFIX + "{{workflow.uid}}", "namespace": "{{workflow.namespace}}"}
+    if workers:
+        manifest["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] = _parameter("workers")
+    text = yaml.safe_dump(manifest, sort_keys=False, width=1000)
+    return text.replace(f"'{_parameter('workers')}'", _parameter("workers"))  # a number, not its text
+
+
+def _parameter(name: str) -> str:
+    return f"{{{{inputs.parameters.{name}}}}}"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as such."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def to_yaml(document: Mapping[str, Any]) -> str:
+    """The document as a file that people read."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000)
