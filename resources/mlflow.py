@@ -6,6 +6,7 @@ and the launcher closes what a killed trainer left open.
 """
 
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,3 +172,9 @@ class MlflowServer(MlflowResource):
     @property
     def uri(self) -> str:
         return self.tracking_uri
+
+    def client(self) -> "MlflowClient":
+        # MLflow's own patience with a server that is away is minutes per call; a step makes several.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        return super().client()

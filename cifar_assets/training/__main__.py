@@ -70,11 +70,12 @@ def _load_spec(source: str | None) -> JobSpec:
 
 
 def _set_up_logging() -> io.StringIO:
-    """Log lines of this project go to standard output and to the buffer returned; on other ranks only warnings do."""
+    """Log lines of this project go to standard output and to the buffer returned. Of other ranks, only that they joined, and warnings."""
     buffer = io.StringIO()
     level = logging.INFO if _is_first() else logging.WARNING
     project = logging.getLogger("cifar_assets")
     project.setLevel(level)
+    logging.getLogger("cifar_assets.training.distributed").setLevel(logging.INFO)
     for stream, form in ((sys.stdout, "%(message)s"), (buffer, "%(asctime)s %(levelname)s %(message)s")):
         handler = logging.StreamHandler(stream)
         handler.setFormatter(logging.Formatter(form))

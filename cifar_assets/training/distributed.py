@@ -1,6 +1,7 @@
 """One training over several processes: who this process is, and sums over all of them."""
 
 import datetime as dt
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import distributed as dist
 
 from cifar_assets.errors import ConfigError
 
+_LOG = logging.getLogger(__name__)
 _TIMEOUT = dt.timedelta(minutes=30)
 
 
@@ -77,6 +79,7 @@ def join(processes: Processes, device: torch.device) -> None:
     if processes.count > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=processes.rank, world_size=processes.count, timeout=_TIMEOUT)
+        _LOG.info("Process %d of %d has joined over %s", processes.rank + 1, processes.count, backend)
 
 
 def is_peer_lost(error: RuntimeError, processes: Processes) -> bool:

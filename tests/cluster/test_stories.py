@@ -5,14 +5,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import dagster as dg
 import pytest
 from kubernetes import client as k8s
 
 from resources.pytorch_job import JobState, PyTorchJobClient
+from resources.pytorch_job.api import load_configuration
 from tests.cluster.conftest import Minio
 from tests.cluster.kubectl import kubectl, wait_for
+from tests.cluster.proxy import Proxy
 from tests.cluster.story import ClusterStory, story_config
 
 
@@ -266,6 +269,25 @@ def test_object_store_away_in_mid_run(story: ClusterStory):
         thread.join(120)
         assert result.success
     assert [epoch for epoch, _ in story.epochs] == list(range(15))
+
+
+def test_api_server_away_in_mid_run(story: ClusterStory):
+    """Away as the run worker sees it; the job goes on."""
+    configuration: Any = load_configuration(None, None)[0]
+    server = urlsplit(configuration.host)
+    assert server.hostname
+    with Proxy.before(server.hostname, server.port or 443) as proxy:
+        configuration.tls_server_name = configuration.tls_server_name or server.hostname
+        configuration.host = f"https://127.0.0.1:{proxy.port}"
+        api = k8s.ApiClient(configuration)
+        story.client = PyTorchJobClient(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
+        thread = story.when(lambda: len(story.epochs) >= 3, lambda: proxy.be_away(20))
+        with story.run(story_config("epochs", "15")) as result:
+            thread.join(60)
+            assert result.success
+        assert proxy.num_refused > 0
+    assert [epoch for epoch, _ in story.epochs] == list(range(15))
+    assert len(story.names()) == 1
 
 
 def _state(story: ClusterStory, name: str) -> JobState | None:
