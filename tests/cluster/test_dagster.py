@@ -1,0 +1,175 @@
+"""k8s/dagster on a real cluster, used as people use it: through the webserver and the object store.
+
+Needs `make -f images/images.mk image-dagster postgres-image LOAD=...`.
+"""
+
+import io
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+from cifar_assets.contracts import LANDING_PREFIX, RAW_BUCKET
+from tests.cluster.conftest import dump
+from tests.cluster.kubectl import forwarded, free_port, kubectl, wait_for
+from tests.cluster.platform import Platform
+from tests.cluster.webserver import FINISHED, Run, Webserver
+from tests.local.test_browser import CHROMIUM, PATIENCE_MS, QUIET
+
+OVERLAY = str(Path(__file__).parent / "dagster")
+IMAGES = ("localhost/cifar-dagster:dev", "localhost/cifar-postgres:test")
+PASSWORD = "dagster-postgresql-secret"
+RAW = "cifar10/raw_dataset"
+LANDED_KEY = f"{RAW_BUCKET}/{LANDING_PREFIX}cat/camera.png"
+NUM_SYNTHETIC = 7000
+
+
+@pytest.fixture(scope="module")
+def dagster(platform: Platform) -> Iterator[Webserver]:
+    """Dagster in the platform's namespace, by the commands of docs/dagster_in_the_cluster.md; removed at the end."""
+    nodes = json.loads(kubectl("get", "nodes", "-o", "json"))["items"]
+    loaded = {name for node in nodes for image in node["status"]["images"] for name in image.get("names", ())}
+    if missing := [image for image in IMAGES if image not in loaded]:
+        pytest.skip(
+            f"no node has {' and '.join(missing)}: make -f images/images.mk image-dagster postgres-image LOAD=..."
+        )
+    inside = ["-n", platform.namespace]
+    kubectl(
+        *inside, "create", "secret", "generic", PASSWORD, f"--from-literal=postgresql-password={secrets.token_hex(20)}"
+    )
+    try:
+        kubectl("apply", "--server-side", "-k", OVERLAY)
+        for name in ("statefulset/dagster-postgresql", "deploy/dagster-code", "deploy/dagster-webserver"):
+            kubectl(*inside, "rollout", "status", name, "--timeout=200s")
+        port = free_port()
+        with forwarded(platform.namespace, "svc/dagster-webserver", port, 3000):
+            yield Webserver(f"http://127.0.0.1:{port}")
+    finally:
+        kubectl("delete", "-k", OVERLAY, "--ignore-not-found", "--timeout=100s")
+        kubectl(*inside, "delete", "pvc", "data-dagster-postgresql-0", "--ignore-not-found", "--timeout=60s")
+        kubectl(*inside, "delete", "secret", PASSWORD)
+        # Jobs of run workers belong to no object of the overlay.
+        kubectl(*inside, "delete", "jobs", "-l", "dagster/run-id", "--timeout=60s")
+
+
+@pytest.fixture(autouse=True)
+def explained(platform: Platform, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Prints the namespace's state, which pytest shows of a test that failed."""
+    yield
+    if request.session.testsfailed:
+        print(dump(platform.namespace))
+        print(kubectl("-n", platform.namespace, "logs", "deploy/dagster-daemon", "--tail=60"))
+
+
+def noise() -> bytes:
+    """A picture that no version has yet."""
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (32, 32), secrets.token_bytes(32 * 32 * 3)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def run_workers(platform: Platform, run_id: str) -> list[dict[str, Any]]:
+    answer = kubectl("-n", platform.namespace, "get", "pods", "-l", f"dagster/run-id={run_id}", "-o", "json")
+    return json.loads(answer)["items"]
+
+
+@contextmanager
+def cancelled_afterwards(dagster: Webserver, run_id: str) -> Iterator[None]:
+    """Leaves no work behind: a run that has not ended is cancelled by the webserver."""
+    try:
+        yield
+    finally:
+        # Dagster refuses to cancel a run whose worker is about to start.
+        wait_for(f"run {run_id} to start", lambda: dagster.run(run_id).status in ("STARTED", *FINISHED), 90)
+        if dagster.run(run_id).status not in FINISHED:
+            dagster.cancel(run_id)
+        wait_for(f"the end of run {run_id}", lambda: dagster.run(run_id).status in FINISHED, 60)
+
+
+@pytest.fixture(scope="module")
+def finished_run(dagster: Webserver) -> str:
+    """A run of raw_dataset that has ended, with all that Dagster can say as its output."""
+    run_id = dagster.materialize(RAW, config={"loggers": {"console": {"config": {"log_level": "DEBUG"}}}})
+    with cancelled_afterwards(dagster, run_id):
+        wait_for("the run's end", lambda: dagster.run(run_id).status in FINISHED, 150)
+    return run_id
+
+
+def test_ui_answers_the_daemon_is_healthy_and_the_code_is_loaded(dagster: Webserver):
+    assert json.loads(dagster.get("/server_info"))["dagster_webserver_version"] == dg.__version__
+    wait_for("the code location", lambda: dagster.locations() == {"cifar": "RepositoryLocation"}, 60)
+    wait_for("healthy daemons", lambda: not dagster.unhealthy_daemons(), 60)
+
+
+def test_a_run_is_a_job_and_its_output_is_in_the_object_store(
+    dagster: Webserver, platform: Platform, finished_run: str
+):
+    assert dagster.run(finished_run).status == "SUCCESS"
+    (pod,) = run_workers(platform, finished_run)
+    assert pod["metadata"]["ownerReferences"][0]["kind"] == "Job"
+    assert pod["spec"]["serviceAccountName"] == "dagster"
+    assert pod["spec"]["containers"][0]["image"] == IMAGES[0]
+    made = dagster.materialization(RAW, finished_run)
+    assert made
+    assert made["dagster/row_count"] == NUM_SYNTHETIC
+    ((text, where),) = dagster.compute_logs(finished_run).values()
+    assert "STEP_SUCCESS" in text
+    assert where.startswith("s3://dagster-logs/")
+    assert platform.store().read(where.removeprefix("s3://")).decode() == text
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH")
+def test_a_browser_shows_the_run_and_its_output(dagster: Webserver, finished_run: str):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": 1500, "height": 1000})
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(f"{dagster.url}/runs/{finished_run}")
+        expect(page.get_by_text("Success", exact=True).first).to_be_visible(timeout=PATIENCE_MS)
+        page.get_by_text("stderr", exact=True).click()
+        page.get_by_placeholder("Select a step").click()
+        page.get_by_text("cifar10__raw_dataset").last.click()
+        expect(page.get_by_text("STEP_SUCCESS").first).to_be_visible(timeout=PATIENCE_MS)
+        browser.close()
+
+
+def test_a_killed_run_worker_fails_its_run_and_another_run_takes_over(dagster: Webserver, platform: Platform):
+    run_id = dagster.materialize(RAW)
+    wait_for("the start", lambda: dagster.run(run_id).status == "STARTED", 120)
+    (pod,) = run_workers(platform, run_id)
+    kubectl("-n", platform.namespace, "delete", "pod", pod["metadata"]["name"], "--grace-period=0", "--force")
+    wait_for("the run's end", lambda: dagster.run(run_id).status in FINISHED, 90)
+    assert dagster.run(run_id).status == "FAILURE"
+    retry: Run = wait_for("the retry", lambda: next((run for run in dagster.runs() if run.parent == run_id), None))
+    with cancelled_afterwards(dagster, retry.id):
+        assert retry.tags["dagster/retry_number"] == "1"
+        wait_for("the retry's worker", lambda: run_workers(platform, retry.id))
+    assert dagster.run(retry.id).status == "CANCELED"
+    wait_for("the removal of its pod", lambda: not run_workers(platform, retry.id), 60)
+
+
+def test_landed_data_starts_a_retraining(dagster: Webserver, platform: Platform):
+    before = {run.id for run in dagster.runs()}
+    store = platform.store()
+    store.write(LANDED_KEY, noise())
+    try:
+        run: Run = wait_for(
+            "the sensor's run",
+            lambda: next((run for run in dagster.runs() if run.id not in before and run.job == "retrain"), None),
+            120,
+        )
+        with cancelled_afterwards(dagster, run.id):
+            assert run.tags["dagster/sensor_name"] == "landing_sensor"
+            made = wait_for("the raw dataset", lambda: dagster.materialization(RAW, run.id), 120)
+            assert made["dagster/row_count"] == NUM_SYNTHETIC + 1
+        assert dagster.run(run.id).status == "CANCELED"
+    finally:
+        store.delete(LANDED_KEY)
