@@ -70,7 +70,10 @@ def _load_spec(source: str | None) -> JobSpec:
 
 
 def _set_up_logging() -> io.StringIO:
-    """Log lines of this project go to standard output and to the buffer returned. Of other ranks, only that they joined, and warnings."""
+    """Log lines of this project go to standard output and to the buffer returned.
+
+    Ranks other than the first only say that they joined, and warn.
+    """
     buffer = io.StringIO()
     level = logging.INFO if _is_first() else logging.WARNING
     project = logging.getLogger("cifar_assets")
