@@ -62,7 +62,9 @@ class KServeInferenceService(InferenceServiceResource):
         description="Knative's gateway as namespace/service, for a port forwarded to a serverless service.",
     )
     rollout_timeout_seconds: float = Field(
-        default=300.0, gt=0, description="How long a new version may take until it answers."
+        default=600.0,
+        gt=0,
+        description="How long a new version may take until it answers, a large image that is pulled included.",
     )
     unschedulable_timeout_seconds: float = Field(
         default=120.0, gt=0, description="How long a pod may wait for a node that has room for it."

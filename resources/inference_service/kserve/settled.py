@@ -26,7 +26,7 @@ def find_missing(
 
 def _standard(service: InferenceService, pods: Sequence[ServingPod], revision: str) -> str | None:
     ready = [pod for pod in pods if pod.revision == revision and pod.ready]
-    others = [pod for pod in pods if pod.revision != revision]
+    others = [pod for pod in pods if pod.revision != revision and not pod.pod.finished]
     wanted = max(1, int(service.predictor.get("minReplicas") or 1))
     if len(ready) < wanted:
         return f"{len(ready)} of {wanted} new pods are ready"

@@ -41,7 +41,7 @@ class RolloutLimits:
     """How often to look, and how long to put up with what may pass. Seconds."""
 
     poll_interval_seconds: float = 1.0
-    rollout_timeout_seconds: float = 300.0
+    rollout_timeout_seconds: float = 600.0
     """For all of it."""
     unschedulable_timeout_seconds: float = 120.0
     blocked_timeout_seconds: float = 45.0
@@ -156,8 +156,9 @@ class RevisionWatcher:
                 )
             pods = self._client.pods(self._namespace, self._name)
             ours = [pod for pod in pods if pod.revision == revision]
-            watch.history.observe(pod.pod for pod in ours)
-            self._give_up_if_broken(watch, ours)
+            unready = [pod for pod in ours if not pod.ready]  # an older one that is may have a past
+            watch.history.observe(pod.pod for pod in unready)
+            self._give_up_if_broken(watch, unready)
             self._give_up_if_stuck(watch, ours)
             problem = find_missing(service, pods, revision) or self._problem(service, request)
             watch.outage_since = None

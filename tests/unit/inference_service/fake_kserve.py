@@ -149,7 +149,7 @@ class FakeKServe:
             self._end(pod)
 
     def _end(self, pod: dict[str, Any]) -> None:
-        if not is_ending(pod):
+        if not is_ending(pod) and pod["status"]["phase"] != "Failed":  # a ReplicaSet leaves those that failed
             pod["metadata"]["deletion_timestamp"] = "2026-01-01T00:00:00Z"
             self.clock.after(GRACE_SECONDS, lambda: pod in self.pods and self.pods.remove(pod))
 

@@ -271,6 +271,24 @@ def test_deletion_that_does_not_end_is_an_error(serving_a: FakeKServe, monkeypat
         deployer(serving_a).delete()
 
 
+def test_evicted_pod_of_the_old_version_does_not_hold_up_the_new_one(serving_a: FakeKServe):
+    evicted = fake.pod_body("evicted", build(A)["metadata"]["annotations"])
+    evicted["status"] = {"phase": "Failed", "reason": "Evicted"}
+    serving_a.pods.append(evicted)
+    assert deployer(serving_a).deploy(B).changed
+    assert evicted in serving_a.pods
+
+
+def test_past_of_a_pod_that_serves_is_not_held_against_it(serving_a: FakeKServe):
+    serving_a.behaviours[B.model_digest] = fake.never_ready
+    (pod,) = serving_a.pods
+    ended = {"terminated": {"exit_code": 137, "reason": "OOMKilled", "finished_at": "2025-01-01T00:00:00Z"}}
+    pod["status"]["container_statuses"] = [{**fake.container({"running": {}}, restarts=9), "last_state": ended}]
+    InferenceServiceClient(serving_a, serving_a).replace(deployer(serving_a).deploy(A).service, build(B))
+    serving_a.clock.sleep(2)
+    assert deployer(serving_a).deploy(A).changed
+
+
 def test_events_are_no_condition(cluster: FakeKServe):
     def refuse(call: str) -> None:
         if call in ("event", "events", "log"):
