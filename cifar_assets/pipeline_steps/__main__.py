@@ -1,7 +1,7 @@
 """The pipeline's steps on the command line.
 
 Exit codes: 0, 1 for a check that failed, 2 for a setting that is wrong, 75 for a store that does not answer (the only
-one worth trying again).
+one worth trying again). The reason is on stderr, and in the file that TERMINATION_LOG names, as pods have one.
 """
 
 import argparse
@@ -39,11 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.step(options)
     except ConfigError as error:
-        return _failed(error, EXIT_BAD_SETTING)
+        return _failed(str(error), EXIT_BAD_SETTING)
     except StoreError as error:
-        return _failed(error, EXIT_FAILED if isinstance(error, ObjectNotFoundError) else EXIT_STORE_AWAY)
+        return _failed(str(error), EXIT_FAILED if isinstance(error, ObjectNotFoundError) else EXIT_STORE_AWAY)
     except CifarError as error:
-        return _failed(error, EXIT_FAILED)
+        return _failed(str(error), EXIT_FAILED)
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -89,8 +89,7 @@ def _model(options: argparse.Namespace) -> int:
     _write(options.outputs, {"model": report.to_json()})
     verdict = report.verdict
     if not verdict.passed:
-        sys.stderr.write(f"error: {verdict.reason}. Train longer, with more data, or by another recipe.\n")
-        return EXIT_FAILED
+        return _failed(f"{verdict.reason}. Train longer, with more data, or by another recipe.", EXIT_FAILED)
     _say(f"{verdict.reason[0].upper()}{verdict.reason[1:]}.")
     return 0
 
@@ -165,8 +164,10 @@ def _write(folder: Path, outputs: dict[str, str]) -> None:
         Path(folder, name).write_text(value)
 
 
-def _failed(error: Exception, code: int) -> int:
-    sys.stderr.write(f"error: {error}\n")
+def _failed(reason: str, code: int) -> int:
+    sys.stderr.write(f"error: {reason}\n")
+    if path := os.environ.get("TERMINATION_LOG"):
+        Path(path).write_text(reason)
     return code
 
 

@@ -45,7 +45,8 @@ def _without_failed_step(workflow: Workflow) -> str:
     name = f"W{str(workflow)[1:]}"
     if workflow.phase in ("Failed", "Error"):
         return f"{name} ended before a step could fail: {workflow.message or workflow.phase}"
-    done = ", ".join(step.name for step in workflow.steps if step.phase == "Succeeded")
+    handler = f"{workflow.name}.onExit"
+    done = ", ".join(step.name for step in workflow.steps if step.phase == "Succeeded" and step.name != handler)
     return f"{name}: no step failed; done: {done or 'none yet'}."
 
 
@@ -53,9 +54,8 @@ def _about_step(
     client: WorkflowClient, workflow: Workflow, failed: Step, tails: Mapping[str, Sequence[str]]
 ) -> list[str]:
     pods = [pod for pod in client.pods(workflow) if pod.replica == failed.name]
-    tail = tails.get(failed.name) or [
-        line for pod in pods for line in _tail(client, workflow.namespace, pod, MAIN_CONTAINER)
-    ]
+    tail = [line for pod in pods for line in _tail(client, workflow.namespace, pod, MAIN_CONTAINER)]
+    tail = tail or list(tails.get(failed.name, ()))
     events = [event for pod in pods for event in client.warnings(workflow.namespace, pod.name)]
     shown = [f"- event {event}" for event in events[-5:]]
     return shown + ([f"Last lines of {failed.name}:", *(f"    {line}" for line in tail[-TAIL_LINES:])] if tail else [])
@@ -78,6 +78,12 @@ def _about_job(jobs: PyTorchJobClient, workflow: Workflow, tails: Mapping[str, S
     return diagnose_failure(str(job), job.status, history, seen, events).report().splitlines()
 
 
+def is_argos_own(line: str) -> bool:
+    """Whether a step's log line is of Argo's process, which starts ours and shares its log."""
+    return (line.startswith("time=") and " argo=true" in line) or line.startswith("Error: exit status")
+
+
 def _tail(client: WorkflowClient | PyTorchJobClient, namespace: str, pod: Pod, container: str) -> list[str]:
     text = client.log(namespace, pod.name, container, tail_lines=TAIL_LINES) or ""
-    return [line.partition(" ")[2] for line in text.splitlines()]
+    lines = [line.partition(" ")[2] for line in text.splitlines()]
+    return [line for line in lines if not is_argos_own(line)]

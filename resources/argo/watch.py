@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from resources.argo.client import WorkflowClient
 from resources.argo.errors import WorkflowDeletedError, WorkflowFailedError, WorkflowTimeoutError
-from resources.argo.report import TRAIN_TEMPLATES, explain, job_name_of
+from resources.argo.report import TRAIN_TEMPLATES, explain, is_argos_own, job_name_of
 from resources.argo.status import Workflow
 from resources.pytorch_job.errors import ApiUnavailableError
 from resources.pytorch_job.logs import LogLine, ReplicaLogs
@@ -78,7 +78,8 @@ class WorkflowWatcher:
             )
         self._report_changes(workflow)
         for line in self._logs.poll(self._pods(workflow)):
-            self._on_log_line(line)
+            if not is_argos_own(line.text):
+                self._on_log_line(line)
         if workflow.finished:
             return workflow
         self._give_up_if_stuck(workflow)

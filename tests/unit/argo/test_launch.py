@@ -1,0 +1,115 @@
+"""One step, one workflow, whatever was there before and whatever answers are lost."""
+
+import logging
+
+import pytest
+
+from resources.argo.client import WorkflowClient
+from resources.argo.errors import WorkflowConflictError
+from resources.argo.launch import WorkflowLauncher, WorkflowRequest
+from resources.argo.naming import workflow_name
+from resources.pytorch_job.errors import ApiRefusedError, ApiUnavailableError
+from tests.unit.argo.fake_argo import FakeArgo
+from tests.unit.pytorch_job.fake_cluster import api_error
+
+NAME = workflow_name("parity", run_id="run-1", step_key="step")
+
+
+def request(**changes: str) -> WorkflowRequest:
+    values = {"name": NAME, "namespace": "cifar", "template": "pipeline", "run_id": "run-1", "step_key": "step"}
+    return WorkflowRequest(**{**values, **changes}, parameters={"seed": "3"})
+
+
+@pytest.fixture
+def launcher(argo: FakeArgo, client: WorkflowClient) -> WorkflowLauncher:
+    log = logging.getLogger("test")
+    return WorkflowLauncher(client, clock=argo.clock, sleeper=argo.clock.sleep, logger=log, outage_seconds=30)
+
+
+def test_the_workflow_is_the_templates_with_the_parameters(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
+    launcher.submit(request())
+    assert argo.workflows[NAME]["spec"] == {
+        "workflowTemplateRef": {"name": "pipeline"},
+        "arguments": {"parameters": [{"name": "seed", "value": "3"}]},
+    }
+
+
+@pytest.mark.parametrize("phase", [None, "Running", "Succeeded"])
+def test_a_repeated_submit_finds_the_first(argo: FakeArgo, launcher: WorkflowLauncher, phase: str | None) -> None:
+    first = launcher.submit(request())
+    if phase:
+        argo.ends(NAME, phase)
+    assert launcher.submit(request()).uid == first.uid
+    assert argo.num_submitted == 1
+
+
+def test_a_create_call_whose_answer_was_lost_makes_one_workflow(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
+    answers = iter([ConnectionResetError("reset")])
+
+    def lose() -> None:
+        if error := next(answers, None):
+            raise error
+
+    argo.after_create = lose
+    assert launcher.submit(request()).uid == "uid-1"
+    assert argo.num_submitted == 1
+
+
+@pytest.mark.parametrize("phase", ["Failed", "Error"])
+def test_a_failed_one_is_replaced(argo: FakeArgo, launcher: WorkflowLauncher, phase: str) -> None:
+    launcher.submit(request())
+    argo.ends(NAME, phase)
+    argo.seconds_to_delete = 5
+    assert launcher.submit(request()).uid == "uid-2"
+
+
+@pytest.mark.parametrize("change", [{"run_id": "run-2"}, {"step_key": "other"}])
+def test_somebody_elses_is_left_alone(argo: FakeArgo, launcher: WorkflowLauncher, change: dict[str, str]) -> None:
+    launcher.submit(request(**change))
+    with pytest.raises(WorkflowConflictError, match=NAME):
+        launcher.submit(request())
+    assert launcher.remove(request(), timeout_seconds=5)
+    assert NAME in argo.workflows
+
+
+def test_an_outage_is_endured_for_a_while(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
+    def away(call: str) -> None:
+        if argo.clock.now < 1020:
+            raise api_error(503)
+
+    argo.failing = away
+    assert launcher.submit(request()).uid == "uid-1"
+    argo.failing = lambda call: (_ for _ in ()).throw(api_error(503))
+    with pytest.raises(ApiUnavailableError, match=NAME):
+        launcher.submit(request())
+
+
+def test_a_cluster_without_argo_is_named(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
+    argo.failing = lambda call: (_ for _ in ()).throw(api_error(404, "the server could not find the resource"))
+    with pytest.raises(ApiRefusedError, match="install Argo Workflows"):
+        launcher.submit(request())
+
+
+def test_removing_waits_for_the_job_it_owns(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
+    workflow = launcher.submit(request())
+    job = f"cifar10-{workflow.uid}"
+    argo.jobs[job] = {"metadata": {"name": job, "namespace": "cifar", "uid": "job"}}
+    argo.seconds_to_delete = 4
+    assert launcher.remove(request(), timeout_seconds=20)
+    assert argo.patches == [{"metadata": {"uid": "uid-1"}, "spec": {"shutdown": "Terminate"}}]
+    assert not argo.workflows
+    assert not argo.jobs
+
+
+def test_removing_gives_up_in_time(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
+    launcher.submit(request())
+    argo.seconds_to_delete = 1000
+    before = argo.clock.now
+    assert not launcher.remove(request(), timeout_seconds=10)
+    assert argo.clock.now - before < 12
+
+
+def test_names_are_short_enough_for_pods_and_differ_by_run_and_step() -> None:
+    names = {workflow_name("parity", run_id=run, step_key=step) for run in ("a", "b") for step in ("x", "y")}
+    assert len(names) == 4
+    assert len(workflow_name("p" * 99, run_id="r" * 99, step_key="s" * 99)) <= 40
