@@ -12,13 +12,18 @@ BUILD_ARGS ?=
 LOAD ?=
 IMAGES := trainer server dagster mlflow
 
-.PHONY: images test-images story-image postgres-image $(IMAGES:%=image-%)
+.PHONY: images kfp-image test-images story-image postgres-image $(IMAGES:%=image-%)
 
 images: $(IMAGES:%=image-%) ## Build the images of all pods; LOAD puts each into the cluster.
 
 $(IMAGES:%=image-%): image-%:
 	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/cifar-$*:$(TAG) -f images/$*/Dockerfile .
 	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-$*:$(TAG))
+
+kfp-image: image-trainer ## Build the image of the Kubeflow pipeline's steps.
+	$(BUILDER) $(BUILD_ARGS) --build-arg TRAINER=$(REGISTRY)/cifar-trainer:$(TAG) \
+		-t $(REGISTRY)/cifar-kfp:$(TAG) -f images/kfp/Dockerfile .
+	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-kfp:$(TAG))
 
 test-images: story-image postgres-image ## Build what only the cluster tests run.
 

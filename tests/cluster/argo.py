@@ -1,8 +1,9 @@
-"""The workflow of k8s/argo in a namespace of its own, with pods small enough for two CPUs."""
+"""The workflow of k8s/argo on the platform of the tests, with pods small enough for two CPUs."""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,19 @@ class ArgoCluster:
     client: WorkflowClient
     store: S3Store
 
-    def deploy(self) -> None:
-        """What `kubectl apply -k k8s/argo` makes, here."""
-        objects = [document for document in yaml.safe_load_all(kubectl("kustomize", str(FOLDER))) if document]
-        objects = [self._placed(document) for document in objects]
-        objects += [
-            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "cifar-platform"}, "data": {}},
-            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "trainer"}},
-        ]
-        kubectl("-n", self.namespace, "apply", "--server-side", "-f", "-", text=yaml.safe_dump_all(objects))
+    @contextmanager
+    def deployed(self) -> Iterator[None]:
+        """What `kubectl apply -k k8s/argo` makes, its PyTorchJobs smaller; removed at the end with every workflow."""
+        documents = [document for document in yaml.safe_load_all(kubectl("kustomize", str(FOLDER))) if document]
+        text = yaml.safe_dump_all([_small(document) for document in documents])
+        kubectl("-n", self.namespace, "apply", "--server-side", "-f", "-", text=text)
+        try:
+            yield
+        finally:
+            kubectl("-n", self.namespace, "delete", "workflows", "--all", "--wait=true", "--timeout=100s")
+            kubectl("-n", self.namespace, "delete", "--ignore-not-found", "-f", "-", text=text)
+            ours = ["-l", "app.kubernetes.io/managed-by=argo-workflow", "--wait=true", "--timeout=60s"]
+            kubectl("-n", self.namespace, "delete", "pytorchjobs", *ours)
 
     def create(self, file: str = "workflow.yaml", **parameters: str) -> str:
         """`kubectl create -f` of one of the files with some parameters; the workflow's name."""
@@ -68,9 +73,9 @@ class ArgoCluster:
         assert found, f"workflow {name} is gone"
         return found
 
-    def finished(self, name: str, seconds: float = 150) -> Workflow:
+    def finished(self, name: str, seconds: float = 400) -> Workflow:
         """The workflow once its exit handler has ended."""
-        return wait_for(f"the end of {name}", lambda: self._if_finished(name), seconds)
+        return wait_for(f"the end of workflow {name}", lambda: self._if_finished(name), seconds)
 
     def job_exists(self, workflow: Workflow) -> bool:
         return self.client.jobs.get(self.namespace, job_name_of(workflow)) is not None
@@ -79,11 +84,9 @@ class ArgoCluster:
         workflow = self.workflow(name)
         return workflow if workflow.finished else None
 
-    def _placed(self, document: dict[str, Any]) -> dict[str, Any]:
-        if document["metadata"]["name"] == "cifar10-train":
-            settings = yaml.safe_load((FOLDER / "train.settings.yaml").read_text())
-            document = build_train_template(settings["name"], PyTorchJobConfig(**{**settings["config"], **_SMALL}))
-        document["metadata"]["namespace"] = self.namespace
-        for subject in document.get("subjects", []):
-            subject["namespace"] = self.namespace
+
+def _small(document: dict[str, Any]) -> dict[str, Any]:
+    settings = yaml.safe_load((FOLDER / "train.settings.yaml").read_text())
+    if document["metadata"]["name"] != settings["name"]:
         return document
+    return build_train_template(settings["name"], PyTorchJobConfig(**{**settings["config"], **_SMALL}))

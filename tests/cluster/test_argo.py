@@ -1,0 +1,266 @@
+"""The workflow of k8s/argo under the real controller: it succeeds, fails where and how it should, and leaves nothing.
+
+Needs Argo Workflows, and the images cifar-dagster and cifar-trainer in the cluster.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+
+from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
+from cifar_assets.assets.upstream import data_version
+from cifar_assets.gate import judge
+from resources.argo.client import WorkflowClient
+from resources.argo.conditions import FAILURE_CONDITION, SUCCESS_CONDITION
+from resources.argo.report import explain, job_name_of
+from resources.argo.status import Workflow
+from resources.pytorch_job.status import JobState, read_status
+from tests.cluster.argo import IMAGES, ArgoCluster
+from tests.cluster.kubectl import kubectl, wait_for
+from tests.cluster.platform import Platform
+from tests.fixtures.tiny_data import TINY_RECIPE, TinyData, store_tiny_data
+from tests.fixtures.workspace import ROOT, Workspace
+
+STATUS_SERIES = ROOT / "tests/unit/pytorch_job/status_series.yaml"
+LONG = json.dumps({**TINY_RECIPE, "epochs": 1000})
+NO_DEVICE = json.dumps({"threads": 1, "device": "cuda"})
+
+
+@pytest.fixture(scope="module")
+def argo(core: Any, platform: Platform) -> Iterator[ArgoCluster]:
+    """The templates applied. Skips where the cluster has no Argo."""
+    if not kubectl("get", "crd", "workflows.argoproj.io", "--ignore-not-found", "-o", "name"):
+        pytest.skip("the cluster has no Argo Workflows")
+    cluster = ArgoCluster(platform.namespace, WorkflowClient.production(), platform.store())
+    with cluster.deployed():
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def damaged(argo: ArgoCluster) -> TinyData:
+    """A processed version one of whose shards was changed."""
+    data = store_tiny_data(argo.store, train=100, test=40)
+    processed = argo.store.at("processed-data")
+    key = next(info.key for info in processed.list(data.processed) if info.key.endswith(".safetensors"))
+    processed.write(key, processed.read(key)[:-1] + b"?")
+    return data
+
+
+@pytest.fixture(scope="module")
+def tiny(argo: ArgoCluster, damaged: TinyData) -> TinyData:
+    """A good version, the current one."""
+    return store_tiny_data(argo.store)
+
+
+@pytest.fixture(scope="module")
+def stories(argo: ArgoCluster, tiny: TinyData, damaged: TinyData) -> dict[str, str]:
+    """Names of the workflows that fail, which all run at once."""
+    return {
+        "missing": argo.create(dataset="f" * 64),
+        "damaged": argo.create(dataset=damaged.processed),
+        "training": argo.create(execution=NO_DEVICE),
+        "refused": argo.create(threshold="0.99"),
+    }
+
+
+def test_submitting_twice_makes_one_job(argo: ArgoCluster, tiny: TinyData) -> None:
+    """Case C16: the pod that submits is lost once the PyTorchJob is there."""
+    name = argo.create(overrides=json.dumps({**TINY_RECIPE, "epochs": 100}))
+    wait_for("a training that is waited for", lambda: _training(argo, name), 400)
+    (pod,) = [pod for pod in argo.client.pods(argo.workflow(name)) if pod.replica == "train"]
+    before = argo.client.jobs.get(argo.namespace, job_name_of(argo.workflow(name)))
+    kubectl("-n", argo.namespace, "delete", "pod", pod.name, "--wait=false")
+    workflow = argo.finished(name)
+    assert workflow.phase == "Succeeded", explain(argo.client, workflow)
+    after = argo.client.jobs.get(argo.namespace, job_name_of(workflow))
+    assert before
+    assert after
+    assert after.uid == before.uid
+    assert [job.name for job in argo.client.jobs.find(argo.namespace) if job.labels.get(_LABEL) == name] == [after.name]
+    report = json.loads(workflow.output("model") or "")
+    assert judge(argo.store.at("models"), report["model_digest"], 0)[0].dataset_digest == tiny.processed
+
+
+_LABEL = "cifar/argo-workflow"
+
+
+@pytest.mark.parametrize(
+    ("story", "step", "reason"),
+    [
+        ("missing", "verify-data", f"There is no processed version {'f' * 64}"),
+        ("damaged", "verify-processed", ".safetensors: expected sha256"),
+        ("training", "train", "master-0/pytorch ended with exit code 2"),
+        ("refused", "verify-model", "is below the threshold 0.9900"),
+    ],
+)
+def test_failing_at_the_right_step_with_the_reason(
+    argo: ArgoCluster, stories: dict[str, str], story: str, step: str, reason: str
+) -> None:
+    workflow = argo.finished(stories[story])
+    text = explain(argo.client, workflow)
+    assert workflow.phase == "Failed", text
+    assert workflow.failed_step, text
+    assert workflow.failed_step.name == step
+    assert reason in text
+    assert reason in (workflow.output("report") or "")
+    assert len([attempt for attempt in workflow.steps if attempt.name == step]) == 1
+
+
+def test_deleting_the_workflow_removes_its_job(argo: ArgoCluster, tiny: TinyData) -> None:
+    name = argo.create(overrides=LONG)
+    wait_for("a training that is waited for", lambda: _training(argo, name), 400)
+    workflow = argo.workflow(name)
+    kubectl("-n", argo.namespace, "delete", "workflow", name, "--wait=false")
+    wait_for("the end of its PyTorchJob", lambda: not argo.job_exists(workflow), 60)
+    wait_for("the end of its pods", lambda: not _pods_left(argo, workflow), 90)
+
+
+def test_the_demo_trains_nothing(argo: ArgoCluster, tiny: TinyData) -> None:
+    workflow = argo.finished(argo.create("demo.yaml"))
+    assert workflow.phase == "Succeeded", explain(argo.client, workflow)
+    assert [step.name for step in workflow.steps] == ["verify-data", "verify-processed", f"{workflow.name}.onExit"]
+    assert not argo.job_exists(workflow)
+
+
+def test_the_controller_reads_a_status_as_the_pipes_client_does(argo: ArgoCluster) -> None:
+    """Every kind of end and some that are none, written by hand into jobs that no operator looks after."""
+    series: dict[str, list[dict[str, Any]]] = yaml.safe_load(STATUS_SERIES.read_text())
+    last = {f"status-{number}": steps[-1]["status"] for number, steps in enumerate(series.values())}
+    for job, status in last.items():
+        _store_job(argo, job, status)
+    name = argo.submit(_looking_at(list(last), argo.namespace), {})
+    seen = {step.name.partition(":")[2].rstrip(")"): step for step in argo.finished(name, 200).steps}
+    assert seen.keys() == last.keys()
+    for job, status in last.items():
+        state, step = read_status(status).state, seen[job]
+        outcome = (step.phase, "failure condition" in step.message)
+        expected = {JobState.SUCCEEDED: ("Succeeded", False), JobState.FAILED: ("Failed", True)}
+        assert outcome == expected.get(state, ("Failed", False)), (job, state, step.message)
+
+
+@pytest.mark.parametrize(
+    ("account", "verb", "resource", "allowed"),
+    [
+        ("dagster", "create", "workflows", "yes"),
+        ("dagster", "patch", "workflows", "yes"),
+        ("dagster", "list", "workflows", "no"),
+        ("argo-workflow", "create", "pytorchjobs", "yes"),
+        ("argo-workflow", "delete", "pytorchjobs", "no"),
+        ("argo-workflow", "get", "pods/log", "no"),
+        ("argo-workflow", "get", "secrets", "no"),
+        ("argo-report", "get", "pods/log", "yes"),
+        ("argo-report", "create", "pytorchjobs", "no"),
+        ("argo-report", "get", "secrets", "no"),
+    ],
+)
+def test_rights(argo: ArgoCluster, account: str, verb: str, resource: str, allowed: str) -> None:
+    name, _, subresource = resource.partition("/")
+    group = {"workflows": "argoproj.io", "pytorchjobs": "kubeflow.org"}.get(name, "")
+    attributes = {"namespace": argo.namespace, "verb": verb, "resource": name, "group": group}
+    spec = {
+        "user": f"system:serviceaccount:{argo.namespace}:{account}",
+        "resourceAttributes": {**attributes, "subresource": subresource},
+    }
+    review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
+    answer = yaml.safe_load(kubectl("create", "-f", "-", "-o", "yaml", text=yaml.safe_dump(review)))
+    assert answer["status"]["allowed"] is (allowed == "yes")
+
+
+def test_both_roads_lead_to_the_same_model(
+    argo: ArgoCluster, tiny: TinyData, platform: Platform, tmp_path: Path
+) -> None:
+    """trained_model as a PyTorchJob of Dagster's, then the job argo_parity, both as users start them."""
+    shutil.copy(ROOT / "dagster.yaml", tmp_path)
+    environment = {
+        **platform.environment(),
+        "PYTHONPATH": str(ROOT),
+        "ACCURACY_THRESHOLD": "0",
+        "ARGO_PARAMETERS": json.dumps(IMAGES),
+    }
+    workspace = Workspace(tmp_path, environment)
+    config = {"overrides": TINY_RECIPE, "recipe": "fast", "dataset_digest": tiny.processed, "seed": 5}
+    config |= {"execution": {"threads": 1}, "scale": {"cpu": "200m", "memory": "1Gi"}}
+    done = workspace.materialize("cifar10/trained_model", {"trained_model": config})
+    assert done.returncode == 0, done.stdout
+    done = workspace.python("-m", "dagster", "job", "execute", "-m", "cifar_assets.definitions", "-j", "argo_parity")
+    assert done.returncode == 0, done.stdout
+    assert "[master-0] Epoch 1/1" in done.stdout
+    with workspace.instance() as instance:
+        models = {}
+        for key in (TRAINED_MODEL, ARGO_TRAINED_MODEL):
+            event = instance.get_latest_materialization_event(key)
+            assert event
+            assert event.asset_materialization
+            models[key] = data_version(event.asset_materialization)
+        run_id = instance.get_runs(limit=1)[0].run_id
+        entries = instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+        events = [entry.get_dagster_event() for entry in entries]
+        checks = {e.asset_check_evaluation_data.check_name: e.asset_check_evaluation_data.passed for e in events}
+    assert models[TRAINED_MODEL] == models[ARGO_TRAINED_MODEL]
+    assert checks == dict.fromkeys(
+        ["same_inputs", "same_artefacts", "same_metrics", "same_weights", "same_verdict"], True
+    )
+
+
+def _training(argo: ArgoCluster, name: str) -> bool:
+    workflow = argo.workflow(name)
+    assert not workflow.finished, explain(argo.client, workflow)
+    waiting = any(step.name == "train" and step.phase == "Running" for step in workflow.steps)
+    return waiting and argo.job_exists(workflow)
+
+
+def _pods_left(argo: ArgoCluster, workflow: Workflow) -> bool:
+    return bool(argo.client.pods(workflow) or argo.client.jobs.pods(argo.namespace, job_name_of(workflow)))
+
+
+def _store_job(argo: ArgoCluster, name: str, status: dict[str, Any] | None) -> None:
+    container = {"name": "pytorch", "image": "nothing.invalid/nothing"}
+    replica = {"replicas": 1, "template": {"spec": {"containers": [container]}}}
+    job = {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": {"name": name, "labels": {"app.kubernetes.io/managed-by": "argo-workflow"}},
+        "spec": {
+            "runPolicy": {"managedBy": "kueue.x-k8s.io/multikueue"},  # someone else than the operator
+            "pytorchReplicaSpecs": {"Master": replica},
+        },
+    }
+    kubectl("-n", argo.namespace, "create", "-f", "-", text=yaml.safe_dump(job))
+    if status:
+        patch = json.dumps({"status": {"replicaStatuses": {}, **status}})
+        where = ["pytorchjob", name, "--subresource=status", "--type=merge"]
+        kubectl("-n", argo.namespace, "patch", *where, "-p", patch)
+
+
+def _looking_at(jobs: list[str], namespace: str) -> dict[str, Any]:
+    """A workflow that gets each job under the training step's conditions, for a while."""
+    manifest = "apiVersion: kubeflow.org/v1\nkind: PyTorchJob\nmetadata: {name: '{{inputs.parameters.job}}'}\n"
+    arguments = {"parameters": [{"name": "job", "value": "{{item}}"}]}
+    look = {
+        "name": "look",
+        "inputs": {"parameters": [{"name": "job"}]},
+        "activeDeadlineSeconds": 20,
+        "resource": {
+            "action": "get",
+            "successCondition": SUCCESS_CONDITION,
+            "failureCondition": FAILURE_CONDITION,
+            "manifest": manifest,
+        },
+    }
+    step = {"name": "look", "template": "look", "arguments": arguments, "withItems": jobs}
+    return {
+        "apiVersion": "argoproj.io/v1alpha1",
+        "kind": "Workflow",
+        "metadata": {"generateName": "conditions-", "namespace": namespace},
+        "spec": {
+            "entrypoint": "every",
+            "serviceAccountName": "argo-workflow",
+            "templates": [{"name": "every", "steps": [[step]]}, look],
+        },
+    }
