@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,6 +22,7 @@ from tests.unit.serving.tiny_model import store_tiny_model
 
 SERVER_IMAGE = "localhost/cifar-server:dev"
 NAME = "cifar10"
+K8S = Path(__file__).parents[2] / "k8s"
 
 _ASK = """
 import io, json, pathlib, sys, time
@@ -68,6 +70,17 @@ def service(namespace: str, *, account: str = "dagster", **settings: Any) -> Ser
         unschedulable_timeout_seconds=4,
         rollout_timeout_seconds=120,
     )
+
+
+def grant_access(namespace: str) -> None:
+    """The service account `dagster` and its Roles, as k8s/access has them."""
+    documents = yaml.safe_load_all(kubectl("kustomize", str(K8S / "access")))
+    wanted = [o for o in documents if o["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
+    for document in wanted:
+        document["metadata"]["namespace"] = namespace
+        for subject in document.get("subjects", []):
+            subject["namespace"] = namespace
+    kubectl("apply", "--server-side", "-f", "-", text=yaml.safe_dump_all(wanted))
 
 
 def store_model(store: S3Store, seed: int, version: str) -> DeployRequest:

@@ -17,10 +17,8 @@ from cifar_assets.serving.client import InferenceClient
 from resources.inference_service import DeployRequest
 from tests.cluster.conftest import Minio
 from tests.cluster.kubectl import kubectl, wait_for
-from tests.cluster.serving_story import asking, left_behind, service, store_model
+from tests.cluster.serving_story import K8S, asking, grant_access, left_behind, service, store_model
 from tests.unit.serving.tiny_model import tiny_logits
-
-K8S = Path(__file__).parents[2] / "k8s"
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +27,7 @@ def models(namespace: str, minio: Minio, core: Any) -> tuple[DeployRequest, Depl
     names: Any = k8s.ApisApi(core.api_client).get_api_versions()
     if "serving.kserve.io" not in {group.name for group in names.groups}:
         pytest.skip("the cluster has no KServe")
-    access = yaml.safe_load_all(kubectl("kustomize", str(K8S / "access")))
-    wanted = [o for o in access if o["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
-    for document in wanted:
-        document["metadata"]["namespace"] = namespace
-        for subject in document.get("subjects", []):
-            subject["namespace"] = namespace
-    kubectl("apply", "--server-side", "-f", "-", text=yaml.safe_dump_all(wanted))
+    grant_access(namespace)
     store = minio.store()
     store.ensure_buckets(["models"])
     return store_model(store, 1, "1"), store_model(store, 2, "2")

@@ -28,7 +28,8 @@ _TRANSIENT = (Cause.KILLED, Cause.EVICTED, Cause.UNSCHEDULABLE, Cause.NO_PODS, C
 class Diagnosis:
     """The first thing that went wrong, what else was seen, and what to do."""
 
-    cause: Cause
+    cause: str
+    """A Cause, or a word of one's own with an advice of its own."""
     summary: str
     transient: bool
     """Whether the cause may go away by itself."""
@@ -40,7 +41,7 @@ class Diagnosis:
 
     def report(self) -> str:
         """All of it, as the text of an error."""
-        lines = [f"({self.cause}) {self.summary}", f"What to do: {self.advice or ADVICE[self.cause]}"]
+        lines = [f"({self.cause}) {self.summary}", f"What to do: {self.advice or ADVICE[Cause(self.cause)]}"]
         lines += [f"- {detail}" for detail in self.details]
         if self.log_tail:
             lines.append(f"Last lines of {self.where}:")

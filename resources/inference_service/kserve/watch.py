@@ -78,7 +78,7 @@ class NotServingError(Exception):
         """A model that came up, got a share of the requests, and answered wrong."""
         return cls(
             Diagnosis(
-                Cause.UNKNOWN,
+                "canary",
                 f"with {percent} % of the requests it was refused: {fault}",
                 transient=False,
                 advice="See that the server prepares images as training does; deploy another model meanwhile.",

@@ -1,0 +1,129 @@
+"""KServeInferenceService in Knative mode on a real cluster: a canary's share, promotion, return; to no pod and back."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from kubernetes import client as k8s
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset.reader import open_split
+from cifar_assets.digests import sha256_bytes
+from cifar_assets.errors import DeployError
+from cifar_assets.model_package import METRICS_FILE, ONNX_FILE, RECIPE_FILE, WEIGHTS_FILE, ModelManifest, write_package
+from cifar_assets.object_store import ObjectStore
+from cifar_assets.serving.client import InferenceClient
+from resources.inference_service import DeployRequest
+from resources.inference_service.kserve.canary import HeldOutImages
+from resources.inference_service.kserve.client import InferenceService
+from resources.object_store import MinioObjectStore
+from tests.cluster.conftest import Minio
+from tests.cluster.kubectl import kubectl, wait_for
+from tests.cluster.serving_story import Service, grant_access, left_behind, service
+from tests.fixtures.tiny_data import TinyData, store_tiny_data
+from tests.unit.serving.tiny_model import tiny_logits, tiny_onnx, tiny_weights
+
+IMAGE = os.environ.get("TEST_SERVERLESS_IMAGE", "dev.local/cifar-server:dev")
+"""Knative asks registries for the digest of a tag, except for names that begin with dev.local and the like."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Two that answer as their metrics say, and one that does not."""
+
+    first: DeployRequest
+    second: DeployRequest
+    boastful: DeployRequest
+
+
+@pytest.fixture(scope="module")
+def models(namespace: str, minio: Minio, core: Any) -> Models:
+    names: Any = k8s.ApisApi(core.api_client).get_api_versions()
+    groups = {group.name for group in names.groups}
+    if not {"serving.kserve.io", "serving.knative.dev"} <= groups:
+        pytest.skip("the cluster has no Knative Serving beside KServe")
+    grant_access(namespace)
+    root = minio.store()
+    root.ensure_buckets(["raw-data", "processed-data", "models"])
+    data = store_tiny_data(root)
+    return Models(_store(root, data, 1), _store(root, data, 2), _store(root, data, 3, boast=0.7))
+
+
+def _store(root: ObjectStore, data: TinyData, seed: int, boast: float = 0.0) -> DeployRequest:
+    test = open_split(root.at("processed-data"), data.processed, "test")
+    answers = tiny_logits(test.take(np.arange(len(test))), seed).argmax(axis=1)
+    accuracy = float((answers == test.labels[:]).mean()) + boast
+    files = {
+        WEIGHTS_FILE: tiny_weights(seed).tobytes(),
+        ONNX_FILE: tiny_onnx(seed),
+        METRICS_FILE: json.dumps({"test_accuracy": accuracy}).encode(),
+        RECIPE_FILE: b'{"name":"tiny"}',
+    }
+    digests = {name: sha256_bytes(content) for name, content in files.items()}
+    manifest = ModelManifest(
+        dataset_digest=data.processed, raw_digest=data.raw, seed=seed, classes=CLASSES, files=digests
+    )
+    digest = write_package(root.at("models"), manifest, files)
+    return DeployRequest(root.at("models").at(digest).uri(), digest, str(seed))
+
+
+@pytest.fixture
+def nothing_serves(namespace: str) -> Iterator[None]:
+    yield
+    kubectl("-n", namespace, "delete", "inferenceservices", "--all", "--wait=true", "--timeout=90s")
+    wait_for("removal of the service", lambda: not left_behind(namespace), 120)
+
+
+def serverless(namespace: str, minio: Minio) -> Service:
+    keys = minio.environment()
+    store = MinioObjectStore(
+        endpoint_url=keys["AWS_ENDPOINT_URL"],
+        access_key=keys["AWS_ACCESS_KEY_ID"],
+        secret_key=keys["AWS_SECRET_ACCESS_KEY"],
+    )
+    made = service(namespace, image=IMAGE, mode="Knative", min_replicas=0, max_replicas=2, canary_percent=20)
+    return Service(**{**{name: getattr(made, name) for name in type(made).model_fields}, "object_store": store})
+
+
+def num_pods(namespace: str) -> int:
+    selector = ["-l", "serving.kserve.io/inferenceservice", "--field-selector", "status.phase=Running"]
+    return len(kubectl("-n", namespace, "get", "pods", *selector, "-o", "name").split())
+
+
+def test_canary_promotion_return_and_sleep(
+    namespace: str, minio: Minio, models: Models, nothing_serves: None, monkeypatch: pytest.MonkeyPatch
+):
+    serving = serverless(namespace, minio)
+    assert serving.deploy(models.first).previous_digest is None
+
+    shares: Counter[str] = Counter()
+    judged = HeldOutImages.find_fault
+
+    def ask_meanwhile(judge: HeldOutImages, canary: InferenceService, request: DeployRequest) -> str | None:
+        status = serving.status()
+        assert status.url is not None
+        client = InferenceClient(status.url, headers=status.headers)
+        shares.update(client.served_model().model_digest for _ in range(100))
+        return judged(judge, canary, request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldOutImages, "find_fault", ask_meanwhile)
+        promoted = serving.deploy(models.second)
+    assert promoted.previous_digest == models.first.model_digest
+    # 20 of 100 expected; five standard deviations either way.
+    assert 1 <= shares[models.second.model_digest] <= 40
+    client = InferenceClient(promoted.url, timeout=60, headers=promoted.headers)
+    assert {client.served_model().model_digest for _ in range(20)} == {models.second.model_digest}
+
+    with pytest.raises(DeployError, match="test images right"):
+        serving.deploy(models.boastful)
+    assert {client.served_model().model_digest for _ in range(20)} == {models.second.model_digest}
+
+    wait_for("scaling to zero", lambda: num_pods(namespace) == 0, 180)
+    assert client.served_model().model_digest == models.second.model_digest
+    assert num_pods(namespace) >= 1
