@@ -146,8 +146,9 @@ def test_without_the_role_the_error_says_so(namespace: str, models: tuple[Deploy
     assert left_behind(namespace) == []
 
 
-def test_kserve_takes_the_committed_service(namespace: str, models: tuple[DeployRequest, DeployRequest]):
-    documents = list(yaml.safe_load_all(kubectl("kustomize", str(K8S / "inference-service"))))
+@pytest.mark.parametrize("folder", ["inference-service", "inference-service/serverless"])
+def test_kserve_takes_the_committed_service(folder: str, namespace: str, models: tuple[DeployRequest, DeployRequest]):
+    documents = list(yaml.safe_load_all(kubectl("kustomize", str(K8S / folder))))
     for document in documents:
         document["metadata"]["namespace"] = namespace
     text = yaml.safe_dump_all(documents)

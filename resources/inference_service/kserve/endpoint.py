@@ -40,7 +40,7 @@ class ServiceEndpoint:
         in_cluster: bool,
         base_url: str | None = None,
         host: str | None = None,
-        gateway: str = "kourier-system/kourier-internal",
+        gateway: str,
     ):
         self._configuration = configuration
         self._in_cluster = in_cluster

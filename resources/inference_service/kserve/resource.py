@@ -36,6 +36,8 @@ NAME_VARIABLE = "SERVER_NAME"
 SETTINGS_VARIABLE = "SERVER_SETTINGS"
 URL_VARIABLE = "SERVER_URL"
 HOST_VARIABLE = "SERVER_HOST"
+GATEWAY_VARIABLE = "SERVER_GATEWAY"
+DEFAULT_GATEWAY = "kourier-system/kourier-internal"
 
 
 class KServeInferenceService(InferenceServiceResource):
@@ -58,7 +60,7 @@ class KServeInferenceService(InferenceServiceResource):
         default=None, description="Host header for base_url. By default the host of the service's own URL."
     )
     gateway: str = Field(
-        default="kourier-system/kourier-internal",
+        default=DEFAULT_GATEWAY,
         description="Knative's gateway as namespace/service, for a port forwarded to a serverless service.",
     )
     rollout_timeout_seconds: float = Field(
@@ -187,8 +189,8 @@ def serving_from_environment(
     """The service that SERVER_IMAGE, SERVER_NAMESPACE, SERVER_NAME and SERVER_SETTINGS describe; opens no connection.
 
     SERVER_SETTINGS holds further fields of InferenceServiceSettings as JSON. SERVER_URL and SERVER_HOST say how Dagster
-    reaches it where neither the cluster's DNS nor a forwarded port will do. ConfigError naming the variable that is
-    missing or wrong.
+    reaches it where neither the cluster's DNS nor a forwarded port will do, SERVER_GATEWAY where Knative's gateway is.
+    ConfigError naming the variable that is missing or wrong.
     """
     if IMAGE_VARIABLE not in environment:
         raise ConfigError(
@@ -209,6 +211,7 @@ def serving_from_environment(
             name=environment.get(NAME_VARIABLE, MODEL_NAME),
             base_url=environment.get(URL_VARIABLE),
             host=environment.get(HOST_VARIABLE),
+            gateway=environment.get(GATEWAY_VARIABLE, DEFAULT_GATEWAY),
         )
     except ValueError as error:
         raise ConfigError(f"{NAME_VARIABLE} or {NAMESPACE_VARIABLE} will not do: {error}") from error

@@ -18,6 +18,8 @@ from resources.inference_service.kserve.manifest import (
     request_of,
     with_traffic,
 )
+from resources.inference_service.kserve.resource import serving_from_environment
+from resources.object_store import LocalObjectStore
 from resources.pytorch_job.errors import JobConfigError
 
 K8S = Path(__file__).parents[3] / "k8s"
@@ -87,6 +89,15 @@ def test_snapshot(mode: str, snapshot: SnapshotAssertion):
 def test_committed_twin_is_what_the_code_builds(folder: str):
     assert render(K8S / folder / "server.settings.yaml") == (K8S / folder / "server.yaml").read_text()
     assert yaml.safe_load((K8S / folder / "kustomization.yaml").read_text())["resources"][0] == "server.yaml"
+
+
+def test_settings_of_the_overlay_are_valid():
+    overlay = yaml.safe_load((K8S / "overlays/serverless/kustomization.yaml").read_text())
+    changes = [change for patch in overlay["patches"] for change in yaml.safe_load(patch["patch"])]
+    environment = {change["path"].rpartition("/")[2]: change["value"] for change in changes}
+    serving = serving_from_environment(environment, LocalObjectStore())
+    assert serving.settings.serverless
+    assert (serving.settings.min_replicas, serving.settings.canary_percent) == (0, 10)
 
 
 def test_pod_is_restricted_and_small():

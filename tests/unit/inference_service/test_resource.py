@@ -41,10 +41,12 @@ def test_settings_come_from_the_environment():
         SERVER_SETTINGS='{"mode": "Knative", "canary_percent": 5}',
         SERVER_URL="http://ingress.example",
         SERVER_HOST="other.example",
+        SERVER_GATEWAY="istio-system/knative-local-gateway",
     )
     assert (found.namespace, found.name, found.settings.image) == ("elsewhere", "other", "server:2")
     assert (found.settings.mode, found.settings.canary_percent) == ("Knative", 5)
     assert (found.base_url, found.host) == ("http://ingress.example", "other.example")
+    assert found.gateway == "istio-system/knative-local-gateway"
     assert (serving().namespace, serving().name) == ("cifar", "cifar10")
 
 
@@ -70,7 +72,7 @@ def service(mode: str = "Standard", **status: Any) -> InferenceService:
 
 
 def endpoint(**options: Any) -> ServiceEndpoint:
-    return ServiceEndpoint(k8s.Configuration(), **{"in_cluster": False, **options})
+    return ServiceEndpoint(k8s.Configuration(), **{"in_cluster": False, "gateway": "gateways/inner", **options})
 
 
 def test_address_in_a_pod_is_the_clusters_own():
