@@ -141,8 +141,16 @@ def test_a_browser_shows_the_run_and_its_output(dagster: Webserver, finished_run
         browser.close()
 
 
+def test_api_server_takes_the_overlay_without_a_database(dagster: Webserver):
+    overlay = str(Path(__file__).parents[2] / "k8s/overlays/external-postgres")
+    dry = ["--dry-run=server", "--validate=strict", "--force-conflicts"]
+    answer = kubectl("apply", "--server-side", *dry, "-k", overlay)
+    assert "deployment.apps/dagster-daemon" in answer
+    assert "dagster-postgresql" not in answer
+
+
 def test_a_killed_run_worker_fails_its_run_and_another_run_takes_over(dagster: Webserver, platform: Platform):
-    run_id = dagster.materialize(RAW)
+    run_id = dagster.materialize(RAW, "cifar10/processed_dataset")
     wait_for("the start", lambda: dagster.run(run_id).status == "STARTED", 120)
     (pod,) = run_workers(platform, run_id)
     kubectl("-n", platform.namespace, "delete", "pod", pod["metadata"]["name"], "--grace-period=0", "--force")
