@@ -14,6 +14,7 @@ from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.manifest import build_inference_service_manifest
 from resources.pytorch_job.errors import JobConfigError
+from resources.pytorch_job.rendering import print_rendered
 
 _KEYS = {"name", "namespace", "model", "settings"}
 _MODEL_KEYS = {"uri", "digest", "version"}
@@ -44,15 +45,7 @@ def _shown(path: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     """Print the manifest and return 0, or say what is wrong with the settings and return 2."""
-    if len(arguments) != 1:
-        sys.stderr.write(f"{__doc__}\n")
-        return 2
-    try:
-        sys.stdout.write(render(Path(arguments[0])))
-    except (JobConfigError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    return print_rendered(render, str(__doc__), arguments)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.errors import JobConfigError
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
+from resources.pytorch_job.rendering import print_rendered
 
 
 def render(path: Path) -> str:
@@ -31,15 +32,7 @@ def render(path: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     """Print the manifest and return 0, or say what is wrong with the settings and return 2."""
-    if len(arguments) != 1:
-        sys.stderr.write(f"{__doc__}\n")
-        return 2
-    try:
-        sys.stdout.write(render(Path(arguments[0])))
-    except (JobConfigError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    return print_rendered(render, str(__doc__), arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Typed settings of an InferenceService. What KServe would refuse, or take and never act on, is refused here."""
 
 import math
-import re
 from decimal import Decimal
 from typing import Any, Literal
 
+from kubernetes.utils import parse_quantity
 from pydantic import Field, model_validator
 
 from resources.pytorch_job.config import StrictConfig
@@ -12,8 +12,6 @@ from resources.pytorch_job.config import StrictConfig
 CONTAINER_NAME = "kserve-container"
 """KServe looks after a container of this name."""
 PORT = 8080
-
-_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)([munkKMGTPE]|[KMGTPE]i)?")
 
 
 class InferenceServiceSettings(StrictConfig):
@@ -114,18 +112,10 @@ class InferenceServiceSettings(StrictConfig):
         return self
 
 
-_UNITS = {
-    "m": Decimal("0.001"),
-    "u": Decimal("0.000001"),
-    "n": Decimal("0.000000001"),
-    "": Decimal(1),
-    **{unit: Decimal(1000) ** power for power, unit in enumerate("kMGTPE", start=1)},
-    **{f"{unit}i": Decimal(1024) ** power for power, unit in enumerate("KMGTPE", start=1)},
-}
-
-
 def _amount(what: str, text: str) -> Decimal:
-    match = _QUANTITY.fullmatch(text)
-    if not match or (match[2] or "") not in _UNITS:
-        raise ValueError(f"{what} {text!r} is not a Kubernetes quantity such as '500m', '2', '512Mi' or '4Gi'.")
-    return Decimal(match[1]) * _UNITS[match[2] or ""]
+    try:
+        return parse_quantity(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{what} {text!r} is not a Kubernetes quantity such as '500m', '2', '512Mi' or '4Gi'."
+        ) from error

@@ -173,7 +173,7 @@ class KServeInferenceService(InferenceServiceResource):
             namespace=self.namespace,
             name=self.name,
             limits=RolloutLimits(
-                rollout_timeout_seconds=self.rollout_timeout_seconds,
+                start_timeout_seconds=self.rollout_timeout_seconds,
                 unschedulable_timeout_seconds=self.unschedulable_timeout_seconds,
                 blocked_timeout_seconds=self.blocked_timeout_seconds,
                 final_exit_codes=(EXIT_BAD_SPEC,),

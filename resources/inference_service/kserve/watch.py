@@ -21,6 +21,7 @@ from resources.inference_service.kserve.pods import ServingPod
 from resources.inference_service.kserve.settled import find_missing
 from resources.pytorch_job.diagnosis import Cause, Obstacle, PodHistory
 from resources.pytorch_job.errors import ApiUnavailableError, PyTorchJobError
+from resources.pytorch_job.watch import WatchLimits
 
 _LOG_LINES = 12
 DEPLOYED = "Deployed"
@@ -37,33 +38,23 @@ class Endpoint(Protocol):
 
 
 @dataclass(frozen=True)
-class RolloutLimits:
-    """How often to look, and how long to put up with what may pass. Seconds."""
+class RolloutLimits(WatchLimits):
+    """How often to look, and how long to put up with what may pass, in seconds; `start_timeout_seconds` is for all."""
 
     poll_interval_seconds: float = 1.0
-    rollout_timeout_seconds: float = 600.0
-    """For all of it."""
     unschedulable_timeout_seconds: float = 120.0
     blocked_timeout_seconds: float = 45.0
-    """The image cannot be pulled, or a Secret or ConfigMap is missing."""
-    no_pods_timeout_seconds: float = 60.0
+    start_timeout_seconds: float = 600.0
     outage_timeout_seconds: float = 120.0
-    """No answer from the API server."""
+    no_pods_timeout_seconds: float = 60.0
+    """KServe does nothing."""
     removal_timeout_seconds: float = 120.0
     """For what is put back, or deleted, to take effect."""
     max_restarts: int = 3
     """Of a server that ends with a code a restart might mend."""
-    final_exit_codes: tuple[int, ...] = ()
-    """Exit codes after which a restart cannot help."""
 
     def of(self, cause: Cause) -> float:
-        if cause == Cause.UNSCHEDULABLE:
-            return self.unschedulable_timeout_seconds
-        if cause in (Cause.IMAGE, Cause.CONFIGURATION, Cause.NOT_STARTED):
-            return self.blocked_timeout_seconds
-        if cause == Cause.NO_PODS:
-            return self.no_pods_timeout_seconds
-        return self.rollout_timeout_seconds
+        return self.no_pods_timeout_seconds if cause == Cause.NO_PODS else super().of(cause)
 
 
 class NotServingError(Exception):
@@ -136,7 +127,7 @@ class RevisionWatcher:
         """
         watch = _Watch(self._clock(), PodHistory())
         while not self._look(watch, revision, request):
-            if self._clock() - watch.began > self._limits.rollout_timeout_seconds:
+            if self._clock() - watch.began > self._limits.start_timeout_seconds:
                 pods = self._pods_of(revision)
                 complaints, warnings = self._words(pods)
                 waited = self._clock() - watch.began

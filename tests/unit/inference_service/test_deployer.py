@@ -96,13 +96,13 @@ def test_word_of_kserve_about_an_earlier_generation_is_not_believed(serving_a: F
     serving_a.behaviours[B.model_digest] = fake.never_ready
     assert serving_a.service is not None
     assert serving_a.service["status"]["conditions"][0]["status"] == "True"
-    assert "0 of 1 new pods are ready" in str(failure(serving_a, B, rollout_timeout_seconds=20))
+    assert "0 of 1 new pods are ready" in str(failure(serving_a, B, start_timeout_seconds=20))
 
 
 def test_what_the_endpoint_answers_counts(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch):
     stale = serving_a.served_model(object())  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(serving_a, "served_model", lambda service: stale)
-    error = failure(serving_a, B, rollout_timeout_seconds=30)
+    error = failure(serving_a, B, start_timeout_seconds=30)
     assert f"the endpoint answers with model {A.model_digest} version 1" in str(error)
 
 
