@@ -21,6 +21,7 @@ from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.model_package import METRICS_FILE, PERFORMANCE_FILE, ModelManifest, read_json, read_manifest
 from cifar_assets.object_store.s3 import S3Store
 from resources.mlflow import RUN_ID_TAG
+from resources.pytorch_job.labels import RUN_ID_LABEL
 from tests.cluster.kubectl import kubectl, wait_for
 from tests.cluster.platform import PLATFORM_NAMESPACE, Platform
 from tests.fixtures.workspace import ROOT, Workspace
@@ -58,7 +59,7 @@ def models(platform: Platform) -> S3Store:
 @pytest.fixture
 def jobs_removed(platform: Platform) -> Iterator[None]:
     yield
-    kubectl("-n", platform.namespace, "delete", "pytorchjobs", "--all", "--wait=true", "--timeout=60s")
+    kubectl("-n", platform.namespace, "delete", "pytorchjobs", "-l", RUN_ID_LABEL, "--wait=true", "--timeout=60s")
 
 
 def test_the_model_is_in_the_store_and_in_mlflow(
