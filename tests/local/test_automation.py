@@ -2,13 +2,14 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import dagster as dg
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dagster._core.scheduler.instigation import InstigatorTick, TickStatus
 from PIL import Image
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE, RAW_DATASET, TRAINED_MODEL
@@ -22,15 +23,15 @@ LANDED_KEY = "landing/cameras.parquet"
 NUM_GOOD, NUM_BAD = 500, 20
 
 
-def landed_parquet() -> bytes:
+def landed_parquet(num_good: int, num_bad: int, seed: int) -> bytes:
     """Rows in the Hugging Face layout: pictures of noise that decode, and others that do not or have no class."""
-    random = np.random.default_rng(7)
+    random = np.random.default_rng(seed)
     rows = []
-    for number in range(NUM_GOOD):
+    for number in range(num_good):
         buffer = io.BytesIO()
         Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
         rows.append(({"bytes": buffer.getvalue(), "path": f"{number}.png"}, number % 10))
-    for number in range(NUM_BAD):
+    for number in range(num_bad):
         content = rows[number][0]["bytes"][:60] if number % 2 else rows[number][0]["bytes"]
         rows.append(({"bytes": content, "path": f"bad-{number}.png"}, 3 if number % 2 else 17))
     random.shuffle(rows)
@@ -59,6 +60,18 @@ def client(workspace: Workspace) -> InferenceClient:
     return InferenceClient(f"http://127.0.0.1:{workspace.environment['INFERENCE_SERVICE_PORT']}")
 
 
+def land_ten_rows(number: int) -> None:
+    LocalObjectStore().raw.write(f"landing/more-{number}.parquet", landed_parquet(10, 0, seed=100 + number))
+
+
+def ticks(instance: dg.DagsterInstance) -> Sequence[InstigatorTick]:
+    """Evaluations of the landing sensor since it first asked for a run."""
+    (sensor,) = [state for state in instance.all_instigator_state() if state.name == "landing_sensor"]
+    found = instance.get_ticks(sensor.instigator_origin_id, sensor.selector_id)
+    requested = [tick.timestamp for tick in found if tick.status == TickStatus.SUCCESS]
+    return [tick for tick in found if requested and tick.timestamp >= min(requested)]
+
+
 def landing_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     return [run for run in instance.get_runs() if "landing" in run.tags]
 
@@ -66,22 +79,36 @@ def landing_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
 def test_landed_rows_are_trained_on_or_rejected_and_the_service_names_the_new_version(
     workspace: Workspace, served: str, daemon: dg.DagsterInstance
 ) -> None:
+    """Five objects between two ticks are one run; three more while it trains are one run after it (case C07)."""
     raw = LocalObjectStore().raw
     raw.write("landing/.keep", b"")
-    raw.write(LANDED_KEY, landed_parquet())
+    raw.write(LANDED_KEY, landed_parquet(NUM_GOOD, NUM_BAD, seed=7))
+    for number in range(4):
+        land_ten_rows(number)
     wait_until(lambda: landing_runs(daemon), "the sensor to start a run")
-    wait_until(lambda: all(run.is_finished for run in landing_runs(daemon)), "the run to end")
-    (run,) = landing_runs(daemon)
-    assert run.status == dg.DagsterRunStatus.SUCCESS, (workspace.folder / "dev.log").read_text()[-5000:]
+    land_ten_rows(4)
+    wait_until(lambda: len(ticks(daemon)) > 1 or landing_runs(daemon)[0].is_finished, "a tick while it runs")
+    land_ten_rows(5)
+    land_ten_rows(6)
+    wait_until(lambda: len(landing_runs(daemon)) == 2, "the sensor to start the run that follows")
+    wait_until(lambda: all(run.is_finished for run in landing_runs(daemon)), "the runs to end")
+    first, second = (daemon.get_run_record_by_id(run.run_id) for run in reversed(landing_runs(daemon)))
+    assert first is not None
+    assert second is not None
+    log = (workspace.folder / "dev.log").read_text()[-5000:]
+    assert first.dagster_run.status == second.dagster_run.status == dg.DagsterRunStatus.SUCCESS, log
+    assert first.end_time is not None
+    assert second.start_time is not None
+    assert second.start_time >= first.end_time
 
     event = daemon.get_latest_materialization_event(RAW_DATASET)
     assert event is not None
     made = event.asset_materialization
     assert made is not None
-    assert made.metadata["num_landed_accepted"].value == NUM_GOOD
+    assert event.run_id == second.dagster_run.run_id
     assert made.metadata["num_landed_rejected"].value == NUM_BAD
-    landed = [item for item in read_raw(raw, data_version(made)).objects if item.role == "landed"]
-    assert sum(item.used_rows for item in landed) == NUM_GOOD
+    landed = {item.key: item for item in read_raw(raw, data_version(made)).objects if item.role == "landed"}
+    assert sum(item.used_rows for item in landed.values()) == NUM_GOOD + 7 * 10
     reasons = [json.loads(raw.read(info.key)) for info in raw.list("rejected/") if info.key.endswith(".json")]
     assert len(reasons) == 1
 
@@ -99,7 +126,7 @@ def test_a_landing_that_changes_nothing_trains_nothing(daemon: dg.DagsterInstanc
     before = daemon.get_latest_materialization_event(TRAINED_MODEL)
     assert before is not None
     raw.write("landing/the-same-again.parquet", raw.read(LANDED_KEY))
-    wait_until(lambda: len(landing_runs(daemon)) == 2, "the sensor to look at the copy")
+    wait_until(lambda: len(landing_runs(daemon)) == 3, "the sensor to look at the copy")
     wait_until(lambda: all(run.is_finished for run in landing_runs(daemon)), "the run to end")
     after = daemon.get_latest_materialization_event(TRAINED_MODEL)
     assert after is not None

@@ -10,6 +10,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from cifar_assets.assets.keys import TRAINING_POOL
 from resources.mlflow import ATTEMPT_TAG, RUN_ID_TAG, LocalMlflow
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
 
@@ -57,6 +58,9 @@ def test_a_cancelled_training_stops_is_killed_in_mlflow_and_continues_when_asked
     assert not trainer.is_running()
     assert [run.info.status for run in mlflow_runs()] == ["KILLED"]
     assert log.read_text().count("Recipe resnet18") <= 2, "a cancelled step was started again"
+    with workspace.instance() as instance:
+        pool = instance.event_log_storage.get_concurrency_info(TRAINING_POOL)
+    assert (pool.active_slot_count, pool.pending_step_count) == (0, 0)
 
     done = workspace.materialize("cifar10/trained_model", {"trained_model": {**LONG_TRAINING, "seed": 1}})
     assert done.returncode == 0, done.stdout
