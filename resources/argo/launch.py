@@ -81,12 +81,16 @@ class WorkflowLauncher:
         removing_since: float | None = None
         while True:
             try:
-                workflow = self._create_or_get(request)
+                with self._shield():
+                    created = self._client.create(request.manifest())
+                if created:
+                    return created
+                existing = self._existing(request)
                 start = self._clock()
-                if workflow and not workflow.deleting and not (workflow.finished and workflow.phase != "Succeeded"):
-                    return workflow
+                if existing and not existing.deleting and existing.phase not in ("Failed", "Error"):
+                    return existing
                 removing_since = self._clock() if removing_since is None else removing_since
-                self._replace(workflow, removing_since)
+                self._replace(existing, removing_since)
             except ApiUnavailableError as error:
                 if self._clock() - start >= self._outage_seconds:
                     raise
@@ -115,11 +119,7 @@ class WorkflowLauncher:
             self._sleep(_PAUSE_SECONDS / 2)
         return False
 
-    def _create_or_get(self, request: WorkflowRequest) -> Workflow | None:
-        with self._shield():
-            created = self._client.create(request.manifest())
-        if created:
-            return created
+    def _existing(self, request: WorkflowRequest) -> Workflow | None:
         existing = self._client.get(request.namespace, request.name)
         if existing and not request.owns(existing):
             raise WorkflowConflictError(

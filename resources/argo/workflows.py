@@ -88,10 +88,10 @@ class ArgoPipeline(PipelineResource):
     def _wanted(self, context: dg.AssetExecutionContext, request: PipelineRequest) -> WorkflowRequest:
         step_key = context.get_step_execution_context().step.key
         return WorkflowRequest(
-            name=workflow_name(self.name_prefix, run_id=context.run_id, step_key=step_key),
+            name=workflow_name(self.name_prefix, run_id=context.run.run_id, step_key=step_key),
             namespace=self.namespace,
             template=self.workflow_template,
-            run_id=context.run_id,
+            run_id=context.run.run_id,
             step_key=step_key,
             parameters={**self.parameters, **request.parameters()},
         )

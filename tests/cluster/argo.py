@@ -31,7 +31,7 @@ PARAMETERS = {
     "execution": json.dumps({"threads": 1}),
     "threshold": "0",
 }
-_SMALL = {"cpu": "200m", "memory": "1Gi", "scratch": "1Gi"}
+_SMALL = {"cpu": "200m", "memory": "2Gi", "scratch": "1Gi"}
 
 
 @dataclass(frozen=True)

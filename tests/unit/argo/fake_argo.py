@@ -57,7 +57,10 @@ class FakeArgo(FakeCluster):
         workflow = self.workflows[name]
         assert workflow["metadata"]["uid"] == body["preconditions"]["uid"]
         workflow["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-        self.clock.after(self.seconds_to_delete, lambda: self._collect(name))
+        if self.seconds_to_delete:
+            self.clock.after(self.seconds_to_delete, lambda: self._collect(name))
+        else:
+            self._collect(name)
 
     def list_namespaced_pod(self, namespace: str, label_selector: str = "", **_: Any):
         if not label_selector.startswith("workflows.argoproj.io/workflow="):

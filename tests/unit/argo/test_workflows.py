@@ -1,0 +1,159 @@
+"""The resource in a Dagster run, against the fake controller: results, failures, cancelling, dying and coming back."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster._core.errors import DagsterExecutionInterruptedError
+
+from cifar_assets.deployment import resources_for
+from cifar_assets.errors import ConfigError
+from resources.argo import PipelineRequest, PipelineResource
+from resources.argo.client import WorkflowClient
+from resources.argo.workflows import ArgoPipeline, argo_from_environment
+from tests.unit.argo.fake_argo import FakeArgo
+from tests.unit.orchestration.test_definitions import KUBERNETES_ENVIRONMENT
+
+REQUEST = PipelineRequest(
+    dataset_digest="d" * 64,
+    recipe="fast",
+    overrides={"epochs": 1},
+    execution={"threads": 1},
+    seed=5,
+    replicas=2,
+    threshold=0.5,
+)
+CURRENT: list[FakeArgo] = []
+
+
+class FakePipeline(ArgoPipeline):
+    """The real resource, connected to the test's fake."""
+
+    def connect(self) -> WorkflowClient:
+        return WorkflowClient(CURRENT[-1], CURRENT[-1])
+
+
+@dg.asset
+def model(context: dg.AssetExecutionContext, argo: PipelineResource) -> dg.MaterializeResult:
+    """What the asset does with its resource."""
+    result = argo.run(context, REQUEST)
+    verdict = {"passed": result.verdict.passed, "accuracy": result.verdict.test_accuracy}
+    return dg.MaterializeResult(metadata={"digest": result.training.model_digest, "run": result.run, **verdict})
+
+
+@pytest.fixture
+def fake() -> FakeArgo:
+    CURRENT.append(FakeArgo())
+    return CURRENT[-1]
+
+
+def materialize(instance: dg.DagsterInstance | None = None) -> dg.ExecuteInProcessResult:
+    resource = FakePipeline(namespace="cifar", poll_interval_seconds=0.01, parameters={"trainer-image": "trainer"})
+    return dg.materialize([model], resources={"argo": resource}, instance=instance, raise_on_error=False)
+
+
+def reported(passed: bool) -> list[dict[str, str]]:
+    report = {"model_digest": "m" * 64, "model_uri": "s3://models/m/", "mlflow_run_id": None, "resumed_from": None}
+    report |= {"mlflow_model_version": None, "test_accuracy": 0.6, "threshold": 0.5 if passed else 0.9}
+    return [{"name": "model", "value": json.dumps({**report, "passed": passed})}]
+
+
+def ending(*steps: Callable[[FakeArgo, str], None], phase: str) -> Callable[[FakeArgo, str], None]:
+    def act(argo: FakeArgo, name: str) -> None:
+        for step in steps:
+            step(argo, name)
+        argo.ends(name, phase)
+
+    return act
+
+
+def verified(phase: str, passed: bool) -> Callable[[FakeArgo, str], None]:
+    outputs = {"parameters": reported(passed)}
+    return lambda argo, name: argo.step(name, "verify-model(0)", phase, outputs=outputs)
+
+
+def failure(result: dg.ExecuteInProcessResult) -> Any:
+    (event,) = [event for event in result.all_node_events if event.is_step_failure]
+    return event.step_failure_data
+
+
+def test_a_workflow_that_succeeds(fake: FakeArgo) -> None:
+    fake.on_submitted = ending(verified("Succeeded", True), phase="Succeeded")
+    result = materialize()
+    assert result.success
+    metadata = result.asset_materializations_for_node("model")[0].metadata
+    assert metadata["digest"].value == "m" * 64
+    assert metadata["passed"].value is True
+    (workflow,) = fake.workflows.values()
+    given = {p["name"]: p["value"] for p in workflow["spec"]["arguments"]["parameters"]}
+    assert given == {
+        "trainer-image": "trainer",
+        "dataset": "d" * 64,
+        "recipe": "fast",
+        "overrides": '{"epochs": 1}',
+        "execution": '{"threads": 1}',
+        "seed": "5",
+        "replicas": "2",
+        "threshold": "0.5",
+    }
+
+
+def test_a_model_that_is_refused_is_a_result(fake: FakeArgo) -> None:
+    fake.on_submitted = ending(verified("Failed", False), phase="Failed")
+    result = materialize()
+    assert result.success
+    assert result.asset_materializations_for_node("model")[0].metadata["passed"].value is False
+
+
+def test_a_damaged_model_is_a_failure_though_its_step_is_the_same(fake: FakeArgo) -> None:
+    fake.on_submitted = ending(
+        lambda argo, name: argo.step(name, "verify-model(0)", "Failed", "model.onnx was changed"), phase="Failed"
+    )
+    data = failure(materialize())
+    assert "failed at step verify-model: model.onnx was changed" in data.user_failure_data.description
+
+
+def test_a_report_that_cannot_be_read_is_said(fake: FakeArgo) -> None:
+    fake.on_submitted = ending(phase="Succeeded")
+    assert "which cannot be read" in str(failure(materialize()).error)
+
+
+def test_cancelling_removes_the_workflow(fake: FakeArgo) -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def cancel(call: str) -> None:
+            if call == "get" and fake.workflows:
+                fake.failing = lambda call: None
+                (run,) = instance.get_runs()
+                instance.report_run_canceling(run)
+                raise DagsterExecutionInterruptedError()
+
+        fake.failing = cancel
+        materialize(instance)
+    assert not fake.workflows
+    assert fake.patches[0]["spec"] == {"shutdown": "Terminate"}
+
+
+def test_a_process_that_is_told_to_stop_leaves_it(fake: FakeArgo) -> None:
+    def stop(call: str) -> None:
+        if call == "get" and fake.workflows:
+            raise DagsterExecutionInterruptedError()
+
+    fake.failing = stop
+    assert not materialize().success
+    assert len(fake.workflows) == 1
+    assert not fake.patches
+
+
+def test_settings_from_the_environment() -> None:
+    argo = resources_for({**KUBERNETES_ENVIRONMENT, "ARGO_PARAMETERS": '{"steps-image": "steps:1"}'})["argo"]
+    assert argo.parameters == {"trainer-image": KUBERNETES_ENVIRONMENT["TRAINER_IMAGE"], "steps-image": "steps:1"}
+    assert argo.namespace == "cifar"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '"x"'])
+def test_parameters_that_are_no_object_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="ARGO_PARAMETERS"):
+        argo_from_environment({"ARGO_PARAMETERS": text})

@@ -1,0 +1,136 @@
+"""What the parity checks say when the two roads differ; that they agree is in tests/local and tests/cluster."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
+from cifar_assets.assets.upstream import DATA_VERSION_TAG
+from cifar_assets.checks.parity import argo_parity_checks
+from cifar_assets.contracts import CLASSES
+from cifar_assets.digests import canonical_json, sha256_bytes
+from cifar_assets.model_package import (
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+    ModelManifest,
+    write_package,
+)
+from resources.object_store import LocalObjectStore
+
+ENVIRONMENT = {"processes": 1, "threads": 2, "device": "cpu", "precision": "float32", "cpu": "some", "packages": {}}
+
+
+class Roads:
+    """Models of both roads in one store, and what the checks make of them."""
+
+    def __init__(self, folder: Path):
+        self._resource = LocalObjectStore(path=str(folder))
+        self._instance = dg.DagsterInstance.ephemeral()
+
+    def model(
+        self, key: dg.AssetKey, *, weights: bytes = b"weights", seed: int = 0, gate: str = "passed", **changes: Any
+    ) -> str:
+        metrics: Mapping[str, Any] = {"test_accuracy": 0.8, **changes.get("metrics", {})}
+        environment = {**ENVIRONMENT, **changes.get("environment", {})}
+        files = {
+            WEIGHTS_FILE: weights,
+            METRICS_FILE: canonical_json(metrics),
+            RECIPE_FILE: canonical_json({"name": "fast"}),
+        }
+        manifest = ModelManifest(
+            dataset_digest="d" * 64,
+            raw_digest="r" * 64,
+            seed=seed,
+            classes=CLASSES,
+            files={name: sha256_bytes(data) for name, data in files.items()},
+        )
+        files |= {ENVIRONMENT_FILE: canonical_json(environment), **changes.get("files", {})}
+        digest = write_package(self._resource.models, manifest, files)
+        metadata = {"threshold": 0.75, "gate": gate}
+        event = dg.AssetMaterialization(key, metadata=metadata, tags={DATA_VERSION_TAG: digest})
+        self._instance.report_runless_asset_event(event)
+        return digest
+
+    def checks(self) -> dict[str, tuple[bool, str]]:
+        selection = dg.AssetSelection.checks(argo_parity_checks)
+        definitions = dg.Definitions(
+            asset_checks=[argo_parity_checks],
+            jobs=[dg.define_asset_job("compare", selection=selection)],
+            resources={"object_store": self._resource},
+        )
+        result = definitions.resolve_job_def("compare").execute_in_process(instance=self._instance)
+        found = result.get_asset_check_evaluations()
+        return {evaluation.check_name: (evaluation.passed, str(evaluation.description)) for evaluation in found}
+
+
+@pytest.fixture
+def roads(tmp_path: Path) -> Roads:
+    return Roads(tmp_path)
+
+
+def failed(checks: Mapping[str, tuple[bool, str]]) -> dict[str, str]:
+    return {name: text for name, (passed, text) in checks.items() if not passed}
+
+
+def test_one_model_by_both_roads(roads: Roads) -> None:
+    assert roads.model(TRAINED_MODEL) == roads.model(ARGO_TRAINED_MODEL)
+    checks = roads.checks()
+    assert len(checks) == 5
+    assert not failed(checks)
+
+
+def test_a_twin_is_found_among_earlier_models(roads: Roads) -> None:
+    digest = roads.model(TRAINED_MODEL)
+    roads.model(TRAINED_MODEL, seed=7)
+    roads.model(ARGO_TRAINED_MODEL)
+    assert digest in roads.checks()["same_inputs"][1]
+    assert not failed(roads.checks())
+
+
+def test_nothing_to_compare_with(roads: Roads) -> None:
+    roads.model(TRAINED_MODEL, seed=7)
+    digest = roads.model(ARGO_TRAINED_MODEL)
+    assert set(failed(roads.checks())) == {
+        "same_inputs",
+        "same_artefacts",
+        "same_metrics",
+        "same_weights",
+        "same_verdict",
+    }
+    assert digest in roads.checks()["same_inputs"][1]
+
+
+def test_other_weights_of_as_many_processes(roads: Roads) -> None:
+    roads.model(TRAINED_MODEL)
+    roads.model(ARGO_TRAINED_MODEL, weights=b"other", environment={"threads": 4})
+    assert failed(roads.checks()) == {
+        "same_weights": "The weights differ. Argo and Dagster had threads 4 and 2.",
+    }
+
+
+def test_other_weights_of_more_processes_are_no_surprise(roads: Roads) -> None:
+    roads.model(TRAINED_MODEL)
+    roads.model(ARGO_TRAINED_MODEL, weights=b"other", environment={"processes": 2})
+    assert not failed(roads.checks())
+    assert "processes 2 and 1" in roads.checks()["same_weights"][1]
+
+
+def test_a_file_and_a_metric_more(roads: Roads) -> None:
+    roads.model(TRAINED_MODEL)
+    roads.model(ARGO_TRAINED_MODEL, metrics={"speed": 1.0}, files={"extra.txt": b""})
+    found = failed(roads.checks())
+    assert "['extra.txt']" in found["same_artefacts"]
+    assert "['speed']" in found["same_metrics"]
+
+
+def test_another_verdict(roads: Roads) -> None:
+    roads.model(TRAINED_MODEL)
+    roads.model(ARGO_TRAINED_MODEL, gate="refused")
+    found = failed(roads.checks())
+    assert found.keys() == {"same_verdict"}
+    assert "Argo: refused. The gate: passed" in found["same_verdict"]
