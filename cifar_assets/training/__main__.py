@@ -45,14 +45,19 @@ def _run(spec: JobSpec, stop: StopSignal, log: io.StringIO) -> None:
     from cifar_assets.training.messages import Messages
 
     stopped: TrainingStopped | None = None
+    project = logging.getLogger("cifar_assets")
     with Messages(wanted=_is_first()) as messages:
         if (handler := messages.handler()) is not None:
-            logging.getLogger("cifar_assets").addHandler(handler)
+            project.addHandler(handler)
         try:
             run_job(spec, stop, messages, log)
         except TrainingStopped as error:
             # leaves Pipes as a success does: the exit code says that there is more to come
             stopped = error
+        finally:
+            # what is logged from here on comes after Pipes is closed, which takes no more
+            if handler is not None:
+                project.removeHandler(handler)
     if stopped is not None:
         raise stopped
 
