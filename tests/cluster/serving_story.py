@@ -57,8 +57,8 @@ class Service(KServeInferenceService):
         return InferenceServiceClient(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
 
 
-def service(namespace: str, *, account: str = "dagster", **settings: Any) -> Service:
-    """The service of the stories, its settings changed as told; it gives up sooner than users would."""
+def service(namespace: str, *, account: str = "dagster", patience: float = 60, **settings: Any) -> Service:
+    """The service of the stories, its settings changed as told. `patience`: seconds for a pod that cannot start."""
     values = {"image": SERVER_IMAGE, "env_config_maps": [], "cpu": "50m", "max_replicas": 1, **settings}
     return Service(
         object_store=LocalObjectStore(),
@@ -66,9 +66,9 @@ def service(namespace: str, *, account: str = "dagster", **settings: Any) -> Ser
         namespace=namespace,
         name=NAME,
         account=account,
-        blocked_timeout_seconds=4,
-        unschedulable_timeout_seconds=4,
-        rollout_timeout_seconds=120,
+        blocked_timeout_seconds=patience,
+        unschedulable_timeout_seconds=patience,
+        rollout_timeout_seconds=240,
     )
 
 

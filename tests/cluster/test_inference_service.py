@@ -99,11 +99,11 @@ def test_broken_versions_fail_with_the_cause_while_the_old_one_answers(
         with pytest.raises(DeployError) as no_object:
             serving.deploy(replace(second, model_uri=first.model_uri.replace(first.model_digest, "f" * 64)))
         with pytest.raises(DeployError) as no_image:
-            service(namespace, image="localhost/never-loaded:1").deploy(second)
+            service(namespace, patience=4, image="localhost/never-loaded:1").deploy(second)
         with pytest.raises(DeployError) as no_secret:
-            service(namespace, env_secrets=["object-store", "no-such-secret"]).deploy(second)
+            service(namespace, patience=4, env_secrets=["object-store", "no-such-secret"]).deploy(second)
         with pytest.raises(DeployError) as no_room:
-            service(namespace, cpu="63", cpu_limit="64").deploy(second)
+            service(namespace, patience=4, cpu="63", cpu_limit="64").deploy(second)
         with pytest.raises(DeployError) as no_mode_change:
             service(namespace, mode="Knative").deploy(second)
         status = serving.status()

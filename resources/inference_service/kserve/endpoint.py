@@ -66,12 +66,18 @@ class ServiceEndpoint:
             address.url, timeout=_WAKE_SECONDS if service.serverless else _ASK_SECONDS, headers=address.headers
         )
 
-    def served_model(self, service: InferenceService) -> ServedModel:
-        """What answers: all of it, or the canary where there is one. ServerError where nothing does."""
+    def served_model(self, service: InferenceService, *, canary: bool | None = None) -> ServedModel:
+        """What answers; by default the canary where there is one. ServerError where nothing does."""
+        client = self.client(service, canary=service.canary_percent is not None if canary is None else canary)
         try:
-            return self.client(service, canary=service.canary_percent is not None).served_model()
+            return client.served_model()
         except KeyError as error:
-            raise ServerError(f"{self.address(service).url} answers, but not as a server of ours does.") from error
+            raise ServerError(f"{client.base_url} answers, but not as a server of ours does.") from error
+        except ServerError as error:
+            tunnel = next((tunnel for tunnel in _tunnels.values() if tunnel.url == client.base_url), None)
+            if tunnel and tunnel.problem:
+                raise ServerError(f"{error} A port could not be forwarded: {tunnel.problem}") from error
+            raise
 
     def _tunnel(self, namespace: str, service: str) -> str:
         return _tunnel_to(self._configuration, namespace, service)

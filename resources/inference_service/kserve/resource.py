@@ -129,7 +129,7 @@ class KServeInferenceService(InferenceServiceResource):
         address = endpoint.address(service)
         details = self._details(service, address)
         try:
-            served = endpoint.client(service).served_model()
+            served = endpoint.served_model(service, canary=False)
         except CifarError as error:
             reason = failure or "; ".join(service.complaints) or str(error)
             return ServiceStatus(False, address.url, None, None, reason, details, address.headers)

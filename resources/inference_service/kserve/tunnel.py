@@ -26,6 +26,8 @@ class ServiceTunnel:
         self._service = service
         self._port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self.problem: str | None = None
+        """Why the last connection was not carried; None when it was."""
         threading.Thread(target=self._accept, name=f"tunnel to {namespace}/{service}", daemon=True).start()
 
     @property
@@ -47,25 +49,36 @@ class ServiceTunnel:
             threading.Thread(target=self._carry, args=(connection,), daemon=True).start()
 
     def _carry(self, near: socket.socket) -> None:
-        """Bytes of one connection, both ways. What goes wrong shows as a connection that ends without an answer."""
-        with near, contextlib.suppress(Exception):
-            # A client of its own: the stream functions change the one they use while they do.
-            core: Any = k8s.CoreV1Api(k8s.ApiClient(self._configuration))
-            pod, port = self._target(core)
-            forward = portforward(
-                core.connect_get_namespaced_pod_portforward,
-                pod,
-                self._namespace,
-                ports=str(port),
-                _request_timeout=_CONNECT_SECONDS,
-            )
-            far = forward.socket(port)
-            far.setblocking(True)
+        """Bytes of one connection, both ways. One that cannot be carried ends without an answer; `problem` says why."""
+        with near:
+            try:
+                far, forward = self._connect()
+            except Exception as error:
+                self.problem = str(error).strip()[:300]
+                return
+            self.problem = None
             back = threading.Thread(target=_pump, args=(far, near), daemon=True)
             back.start()
             _pump(near, far)
             back.join()
-            forward.close()
+            with contextlib.suppress(OSError):
+                forward.close()
+
+    def _connect(self) -> tuple[Any, Any]:
+        """A socket that leads to a ready pod, and what it belongs to."""
+        # A client of its own: the stream functions change the one they use while they do.
+        core: Any = k8s.CoreV1Api(k8s.ApiClient(self._configuration))
+        pod, port = self._target(core)
+        forward = portforward(
+            core.connect_get_namespaced_pod_portforward,
+            pod,
+            self._namespace,
+            ports=str(port),
+            _request_timeout=_CONNECT_SECONDS,
+        )
+        far = forward.socket(port)
+        far.setblocking(True)
+        return far, forward
 
     def _target(self, core: Any) -> tuple[str, int]:
         """Name of a ready pod behind the Service, and its port."""
@@ -75,6 +88,8 @@ class ServiceTunnel:
             self._namespace, label_selector=selector, _request_timeout=_CONNECT_SECONDS
         ).items
         ready = [pod for pod in pods if _is_ready(pod)]
+        if not ready:
+            raise LookupError(f"no pod is ready behind Service {self._namespace}/{self._service}")
         pod = random.choice(ready)
         port = next(port for port in service.spec.ports if port.port == self._port)
         return pod.metadata.name, _number(pod, port.target_port)

@@ -289,6 +289,13 @@ def test_past_of_a_pod_that_serves_is_not_held_against_it(serving_a: FakeKServe)
     assert deployer(serving_a).deploy(A).changed
 
 
+def test_every_replica_asked_for_has_to_be_ready(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "tests.unit.inference_service.test_deployer.SETTINGS", SETTINGS.model_copy(update={"min_replicas": 2})
+    )
+    assert "1 of 2 new pods are ready" in str(failure(serving_a, B, start_timeout_seconds=30))
+
+
 def test_events_are_no_condition(cluster: FakeKServe):
     def refuse(call: str) -> None:
         if call in ("event", "events", "log"):

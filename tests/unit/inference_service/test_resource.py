@@ -10,6 +10,7 @@ from kubernetes import client as k8s
 
 from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.errors import ConfigError, DeployError
+from cifar_assets.serving.client import ServerError
 from resources.inference_service import DeployRequest
 from resources.inference_service.kserve import resource as module
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
@@ -100,10 +101,11 @@ def test_address_outside_of_the_cluster_is_a_port_of_this_process():
     assert serverless.headers == {"Host": "cifar10-predictor.space.svc.cluster.local"}
 
 
-def test_port_that_leads_nowhere_is_no_answer():
-    status = endpoint().client(service())
-    with pytest.raises(Exception, match="was not answered"):
-        status.served_model()
+def test_port_that_leads_nowhere_is_no_answer_and_says_why():
+    configuration = k8s.Configuration(host="http://127.0.0.1:9")
+    nowhere = ServiceEndpoint(configuration, in_cluster=False, gateway="gateways/inner")
+    with pytest.raises(ServerError, match=r"A port could not be forwarded: .*Connection refused"):
+        nowhere.served_model(service())
 
 
 @pytest.fixture
@@ -124,7 +126,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeKServe:
         return original(*arguments, **options, clock=found.clock, sleeper=found.clock.sleep)
 
     monkeypatch.setattr(module, "ServiceDeployer", build)
-    monkeypatch.setattr(ServiceEndpoint, "served_model", lambda self, service: found.served_model(service))
+    monkeypatch.setattr(ServiceEndpoint, "served_model", lambda self, service, **_: found.served_model(service))
     return found
 
 
