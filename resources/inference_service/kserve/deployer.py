@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cifar_assets.errors import DeployError
+from cifar_assets.errors import CifarError, DeployError
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.manifest import (
@@ -139,7 +139,10 @@ class ServiceDeployer:
         service = self._write(manifest)
         self._watcher.wait_until_serving(revision, request)
         self._log.info("%s: model %s gets %d %% of the requests", self._label, request.model_digest, percent)
-        fault = self._judge.find_fault(service, request)
+        try:
+            fault = self._judge.find_fault(service, request)
+        except CifarError as error:
+            raise NotServingError.canary(percent, f"it could not be judged: {error}", transient=True) from error
         if fault:
             raise NotServingError.canary(percent, fault)
         self._write(with_traffic(manifest, None))
@@ -214,10 +217,9 @@ class ServiceDeployer:
             return "Nothing served before, so the InferenceService was deleted."
         annotations = earlier["metadata"]["annotations"]
         name = f"model {annotations[DIGEST_ANNOTATION]} version {annotations[VERSION_ANNOTATION]}"
-        serverless = annotations.get(MODE_ANNOTATION) == "Knative"
         # Knative sends requests to the latest revision that is ready. While the earlier one is made anew, that may be
         # the refused one, so it gets none until then.
-        for percent in (0, None) if serverless else (None,):
+        for percent in (0, None) if _is_serverless(earlier) else (None,):
             self._write(with_traffic(earlier, percent))
             if not self._wait_until_settled(_revision(earlier)):
                 return f"It was set back to {name}, which was not seen to serve within the time allowed."
@@ -227,11 +229,12 @@ class ServiceDeployer:
         """What an interrupt leaves no time to wait for: write what was there, and nothing else."""
         try:
             if earlier is not None:
-                self._write(with_traffic(earlier, None))
+                # A serverless one keeps what it had: all requests would go to the latest revision that is ready.
+                self._write(with_traffic(earlier, 0 if _is_serverless(earlier) else None))
             elif service := self._client.get(self._namespace, self._name):
                 self._client.delete(service)
         except (DeployError, PyTorchJobError) as error:
-            self._log.warning("%s: interrupted, and what was there before was not put back: %s", self._label, error)
+            self._log.warning("%s: what was there before was not put back: %s", self._label, error)
 
     def _wait_until_settled(self, revision: str, *, asleep: bool = False) -> bool:
         """Whether the revision gets the requests meant for it, and no other does, within the time allowed."""
@@ -279,3 +282,7 @@ class ServiceDeployer:
 
 def _revision(manifest: Mapping[str, Any]) -> str:
     return manifest["metadata"]["annotations"][REVISION_ANNOTATION]
+
+
+def _is_serverless(manifest: Mapping[str, Any]) -> bool:
+    return manifest["metadata"]["annotations"].get(MODE_ANNOTATION) == "Knative"

@@ -65,13 +65,13 @@ class NotServingError(Exception):
         self.diagnosis = diagnosis
 
     @classmethod
-    def canary(cls, percent: int, fault: str) -> "NotServingError":
-        """A model that came up, got a share of the requests, and answered wrong."""
+    def canary(cls, percent: int, fault: str, *, transient: bool = False) -> "NotServingError":
+        """A model that came up, got a share of the requests, and did not convince."""
         return cls(
             Diagnosis(
                 "canary",
                 f"with {percent} % of the requests it was refused: {fault}",
-                transient=False,
+                transient=transient,
                 advice="See that the server prepares images as training does; deploy another model meanwhile.",
             )
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cifar_assets.errors import DeployError
+from cifar_assets.errors import DeployError, StoreError
 from resources.inference_service import DeployRequest
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings
@@ -82,6 +82,36 @@ def test_canary_that_answers_badly_gives_its_share_back(serving_a: FakeKnative):
     assert not caught.value.transient
     assert max(share.get(B.model_digest, 0) for share in serving_a.shares) == 10
     assert serving_a.shares[-1] == {A.model_digest: 100}
+
+
+def test_canary_that_cannot_be_judged_gives_its_share_back_and_may_be_tried_again(serving_a: FakeKnative):
+    judge = Judge()
+
+    def fail(service: InferenceService, request: DeployRequest) -> str | None:
+        raise StoreError("the store does not answer")
+
+    judge.find_fault = fail
+    with pytest.raises(DeployError, match="could not be judged: the store does not answer") as caught:
+        deployer(serving_a, judge).deploy(B)
+    assert caught.value.transient
+    assert max(share.get(B.model_digest, 0) for share in serving_a.shares) == 10
+    assert serving_a.shares[-1] == {A.model_digest: 100}
+
+
+def test_interrupted_canary_gets_no_more_than_its_share(serving_a: FakeKnative):
+    judge = Judge()
+
+    def interrupt(service: InferenceService, request: DeployRequest) -> str | None:
+        raise KeyboardInterrupt
+
+    judge.find_fault = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        deployer(serving_a, judge).deploy(B)
+    serving_a.clock.sleep(30)
+    assert max(share.get(B.model_digest, 0) for share in serving_a.shares) == 10
+    assert serving_a.shares[-1] == {A.model_digest: 100}
+    assert deployer(serving_a).deploy(B).changed
+    assert serving_a.shares[-1] == {B.model_digest: 100}
 
 
 def test_revision_that_does_not_come_up_never_gets_a_request(serving_a: FakeKnative):
