@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import dagster as dg
 from pydantic import Field
@@ -68,12 +69,17 @@ class LocalTrainer(TrainerResource):
         if process.poll() is not None:
             return
         context.log.info("Stopping the trainer; it writes a checkpoint first.")
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(self.stop_grace_seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        stop_group(process, self.stop_grace_seconds)
+
+
+def stop_group(process: subprocess.Popen[Any], grace_seconds: float) -> None:
+    """End a process that leads its group, and with it the group: by SIGTERM, after the grace time by SIGKILL."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(grace_seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _command(num_processes: int) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from kubernetes import client as k8s
 
 from resources.argo.status import Workflow, read_workflow
-from resources.pytorch_job.api import REQUEST_TIMEOUT_SECONDS, KubernetesClient, load_configuration
+from resources.pytorch_job.api import REQUEST_TIMEOUT_SECONDS, CustomResourceClient, load_configuration
 from resources.pytorch_job.client import Core, CustomObjects, PyTorchJobClient
 from resources.pytorch_job.pods import Pod, read_pod
 
@@ -19,16 +19,16 @@ _WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
 _NODE_ID_ANNOTATION = "workflows.argoproj.io/node-id"
 
 
-class WorkflowClient(KubernetesClient):
+class WorkflowClient(CustomResourceClient):
     """Reads and writes workflows through injected API objects. `jobs` does the same for their PyTorchJobs."""
 
-    kind = "Workflow"
+    kind, group, version, plural = "Workflow", GROUP, VERSION, PLURAL
     missing_kind_advice = "install Argo Workflows and its CRDs."
     forbidden_advice = "Give the service account the Role of docs/argo.md, or check the namespace's quota."
     invalid_advice = "Correct the workflow's parameters, or apply k8s/argo again."
 
     def __init__(self, custom: CustomObjects, core: Core, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
-        super().__init__(core, request_timeout_seconds)
+        super().__init__(custom, core, request_timeout_seconds)
         self._custom = custom
         self.jobs = PyTorchJobClient(custom, core, request_timeout_seconds)
 
@@ -41,25 +41,12 @@ class WorkflowClient(KubernetesClient):
 
     def create(self, manifest: Mapping[str, Any]) -> Workflow | None:
         """The stored workflow, or None when its name is taken."""
-        namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
-        body = self._ask_or_none(
-            f"create workflow {namespace}/{name}",
-            lambda: self._custom.create_namespaced_custom_object(
-                GROUP, VERSION, namespace, PLURAL, manifest, _request_timeout=self.request_timeout_seconds
-            ),
-            conflict_is_none=True,
-        )
+        body = self._create(manifest)
         return read_workflow(body) if body else None
 
     def get(self, namespace: str, name: str) -> Workflow | None:
         """The workflow, or None where there is none of that name."""
-        body = self._ask_or_none(
-            f"read workflow {namespace}/{name}",
-            lambda: self._custom.get_namespaced_custom_object(
-                GROUP, VERSION, namespace, PLURAL, name, _request_timeout=self.request_timeout_seconds
-            ),
-            absent_is_none=True,
-        )
+        body = self._read(namespace, name)
         return read_workflow(body) if body else None
 
     def terminate(self, workflow: Workflow) -> None:
@@ -82,21 +69,7 @@ class WorkflowClient(KubernetesClient):
 
     def delete(self, workflow: Workflow) -> None:
         """Ask for the deletion of exactly this workflow and, after it, of its pods and its PyTorchJob."""
-        options = {"propagationPolicy": "Background", "preconditions": {"uid": workflow.uid}}
-        self._ask_or_none(
-            f"delete {workflow}",
-            lambda: self._custom.delete_namespaced_custom_object(
-                GROUP,
-                VERSION,
-                workflow.namespace,
-                PLURAL,
-                workflow.name,
-                body=options,
-                _request_timeout=self.request_timeout_seconds,
-            ),
-            absent_is_none=True,
-            conflict_is_none=True,  # another workflow has the name now
-        )
+        self._delete(workflow.namespace, workflow.name, workflow.uid)
 
     def pods(self, workflow: Workflow) -> list[Pod]:
         """Pods of the workflow's steps, named after their step, with the container that does the work alone."""

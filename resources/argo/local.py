@@ -1,7 +1,6 @@
 """The four steps on this machine, one process after another: what the workflow's pods run, without a cluster."""
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pydantic import Field
 
 from cifar_assets.errors import TrainingError
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult, parse_result
+from resources.local_trainer import stop_group
 
 _TAIL_LINES = 30
 
@@ -27,7 +27,7 @@ class LocalPipeline(PipelineResource):
     )
 
     def run(self, context: dg.AssetExecutionContext, request: PipelineRequest) -> PipelineResult:
-        run = f"{context.run_id}.{context.retry_number}"
+        run = f"{context.run.run_id}.{context.retry_number}"
         parameters = {**request.parameters(), "replicas": "1"}
         threshold = parameters.pop("threshold")
         with tempfile.TemporaryDirectory(prefix="cifar-pipeline-") as folder:
@@ -61,20 +61,10 @@ class LocalPipeline(PipelineResource):
                 tail.append(line)
             process.wait()
         finally:
-            self._stop(process)
+            if process.poll() is None:
+                stop_group(process, self.stop_grace_seconds)
         if process.returncode:
             raise TrainingError(_failure(arguments[0], process.returncode, tail))
-
-    def _stop(self, process: subprocess.Popen[str]) -> None:
-        """End the step and what it started; does nothing once it has ended."""
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(self.stop_grace_seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def _failure(step: str, code: int, tail: Sequence[str]) -> str:

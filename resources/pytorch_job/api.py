@@ -150,6 +150,71 @@ class KubernetesClient:
         return self.invalid_advice
 
 
+class CustomResources(Protocol):
+    """The part of kubernetes.client.CustomObjectsApi that every custom resource needs."""
+
+    def create_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
+    def get_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
+    def delete_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class CustomResourceClient(KubernetesClient):
+    """Creates, reads and deletes objects of one custom resource as the API gives them: mappings."""
+
+    group = ""
+    version = ""
+    plural = ""
+
+    def __init__(
+        self, resources: CustomResources, core: CorePods, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS
+    ):
+        super().__init__(core, request_timeout_seconds)
+        self._resources = resources
+
+    def _create(self, manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The stored object, or None when its name is taken."""
+        namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
+        return self._ask_or_none(
+            f"create {self.kind} {namespace}/{name}",
+            lambda: self._resources.create_namespaced_custom_object(
+                self.group,
+                self.version,
+                namespace,
+                self.plural,
+                manifest,
+                _request_timeout=self.request_timeout_seconds,
+            ),
+            conflict_is_none=True,
+        )
+
+    def _read(self, namespace: str, name: str) -> Mapping[str, Any] | None:
+        """The object, or None where there is none of that name."""
+        return self._ask_or_none(
+            f"read {self.kind} {namespace}/{name}",
+            lambda: self._resources.get_namespaced_custom_object(
+                self.group, self.version, namespace, self.plural, name, _request_timeout=self.request_timeout_seconds
+            ),
+            absent_is_none=True,
+        )
+
+    def _delete(self, namespace: str, name: str, uid: str) -> None:
+        """Ask for the deletion of exactly this object and, after it, of what it owns. One that is gone is no error."""
+        self._ask_or_none(
+            f"delete {self.kind} {namespace}/{name}",
+            lambda: self._resources.delete_namespaced_custom_object(
+                self.group,
+                self.version,
+                namespace,
+                self.plural,
+                name,
+                body={"propagationPolicy": "Background", "preconditions": {"uid": uid}},
+                _request_timeout=self.request_timeout_seconds,
+            ),
+            absent_is_none=True,
+            conflict_is_none=True,  # another object has the name now
+        )
+
+
 def _details(error: ApiException) -> Mapping[str, Any]:
     try:
         body = json.loads(error.body or "{}")

@@ -10,21 +10,24 @@ from typing import Any, Protocol
 
 from kubernetes import client as k8s
 
-from resources.pytorch_job.api import REQUEST_TIMEOUT_SECONDS, CorePods, KubernetesClient, load_configuration
+from resources.pytorch_job.api import (
+    REQUEST_TIMEOUT_SECONDS,
+    CorePods,
+    CustomResourceClient,
+    CustomResources,
+    load_configuration,
+)
 from resources.pytorch_job.labels import LAUNCH_ANNOTATION, OPERATOR_JOB_NAME_LABEL, RUN_ID_LABEL, WORK_ANNOTATION
-from resources.pytorch_job.manifest import GROUP, PLURAL, VERSION
+from resources.pytorch_job.manifest import GROUP, KIND, PLURAL, VERSION
 from resources.pytorch_job.pods import Pod, read_pod
 from resources.pytorch_job.status import JobStatus, read_status
 
 
-class CustomObjects(Protocol):
+class CustomObjects(CustomResources, Protocol):
     """The part of kubernetes.client.CustomObjectsApi in use."""
 
-    def create_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
-    def get_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
     def list_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
     def patch_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
-    def delete_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Core(CorePods, Protocol):
@@ -63,16 +66,16 @@ class PyTorchJob:
         return f"PyTorchJob {self.namespace}/{self.name}"
 
 
-class PyTorchJobClient(KubernetesClient):
+class PyTorchJobClient(CustomResourceClient):
     """Reads and writes PyTorchJobs through injected API objects."""
 
-    kind = "PyTorchJob"
+    kind, group, version, plural = KIND, GROUP, VERSION, PLURAL
     missing_kind_advice = "install the Kubeflow training operator (v1) and its CRDs."
     forbidden_advice = "Give the service account the Role of docs/kubernetes.md, or check the namespace's quota."
     invalid_advice = "Correct the job's settings."
 
     def __init__(self, custom: CustomObjects, core: Core, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
-        super().__init__(core, request_timeout_seconds)
+        super().__init__(custom, core, request_timeout_seconds)
         self._custom = custom
         self._core = core
 
@@ -91,25 +94,12 @@ class PyTorchJobClient(KubernetesClient):
 
     def create(self, manifest: Mapping[str, Any]) -> PyTorchJob | None:
         """The stored job, or None when its name is taken."""
-        namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
-        body = self._ask_or_none(
-            f"create PyTorchJob {namespace}/{name}",
-            lambda: self._custom.create_namespaced_custom_object(
-                GROUP, VERSION, namespace, PLURAL, manifest, _request_timeout=self.request_timeout_seconds
-            ),
-            conflict_is_none=True,
-        )
+        body = self._create(manifest)
         return _job(body) if body else None
 
     def get(self, namespace: str, name: str) -> PyTorchJob | None:
         """The job, or None where there is none of that name."""
-        body = self._ask_or_none(
-            f"read PyTorchJob {namespace}/{name}",
-            lambda: self._custom.get_namespaced_custom_object(
-                GROUP, VERSION, namespace, PLURAL, name, _request_timeout=self.request_timeout_seconds
-            ),
-            absent_is_none=True,
-        )
+        body = self._read(namespace, name)
         return _job(body) if body else None
 
     def find(self, namespace: str, label_selector: str = "") -> list[PyTorchJob]:
@@ -142,21 +132,7 @@ class PyTorchJobClient(KubernetesClient):
 
     def delete(self, job: PyTorchJob) -> None:
         """Ask for the deletion of exactly this job and, after it, of its pods. One that is gone already is no error."""
-        options = {"propagationPolicy": "Background", "preconditions": {"uid": job.uid}}
-        self._ask_or_none(
-            f"delete {job}",
-            lambda: self._custom.delete_namespaced_custom_object(
-                GROUP,
-                VERSION,
-                job.namespace,
-                PLURAL,
-                job.name,
-                body=options,
-                _request_timeout=self.request_timeout_seconds,
-            ),
-            absent_is_none=True,
-            conflict_is_none=True,  # another job has the name now
-        )
+        self._delete(job.namespace, job.name, job.uid)
 
     def pods(self, namespace: str, name: str) -> list[Pod]:
         """Pods of the job of that name, the master first; also those that outlive a deleted job for a moment."""
