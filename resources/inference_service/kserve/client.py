@@ -24,20 +24,17 @@ from resources.inference_service.kserve.manifest import (
     VERSION_ANNOTATION,
 )
 from resources.inference_service.kserve.pods import ServingPod, read_serving_pod
-from resources.pytorch_job.api import REQUEST_TIMEOUT_SECONDS, CorePods, KubernetesClient
+from resources.pytorch_job.api import REQUEST_TIMEOUT_SECONDS, CorePods, CustomResourceClient, CustomResources
 from resources.pytorch_job.errors import ApiRefusedError
 
 SERVICE_LABEL = "serving.kserve.io/inferenceservice"
 EVENT_SOURCE = "cifar-dagster"
 
 
-class CustomObjects(Protocol):
+class CustomObjects(CustomResources, Protocol):
     """The part of kubernetes.client.CustomObjectsApi in use."""
 
-    def create_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
-    def get_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
     def replace_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
-    def delete_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Core(CorePods, Protocol):
@@ -140,16 +137,19 @@ class Event:
     """ISO time in UTC, so that text order is time order."""
 
 
-class InferenceServiceClient(KubernetesClient):
+class InferenceServiceClient(CustomResourceClient):
     """Reads and writes InferenceServices through injected API objects."""
 
     kind = KIND
+    group = GROUP
+    version = VERSION
+    plural = PLURAL
     missing_kind_advice = "install KServe and its CRDs."
     forbidden_advice = "Give the service account the Role of docs/kserve.md, or check the namespace's quota."
     invalid_advice = "Correct the service's settings."
 
     def __init__(self, custom: CustomObjects, core: Core, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
-        super().__init__(core, request_timeout_seconds)
+        super().__init__(custom, core, request_timeout_seconds)
         self._custom = custom
         self._core = core
 
@@ -160,25 +160,12 @@ class InferenceServiceClient(KubernetesClient):
 
     def get(self, namespace: str, name: str) -> InferenceService | None:
         """The service, or None where there is none of that name."""
-        body = self._ask_or_none(
-            f"read {KIND} {namespace}/{name}",
-            lambda: self._custom.get_namespaced_custom_object(
-                GROUP, VERSION, namespace, PLURAL, name, _request_timeout=self.request_timeout_seconds
-            ),
-            absent_is_none=True,
-        )
+        body = self._read(namespace, name)
         return InferenceService(body) if body else None
 
     def create(self, manifest: Mapping[str, Any]) -> InferenceService | None:
         """The stored service, or None when its name is taken."""
-        namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
-        body = self._ask_or_none(
-            f"create {KIND} {namespace}/{name}",
-            lambda: self._custom.create_namespaced_custom_object(
-                GROUP, VERSION, namespace, PLURAL, manifest, _request_timeout=self.request_timeout_seconds
-            ),
-            conflict_is_none=True,
-        )
+        body = self._create(manifest)
         return InferenceService(body) if body else None
 
     def replace(self, current: InferenceService, manifest: Mapping[str, Any]) -> InferenceService | None:
@@ -210,21 +197,7 @@ class InferenceServiceClient(KubernetesClient):
 
     def delete(self, service: InferenceService) -> None:
         """Ask for the deletion of exactly this service and, after it, of what belongs to it."""
-        options = {"propagationPolicy": "Background", "preconditions": {"uid": service.uid}}
-        self._ask_or_none(
-            f"delete {service}",
-            lambda: self._custom.delete_namespaced_custom_object(
-                GROUP,
-                VERSION,
-                service.namespace,
-                PLURAL,
-                service.name,
-                body=options,
-                _request_timeout=self.request_timeout_seconds,
-            ),
-            absent_is_none=True,
-            conflict_is_none=True,
-        )
+        self._delete(service.namespace, service.name, service.uid)
 
     def pods(self, namespace: str, name: str) -> list[ServingPod]:
         """Pods of the service of that name by name, also those that are ending."""
