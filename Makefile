@@ -45,7 +45,7 @@ format: setup ## Rewrite files in the project's style.
 	$(RUN) ruff format $(PATHS)
 
 cluster-test: setup ## Tests on the cluster of KUBECONFIG, with our images loaded (see `make images`).
-	$(RUN) pytest tests/cluster
+	$(RUN) pytest tests/cluster $(ARGUMENTS)
 
 check: lint types test ## What CI runs without a cluster.
 
