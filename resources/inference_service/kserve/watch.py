@@ -46,8 +46,8 @@ class RolloutLimits(WatchLimits):
     blocked_timeout_seconds: float = 45.0
     start_timeout_seconds: float = 600.0
     outage_timeout_seconds: float = 120.0
-    no_pods_timeout_seconds: float = 60.0
-    """KServe does nothing."""
+    no_pods_timeout_seconds: float = 180.0
+    """KServe does nothing. Long enough for its controller, which every new pod needs as well, to be started again."""
     removal_timeout_seconds: float = 120.0
     """For what is put back, or deleted, to take effect."""
     max_restarts: int = 3
