@@ -4,23 +4,31 @@ Needs Argo Workflows, and the images cifar-dagster and cifar-trainer in the clus
 """
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import dagster as dg
 import pytest
 import yaml
+from kubernetes import client as k8s
 
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.upstream import data_version
 from cifar_assets.gate import judge
+from resources.argo import PipelineRequest, PipelineResource
 from resources.argo.client import WorkflowClient
 from resources.argo.conditions import FAILURE_CONDITION, SUCCESS_CONDITION
+from resources.argo.naming import workflow_name
 from resources.argo.report import explain, job_name_of
 from resources.argo.status import Workflow
 from resources.argo.template import WORKFLOW_LABEL
+from resources.argo.workflows import ArgoPipeline
+from resources.pytorch_job.manifest import GROUP, KIND, PLURAL, VERSION
 from resources.pytorch_job.status import JobState, read_status
 from tests.cluster.argo import IMAGES, ArgoCluster
 from tests.cluster.kubectl import kubectl, wait_for
@@ -139,12 +147,56 @@ def test_the_demo_trains_nothing(argo: ArgoCluster, stories: dict[str, str]) -> 
     assert not argo.job_exists(workflow)
 
 
-def test_the_controller_reads_a_status_as_the_pipes_client_does(argo: ArgoCluster) -> None:
-    """Every kind of end and some that are none, written by hand into jobs that no operator looks after."""
+@dg.asset
+def long_training(context: dg.AssetExecutionContext, argo: PipelineResource) -> None:
+    """Waits for a workflow that takes long."""
+    (digest,) = context.run.tags["dataset"].split()
+    request = PipelineRequest(digest, "fast", {**TINY_RECIPE, "epochs": 1000}, {"threads": 1}, 0, 1, 0.0)
+    argo.run(context, request)
+
+
+def test_cancelling_the_dagster_run_removes_workflow_and_job(argo: ArgoCluster, tiny: TinyData, tmp_path: Path) -> None:
+    resource = ArgoPipeline(namespace=argo.namespace, parameters=IMAGES, name_prefix="cancelled")
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+
+        def cancel_once_it_trains() -> None:
+            (run,) = wait_for("the run", lambda: instance.get_runs(filters=_STARTED), 60)
+            name = workflow_name("cancelled", run_id=run.run_id, step_key="long_training")
+            wait_for("the workflow", lambda: argo.client.get(argo.namespace, name), 60)
+            wait_for("a training that is waited for", lambda: _training(argo, name), 400)
+            seen.append(argo.workflow(name))
+            instance.report_run_canceling(run)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        seen: list[Workflow] = []
+        canceller = Thread(target=cancel_once_it_trains, daemon=True)
+        canceller.start()
+        result = dg.materialize(
+            [long_training],
+            resources={"argo": resource},
+            instance=instance,
+            tags={"dataset": tiny.processed},
+            raise_on_error=False,
+        )
+        canceller.join(60)
+        run = instance.get_run_by_id(result.run_id)
+    assert run
+    assert run.status == dg.DagsterRunStatus.CANCELED
+    (workflow,) = seen
+    assert argo.client.get(argo.namespace, workflow.name) is None
+    assert not argo.job_exists(workflow)
+
+
+_STARTED = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])
+
+
+def test_the_controller_reads_a_status_as_the_pipes_client_does(argo: ArgoCluster, core: Any) -> None:
+    """Every kind of end and one that is none, written by hand into jobs that no operator looks after."""
     series: dict[str, list[dict[str, Any]]] = yaml.safe_load(STATUS_SERIES.read_text())
-    last = {f"status-{number}": steps[-1]["status"] for number, steps in enumerate(series.values())}
+    last = {f"status-{number}": series[name][-1]["status"] for number, name in enumerate(_TOLD)}
+    api = k8s.CustomObjectsApi(core.api_client)
     for job, status in last.items():
-        _store_job(argo, job, status)
+        _store_job(api, argo.namespace, job, status)
     expected = {job: _ENDS.get(read_status(status).state) for job, status in last.items()}
     name = argo.submit(_looking_at(list(last), argo.namespace), {})
 
@@ -159,6 +211,15 @@ def test_the_controller_reads_a_status_as_the_pipes_client_does(argo: ArgoCluste
     assert {found[job][0] for job in expected.keys() - final.keys()} <= {"Pending", "Running"}
 
 
+_TOLD = (
+    "one master succeeds",
+    "succeeds before it was seen running",
+    "exit code that is final",
+    "refused by the operator's own validation",
+    "deadline exceeded while running",
+    "both final conditions",
+    "condition of a later operator",
+)
 _ENDS = {JobState.SUCCEEDED: ("Succeeded", False), JobState.FAILED: ("Failed", True)}
 
 
@@ -241,23 +302,21 @@ def _pods_left(argo: ArgoCluster, workflow: Workflow) -> bool:
     return bool(argo.client.pods(workflow) or argo.client.jobs.pods(argo.namespace, job_name_of(workflow)))
 
 
-def _store_job(argo: ArgoCluster, name: str, status: dict[str, Any] | None) -> None:
+def _store_job(api: k8s.CustomObjectsApi, namespace: str, name: str, status: dict[str, Any]) -> None:
     container = {"name": "pytorch", "image": "nothing.invalid/nothing"}
     replica = {"replicas": 1, "template": {"spec": {"containers": [container]}}}
     job = {
-        "apiVersion": "kubeflow.org/v1",
-        "kind": "PyTorchJob",
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": KIND,
         "metadata": {"name": name, "labels": {"app.kubernetes.io/managed-by": "argo-workflow"}},
         "spec": {
             "runPolicy": {"managedBy": "kueue.x-k8s.io/multikueue"},  # someone else than the operator
             "pytorchReplicaSpecs": {"Master": replica},
         },
     }
-    kubectl("-n", argo.namespace, "create", "-f", "-", text=yaml.safe_dump(job))
-    if status:
-        patch = json.dumps({"status": {"replicaStatuses": {}, **status}})
-        where = ["pytorchjob", name, "--subresource=status", "--type=merge"]
-        kubectl("-n", argo.namespace, "patch", *where, "-p", patch)
+    api.create_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL, job)
+    patch = {"status": {"replicaStatuses": {}, **status}}
+    api.patch_namespaced_custom_object_status(GROUP, VERSION, namespace, PLURAL, name, patch)
 
 
 def _looking_at(jobs: list[str], namespace: str) -> dict[str, Any]:
