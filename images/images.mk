@@ -7,7 +7,7 @@
 
 TAG ?= dev
 REGISTRY ?= localhost
-BUILDER ?= $(if $(shell command -v buildah),buildah bud --isolation chroot --network host,docker build)
+BUILDER ?= $(if $(shell command -v buildah),buildah bud --layers --isolation chroot --network host,docker build)
 BUILD_ARGS ?=
 LOAD ?=
 IMAGES := trainer server dagster mlflow

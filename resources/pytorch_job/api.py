@@ -57,7 +57,7 @@ def load_configuration(
 
 
 class KubernetesClient:
-    """What clients of one custom resource share. `kind` and the advices complete its errors."""
+    """What clients of one custom resource share. `kind` and each advice complete its errors."""
 
     kind = "object"
     missing_kind_advice = "Install its CRD."
