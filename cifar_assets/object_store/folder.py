@@ -1,5 +1,7 @@
 """An object store in a folder: what a laptop uses in place of MinIO."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -13,6 +15,7 @@ from cifar_assets.errors import ConfigError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store.base import ObjectInfo, ObjectStore
 
 _TEMPORARY_PREFIX = ".writing-"
+_swept: set[Path] = set()
 
 
 class FolderStore(ObjectStore):
@@ -70,7 +73,9 @@ class FolderStore(ObjectStore):
                 yield self._info(key, self.root / key)
 
     def delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        path = self._path(key)
+        path.unlink(missing_ok=True)
+        remove_abandoned(path.parent)
 
     def copy(self, key: str, to_key: str) -> None:
         self.download(key, self._target(to_key))
@@ -106,16 +111,39 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
+        remove_abandoned(path.parent)
+        descriptor, name = _locked_temporary(path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 fill(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+                os.chmod(name, 0o644)
+                os.replace(name, path)  # before the lock is gone
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
         raise StoreError(f"Could not write {path}: {error}. Check free space and permissions.") from error
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed writers left in a folder: temporary files that nobody holds locked. Once per process."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    for path in folder.glob(f"{_TEMPORARY_PREFIX}*"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _locked_temporary(folder: Path) -> tuple[int, str]:
+    """A new file and its descriptor, locked for as long as that is open."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=folder)
+        with contextlib.suppress(OSError):  # of a file system without locks, where nothing is taken for abandoned
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return descriptor, name
+        os.close(descriptor)  # it was taken for abandoned before it was locked

@@ -1,11 +1,15 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from cifar_assets.errors import ConfigError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store import FolderStore
 from cifar_assets.object_store.folder import write_atomically
+from tests.fixtures.workspace import ROOT
 
 
 def test_a_failed_write_leaves_the_old_object_and_nothing_else(tmp_path: Path) -> None:
@@ -66,3 +70,26 @@ def test_a_folder_marker_is_refused_before_it_blocks_the_folder(key: str, tmp_pa
         store.write(key, b"")
     store.write(f"{key}x", b"1")
     assert store.read(f"{key}x") == b"1"
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_process_and_a_live_one_is_not(tmp_path: Path) -> None:
+    def write_in_a_child(before_the_end: str) -> None:
+        code = (
+            "import os, signal, sys; from pathlib import Path\n"
+            "from cifar_assets.object_store.folder import write_atomically\n"
+            f"write_atomically(Path(sys.argv[1]), lambda file: {before_the_end})"
+        )
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], cwd=ROOT, check=False)
+
+    write_in_a_child("os.kill(os.getpid(), signal.SIGKILL)")
+    (left,) = tmp_path.iterdir()
+
+    def finish(file: BinaryIO) -> None:
+        assert not left.exists()
+        (mine,) = tmp_path.iterdir()
+        write_in_a_child("file.write(b'other')")
+        assert mine.exists()
+        file.write(b"mine")
+
+    write_atomically(tmp_path / "y", finish)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x": b"other", "y": b"mine"}
