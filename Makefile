@@ -29,7 +29,7 @@ dev: setup ## Open the Dagster UI and daemon on this checkout.
 	$(RUN) dagster dev
 
 test: setup ## Unit tests and local end-to-end tests.
-	$(RUN) pytest -n 3 --dist loadfile
+	$(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## Style, spelling and the lock file.
 	$(RUN) ruff check $(PATHS)
