@@ -35,7 +35,7 @@ NUM_SYNTHETIC = 7000
 def dagster(platform: Platform) -> Iterator[Webserver]:
     """Dagster in the platform's namespace, by the commands of docs/dagster_in_the_cluster.md; removed at the end."""
     nodes = json.loads(kubectl("get", "nodes", "-o", "json"))["items"]
-    loaded = {name for node in nodes for image in node["status"]["images"] for name in image.get("names", ())}
+    loaded = {name for node in nodes for image in node["status"]["images"] for name in image.get("names") or ()}
     if missing := [image for image in IMAGES if image not in loaded]:
         pytest.skip(
             f"no node has {' and '.join(missing)}: make -f images/images.mk image-dagster postgres-image LOAD=..."
