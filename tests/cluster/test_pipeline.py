@@ -98,6 +98,19 @@ def test_keys_metadata_and_checks_are_those_of_the_local_deployment(
     assert _shown(cluster) == _shown(local)
 
 
+def test_a_model_below_the_threshold_is_refused_alone_and_in_the_same_run(
+    cluster: Workspace, trained: str, platform: Platform
+) -> None:
+    alone = cluster.materialize("cifar10/inference_service", ACCURACY_THRESHOLD="1")
+    assert alone.returncode != 0
+    assert "Not deployed: " in alone.stdout
+    both = cluster.materialize(f"{MODEL},cifar10/inference_service", training(reuse=True), ACCURACY_THRESHOLD="1")
+    assert both.returncode != 0
+    assert "accuracy_threshold" in both.stdout
+    assert "serves model" not in both.stdout
+    assert kubectl("-n", platform.namespace, "get", "inferenceservices", "-o", "name", "--ignore-not-found") == ""
+
+
 def test_master_and_worker_do_what_one_process_does(
     cluster: Workspace, trained: str, models: S3Store, platform: Platform, jobs_removed: None
 ) -> None:
