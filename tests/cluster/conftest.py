@@ -6,7 +6,6 @@ Stories need the image of tests/cluster/story_image: `make -f images/images.mk s
 import os
 import shutil
 import subprocess
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from kubernetes import config as k8s_config
 
 from cifar_assets.object_store.s3 import S3Store
 from resources.pytorch_job.client import PyTorchJobClient
-from tests.cluster.kubectl import forwarded, free_port, kubectl, wait_for
+from tests.cluster.kubectl import forwarded, free_port, kubectl, temporary_namespace, wait_for
 from tests.cluster.platform import Platform, is_kept
 
 STORY_IMAGE = os.environ.get("TEST_STORY_IMAGE", "localhost/pytorch-job-story:test")
@@ -83,12 +82,8 @@ def everything() -> set[str]:
 @pytest.fixture(scope="session")
 def namespace(core: Any) -> Iterator[str]:
     before = everything()
-    name = f"pytorch-job-test-{uuid.uuid4().hex[:8]}"
-    core.create_namespace({"metadata": {"name": name}})
-    try:
+    with temporary_namespace("pytorch-job-test") as name:
         yield name
-    finally:
-        kubectl("delete", "namespace", name, "--wait=true", "--timeout=110s")
     wait_for(f"removal of {everything() - before}", lambda: everything() <= before)
 
 

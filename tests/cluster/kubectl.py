@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
@@ -25,6 +26,17 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float = 60) -> An
             return value
         assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
         time.sleep(0.25)
+
+
+@contextmanager
+def temporary_namespace(prefix: str) -> Iterator[str]:
+    """A new namespace's name; it is gone, with all that is in it, when the block ends."""
+    name = f"{prefix}-{uuid.uuid4().hex[:8]}"
+    kubectl("create", "namespace", name)
+    try:
+        yield name
+    finally:
+        kubectl("delete", "namespace", name, "--wait=true", "--timeout=110s")
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ from kubernetes import client as k8s
 
 from resources.pytorch_job import PyTorchJobClient
 from tests.cluster.conftest import Minio
-from tests.cluster.kubectl import kubectl
+from tests.cluster.kubectl import kubectl, temporary_namespace
 from tests.cluster.story import ClusterStory, story_config
 
 K8S = Path(__file__).parents[2] / "k8s"
@@ -29,10 +29,11 @@ def objects_in(folder: str, namespace: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("folder", ["overlays/minikube", "overlays/gpu", "pytorchjob"])
-def test_api_server_takes_every_object(folder: str, namespace: str):
-    objects = objects_in(folder, namespace)
-    text = yaml.safe_dump_all(objects)
-    answer = kubectl("apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-", text=text)
+def test_api_server_takes_every_object(folder: str, core: Any):
+    with temporary_namespace("dry-run") as namespace:
+        objects = objects_in(folder, namespace)
+        text = yaml.safe_dump_all(objects)
+        answer = kubectl("apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-", text=text)
     assert len(answer.splitlines()) == len(objects)
 
 
