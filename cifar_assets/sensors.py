@@ -66,11 +66,11 @@ def fingerprint(info: ObjectInfo) -> str:
     return sha256_json([info.key, info.etag, info.size])[:_FINGERPRINT_CHARS]
 
 
-def decide(cursor: LandingCursor, scan: LandingScan, *, busy_run_id: str | None, last_run_failed: bool) -> Decision:
+def decide(cursor: LandingCursor, scan: LandingScan, *, busy_run_id: str | None, repeat_last: bool) -> Decision:
     """Whether to retrain now. Pure: the same cursor and listing give the same run key, so that a replay adds no run."""
     ready = {fingerprint(info) for info in scan.ready}
     num_new = len(ready - set(cursor.covered))
-    retry = not num_new and last_run_failed and cursor.attempt < MAX_ATTEMPTS and bool(ready)
+    retry = not num_new and repeat_last and cursor.attempt < MAX_ATTEMPTS and bool(ready)
     notes = "".join(f" Skipped {count}: {reason}." for reason, count in sorted(Counter(scan.skipped.values()).items()))
     if not num_new and not retry:
         return Decision(cursor, None, f"No new data under {LANDING_PREFIX}.{notes}")
@@ -99,7 +99,7 @@ def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStor
         cursor,
         scan_landing(object_store.raw),
         busy_run_id=_run_in_flight(context.instance),
-        last_run_failed=_run_failed(context.instance, cursor.run_key),
+        repeat_last=is_worth_repeating(context.instance, cursor.run_key),
     )
     if decision.run_key is None:
         return dg.SensorResult(skip_reason=decision.reason)
@@ -135,11 +135,19 @@ def _run_in_flight(instance: dg.DagsterInstance) -> str | None:
     return None
 
 
-def _run_failed(instance: dg.DagsterInstance, run_key: str | None) -> bool:
+def is_worth_repeating(instance: dg.DagsterInstance, run_key: str | None) -> bool:
+    """Whether the run of this key failed, and by something else than a blocking check.
+
+    The same objects give the same dataset and, with the same seed, the same model, and so the same verdict.
+    """
     if run_key is None:
         return False
-    records = instance.get_run_records(dg.RunsFilter(tags={_RUN_KEY_TAG: run_key}), limit=1)
-    return bool(records) and records[0].dagster_run.status == dg.DagsterRunStatus.FAILURE
+    failed = dg.RunsFilter(tags={_RUN_KEY_TAG: run_key}, statuses=[dg.DagsterRunStatus.FAILURE])
+    for run in instance.get_runs(failed, limit=1):
+        evaluations = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+        verdicts = [entry.get_dagster_event().asset_check_evaluation_data for entry in evaluations]
+        return all(verdict.passed or not verdict.blocking for verdict in verdicts)
+    return False
 
 
 def _close_mlflow_runs(run: dg.DagsterRun, mlflow: MlflowResource, status: str, log: Callable[[str], None]) -> None:

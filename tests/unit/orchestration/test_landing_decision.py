@@ -4,11 +4,12 @@ import random
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import dagster as dg
 import pytest
 
 from cifar_assets.dataset.landing import LandingScan
 from cifar_assets.object_store import ObjectInfo
-from cifar_assets.sensors import MAX_ATTEMPTS, Decision, LandingCursor, decide
+from cifar_assets.sensors import MAX_ATTEMPTS, Decision, LandingCursor, decide, is_worth_repeating
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -22,7 +23,7 @@ def tick(
 ) -> Decision:
     ready = tuple(info for info in objects if info.size)
     skipped = {info.key: "empty object" for info in objects if not info.size}
-    return decide(cursor, LandingScan(ready, skipped), busy_run_id=busy, last_run_failed=failed)
+    return decide(cursor, LandingScan(ready, skipped), busy_run_id=busy, repeat_last=failed)
 
 
 def test_a_burst_gives_one_run_and_arrivals_meanwhile_one_follow_up() -> None:
@@ -100,6 +101,22 @@ def test_a_failed_run_is_tried_again_a_bounded_number_of_times() -> None:
     assert len(keys) == MAX_ATTEMPTS
     assert tick(decision.cursor, objects, failed=True).run_key is None
     assert tick(decision.cursor, [*objects, landed("b.parquet")], failed=True).cursor.attempt == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"), [("a blocking check", False), ("a crash", True), ("a check that blocks nothing", False)]
+)
+def test_a_verdict_stands_and_a_crash_is_worth_another_run(fault: str, expected: bool) -> None:
+    @dg.asset(check_specs=[dg.AssetCheckSpec("verdict", asset="model", blocking=fault == "a blocking check")])
+    def model() -> dg.MaterializeResult:
+        if fault == "a crash":
+            raise RuntimeError("out of memory")
+        return dg.MaterializeResult(check_results=[dg.AssetCheckResult(passed=False)])
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        dg.materialize([model], instance=instance, raise_on_error=False, tags={"dagster/run_key": "landing-1"})
+        assert is_worth_repeating(instance, "landing-1") is expected
+        assert not is_worth_repeating(instance, "landing-2")
 
 
 def test_any_disorder_of_ten_thousand_objects_misses_and_repeats_nothing() -> None:
