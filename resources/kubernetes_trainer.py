@@ -11,14 +11,14 @@ from pydantic import Field
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 from cifar_assets.errors import ConfigError
 from cifar_assets.training.spec import JobSpec
+from resources.kubernetes.diagnosis import Cause
+from resources.kubernetes.limits import WatchLimits
 from resources.object_store import ObjectStoreResource
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.collector import CollectorTarget, build_pytorch_job_collector
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.diagnosis import Cause
 from resources.pytorch_job.errors import JobFailedError
 from resources.pytorch_job.pipes import PipesPyTorchJobClient
-from resources.pytorch_job.watch import WatchLimits
 from resources.trainer import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
 MESSAGES_PREFIX = "pipes/"
@@ -129,7 +129,7 @@ class KubernetesTrainer(TrainerResource):
         )
 
     def connect(self) -> PyTorchJobClient:
-        """Client of the cluster's API. JobConfigError when no cluster is configured."""
+        """Client of the cluster's API. SettingsError when no cluster is configured."""
         return PyTorchJobClient.production(kubeconfig_file=self.kubeconfig_file, context=self.kube_context)
 
     def collector_target(self) -> CollectorTarget:

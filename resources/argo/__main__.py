@@ -15,19 +15,19 @@ from pydantic import ValidationError
 from resources.argo.client import WorkflowClient
 from resources.argo.report import explain
 from resources.argo.template import build_train_template, to_yaml
+from resources.kubernetes.errors import KubernetesError, SettingsError
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.errors import JobConfigError, PyTorchJobError
 
 
 def render(path: Path) -> str:
-    """YAML of the training's WorkflowTemplate. JobConfigError for settings that are not valid."""
+    """YAML of the training's WorkflowTemplate. SettingsError for settings that are not valid."""
     settings: Any = yaml.safe_load(path.read_text())
     if not isinstance(settings, dict) or set(settings) != {"name", "config"}:
-        raise JobConfigError(f"{path}: expected the keys name and config.")
+        raise SettingsError(f"{path}: expected the keys name and config.")
     try:
         template = build_train_template(settings["name"], PyTorchJobConfig(**settings["config"]))
     except (TypeError, ValidationError) as error:
-        raise JobConfigError(f"{path}: {error}") from error
+        raise SettingsError(f"{path}: {error}") from error
     source = f"# Generated from {path.name} by: python -m resources.argo train k8s/argo/{path.name}\n"
     return source + to_yaml(template)
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (PyTorchJobError, OSError) as error:
+    except (KubernetesError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

@@ -7,9 +7,9 @@ from typing import Any
 from kubernetes import client as k8s
 
 from resources.argo.status import Workflow, read_workflow
-from resources.pytorch_job.api import REQUEST_TIMEOUT_SECONDS, CustomResourceClient, load_configuration
+from resources.kubernetes.api import REQUEST_TIMEOUT_SECONDS, CustomResourceClient, load_configuration
+from resources.kubernetes.pods import Pod, read_pod
 from resources.pytorch_job.client import Core, CustomObjects, PyTorchJobClient
-from resources.pytorch_job.pods import Pod, read_pod
 
 GROUP = "argoproj.io"
 VERSION = "v1alpha1"
@@ -34,7 +34,7 @@ class WorkflowClient(CustomResourceClient):
 
     @classmethod
     def production(cls, kubeconfig_file: str | None = None, context: str | None = None) -> "WorkflowClient":
-        """Client of the cluster that `load_configuration` finds. JobConfigError when there is none."""
+        """Client of the cluster that `load_configuration` finds. SettingsError when there is none."""
         configuration, _ = load_configuration(kubeconfig_file, context)
         api = k8s.ApiClient(configuration)
         return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
@@ -86,7 +86,6 @@ class WorkflowClient(CustomResourceClient):
 
 
 def _step_pod(item: Any, names: Mapping[str, str]) -> Pod:
-    pod = read_pod(item)
     node_id = (item.metadata.annotations or {}).get(_NODE_ID_ANNOTATION, "")
-    containers = tuple(container for container in pod.containers if container.name == MAIN_CONTAINER)
-    return replace(pod, replica=names.get(node_id, pod.name), containers=containers)
+    pod = read_pod(item, names.get(node_id, item.metadata.name))
+    return replace(pod, containers=tuple(each for each in pod.containers if each.name == MAIN_CONTAINER))

@@ -1,10 +1,10 @@
-"""What can go wrong with a workflow, as a person should read it. Faults of the API are resources.pytorch_job's."""
+"""What can go wrong with a workflow, as a person should read it. Faults of the API are resources.kubernetes's."""
+
+from resources.kubernetes.errors import KubernetesError
 
 
-class WorkflowError(Exception):
-    """Base of this package's errors. `permanent`: trying again without a change fails again."""
-
-    permanent = False
+class WorkflowError(KubernetesError):
+    """Base of the errors that are about a workflow."""
 
 
 class WorkflowConflictError(WorkflowError):

@@ -11,8 +11,8 @@ from resources.argo.errors import WorkflowConflictError, WorkflowError
 from resources.argo.naming import MANAGED_BY
 from resources.argo.report import job_name_of
 from resources.argo.status import Workflow
-from resources.pytorch_job.errors import ApiUnavailableError
-from resources.pytorch_job.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, step_digest
+from resources.kubernetes.errors import ApiUnavailableError
+from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, step_digest
 
 _PAUSE_SECONDS = 1.0
 _REMOVAL_SECONDS = 120.0

@@ -1,6 +1,6 @@
 """Names and labels of the workflows that Dagster submits."""
 
-from resources.pytorch_job.naming import derive_name
+from resources.kubernetes.naming import derive_name
 
 MANAGED_BY = "dagster-argo"
 _LONGEST_SUFFIX = "-train-replicas-4294967295"

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from resources.argo.client import MAIN_CONTAINER, WorkflowClient
 from resources.argo.status import Step, Workflow
 from resources.argo.template import JOB_NAME_PREFIX
+from resources.kubernetes.diagnosis import PodHistory
+from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.logs import TAIL_LINES
+from resources.kubernetes.pods import Pod
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.config import CONTAINER_NAME
-from resources.pytorch_job.diagnosis import PodHistory, diagnose_failure
-from resources.pytorch_job.errors import PyTorchJobError
-from resources.pytorch_job.logs import TAIL_LINES
-from resources.pytorch_job.pods import Pod
+from resources.pytorch_job.diagnosis import diagnose_failure
 from resources.pytorch_job.status import JobState
 
 TRAIN_TEMPLATES = ("train", "train-replicas")
@@ -36,7 +37,7 @@ def explain(client: WorkflowClient, workflow: Workflow, tails: Mapping[str, Sequ
             lines += _about_job(client.jobs, workflow, tails or {})
         else:
             lines += _about_step(client, workflow, failed, tails or {})
-    except PyTorchJobError as error:
+    except KubernetesError as error:
         lines.append(f"More could not be read: {error}")
     return "\n".join(lines)
 

@@ -8,9 +8,9 @@ from resources.argo.client import WorkflowClient
 from resources.argo.errors import WorkflowDeletedError, WorkflowFailedError, WorkflowTimeoutError
 from resources.argo.report import TRAIN_TEMPLATES, explain, is_argos_own, job_name_of
 from resources.argo.status import Workflow
-from resources.pytorch_job.errors import ApiUnavailableError
-from resources.pytorch_job.logs import LogLine, ReplicaLogs
-from resources.pytorch_job.pods import Pod
+from resources.kubernetes.errors import ApiUnavailableError
+from resources.kubernetes.logs import LogLine, ReplicaLogs
+from resources.kubernetes.pods import Pod
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from resources.argo.launch import WorkflowLauncher, WorkflowRequest
 from resources.argo.naming import workflow_name
 from resources.argo.status import Workflow
 from resources.argo.watch import WorkflowLimits, WorkflowWatcher
-from resources.pytorch_job.errors import PyTorchJobError
-from resources.pytorch_job.interrupts import interrupts_after, is_being_cancelled
-from resources.pytorch_job.logs import LogLine
+from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.interrupts import interrupts_after, is_being_cancelled
+from resources.kubernetes.logs import LogLine
 
 MODEL_STEP = "verify-model"
 _CANCEL_TIMEOUT_SECONDS = 25.0
@@ -57,13 +57,13 @@ class ArgoPipeline(PipelineResource):
             return self.follow(context, request, self.connect())
 
     def connect(self) -> WorkflowClient:
-        """Client of the cluster's API. JobConfigError when no cluster is configured."""
+        """Client of the cluster's API. SettingsError when no cluster is configured."""
         return WorkflowClient.production(self.kubeconfig_file, self.kube_context)
 
     def follow(
         self, context: dg.AssetExecutionContext, request: PipelineRequest, client: WorkflowClient
     ) -> PipelineResult:
-        """Like `run`, by the client given. WorkflowError or PyTorchJobError in place of dg.Failure."""
+        """Like `run`, by the client given. WorkflowError or KubernetesError in place of dg.Failure."""
         wanted = self._wanted(context, request)
         launcher = WorkflowLauncher(
             client, clock=time.monotonic, sleeper=time.sleep, logger=context.log, shield=interrupts_after
@@ -151,7 +151,7 @@ def _removing_when_cancelled(
 def _as_dagster_failure() -> Iterator[None]:
     try:
         yield
-    except (WorkflowError, PyTorchJobError) as error:
+    except (WorkflowError, KubernetesError) as error:
         raise dg.Failure(str(error), allow_retries=not error.permanent) from error
 
 

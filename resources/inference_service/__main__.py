@@ -13,25 +13,25 @@ from pydantic import ValidationError
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.manifest import build_inference_service_manifest
-from resources.pytorch_job.errors import JobConfigError
-from resources.pytorch_job.rendering import print_rendered
+from resources.kubernetes.errors import SettingsError
+from resources.kubernetes.rendering import print_rendered
 
 _KEYS = {"name", "namespace", "model", "settings"}
 _MODEL_KEYS = {"uri", "digest", "version"}
 
 
 def render(path: Path) -> str:
-    """YAML of the InferenceService that a settings file describes. JobConfigError for one that is not valid."""
+    """YAML of the InferenceService that a settings file describes. SettingsError for one that is not valid."""
     content: Any = yaml.safe_load(path.read_text())
     if not isinstance(content, dict) or set(content) != _KEYS or set(content["model"]) != _MODEL_KEYS:
-        raise JobConfigError(
+        raise SettingsError(
             f"{path}: expected the keys {', '.join(sorted(_KEYS))}, and in model {', '.join(sorted(_MODEL_KEYS))}."
         )
     model = content["model"]
     try:
         settings = InferenceServiceSettings(**content["settings"])
     except ValidationError as error:
-        raise JobConfigError(f"{path}: {error}") from error
+        raise SettingsError(f"{path}: {error}") from error
     request = DeployRequest(model["uri"], model["digest"], str(model["version"]))
     manifest = build_inference_service_manifest(settings, request, name=content["name"], namespace=content["namespace"])
     source = f"# Generated from {path.name} by: python -m resources.inference_service {_shown(path)}\n"

@@ -1,21 +1,21 @@
 """Kubeflow PyTorchJobs from Dagster: a Pipes client, and the parts it is made of. See docs/pytorch_job.md.
 
-`config`, `manifest`, `naming`, `status`, `pods` and `diagnosis` are pure; `client`, `logs`, `launch` and `watch` know
-no Dagster; `messages`, `pipes` and `collector` do.
+`config`, `manifest`, `naming`, `status` and `diagnosis` are pure; `client`, `launch` and `watch` know no Dagster;
+`messages`, `pipes` and `collector` do.
 """
 
+from resources.kubernetes.errors import SettingsError
+from resources.kubernetes.limits import WatchLimits
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.collector import build_pytorch_job_collector
 from resources.pytorch_job.config import ElasticPolicy, PodTemplate, PyTorchJobConfig, RunPolicy, SecretKey, Toleration
-from resources.pytorch_job.errors import JobConfigError, JobFailedError, PyTorchJobError
+from resources.pytorch_job.errors import JobFailedError, PyTorchJobError
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 from resources.pytorch_job.pipes import PipesPyTorchJobClient
 from resources.pytorch_job.status import JobState, JobStatus, read_status
-from resources.pytorch_job.watch import WatchLimits
 
 __all__ = [
     "ElasticPolicy",
-    "JobConfigError",
     "JobFailedError",
     "JobState",
     "JobStatus",
@@ -27,6 +27,7 @@ __all__ = [
     "PyTorchJobError",
     "RunPolicy",
     "SecretKey",
+    "SettingsError",
     "Toleration",
     "WatchLimits",
     "build_pytorch_job_collector",

@@ -10,21 +10,21 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from resources.kubernetes.errors import SettingsError
+from resources.kubernetes.rendering import print_rendered
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.errors import JobConfigError
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
-from resources.pytorch_job.rendering import print_rendered
 
 
 def render(path: Path) -> str:
-    """YAML of the PyTorchJob that a settings file describes. JobConfigError for one that is not valid."""
+    """YAML of the PyTorchJob that a settings file describes. SettingsError for one that is not valid."""
     settings: Any = yaml.safe_load(path.read_text())
     if not isinstance(settings, dict) or set(settings) != {"name", "namespace", "config"}:
-        raise JobConfigError(f"{path}: expected the keys name, namespace and config.")
+        raise SettingsError(f"{path}: expected the keys name, namespace and config.")
     try:
         config = PyTorchJobConfig(**settings["config"])
     except ValidationError as error:
-        raise JobConfigError(f"{path}: {error}") from error
+        raise SettingsError(f"{path}: {error}") from error
     manifest = build_pytorch_job_manifest(config, name=settings["name"], namespace=settings["namespace"])
     source = f"# Generated from {path.name} by: python -m resources.pytorch_job k8s/pytorchjob/{path.name}\n"
     return source + yaml.safe_dump(manifest, sort_keys=False)

@@ -10,16 +10,23 @@ from typing import Any, Protocol
 
 from kubernetes import client as k8s
 
-from resources.pytorch_job.api import (
+from resources.kubernetes.api import (
     REQUEST_TIMEOUT_SECONDS,
     CorePods,
     CustomResourceClient,
     CustomResources,
     load_configuration,
 )
-from resources.pytorch_job.labels import LAUNCH_ANNOTATION, OPERATOR_JOB_NAME_LABEL, RUN_ID_LABEL, WORK_ANNOTATION
+from resources.kubernetes.labels import RUN_ID_LABEL
+from resources.kubernetes.pods import Pod, read_pod
+from resources.pytorch_job.labels import (
+    LAUNCH_ANNOTATION,
+    OPERATOR_JOB_NAME_LABEL,
+    OPERATOR_REPLICA_INDEX_LABEL,
+    OPERATOR_REPLICA_TYPE_LABEL,
+    WORK_ANNOTATION,
+)
 from resources.pytorch_job.manifest import GROUP, KIND, PLURAL, VERSION
-from resources.pytorch_job.pods import Pod, read_pod
 from resources.pytorch_job.status import JobStatus, read_status
 
 
@@ -87,7 +94,7 @@ class PyTorchJobClient(CustomResourceClient):
         context: str | None = None,
         request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
     ) -> "PyTorchJobClient":
-        """Client of the cluster that `load_configuration` finds. JobConfigError when there is none."""
+        """Client of the cluster that `load_configuration` finds. SettingsError when there is none."""
         configuration, _ = load_configuration(kubeconfig_file, context)
         api = k8s.ApiClient(configuration)
         return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api), request_timeout_seconds)
@@ -144,7 +151,7 @@ class PyTorchJobClient(CustomResourceClient):
                 _request_timeout=self.request_timeout_seconds,
             ),
         )
-        return sorted((read_pod(item) for item in body.items), key=lambda pod: (len(pod.replica), pod.replica))
+        return sorted((_pod(item) for item in body.items), key=lambda pod: (len(pod.replica), pod.replica))
 
     def delete_pod(self, namespace: str, pod: Pod, grace_seconds: int) -> None:
         """Ask a pod to end within the grace time, which may be shorter than the one it was made with."""
@@ -161,6 +168,12 @@ class PyTorchJobClient(CustomResourceClient):
             absent_is_none=True,
             conflict_is_none=True,
         )
+
+
+def _pod(item: Any) -> Pod:
+    labels = item.metadata.labels or {}
+    kind, index = labels.get(OPERATOR_REPLICA_TYPE_LABEL, "pod"), labels.get(OPERATOR_REPLICA_INDEX_LABEL, "0")
+    return read_pod(item, f"{kind}-{index}")
 
 
 def _job(body: Mapping[str, Any]) -> PyTorchJob:

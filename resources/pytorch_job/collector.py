@@ -9,8 +9,9 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 
 from cifar_assets.object_store import ObjectStore
+from resources.kubernetes.labels import MANAGED_BY_LABEL, selector
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
-from resources.pytorch_job.labels import MANAGED_BY, MANAGED_BY_LABEL, selector
+from resources.pytorch_job.labels import MANAGED_BY
 from resources.pytorch_job.messages import MARKS_FOLDER, MESSAGES_FOLDER
 
 _FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)

@@ -3,8 +3,9 @@
 import re
 from typing import Any, Literal
 
-import dagster as dg
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from resources.kubernetes.config import StrictConfig
 
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([munkKMGTPE]|[KMGTPE]i)?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
@@ -16,12 +17,6 @@ CONTAINER_NAME = "pytorch"
 def _checked_quantity(value: str | None, what: str) -> None:
     if value is not None and not _QUANTITY.fullmatch(value):
         raise ValueError(f"{what} {value!r} is not a Kubernetes quantity such as '500m', '2', '512Mi' or '4Gi'.")
-
-
-class StrictConfig(dg.Config):
-    """Settings in which an unknown name is an error."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class SecretKey(StrictConfig):

@@ -2,30 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+from resources.kubernetes.errors import KubernetesError
+
 if TYPE_CHECKING:
     from resources.pytorch_job.diagnosis import Diagnosis
 
 
-class PyTorchJobError(Exception):
-    """Base of this package's errors. `permanent`: trying again without a change fails again."""
-
-    permanent = False
-
-
-class JobConfigError(PyTorchJobError, ValueError):
-    """A setting that the API server or the operator would refuse, or would take and then never act on."""
-
-    permanent = True
-
-
-class ApiUnavailableError(PyTorchJobError):
-    """No answer, or an answer that says to try again later. Whether a write took effect is unknown."""
-
-
-class ApiRefusedError(PyTorchJobError):
-    """The API server understood the request and will not do it: no permission, no such kind, an invalid object."""
-
-    permanent = True
+class PyTorchJobError(KubernetesError):
+    """Base of the errors that are about a PyTorchJob. Faults of the API are resources.kubernetes's."""
 
 
 class JobConflictError(PyTorchJobError):

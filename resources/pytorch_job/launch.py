@@ -12,18 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from resources.kubernetes.errors import ApiUnavailableError
+from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, selector, step_digest
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
-from resources.pytorch_job.errors import ApiUnavailableError, JobConflictError, PyTorchJobError
-from resources.pytorch_job.labels import (
-    LAUNCH_ANNOTATION,
-    MANAGED_BY,
-    MANAGED_BY_LABEL,
-    RUN_ID_LABEL,
-    STEP_LABEL,
-    WORK_ANNOTATION,
-    selector,
-    step_digest,
-)
+from resources.pytorch_job.errors import JobConflictError, PyTorchJobError
+from resources.pytorch_job.labels import LAUNCH_ANNOTATION, MANAGED_BY, WORK_ANNOTATION
 from resources.pytorch_job.status import JobState
 
 _PAUSE_SECONDS = 1.0

@@ -10,8 +10,8 @@ from dagster_k8s.job import K8sConfigMergeBehavior, UserDefinedDagsterK8sConfig
 from dagster_k8s.models import k8s_model_from_dict
 from kubernetes.client import ApiClient
 
+from resources.kubernetes.errors import SettingsError
 from resources.pytorch_job.config import CONTAINER_NAME, PodTemplate, PyTorchJobConfig
-from resources.pytorch_job.errors import JobConfigError
 from resources.pytorch_job.naming import check_job_name
 
 GROUP = "kubeflow.org"
@@ -31,7 +31,7 @@ def build_pytorch_job_manifest(
 ) -> dict[str, Any]:
     """The whole custom resource. `env` joins the settings' own in every replica; labels and annotations likewise.
 
-    JobConfigError for a name that the operator, or a pod or service named after it, would not take, and for pod
+    SettingsError for a name that the operator, or a pod or service named after it, would not take, and for pod
     overrides that would leave the operator without its container.
     """
     check_job_name(name, config.replicas)
@@ -46,7 +46,7 @@ def build_pytorch_job_manifest(
 
 
 def user_pod_config(template: PodTemplate) -> UserDefinedDagsterK8sConfig:
-    """The overrides as dagster-k8s reads them; JobConfigError for a field that Kubernetes does not have."""
+    """The overrides as dagster-k8s reads them; SettingsError for a field that Kubernetes does not have."""
     try:
         user_config = UserDefinedDagsterK8sConfig(
             container_config=template.container_config,
@@ -57,14 +57,14 @@ def user_pod_config(template: PodTemplate) -> UserDefinedDagsterK8sConfig:
         k8s_model_from_dict(kubernetes.client.V1PodSpec, {**user_config.pod_spec_config, "containers": []})
         k8s_model_from_dict(kubernetes.client.V1Container, {**user_config.container_config, "name": CONTAINER_NAME})
     except Exception as error:  # dagster-k8s raises plain Exception for unknown fields
-        raise JobConfigError(f"pod_template is not what Kubernetes takes: {error}") from error
+        raise SettingsError(f"pod_template is not what Kubernetes takes: {error}") from error
     name = user_config.container_config.get("name", CONTAINER_NAME)
     if name != CONTAINER_NAME:
-        raise JobConfigError(
+        raise SettingsError(
             f"pod_template names the container {name!r}: the training operator only knows one named {CONTAINER_NAME!r}."
         )
     if user_config.pod_spec_config.get("restart_policy"):
-        raise JobConfigError(
+        raise SettingsError(
             "pod_template sets the pods' restartPolicy, which the training operator replaces: use restart_policy."
         )
     return user_config

@@ -21,18 +21,19 @@ from dagster_k8s.utils import detect_current_namespace, get_common_labels, sanit
 from dagster_pipes import PipesExtras
 
 from cifar_assets.object_store import ObjectStore
+from resources.kubernetes.interrupts import StepContext, interrupts_after, is_being_cancelled
+from resources.kubernetes.limits import WatchLimits
+from resources.kubernetes.logs import LogLine
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.diagnosis import Diagnosis
-from resources.pytorch_job.errors import JobFailedError, PyTorchJobError
-from resources.pytorch_job.interrupts import StepContext, interrupts_after, is_being_cancelled
+from resources.pytorch_job.errors import JobFailedError, KubernetesError
 from resources.pytorch_job.labels import JOB_LABEL, OP_LABEL
 from resources.pytorch_job.launch import JobLauncher, JobRequest, Started
-from resources.pytorch_job.logs import LogLine
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 from resources.pytorch_job.messages import OnMessage, PipesStoreMessageReader
 from resources.pytorch_job.naming import check_job_name, job_name
-from resources.pytorch_job.watch import JobWatcher, WatchLimits
+from resources.pytorch_job.watch import JobWatcher
 
 CLIENT_NAME = "PipesPyTorchJobClient"
 _MAX_ANCESTORS = 64
@@ -303,7 +304,7 @@ def _as_dagster_failure() -> Iterator[None]:
     """Turns this package's errors into dg.Failure, with what is known as metadata."""
     try:
         yield
-    except PyTorchJobError as error:
+    except KubernetesError as error:
         metadata = _failure_metadata(error.diagnosis) if isinstance(error, JobFailedError) else {}
         raise dg.Failure(description=str(error), metadata=metadata, allow_retries=not error.permanent) from error
 

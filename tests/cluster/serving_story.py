@@ -15,8 +15,8 @@ from resources.inference_service import DeployRequest
 from resources.inference_service.kserve.client import InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.resource import KServeInferenceService
+from resources.kubernetes.api import load_configuration
 from resources.object_store import LocalObjectStore
-from resources.pytorch_job.api import load_configuration
 from tests.cluster.kubectl import kubectl, wait_for
 from tests.unit.serving.tiny_model import store_tiny_model
 

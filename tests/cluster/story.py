@@ -16,7 +16,8 @@ from dagster._core.storage.tags import RESUME_RETRY_TAG
 from kubernetes import client as k8s
 
 from cifar_assets.object_store.s3 import S3Store
-from resources.pytorch_job import PipesPyTorchJobClient, PyTorchJobClient, PyTorchJobConfig, RunPolicy, WatchLimits
+from resources.kubernetes.limits import WatchLimits
+from resources.pytorch_job import PipesPyTorchJobClient, PyTorchJobClient, PyTorchJobConfig, RunPolicy
 from tests.cluster.conftest import STORY_IMAGE, Minio, pods_of
 from tests.cluster.kubectl import wait_for
 

@@ -11,8 +11,8 @@ import dagster as dg
 import pytest
 from kubernetes import client as k8s
 
+from resources.kubernetes.api import load_configuration
 from resources.pytorch_job import JobState, PyTorchJobClient
-from resources.pytorch_job.api import load_configuration
 from tests.cluster.conftest import Minio
 from tests.cluster.kubectl import kubectl, wait_for
 from tests.cluster.proxy import Proxy

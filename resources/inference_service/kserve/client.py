@@ -1,6 +1,6 @@
 """A thin typed client of the InferenceService custom resource, its pods and events. No Dagster, no waiting, no policy.
 
-Absence and conflict are values; everything else is as in `resources.pytorch_job.api`.
+Absence and conflict are values; everything else is as in `resources.kubernetes.api`.
 """
 
 import copy
@@ -24,8 +24,8 @@ from resources.inference_service.kserve.manifest import (
     VERSION_ANNOTATION,
 )
 from resources.inference_service.kserve.pods import ServingPod, read_serving_pod
-from resources.pytorch_job.api import REQUEST_TIMEOUT_SECONDS, CorePods, CustomResourceClient, CustomResources
-from resources.pytorch_job.errors import ApiRefusedError
+from resources.kubernetes.api import REQUEST_TIMEOUT_SECONDS, CorePods, CustomResourceClient, CustomResources
+from resources.kubernetes.errors import ApiRefusedError
 
 SERVICE_LABEL = "serving.kserve.io/inferenceservice"
 EVENT_SOURCE = "cifar-dagster"

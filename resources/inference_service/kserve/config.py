@@ -7,7 +7,7 @@ from typing import Any, Literal
 from kubernetes.utils import parse_quantity
 from pydantic import Field, model_validator
 
-from resources.pytorch_job.config import StrictConfig
+from resources.kubernetes.config import StrictConfig
 
 CONTAINER_NAME = "kserve-container"
 """KServe looks after a container of this name."""

@@ -26,7 +26,7 @@ from resources.inference_service.kserve.watch import (
     RevisionWatcher,
     RolloutLimits,
 )
-from resources.pytorch_job.errors import ApiUnavailableError, PyTorchJobError
+from resources.kubernetes.errors import ApiUnavailableError, KubernetesError
 
 
 class CanaryJudge(Protocol):
@@ -200,7 +200,7 @@ class ServiceDeployer:
         self._log.warning("%s: %s", head, error)
         try:
             end = self._put_back(earlier)
-        except (DeployError, PyTorchJobError) as problem:
+        except (DeployError, KubernetesError) as problem:
             end = f"What was there before could not be put back: {problem} Deploy the earlier model again."
         self._record(DEPLOY_FAILED, f"{head}: {error}", warning=True)
         return DeployError(f"{head}: {error}\n{end}", transient=error.diagnosis.transient)
@@ -233,7 +233,7 @@ class ServiceDeployer:
                 self._write(with_traffic(earlier, 0 if _is_serverless(earlier) else None))
             elif service := self._client.get(self._namespace, self._name):
                 self._client.delete(service)
-        except (DeployError, PyTorchJobError) as error:
+        except (DeployError, KubernetesError) as error:
             self._log.warning("%s: what was there before was not put back: %s", self._label, error)
 
     def _wait_until_settled(self, revision: str, *, asleep: bool = False) -> bool:
@@ -276,7 +276,7 @@ class ServiceDeployer:
             service = self._client.get(self._namespace, self._name)
             uid = service.uid if service else None
             self._client.record(self._namespace, self._name, reason=reason, message=message, warning=warning, uid=uid)
-        except PyTorchJobError as error:
+        except KubernetesError as error:
             self._log.warning("%s: the outcome was not recorded as an event: %s", self._label, error)
 
 

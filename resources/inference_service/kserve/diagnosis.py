@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from resources.inference_service.kserve.pods import ServingPod
-from resources.pytorch_job.diagnosis import Cause, Obstacle, PodHistory, find_obstacle
-from resources.pytorch_job.pods import ContainerExit
+from resources.kubernetes.diagnosis import Cause, Obstacle, PodHistory, find_obstacle
+from resources.kubernetes.pods import ContainerExit
 
 ADVICE: Mapping[Cause, str] = {
     Cause.OUT_OF_MEMORY: "Raise `memory_limit`, or lower what the server holds at a time.",

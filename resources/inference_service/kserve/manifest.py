@@ -9,8 +9,8 @@ from typing import Any
 
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.config import CONTAINER_NAME, PORT, InferenceServiceSettings
-from resources.pytorch_job.errors import JobConfigError
-from resources.pytorch_job.naming import MAX_LABEL_LENGTH
+from resources.kubernetes.errors import SettingsError
+from resources.kubernetes.naming import MAX_LABEL_LENGTH
 
 GROUP = "serving.kserve.io"
 VERSION = "v1beta1"
@@ -40,9 +40,9 @@ def predictor_name(name: str) -> str:
 
 
 def check_service_name(name: str, namespace: str, settings: InferenceServiceSettings) -> None:
-    """JobConfigError unless the name and what is derived from it are DNS-1035 labels."""
+    """SettingsError unless the name and what is derived from it are DNS-1035 labels."""
     if not _DNS_1035.fullmatch(name):
-        raise JobConfigError(
+        raise SettingsError(
             f"InferenceService name {name!r} is not a DNS-1035 label: use lower case letters, digits and '-', "
             "start with a letter and end with a letter or digit."
         )
@@ -53,7 +53,7 @@ def check_service_name(name: str, namespace: str, settings: InferenceServiceSett
     longest = max(derived, key=len)
     excess = len(longest) - MAX_LABEL_LENGTH
     if excess > 0:
-        raise JobConfigError(
+        raise SettingsError(
             f"InferenceService name {name!r} is too long: {longest!r}, which is derived from it, would have "
             f"{len(longest)} characters, and Kubernetes takes {MAX_LABEL_LENGTH}. Shorten it by {excess}."
         )
@@ -62,7 +62,7 @@ def check_service_name(name: str, namespace: str, settings: InferenceServiceSett
 def build_inference_service_manifest(
     settings: InferenceServiceSettings, request: DeployRequest, *, name: str, namespace: str
 ) -> dict[str, Any]:
-    """The whole custom resource. JobConfigError for a name that something derived from it would not take."""
+    """The whole custom resource. SettingsError for a name that something derived from it would not take."""
     check_service_name(name, namespace, settings)
     spec = {"predictor": _predictor(settings, request)}
     annotations = {**settings.annotations, MODE_ANNOTATION: settings.mode, **_scaling_annotations(settings)}
@@ -135,7 +135,7 @@ def _predictor(settings: InferenceServiceSettings, request: DeployRequest) -> di
     }
     both = sorted(set(predictor) & set(settings.extra_predictor))
     if both:
-        raise JobConfigError(f"extra_predictor sets {', '.join(both)}, which other settings make: use those.")
+        raise SettingsError(f"extra_predictor sets {', '.join(both)}, which other settings make: use those.")
     return {**predictor, **copy.deepcopy(settings.extra_predictor)}
 
 

@@ -1,12 +1,12 @@
 """What there is to know of a server's pod, read once from the API's object. Pure."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from resources.inference_service.kserve.config import CONTAINER_NAME
 from resources.inference_service.kserve.manifest import DIGEST_ANNOTATION, REVISION_ANNOTATION
-from resources.pytorch_job.pods import Container, Pod, read_pod
+from resources.kubernetes.pods import Container, Pod, read_pod
 
 KNATIVE_REVISION_LABEL = "serving.knative.dev/revision"
 
@@ -37,16 +37,11 @@ class ServingPod:
 
 
 def read_serving_pod(item: Any) -> ServingPod:
-    """ServingPod from a V1Pod. Where a training's pod is called by its replica, this one is by its name."""
-    pod = read_pod(item)
-    name = item.metadata.name
-    containers = tuple(
-        replace(container, exits=tuple(replace(end, replica=name) for end in container.exits))
-        for container in pod.containers
-    )
+    """ServingPod from a V1Pod."""
+    pod = read_pod(item, item.metadata.name)
     ready = any(c.type == "Ready" and c.status == "True" for c in item.status.conditions or ())
     return ServingPod(
-        pod=replace(pod, replica=name, containers=containers),
+        pod=pod,
         ready=ready and not pod.deleting,
         annotations=item.metadata.annotations or {},
         knative_revision=(item.metadata.labels or {}).get(KNATIVE_REVISION_LABEL),

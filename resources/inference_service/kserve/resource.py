@@ -26,9 +26,9 @@ from resources.inference_service.kserve.manifest import (
     predictor_name,
 )
 from resources.inference_service.kserve.watch import RolloutLimits
+from resources.kubernetes.api import load_configuration
+from resources.kubernetes.errors import KubernetesError
 from resources.object_store import ObjectStoreResource
-from resources.pytorch_job.api import load_configuration
-from resources.pytorch_job.errors import PyTorchJobError
 
 IMAGE_VARIABLE = "SERVER_IMAGE"
 NAMESPACE_VARIABLE = "SERVER_NAMESPACE"
@@ -88,7 +88,7 @@ class KServeInferenceService(InferenceServiceResource):
             endpoint = self._endpoint()
             outcome = self._deployer(endpoint).deploy(request)
             address = endpoint.address(outcome.service)
-        except PyTorchJobError as error:
+        except KubernetesError as error:
             raise DeployError(
                 f"Model {request.model_digest} was not deployed to {self._label}: {error}",
                 transient=not error.permanent,
@@ -106,13 +106,13 @@ class KServeInferenceService(InferenceServiceResource):
     def status(self) -> ServiceStatus:
         try:
             return self._status()
-        except (CifarError, PyTorchJobError) as error:
+        except (CifarError, KubernetesError) as error:
             return ServiceStatus(False, None, None, None, str(error))
 
     def delete(self) -> bool:
         try:
             return self._deployer(self._endpoint()).delete()
-        except PyTorchJobError as error:
+        except KubernetesError as error:
             raise DeployError(f"{self._label} was not deleted: {error}", transient=not error.permanent) from error
 
     @property

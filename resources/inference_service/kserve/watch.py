@@ -19,9 +19,9 @@ from resources.inference_service.kserve.diagnosis import (
 )
 from resources.inference_service.kserve.pods import ServingPod
 from resources.inference_service.kserve.settled import find_missing
-from resources.pytorch_job.diagnosis import Cause, Obstacle, PodHistory
-from resources.pytorch_job.errors import ApiUnavailableError, PyTorchJobError
-from resources.pytorch_job.watch import WatchLimits
+from resources.kubernetes.diagnosis import Cause, Obstacle, PodHistory
+from resources.kubernetes.errors import ApiUnavailableError, KubernetesError
+from resources.kubernetes.limits import WatchLimits
 
 _LOG_LINES = 12
 DEPLOYED = "Deployed"
@@ -230,6 +230,6 @@ class RevisionWatcher:
                 if text:
                     lines = [line.partition(" ")[2] for line in text.splitlines()]
                     return diagnosis.with_log(diagnosis.where, lines)
-        except PyTorchJobError as error:
+        except KubernetesError as error:
             return diagnosis.with_log(diagnosis.where, [f"(not read: {error})"])
         return diagnosis

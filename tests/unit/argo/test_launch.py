@@ -8,7 +8,7 @@ from resources.argo.client import WorkflowClient
 from resources.argo.errors import WorkflowConflictError
 from resources.argo.launch import WorkflowLauncher, WorkflowRequest
 from resources.argo.naming import workflow_name
-from resources.pytorch_job.errors import ApiRefusedError, ApiUnavailableError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.pytorch_job.fake_cluster import api_error
 

@@ -10,7 +10,7 @@ from resources.argo.launch import WorkflowLauncher
 from resources.argo.report import explain
 from resources.argo.status import Workflow
 from resources.argo.watch import WorkflowLimits, WorkflowWatcher
-from resources.pytorch_job.errors import ApiUnavailableError
+from resources.kubernetes.errors import ApiUnavailableError
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.argo.test_launch import NAME, request
 from tests.unit.pytorch_job.fake_cluster import api_error, container_status, pod_body, terminated

@@ -14,7 +14,7 @@ from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.deployer import Outcome, ServiceDeployer
 from resources.inference_service.kserve.manifest import build_inference_service_manifest
 from resources.inference_service.kserve.watch import RolloutLimits
-from resources.pytorch_job.errors import ApiRefusedError
+from resources.kubernetes.errors import ApiRefusedError
 from tests.unit.inference_service import fake_kserve as fake
 from tests.unit.inference_service.fake_kserve import FakeKServe
 from tests.unit.pytorch_job.fake_cluster import api_error

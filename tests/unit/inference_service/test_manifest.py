@@ -19,8 +19,8 @@ from resources.inference_service.kserve.manifest import (
     with_traffic,
 )
 from resources.inference_service.kserve.resource import serving_from_environment
+from resources.kubernetes.errors import SettingsError
 from resources.object_store import LocalObjectStore
-from resources.pytorch_job.errors import JobConfigError
 
 K8S = Path(__file__).parents[3] / "k8s"
 REQUEST = DeployRequest("s3://models/abc/", "d" * 64, "7", "run-1", "e" * 64, 0.91, 0.77)
@@ -165,7 +165,7 @@ def test_share_of_the_traffic_can_be_changed_without_another_revision():
     ],
 )
 def test_name_that_something_derived_would_not_take(name: str, message: str):
-    with pytest.raises(JobConfigError, match=message):
+    with pytest.raises(SettingsError, match=message):
         build_inference_service_manifest(settings(), REQUEST, name=name, namespace="space")
 
 
@@ -173,9 +173,9 @@ def test_longest_names():
     longest = "c" * 48
     assert len(f"isvc.{longest}-predictor") == 63
     assert build_inference_service_manifest(settings(), REQUEST, name=longest, namespace="s")
-    with pytest.raises(JobConfigError, match="-predictor-a-namespace-of-many"):
+    with pytest.raises(SettingsError, match="-predictor-a-namespace-of-many"):
         build_inference_service_manifest(settings(), REQUEST, name="c" * 30, namespace="a-namespace-of-many-letters")
-    with pytest.raises(JobConfigError, match="00001-private"):
+    with pytest.raises(SettingsError, match="00001-private"):
         build_inference_service_manifest(settings(mode="Knative"), REQUEST, name="c" * 40, namespace="s")
 
 
@@ -200,7 +200,7 @@ def test_settings_that_kserve_would_refuse_or_never_act_on(values: dict[str, Any
 
 
 def test_escape_hatch_does_not_override_what_settings_make():
-    with pytest.raises(JobConfigError, match="extra_predictor sets containers"):
+    with pytest.raises(SettingsError, match="extra_predictor sets containers"):
         build(settings(extra_predictor={"containers": []}))
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import urllib3.exceptions
 
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, SettingsError
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
-from resources.pytorch_job.errors import ApiRefusedError, ApiUnavailableError, JobConfigError
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error, container_status, pod_body, terminated
 
 MANIFEST = {"metadata": {"name": "job", "namespace": "space", "labels": {"a": "1"}}}
@@ -122,7 +122,7 @@ def test_events_that_may_not_be_read_are_left_out(client: PyTorchJobClient, clus
 
 def test_no_cluster_configured_is_a_config_error(monkeypatch: pytest.MonkeyPatch, tmp_path):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    with pytest.raises(JobConfigError, match="KUBECONFIG"):
+    with pytest.raises(SettingsError, match="KUBECONFIG"):
         PyTorchJobClient.production(kubeconfig_file=str(tmp_path / "missing"))
 
 

@@ -10,6 +10,7 @@ import dagster as dg
 import pytest
 
 from cifar_assets.object_store import FolderStore
+from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.collector import (
     CollectorTarget,
@@ -18,7 +19,7 @@ from resources.pytorch_job.collector import (
     collect_leftovers,
     collect_messages,
 )
-from resources.pytorch_job.labels import LAUNCH_ANNOTATION, MANAGED_BY, MANAGED_BY_LABEL, RUN_ID_LABEL
+from resources.pytorch_job.labels import LAUNCH_ANNOTATION, MANAGED_BY
 from tests.unit.pytorch_job.fake_cluster import FakeCluster
 
 NOW = 100_000.0

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError
+from resources.kubernetes.labels import RUN_ID_LABEL
 from resources.pytorch_job.client import PyTorchJobClient
-from resources.pytorch_job.errors import ApiRefusedError, ApiUnavailableError, JobConflictError, PyTorchJobError
-from resources.pytorch_job.labels import RUN_ID_LABEL
+from resources.pytorch_job.errors import JobConflictError, PyTorchJobError
 from resources.pytorch_job.launch import JobLauncher, JobRequest
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error, pod_body
 

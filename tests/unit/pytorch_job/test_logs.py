@@ -2,9 +2,9 @@
 
 import pytest
 
+from resources.kubernetes.errors import ApiUnavailableError
+from resources.kubernetes.logs import TAIL_LINES, ReplicaLogs
 from resources.pytorch_job.client import PyTorchJobClient
-from resources.pytorch_job.errors import ApiUnavailableError
-from resources.pytorch_job.logs import TAIL_LINES, ReplicaLogs
 from tests.unit.pytorch_job.fake_cluster import (
     RUNNING,
     FakeCluster,

@@ -10,17 +10,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from syrupy.assertion import SnapshotAssertion
 
+from resources.kubernetes.config import StrictConfig
+from resources.kubernetes.errors import SettingsError
 from resources.pytorch_job.__main__ import main, render
-from resources.pytorch_job.config import (
-    ElasticPolicy,
-    PodTemplate,
-    PyTorchJobConfig,
-    RunPolicy,
-    SecretKey,
-    StrictConfig,
-    Toleration,
-)
-from resources.pytorch_job.errors import JobConfigError
+from resources.pytorch_job.config import ElasticPolicy, PodTemplate, PyTorchJobConfig, RunPolicy, SecretKey, Toleration
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 
 COMMITTED = Path(__file__).parents[3] / "k8s/pytorchjob"
@@ -264,12 +257,12 @@ def test_pods_are_restricted_and_bounded_by_default():
     ],
 )
 def test_settings_that_the_operator_would_refuse_or_ignore_are_refused(settings: dict[str, Any], message: str):
-    with pytest.raises((ValidationError, JobConfigError), match=message):
+    with pytest.raises((ValidationError, SettingsError), match=message):
         PyTorchJobConfig(**{"image": "image:1", **settings})
 
 
 def test_bad_name_is_refused():
-    with pytest.raises(JobConfigError, match="DNS-1035"):
+    with pytest.raises(SettingsError, match="DNS-1035"):
         build_pytorch_job_manifest(minimal(), name="Not_A_Name", namespace="space")
 
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resources.pytorch_job.errors import JobConfigError
-from resources.pytorch_job.naming import check_job_name, derive_name, job_name
+from resources.kubernetes.errors import SettingsError
+from resources.kubernetes.naming import derive_name
+from resources.pytorch_job.naming import check_job_name, job_name
 
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 RUN = "f81d4fae-7dec-11d0-a765-00a0c91e6bf6"
@@ -58,7 +59,7 @@ def test_other_names_follow_the_same_rule():
 
 @pytest.mark.parametrize("name", ["Upper", "under_score", "3d", "ends-", "", "dotted.name", "-start"])
 def test_explicit_name_that_breaks_the_rule_is_refused_by_the_rule(name: str):
-    with pytest.raises(JobConfigError, match="DNS-1035"):
+    with pytest.raises(SettingsError, match="DNS-1035"):
         check_job_name(name, replicas=1)
 
 
@@ -66,5 +67,5 @@ def test_explicit_name_whose_worker_would_be_too_long_is_refused():
     name = "a" * 54
     check_job_name(name, replicas=1)
     check_job_name(name, replicas=10)
-    with pytest.raises(JobConfigError, match=r"-worker-10.*64 characters.*Shorten it by 1"):
+    with pytest.raises(SettingsError, match=r"-worker-10.*64 characters.*Shorten it by 1"):
         check_job_name(name, replicas=11)

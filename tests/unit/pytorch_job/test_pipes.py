@@ -15,10 +15,10 @@ from dagster._core.storage.tags import RESUME_RETRY_TAG
 
 from cifar_assets.object_store import FolderStore
 from cifar_assets.pipes_store import STORE_URI_PARAM
+from resources.kubernetes.limits import WatchLimits
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.pipes import PipesPyTorchJobClient
-from resources.pytorch_job.watch import WatchLimits
 from tests.unit.pytorch_job.fake_cluster import (
     FakeCluster,
     api_error,
@@ -225,7 +225,7 @@ def test_cancelled_while_a_create_call_without_an_answer_is_on_its_way(story: St
         story.cluster.create_namespaced_custom_object("", "", "space", "", body)
 
     def late_labels() -> dict[str, str]:
-        from resources.pytorch_job.labels import RUN_ID_LABEL, STEP_LABEL, step_digest
+        from resources.kubernetes.labels import RUN_ID_LABEL, STEP_LABEL, step_digest
 
         (run,) = story.instance.get_runs(limit=1)
         return {RUN_ID_LABEL: run.run_id, STEP_LABEL: step_digest("trained")}

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from resources.kubernetes.diagnosis import Cause
+from resources.kubernetes.errors import ApiUnavailableError
+from resources.kubernetes.limits import WatchLimits
 from resources.pytorch_job.client import PyTorchJobClient
-from resources.pytorch_job.diagnosis import Cause
-from resources.pytorch_job.errors import ApiUnavailableError, JobDeletedError, JobFailedError
-from resources.pytorch_job.watch import JobWatcher, WatchLimits
+from resources.pytorch_job.errors import JobDeletedError, JobFailedError
+from resources.pytorch_job.watch import JobWatcher
 from tests.unit.pytorch_job.fake_cluster import (
     RUNNING,
     FakeCluster,

@@ -1,11 +1,9 @@
-"""What this package needs to know of a pod, read once from the API's object. Pure."""
+"""What there is to know of a pod, read once from the API's object. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-
-from resources.pytorch_job.labels import OPERATOR_REPLICA_INDEX_LABEL, OPERATOR_REPLICA_TYPE_LABEL
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,12 @@ class Container:
 
 @dataclass(frozen=True)
 class Pod:
-    """State of one replica's pod now."""
+    """State of one pod now."""
 
     name: str
     uid: str
     replica: str
-    """Such as master-0 or worker-3."""
+    """What to call it: master-0 or worker-3 of a training, its own name elsewhere."""
     phase: str
     reason: str
     message: str
@@ -68,11 +66,8 @@ class Pod:
         return self.phase in ("Succeeded", "Failed")
 
 
-def read_pod(pod: Any) -> Pod:
-    """Pod from a V1Pod."""
-    labels = pod.metadata.labels or {}
-    kind = labels.get(OPERATOR_REPLICA_TYPE_LABEL, "pod")
-    replica = f"{kind}-{labels.get(OPERATOR_REPLICA_INDEX_LABEL, '0')}"
+def read_pod(pod: Any, replica: str) -> Pod:
+    """Pod from a V1Pod, to be called `replica` where people read of it."""
     status = pod.status
     inits = _containers(pod.metadata.name, replica, status.init_container_statuses or (), init=True)
     mains = _containers(pod.metadata.name, replica, status.container_statuses or (), init=False)

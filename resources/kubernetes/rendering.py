@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from resources.pytorch_job.errors import JobConfigError
+from resources.kubernetes.errors import SettingsError
 
 
 def print_rendered(render: Callable[[Path], str], usage: str, arguments: Sequence[str]) -> int:
@@ -14,7 +14,7 @@ def print_rendered(render: Callable[[Path], str], usage: str, arguments: Sequenc
         return 2
     try:
         sys.stdout.write(render(Path(arguments[0])))
-    except (JobConfigError, OSError) as error:
+    except (SettingsError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     return 0

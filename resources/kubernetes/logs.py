@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from resources.kubernetes.errors import ApiRefusedError
+from resources.kubernetes.pods import Container, Pod
 from resources.pytorch_job.client import PyTorchJobClient
-from resources.pytorch_job.errors import ApiRefusedError
-from resources.pytorch_job.pods import Container, Pod
 
 TAIL_LINES = 30
 _OVERLAP_SECONDS = 10

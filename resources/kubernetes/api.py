@@ -13,7 +13,7 @@ from kubernetes import client as k8s
 from kubernetes import config as k8s_config
 from kubernetes.client.exceptions import ApiException
 
-from resources.pytorch_job.errors import ApiRefusedError, ApiUnavailableError, JobConfigError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, SettingsError
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def load_configuration(
 ) -> tuple[k8s.Configuration, bool]:
     """How to reach the cluster, and whether that is from a pod inside of it.
 
-    The pod's service account counts where there is one and nothing is named, else a kubeconfig. JobConfigError when
+    The pod's service account counts where there is one and nothing is named, else a kubeconfig. SettingsError when
     neither is there. Global configuration of the kubernetes package is left alone.
     """
     configuration = k8s.Configuration()
@@ -50,7 +50,7 @@ def load_configuration(
         else:
             k8s_config.load_kube_config(kubeconfig_file, context=context, client_configuration=configuration)
     except (k8s_config.ConfigException, OSError) as error:
-        raise JobConfigError(
+        raise SettingsError(
             f"No Kubernetes cluster is configured: {error}. Set KUBECONFIG, or run in a pod with a service account."
         ) from error
     return configuration, False

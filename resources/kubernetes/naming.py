@@ -1,0 +1,29 @@
+"""Names that hold at every layer: DNS-1035, and short enough for the names and labels derived from them."""
+
+import hashlib
+import json
+import re
+
+MAX_LABEL_LENGTH = 63
+"""Longest DNS label and longest label value; operators use an object's name, and names derived from it, as both."""
+
+_DIGEST_LENGTH = 10
+_HINT_LENGTH = 8
+
+
+def derive_name(prefix: str, *identity: str, reserve: int = 0) -> str:
+    """A DNS-1035 name of at most `63 - reserve` characters: readable prefix, hint of the first part, digest of all.
+
+    Equal arguments give equal names. Prefixes that read alike after shortening still differ in the digest.
+    """
+    digest = hashlib.sha256(json.dumps([prefix, *identity]).encode()).hexdigest()[:_DIGEST_LENGTH]
+    hint = _clean(identity[0])[:_HINT_LENGTH].rstrip("-") if identity else ""
+    tail = f"-{hint}-{digest}" if hint else f"-{digest}"
+    head = _clean(prefix) or "job"
+    if not head[0].isalpha():
+        head = f"job-{head}"
+    return head[: MAX_LABEL_LENGTH - reserve - len(tail)].rstrip("-") + tail
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
