@@ -17,7 +17,7 @@ from cifar_assets.assets.upstream import data_version
 from cifar_assets.dataset.raw import read_raw
 from cifar_assets.serving.client import InferenceClient
 from resources.object_store import LocalObjectStore
-from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
+from tests.fixtures.workspace import SERVICE_AND_UPSTREAM, SMALL_TRAINING, Workspace, wait_until
 
 LANDED_KEY = "landing/cameras.parquet"
 NUM_GOOD, NUM_BAD = 500, 20
@@ -44,7 +44,7 @@ def landed_parquet(num_good: int, num_bad: int, seed: int) -> bytes:
 @pytest.fixture(scope="module")
 def served(workspace: Workspace) -> str:
     """A first model in service; gives its digest."""
-    done = workspace.materialize("*", {"trained_model": SMALL_TRAINING})
+    done = workspace.materialize(SERVICE_AND_UPSTREAM, {"trained_model": SMALL_TRAINING})
     assert done.returncode == 0, done.stdout
     return client(workspace).served_model().model_digest
 
