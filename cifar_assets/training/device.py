@@ -1,6 +1,7 @@
 """The processor a training runs on, and what it is good at."""
 
 import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,16 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     if wanted == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def check_compiler() -> None:
+    """Raise ConfigError where torch.compile would find no compiler, minutes into a training."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"The job asks for `compile`, which takes a C++ compiler, and {compiler} is not there: set "
+            "execution.compile to false, or add g++ to the image; images/trainer/Dockerfile leaves it out."
+        )
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -17,7 +17,7 @@ from cifar_assets.errors import CifarError, ConfigError
 from cifar_assets.training.augmentation import EpochAugmentation
 from cifar_assets.training.checkpoint import Checkpoint, CheckpointStore
 from cifar_assets.training.data import TrainingData
-from cifar_assets.training.device import Processor
+from cifar_assets.training.device import Processor, check_compiler
 from cifar_assets.training.distributed import Processes
 from cifar_assets.training.evaluate import Score, resize, score
 from cifar_assets.training.networks import SpeedNet, build_network
@@ -257,6 +257,7 @@ class Trainer:
             device = self._processor.device
             network = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
         if self._spec.execution.compile:
+            check_compiler()
             network = cast(nn.Module, torch.compile(network))
         return network
 

@@ -45,7 +45,10 @@ class Execution(BaseModel):
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads per process; by default this process's share of the CPU limit."
     )
-    compile: bool = Field(default=False, description="Compile the network with torch.compile; pays on GPUs.")
+    compile: bool = Field(
+        default=False,
+        description="Compile the network with torch.compile: pays on GPUs, and needs a C++ compiler where it runs.",
+    )
     resident_megabytes: int = Field(
         default=4096,
         ge=0,

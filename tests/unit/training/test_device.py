@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cifar_assets.errors import ConfigError
-from cifar_assets.training.device import choose_device, choose_processor, cpu_limit, default_threads
+from cifar_assets.training.device import check_compiler, choose_device, choose_processor, cpu_limit, default_threads
 from cifar_assets.training.distributed import read_processes
 from cifar_assets.training.spec import Execution
 
@@ -45,6 +45,12 @@ def test_a_missing_gpu_is_an_error_that_says_so():
     assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match="no GPU"):
         choose_device("cuda")
+
+
+def test_a_missing_compiler_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"no-such-compiler is not there: set execution\.compile to false"):
+        check_compiler()
 
 
 def test_precision_is_what_was_asked_for():

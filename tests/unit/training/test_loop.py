@@ -1,5 +1,6 @@
 """The loop in this process: what it computes, and that it can be left and continued anywhere."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,3 +204,14 @@ def test_an_empty_split_is_refused(make_spec: SpecMaker, tmp_path: Path):
     spec = make_spec(spec={"dataset_uri": FolderStore(empty).uri(digest), "dataset_digest": digest})
     with pytest.raises(DataError, match="validation split is empty"):
         make_trainer(spec)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_compiled_network_learns_the_same(make_spec: SpecMaker, tmp_path: Path):
+    """The path of a GPU's `compile`, on the CPU."""
+    spec = make_spec("fast", epochs=1, learning_rate=0.01)  # at a high one, rounding grows within a few steps
+    (plain,) = finish(make_trainer(spec))
+    compiled = spec.model_copy(update={"execution": spec.execution.model_copy(update={"compile": True})})
+    (record,) = finish(make_trainer(elsewhere(compiled, tmp_path / "compiled")))
+    assert record.train_loss == pytest.approx(plain.train_loss, rel=1e-3)
+    assert record.validation_loss == pytest.approx(plain.validation_loss, rel=1e-3)
