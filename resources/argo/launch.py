@@ -13,6 +13,7 @@ from resources.argo.report import job_name_of
 from resources.argo.status import Workflow
 from resources.kubernetes.errors import ApiUnavailableError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, step_digest
+from resources.kubernetes.outage import Outage
 
 _PAUSE_SECONDS = 1.0
 _REMOVAL_SECONDS = 120.0
@@ -77,8 +78,13 @@ class WorkflowLauncher:
         WorkflowConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without
         an answer; WorkflowError when a failed one cannot be removed.
         """
-        start = self._clock()
         removing_since: float | None = None
+        outage = Outage(
+            self._clock,
+            self._outage_seconds,
+            logger=self._log,
+            meanwhile="the workflow is submitted when it does",
+        )
         while True:
             try:
                 with self._shield():
@@ -86,15 +92,13 @@ class WorkflowLauncher:
                 if created:
                     return created
                 existing = self._existing(request)
-                start = self._clock()
+                outage.end()
                 if existing and not existing.deleting and existing.phase not in ("Failed", "Error"):
                     return existing
                 removing_since = self._clock() if removing_since is None else removing_since
                 self._replace(existing, removing_since)
             except ApiUnavailableError as error:
-                if self._clock() - start >= self._outage_seconds:
-                    raise
-                self._log.warning("Could not submit the workflow yet, trying again: %s", error)
+                outage.endure(error)
             self._sleep(_PAUSE_SECONDS)
 
     def remove(self, request: WorkflowRequest, *, timeout_seconds: float, settle_seconds: float = 0.0) -> bool:

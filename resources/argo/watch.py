@@ -10,6 +10,7 @@ from resources.argo.report import TRAIN_TEMPLATES, explain, is_argos_own, job_na
 from resources.argo.status import Workflow
 from resources.kubernetes.errors import ApiUnavailableError
 from resources.kubernetes.logs import LogLine, ReplicaLogs
+from resources.kubernetes.outage import Outage
 from resources.kubernetes.pods import Pod
 
 
@@ -49,7 +50,9 @@ class WorkflowWatcher:
         self._log = logger
         self._logs = ReplicaLogs(client.jobs, workflow.namespace, clock)
         self._start = clock()
-        self._outage_since: float | None = None
+        self._outage = Outage(
+            clock, limits.outage_timeout_seconds, logger=logger, meanwhile="the workflow goes on without being watched"
+        )
         self._reported: dict[str, str] = {}
 
     def wait_until_finished(self) -> Workflow:
@@ -57,11 +60,11 @@ class WorkflowWatcher:
         while True:
             try:
                 finished = self._look()
-                self._outage_since = None
+                self._outage.end()
                 if finished:
                     return finished
             except ApiUnavailableError as error:
-                self._endure(error)
+                self._outage.endure(error)
             self._sleep(self._limits.poll_interval_seconds)
 
     def failure(self, workflow: Workflow) -> WorkflowFailedError:
@@ -109,11 +112,3 @@ class WorkflowWatcher:
                 f"{workflow} is still {workflow.phase} after {waited:.0f} s: check Argo's workflow controller, which "
                 "should have ended it at its deadline."
             )
-
-    def _endure(self, error: ApiUnavailableError) -> None:
-        now = self._clock()
-        if self._outage_since is None:
-            self._outage_since = now
-            self._log.warning("The API server does not answer; the workflow goes on without being watched: %s", error)
-        if now - self._outage_since >= self._limits.outage_timeout_seconds:
-            raise error

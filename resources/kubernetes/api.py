@@ -97,20 +97,25 @@ class KubernetesClient:
         return None if response is None else response.data.decode(errors="replace")
 
     def warnings(self, namespace: str, name: str) -> list[str]:
-        """Warning events of one object, oldest first, as `reason: message`. None when events may not be read."""
+        """Warning events of one object, oldest first, as `reason: message`; none where events may not be read."""
+        found = self._events(namespace, name, "type=Warning")
+        events = sorted(found, key=lambda event: str(event.last_timestamp or event.event_time or ""))
+        return [f"{event.reason}: {event.message}" for event in events]
+
+    def _events(self, namespace: str, name: str, selector: str) -> list[Any]:
+        """Events of one object as the API gives them; none where they may not be read."""
         try:
             body = self._ask(
                 f"read events of {namespace}/{name}",
                 lambda: self._pods.list_namespaced_event(
                     namespace,
-                    field_selector=f"involvedObject.name={name},type=Warning",
+                    field_selector=f"involvedObject.name={name},{selector}",
                     _request_timeout=self.request_timeout_seconds,
                 ),
             )
         except ApiRefusedError:
             return []
-        events = sorted(body.items, key=lambda event: str(event.last_timestamp or event.event_time or ""))
-        return [f"{event.reason}: {event.message}" for event in events]
+        return body.items
 
     def _ask(self, what: str, call: Callable[[], T]) -> T:
         answer = self._ask_or_none(what, call)

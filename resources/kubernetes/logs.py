@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from resources.kubernetes.api import KubernetesClient
 from resources.kubernetes.errors import ApiRefusedError
 from resources.kubernetes.pods import Container, Pod
-from resources.pytorch_job.client import PyTorchJobClient
 
 TAIL_LINES = 30
 _OVERLAP_SECONDS = 10
@@ -41,7 +41,7 @@ class _Cursor:
 class ReplicaLogs:
     """Follows the logs of a job's pods. `tails` keeps the last lines of each replica, also of pods that are gone."""
 
-    def __init__(self, client: PyTorchJobClient, namespace: str, clock: Callable[[], float]):
+    def __init__(self, client: KubernetesClient, namespace: str, clock: Callable[[], float]):
         self._client = client
         self._namespace = namespace
         self._clock = clock

@@ -14,6 +14,7 @@ from typing import Any
 
 from resources.kubernetes.errors import ApiUnavailableError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, selector, step_digest
+from resources.kubernetes.outage import Outage
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.errors import JobConflictError, PyTorchJobError
 from resources.pytorch_job.labels import LAUNCH_ANNOTATION, MANAGED_BY, WORK_ANNOTATION
@@ -99,18 +100,17 @@ class JobLauncher:
         JobConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without an
         answer.
         """
-        unavailable_since: float | None = None
+        outage = Outage(
+            self._clock, self._outage_seconds, logger=self._log, meanwhile="the job is started when it does"
+        )
         while True:
             try:
                 started = self._try_to_start(request, manifest)
                 if started:
                     return started
-                unavailable_since = None
+                outage.end()
             except ApiUnavailableError as error:
-                unavailable_since = self._clock() if unavailable_since is None else unavailable_since
-                if self._clock() - unavailable_since >= self._outage_seconds:
-                    raise
-                self._log.warning("Could not start the job yet, trying again: %s", error)
+                outage.endure(error)
             self._sleep(_PAUSE_SECONDS)
 
     def remove(self, request: JobRequest, *, grace_seconds: int, timeout_seconds: float, settle_seconds: float) -> bool:

@@ -8,6 +8,7 @@ from resources.kubernetes.diagnosis import Cause, Obstacle, PodHistory, find_obs
 from resources.kubernetes.errors import ApiUnavailableError
 from resources.kubernetes.limits import WatchLimits
 from resources.kubernetes.logs import LogLine, ReplicaLogs
+from resources.kubernetes.outage import Outage
 from resources.kubernetes.pods import Pod
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.diagnosis import diagnose_failure, diagnose_obstacle
@@ -40,7 +41,9 @@ class JobWatcher:
         self._log = logger
         self._history = PodHistory()
         self._logs = ReplicaLogs(client, job.namespace, clock)
-        self._outage_since: float | None = None
+        self._outage = Outage(
+            clock, limits.outage_timeout_seconds, logger=logger, meanwhile="the job goes on without being watched"
+        )
         self._obstacle: Obstacle | None = None
         self._obstacle_since = 0.0
         self._state: JobState | None = None
@@ -50,10 +53,10 @@ class JobWatcher:
         while True:
             try:
                 finished = self._look()
-                self._outage_since = None
+                self._outage.end()
             except ApiUnavailableError as error:
                 finished = None
-                self._endure(error)
+                self._outage.endure(error)
             self._on_tick()
             if finished:
                 return finished
@@ -112,11 +115,3 @@ class JobWatcher:
             return [event for name in names for event in self._client.warnings(self._job.namespace, name)]
         except ApiUnavailableError:
             return []
-
-    def _endure(self, error: ApiUnavailableError) -> None:
-        now = self._clock()
-        if self._outage_since is None:
-            self._outage_since = now
-            self._log.warning("The API server does not answer; the job goes on without being watched: %s", error)
-        if now - self._outage_since >= self._limits.outage_timeout_seconds:
-            raise error

@@ -241,20 +241,10 @@ class InferenceServiceClient(CustomResourceClient):
 
     def events(self, namespace: str, name: str) -> Sequence[Event]:
         """What `record` said of the service, oldest first, as far as the cluster still knows and may be asked."""
-        try:
-            body = self._ask(
-                f"read events of {KIND} {namespace}/{name}",
-                lambda: self._core.list_namespaced_event(
-                    namespace,
-                    field_selector=f"involvedObject.kind={KIND},involvedObject.name={name}",
-                    _request_timeout=self.request_timeout_seconds,
-                ),
-            )
-        except ApiRefusedError:
-            return []
-        ours = [event for event in body.items if event.reporting_component == EVENT_SOURCE and event.event_time]
-        found = [Event(event.reason, event.message, event.event_time.isoformat()) for event in ours]
-        return sorted(found, key=lambda event: event.at)
+        found = self._events(namespace, name, f"involvedObject.kind={KIND}")
+        ours = [event for event in found if event.reporting_component == EVENT_SOURCE and event.event_time]
+        told = [Event(event.reason, event.message, event.event_time.isoformat()) for event in ours]
+        return sorted(told, key=lambda event: event.at)
 
 
 def _is_ours(key: str) -> bool:

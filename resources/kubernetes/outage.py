@@ -1,0 +1,30 @@
+"""An API server that does not answer."""
+
+import logging
+from collections.abc import Callable
+
+from resources.kubernetes.errors import ApiUnavailableError
+
+
+class Outage:
+    """Puts up with silence until it has lasted too long. `meanwhile` tells the reader of the log what it means."""
+
+    def __init__(self, clock: Callable[[], float], limit_seconds: float, *, logger: logging.Logger, meanwhile: str):
+        self._clock = clock
+        self._limit_seconds = limit_seconds
+        self._log = logger
+        self._meanwhile = meanwhile
+        self._since: float | None = None
+
+    def endure(self, error: ApiUnavailableError) -> None:
+        """Take note of one call without an answer. Raises it when there was none for the limit's time."""
+        now = self._clock()
+        if self._since is None:
+            self._since = now
+            self._log.warning("The API server does not answer; %s: %s", self._meanwhile, error)
+        if now - self._since >= self._limit_seconds:
+            raise error
+
+    def end(self) -> None:
+        """Take note of an answer."""
+        self._since = None
