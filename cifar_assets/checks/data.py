@@ -41,16 +41,11 @@ _STD_RANGE = (0.02, 0.5)
         ),
     ],
 )
+@only_selected
 def raw_dataset_checks(
     context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Two verdicts on the raw version that this run, or the last one, made."""
-    yield from only_selected(context, _raw_dataset_verdicts(context, object_store))
-
-
-def _raw_dataset_verdicts(
-    context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
-) -> Iterator[dg.AssetCheckResult]:
     manifest = read_raw(object_store.raw, materialized_digest(context, RAW_DATASET))
     broken = list(_broken_objects(object_store.raw, manifest))
     yield result(
@@ -121,16 +116,11 @@ class ProcessedCheckConfig(dg.Config):
         ),
     ],
 )
+@only_selected
 def processed_dataset_checks(
     context: dg.AssetCheckExecutionContext, config: ProcessedCheckConfig, object_store: ObjectStoreResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Four verdicts on the processed version that this run, or the last one, made."""
-    yield from only_selected(context, _processed_dataset_verdicts(context, config, object_store))
-
-
-def _processed_dataset_verdicts(
-    context: dg.AssetCheckExecutionContext, config: ProcessedCheckConfig, object_store: ObjectStoreResource
-) -> Iterator[dg.AssetCheckResult]:
     digest = materialized_digest(context, PROCESSED_DATASET)
     manifest = read_processed(object_store.processed, digest)
     num_images = sum(manifest.count(split) for split in SPLIT_NAMES)

@@ -72,6 +72,7 @@ class ModelCheckConfig(dg.Config):
         ),
     ],
 )
+@only_selected
 def trained_model_checks(
     context: dg.AssetCheckExecutionContext,
     config: ModelCheckConfig,
@@ -80,16 +81,6 @@ def trained_model_checks(
     gate: AccuracyGate,
 ) -> Iterator[dg.AssetCheckResult]:
     """Six verdicts on the model that this run, or the last one, trained."""
-    yield from only_selected(context, _trained_model_verdicts(context, config, object_store, mlflow, gate))
-
-
-def _trained_model_verdicts(
-    context: dg.AssetCheckExecutionContext,
-    config: ModelCheckConfig,
-    object_store: ObjectStoreResource,
-    mlflow: MlflowResource,
-    gate: AccuracyGate,
-) -> Iterator[dg.AssetCheckResult]:
     digest = materialized_digest(context, TRAINED_MODEL)
     manifest, verdict = judge(object_store.models, digest, gate.threshold)
     metrics = read_json(object_store.models.at(digest), manifest, METRICS_FILE)

@@ -84,14 +84,12 @@ def open_model(models: ObjectStore, digest: str) -> StoredModel:
         ),
     ],
 )
+@only_selected
 def argo_parity_checks(
     context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Five comparisons of the model from Argo with its twin from Dagster."""
-    yield from only_selected(context, _comparisons(context, object_store.models))
-
-
-def _comparisons(context: dg.AssetCheckExecutionContext, models: ObjectStore) -> Iterator[dg.AssetCheckResult]:
+    models = object_store.models
     argo = open_model(models, materialized_digest(context, ARGO_TRAINED_MODEL))
     twin = _find_twin(context, models, argo)
     if twin is None:

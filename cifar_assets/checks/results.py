@@ -1,8 +1,12 @@
 """How checks are declared and how they answer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import ParamSpec, cast
 
 import dagster as dg
+
+P = ParamSpec("P")
 
 
 def spec(asset: dg.AssetKey, name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
@@ -33,9 +37,16 @@ def result(
 WARN = dg.AssetCheckSeverity.WARN
 
 
-def only_selected(
-    context: dg.AssetCheckExecutionContext, results: Iterable[dg.AssetCheckResult]
-) -> Iterator[dg.AssetCheckResult]:
-    """The results that were asked for, so that a single check can be executed from the UI."""
-    selected = {key.name for key in context.selected_asset_check_keys}
-    return (result for result in results if result.check_name in selected)
+def only_selected(verdicts: Callable[P, Iterator[dg.AssetCheckResult]]) -> Callable[P, Iterator[dg.AssetCheckResult]]:
+    """Decorator of a multi_asset_check's function, whose first parameter is `context`.
+
+    Keeps the results that were asked for, so that a single check can be executed from the UI.
+    """
+
+    @wraps(verdicts)
+    def selected(*args: P.args, **kwargs: P.kwargs) -> Iterator[dg.AssetCheckResult]:
+        context = cast("dg.AssetCheckExecutionContext", args[0])
+        names = {key.name for key in context.selected_asset_check_keys}
+        yield from (found for found in verdicts(*args, **kwargs) if found.check_name in names)
+
+    return selected

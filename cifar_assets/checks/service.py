@@ -55,6 +55,7 @@ class ServiceCheckConfig(dg.Config):
         ),
     ],
 )
+@only_selected
 def inference_service_checks(
     context: dg.AssetCheckExecutionContext,
     config: ServiceCheckConfig,
@@ -62,15 +63,6 @@ def inference_service_checks(
     serving: InferenceServiceResource,
 ) -> Iterator[dg.AssetCheckResult]:
     """Three verdicts on what answers now."""
-    yield from only_selected(context, _inference_service_verdicts(context, config, object_store, serving))
-
-
-def _inference_service_verdicts(
-    context: dg.AssetCheckExecutionContext,
-    config: ServiceCheckConfig,
-    object_store: ObjectStoreResource,
-    serving: InferenceServiceResource,
-) -> Iterator[dg.AssetCheckResult]:
     digest = materialized_digest(context, INFERENCE_SERVICE)
     status = serving.status()
     right = status.ready and status.model_digest == digest
