@@ -88,8 +88,10 @@ def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     Torch counts the machine's CPUs; a pod limited to 2 of 64 would run 64 threads that are throttled most of the time.
     """
     cpus = float(len(os.sched_getaffinity(0)))
+    old = cgroup / "cpu"  # where version 1 of cgroups keeps it
+    files = [old / "cpu.cfs_quota_us", old / "cpu.cfs_period_us"] if old.is_dir() else [cgroup / "cpu.max"]
     try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
+        quota, period = " ".join(file.read_text() for file in files).split()
     except (OSError, ValueError):
         return cpus
-    return cpus if quota == "max" else min(cpus, max(1.0, int(quota) / int(period)))
+    return cpus if quota in ("max", "-1") else min(cpus, max(1.0, int(quota) / int(period)))
