@@ -1,12 +1,13 @@
 """Encoded rows to pixels, on several threads."""
 
-import os
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar_assets.cpus import available_cpus
 from cifar_assets.dataset.images import ImageError, prepare_image
 from cifar_assets.dataset.rows import REFUSED_LABEL, EncodedRow, RowBatch, Split, empty_images, in_batches
 
@@ -15,7 +16,7 @@ _CHUNK = 64
 
 def decode_rows(rows: Iterable[EncodedRow], split: Split, *, resize: bool, first_row: int = 0) -> Iterator[RowBatch]:
     """Batches of decoded rows in the order given. A row that does not decode is refused, not raised."""
-    workers = min(4, os.cpu_count() or 1)
+    workers = min(4, math.ceil(available_cpus()))
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         for batch in in_batches(rows):
             yield _decode_batch(batch, split, resize, first_row, pool)

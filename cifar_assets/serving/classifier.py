@@ -2,14 +2,13 @@
 
 import logging
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
+from cifar_assets.cpus import available_cpus
 from cifar_assets.errors import DataError
 from cifar_assets.model_package import ONNX_FILE, read_file, read_manifest
 from cifar_assets.object_store import open_store
@@ -25,7 +24,7 @@ class Classifier:
 
     def __init__(self, onnx: bytes, *, num_threads: int | None = None, source: str = "the ONNX model"):
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads or available_cpus()
+        options.intra_op_num_threads = num_threads or math.ceil(available_cpus())
         options.inter_op_num_threads = 1
         # Idle threads that spin eat the CPU quota of a small pod.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -79,24 +78,6 @@ def load_classifier(model_uri: str, model_digest: str, *, num_threads: int | Non
     classifier.warm_up(batch_images)
     _log.info("Loaded and verified model %s from %s", model_digest, model_uri)
     return classifier
-
-
-def available_cpus() -> int:
-    """CPUs this process may use: its affinity, and its cgroup's quota rounded up."""
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_cpus()
-    return num_cpus if quota is None else max(1, min(num_cpus, math.ceil(quota)))
-
-
-def _cgroup_cpus() -> float | None:
-    """CPUs that the cgroup of a container allows, None for no limit. Version 2, then version 1."""
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota, period = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in files).split()
-            return None if quota in ("max", "-1") else int(quota) / int(period)
-        except (OSError, ValueError, ZeroDivisionError):
-            continue
-    return None
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

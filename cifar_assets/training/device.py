@@ -4,10 +4,10 @@ import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from cifar_assets.cpus import available_cpus
 from cifar_assets.errors import ConfigError
 from cifar_assets.training.recipes import Precision
 from cifar_assets.training.spec import Execution
@@ -79,19 +79,4 @@ def default_threads() -> int:
     wanted = os.environ.get("OMP_NUM_THREADS")
     if wanted and wanted.isdigit() and local_processes == 1:
         return max(1, int(wanted))
-    return max(1, int(cpu_limit()) // local_processes)
-
-
-def cpu_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
-    """CPUs this process may use: the affinity mask, or the container's limit where that is lower.
-
-    Torch counts the machine's CPUs; a pod limited to 2 of 64 would run 64 threads that are throttled most of the time.
-    """
-    cpus = float(len(os.sched_getaffinity(0)))
-    old = cgroup / "cpu"  # where version 1 of cgroups keeps it
-    files = [old / "cpu.cfs_quota_us", old / "cpu.cfs_period_us"] if old.is_dir() else [cgroup / "cpu.max"]
-    try:
-        quota, period = " ".join(file.read_text() for file in files).split()
-    except (OSError, ValueError):
-        return cpus
-    return cpus if quota in ("max", "-1") else min(cpus, max(1.0, int(quota) / int(period)))
+    return max(1, int(available_cpus()) // local_processes)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from cifar_assets.training.device import Processor, cpu_limit
+from cifar_assets.cpus import available_cpus
+from cifar_assets.training.device import Processor
 from cifar_assets.training.distributed import Processes
 
 _PACKAGES = ("torch", "numpy", "safetensors", "onnx", "onnxruntime", "mlflow-skinny", "dagster-pipes", "cifar-assets")
@@ -23,7 +24,7 @@ def describe_environment(processor: Processor, processes: Processes) -> dict[str
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "host": platform.node(),
         "cpu": _cpu_model(),
-        "cpus": cpu_limit(),
+        "cpus": available_cpus(),
         "threads": torch.get_num_threads(),
         "memory_gigabytes": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "processes": processes.count,

@@ -12,7 +12,7 @@ from cifar_assets.digests import sha256_bytes
 from cifar_assets.errors import DataError, IntegrityError, ObjectNotFoundError
 from cifar_assets.model_package import MANIFEST_FILE, ONNX_FILE, ModelManifest, write_package
 from cifar_assets.object_store import FolderStore
-from cifar_assets.serving.classifier import Classifier, available_cpus, load_classifier
+from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.limits import ServingLimits
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_logits, tiny_onnx
 
@@ -90,4 +90,3 @@ def test_the_limits_are_consistent():
     assert limits.batch_images <= limits.max_images <= limits.queue_images
     assert limits.image.max_bytes * 4 / 3 < limits.max_body_bytes <= limits.max_pending_bytes
     assert dataclasses.replace(limits, max_images=1).max_json_items < limits.max_json_items
-    assert available_cpus() >= 1
