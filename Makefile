@@ -16,8 +16,9 @@ help: ## List the commands.
 	python3 -m venv .uv
 	.uv/bin/pip install --quiet uv
 
+# Compiled once here, or by each of many processes where PYTHONDONTWRITEBYTECODE is set.
 setup: $(filter .uv/bin/uv,$(UV)) ## Install the locked environment.
-	@$(UV) sync --frozen --all-extras --quiet
+	@$(UV) sync --frozen --all-extras --compile-bytecode --quiet
 
 demo: setup ## Images to served model. CIFAR10_SOURCE chooses other images than the synthetic ones.
 	@$(RUN) python -m cifar_assets.demo

@@ -1,3 +1,23 @@
 """What several kinds of tests share."""
 
+import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
+from xdist.workermanage import WorkerController
+
 pytest_plugins = ["tests.fixtures.minio", "tests.fixtures.workspace"]
+
+
+class FileByFile(LoadFileScheduling):
+    """Gives a worker its next file when one test of the file at hand is left.
+
+    By itself xdist does so at two: a file behind one of two slow tests then waits for minutes, with a worker idle.
+    """
+
+    def _reschedule(self, node: WorkerController) -> None:
+        if not self.workqueue or self._pending_of(self.assigned_work[node]) < 2:
+            super()._reschedule(node)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileByFile:
+    return FileByFile(config, log)
