@@ -107,6 +107,16 @@ class Webserver:
         asked = self.ask(f"{{ runsOrError(limit: 20) {{ ... on Runs {{ results {{ {_RUN} }} }} }} }}")
         return [Run.of(answer) for answer in asked["runsOrError"]["results"]]
 
+    def num_ticks(self, sensor: str) -> int:
+        """How often the daemon has evaluated a sensor to the end."""
+        asked = self.ask(
+            "query ($s: SensorSelector!) { sensorOrError(sensorSelector: $s) { ... on Sensor { sensorState "
+            "{ ticks(limit: 1000) { status } } } } }",
+            s={**LOCATION, "sensorName": sensor},
+        )
+        ticks = asked["sensorOrError"]["sensorState"]["ticks"]
+        return sum(tick["status"] in ("SUCCESS", "SKIPPED") for tick in ticks)
+
     def cancel(self, run_id: str) -> None:
         asked = self.ask(
             "mutation ($i: String!) { terminateRun(runId: $i) { __typename ... on TerminateRunFailure { message } "
