@@ -41,7 +41,6 @@ def test_success(story: ClusterStory):
     assert [line for line in story.lines if "epoch" in line] == [f"master-0: rank 0 epoch {i}" for i in range(4)]
 
 
-@pytest.mark.extended
 def test_metrics_and_logs_arrive_while_the_job_runs(story: ClusterStory):
     seen: list[int] = []
     story.when(lambda: len(story.epochs) >= 2 and len(story.lines) >= 2, lambda: seen.append(len(story.epochs)))
@@ -64,13 +63,11 @@ def test_failing_exit_code(story: ClusterStory):
     assert "ValueError: the data has 11 classes, expected 10" in error
 
 
-@pytest.mark.extended
 def test_crash_at_import(story: ClusterStory):
     error = story.failure(story_config("crash", restart_policy="Never"))
     assert "ModuleNotFoundError: No module named 'no_such_module'" in error
 
 
-@pytest.mark.extended
 def test_backoff_limit_bounds_the_restarts(story: ClusterStory):
     error = story.failure(story_config("fail", "3", run_policy={"backoff_limit": 1}))
     assert "ended with exit code 3" in error
@@ -90,7 +87,6 @@ def test_failure_of_a_worker_is_the_error_that_is_shown(story: ClusterStory):
     assert "ended with exit code 7" in story.failure(config)
 
 
-@pytest.mark.extended
 def test_missing_image(story: ClusterStory):
     begin = time.monotonic()
     error = story.failure(
@@ -116,14 +112,12 @@ def test_missing_secret(story: ClusterStory):
     assert (story.names(), story.pods()) == ([], [])
 
 
-@pytest.mark.extended
 def test_deadline_exceeded(story: ClusterStory):
     error = story.failure(story_config("epochs", "600", run_policy={"active_deadline_seconds": 6}))
     assert "deadline exceeded" in error
     assert "rank 0 epoch" in error
 
 
-@pytest.mark.extended
 def test_command_that_does_not_exist(story: ClusterStory):
     error = story.failure(story_config(command=["/no/such/program"], restart_policy="Never"))
     assert "/no/such/program" in error
@@ -155,12 +149,7 @@ def assert_gone_soon(story: ClusterStory, since: float) -> None:
     wait_for("removal", lambda: not story.names() and not story.pods(), 15 - (time.monotonic() - since))
 
 
-_RARER_MOMENTS = ("image pull", "ignoring SIGTERM")
-
-
-@pytest.mark.parametrize(
-    "moment", ["created", "running", *(pytest.param(moment, marks=pytest.mark.extended) for moment in _RARER_MOMENTS)]
-)
+@pytest.mark.parametrize("moment", ["created", "running", "image pull", "ignoring SIGTERM"])
 def test_cancel(story: ClusterStory, moment: str):
     config = story_config("deaf" if moment == "ignoring SIGTERM" else "epochs", "600")
     if moment == "image pull":
@@ -221,7 +210,6 @@ def test_finished_while_nobody_watched(story: ClusterStory, home: Path):
     assert [epoch for epoch, _ in story.epochs] == list(range(5))
 
 
-@pytest.mark.extended
 def test_failed_while_nobody_watched(story: ClusterStory, home: Path):
     config = story_config("fail", "3", restart_policy="Never")
     worker = story.in_another_process(config, home)
@@ -234,7 +222,6 @@ def test_failed_while_nobody_watched(story: ClusterStory, home: Path):
     assert story.names() != [name]
 
 
-@pytest.mark.extended
 def test_evicted_run_worker(story: ClusterStory, home: Path):
     config = story_config("epochs", "20")
     worker = story.in_another_process(config, home)
@@ -259,7 +246,6 @@ def test_pod_deleted_in_mid_run(story: ClusterStory):
     assert len(story.epochs) > 6, "the second process said its epochs again"
 
 
-@pytest.mark.extended
 def test_operator_restarted(story: ClusterStory):
     def restart() -> None:
         kubectl("-n", "kubeflow", "rollout", "restart", "deploy/training-operator")
@@ -271,7 +257,6 @@ def test_operator_restarted(story: ClusterStory):
     kubectl("-n", "kubeflow", "rollout", "status", "deploy/training-operator", "--timeout=90s")
 
 
-@pytest.mark.extended
 def test_object_store_away_in_mid_run(story: ClusterStory):
     def away() -> None:
         story.minio.scale(0)
