@@ -23,7 +23,7 @@ from resources.object_store import LocalObjectStore
 _log = logging.getLogger("demo")
 _NUM_PICTURES = 20
 _PICTURE_FOLDER = Path(".cifar/demo")
-_FOUR_ASSETS = '+key:"cifar10/inference_service"'
+FOUR_ASSETS = f'+key:"{INFERENCE_SERVICE.to_user_string()}"'
 """The service and all it is made from. "*" would train a second time, for the parity of Argo's workflow."""
 
 
@@ -33,7 +33,7 @@ def main() -> int:
     source = os.environ.get(SOURCE_VARIABLE) or "synthetic"
     _log.info("Images: %s%s", source, _SYNTHETIC_NOTE if source.startswith("synthetic") else "")
     started = time.monotonic()
-    command = ["dagster", "asset", "materialize", "--select", _FOUR_ASSETS, "-m", "cifar_assets.definitions"]
+    command = ["dagster", "asset", "materialize", "--select", FOUR_ASSETS, "-m", "cifar_assets.definitions"]
     if source.startswith("synthetic"):
         config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": _SYNTHETIC_TRAINING}}}
         command += ["--config-json", canonical_json(config).decode()]

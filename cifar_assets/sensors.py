@@ -24,7 +24,7 @@ RETRAIN_CONFIG_VARIABLE = "RETRAIN_CONFIG"
 """Holds, as JSON, the config of trained_model for runs started by the landing sensor: recipe, overrides, scale."""
 
 MAX_ATTEMPTS = 3
-"""How often one batch of arrivals is trained on when runs fail, the first time included."""
+"""How often one batch of arrivals is trained on when runs crash, the first time included."""
 
 _FINGERPRINT_CHARS = 16
 _RUN_KEY_TAG = "dagster/run_key"
@@ -136,18 +136,16 @@ def _run_in_flight(instance: dg.DagsterInstance) -> str | None:
 
 
 def is_worth_repeating(instance: dg.DagsterInstance, run_key: str | None) -> bool:
-    """Whether the run of this key failed, and by something else than a blocking check.
+    """Whether the newest run of this key, retries included, failed by something else than a blocking check.
 
     The same objects give the same dataset and, with the same seed, the same model, and so the same verdict.
     """
-    if run_key is None:
+    runs = instance.get_runs(dg.RunsFilter(tags={_RUN_KEY_TAG: run_key}), limit=1) if run_key else []
+    if not runs or runs[0].status != dg.DagsterRunStatus.FAILURE:
         return False
-    failed = dg.RunsFilter(tags={_RUN_KEY_TAG: run_key}, statuses=[dg.DagsterRunStatus.FAILURE])
-    for run in instance.get_runs(failed, limit=1):
-        evaluations = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
-        verdicts = [entry.get_dagster_event().asset_check_evaluation_data for entry in evaluations]
-        return all(verdict.passed or not verdict.blocking for verdict in verdicts)
-    return False
+    evaluations = instance.all_logs(runs[0].run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+    verdicts = [entry.get_dagster_event().asset_check_evaluation_data for entry in evaluations]
+    return all(verdict.passed or not verdict.blocking for verdict in verdicts)
 
 
 def _close_mlflow_runs(run: dg.DagsterRun, mlflow: MlflowResource, status: str, log: Callable[[str], None]) -> None:

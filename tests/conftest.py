@@ -19,5 +19,5 @@ class FileByFile(LoadFileScheduling):
             super()._reschedule(node)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileByFile:
-    return FileByFile(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileByFile | None:
+    return FileByFile(config, log) if config.getvalue("dist") == "loadfile" else None

@@ -48,7 +48,7 @@ def argo_trained_model(
 ) -> dg.MaterializeResult:
     """The model that the workflow of k8s/argo makes of the same dataset, recipe and seed as cifar10/trained_model.
 
-    Nothing depends on it, and nothing starts it but the job argo_parity. A model below the threshold is materialized
+    Nothing depends on it, and no job starts it but argo_parity. A model below the threshold is materialized
     too: its checks compare the two roads, verdict included.
     """
     with retrying_infrastructure_faults():

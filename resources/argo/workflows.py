@@ -13,7 +13,6 @@ from pydantic import Field
 
 from cifar_assets.errors import ConfigError
 from resources.argo.client import WorkflowClient
-from resources.argo.errors import WorkflowError
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult, parse_result
 from resources.argo.launch import WorkflowLauncher, WorkflowRequest
 from resources.argo.naming import workflow_name
@@ -63,7 +62,7 @@ class ArgoPipeline(PipelineResource):
     def follow(
         self, context: dg.AssetExecutionContext, request: PipelineRequest, client: WorkflowClient
     ) -> PipelineResult:
-        """Like `run`, by the client given. WorkflowError or KubernetesError in place of dg.Failure."""
+        """Like `run`, by the client given. KubernetesError in place of dg.Failure."""
         wanted = self._wanted(context, request)
         launcher = WorkflowLauncher(
             client, clock=time.monotonic, sleeper=time.sleep, logger=context.log, shield=interrupts_after
@@ -151,7 +150,7 @@ def _removing_when_cancelled(
 def _as_dagster_failure() -> Iterator[None]:
     try:
         yield
-    except (WorkflowError, KubernetesError) as error:
+    except KubernetesError as error:
         raise dg.Failure(str(error), allow_retries=not error.permanent) from error
 
 

@@ -98,15 +98,15 @@ class KubernetesClient:
 
     def warnings(self, namespace: str, name: str) -> list[str]:
         """Warning events of one object, oldest first, as `reason: message`; none where events may not be read."""
-        found = self._events(namespace, name, "type=Warning")
+        found = self._events(f"{namespace}/{name}", namespace, name, "type=Warning")
         events = sorted(found, key=lambda event: str(event.last_timestamp or event.event_time or ""))
         return [f"{event.reason}: {event.message}" for event in events]
 
-    def _events(self, namespace: str, name: str, selector: str) -> list[Any]:
+    def _events(self, what: str, namespace: str, name: str, selector: str) -> list[Any]:
         """Events of one object as the API gives them; none where they may not be read."""
         try:
             body = self._ask(
-                f"read events of {namespace}/{name}",
+                f"read events of {what}",
                 lambda: self._pods.list_namespaced_event(
                     namespace,
                     field_selector=f"involvedObject.name={name},{selector}",

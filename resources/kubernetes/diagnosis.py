@@ -30,7 +30,7 @@ NOT_STARTED_REASONS = ("RunContainerError", "StartError", "ContainerCannotRun", 
 
 
 class PodHistory:
-    """Pods and container exits as they were seen, kept after the operator has deleted the pods."""
+    """Pods and container exits as they were seen, kept after the pods are deleted."""
 
     def __init__(self) -> None:
         self.pods: dict[str, Pod] = {}
@@ -65,8 +65,6 @@ class Obstacle:
 
 def find_obstacle(pods: Sequence[Pod]) -> Obstacle | None:
     """The first reason for which not every pod has started; None when all have."""
-    if not pods:
-        return Obstacle(Cause.NO_PODS, "job", "the operator has made no pod")
     pending = [pod for pod in pods if pod.phase == "Pending" and not pod.deleting]
     found = [_obstacle(pod) for pod in pending]
     order = list(Cause)

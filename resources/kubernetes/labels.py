@@ -1,6 +1,6 @@
 """Label keys of the objects that a Dagster step makes in a cluster.
 
-They follow dagster-k8s, so that one selector finds a run's pods and its custom resources.
+All but the step's follow dagster-k8s, so that one selector finds a run's pods and its custom resources.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Logs of every replica, read again and again while the job runs, each line shown once. For display only.
+"""Logs of every pod, read again and again while it runs, each line shown once. For display only.
 
 Polling with an overlap needs no thread for each pod, survives an API server that goes away, and cannot end early.
 Nothing that matters is carried this way: Pipes messages go through the object store.
@@ -39,7 +39,7 @@ class _Cursor:
 
 
 class ReplicaLogs:
-    """Follows the logs of a job's pods. `tails` keeps the last lines of each replica, also of pods that are gone."""
+    """Follows the logs of pods. `tails` keeps the last lines of each replica, also of pods that are gone."""
 
     def __init__(self, client: KubernetesClient, namespace: str, clock: Callable[[], float]):
         self._client = client
@@ -48,7 +48,7 @@ class ReplicaLogs:
         self._cursors: dict[tuple[str, str], _Cursor] = {}
         self._tails: dict[str, deque[str]] = {}
         self.refused: ApiRefusedError | None = None
-        """Set when logs may not be read; the job goes on without them."""
+        """Set when logs may not be read; the work goes on without them."""
 
     @property
     def tails(self) -> Mapping[str, Sequence[str]]:

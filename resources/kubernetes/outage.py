@@ -21,10 +21,12 @@ class Outage:
         now = self._clock()
         if self._since is None:
             self._since = now
-            self._log.warning("The API server does not answer; %s: %s", self._meanwhile, error)
+            self._log.warning("No usable answer from the API server; %s: %s", self._meanwhile, error)
         if now - self._since >= self._limit_seconds:
             raise error
 
     def end(self) -> None:
         """Take note of an answer."""
+        if self._since is not None:
+            self._log.info("The API server answers again.")
         self._since = None

@@ -4,7 +4,7 @@
 `messages`, `pipes` and `collector` do.
 """
 
-from resources.kubernetes.errors import SettingsError
+from resources.kubernetes.errors import KubernetesError, SettingsError
 from resources.kubernetes.limits import WatchLimits
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.collector import build_pytorch_job_collector
@@ -19,6 +19,7 @@ __all__ = [
     "JobFailedError",
     "JobState",
     "JobStatus",
+    "KubernetesError",
     "PipesPyTorchJobClient",
     "PodTemplate",
     "PyTorchJob",

@@ -1,6 +1,7 @@
 """Labels and annotations of the jobs this package creates, and those the training operator puts on their pods."""
 
 MANAGED_BY = "dagster-pytorch-job"
+# As dagster-k8s has them.
 JOB_LABEL = "dagster/job"
 OP_LABEL = "dagster/op"
 

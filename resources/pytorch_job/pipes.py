@@ -21,13 +21,14 @@ from dagster_k8s.utils import detect_current_namespace, get_common_labels, sanit
 from dagster_pipes import PipesExtras
 
 from cifar_assets.object_store import ObjectStore
+from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.interrupts import StepContext, interrupts_after, is_being_cancelled
 from resources.kubernetes.limits import WatchLimits
 from resources.kubernetes.logs import LogLine
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.diagnosis import Diagnosis
-from resources.pytorch_job.errors import JobFailedError, KubernetesError
+from resources.pytorch_job.errors import JobFailedError
 from resources.pytorch_job.labels import JOB_LABEL, OP_LABEL
 from resources.pytorch_job.launch import JobLauncher, JobRequest, Started
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
@@ -301,7 +302,7 @@ def _show(line: LogLine) -> None:
 
 @contextmanager
 def _as_dagster_failure() -> Iterator[None]:
-    """Turns this package's errors into dg.Failure, with what is known as metadata."""
+    """Turns what goes wrong with the job or the cluster into dg.Failure, with what is known as metadata."""
     try:
         yield
     except KubernetesError as error:

@@ -96,7 +96,9 @@ class JobWatcher:
             raise JobFailedError(replace(found, job_finished=False))
 
     def _give_up_if_stuck(self, job: PyTorchJob, pods: Sequence[Pod]) -> None:
-        obstacle = None if job.status.state == JobState.SUSPENDED else find_obstacle(pods)
+        obstacle = find_obstacle(pods) if pods else Obstacle(Cause.NO_PODS, "job", "the operator has made no pod")
+        if job.status.state == JobState.SUSPENDED:
+            obstacle = None
         now = self._clock()
         if obstacle is None or self._obstacle is None or obstacle.cause != self._obstacle.cause:
             self._obstacle_since = now

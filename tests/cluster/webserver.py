@@ -107,6 +107,16 @@ class Webserver:
         asked = self.ask(f"{{ runsOrError(limit: 20) {{ ... on Runs {{ results {{ {_RUN} }} }} }} }}")
         return [Run.of(answer) for answer in asked["runsOrError"]["results"]]
 
+    def check_passed(self, run_id: str, name: str) -> bool | None:
+        """The verdict of an asset check in a run; None where it gave none."""
+        asked = self.ask(
+            "query ($i: ID!) { logsForRun(runId: $i) { ... on EventConnection { events "
+            "{ ... on AssetCheckEvaluationEvent { evaluation { checkName success } } } } } }",
+            i=run_id,
+        )
+        found = [event["evaluation"] for event in asked["logsForRun"]["events"] if event]
+        return next((evaluation["success"] for evaluation in found if evaluation["checkName"] == name), None)
+
     def num_ticks(self, sensor: str) -> int:
         """How often the daemon has evaluated a sensor to the end."""
         asked = self.ask(

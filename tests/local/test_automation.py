@@ -15,9 +15,10 @@ from PIL import Image
 from cifar_assets.assets.keys import INFERENCE_SERVICE, RAW_DATASET, TRAINED_MODEL
 from cifar_assets.assets.upstream import data_version
 from cifar_assets.dataset.raw import read_raw
+from cifar_assets.demo import FOUR_ASSETS
 from cifar_assets.serving.client import InferenceClient
 from resources.object_store import LocalObjectStore
-from tests.fixtures.workspace import SERVICE_AND_UPSTREAM, SMALL_TRAINING, Workspace, wait_until
+from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
 
 LANDED_KEY = "landing/cameras.parquet"
 NUM_GOOD, NUM_BAD = 500, 20
@@ -44,7 +45,7 @@ def landed_parquet(num_good: int, num_bad: int, seed: int) -> bytes:
 @pytest.fixture(scope="module")
 def served(workspace: Workspace) -> str:
     """A first model in service; gives its digest."""
-    done = workspace.materialize(SERVICE_AND_UPSTREAM, {"trained_model": SMALL_TRAINING})
+    done = workspace.materialize(FOUR_ASSETS, {"trained_model": SMALL_TRAINING})
     assert done.returncode == 0, done.stdout
     return client(workspace).served_model().model_digest
 

@@ -8,7 +8,8 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from cifar_assets.assets.keys import PROCESSED_DATASET
-from tests.fixtures.workspace import SERVICE_AND_UPSTREAM, SMALL_TRAINING, Workspace, wait_until
+from cifar_assets.demo import FOUR_ASSETS
+from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = [
@@ -31,7 +32,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def ui(workspace: Workspace) -> Iterator[str]:
     """Address of a running UI that shows one materialization of each asset of the line."""
-    done = workspace.materialize(SERVICE_AND_UPSTREAM, {"trained_model": SMALL_TRAINING})
+    done = workspace.materialize(FOUR_ASSETS, {"trained_model": SMALL_TRAINING})
     assert done.returncode == 0, done.stdout
     with workspace.dagster_dev() as url:
         yield url

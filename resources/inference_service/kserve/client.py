@@ -241,7 +241,7 @@ class InferenceServiceClient(CustomResourceClient):
 
     def events(self, namespace: str, name: str) -> Sequence[Event]:
         """What `record` said of the service, oldest first, as far as the cluster still knows and may be asked."""
-        found = self._events(namespace, name, f"involvedObject.kind={KIND}")
+        found = self._events(f"{KIND} {namespace}/{name}", namespace, name, f"involvedObject.kind={KIND}")
         ours = [event for event in found if event.reporting_component == EVENT_SOURCE and event.event_time]
         told = [Event(event.reason, event.message, event.event_time.isoformat()) for event in ours]
         return sorted(told, key=lambda event: event.at)

@@ -22,6 +22,7 @@ from resources.inference_service.kserve.settled import find_missing
 from resources.kubernetes.diagnosis import Cause, Obstacle, PodHistory
 from resources.kubernetes.errors import ApiUnavailableError, KubernetesError
 from resources.kubernetes.limits import WatchLimits
+from resources.kubernetes.outage import Outage
 
 _LOG_LINES = 12
 DEPLOYED = "Deployed"
@@ -83,10 +84,10 @@ class _Watch:
 
     began: float
     history: PodHistory
+    outage: Outage
     seen: str = "nothing"
     obstacle: Obstacle | None = None
     obstacle_since: float = 0.0
-    outage_since: float | None = None
 
 
 class RevisionWatcher:
@@ -125,7 +126,13 @@ class RevisionWatcher:
         NotServingError for one that does not come up; DeployError for a service that others changed, or an API server
         that does not answer.
         """
-        watch = _Watch(self._clock(), PodHistory())
+        outage = Outage(
+            self._clock,
+            self._limits.outage_timeout_seconds,
+            logger=self._log,
+            meanwhile=f"{self._label} goes on without being watched",
+        )
+        watch = _Watch(self._clock(), PodHistory(), outage)
         while not self._look(watch, revision, request):
             if self._clock() - watch.began > self._limits.start_timeout_seconds:
                 pods = self._pods_of(revision)
@@ -152,11 +159,12 @@ class RevisionWatcher:
             self._give_up_if_broken(watch, unready)
             self._give_up_if_stuck(watch, ours)
             problem = find_missing(service, pods, revision) or self._problem(service, request)
-            watch.outage_since = None
+            watch.outage.end()
         except ApiUnavailableError as error:
             problem = str(error)
-            watch.outage_since = self._clock() if watch.outage_since is None else watch.outage_since
-            if self._clock() - watch.outage_since > self._limits.outage_timeout_seconds:
+            try:
+                watch.outage.endure(error)
+            except ApiUnavailableError:
                 raise DeployError(
                     f"Model {request.model_digest} was written to {self._label}, but the API server has not answered "
                     f"since, so that nobody knows whether it serves: {error}",

@@ -119,6 +119,20 @@ def test_a_verdict_stands_and_a_crash_is_worth_another_run(fault: str, expected:
         assert not is_worth_repeating(instance, "landing-2")
 
 
+def test_a_crash_whose_retry_succeeded_is_over() -> None:
+    crashes = [True, False]
+
+    @dg.asset
+    def model() -> None:
+        if crashes.pop(0):
+            raise RuntimeError("out of memory")
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        for expected in (True, False):
+            dg.materialize([model], instance=instance, raise_on_error=False, tags={"dagster/run_key": "landing-1"})
+            assert is_worth_repeating(instance, "landing-1") is expected
+
+
 def test_any_disorder_of_ten_thousand_objects_misses_and_repeats_nothing() -> None:
     objects = [landed(f"{number:05}.png", minutes=number % 7) for number in range(10_000)]
     shuffler = random.Random(0)
