@@ -83,7 +83,7 @@ class WorkflowLauncher:
             self._clock,
             self._outage_seconds,
             logger=self._log,
-            meanwhile="the workflow is submitted when it does",
+            meanwhile="the workflow is submitted when there is one",
         )
         while True:
             try:

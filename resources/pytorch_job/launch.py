@@ -101,7 +101,7 @@ class JobLauncher:
         answer.
         """
         outage = Outage(
-            self._clock, self._outage_seconds, logger=self._log, meanwhile="the job is started when it does"
+            self._clock, self._outage_seconds, logger=self._log, meanwhile="the job is started when there is one"
         )
         while True:
             try:
