@@ -73,16 +73,9 @@ class WorkflowClient(CustomResourceClient):
 
     def pods(self, workflow: Workflow) -> list[Pod]:
         """Pods of the workflow's steps, named after their step, with the container that does the work alone."""
-        body = self._ask(
-            f"list the pods of {workflow}",
-            lambda: self._pods.list_namespaced_pod(
-                workflow.namespace,
-                label_selector=f"{_WORKFLOW_LABEL}={workflow.name}",
-                _request_timeout=self.request_timeout_seconds,
-            ),
-        )
+        found = self._pods_with(str(workflow), workflow.namespace, f"{_WORKFLOW_LABEL}={workflow.name}")
         names = {step.node_id: step.name for step in workflow.steps}
-        return [_step_pod(item, names) for item in body.items]
+        return [_step_pod(item, names) for item in found]
 
 
 def _step_pod(item: Any, names: Mapping[str, str]) -> Pod:

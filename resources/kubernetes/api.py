@@ -102,6 +102,16 @@ class KubernetesClient:
         events = sorted(found, key=lambda event: str(event.last_timestamp or event.event_time or ""))
         return [f"{event.reason}: {event.message}" for event in events]
 
+    def _pods_with(self, what: str, namespace: str, label_selector: str) -> list[Any]:
+        """Pods of `what` as the API gives them."""
+        body = self._ask(
+            f"list the pods of {what}",
+            lambda: self._pods.list_namespaced_pod(
+                namespace, label_selector=label_selector, _request_timeout=self.request_timeout_seconds
+            ),
+        )
+        return body.items
+
     def _events(self, what: str, namespace: str, name: str, selector: str) -> list[Any]:
         """Events of one object as the API gives them; none where they may not be read."""
         try:

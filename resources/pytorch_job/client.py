@@ -143,15 +143,8 @@ class PyTorchJobClient(CustomResourceClient):
 
     def pods(self, namespace: str, name: str) -> list[Pod]:
         """Pods of the job of that name, the master first; also those that outlive a deleted job for a moment."""
-        body = self._ask(
-            f"list the pods of PyTorchJob {namespace}/{name}",
-            lambda: self._core.list_namespaced_pod(
-                namespace,
-                label_selector=f"{OPERATOR_JOB_NAME_LABEL}={name}",
-                _request_timeout=self.request_timeout_seconds,
-            ),
-        )
-        return sorted((_pod(item) for item in body.items), key=lambda pod: (len(pod.replica), pod.replica))
+        found = self._pods_with(f"{KIND} {namespace}/{name}", namespace, f"{OPERATOR_JOB_NAME_LABEL}={name}")
+        return sorted((_pod(item) for item in found), key=lambda pod: (len(pod.replica), pod.replica))
 
     def delete_pod(self, namespace: str, pod: Pod, grace_seconds: int) -> None:
         """Ask a pod to end within the grace time, which may be shorter than the one it was made with."""

@@ -201,13 +201,8 @@ class InferenceServiceClient(CustomResourceClient):
 
     def pods(self, namespace: str, name: str) -> list[ServingPod]:
         """Pods of the service of that name by name, also those that are ending."""
-        body = self._ask(
-            f"list the pods of {KIND} {namespace}/{name}",
-            lambda: self._core.list_namespaced_pod(
-                namespace, label_selector=f"{SERVICE_LABEL}={name}", _request_timeout=self.request_timeout_seconds
-            ),
-        )
-        return sorted((read_serving_pod(item) for item in body.items), key=lambda pod: pod.pod.name)
+        found = self._pods_with(f"{KIND} {namespace}/{name}", namespace, f"{SERVICE_LABEL}={name}")
+        return sorted((read_serving_pod(item) for item in found), key=lambda pod: pod.pod.name)
 
     def record(self, namespace: str, name: str, *, reason: str, message: str, warning: bool, uid: str | None) -> None:
         """Say something about the service as an Event, for `kubectl describe` and `events`, if that is allowed."""
