@@ -42,7 +42,7 @@ CHAMPION_ALIAS = "champion"
 
 EXIT_BAD_SPEC = 2
 EXIT_RESUME = 143
-"""The trainer was told to stop, wrote a checkpoint, and continues when started again with the same spec.
+"""The trainer was told to stop, or lost what it needs; it continues when started again with the same spec.
 
 128 + SIGTERM: the training operator's ExitCode restart policy retries codes from 128 on and treats lower ones as final.
 """

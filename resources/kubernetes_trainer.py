@@ -25,7 +25,7 @@ MESSAGES_PREFIX = "pipes/"
 """Where in the models bucket the jobs' Pipes messages are."""
 SPEC_VARIABLE = "CIFAR_JOB_SPEC"
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-TORCHRUN = ["python", "-m", "torch.distributed.run", "-m", "cifar_assets.training"]
+LAUNCHER = ["python", "-m", "cifar_assets.training.launch"]
 """Used for several processes in a pod; the operator sets what torchrun needs to know in PET_... variables."""
 
 _JOB_DEFAULTS: Mapping[str, Any] = {
@@ -112,7 +112,7 @@ class KubernetesTrainer(TrainerResource):
         settings |= {name: value for name in ("cpu", "memory") if (value := getattr(scale, name))}
         settings["env"] = {**self.job.env, **env}
         if scale.nproc_per_node > 1 and not self.job.command:
-            settings["command"] = TORCHRUN
+            settings["command"] = LAUNCHER
         return PyTorchJobConfig(**settings)
 
     def pipes_client(self) -> PipesPyTorchJobClient:

@@ -85,18 +85,17 @@ def stop_group(process: subprocess.Popen[Any], grace_seconds: float) -> None:
 def _command(num_processes: int) -> list[str]:
     # Where the kernel offers it, the trainer is told to stop when this process is killed outright.
     follow_parent = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-        if num_processes > 1
-        else []
-    )
-    return [*follow_parent, sys.executable, *launcher, "-m", "cifar_assets.training"]
+    if num_processes == 1:
+        return [*follow_parent, sys.executable, "-m", "cifar_assets.training"]
+    launcher = ["-m", "cifar_assets.training.launch", "--standalone", f"--nproc-per-node={num_processes}"]
+    return [*follow_parent, sys.executable, *launcher]
 
 
 def _failure(code: int) -> str:
     if code == EXIT_RESUME:
         return (
-            "The trainer was told to stop and wrote a checkpoint: materialize trained_model again to continue from it."
+            "The trainer was told to stop, or lost one of its processes or the object store; its log (stdout and "
+            "stderr of this step) says which. Materialize trained_model again to continue from its checkpoint."
         )
     if code == EXIT_BAD_SPEC:
         return "The trainer refused its job: the last lines of its log name the setting or the object to correct."

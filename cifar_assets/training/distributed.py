@@ -28,7 +28,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """The one process that talks to the store, to MLflow and to Dagster."""
+        """The one process that writes to the store and talks to MLflow and to Dagster. All read."""
         return self.rank == 0
 
     def share(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Two processes that train together, started by torchrun."""
+"""Two processes that train together, started by the launcher."""
 
 import signal
 import sqlite3
@@ -6,14 +6,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 from tests.fixtures.workspace import free_port
-from tests.unit.training.jobs import COMMAND, Workplace, json_file, run_forked, run_trainer, start_trainer
+from tests.unit.training.jobs import (
+    COMMAND,
+    Workplace,
+    json_file,
+    run_forked,
+    run_trainer,
+    start_trainer,
+    wait_for_line,
+)
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-TRAINER = ("-m", "cifar_assets.training")
+LAUNCHER = (sys.executable, "-m", "cifar_assets.training.launch", "--standalone", "--nproc-per-node=2")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,7 @@ def two(place: Workplace) -> str:
         "artifact_uri": (place.folder / "artifacts").as_uri(),
     }
     spec = place.spec("two", recipe_fields=RECIPE, execution=EXECUTION, mlflow=tracking)
-    done = run_trainer(spec, *TORCHRUN, *TRAINER)
+    done = run_trainer(spec, *LAUNCHER)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -65,8 +73,8 @@ def test_two_processes_do_what_one_does(place: Workplace, two: str):
         assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
 
 
-def test_two_processes_continue_from_a_checkpoint_to_the_same_weights(place: Workplace, two: str, tmp_path: Path):
-    """Two processes as two pods have them, without torchrun: one is killed, the other says so. Then the same again."""
+def test_a_process_that_lost_another_asks_to_be_started_again(place: Workplace, tmp_path: Path):
+    """Two processes as two pods have them, without launcher: one is killed, the other says so."""
     spec = place.spec("cut", recipe_fields=RECIPE, execution=EXECUTION)
     script = tmp_path / "cut.py"
     script.write_text(CUT)
@@ -79,10 +87,31 @@ def test_two_processes_continue_from_a_checkpoint_to_the_same_weights(place: Wor
     assert "start the same spec again" in survivor.stdout
     assert place.published("cut") == {}
     assert place.checkpoints("cut")
-    again = run_trainer(spec, *TORCHRUN, *TRAINER)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "Continuing from the checkpoint" in again.stdout
-    assert place.only_model("cut")[0] == place.only_model("two")[0]
+
+
+def test_the_launcher_says_whether_the_training_continues(place: Workplace, two: str):
+    """A process is killed, then the launcher is told to stop; the third start ends as an undisturbed training."""
+    spec = place.spec("stopped", recipe_fields=RECIPE, execution=EXECUTION)
+    job = start_trainer(spec, *LAUNCHER)
+    wait_for_line(job, "Epoch 1/5")
+    psutil.Process(job.pid).children()[1].kill()
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == EXIT_RESUME, output
+    job = start_trainer(spec, *LAUNCHER)
+    wait_for_line(job, "Continuing from the checkpoint")
+    job.terminate()
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == EXIT_RESUME, output
+    assert "Stopped after step" in output
+    done = run_trainer(spec, *LAUNCHER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Continuing from the checkpoint" in done.stdout
+    assert place.only_model("stopped")[0] == place.only_model("two")[0]
+
+
+def test_the_launcher_says_that_a_spec_is_wrong(place: Workplace):
+    done = run_trainer(place.spec(), *LAUNCHER, env={"CIFAR_JOB_SPEC": "{}"})
+    assert done.returncode == EXIT_BAD_SPEC, done.stdout + done.stderr
 
 
 def test_standard_input_is_refused_where_several_would_read_it(place: Workplace):

@@ -15,7 +15,7 @@ from cifar_assets.pipes_store import STORE_URI_PARAM
 from cifar_assets.training.recipes import RECIPES
 from cifar_assets.training.spec import JobSpec, MlflowTarget
 from resources.kubernetes_trainer import (
-    TORCHRUN,
+    LAUNCHER,
     KubernetesTrainer,
     build_trainer_collector,
     trainer_from_environment,
@@ -185,7 +185,7 @@ def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer):
     scale = TrainingScale(replicas=3, nproc_per_node=2, cpu="4", memory="9Gi", gpu=2)
     config = trainer.job_config(SPEC, scale, STORE)
     assert (config.replicas, config.nproc_per_node, config.cpu, config.memory, config.gpu) == (3, 2, "4", "9Gi", 2)
-    assert config.command == TORCHRUN
+    assert config.command == LAUNCHER
     assert trainer.job_config(SPEC, TrainingScale(), STORE).command == []
 
 

@@ -1,0 +1,45 @@
+"""Command line: `python -m cifar_assets.training.launch [options of torchrun]` trains in several processes.
+
+torchrun itself ends with 1 whatever happened to its processes, also when it was told to stop: nobody could tell a
+training that continues from one that cannot.
+"""
+
+import logging
+import sys
+from collections.abc import Collection, Sequence
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+
+_LOG = logging.getLogger(__name__)
+
+
+def main(options: Sequence[str]) -> int:
+    """Run the training and return the exit code that its processes agree on."""
+    try:
+        run.run(run.parse_args([*options, "-m", "cifar_assets.training"]))
+    except SignalException as error:
+        _LOG.warning("%s, and its processes were told to stop.", error)
+        return EXIT_RESUME
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        _LOG.warning("Exit codes by process, negative ones being signals: %s", codes)
+        return exit_code(codes.values())
+    return 0
+
+
+def exit_code(codes: Collection[int]) -> int:
+    """What exit codes of processes, some of them failures, say together.
+
+    A process that fails by itself makes the others lose it, or be told to stop: its code counts before theirs.
+    """
+    if EXIT_BAD_SPEC in codes:
+        return EXIT_BAD_SPEC
+    return EXIT_RESUME if all(code == EXIT_RESUME or code <= 0 for code in codes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
