@@ -28,10 +28,16 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 @dataclass(frozen=True)
 class _Task:
-    """One thing to do in MLflow; tried again until it succeeds or time is up."""
+    """One thing to do in MLflow; tried again until it succeeds, is refused or time is up."""
 
     label: str
     action: Callable[[], None]
+    tried_late: bool = False
+    """Whether it is tried once when time was up before its turn came."""
+
+
+class _RefusedError(Exception):
+    """What trying again cannot mend."""
 
 
 class Tracker:
@@ -75,7 +81,7 @@ class Tracker:
 
     def log_files(self, files: Mapping[str, bytes], folder: str) -> None:
         """Files as artifacts of the run below a folder."""
-        self._do(f"artifacts {folder}/", lambda: self._log_files(files, folder))
+        self._do(_artifacts(folder), lambda: self._log_files(files, folder))
 
     def register(self, folder: str, tags: Mapping[str, str]) -> None:
         """A new version of the registered model, from artifacts logged before; one that this run has is kept."""
@@ -87,7 +93,8 @@ class Tracker:
             return []
         if patience_seconds is None:
             patience_seconds = self._target.patience_seconds
-        self._do(f"end of the run as {status}", lambda: self._end_run(status))
+        # whatever failed before: an open run would look like a training that goes on
+        self._do(f"end of the run as {status}", lambda: self._end_run(status), tried_late=True)
         self._deadline = time.monotonic() + patience_seconds
         self._tasks.put(None)
         self._thread.join(patience_seconds + 5)
@@ -97,19 +104,22 @@ class Tracker:
             _LOG.warning("Not sent to MLflow at %s: %s", self._target.tracking_uri, ", ".join(unsent))
         return unsent
 
-    def _do(self, label: str, action: Callable[[], None]) -> None:
+    def _do(self, label: str, action: Callable[[], None], tried_late: bool = False) -> None:
         if self._target is None:
             return
         with self._lock:
             self._pending.append(label)
-        self._tasks.put(_Task(label, action))
+        self._tasks.put(_Task(label, action, tried_late))
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            if not self._attempt(task):
-                return
-            with self._lock:
-                self._pending.remove(task.label)
+            if (task.tried_late or not self._late) and self._attempt(task):
+                with self._lock:
+                    self._pending.remove(task.label)
+
+    @property
+    def _late(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
 
     def _attempt(self, task: _Task) -> bool:
         """Whether the task was done, with as many tries as time allows."""
@@ -120,11 +130,14 @@ class Tracker:
                 return True
             except Exception as error:
                 # whatever MLflow or the network raises must not end the training
+                if self._run is not None and _is_refusal(error):
+                    _LOG.warning("MLflow: %s was refused: %s", task.label, _first_line(error))
+                    return False
                 log = _LOG.warning if pause == _FIRST_PAUSE_SECONDS else _LOG.debug
                 log("MLflow: %s failed and is tried again: %s", task.label, _first_line(error))
             wake = time.monotonic() + pause
             while time.monotonic() < wake:
-                if self._deadline is not None and time.monotonic() > self._deadline:
+                if self._late:
                     return False
                 time.sleep(0.1)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -185,6 +198,9 @@ class Tracker:
         name = self._target.registered_model if self._target else None
         if name is None:
             return
+        with self._lock:
+            if _artifacts(folder) in self._pending:
+                raise _RefusedError("its artifacts are not in MLflow")
         try:
             client.create_registered_model(name)
         except MlflowException as error:
@@ -225,6 +241,21 @@ def _close_left_open(client: "MlflowClient", experiment_id: str, spec_digest: st
     )
     for run in left_open:
         client.set_terminated(run.info.run_id, "FAILED")
+
+
+def _artifacts(folder: str) -> str:
+    return f"artifacts {folder}/"
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether MLflow understood and said no; what it says of its own state (conflict, too many requests) may change."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    else:
+        status = getattr(getattr(error, "response", None), "status_code", None)  # of an upload through the server
+    return isinstance(error, _RefusedError) or status in (400, 401, 403, 404, 413, 422)
 
 
 def _first_line(error: Exception) -> str:
