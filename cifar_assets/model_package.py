@@ -64,12 +64,11 @@ def read_file(package: ObjectStore, manifest: ModelManifest, name: str) -> bytes
 def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str, bytes]) -> str:
     """Store a model under its digest and return the digest. The manifest goes last: a package without one is not there.
 
-    `files` holds every covered file and any uncovered ones. A model already stored is left as it is.
+    `files` holds every covered file and any uncovered ones. Storing a model again repairs what was damaged; what the
+    digest does not cover is then that of the last training.
     """
     digest = manifest.digest
     package = models.at(digest)
-    if package.exists(MANIFEST_FILE):
-        return digest
     for name, sha256 in manifest.files.items():
         if sha256_bytes(files[name]) != sha256:
             raise DataError(f"{name} does not have the digest its manifest gives.")

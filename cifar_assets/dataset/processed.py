@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.index import PREPARATION, pixel_digests
-from cifar_assets.dataset.objects import fetched, read_rows
+from cifar_assets.dataset.objects import fetched, is_stored, read_rows
 from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.dataset.raw import RawManifest, read_raw
 from cifar_assets.dataset.rows import RowBatch
 from cifar_assets.dataset.shards import Rows, Shard, ShardWriter
-from cifar_assets.digests import canonical_json, sha256_file, sha256_json
+from cifar_assets.digests import canonical_json, sha256_json
 from cifar_assets.errors import ConfigError, DataError, IntegrityError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
 
@@ -267,8 +267,7 @@ def _find_built(processed: ObjectStore, raw_digest: str, config: SplitConfig) ->
         return None
     for shard in [item for items in manifest.shards.values() for item in items] + list(manifest.rows.values()):
         key = f"{digest}/{shard.file}"
-        info, local = processed.stat(key), processed.local_path(key)
-        if info is None or info.size != shard.size or (local is not None and sha256_file(local) != shard.sha256):
+        if not is_stored(processed, key, shard.sha256, shard.size):
             logger.warning("%s is missing or was changed; building the processed version again.", processed.uri(key))
             return None
     return ProcessedVersion(digest, manifest, ProcessedReport(True, _size(manifest)))

@@ -178,7 +178,11 @@ def list_raw_versions(raw: ObjectStore) -> list[VersionInfo]:
         if not info.key.endswith("/manifest.json"):
             continue
         digest = info.key.split("/")[1]
-        manifest, provenance = read_raw(raw, digest), read_provenance(raw, digest)
+        try:
+            manifest, provenance = read_raw(raw, digest), read_provenance(raw, digest)
+        except DataError as error:
+            logger.warning("A version is left out: %s", error)
+            continue
         landed = sum(item.used_rows for item in manifest.objects if item.role == "landed")
         versions.append(
             VersionInfo(

@@ -96,14 +96,14 @@ def _cache_folder(cache: Path | None) -> Path:
 
 def _verified(processed: ObjectStore, digest: str, shard: Shard, cache: Path) -> Path:
     key = f"{digest}/{shard.file}"
+    if not processed.exists(key):
+        raise ObjectNotFoundError(f"{processed.uri(key)}: no such object: materialize the processed dataset again.")
     local = processed.local_path(key)
     if local is None:
         local = cache / digest / shard.file
         if not _has_digest(local, shard):
             processed.download_verified(key, shard.sha256, local)
         return local
-    if not local.is_file():
-        raise ObjectNotFoundError(f"{processed.uri(key)}: no such object: materialize the processed dataset again.")
     if not _has_digest(local, shard):
         raise IntegrityError(
             f"{processed.uri(key)} does not have sha256 {shard.sha256}: it was changed or cut off. Delete it and "

@@ -151,8 +151,13 @@ def test_a_changed_raw_object_is_noticed(raw, processed, source: str) -> None:
     assert list_processed_versions(processed) == []
 
 
+@pytest.mark.parametrize("is_remote", [False, True])
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
-def test_a_damaged_shard_is_noticed_and_built_again(damage: str, raw, processed, source: str) -> None:
+def test_a_damaged_shard_is_noticed_and_built_again(
+    damage: str, is_remote: bool, raw, processed, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_remote:
+        monkeypatch.setattr(FolderStore, "local_path", lambda store, key: None)
     raw_digest = build_raw_version(raw, source).digest
     built = build_processed(raw, processed, raw_digest)
     assert build_processed(raw, processed, raw_digest).report.reused
@@ -162,8 +167,8 @@ def test_a_damaged_shard_is_noticed_and_built_again(damage: str, raw, processed,
         processed.delete(key)
     else:
         processed.write(key, good[:-1] + b"?" if damage == "flip" else good[: len(good) // 2])
-    with pytest.raises((IntegrityError, ObjectNotFoundError), match=r"materialize the processed dataset again"):
-        open_split(processed, built.digest, "train")
+    with pytest.raises((IntegrityError, ObjectNotFoundError), match=r"materialize (the processed dataset|its asset) again"):
+        open_split(processed, built.digest, "train", tmp_path / "cache")
     again = build_processed(raw, processed, raw_digest)
     assert (again.digest, again.report.reused) == (built.digest, False)
     assert processed.read(key) == good

@@ -73,12 +73,14 @@ def test_versions_are_listed_with_the_current_one_marked(make, raw: FolderStore,
     }
 
 
-def test_a_changed_manifest_is_noticed(raw: FolderStore, source: str) -> None:
+def test_a_changed_manifest_is_noticed(raw: FolderStore, source: str, caplog: pytest.LogCaptureFixture) -> None:
     digest = build_raw_version(raw, source).digest
     key = f"versions/{digest}/manifest.json"
     raw.write(key, raw.read(key).replace(b'"rows":60', b'"rows":61'))
     with pytest.raises(IntegrityError):
         read_raw(raw, digest)
+    assert list_raw_versions(raw) == []
+    assert key in caplog.text
 
 
 def test_unknown_and_malformed_digests_are_told_apart(raw: FolderStore) -> None:

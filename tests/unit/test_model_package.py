@@ -1,0 +1,37 @@
+"""What is stored under a model's digest, and what storing it again changes."""
+
+from pathlib import Path
+
+import pytest
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.digests import sha256_bytes
+from cifar_assets.errors import IntegrityError
+from cifar_assets.model_package import (
+    MANIFEST_FILE,
+    PERFORMANCE_FILE,
+    WEIGHTS_FILE,
+    ModelManifest,
+    read_file,
+    read_manifest,
+    write_package,
+)
+from cifar_assets.object_store import FolderStore
+
+WEIGHTS = b"weights"
+MANIFEST = ModelManifest(
+    dataset_digest="d", raw_digest="r", seed=0, classes=CLASSES, files={WEIGHTS_FILE: sha256_bytes(WEIGHTS)}
+)
+
+
+@pytest.mark.parametrize("damaged", [WEIGHTS_FILE, MANIFEST_FILE])
+def test_training_the_same_model_again_repairs_it(damaged: str, tmp_path: Path) -> None:
+    models = FolderStore(tmp_path)
+    digest = write_package(models, MANIFEST, {WEIGHTS_FILE: WEIGHTS, PERFORMANCE_FILE: b"first"})
+    package = models.at(digest)
+    package.write(damaged, b"damaged")
+    with pytest.raises(IntegrityError, match="materialize its asset again"):
+        read_file(package, read_manifest(package, digest), WEIGHTS_FILE)
+    assert write_package(models, MANIFEST, {WEIGHTS_FILE: WEIGHTS, PERFORMANCE_FILE: b"second"}) == digest
+    assert read_file(package, read_manifest(package, digest), WEIGHTS_FILE) == WEIGHTS
+    assert package.read(PERFORMANCE_FILE) == b"second"
