@@ -3,7 +3,7 @@
 import hashlib
 import http.client
 import logging
-import os
+import shutil
 import time
 import urllib.error
 import urllib.parse
@@ -15,6 +15,7 @@ from pathlib import Path
 from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.digests import sha256_bytes
 from cifar_assets.errors import DataError, IntegrityError
+from cifar_assets.object_store.folder import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +116,12 @@ def fetch(
         sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
     try:
         check_file(part, expected, shown(url))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(part, target)
-    finally:
+    except IntegrityError:
         _forget(part)
+        raise
+    with part.open("rb") as file:  # not moved: the two may lie on different file systems
+        write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
+    _forget(part)
 
 
 def _transfer(url: str, part: Path, progress: Progress) -> None:
@@ -133,6 +136,8 @@ def _transfer(url: str, part: Path, progress: Progress) -> None:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code == 416:
+            if error.headers.get("Content-Range") == f"bytes */{have}":
+                return  # all of it is here: what failed last time came after the transfer
             _forget(part)
             raise http.client.IncompleteRead(b"") from error
         raise

@@ -11,12 +11,12 @@ from pydantic import BaseModel, Field, ValidationError
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
 from cifar_assets.dataset.formats.image_tar import IMAGE_SUFFIXES, class_of, pack_images
 from cifar_assets.dataset.formats.pickles import HostileDataError
-from cifar_assets.dataset.images import ImageError, pixel_digest, prepare_image
+from cifar_assets.dataset.images import ImageError, check_size, pixel_digest, prepare_image
 from cifar_assets.dataset.index import PREPARATION, ObjectIndex, build_index, load_index, save_index
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, is_test_name, suffix_of
 from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, is_stored, read_rows, store_object
 from cifar_assets.dataset.rows import SPLITS
-from cifar_assets.digests import sha256_bytes, sha256_file, sha256_json
+from cifar_assets.digests import sha256_file, sha256_json, sha256_stream
 from cifar_assets.errors import DataError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectInfo, ObjectStore
 
@@ -66,6 +66,11 @@ class LandedImage:
             np.array([SPLITS.index("test" if self.is_test else "train")], np.uint8),
             {},
         )
+
+    @property
+    def identity(self) -> str:
+        """The same for copies under other names, as long as these say the same of it."""
+        return f"{self.sha256}:{self.label}:{'test' if self.is_test else 'train'}"
 
     @property
     def member(self) -> str:
@@ -155,12 +160,14 @@ def _read(
 
 
 def _judge_image(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Refused | LandedImage:
-    data = raw.read(info.key)
-    sha256 = sha256_bytes(data)
-    try:
-        return _image(info.key, sha256, pixel_digest(prepare_image(data, resize=resize)))
-    except ImageError as error:
-        return Refused(sha256, str(error))
+    with raw.open(info.key) as file:
+        sha256 = sha256_stream(file)
+        file.seek(0)
+        try:
+            check_size(info.size)
+            return _image(info.key, sha256, pixel_digest(prepare_image(file.read(), resize=resize)))
+        except ImageError as error:
+            return Refused(sha256, str(error))
 
 
 def _judge_table(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Refused | LandedTable:
@@ -169,16 +176,18 @@ def _judge_table(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Refused | 
         path = Path(folder, "object")
         raw.download(info.key, path)
         sha256 = sha256_file(path)
-        try:
-            index = load_index(raw, sha256, split, resize)
-            if index is None:
+        index = load_index(raw, sha256, split, resize)
+        if index is None:
+            try:
                 index = build_index(read_rows(path, kind, split, info.key, resize=resize), info.key)
-            if not len(index):
-                return Refused(sha256, f"{info.key} holds no rows.")
-        except HostileDataError as error:
-            return Refused(sha256, str(error), hostile=True)
-        except DataError as error:
-            return Refused(sha256, str(error))
+            except DataError as error:
+                return Refused(sha256, str(error), hostile=isinstance(error, HostileDataError))
+            except MemoryError:
+                raise
+            except Exception as error:  # of a reader that met what nobody thought of: no reason to stop every build
+                return Refused(sha256, f"{info.key} cannot be read: {error!r}. Write it again, or report this.")
+        if not len(index):
+            return Refused(sha256, f"{info.key} holds no rows.")
         if len(index.refused) < len(index):
             item = _store(raw, path, kind, split, _suffix(path, kind), len(index))
         else:

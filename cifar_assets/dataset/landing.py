@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
-from cifar_assets.dataset.completeness import still_being_written
+from cifar_assets.dataset.completeness import why_not_ready
 from cifar_assets.dataset.consistency import Known, Verdict, check_landed
 from cifar_assets.dataset.formats.image_tar import IMAGE_SUFFIXES, class_of
 from cifar_assets.dataset.index import ObjectIndex
@@ -80,7 +80,7 @@ def scan_landing(raw: ObjectStore) -> LandingScan:
     ready: list[ObjectInfo] = []
     skipped: dict[str, str] = {}
     for info in raw.list(LANDING_PREFIX):
-        reason = classify_landing_object(info.key, info.size) or still_being_written(raw, info)
+        reason = classify_landing_object(info.key, info.size) or why_not_ready(raw, info)
         if reason is None:
             ready.append(info)
         else:
@@ -99,7 +99,7 @@ def join_landed(
     scan = scan_landing(raw)
     skipped = dict(scan.skipped)
     tables: dict[tuple[str, str], LandedTable] = {}
-    images: dict[tuple[str, int], LandedImage] = {}
+    images: dict[str, LandedImage] = {}
     names: defaultdict[str, list[str]] = defaultdict(list)
     rejected: list[Rejection] = []
     for number, (info, found) in enumerate(examine(raw, scan.ready, resize), 1):
@@ -112,8 +112,8 @@ def join_landed(
             tables[found.item.sha256, found.item.split] = found
             names[f"{found.item.sha256}:{found.item.split}"].append(info.key)
         else:
-            images[found.sha256, found.label] = found
-            names[f"{found.sha256}:{found.label}"].append(info.key)
+            images[found.identity] = found
+            names[found.identity].append(info.key)
     table_list = [tables[identity] for identity in sorted(tables)]
     image_list = [images[identity] for identity in sorted(images)]
     indexes: list[ObjectIndex] = [*(table.index for table in table_list), *(image.index() for image in image_list)]
@@ -129,7 +129,7 @@ def join_landed(
             names[item.sha256] += keys
     good = []
     for image, verdict in zip(image_list, verdicts[len(table_list) :], strict=True):
-        keys = names.pop(f"{image.sha256}:{image.label}")
+        keys = names.pop(image.identity)
         if verdict.rejected:
             rejected += [reject_object(raw, key, image.sha256, verdict.rejected[0]) for key in keys]
             continue

@@ -55,7 +55,8 @@ def reject_rows(raw: ObjectStore, key: str, item: RawObject, rows: dict[int, str
         "Correct these rows and land them again."
     )
     moved_to = target if item.format == "parquet" else None
-    if _write_reason(raw, target, key, item.sha256, reason, rows) and moved_to:
+    is_new = _write_reason(raw, target, key, item.sha256, reason, rows)
+    if moved_to and (is_new or not raw.exists(target)):
         with fetched(raw, item.key, item.sha256) as path, tempfile.TemporaryDirectory() as folder:
             picked = Path(folder, "rows.parquet")
             pick_rows(path, rows, picked)

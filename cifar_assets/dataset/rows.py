@@ -14,6 +14,9 @@ Split = Literal["train", "test", "any"]
 
 SPLITS: tuple[Split, ...] = ("train", "test", "any")
 BATCH_ROWS = 2048
+BATCH_BYTES = 64 << 20
+"""Encoded images held at a time; of CIFAR-10's own, a batch has 5 MB."""
+
 REFUSED_LABEL = -1
 
 
@@ -76,12 +79,14 @@ def empty_images(count: int) -> NDArray[np.uint8]:
 
 
 def in_batches(rows: Iterable[EncodedRow], size: int = BATCH_ROWS) -> Iterator[list[EncodedRow]]:
-    """The rows in lists of at most `size`."""
+    """The rows in lists of at most `size`, and of about BATCH_BYTES."""
     batch: list[EncodedRow] = []
+    num_bytes = 0
     for row in rows:
         batch.append(row)
-        if len(batch) == size:
+        num_bytes += len(row.data or b"")
+        if len(batch) == size or num_bytes >= BATCH_BYTES:
             yield batch
-            batch = []
+            batch, num_bytes = [], 0
     if batch:
         yield batch

@@ -5,6 +5,7 @@ import os
 import tempfile
 import urllib.parse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -21,6 +22,7 @@ from cifar_assets.dataset.download import (
     split_expected,
 )
 from cifar_assets.dataset.formats.binary import pack_records
+from cifar_assets.dataset.formats.image_tar import member_names
 from cifar_assets.dataset.index import build_index, load_index, save_index
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, Entry, SourceFile, recognize, suffix_of
 from cifar_assets.dataset.objects import RawObject, is_stored, read_rows, store_object
@@ -79,10 +81,10 @@ def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, progress: Pro
         index = build_index(
             read_rows(file.path, file.format, file.split, file.name, resize=resize), file.name, progress
         )
-        if index.refused:
-            raise DataError(_refusal_message(file.name, index.refused, len(index)))
-        if not len(index):
-            raise DataError(f"{file.name} holds no images.")
+    if index.refused:  # also by an index kept of a landed file of the same bytes
+        raise DataError(_refusal_message(file, index.refused, len(index)))
+    if not len(index):
+        raise DataError(f"{file.name} holds no images.")
     key = store_object(raw, file.path, sha256, file.suffix)
     save_index(raw, sha256, file.split, resize, index)
     return RawObject.model_validate(
@@ -98,11 +100,14 @@ def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, progress: Pro
     )
 
 
-def _refusal_message(name: str, refused: dict[int, str], rows: int) -> str:
-    listed = "; ".join(f"row {row}: {reason}" for row, reason in list(refused.items())[:_SHOWN_REFUSALS])
+def _refusal_message(file: SourceFile, refused: dict[int, str], rows: int) -> str:
+    shown_rows = list(refused)[:_SHOWN_REFUSALS]
+    names = member_names(file.path) if file.format == "images" else [f"row {row}" for row in range(rows)]
+    listed = "; ".join(f"{names[row]}: {refused[row]}" for row in shown_rows)
     more = f" and {len(refused) - _SHOWN_REFUSALS} more" if len(refused) > _SHOWN_REFUSALS else ""
     return (
-        f"{name}: {len(refused)} of {rows} rows cannot be used ({listed}{more}). Correct or remove them in the source."
+        f"{file.name}: {len(refused)} of {rows} rows cannot be used ({listed}{more}). Correct or remove them in the "
+        "source."
     )
 
 
@@ -128,6 +133,7 @@ def _local_files(path: Path, expected: Expected, work: Path, progress: Progress)
         return _one_file(path, path.name, str(path))
     if not path.is_dir():
         raise ConfigError(f"Source {str(path)!r} is neither a file nor a folder here. {CHOICES}")
+    _refuse_digest_of_many(expected, str(path))
     entries = [
         Entry(
             Path(folder, name).relative_to(path).as_posix(),
@@ -147,21 +153,30 @@ def _bucket_files(address: str, expected: Expected, work: Path, progress: Progre
         store = open_store(parent)
         if not address.endswith("/") and store.exists(name):
             target = work / "download"
-            store.download(name, target)
+            store.download(name, target, partial(progress, f"downloading {address}"))
             check_file(target, expected, address)
             return _one_file(target, name, address)
+    _refuse_digest_of_many(expected, address)
     store = open_store(address.rstrip("/"))
 
     def fetch_object(key: str) -> Path:
         # One object at a time lies here: what was fetched before has been stored by now.
         target = work / "object"
-        store.download(key, target)
+        store.download(key, target, partial(progress, f"downloading {store.uri(key)}"))
         return target
 
     entries = [Entry(info.key, info.size, lambda key=info.key: fetch_object(key)) for info in store.list() if info.size]
     if not entries:
         raise ConfigError(f"Source {address!r}: no object has this key or prefix. {CHOICES}")
     return recognize(entries, address, work, progress)
+
+
+def _refuse_digest_of_many(expected: Expected, address: str) -> None:
+    if expected != Expected():
+        raise ConfigError(
+            f"Source {address!r} is not one file: #md5= and #sha256= check a single file. Leave them out, or name the "
+            "file."
+        )
 
 
 def _one_file(path: Path, name: str, address: str) -> Iterator[SourceFile]:

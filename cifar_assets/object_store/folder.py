@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cifar_assets.errors import ConfigError, ObjectNotFoundError, StoreError
-from cifar_assets.object_store.base import ObjectInfo, ObjectStore
+from cifar_assets.object_store.base import ObjectInfo, ObjectStore, Transferred
 
 _TEMPORARY_PREFIX = ".writing-"
 _swept: set[Path] = set()
 
 
 class FolderStore(ObjectStore):
-    """Keys are paths below `root`. Writes go to a temporary file in the same folder and are renamed into place."""
+    """Keys are paths below `root`. Writes go to a temporary file in the same folder and are renamed into place.
+
+    A link to a file is an object: people put a dataset into the landing zone by `ln -s`.
+    """
 
     def __init__(self, root: Path):
         self.root = root.resolve()
@@ -42,6 +45,8 @@ class FolderStore(ObjectStore):
             return self._path(key).open("rb")
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise ObjectNotFoundError(f"{self.uri(key)}: no such object.") from error
+        except OSError as error:
+            raise StoreError(f"Could not read {self._path(key)}: {error.strerror}. Check its permissions.") from error
 
     def write(self, key: str, data: bytes) -> None:
         write_atomically(self._target(key), lambda file: file.write(data))
@@ -50,9 +55,11 @@ class FolderStore(ObjectStore):
         with path.open("rb") as source:
             write_atomically(self._target(key), lambda file: shutil.copyfileobj(source, file))
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, progress: Transferred | None = None) -> None:
         with self.open(key) as source:
             write_atomically(path, lambda file: shutil.copyfileobj(source, file))
+        if progress:
+            progress(path.stat().st_size, path.stat().st_size)
 
     def stat(self, key: str) -> ObjectInfo | None:
         path = self._path(key)
@@ -70,7 +77,8 @@ class FolderStore(ObjectStore):
         )
         for key in sorted(keys):
             if key.startswith(prefix):
-                yield self._info(key, self.root / key)
+                with contextlib.suppress(FileNotFoundError):  # removed since, or a link to nothing
+                    yield self._info(key, self.root / key)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -88,7 +96,7 @@ class FolderStore(ObjectStore):
         return self._path(key)
 
     def _path(self, key: str) -> Path:
-        path = (self.root / key).resolve()
+        path = Path(os.path.normpath(self.root / key))
         if not path.is_relative_to(self.root):
             raise ConfigError(f"Key {key!r} leaves the store's root {self.root}: use a key without '..'.")
         return path

@@ -22,7 +22,7 @@ from minio.helpers import DictType
 from urllib3.exceptions import HTTPError, IncompleteRead
 
 from cifar_assets.errors import ConfigError, ObjectNotFoundError, StoreError
-from cifar_assets.object_store.base import ObjectInfo, ObjectStore
+from cifar_assets.object_store.base import ObjectInfo, ObjectStore, Transferred
 from cifar_assets.object_store.folder import write_atomically
 from cifar_assets.object_store.s3_errors import explain, is_transient
 
@@ -35,8 +35,6 @@ _PAGE_KEYS = 1000
 _FAULTS = (HTTPError, MinioException, OSError)
 _NOT_FOUND = ("NoSuchKey", "NoSuchObject", "NotFound")
 T = TypeVar("T")
-Transferred = Callable[[int, int], None]
-"""Called with the bytes moved so far and the bytes there are."""
 
 
 @dataclass(frozen=True)

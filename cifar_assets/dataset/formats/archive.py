@@ -21,10 +21,11 @@ PYTHON_FOLDER = "cifar-10-batches-py"
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 MAX_MEMBER_BYTES = 256 << 20
 MAX_UNPACKED_BYTES = 4 << 30
-"""Bounds against archives that unpack to far more than CIFAR-10 (186 MB, 31 MB per batch)."""
+MAX_HEADER_BYTES = 1 << 20
+"""Bounds against archives that unpack to far more than CIFAR-10 (186 MB, 31 MB per batch), or hold it in memory."""
 
 _IMAGE_BYTES = int(np.prod(IMAGE_SHAPE))
-_READABLE_ERRORS = (EOFError, OSError, tarfile.TarError, zlib.error)
+_READABLE_ERRORS = (EOFError, OSError, ValueError, tarfile.TarError, zlib.error)
 
 
 def read_archive(path: Path, name: str) -> Iterator[RowBatch]:
@@ -54,12 +55,14 @@ def _unpacked(file: BinaryIO, name: str) -> BinaryIO:
 
 
 def _read_stream(stream: BinaryIO, name: str, size: int) -> Iterator[RowBatch]:
-    bounded = _Bounded(stream, MAX_UNPACKED_BYTES, name)
+    bounded = _Bounded(stream, MAX_HEADER_BYTES, name)
     first_row = 0
     seen: set[str] = set()
     try:
         with tarfile.open(fileobj=bounded, mode="r|") as archive:
             for member in archive:
+                # tarfile reads the headers up to the next member in one piece, as long as they claim to be.
+                bounded.limit = min(bounded.count + member.size + MAX_HEADER_BYTES, MAX_UNPACKED_BYTES)
                 batch_name = _checked_member(member, name)
                 if batch_name is None:
                     continue
@@ -76,6 +79,7 @@ def _read_stream(stream: BinaryIO, name: str, size: int) -> Iterator[RowBatch]:
                 yield from pixel_batches(images, labels, split, first_row)
                 first_row += len(labels)
         # tarfile stops at its end mark; gzip checks length and checksum at its own.
+        bounded.limit = MAX_UNPACKED_BYTES
         while bounded.read(1 << 20):
             pass
     except _READABLE_ERRORS as error:
@@ -133,12 +137,21 @@ def _parse_batch(batch_name: str, data: bytes, where: str) -> tuple[NDArray[np.u
     if not isinstance(batch, dict) or not {"data", "labels"} <= {_text(key) for key in batch}:
         raise DataError(f"{where}: expected a dict with 'data' and 'labels'.")
     fields = {_text(key): value for key, value in batch.items()}
-    pixels, labels = np.asarray(fields["data"]), np.asarray(fields["labels"])
-    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != _IMAGE_BYTES:
-        raise DataError(f"{where}: expected data uint8 N x {_IMAGE_BYTES}, got {pixels.dtype} {pixels.shape}.")
-    if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-        raise DataError(f"{where}: expected {len(pixels)} integer labels, got {labels.dtype} {labels.shape}.")
+    pixels, labels = fields["data"], fields["labels"]
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (_IMAGE_BYTES,):
+        raise DataError(f"{where}: expected data as a uint8 array N x {_IMAGE_BYTES}, got {_kind(pixels)}.")
+    if isinstance(labels, list) and all(type(label) is int for label in labels):
+        labels = np.asarray(labels)
+    if not isinstance(labels, np.ndarray) or labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
+        raise DataError(f"{where}: expected {len(pixels)} integer labels, got {_kind(labels)}.")
     return pixels.reshape(-1, *IMAGE_SHAPE), labels.astype(np.int64)
+
+
+def _kind(value: object) -> str:
+    """What a value is, in a few words: it may be of any size."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, list) else "")
 
 
 def _check_meta(batch_name: str, data: bytes, where: str) -> None:
@@ -147,7 +160,8 @@ def _check_meta(batch_name: str, data: bytes, where: str) -> None:
     else:
         meta = load_plain(data, where)
         found = {_text(key): value for key, value in meta.items()} if isinstance(meta, dict) else {}
-        names = [_text(value) for value in found.get("label_names", [])]
+        label_names = found.get("label_names")
+        names = [_text(value) for value in label_names] if isinstance(label_names, list) else []
     if tuple(names) != CLASSES:
         raise DataError(f"{where}: label names are {names}; expected {list(CLASSES)}. Labels would mean other classes.")
 
@@ -157,17 +171,17 @@ def _text(value: object) -> str:
 
 
 class _Bounded(io.RawIOBase):
-    """A reader that counts what it hands out and stops at a limit."""
+    """A reader that counts what it hands out and stops at a limit, which may be moved."""
 
     def __init__(self, stream: IO[bytes], limit: int, name: str):
-        self._stream, self._limit, self._name, self.count = stream, limit, name, 0
+        self._stream, self.limit, self._name, self.count = stream, limit, name, 0
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size if size >= 0 else self._limit)
+        data = self._stream.read(size if size >= 0 else self.limit)
         self.count += len(data)
-        if self.count > self._limit:
-            raise DataError(f"{self._name} unpacks to more than {self._limit:,} bytes: this is not CIFAR-10.")
+        if self.count > self.limit:
+            raise DataError(f"{self._name} unpacks to more than {self.limit:,} bytes where CIFAR-10 has less.")
         return data

@@ -13,8 +13,11 @@ from cifar_assets.dataset.decoding import decode_rows
 from cifar_assets.dataset.rows import EncodedRow, RowBatch, Split, label_refusal
 from cifar_assets.errors import DataError
 
-_BATCH_ROWS = 1024
+_BATCH_ROWS = 64
+"""Rows in memory at a time, twice: a row may be a picture of several megabytes, however small the file is."""
+
 _IMAGE_COLUMNS = ("img", "image")
+_BINARY = ([pa.binary()], [pa.large_binary()], [pa.binary_view()])
 
 
 def read_parquet(path: Path, split: Split, name: str, *, resize: bool) -> Iterator[RowBatch]:
@@ -46,12 +49,12 @@ def pick_rows(path: Path, rows: dict[int, str], target: Path) -> None:
 
 def _check_schema(schema: pa.Schema, name: str) -> str:
     column = next((candidate for candidate in _IMAGE_COLUMNS if candidate in schema.names), None)
-    if column is None or "label" not in schema.names:
+    if column is None or schema.names.count(column) != 1 or schema.names.count("label") != 1:
         raise DataError(
-            f"{name}: expected columns img (struct of bytes, path) and label, got {', '.join(schema.names)}."
+            f"{name}: expected one column img (struct of bytes, path) and one label, got {', '.join(schema.names)}."
         )
     kind = schema.field(column).type
-    if not pa.types.is_struct(kind) or "bytes" not in [field.name for field in kind]:
+    if not pa.types.is_struct(kind) or [field.type for field in kind if field.name == "bytes"] not in _BINARY:
         raise DataError(f"{name}: column {column} is {kind}; expected struct<bytes: binary, path: string>.")
     if not pa.types.is_integer(schema.field("label").type):
         raise DataError(f"{name}: column label is {schema.field('label').type}; expected an integer 0 to 9.")

@@ -1,6 +1,8 @@
 """Case C01 and its kind: cut, substituted and interrupted downloads."""
 
 import hashlib
+import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ import pytest
 
 from cifar_assets.dataset import download
 from cifar_assets.dataset.raw import build_raw_version, current_raw_digest
-from cifar_assets.errors import DataError
+from cifar_assets.errors import DataError, StoreError
 from cifar_assets.object_store import FolderStore
 
 
@@ -33,6 +35,11 @@ class Server:
         start = 0
         if asked and self.ranges and handler.headers.get("If-Range") == self.etag:
             start = int(asked.removeprefix("bytes=").rstrip("-"))
+        if start and start >= len(self.body):
+            handler.send_response(416)
+            handler.send_header("Content-Range", f"bytes */{len(self.body)}")
+            handler.end_headers()
+            return
         handler.send_response(206 if start else self.status)
         handler.send_header("ETag", self.etag)
         handler.send_header("Content-Length", str(len(self.body) - start))
@@ -154,6 +161,34 @@ def test_a_server_without_ranges_starts_from_the_beginning(make, raw: FolderStor
         build_raw_version(raw, server.url)
     server.break_after = None
     assert build_raw_version(raw, server.url).manifest.rows == 120
+
+
+def test_what_failed_after_the_transfer_does_not_transfer_again(
+    make, raw: FolderStore, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.body = make.archive()
+
+    def no_space(path: Path, fill: object) -> None:
+        raise StoreError("no space left")
+
+    with monkeypatch.context() as full:
+        full.setattr(download, "write_atomically", no_space)
+        with pytest.raises(StoreError, match="no space"):
+            build_raw_version(raw, server.url)
+    assert build_raw_version(raw, server.url).manifest.rows == 120
+    assert server.requests == [None, f"bytes={len(server.body)}-"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
+def test_the_part_may_lie_on_another_file_system(
+    make, raw: FolderStore, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.body = make.archive()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert os.stat(other).st_dev != tmp_path.stat().st_dev
+        monkeypatch.setenv("CIFAR_DOWNLOADS", other)
+        assert build_raw_version(raw, server.url).manifest.rows == 120
+        assert os.listdir(other) == []
 
 
 def test_a_refusing_server_is_not_asked_again(raw: FolderStore, server: Server, tmp_path: Path) -> None:

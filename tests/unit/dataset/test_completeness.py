@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import tarfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def parquet() -> bytes:
     return buffer.getvalue()
 
 
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        info = tarfile.TarInfo("data_batch_1")
+        info.size = 20_480
+        archive.addfile(info, io.BytesIO(b"\1" * 20_480))
+    return buffer.getvalue()[: 512 + 20_480 + 1024]  # header, data, end mark; the padding after it says nothing
+
+
 def picture(format_name: str) -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -33,8 +43,13 @@ def picture(format_name: str) -> bytes:
 WHOLE = {
     "rows.parquet": parquet(),
     "batch.tar.gz": gzip.compress(bytes(range(256)) * 64),
+    "batch.tar": tar(),
     "cat/one.png": picture("PNG"),
     "cat/one.jpg": picture("JPEG"),
+    "cat/one.gif": picture("GIF"),
+    "cat/one.bmp": picture("BMP"),
+    "cat/one.webp": picture("WEBP"),
+    "cat/one.tiff": picture("TIFF"),
 }
 
 
@@ -69,3 +84,30 @@ def test_a_file_that_grows_waits_until_it_is_whole(raw: FolderStore, name: str, 
 def test_a_file_that_stays_broken_is_left_to_validation(raw: FolderStore, name: str) -> None:
     put(raw, name, WHOLE[name][:60], age_seconds=SETTLED_SECONDS + 5)
     assert [info.key for info in scan_landing(raw).ready] == [f"landing/{name}"]
+
+
+def test_a_picture_too_large_to_be_used_is_left_to_validation_unread(raw: FolderStore) -> None:
+    with put(raw, "cat/huge.png", picture("PNG")).open("r+b") as file:
+        file.truncate(1 << 40)  # sparse; reading it would take all memory
+    assert [info.key for info in scan_landing(raw).ready] == ["landing/cat/huge.png"]
+
+
+def test_a_file_that_may_not_be_read_waits_and_says_so(raw: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(raw, "cat/one.png", picture("PNG"), age_seconds=SETTLED_SECONDS + 5)
+    monkeypatch.setattr("cifar_assets.dataset.completeness.os.access", lambda path, mode: False)  # root may read all
+    scan = scan_landing(raw)
+    assert scan.ready == ()
+    assert "permission" in scan.skipped["landing/cat/one.png"]
+
+
+def test_links_are_followed_and_one_to_nothing_is_left_alone(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.png"
+    elsewhere.write_bytes(picture("PNG"))
+    store = FolderStore(tmp_path / "store")
+    folder = store.root / "landing" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "linked.png").symlink_to(elsewhere)
+    (folder / "dangling.png").symlink_to(tmp_path / "nothing.png")
+    assert [info.key for info in scan_landing(store).ready] == ["landing/cat/linked.png"]
+    store.delete("landing/cat/linked.png")
+    assert elsewhere.exists()

@@ -170,6 +170,9 @@ def test_claims_are_bounded(make, raw: FolderStore, tmp_path: Path, monkeypatch:
         {"data": np.zeros((2, 3072), np.uint8), "labels": [0]},
         {"data": np.zeros((2, 3072), np.uint8), "labels": [0, "cat"]},
         {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]},
+        {"data": [[0] * 3072, [0]], "labels": [0, 1]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [[0], [1, 2]]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": 5},
     ],
 )
 def test_a_batch_of_another_shape_is_refused(batch: object, make, raw: FolderStore, tmp_path: Path) -> None:
@@ -186,4 +189,31 @@ def test_a_batch_given_twice_is_refused(make, raw: FolderStore, tmp_path: Path) 
     path = tmp_path / "a.tar.gz"
     path.write_bytes(make.tar(make.python_members(), [(member("other/data_batch_1"), data)]))
     with pytest.raises(DataError, match="data_batch_1 twice"):
+        build_raw_version(raw, str(path))
+
+
+def test_lists_in_lists_are_not_written_out(make, raw: FolderStore, tmp_path: Path) -> None:
+    nested: list = [0] * 64
+    for _ in range(12):
+        nested = [nested] * 64  # 64 ** 13 numbers, in a pickle of a kilobyte
+    test_a_batch_of_another_shape_is_refused({"data": nested, "labels": nested}, make, raw, tmp_path)
+
+
+@pytest.mark.parametrize("meta", [{"label_names": 5}, {"label_names": {}}, [], None])
+def test_label_names_of_another_kind_are_refused(meta: object, make, raw: FolderStore, tmp_path: Path) -> None:
+    members = make.python_members()
+    members["cifar-10-batches-py/batches.meta"] = pickle.dumps(meta)
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(make.tar(members))
+    with pytest.raises(DataError, match="label names are"):
+        build_raw_version(raw, str(path))
+
+
+@pytest.mark.parametrize("headers", [{"GNU.sparse.map": "1,x", "GNU.sparse.size": "1"}, {"comment": "x" * (3 << 20)}])
+def test_headers_that_lie_are_refused(headers: dict[str, str], make, raw: FolderStore, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar.gz"
+    odd = member("cifar-10-batches-py/readme.html")
+    odd.pax_headers = headers
+    path.write_bytes(make.tar(make.python_members(), [(odd, b"x")]))
+    with pytest.raises(DataError, match=r"cut off or damaged|unpacks to more"):
         build_raw_version(raw, str(path))

@@ -2,9 +2,11 @@
 
 import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -26,6 +28,12 @@ def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def reason_of(raw: FolderStore, key: str) -> dict:
     return json.loads(raw.read(f"{key}.reason.json"))
+
+
+def parquet_of(columns: list[tuple[str, list]]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array(rows) for _, rows in columns], [name for name, _ in columns]), buffer)
+    return buffer.getvalue()
 
 
 def landing_keys(raw: FolderStore) -> list[str]:
@@ -126,6 +134,9 @@ def test_other_content_under_a_rejected_name_loses_nothing(raw: FolderStore, sou
         ("x.parquet", b"not parquet at all"),
         ("x.tar.gz", b"not an archive"),
         ("x.tgz", b"\x1f\x8b\x08\x00cut"),
+        ("text.parquet", parquet_of([("img", [{"bytes": "GIF87a", "path": "x"}]), ("label", [0])])),
+        ("list.parquet", parquet_of([("img", [{"bytes": [b"GIF8"], "path": "x"}]), ("label", [0])])),
+        ("two.parquet", parquet_of([("img", [{"bytes": b"x"}]), ("label", [0]), ("label", [1])])),
     ],
 )
 def test_an_unreadable_object_moves_to_rejected_as_a_whole(
@@ -137,6 +148,60 @@ def test_an_unreadable_object_moves_to_rejected_as_a_whole(
     assert landing_keys(raw) == []
     assert raw.read(f"rejected/{name}") == data
     assert len(reason_of(raw, f"rejected/{name}")["reason"]) > 20
+
+
+def test_a_reader_that_fails_in_an_unforeseen_way_stops_no_build(
+    make, raw: FolderStore, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw.write("landing/odd.parquet", make.parquet(make.images(2, 5), make.labels(2)))
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("odd")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(landed, "read_rows", fail)
+        version = build_raw_version(raw, source)
+    assert version.manifest.rows == 80
+    assert "ZeroDivisionError" in reason_of(raw, "rejected/odd.parquet")["reason"]
+
+
+def test_a_picture_too_large_is_refused_unread(raw: FolderStore, source: str) -> None:
+    raw.write("landing/cat/huge.png", b"\x89PNG")
+    with (raw.root / "landing/cat/huge.png").open("r+b") as file:
+        file.truncate(64 << 20)
+    tracemalloc.start()
+    try:
+        build_raw_version(raw, source)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    assert "at most" in reason_of(raw, "rejected/cat/huge.png")["reason"]
+
+
+def test_the_split_of_a_picture_is_that_of_its_own_folder(make, raw: FolderStore, source: str) -> None:
+    data = make.png(make.images(1, 5)[0])
+    raw.write("landing/cat/b.png", data)
+    raw.write("landing/test/cat/a.png", data)
+    raw.write("landing/test/cat/c.png", data)
+    report = build_raw_version(raw, source).report.landing
+    assert {rejection.key for rejection in report.rejected} == {"landing/test/cat/a.png", "landing/test/cat/c.png"}
+    assert report.accepted == {"landing/cat/b.png": 1}
+
+
+def test_rejected_rows_that_were_not_written_in_time_are_written_later(
+    make, raw: FolderStore, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw.write("landing/x.parquet", make.encoded_parquet([make.png(make.images(1, 5)[0]), b"?"], [0, 1]))
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(rejection, "pick_rows", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_raw_version(raw, source)
+    build_raw_version(raw, source)
+    assert pq.read_table(io.BytesIO(raw.read("rejected/x.parquet"))).num_rows == 1
 
 
 def test_an_object_without_any_good_row_moves_as_a_whole(make, raw: FolderStore, source: str) -> None:

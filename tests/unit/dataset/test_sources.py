@@ -158,8 +158,38 @@ def test_foreign_parquet_columns_are_refused(raw: FolderStore, tmp_path: Path) -
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"expected columns img.*got text, label"):
+    with pytest.raises(DataError, match=r"expected one column img.*got text, label"):
         import_source(str(tmp_path / "train.parquet"), raw)
+
+
+def test_a_bad_picture_of_a_class_folder_is_named(make, raw: FolderStore, tmp_path: Path) -> None:
+    for number, image in enumerate(make.images(3)):
+        path = tmp_path / "data" / "cat" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make.png(image))
+    (tmp_path / "data" / "cat" / "1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"1 of 3 rows.*cat/1\.png: Expected"):
+        import_source(str(tmp_path / "data"), raw)
+
+
+def test_a_digest_is_not_taken_for_that_of_many_files(raw: FolderStore, source: str) -> None:
+    with pytest.raises(ConfigError, match="not one file"):
+        import_source(f"{source}#sha256={'0' * 64}", raw)
+
+
+def test_bad_rows_known_from_the_landing_zone_are_refused_in_a_source_too(
+    make, raw: FolderStore, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cifar_assets.dataset.completeness.SETTLED_SECONDS", -1.0)
+    data = make.encoded_parquet([make.png(make.images(1, 9)[0]), b"no image"], [0, 1])
+    raw.write("landing/train.parquet", data)
+    build_raw_version(raw, source)
+    folder = tmp_path / "corrected"
+    folder.mkdir()
+    (folder / "train.parquet").write_bytes(data)
+    (folder / "test.parquet").write_bytes(make.parquet(make.images(2, 3), make.labels(2)))
+    with pytest.raises(DataError, match="1 of 2 rows cannot be used"):
+        import_source(str(folder), raw)
 
 
 def test_parquet_that_declares_another_class_order_is_refused(make, raw: FolderStore, tmp_path: Path) -> None:
