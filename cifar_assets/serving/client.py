@@ -1,14 +1,15 @@
 """A small client of the server, on the standard library, for checks and tools."""
 
+import http.client
 import io
 import json
 import secrets
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,10 @@ class Predictions:
 
 @dataclass(frozen=True)
 class InferenceClient:
-    """Talks to one server. `headers` go with every request, `Host` for an ingress among them."""
+    """Talks to one server. `headers` go with every request, `Host` for an ingress among them.
+
+    ServerError where nothing answers, or something that is not a server of ours.
+    """
 
     base_url: str
     timeout: float = 10.0
@@ -58,13 +62,16 @@ class InferenceClient:
 
     def served_model(self) -> ServedModel:
         """Which model answers now. Raises ServerError where none does, or it is not ready."""
-        answer = self._json(self._ask("GET", f"/v1/models/{MODEL_NAME}")[0])
-        return ServedModel(bool(answer["ready"]), answer["model_digest"], answer["model_version"])
+        body, _ = self._ask("GET", f"/v1/models/{MODEL_NAME}")
+        with self._reading(body):
+            answer = json.loads(body)
+            return ServedModel(bool(answer["ready"]), str(answer["model_digest"]), str(answer["model_version"]))
 
     def predict_arrays(self, images: NDArray[np.uint8]) -> Predictions:
         """Classify uint8 images of shape (N, 3, 32, 32), any number, in requests of 64."""
         if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or not len(images):
-            raise ValueError(f"expected uint8 images of shape (N, {IMAGE_SHAPE}), got {images.dtype} {images.shape}")
+            shape = ", ".join(map(str, IMAGE_SHAPE))
+            raise ValueError(f"expected uint8 images of shape (N, {shape}), got {images.dtype} {images.shape}")
         answers = [self._infer(images[start : start + 64]) for start in range(0, len(images), 64)]
         probabilities = np.concatenate([answer[0] for answer in answers])
         digests = {answer[1] for answer in answers}
@@ -84,12 +91,13 @@ class InferenceClient:
             body.write(b"\r\n")
         body.write(f"--{boundary}--\r\n".encode())
         content_type = f"multipart/form-data; boundary={boundary}"
-        answer = self._json(
-            self._ask("POST", f"/v1/models/{MODEL_NAME}:predict", body.getvalue(), {"Content-Type": content_type})[0]
-        )
-        rows = [[prediction["probabilities"][name] for name in CLASSES] for prediction in answer["predictions"]]
-        probabilities = np.array(rows, dtype=np.float64)
-        return Predictions(_names(probabilities), probabilities, answer["model_digest"], answer["model_version"])
+        text, _ = self._ask("POST", f"/v1/models/{MODEL_NAME}:predict", body.getvalue(), {"Content-Type": content_type})
+        with self._reading(text):
+            answer = json.loads(text)
+            rows = [[prediction["probabilities"][name] for name in CLASSES] for prediction in answer["predictions"]]
+            probabilities = np.array(rows, dtype=np.float64).reshape(len(paths), len(CLASSES))
+            model = str(answer["model_digest"]), str(answer["model_version"])
+        return Predictions(_names(probabilities), probabilities, *model)
 
     def _infer(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float64], str, str]:
         pixels = np.ascontiguousarray(images).tobytes()
@@ -111,10 +119,12 @@ class InferenceClient:
             "Inference-Header-Content-Length": str(len(header)),
         }
         body, answer_headers = self._ask("POST", f"/v2/models/{MODEL_NAME}/infer", header + pixels, headers)
-        header_length = int(answer_headers.get("Inference-Header-Content-Length") or 0)
-        answer = self._json(body[:header_length])
-        values = np.frombuffer(body[header_length:], dtype="<f4").reshape(answer["outputs"][0]["shape"])
-        return values.astype(np.float64), answer["parameters"]["model_digest"], answer["model_version"]
+        with self._reading(body):
+            header_length = int(answer_headers["Inference-Header-Content-Length"])
+            answer = json.loads(body[:header_length])
+            values = np.frombuffer(body[header_length:], dtype="<f4").reshape(len(images), len(CLASSES))
+            model = str(answer["parameters"]["model_digest"]), str(answer["model_version"])
+        return values.astype(np.float64), *model
 
     def _ask(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
@@ -124,20 +134,25 @@ class InferenceClient:
         # No proxy: the server is on loopback or in the cluster, where a proxy of the environment does not reach it.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=self.timeout) as response:
-                return response.read(), response.headers
-        except urllib.error.HTTPError as error:
-            with error:
-                text = error.read(2000).decode("utf-8", "replace")
-            raise ServerError(f"{method} {url} answered {error.code}: {text}", error.code) from error
-        except (OSError, ValueError) as error:
-            raise ServerError(f"{method} {url} was not answered: {error}") from error
+            try:
+                with opener.open(request, timeout=self.timeout) as response:
+                    return response.read(), response.headers
+            except urllib.error.HTTPError as error:
+                with error:
+                    text = error.read(2000).decode("utf-8", "replace")
+                raise ServerError(f"{method} {url} answered {error.code}: {text}", error.code) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ServerError(f"{method} {url} was not answered: {type(error).__name__}: {error}") from error
 
-    def _json(self, body: bytes) -> dict[str, Any]:
+    @contextmanager
+    def _reading(self, body: bytes) -> Iterator[None]:
         try:
-            return json.loads(body)
-        except ValueError as error:
-            raise ServerError(f"{self.base_url} did not answer with JSON: {body[:100]!r}") from error
+            yield
+        except (ValueError, TypeError, LookupError) as error:
+            raise ServerError(
+                f"{self.base_url} answers, but not as a server of ours does: {body[:100]!r} "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
 
 def _names(probabilities: NDArray[np.float64]) -> tuple[str, ...]:

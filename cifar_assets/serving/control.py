@@ -102,10 +102,7 @@ def start_supervisor(folder: Path, host: str, port: int) -> SupervisorState:
 
 def deploy(state: SupervisorState, deployment: Deployment, timeout: float) -> dict[str, Any]:
     """Swap to the deployment; gives the status afterwards. Raises DeployError when the old one was kept."""
-    answer = ask(state, {"command": "deploy", "deployment": asdict(deployment), "timeout": timeout}, timeout + 60)
-    if "error" in answer:
-        raise DeployError(answer["error"])
-    return answer
+    return ask(state, {"command": "deploy", "deployment": asdict(deployment), "timeout": timeout}, timeout + 60)
 
 
 def status(state: SupervisorState) -> dict[str, Any]:
@@ -128,18 +125,21 @@ def stop_supervisor(folder: Path) -> bool:
 
 
 def ask(state: SupervisorState, message: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """Send one command and read its answer. Raises DeployError where none comes in time."""
+    """Send one command and read its answer. Raises DeployError where none comes in time, or it is an error."""
     try:
         with socket.create_connection(("127.0.0.1", state.control_port), timeout) as connection:
             connection.sendall(json.dumps({**message, "token": state.token}).encode() + b"\n")
             with connection.makefile("rb") as answers:
                 answer = answers.readline(_MAX_MESSAGE_BYTES)
-        return json.loads(answer)
+        found = json.loads(answer)
     except (OSError, ValueError) as error:
         raise DeployError(
             f"The supervisor of the local deployment, process {state.pid}, did not answer {message['command']!r}: "
             f"{error}. See its log."
         ) from error
+    if "error" in found:
+        raise DeployError(found["error"])
+    return found
 
 
 def _spawn(folder: Path, host: str, port: int) -> None:

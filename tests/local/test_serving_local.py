@@ -215,7 +215,8 @@ def test_commands_without_the_token_are_refused(running):
     for nonsense in (b"", b"\n", b"[1]\n", b"{\n", b"GET / HTTP/1.1\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", state.control_port), timeout=10) as connection:
             connection.sendall(nonsense)
-    assert "error" in ask_supervisor(state, {"command": "dance"}, 10)
+    with pytest.raises(DeployError, match="Unknown command 'dance'"):
+        ask_supervisor(state, {"command": "dance"}, 10)
     assert running.service.status().ready
 
 

@@ -71,8 +71,6 @@ class ServiceEndpoint:
         client = self.client(service, canary=service.canary_percent is not None if canary is None else canary)
         try:
             return client.served_model()
-        except KeyError as error:
-            raise ServerError(f"{client.base_url} answers, but not as a server of ours does.") from error
         except ServerError as error:
             tunnel = next((tunnel for tunnel in _tunnels.values() if tunnel.url == client.base_url), None)
             if tunnel and tunnel.problem:
