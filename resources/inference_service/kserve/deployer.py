@@ -99,7 +99,7 @@ class ServiceDeployer:
                 return Outcome(before, changed=False, previous_digest=request.model_digest)
         earlier, previous_digest = self._earlier(before, revision)
         try:
-            self._roll_out(manifest, request, is_first=before is None)
+            self._roll_out(manifest, request, is_first=before is None or before.deleting)
         except NotServingError as error:
             raise self._failure(request, error, earlier) from error
         except DeployError:

@@ -65,6 +65,21 @@ def test_first_model_gets_all_requests_and_is_not_judged():
     assert cluster.shares == [{A.model_digest: 100}]
 
 
+def test_model_after_a_service_that_is_being_deleted_is_the_first(serving_a: FakeKnative):
+    def collect() -> None:
+        serving_a.service = None
+        serving_a.pods.clear()
+        serving_a.ready = serving_a.rolled_out = 0
+
+    assert serving_a.service is not None
+    serving_a.service["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    serving_a.clock.after(5, collect)
+    judge = Judge("would be refused")
+    assert deployer(serving_a, judge).deploy(B).changed
+    assert judge.asked == []
+    assert serving_a.shares[-1] == {B.model_digest: 100}
+
+
 def test_canary_that_answers_well_is_promoted(serving_a: FakeKnative):
     judge = Judge()
     outcome = deployer(serving_a, judge).deploy(B)
