@@ -255,7 +255,10 @@ class Trainer:
         network = self._network
         if self._processes.count > 1:
             device = self._processor.device
-            network = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+            devices = [device] if device.type == "cuda" else None
+            # Without it, messages hold the gradients in another order from the second step on, so that the sum of
+            # three or more rounds otherwise after a continuation. torch warns that nothing is unused: that is meant.
+            network = DistributedDataParallel(network, devices, find_unused_parameters=True)
         if self._spec.execution.compile:
             check_compiler()
             network = cast(nn.Module, torch.compile(network))

@@ -1,5 +1,7 @@
-"""Two processes that train together, started by the launcher."""
+"""Processes that train together, most of them started by the launcher."""
 
+import multiprocessing
+import os
 import signal
 import sqlite3
 import sys
@@ -8,8 +10,18 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from cifar_assets.object_store import open_store
+from cifar_assets.training import distributed
+from cifar_assets.training.checkpoint import CheckpointStore
+from cifar_assets.training.data import open_data
+from cifar_assets.training.device import choose_processor
+from cifar_assets.training.distributed import Processes
+from cifar_assets.training.loop import Trainer
+from cifar_assets.training.spec import JobSpec
+from cifar_assets.training.stopping import StopSignal, TrainingStopped
 from tests.fixtures.workspace import free_port
 from tests.unit.training.jobs import (
     COMMAND,
@@ -71,6 +83,44 @@ def test_two_processes_do_what_one_does(place: Workplace, two: str):
     assert place.checkpoints("two") == []
     with sqlite3.connect(place.folder / "mlflow.db") as database:
         assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
+
+
+def test_three_processes_continue_to_the_same_weights(place: Workplace):
+    """Sums of three numbers depend on their order, which two would not show."""
+    port = str(free_port())
+    specs = [place.spec(name, recipe_fields=RECIPE | {"epochs": 1}, execution=EXECUTION) for name in ("whole", "parts")]
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=train_whole_and_in_parts, args=(rank, port, *specs)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+
+
+def train_whole_and_in_parts(rank: int, port: str, whole: JobSpec, parts: JobSpec) -> None:
+    """One process of three; its exit code is 1 when tensors differ."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    processes = Processes(rank, 3)
+    processor = choose_processor(whole.execution, "float32")
+    distributed.join(processes, processor.device)
+
+    def make(spec: JobSpec, stop: StopSignal) -> Trainer:
+        checkpoints = CheckpointStore(open_store(spec.output_uri), 2)
+        return Trainer(spec, open_data(spec, processor.device), processor, processes, checkpoints, stop)
+
+    undisturbed, stop = make(whole, StopSignal()), StopSignal()
+    undisturbed.train(lambda: None, lambda record: None)
+    stop.is_set = True
+    with pytest.raises(TrainingStopped):
+        make(parts, stop).train(lambda: None, lambda record: None)
+    continued = make(parts, StopSignal())
+    assert continued.resumed_from
+    continued.train(lambda: None, lambda record: None)
+    expected = undisturbed.state.tensors()
+    distributed.leave(processes)
+    sys.exit(any(not torch.equal(value, expected[name]) for name, value in continued.state.tensors().items()))
 
 
 def test_a_process_that_lost_another_asks_to_be_started_again(place: Workplace, tmp_path: Path):
