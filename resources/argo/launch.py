@@ -71,6 +71,8 @@ class WorkflowLauncher:
         self._log = logger
         self._shield = shield
         self._outage_seconds = outage_seconds
+        self._create_in_doubt = False
+        """Whether a create call was sent that may still take effect though no answer came."""
 
     def submit(self, request: WorkflowRequest) -> Workflow:
         """The step's workflow: the one that is there, or a new one. One that failed is replaced.
@@ -87,8 +89,10 @@ class WorkflowLauncher:
         )
         while True:
             try:
+                self._create_in_doubt = True
                 with self._shield():
                     created = self._client.create(request.manifest())
+                    self._create_in_doubt = False
                 if created:
                     return created
                 existing = self._existing(request)
@@ -101,12 +105,13 @@ class WorkflowLauncher:
                 outage.endure(error)
             self._sleep(_PAUSE_SECONDS)
 
-    def remove(self, request: WorkflowRequest, *, timeout_seconds: float, settle_seconds: float = 0.0) -> bool:
+    def remove(self, request: WorkflowRequest, *, timeout_seconds: float) -> bool:
         """Terminate and delete the step's workflow, and wait until it and its PyTorchJob are gone; False if they stay.
 
-        Looks again until `settle_seconds` have passed: a create call that was cut off may still take effect.
+        A create call without an answer may still take effect: after one it looks again for as long as a call may take.
         """
         start = self._clock()
+        settle_seconds = self._client.request_timeout_seconds if self._create_in_doubt else 0.0
         job: str | None = None
         while self._clock() - start <= timeout_seconds:
             try:

@@ -1,5 +1,6 @@
 """One step, one workflow, whatever was there before and whatever answers are lost."""
 
+import copy
 import logging
 
 import pytest
@@ -107,6 +108,29 @@ def test_removing_gives_up_in_time(argo: FakeArgo, launcher: WorkflowLauncher) -
     before = argo.clock.now
     assert not launcher.remove(request(), timeout_seconds=10)
     assert argo.clock.now - before < 12
+
+
+def test_removing_waits_for_a_create_call_without_an_answer(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
+    """The call times out, the step is cancelled while it waits to try again, and the object is stored after that."""
+    late = copy.copy(argo)
+    late.failing = lambda call: None
+
+    def lose(call: str) -> None:
+        if call == "create":
+            argo.clock.after(0.5, cancel)
+            argo.clock.after(6, lambda: WorkflowClient(late, late).create(request().manifest()))
+            raise TimeoutError("no answer in 10 s")
+
+    def cancel() -> None:
+        raise KeyboardInterrupt
+
+    argo.failing = lose
+    with pytest.raises(KeyboardInterrupt):
+        launcher.submit(request())
+    assert launcher.remove(request(), timeout_seconds=25)
+    argo.clock.sleep(60)
+    assert late.num_submitted == 1
+    assert not argo.workflows
 
 
 def test_names_are_short_enough_for_pods_and_differ_by_run_and_step() -> None:
