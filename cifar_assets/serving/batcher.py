@@ -47,7 +47,10 @@ class Arrival:
         self.arrived = False
 
     def submit(self, images: Images) -> "Future[Logits]":
-        """Queue its images, see `MicroBatcher.submit`."""
+        """Queue images of shape (N, 3, 32, 32); the future gives logits of shape (N, 10).
+
+        Raises BusyError when they do not fit into the queue.
+        """
         self.arrived = True
         return self._batcher.submit_arrived(images)
 
@@ -66,13 +69,11 @@ class MicroBatcher:
         batch_images: int,
         batch_delay: float,
         queue_images: int,
-        clock: Callable[[], float] = time.monotonic,
     ):
         self._run = run
         self._batch_images = batch_images
         self._batch_delay = batch_delay
         self._queue_images = queue_images
-        self._clock = clock
         self._changed = threading.Condition()
         self._waiting: deque[_Item] = deque()
         self._num_waiting = 0
@@ -96,35 +97,24 @@ class MicroBatcher:
                     self._num_arriving -= 1
                     self._changed.notify()
 
-    def submit(self, images: Images) -> "Future[Logits]":
-        """Queue images of shape (N, 3, 32, 32); the future gives logits of shape (N, 10).
-
-        Raises BusyError when they do not fit into the queue.
-        """
-        with self._changed:
-            return self._submit(images)
-
     def submit_arrived(self, images: Images) -> "Future[Logits]":
-        """`submit` for a request that `arriving` marked: it has come, in one step, so that nobody waits for it."""
+        """Queue the images of a request that `arriving` marked, in one step with its coming: nobody waits for it."""
         with self._changed:
             self._num_arriving -= 1
-            return self._submit(images)
-
-    def _submit(self, images: Images) -> "Future[Logits]":
-        if self._closed:
-            raise RuntimeError("The batcher is closed.")
-        self._changed.notify()
-        if self._waiting and self._num_waiting + len(images) > self._queue_images:
-            raise BusyError(
-                "request",
-                f"room for {len(images)} images in the queue of {self._queue_images}",
-                f"{self._num_waiting} waiting",
-                retry_after=self._retry_after(),
-            )
-        item = _Item(images, self._clock())
-        self._waiting.append(item)
-        self._count_waiting(len(images))
-        return item.future
+            if self._closed:
+                raise RuntimeError("The batcher is closed.")
+            self._changed.notify()
+            if self._waiting and self._num_waiting + len(images) > self._queue_images:
+                raise BusyError(
+                    "request",
+                    f"room for {len(images)} images in the queue of {self._queue_images}",
+                    f"{self._num_waiting} waiting",
+                    retry_after=self._retry_after(),
+                )
+            item = _Item(images, time.monotonic())
+            self._waiting.append(item)
+            self._count_waiting(len(images))
+            return item.future
 
     def retry_after(self) -> int:
         """Whole seconds until the queue as it is now will have been worked off, at least 1."""
@@ -167,7 +157,7 @@ class MicroBatcher:
                 if not self._waiting:
                     return []
                 deadline = self._waiting[0].arrived + self._batch_delay
-                self._changed.wait_for(self._batch_is_due, timeout=max(0.0, deadline - self._clock()))
+                self._changed.wait_for(self._batch_is_due, timeout=max(0.0, deadline - time.monotonic()))
                 batch = [item for item in self._take() if item.future.set_running_or_notify_cancel()]
                 if batch:
                     return batch
@@ -185,12 +175,17 @@ class MicroBatcher:
 
     def _run_batch(self, parts: list[Images]) -> Logits:
         images = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        started = self._clock()
         pieces = [
-            self._run(images[start : start + self._batch_images]) for start in range(0, len(images), self._batch_images)
+            self._run_once(images[start : start + self._batch_images])
+            for start in range(0, len(images), self._batch_images)
         ]
-        seconds = self._clock() - started
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _run_once(self, images: Images) -> Logits:
+        started = time.monotonic()
+        logits = self._run(images)
+        seconds = time.monotonic() - started
         self._seconds_per_image = seconds / len(images)
         RUN_SECONDS.observe(seconds)
         BATCH_IMAGES.observe(len(images))
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return logits

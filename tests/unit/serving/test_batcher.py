@@ -1,10 +1,11 @@
 """The micro-batcher: what runs together, when, and what happens when there is too much or something fails."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
+from prometheus_client import REGISTRY
 
 from cifar_assets.serving.batcher import MicroBatcher
 from cifar_assets.serving.faults import BusyError
@@ -38,6 +39,11 @@ def make_batcher(
     return MicroBatcher(model.run, batch_images=batch_images, batch_delay=batch_delay, queue_images=queue_images)
 
 
+def submit(batcher: MicroBatcher, images: np.ndarray) -> "Future[np.ndarray]":
+    with batcher.arriving() as arrival:
+        return arrival.submit(images)
+
+
 def first_pixels(future) -> list[float]:
     return future.result(timeout=20)[:, 0].tolist()
 
@@ -45,7 +51,7 @@ def first_pixels(future) -> list[float]:
 def test_a_lone_request_waits_for_nothing():
     model = GatedModel()
     batcher = make_batcher(model)
-    assert first_pixels(batcher.submit(images(3, 4))) == [3, 4]
+    assert first_pixels(submit(batcher, images(3, 4))) == [3, 4]
     batcher.close()
 
 
@@ -72,7 +78,7 @@ def test_a_full_batch_waits_for_nobody():
     model = GatedModel()
     batcher = make_batcher(model, batch_images=4)
     with batcher.arriving():
-        futures = [batcher.submit(images(value)) for value in range(4)]
+        futures = [submit(batcher, images(value)) for value in range(4)]
         assert [first_pixels(future) for future in futures] == [[0], [1], [2], [3]]
     assert model.sizes == [4]
     batcher.close()
@@ -82,16 +88,16 @@ def test_a_batch_starts_at_its_deadline_though_somebody_is_on_the_way():
     model = GatedModel()
     batcher = make_batcher(model, batch_delay=0.01)
     with batcher.arriving():
-        assert first_pixels(batcher.submit(images(9))) == [9]
+        assert first_pixels(submit(batcher, images(9))) == [9]
     batcher.close()
 
 
 def test_what_waits_while_the_model_runs_goes_together_afterwards_in_order():
     model = GatedModel(is_open=False)
     batcher = make_batcher(model)
-    futures = [batcher.submit(images(0))]
+    futures = [submit(batcher, images(0))]
     assert model.started.acquire(timeout=20)
-    futures += [batcher.submit(images(value, value)) for value in range(1, 6)]
+    futures += [submit(batcher, images(value, value)) for value in range(1, 6)]
     for _ in range(3):
         model.may_run.release()
     assert [first_pixels(future) for future in futures] == [[0], [1, 1], [2, 2], [3, 3], [4, 4], [5, 5]]
@@ -99,53 +105,60 @@ def test_what_waits_while_the_model_runs_goes_together_afterwards_in_order():
     batcher.close()
 
 
+def count_of_runs() -> list[float]:
+    names = ("cifar10_run_seconds_count", "cifar10_batch_images_count", "cifar10_batch_images_sum")
+    return [REGISTRY.get_sample_value(name) or 0.0 for name in names]
+
+
 def test_a_request_larger_than_a_batch_runs_in_pieces():
     model = GatedModel()
     batcher = make_batcher(model, batch_images=4)
-    assert first_pixels(batcher.submit(images(*range(10)))) == list(range(10))
+    before = count_of_runs()
+    assert first_pixels(submit(batcher, images(*range(10)))) == list(range(10))
     assert model.sizes == [4, 4, 2]
     batcher.close()
+    assert [after - count for after, count in zip(count_of_runs(), before, strict=True)] == [3, 3, 10]
 
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room():
     model = GatedModel(is_open=False)
     batcher = make_batcher(model, queue_images=3)
-    running = batcher.submit(images(1))
+    running = submit(batcher, images(1))
     assert model.started.acquire(timeout=20)
-    waiting = batcher.submit(images(2, 3))
+    waiting = submit(batcher, images(2, 3))
     with pytest.raises(BusyError) as caught:
-        batcher.submit(images(4, 5))
+        submit(batcher, images(4, 5))
     assert caught.value.status == 429
     assert int(caught.value.headers["Retry-After"]) >= 1
-    fits = batcher.submit(images(6))
+    fits = submit(batcher, images(6))
     for _ in range(3):
         model.may_run.release()
     assert first_pixels(running) + first_pixels(waiting) + first_pixels(fits) == [1, 2, 3, 6]
     model.may_run.release()
-    assert first_pixels(batcher.submit(images(4, 5))) == [4, 5]
+    assert first_pixels(submit(batcher, images(4, 5))) == [4, 5]
     batcher.close()
 
 
 def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits():
     batcher = make_batcher(GatedModel(), queue_images=3)
-    assert len(first_pixels(batcher.submit(images(*range(10))))) == 10
+    assert len(first_pixels(submit(batcher, images(*range(10))))) == 10
     batcher.close()
 
 
 def test_a_failed_run_fails_its_requests_and_no_other():
     batcher = make_batcher(GatedModel())
     with pytest.raises(ValueError, match="a bad image"):
-        batcher.submit(images(255)).result(timeout=20)
-    assert first_pixels(batcher.submit(images(7))) == [7]
+        submit(batcher, images(255)).result(timeout=20)
+    assert first_pixels(submit(batcher, images(7))) == [7]
     batcher.close()
 
 
 def test_a_cancelled_request_is_not_run():
     model = GatedModel(is_open=False)
     batcher = make_batcher(model)
-    running = batcher.submit(images(1))
+    running = submit(batcher, images(1))
     assert model.started.acquire(timeout=20)
-    given_up, kept = batcher.submit(images(2)), batcher.submit(images(3))
+    given_up, kept = submit(batcher, images(2)), submit(batcher, images(3))
     assert given_up.cancel()
     for _ in range(2):
         model.may_run.release()
@@ -157,13 +170,13 @@ def test_a_cancelled_request_is_not_run():
 def test_closing_answers_what_is_queued_and_takes_no_more():
     model = GatedModel(is_open=False)
     batcher = make_batcher(model, batch_images=1)
-    futures = [batcher.submit(images(value)) for value in range(5)]
+    futures = [submit(batcher, images(value)) for value in range(5)]
     for _ in range(5):
         model.may_run.release()
     batcher.close()
     assert [first_pixels(future) for future in futures] == [[0], [1], [2], [3], [4]]
     with pytest.raises(RuntimeError, match="closed"):
-        batcher.submit(images(1))
+        submit(batcher, images(1))
 
 
 def test_many_threads_each_get_their_own_answers():
