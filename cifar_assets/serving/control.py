@@ -66,8 +66,9 @@ def write_state(folder: Path, state: SupervisorState) -> None:
 def is_locked(folder: Path) -> bool:
     """Whether a supervisor of this folder lives, be it ever so busy."""
     try:
-        with (folder / LOCK_FILE).open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with (folder / LOCK_FILE).open("rb") as file:
+            # Shared, so that two who look at the same time do not take each other for a supervisor.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:

@@ -337,7 +337,8 @@ def _detached(folder: Path, host: str, port: int) -> int:
     if os.fork():
         os.close(write_end)
         with open(read_end) as answers:
-            answer = json.loads(answers.readline() or '{"error": "it ended at once; see its log"}')
+            line = answers.readline()
+        answer = json.loads(line) if line else {"error": f"it ended at once; see {folder / SUPERVISOR_LOG}"}
         os.wait()
         if "error" in answer:
             sys.stderr.write(f"{answer['error']}\n")

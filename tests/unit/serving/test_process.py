@@ -1,5 +1,6 @@
 """What a server process is told, what it loads, and how ports are found taken."""
 
+import fcntl
 import json
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from cifar_assets.contracts import EXIT_BAD_SPEC
 from cifar_assets.errors import ConfigError
 from cifar_assets.serving.__main__ import main
+from cifar_assets.serving.control import LOCK_FILE, SUPERVISOR_LOG, is_locked
 from cifar_assets.serving.ports import bind_address, command_line, port_holder
 from cifar_assets.serving.settings import parse_settings
 
@@ -117,3 +119,19 @@ def test_a_taken_port_is_refused_and_its_holder_found():
     assert port_holder(port) is None
     with pytest.raises(ConfigError, match="Cannot listen on no-such-host"):
         bind_address("no-such-host.invalid", 0)
+
+
+def test_another_process_that_looks_for_a_supervisor_is_none(tmp_path):
+    with (tmp_path / LOCK_FILE).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert not is_locked(tmp_path)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert is_locked(tmp_path)
+
+
+def test_a_supervisor_that_ends_at_once_names_its_log(tmp_path):
+    (tmp_path / LOCK_FILE).mkdir()
+    command = [sys.executable, "-m", "cifar_assets.serving.supervisor", "--detach", "--state-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == f"it ended at once; see {tmp_path / SUPERVISOR_LOG}\n"
+    assert "IsADirectoryError" in (tmp_path / SUPERVISOR_LOG).read_text()
