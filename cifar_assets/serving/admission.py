@@ -49,18 +49,16 @@ class Admission:
         headers = dict(scope["headers"])
         held = _Held(self)
         try:
-            held.enter()
-            body = await self._read_body(headers, receive, held)
-        except RequestError as error:
-            if b"expect" not in headers and error.status != 408:
-                await _discard(receive)
-            await send_error(send, error)
-            held.leave()
-            return
-        except ConnectionResetError:
-            held.leave()
-            return
-        try:
+            try:
+                held.enter()
+                body = await self._read_body(headers, receive, held)
+            except RequestError as error:
+                if b"expect" not in headers and error.status != 408:
+                    await _discard(receive)
+                await send_error(send, error)
+                return
+            except ConnectionResetError:
+                return
             await self._app(scope, _replay(body, receive), send)
         finally:
             held.leave()

@@ -155,6 +155,22 @@ def test_a_fault_of_the_application_frees_the_place():
     asyncio.run(story())
 
 
+def test_a_client_that_goes_away_before_its_refusal_frees_its_place():
+    async def story():
+        async def gone(message: Message) -> None:
+            raise ConnectionResetError
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"xx", "more_body": False}
+
+        door = Door(max_pending_requests=1, max_body_bytes=1)
+        with pytest.raises(ConnectionResetError):
+            await door.admission({"type": "http", "method": "POST", "headers": []}, receive, gone)
+        assert (await door.ask([b"x"]))[0] == 200
+
+    asyncio.run(story())
+
+
 def test_compressed_bodies_are_refused():
     async def story():
         status, _, body = await Door().ask([b"x"], headers={"content-encoding": "gzip"})
