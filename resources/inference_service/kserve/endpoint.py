@@ -72,7 +72,8 @@ class ServiceEndpoint:
         try:
             return client.served_model()
         except ServerError as error:
-            tunnel = next((tunnel for tunnel in _tunnels.values() if tunnel.url == client.base_url), None)
+            with _tunnels_lock:
+                tunnel = next((tunnel for tunnel in _tunnels.values() if tunnel.url == client.base_url), None)
             if tunnel and tunnel.problem:
                 raise ServerError(f"{error} A port could not be forwarded: {tunnel.problem}") from error
             raise
