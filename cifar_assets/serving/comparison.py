@@ -30,8 +30,9 @@ class Comparison:
 
     def __str__(self) -> str:
         return (
-            f"{self.accuracy:.3f} of {self.num_images} test images right; the stored model has {self.expected:.3f}, "
-            f"and a difference of {self.allowed:.3f} is allowed for a sample of this size."
+            f"{100 * self.accuracy:.1f} % of {self.num_images} test images right; the stored model has "
+            f"{100 * self.expected:.1f} %, and a difference of {100 * self.allowed:.1f} percentage points is allowed "
+            "for a sample of this size."
         )
 
 
