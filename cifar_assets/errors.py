@@ -14,7 +14,11 @@ class DataError(CifarError):
 
 
 class StoreError(CifarError):
-    """The object store refused or could not be reached."""
+    """The object store refused or could not be reached. `transient` says that it was the latter: try again."""
+
+    def __init__(self, message: str, *, transient: bool = False):
+        super().__init__(message)
+        self.transient = transient
 
 
 class ObjectNotFoundError(StoreError):

@@ -51,23 +51,26 @@ def is_transient(error: Exception) -> bool:
 
 def explain(error: Exception, uri: str, endpoint: str, attempts: int) -> StoreError:
     """The error with the object, the server and the next step."""
-    where = f"{uri} at {endpoint}"
+    return StoreError(f"{uri} at {endpoint}: {_explanation(error, attempts)}", transient=is_transient(error))
+
+
+def _explanation(error: Exception, attempts: int) -> str:
     if isinstance(error, S3Error):
         advice = _ADVICE.get(error.code or "", "See the server's log.")
-        return StoreError(f"{where}: {error.code}: {error.message}. {advice}")
+        return f"{error.code}: {error.message}. {advice}"
     if isinstance(error, SSLError | ssl.SSLError):
-        return StoreError(
-            f"{where}: no secure connection ({error}). Set AWS_CA_BUNDLE to the server's certificate authority, or use "
+        return (
+            f"no secure connection ({error}). Set AWS_CA_BUNDLE to the server's certificate authority, or use "
             "http:// in AWS_ENDPOINT_URL where the server speaks no TLS."
         )
     if isinstance(error, InvalidResponseError):
-        return StoreError(
-            f"{where}: the answer is not from an S3 server ({error}). AWS_ENDPOINT_URL may name a web console or "
+        return (
+            f"the answer is not from an S3 server ({error}). AWS_ENDPOINT_URL may name a web console or "
             "a proxy, or use http:// for a server that speaks TLS."
         )
     if isinstance(error, NewConnectionError | HTTPError | OSError):
-        return StoreError(
-            f"{where}: not reached in {attempts} attempts ({error}). Check that the server runs and that "
+        return (
+            f"not reached in {attempts} attempts ({error}). Check that the server runs and that "
             "AWS_ENDPOINT_URL names its host and port."
         )
-    return StoreError(f"{where}: {error}. See the server's log.")
+    return f"{error}. See the server's log."

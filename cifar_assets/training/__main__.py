@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
-from cifar_assets.errors import CifarError, ConfigError, DataError, ObjectNotFoundError
+from cifar_assets.errors import CifarError, ConfigError, DataError, ObjectNotFoundError, StoreError
 from cifar_assets.training.spec import JobSpec, parse_spec, read_spec
 from cifar_assets.training.stopping import StopSignal, TrainingStopped
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_SPEC
     except CifarError as error:
         _LOG.error("%s", error)
-        return 1
+        return EXIT_RESUME if isinstance(error, StoreError) and error.transient else 1
     except Exception:
         _LOG.exception("The training failed for a reason it does not know.")
         return 1

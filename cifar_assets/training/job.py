@@ -12,6 +12,7 @@ import torch
 
 from cifar_assets.contracts import CLASSES, SEED_MODEL_KEY
 from cifar_assets.digests import canonical_json, sha256_bytes, sha256_json
+from cifar_assets.errors import StoreError
 from cifar_assets.model_package import (
     CARD_FILE,
     ENVIRONMENT_FILE,
@@ -69,8 +70,8 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
         messages: tells Dagster.
         log: has the log so far; its content is stored with the model.
 
-    Raises TrainingStopped when told to stop, PeerLostError when another process went away, ConfigError
-    and DataError for what a person must put right.
+    Raises TrainingStopped when told to stop or when the store is not reached, PeerLostError when another process went
+    away, ConfigError and DataError for what a person must put right.
     """
     processes = distributed.read_processes()
     use_threads(spec.execution)
@@ -90,6 +91,10 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
     except TrainingStopped:
         status, patience = "KILLED", _STOP_PATIENCE_SECONDS
         raise
+    except StoreError as error:
+        if not error.transient:
+            raise
+        raise TrainingStopped(f"{error} Start the same spec again to continue from the last checkpoint.") from error
     except RuntimeError as error:
         if not distributed.is_peer_lost(error, processes):
             raise

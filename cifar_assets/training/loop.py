@@ -1,5 +1,6 @@
 """The training loop. It can be left after any step and continued from a checkpoint to bit-identical weights."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_assets.errors import CifarError, ConfigError
+from cifar_assets.errors import CifarError, ConfigError, StoreError
 from cifar_assets.training.augmentation import EpochAugmentation
 from cifar_assets.training.checkpoint import Checkpoint, CheckpointStore
 from cifar_assets.training.data import TrainingData
@@ -27,6 +28,7 @@ from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.state import EpochRecord, Position, TrainingState
 from cifar_assets.training.stopping import StopSignal, TrainingStopped
 
+_LOG = logging.getLogger(__name__)
 _AGREE_EVERY = 8
 """Steps between two questions whether any process was told to stop: each costs a message between all of them."""
 _WHITENING_IMAGES = 5000
@@ -107,8 +109,9 @@ class Trainer:
     def train(self, on_step: Callable[[], None], on_epoch: Callable[[EpochRecord], None]) -> None:
         """Train from the present position to the end of the last epoch.
 
-        `on_step` is called after every step, `on_epoch` after every epoch, on every rank.
-        Raises TrainingStopped after a checkpoint when told to stop, DivergedError when the loss is no longer finite.
+        `on_step` is called after every step, `on_epoch` after every epoch, on every rank. A checkpoint is passed over,
+        with a warning, while the store is not reached. Raises TrainingStopped after a checkpoint when told to stop,
+        DivergedError when the loss is no longer finite.
         """
         network = self._step_network()
         while self.state.position.epoch < self._recipe.epochs:
@@ -203,8 +206,8 @@ class Trainer:
             return
         self._save()
         raise TrainingStopped(
-            f"Stopped after step {self.global_step} of {self._recipe.epochs * self._steps}, with a checkpoint: "
-            "start the same spec again to continue."
+            f"Stopped after step {self.global_step} of {self._recipe.epochs * self._steps}: start the same spec again "
+            "to continue from the last checkpoint."
         )
 
     def _save(self) -> None:
@@ -217,7 +220,13 @@ class Trainer:
             return
         before = time.perf_counter()
         tensors = self.state.tensors() | {"loss_sum": torch.tensor(loss_sum, dtype=torch.float64)}
-        self._checkpoints.save(self.global_step, tensors, self.state.position.to_json())
+        try:
+            self._checkpoints.save(self.global_step, tensors, self.state.position.to_json())
+        except StoreError as error:
+            if not error.transient:
+                raise
+            # an outage may be over by the next checkpoint, or by the end
+            _LOG.warning("No checkpoint of step %d: %s", self.global_step, error)
         self.phases.add("checkpoint", before)
 
     def _resume(self) -> None:

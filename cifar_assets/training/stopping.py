@@ -7,7 +7,7 @@ from cifar_assets.errors import CifarError
 
 
 class TrainingStopped(CifarError):  # noqa: N818 (it is no error but the way a stop travels)
-    """The trainer was told to stop. The same spec continues from the checkpoint written."""
+    """The trainer was told to stop. The same spec continues from the last checkpoint."""
 
 
 class PeerLostError(TrainingStopped):

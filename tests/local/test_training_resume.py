@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cifar_assets.contracts import EXIT_RESUME
-from tests.unit.training.jobs import Workplace, fork_trainer, json_file, start_trainer, wait_for_line
+from tests.unit.training.jobs import Workplace, fork_trainer, json_file, run_forked, start_trainer, wait_for_line
 
 NUM_KILLS = 20
 
@@ -80,6 +81,16 @@ def test_sigterm_leaves_a_checkpoint_and_says_that_there_is_more(place: Workplac
     assert "start the same spec again" in output
     assert place.published("stopped") == {}
     assert place.checkpoints("stopped")
+
+
+def test_a_store_that_is_not_reached_is_no_failure_for_good(place: Workplace):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        store = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        code, output = run_forked(place.spec(output_uri="s3://models"), store)
+    assert code == EXIT_RESUME, output
+    assert "not reached in 5 attempts" in output
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])

@@ -91,8 +91,9 @@ def test_passing_faults_are_tried_again_with_growing_pauses(fault: str, fake: Fa
 
 def test_faults_that_stay_end_in_an_error_that_names_object_and_server(fake: Fake) -> None:
     fake.answer = lambda handler, number: reply(handler, 503, error("SlowDown"), Content_Type="application/xml")
-    with pytest.raises(StoreError, match=r"s3://bucket/x at http://127\.0\.0\.1.*SlowDown"):
+    with pytest.raises(StoreError, match=r"s3://bucket/x at http://127\.0\.0\.1.*SlowDown") as caught:
         fake.store().write("x", b"1")
+    assert caught.value.transient
     assert len(fake.requests) == ATTEMPTS
 
 
@@ -142,8 +143,9 @@ def test_an_object_replaced_in_mid_download_is_no_mixture(fake: Fake, tmp_path: 
 )
 def test_mistakes_are_not_retried_and_say_what_to_do(status: int, code: str, advice: str, fake: Fake) -> None:
     fake.answer = lambda handler, number: reply(handler, status, error(code), Content_Type="application/xml")
-    with pytest.raises(StoreError, match=advice):
+    with pytest.raises(StoreError, match=advice) as caught:
         fake.store().read("x")
+    assert not caught.value.transient
     assert len(fake.requests) == 1
 
 

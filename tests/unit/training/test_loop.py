@@ -4,14 +4,15 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from cifar_assets.errors import ConfigError, DataError
-from cifar_assets.object_store import FolderStore
+from cifar_assets.errors import ConfigError, DataError, StoreError
+from cifar_assets.object_store import FolderStore, open_store
 from cifar_assets.training.checkpoint import CheckpointStore
 from cifar_assets.training.data import open_data
 from cifar_assets.training.device import choose_processor
@@ -28,10 +29,15 @@ NUM_STEPS = 18
 """Three epochs of 96 images in batches of 16."""
 
 
-def make_trainer(spec: JobSpec, stop: StopSignal | None = None, processes: Processes | None = None) -> Trainer:
+def make_trainer(
+    spec: JobSpec,
+    stop: StopSignal | None = None,
+    processes: Processes | None = None,
+    checkpoints: CheckpointStore | None = None,
+) -> Trainer:
     processor = choose_processor(spec.execution, spec.recipe.precision)
     data = open_data(spec, processor.device)
-    checkpoints = CheckpointStore(FolderStore(Path(spec.output_uri.removeprefix("file://"))), 3)
+    checkpoints = checkpoints or CheckpointStore(open_store(spec.output_uri), 3)
     return Trainer(spec, data, processor, processes or Processes(), checkpoints, stop or StopSignal())
 
 
@@ -103,6 +109,46 @@ def test_a_step_redone_after_a_kill_gives_the_same(make_spec: SpecMaker, tmp_pat
     assert trainer.resumed_from
     finish(trainer)
     assert_same(final_tensors(whole), final_tensors(trainer))
+
+
+class FailingCheckpoints(CheckpointStore):
+    """Cannot save at the steps named."""
+
+    def __init__(self, spec: JobSpec, transient: bool, steps: set[int]):
+        super().__init__(open_store(spec.output_uri), 3)
+        self._transient, self._failing = transient, steps
+
+    def save(self, step: int, tensors: dict[str, Tensor], position: dict[str, Any]) -> str:
+        if step in self._failing:
+            raise StoreError("away", transient=self._transient)
+        return super().save(step, tensors, position)
+
+
+def test_an_outage_of_the_store_costs_checkpoints_and_no_training(make_spec: SpecMaker, caplog):
+    spec = make_spec(spec={"execution": {"threads": 1, "checkpoint_every_steps": 2}})
+    trainer = make_trainer(spec, checkpoints=FailingCheckpoints(spec, True, {2, 6, 8}))
+    with caplog.at_level("WARNING"):
+        finish(trainer)
+    assert caplog.messages == [f"No checkpoint of step {step}: away" for step in (2, 6, 8)]
+    assert make_trainer(spec).resumed_from == NUM_STEPS
+
+
+def test_a_stop_while_the_store_is_away_is_a_stop(make_spec: SpecMaker):
+    spec, stop = make_spec(), StopSignal()
+    trainer = make_trainer(spec, stop, checkpoints=FailingCheckpoints(spec, True, {8}))
+
+    def stop_at_8() -> None:
+        stop.is_set = trainer.global_step == 8
+
+    with pytest.raises(TrainingStopped, match="step 8 of 18: start the same spec again"):
+        finish(trainer, stop_at_8)
+    assert make_trainer(spec).resumed_from == 6
+
+
+def test_a_store_that_refuses_checkpoints_ends_the_training(make_spec: SpecMaker):
+    spec = make_spec()
+    with pytest.raises(StoreError, match="away"):
+        finish(make_trainer(spec, checkpoints=FailingCheckpoints(spec, False, {6})))
 
 
 def test_images_read_batch_by_batch_train_alike(make_spec: SpecMaker, tmp_path: Path):
