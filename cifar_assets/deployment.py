@@ -94,7 +94,10 @@ def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
     )
     return {
         "object_store": object_store,
-        "mlflow": MlflowServer(tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI")),
+        # without one its own error says so, once a training needs it
+        "mlflow": MlflowServer(
+            tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI") if environment.get("MLFLOW_TRACKING_URI") else ""
+        ),
         "trainer": trainer_from_environment(environment, object_store),
         "serving": serving_from_environment(environment, object_store),
         "argo": argo_from_environment(environment),

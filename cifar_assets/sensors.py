@@ -2,8 +2,9 @@
 
 import json
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from cifar_assets.digests import sha256_json
 from cifar_assets.errors import ConfigError
 from cifar_assets.jobs import retrain
 from cifar_assets.object_store import ObjectInfo
-from resources.mlflow import MlflowResource
+from resources.mlflow import RUN_METADATA, MlflowResource
 from resources.object_store import ObjectStoreResource
 
 RETRAIN_CONFIG_VARIABLE = "RETRAIN_CONFIG"
@@ -26,8 +27,13 @@ RETRAIN_CONFIG_VARIABLE = "RETRAIN_CONFIG"
 MAX_ATTEMPTS = 3
 """How often one batch of arrivals is trained on when runs crash, the first time included."""
 
+ADOPTION_SECONDS = 1200.0
+"""How long a failed run's training may go on for a retry to adopt it: until the job's collector, after 15 minutes, has
+deleted it. An evicted run worker fails its run, for one."""
+
 _FINGERPRINT_CHARS = 16
 _RUN_KEY_TAG = "dagster/run_key"
+_ROOT_RUN_TAG = "dagster/root_run_id"
 _IN_FLIGHT = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.QUEUED,
@@ -148,30 +154,66 @@ def is_worth_repeating(instance: dg.DagsterInstance, run_key: str | None) -> boo
     return all(verdict.passed or not verdict.blocking for verdict in verdicts)
 
 
-def _close_mlflow_runs(run: dg.DagsterRun, mlflow: MlflowResource, status: str, log: Callable[[str], None]) -> None:
-    closed = mlflow.close_open_runs(run.run_id, status)
+def mlflow_end(
+    instance: dg.DagsterInstance, mlflow_run_id: str, dagster_run_id: str
+) -> tuple[str, float | None] | None:
+    """How and when a training ended that MLflow shows as RUNNING, by what Dagster knows of its run.
+
+    A materialization that names the MLflow run says that it finished, whatever became of the Dagster run after it; one
+    that names another says that this was an attempt before. None while the Dagster run goes on, or a retry of it, which
+    may have adopted the training, or may soon after a failure; and for a run that this instance does not know, as it
+    may be another instance's.
+    """
+    record = instance.get_run_record_by_id(dagster_run_id)
+    if record is None:
+        return None
+    run = record.dagster_run
+    root = dg.RunsFilter(tags={_ROOT_RUN_TAG: run.root_run_id or run.run_id})
+    records = {each.dagster_run.run_id: each for each in (record, *instance.get_run_records(root))}
+    if not all(each.dagster_run.is_finished for each in records.values()):
+        return None
+    trained = False
+    for run_id in records:
+        for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION):
+            materialization = entry.asset_materialization
+            link = materialization.metadata.get(RUN_METADATA) if materialization else None
+            if link and mlflow_run_id in str(link.value):
+                return "FINISHED", entry.timestamp
+            trained = trained or link is not None
+    if run.status == dg.DagsterRunStatus.CANCELED:
+        return "KILLED", record.end_time
+    last_end = max(each.end_time or 0.0 for each in records.values())
+    if run.status == dg.DagsterRunStatus.FAILURE and time.time() - last_end < ADOPTION_SECONDS:
+        return None
+    finished = run.status == dg.DagsterRunStatus.SUCCESS and not trained
+    return "FINISHED" if finished else "FAILED", record.end_time
+
+
+@dg.sensor(
+    minimum_interval_seconds=120,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Ends MLflow runs that are still RUNNING though the Dagster run of their training has ended.",
+)
+def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResource) -> dg.SkipReason:
+    """Nothing stays RUNNING in MLflow: what a tick cannot close, as MLflow is away, the next one finds again."""
+    from mlflow.exceptions import MlflowException
+
+    closed: list[str] = []
+    try:
+        running = mlflow.running()
+        for run_id, dagster_run_id in running.items():
+            if end := mlflow_end(context.instance, run_id, dagster_run_id):
+                mlflow.close_run(run_id, *end)
+                closed.append(f"{run_id} as {end[0]}")
+        num_left = len(running) - len(closed)
+        reason = f"Still RUNNING, as their Dagster runs go on, failed just now or are not known here: {num_left}."
+    except ConfigError as error:
+        reason = str(error)
+    except MlflowException as error:
+        reason = f"MLflow at {mlflow.uri} did not answer; the next tick asks again: {error}"
     if closed:
-        log(f"Closed {len(closed)} MLflow runs as {status}: {', '.join(closed)}")
-
-
-@dg.run_status_sensor(
-    run_status=dg.DagsterRunStatus.FAILURE,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Ends MLflow runs of a failed Dagster run whose process died before it could.",
-)
-def close_mlflow_runs_of_failed(context: dg.RunStatusSensorContext, mlflow: MlflowResource) -> None:
-    """Nothing stays RUNNING in MLflow after its Dagster run failed."""
-    _close_mlflow_runs(context.dagster_run, mlflow, "FAILED", context.log.info)
-
-
-@dg.run_status_sensor(
-    run_status=dg.DagsterRunStatus.CANCELED,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Ends MLflow runs of a cancelled Dagster run whose process died before it could.",
-)
-def close_mlflow_runs_of_cancelled(context: dg.RunStatusSensorContext, mlflow: MlflowResource) -> None:
-    """Nothing stays RUNNING in MLflow after its Dagster run was cancelled."""
-    _close_mlflow_runs(context.dagster_run, mlflow, "KILLED", context.log.info)
+        context.log.warning(f"Closed in MLflow, as their Dagster runs had ended: {', '.join(closed)}")
+    return dg.SkipReason(f"{reason} Closed: {', '.join(closed) or 'none'}.")
 
 
 deploy_when_trained = dg.AutomationConditionSensorDefinition(
@@ -181,4 +223,4 @@ deploy_when_trained = dg.AutomationConditionSensorDefinition(
     description="Deploys a newly trained model once its blocking checks passed, when no run has done so already.",
 )
 
-ALL = [landing_sensor, close_mlflow_runs_of_failed, close_mlflow_runs_of_cancelled, deploy_when_trained]
+ALL = [landing_sensor, close_mlflow_runs, deploy_when_trained]

@@ -1,8 +1,8 @@
 """MLflow: where trainings are tracked and model versions are registered.
 
 dagster-mlflow's own resource binds one global MLflow run to a Dagster run and leaves closing it to a hook that asset
-materializations do not run. Here the trainer opens and closes its run, tagged with dagster-mlflow's `dagster_run_id`,
-and the launcher closes what a killed trainer left open.
+materializations do not run. Here the trainer opens and closes its run, tagged with dagster-mlflow's `dagster_run_id`:
+an op with that resource joins it. What a killed trainer left open is closed by the launcher, else by a sensor.
 """
 
 import logging
@@ -17,8 +17,10 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.contracts import CHAMPION_ALIAS, MODEL_NAME
+from cifar_assets.errors import ConfigError
 from cifar_assets.gate import Verdict
 from cifar_assets.training.spec import MlflowTarget
+from resources.kubernetes.interrupts import is_being_cancelled
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -28,6 +30,10 @@ RUN_ID_TAG = "dagster_run_id"
 """The tag dagster-mlflow puts on its runs."""
 ATTEMPT_TAG = "dagster_attempt"
 JOB_TAG = "dagster_job_name"
+RUN_METADATA = "mlflow_run"
+"""Key of a trained model's metadata that names the MLflow run."""
+
+_MAX_RUNNING = 200
 
 
 class MlflowResource(dg.ConfigurableResource):
@@ -61,10 +67,10 @@ class MlflowResource(dg.ConfigurableResource):
             tracking_uri=self.uri,
             experiment=self.experiment,
             artifact_uri=self.artifact_uri(),
-            run_name=f"{context.run.job_name}-{context.run_id[:8]}",
+            run_name=f"{context.run.job_name}-{context.run.run_id[:8]}",
             registered_model=self.registered_model,
             tags={
-                RUN_ID_TAG: context.run_id,
+                RUN_ID_TAG: context.run.run_id,
                 ATTEMPT_TAG: str(context.retry_number),
                 JOB_TAG: context.run.job_name,
             },
@@ -72,30 +78,45 @@ class MlflowResource(dg.ConfigurableResource):
 
     @contextmanager
     def closing_open_runs(self, context: dg.AssetExecutionContext) -> Iterator[None]:
-        """On leaving with an error, end what the trainer left RUNNING: KILLED when cancelled, FAILED otherwise."""
+        """On leaving with an error, end what the trainer left RUNNING: KILLED when cancelled, FAILED otherwise.
+
+        An interrupt without a cancel, such as an eviction of this process, closes nothing: the training may go on.
+        """
         try:
             yield
         except BaseException as error:
-            cancelled = isinstance(error, dg.DagsterExecutionInterruptedError | KeyboardInterrupt)
+            interrupted = isinstance(error, dg.DagsterExecutionInterruptedError | KeyboardInterrupt)
             try:
-                self.close_open_runs(context.run_id, "KILLED" if cancelled else "FAILED")
+                cancelled = is_being_cancelled(context)
+                left_open = self.running(context.run.run_id) if cancelled or not interrupted else {}
+                for run_id in left_open:
+                    self.close_run(run_id, "KILLED" if cancelled else "FAILED")
             except Exception as failure:
                 context.log.warning(f"Could not close this run's MLflow runs at {self.uri}: {failure}")
             raise
 
-    def close_open_runs(self, dagster_run_id: str, status: str) -> list[str]:
-        """End each MLflow run that belongs to the Dagster run and is still RUNNING; returns their ids."""
+    def running(self, dagster_run_id: str | None = None) -> dict[str, str]:
+        """Ids of the newest runs that MLflow shows as RUNNING, and of their Dagster runs: of the one given, or of any.
+
+        Those of other instances of Dagster, which nobody here can close, must not hide the ones that matter: hence the
+        newest, in one page.
+        """
         client = self.client()
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
-            return []
-        open_runs = client.search_runs(
+            return {}
+        wanted = f"= '{dagster_run_id}'" if dagster_run_id else "LIKE '%'"
+        found = client.search_runs(
             [experiment.experiment_id],
-            filter_string=f"tags.{RUN_ID_TAG} = '{dagster_run_id}' and attributes.status = 'RUNNING'",
+            f"tags.{RUN_ID_TAG} {wanted} and attributes.status = 'RUNNING'",
+            max_results=_MAX_RUNNING,
+            order_by=["attributes.start_time DESC"],
         )
-        for run in open_runs:
-            client.set_terminated(run.info.run_id, status=status)
-        return [run.info.run_id for run in open_runs]
+        return {run.info.run_id: run.data.tags[RUN_ID_TAG] for run in found}
+
+    def close_run(self, run_id: str, status: str, ended_at: float | None = None) -> None:
+        """End a run, now or as of then in seconds since the epoch."""
+        self.client().set_terminated(run_id, status, None if ended_at is None else int(1000 * ended_at))
 
     def run_link(self, run_id: str | None) -> dg.MetadataValue:
         """Where a person finds the run: a link where a server shows it, otherwise its id."""
@@ -160,6 +181,10 @@ class LocalMlflow(MlflowResource):
     def artifact_uri(self) -> str | None:
         return (Path(self.path).resolve() / "artifacts").as_uri()
 
+    def running(self, dagster_run_id: str | None = None) -> dict[str, str]:
+        # looking would make the database, and without its folder take minutes to fail
+        return super().running(dagster_run_id) if (Path(self.path) / "mlflow.db").exists() else {}
+
     def prepare(self) -> None:
         Path(self.path).mkdir(parents=True, exist_ok=True)
 
@@ -171,10 +196,13 @@ class MlflowServer(MlflowResource):
 
     @property
     def uri(self) -> str:
+        if not self.tracking_uri:
+            raise ConfigError("No MLflow is configured: MLFLOW_TRACKING_URI is not set.")
         return self.tracking_uri
 
     def client(self) -> "MlflowClient":
-        # MLflow's own patience with a server that is away is minutes per call; a step makes several.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        # MLflow's own patience with a server that is away is minutes per call. A step makes several, and Dagster gives
+        # a sensor's tick one minute.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         return super().client()

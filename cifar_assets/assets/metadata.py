@@ -26,7 +26,7 @@ from cifar_assets.model_package import (
 from cifar_assets.object_store import ObjectStore
 from cifar_assets.pictures import as_markdown, confusion_matrix, training_curves
 from resources.inference_service import DeployedService
-from resources.mlflow import MlflowResource
+from resources.mlflow import RUN_METADATA, MlflowResource
 from resources.trainer import TrainingResult
 
 _MAX_REJECTED_SHOWN = 50
@@ -133,7 +133,7 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
         "raw_digest": manifest.raw_digest,
         "uri": result.model_uri,
         "resumed_from": result.resumed_from or "the start",
-        "mlflow_run": mlflow.run_link(result.mlflow_run_id),
+        RUN_METADATA: mlflow.run_link(result.mlflow_run_id),
     }
     if package.exists(PERFORMANCE_FILE):
         performance = json.loads(package.read(PERFORMANCE_FILE))

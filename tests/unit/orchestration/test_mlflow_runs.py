@@ -1,0 +1,226 @@
+"""MLflow runs that their trainer left RUNNING: who closes them, and as what (case C12).
+
+Dagster runs are real, in an instance of the test's own, and so is the sqlite store.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+import dagster as dg
+import pytest
+from mlflow import end_run, set_tracking_uri
+
+from cifar_assets import sensors
+from resources.mlflow import RUN_ID_TAG, RUN_METADATA, LocalMlflow, MlflowResource, MlflowServer
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> LocalMlflow:
+    mlflow = LocalMlflow(path=str(tmp_path_factory.mktemp("mlflow")))
+    mlflow.client().create_experiment(mlflow.experiment, mlflow.artifact_uri())
+    return mlflow
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield instance
+
+
+def start_run(mlflow: MlflowResource, dagster_run_id: str) -> str:
+    """An MLflow run as the trainer starts it."""
+    client = mlflow.client()
+    experiment = client.get_experiment_by_name(mlflow.experiment)
+    assert experiment is not None
+    return client.create_run(experiment.experiment_id, tags={RUN_ID_TAG: dagster_run_id}).info.run_id
+
+
+def status(mlflow: MlflowResource, run_id: str) -> str:
+    return mlflow.client().get_run(run_id).info.status
+
+
+def tick(instance: dg.DagsterInstance, mlflow: MlflowResource) -> str:
+    result = sensors.close_mlflow_runs(dg.build_sensor_context(instance=instance, resources={"mlflow": mlflow}))
+    assert isinstance(result, dg.SkipReason)
+    assert result.skip_message is not None
+    return result.skip_message
+
+
+def materialize(
+    instance: dg.DagsterInstance, body: Callable[[dg.AssetExecutionContext], object], fail_after: bool = False
+) -> dg.DagsterRun:
+    """One Dagster run whose asset does what `body` does; it fails afterwards where told to."""
+
+    @dg.asset
+    def model(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        return dg.MaterializeResult(metadata={RUN_METADATA: str(body(context))})
+
+    @dg.asset(deps=[model])
+    def later() -> None:
+        if fail_after:
+            raise dg.Failure("a check refuses the model")
+
+    known = {run.run_id for run in instance.get_runs()}
+    with suppress(dg.DagsterExecutionInterruptedError):
+        dg.materialize([model, later], instance=instance, raise_on_error=False)
+    (run,) = [run for run in instance.get_runs() if run.run_id not in known]
+    return run
+
+
+@dg.job
+def training() -> None: ...
+
+
+def test_a_finished_training_is_finished_even_where_its_dagster_run_fails_later(
+    instance: dg.DagsterInstance, mlflow: LocalMlflow
+):
+    """C12 (d)."""
+    left: list[str] = []
+
+    def train(context: dg.AssetExecutionContext) -> str:
+        left.append(start_run(mlflow, context.run.run_id))
+        return left[-1]
+
+    runs = [materialize(instance, train), materialize(instance, train, fail_after=True)]
+    assert [run.status for run in runs] == [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]
+    said = tick(instance, mlflow)
+    assert [status(mlflow, run_id) for run_id in left] == ["FINISHED", "FINISHED"]
+    assert all(f"{run_id} as FINISHED" in said for run_id in left)
+    assert "Closed: none" in tick(instance, mlflow)
+
+
+def test_an_attempt_before_the_one_that_finished_failed(instance: dg.DagsterInstance, mlflow: LocalMlflow):
+    """C12 (e)."""
+    left: list[str] = []
+
+    def train(context: dg.AssetExecutionContext) -> str:
+        left.append(start_run(mlflow, context.run.run_id))
+        if context.retry_number == 0:
+            raise dg.RetryRequested(max_retries=1)
+        return left[-1]
+
+    assert materialize(instance, train).status == dg.DagsterRunStatus.SUCCESS
+    tick(instance, mlflow)
+    assert [status(mlflow, run_id) for run_id in left] == ["FAILED", "FINISHED"]
+
+
+def test_runs_end_as_their_dagster_runs_did_and_when(
+    instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
+):
+    ended = {
+        "FINISHED": instance.create_run_for_job(training, status=dg.DagsterRunStatus.SUCCESS),
+        "FAILED": instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED),
+        "KILLED": instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED),
+    }
+    left = {expected: start_run(mlflow, run.run_id) for expected, run in ended.items()}
+    instance.report_run_failed(ended["FAILED"])
+    instance.report_run_canceled(ended["KILLED"])
+    tick(instance, mlflow)
+    assert status(mlflow, left["FAILED"]) == "RUNNING", "a retry may adopt its training"
+    monkeypatch.setattr(sensors, "ADOPTION_SECONDS", 0)
+    tick(instance, mlflow)
+    assert {expected: status(mlflow, run_id) for expected, run_id in left.items()} == {name: name for name in left}
+    record = instance.get_run_record_by_id(ended["FAILED"].run_id)
+    assert record is not None
+    assert record.end_time is not None
+    assert mlflow.client().get_run(left["FAILED"]).info.end_time == int(1000 * record.end_time)
+
+
+def test_what_still_trains_or_is_not_known_is_left_alone(
+    instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
+):
+    """A failed run whose retry goes on may have its training adopted by it."""
+    monkeypatch.setattr(sensors, "ADOPTION_SECONDS", 0)
+    going = instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED)
+    failed = instance.create_run_for_job(training, status=dg.DagsterRunStatus.FAILURE)
+    retry = instance.create_run_for_job(
+        training,
+        status=dg.DagsterRunStatus.STARTED,
+        parent_run_id=failed.run_id,
+        root_run_id=failed.run_id,
+        tags={"dagster/root_run_id": failed.run_id, "dagster/parent_run_id": failed.run_id},
+    )
+    left = [start_run(mlflow, run_id) for run_id in (going.run_id, failed.run_id, "of-another-instance")]
+    tick(instance, mlflow)
+    assert {status(mlflow, run_id) for run_id in left} == {"RUNNING"}
+    instance.report_run_failed(retry)
+    tick(instance, mlflow)
+    assert [status(mlflow, run_id) for run_id in left] == ["RUNNING", "FAILED", "RUNNING"]
+
+
+def test_with_mlflow_away_the_tick_says_so_and_a_later_one_closes(
+    instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run = instance.create_run_for_job(training, status=dg.DagsterRunStatus.CANCELED)
+    left = start_run(mlflow, run.run_id)
+    assert "http://127.0.0.1:1 did not answer" in tick(instance, MlflowServer(tracking_uri="http://127.0.0.1:1"))
+    assert status(mlflow, left) == "RUNNING"
+    tick(instance, mlflow)
+    assert status(mlflow, left) == "KILLED"
+
+
+def test_without_mlflow_the_tick_says_so_and_makes_nothing(instance: dg.DagsterInstance, tmp_path: Path):
+    assert "No MLflow is configured" in tick(instance, MlflowServer(tracking_uri=""))
+    assert "Closed: none" in tick(instance, LocalMlflow(path=str(tmp_path / "absent")))
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "cancelled", "expected"),
+    [
+        (dg.DagsterExecutionInterruptedError(), True, "KILLED"),
+        (dg.DagsterExecutionInterruptedError(), False, "RUNNING"),
+        (dg.Failure("the trainer died"), True, "KILLED"),
+        (dg.Failure("the trainer died"), False, "FAILED"),
+    ],
+)
+def test_a_step_closes_what_its_trainer_left_but_not_when_merely_evicted(
+    instance: dg.DagsterInstance, mlflow: LocalMlflow, error: BaseException, cancelled: bool, expected: str
+):
+    left: list[str] = []
+
+    def train(context: dg.AssetExecutionContext) -> None:
+        with mlflow.closing_open_runs(context):
+            left.append(start_run(mlflow, context.run.run_id))
+            if cancelled:
+                instance.report_run_canceling(context.run)
+            raise error
+
+    materialize(instance, train)
+    assert [status(mlflow, run_id) for run_id in left] == [expected]
+
+
+def test_dagster_mlflows_own_resource_joins_the_trainers_run(
+    instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
+):
+    """By the tag: an op that uses it in the same Dagster run logs to the run of the training."""
+    from dagster_mlflow import mlflow_tracking
+
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):  # it sets them for the whole process
+        monkeypatch.setenv(name, "")
+
+    @dg.op(required_resource_keys={"mlflow"})
+    def note(context: dg.OpExecutionContext) -> None:
+        context.resources.mlflow.log_metric("noted", 1.0)
+
+    @dg.job(
+        resource_defs={
+            "mlflow": mlflow_tracking.configured(
+                {"experiment_name": mlflow.experiment, "mlflow_tracking_uri": mlflow.uri}
+            )
+        }
+    )
+    def noting() -> None:
+        note()
+
+    run_id = str(uuid4())
+    left = start_run(mlflow, run_id)
+    try:
+        assert noting.execute_in_process(instance=instance, run_id=run_id).success
+    finally:
+        end_run()
+        set_tracking_uri("")
+    assert mlflow.client().get_run(left).data.metrics == {"noted": 1.0}
