@@ -2,7 +2,7 @@
 CIFAR10_SOURCE ?= synthetic
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RUN := $(UV) run --frozen --all-extras
-PATHS := cifar_assets resources tests
+PATHS := cifar_assets resources tests k8s
 
 export CIFAR10_SOURCE
 
