@@ -64,16 +64,17 @@ class _StoreChannel(PipesMessageWriterChannel):
         self._close_timeout_seconds = close_timeout_seconds
         self._folder = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
         self._num_chunks = 0
-        self._buffer: list[PipesMessage] = []
+        self._buffer: list[str] = []
         self._changed = Condition()
         self._closing_until: float | None = None
-        self._error: StoreError | None = None
+        self._error: Exception | None = None
         self._thread = Thread(target=self._run, name="pipes-messages", daemon=True)
         self._thread.start()
 
     def write_message(self, message: PipesMessage) -> None:
+        line = f"{json.dumps(message)}\n"  # here, where who gave something that is no JSON hears of it
         with self._changed:
-            self._buffer.append(message)
+            self._buffer.append(line)
             self._changed.notify()
 
     def close(self) -> None:
@@ -81,7 +82,7 @@ class _StoreChannel(PipesMessageWriterChannel):
             self._closing_until = time.monotonic() + self._close_timeout_seconds
             self._changed.notify()
         self._thread.join()
-        if self._error:
+        if self._buffer:
             raise StoreError(
                 f"{len(self._buffer)} Pipes messages could not be written to {self._store.uri()} within "
                 f"{self._close_timeout_seconds:.0f} s: {self._error}"
@@ -109,11 +110,11 @@ class _StoreChannel(PipesMessageWriterChannel):
         if closing and failed:
             time.sleep(self._interval_seconds)
 
-    def _write(self, messages: list[PipesMessage]) -> StoreError | None:
+    def _write(self, lines: list[str]) -> Exception | None:
         key = f"{self._folder}/{self._num_chunks:08d}.jsonl"
         try:
-            self._store.write(key, "".join(f"{json.dumps(message)}\n" for message in messages).encode())
-        except StoreError as error:
+            self._store.write(key, "".join(lines).encode())
+        except Exception as error:  # whatever it is must not end the thread, and with it all messages to come
             _log.warning("Pipes messages wait for the object store: %s", error)
             return error
         self._num_chunks += 1

@@ -231,6 +231,35 @@ def test_writer_that_cannot_deliver_does_not_end_as_a_success(store: FlakyStore)
         pipes.log.info("never heard")
 
 
+def test_what_is_no_json_is_refused_where_it_is_said_and_loses_nothing_else(store: FlakyStore):
+    handler, reader = Handler(), reader_of(store)
+    with reader.read_messages(handler) as params:
+        with process(params) as pipes:
+            with pytest.raises(TypeError, match="not JSON serializable"):
+                pipes.report_custom_message({"loss": object()})
+            pipes.report_custom_message({"epoch": 1})
+        reader.poll()
+    assert handler.payloads() == [{"epoch": 1}]
+
+
+def test_store_that_fails_in_an_unforeseen_way_is_tried_again(store: FlakyStore, monkeypatch: pytest.MonkeyPatch):
+    failures = [OSError("odd"), KeyError("odder")]
+
+    class Odd(FlakyStore):
+        def write(self, key: str, data: bytes) -> None:
+            if failures:
+                raise failures.pop()
+            super().write(key, data)
+
+    handler, reader = Handler(), reader_of(store)
+    with reader.read_messages(handler) as params:
+        odd = Odd(store.at("messages/launch").root)
+        with process(params, PipesStoreMessageWriter(open_store=lambda uri: odd, interval_seconds=0.01)) as pipes:
+            pipes.report_custom_message({"epoch": 1})
+        reader.poll()
+    assert handler.payloads() == [{"epoch": 1}]
+
+
 def test_reader_says_that_messages_are_lost_only_after_its_time(store: FlakyStore):
     clock = FakeClock()
     reader = reader_of(store)
