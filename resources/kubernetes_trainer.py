@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 from cifar_assets.errors import ConfigError
@@ -113,7 +113,10 @@ class KubernetesTrainer(TrainerResource):
         settings["env"] = {**self.job.env, **env}
         if scale.nproc_per_node > 1 and not self.job.command:
             settings["command"] = LAUNCHER
-        return PyTorchJobConfig(**settings)
+        try:
+            return PyTorchJobConfig(**settings)
+        except ValidationError as error:
+            raise ConfigError(f"The scale of trained_model asks for a job that cannot be: {error}") from error
 
     def pipes_client(self) -> PipesPyTorchJobClient:
         return PipesPyTorchJobClient(

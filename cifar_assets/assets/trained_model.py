@@ -3,12 +3,13 @@
 from typing import Any, get_args, get_origin
 
 import dagster as dg
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, TRAINING_POOL
 from cifar_assets.assets.upstream import materialized_digest
+from cifar_assets.errors import ConfigError
 from cifar_assets.training.recipes import RECIPES, Recipe, get_recipe
 from cifar_assets.training.spec import Execution, JobSpec, MlflowTarget
 from resources.gate import AccuracyGate
@@ -48,7 +49,7 @@ class TrainedModelConfig(dg.Config):
     overrides: RecipeOverrides = Field(  # pyright: ignore[reportInvalidTypeForm]: made from Recipe at import
         default_factory=RecipeOverrides, description="Fields of the recipe to change for this run."
     )
-    seed: int = Field(default=0, ge=0, description="Decides initial weights, order and augmentation.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Decides initial weights, order and augmentation.")
     dataset_digest: str | None = Field(
         default=None, description="Digest of the processed version; by default the one processed_dataset materialized."
     )
@@ -67,16 +68,20 @@ class TrainedModelConfig(dg.Config):
 
     def job_spec(self, object_store: ObjectStoreResource, dataset_digest: str, mlflow: MlflowTarget | None) -> JobSpec:
         """The job this config asks for. Raises ConfigError naming what is wrong with it."""
-        return JobSpec(
-            dataset_uri=object_store.processed.at(dataset_digest).uri(),
-            dataset_digest=dataset_digest,
-            recipe=get_recipe(self.recipe, _given(self.overrides)),
-            seed=self.seed,
-            output_uri=object_store.models.uri(),
-            mlflow=mlflow,
-            write_seed_copies=True,
-            execution=Execution(**_given(self.execution)),
-        )
+        recipe = get_recipe(self.recipe, _given(self.overrides))
+        try:
+            return JobSpec(
+                dataset_uri=object_store.processed.at(dataset_digest).uri(),
+                dataset_digest=dataset_digest,
+                recipe=recipe,
+                seed=self.seed,
+                output_uri=object_store.models.uri(),
+                mlflow=mlflow,
+                write_seed_copies=True,
+                execution=Execution(**_given(self.execution)),
+            )
+        except ValidationError as error:
+            raise ConfigError(f"The config of trained_model asks for something that cannot be: {error}") from error
 
 
 def _given(config: dg.Config) -> dict[str, Any]:

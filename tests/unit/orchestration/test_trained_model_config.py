@@ -79,6 +79,8 @@ def test_without_config_the_default_recipe_is_complete() -> None:
         ({"overrides": {"epochs": 0}}, "epochs"),
         ({"overrides": {"network": "vgg"}}, "network"),
         ({"overrides": {"resolutions": [{"start": 0.5, "size": 16}]}}, "resolutions"),
+        ({"execution": {"threads": 0}}, "threads"),
+        ({"execution": {"device": "tpu"}}, "device"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_naming_the_field(config: dict, named: str) -> None:
@@ -99,7 +101,7 @@ def test_the_launchpad_refuses_what_it_does_not_know(config: dict, named: str) -
         dg.validate_run_config(defs.resolve_job_def("train"), {"ops": {"cifar10__trained_model": {"config": config}}})
 
 
-@pytest.mark.parametrize("config", [{"scale": {"replicas": 0}}, {"seed": -1}])
+@pytest.mark.parametrize("config", [{"scale": {"replicas": 0}}, {"seed": -1}, {"seed": 2**32}])
 def test_impossible_values_are_refused(config: dict) -> None:
     with pytest.raises(ValidationError, match=r"replicas|seed"):
         TrainedModelConfig(**config)

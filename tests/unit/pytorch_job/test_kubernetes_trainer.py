@@ -189,6 +189,11 @@ def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer):
     assert trainer.job_config(SPEC, TrainingScale(), STORE).command == []
 
 
+def test_scale_that_cannot_be_is_refused_naming_the_field(trainer: KubernetesTrainer):
+    with pytest.raises(ConfigError, match="memory"):
+        trainer.job_config(SPEC, TrainingScale(memory="4GB"), STORE)
+
+
 def test_pods_are_told_where_the_platform_is_for_them(tmp_path: Path):
     environment = {
         "TRAINER_IMAGE": "trainer:2",
