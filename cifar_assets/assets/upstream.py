@@ -8,7 +8,14 @@ DATA_VERSION_TAG = "dagster/data_version"
 
 
 def materialized_digest(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, key: dg.AssetKey) -> str:
-    """The asset's data version: the one this run made, or else the one Dagster last recorded.
+    """The data version of `current_materialization`."""
+    return data_version(current_materialization(context, key))
+
+
+def current_materialization(
+    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, key: dg.AssetKey
+) -> dg.AssetMaterialization:
+    """The materialization that this run made, or else the one Dagster last recorded.
 
     A run that made its own upstream must not pick up what another run made in between. Raises ConfigError when the
     asset was never materialized.
@@ -21,7 +28,7 @@ def materialized_digest(context: dg.AssetExecutionContext | dg.AssetCheckExecuti
             f"{key.to_user_string()} has no materialization to work on: materialize it first, "
             "or name the digest in this asset's config."
         )
-    return data_version(record.asset_materialization)
+    return record.asset_materialization
 
 
 def previous_digests(instance: dg.DagsterInstance, key: dg.AssetKey, limit: int = 50) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 
 from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
-from cifar_assets.assets.upstream import materialized_digest
+from cifar_assets.assets.upstream import current_materialization, data_version, materialized_digest
 from cifar_assets.checks.results import WARN, only_selected, result, spec
 from cifar_assets.dataset.objects import fetched
 from cifar_assets.dataset.processed import SPLIT_NAMES, ProcessedManifest, read_processed
@@ -46,7 +46,8 @@ def raw_dataset_checks(
     context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Two verdicts on the raw version that this run, or the last one, made."""
-    manifest = read_raw(object_store.raw, materialized_digest(context, RAW_DATASET))
+    materialization = current_materialization(context, RAW_DATASET)
+    manifest = read_raw(object_store.raw, data_version(materialization))
     broken = list(_broken_objects(object_store.raw, manifest))
     yield result(
         RAW_DATASET,
@@ -54,9 +55,7 @@ def raw_dataset_checks(
         not broken,
         "; ".join(broken) or f"All {len(manifest.objects)} objects have the digests of the manifest.",
     )
-    event = context.instance.get_latest_materialization_event(RAW_DATASET)
-    materialization = event.asset_materialization if event else None
-    num_rejected = int(str(materialization.metadata["num_landed_rejected"].value)) if materialization else 0
+    num_rejected = int(str(materialization.metadata["num_landed_rejected"].value))
     yield result(
         RAW_DATASET,
         "nothing_rejected",

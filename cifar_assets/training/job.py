@@ -224,11 +224,13 @@ class _Job:
         before = trainer.phases.add("test", before)
         held_out = np.arange(min(_ONNX_IMAGES, len(data.validation)))
         images = data.validation.images(held_out).cpu().numpy()
+        logits = validation_logits[: len(held_out)]
         weights, onnx = weights_bytes(classifier), onnx_bytes(classifier)
         extra = {
             "train_images": len(data.train),
             "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
-            "onnx_max_difference": onnx_difference(onnx, images, validation_logits[: len(held_out)]),
+            "onnx_max_difference": onnx_difference(onnx, images, logits),
+            "onnx_largest_logit": float(np.abs(logits).max()),
             "onnx_images": len(held_out),
         }
         trainer.phases.add("export", before)

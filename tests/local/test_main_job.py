@@ -130,12 +130,23 @@ class TestGate:
             newest = data_version(materialization(instance, TRAINED_MODEL))
         assert newest != served.model_digest
 
-    def test_automation_does_not_deploy_a_model_whose_check_failed(self, workspace: Workspace) -> None:
+    @pytest.mark.parametrize(("threshold", "num_requested"), [("0.999", 0), ("0.0", 1)])
+    def test_automation_deploys_a_new_model_only_if_its_check_passed(
+        self, workspace: Workspace, threshold: str, num_requested: int
+    ) -> None:
         from cifar_assets.definitions import defs
 
         with workspace.instance() as instance:
-            outcome = dg.evaluate_automation_conditions(defs, instance)
-            assert outcome.get_num_requested(INFERENCE_SERVICE) == 0
+            before = dg.evaluate_automation_conditions(defs, instance)
+            assert before.get_num_requested(INFERENCE_SERVICE) == 0
+            done = workspace.materialize(
+                "cifar10/trained_model",
+                {"trained_model": {**SMALL_TRAINING, "seed": 1, "reuse": True}},
+                ACCURACY_THRESHOLD=threshold,
+            )
+            assert (done.returncode == 0) == (num_requested == 1), done.stdout
+            after = dg.evaluate_automation_conditions(defs, instance, cursor=before.cursor)
+            assert after.get_num_requested(INFERENCE_SERVICE) == num_requested
 
     @pytest.mark.parametrize("threshold", ["80", "-0.1", "0,8"])
     def test_a_threshold_that_is_no_fraction_stops_before_anything_runs(
