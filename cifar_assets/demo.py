@@ -38,9 +38,9 @@ def main() -> int:
         config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": _SYNTHETIC_TRAINING}}}
         command += ["--config-json", canonical_json(config).decode()]
     _log.info("$ %s", shlex.join(command))
-    code = subprocess.run(
-        [sys.executable, "-m", *command], env={**os.environ, SOURCE_VARIABLE: source}, check=False
-    ).returncode
+    os.environ.pop("DAGSTER_HOME", None)  # the demo is this folder's, whatever else the shell works on
+    environment = {**os.environ, SOURCE_VARIABLE: source, "DAGSTER_DEPLOYMENT": "local"}
+    code = subprocess.run([sys.executable, "-m", *command], env=environment, check=False).returncode
     if code:
         _log.error("The run failed; the lines above say where. `make dev` shows it in the Dagster UI.")
         return code
