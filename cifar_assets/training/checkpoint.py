@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,15 +55,20 @@ class CheckpointStore:
                 self._store.delete(old)
         return self._store.uri(key)
 
-    def load_newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None. A damaged one is reported, removed and passed over."""
+    def load_newest(self, use: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
+        """The newest whole checkpoint that `use` took, or None. `use` raises DataError for one that does not fit.
+
+        One that is damaged or does not fit is reported, removed and passed over.
+        """
         for key in self._keys():
             try:
-                return self._load(key)
+                checkpoint = self._load(key)
+                use(checkpoint)
+                return checkpoint
             except ObjectNotFoundError:
                 continue
             except DataError as error:
-                _LOG.warning("Checkpoint passed over: %s", error)
+                _LOG.warning("Checkpoint %s passed over: %s", self._store.uri(key), error)
                 self._store.delete(key)
         return None
 
@@ -93,5 +99,5 @@ class CheckpointStore:
             header = json.loads(data[8 : 8 + header_size])
             position = json.loads(header["__metadata__"][_METADATA_KEY])
             return Checkpoint(int(match[1]), load(data), position, key)
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self._store.uri(key)} is not a checkpoint of this project: {error}") from error

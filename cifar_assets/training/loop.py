@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -221,7 +221,8 @@ class Trainer:
         before = time.perf_counter()
         tensors = self.state.tensors() | {"loss_sum": torch.tensor(loss_sum, dtype=torch.float64)}
         try:
-            self._checkpoints.save(self.global_step, tensors, self.state.position.to_json())
+            position = self.state.position.to_json() | {"made_with": self._made_with()}
+            self._checkpoints.save(self.global_step, tensors, position)
         except StoreError as error:
             if not error.transient:
                 raise
@@ -232,25 +233,43 @@ class Trainer:
     def _resume(self) -> None:
         """Continue from the newest good checkpoint. Without one, start from weights drawn from the seed."""
         before = time.perf_counter()
-        checkpoint = self._load_checkpoint()
-        if checkpoint is not None:
-            self.state.load(checkpoint.tensors, Position.from_json(checkpoint.position))
+        step = self._load_checkpoint()
+        if step is not None:
             if not self._processes.is_first:
                 self.state.loss_sum.zero_()
-            self._saved_step = self.resumed_from = checkpoint.step
+            self._saved_step = self.resumed_from = step
         elif isinstance(self._network, SpeedNet):
             images = self._data.train.images(np.arange(min(_WHITENING_IMAGES, len(self._data.train))))
             self._network.set_whitening(self._normalize(images, images.shape[-1]))
             self.state = TrainingState(self._network, self._recipe)
         self.phases.add("resume", before)
 
-    def _load_checkpoint(self) -> Checkpoint | None:
-        """The same checkpoint in every process: rank 0 chooses it."""
-        chosen = self._checkpoints.load_newest() if self._processes.is_first else None
+    def _load_checkpoint(self) -> int | None:
+        """Take over the same checkpoint in every process, the one rank 0 chooses, and return its step."""
+        chosen = self._checkpoints.load_newest(self._take_over) if self._processes.is_first else None
         step = self._processes.from_first(-1 if chosen is None else chosen.step, self._processor.device)
-        if step < 0 or self._processes.is_first:
-            return chosen
-        return self._checkpoints.load_step(step)
+        if step < 0:
+            return None
+        if not self._processes.is_first:
+            self._take_over(self._checkpoints.load_step(step))
+        return step
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        self.state.load(checkpoint.tensors, Position.from_json(checkpoint.position))
+        made_with = checkpoint.position.get("made_with", self._made_with())
+        if made_with != self._made_with() and self._processes.is_first:
+            _LOG.warning(
+                "The checkpoint of step %d was made with %s, this goes on with %s: the weights will not be those of a "
+                "run that was never stopped.",
+                checkpoint.step,
+                made_with,
+                self._made_with(),
+            )
+
+    def _made_with(self) -> dict[str, Any]:
+        """What rounding depends on and the spec leaves open."""
+        device, precision = self._processor.device.type, str(self._processor.dtype).removeprefix("torch.")
+        return {"processes": self._processes.count, "device": device, "precision": precision}
 
     def _build(self) -> nn.Module:
         network = build_network(self._recipe)

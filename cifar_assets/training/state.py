@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cifar_assets.errors import DataError
 from cifar_assets.training.recipes import Recipe
 
 
@@ -37,8 +38,12 @@ class Position:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Position":
-        history = [EpochRecord(**record) for record in value["history"]]
-        return cls(value["epoch"], value["step"], value["epoch_seconds"], history)
+        """The position `to_json` gave. Raises DataError for anything else."""
+        try:
+            history = [EpochRecord(**record) for record in value["history"]]
+            return cls(value["epoch"], value["step"], value["epoch_seconds"], history)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"There is no position in it: {error!r}.") from error
 
 
 class TrainingState:
@@ -90,7 +95,13 @@ class TrainingState:
         return tensors
 
     def load(self, tensors: dict[str, Tensor], position: Position) -> None:
-        """Continue from these. Raises KeyError or RuntimeError when they do not fit the recipe."""
+        """Continue from these. Raises DataError, with nothing changed, when they do not fit the recipe."""
+        wanted = self.tensors()
+        if self._recipe.momentum:
+            wanted |= {f"momentum.{index}": parameter for index, parameter in enumerate(self._parameters())}
+        unfit = sorted(name for name in wanted.keys() | tensors.keys() if _form(wanted, name) != _form(tensors, name))
+        if unfit:
+            raise DataError(f"{len(unfit)} tensors are missing, unknown or of another shape or type: {unfit[:3]}.")
         prefix = "network."
         self.network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for name, value in (self._average or {}).items():
@@ -119,6 +130,10 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         },
     ]
     return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
+
+
+def _form(tensors: dict[str, Tensor], name: str) -> object:
+    return (tensors[name].shape, tensors[name].dtype) if name in tensors else None
 
 
 def _copy_tensors(network: nn.Module) -> dict[str, Tensor]:

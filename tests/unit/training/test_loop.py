@@ -151,6 +151,59 @@ def test_a_store_that_refuses_checkpoints_ends_the_training(make_spec: SpecMaker
         finish(make_trainer(spec, checkpoints=FailingCheckpoints(spec, False, {6})))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, position: tensors.pop("network.fc.bias"),
+        lambda tensors, position: tensors.pop("momentum.0"),
+        lambda tensors, position: tensors.update(loss_sum=torch.zeros(2)),
+        lambda tensors, position: position.pop("epoch"),
+        lambda tensors, position: position.update(history=[{"epoch": 0}]),
+    ],
+    ids=["weight", "momentum", "shape", "position", "history"],
+)
+def test_a_whole_checkpoint_that_does_not_fit_falls_back_to_the_one_before(make_spec: SpecMaker, caplog, change):
+    spec = make_spec(epochs=2)
+    finish(make_trainer(spec))
+    checkpoints = CheckpointStore(open_store(spec.output_uri), 3)
+    newest = checkpoints.load_newest()
+    assert newest
+    change(newest.tensors, newest.position)
+    checkpoints.save(newest.step + 1, newest.tensors, newest.position)
+    with caplog.at_level("WARNING"):
+        assert make_trainer(spec).resumed_from == newest.step
+    assert f"step-{newest.step + 1:09d}" in caplog.text
+
+
+def test_a_start_after_none_that_fits_is_a_fresh_one(make_spec: SpecMaker, tmp_path: Path):
+    spec = make_spec("fast", epochs=1)
+    trainer = make_trainer(spec)
+    fresh = final_tensors(trainer)
+    finish(trainer)
+    tensors = final_tensors(trainer)
+    del tensors["loss_sum"]
+    checkpoints = CheckpointStore(open_store(spec.output_uri), 3)
+    checkpoints.clear()
+    checkpoints.save(6, tensors, trainer.state.position.to_json())
+    trainer = make_trainer(spec)
+    assert trainer.resumed_from is None
+    assert_same(fresh, final_tensors(trainer))
+
+
+def test_a_continuation_that_rounds_otherwise_says_so(make_spec: SpecMaker, caplog):
+    spec = make_spec(epochs=1)
+    trainer = make_trainer(spec)
+    finish(trainer)
+    with caplog.at_level("WARNING"):
+        assert make_trainer(spec).resumed_from == 6
+        assert caplog.text == ""
+        position = trainer.state.position.to_json()
+        position["made_with"] = {"processes": 3, "device": "cpu", "precision": "bfloat16"}
+        CheckpointStore(open_store(spec.output_uri), 3).save(7, trainer.state.tensors(), position)
+        assert make_trainer(spec).resumed_from == 7
+    assert "was made with {'processes': 3, 'device': 'cpu', 'precision': 'bfloat16'}" in caplog.text
+
+
 def test_images_read_batch_by_batch_train_alike(make_spec: SpecMaker, tmp_path: Path):
     resident = make_trainer(make_spec())
     finish(resident)
