@@ -82,13 +82,16 @@ def stop_group(process: subprocess.Popen[Any], grace_seconds: float) -> None:
         process.wait()
 
 
+def following_parent() -> list[str]:
+    """Beginning of a command that is told to stop when this process is killed outright, where the kernel offers it."""
+    return ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+
+
 def _command(num_processes: int) -> list[str]:
-    # Where the kernel offers it, the trainer is told to stop when this process is killed outright.
-    follow_parent = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
     if num_processes == 1:
-        return [*follow_parent, sys.executable, "-m", "cifar_assets.training"]
+        return [*following_parent(), sys.executable, "-m", "cifar_assets.training"]
     launcher = ["-m", "cifar_assets.training.launch", "--standalone", f"--nproc-per-node={num_processes}"]
-    return [*follow_parent, sys.executable, *launcher]
+    return [*following_parent(), sys.executable, *launcher]
 
 
 def _failure(code: int) -> str:

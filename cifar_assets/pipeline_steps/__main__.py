@@ -6,7 +6,6 @@ one worth trying again). The reason is on stderr, and in the file that TERMINATI
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,8 +79,9 @@ def _train(options: argparse.Namespace) -> int:
     plan: Plan = options.plan
     if plan.replicas > 1:
         raise ConfigError(f"The plan asks for {plan.replicas} replicas; this step trains in one process.")
+    # In this process's place, so that whoever ends the step ends the training, and waits for its checkpoint.
     command = [sys.executable, "-m", "cifar_assets.training"]
-    return subprocess.run(command, env={**os.environ, **plan.trainer_environment()}, check=False).returncode
+    os.execve(sys.executable, command, {**os.environ, **plan.trainer_environment()})
 
 
 def _model(options: argparse.Namespace) -> int:

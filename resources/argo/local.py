@@ -13,7 +13,7 @@ from pydantic import Field
 
 from cifar_assets.errors import TrainingError
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult, parse_result
-from resources.local_trainer import stop_group
+from resources.local_trainer import following_parent, stop_group
 
 _TAIL_LINES = 30
 
@@ -45,24 +45,24 @@ class LocalPipeline(PipelineResource):
             return parse_result(f"Local run {run}", report.read_text())
 
     def _step(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "cifar_assets.pipeline_steps", "--store", self.store_path, *arguments]
-        process = subprocess.Popen(
-            command,
+        command = [*following_parent(), sys.executable, "-m", "cifar_assets.pipeline_steps", "--store", self.store_path]
+        tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        with subprocess.Popen(
+            [*command, *arguments],
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-        )
-        tail: deque[str] = deque(maxlen=_TAIL_LINES)
-        try:
-            for line in process.stdout or ():
-                sys.stdout.write(f"[{arguments[0]}] {line}")
-                tail.append(line)
-            process.wait()
-        finally:
-            if process.poll() is None:
-                stop_group(process, self.stop_grace_seconds)
+        ) as process:
+            try:
+                for line in process.stdout or ():
+                    sys.stdout.write(f"[{arguments[0]}] {line}")
+                    tail.append(line)
+                process.wait()
+            finally:
+                if process.poll() is None:
+                    stop_group(process, self.stop_grace_seconds)
         if process.returncode:
             raise TrainingError(_failure(arguments[0], process.returncode, tail))
 

@@ -231,3 +231,20 @@ def test_something_else_than_a_plan(pipeline: Steps, text: str) -> None:
     with pytest.raises(SystemExit) as ended:
         pipeline.run("processed", f"--plan={text}")
     assert ended.value.code == steps.EXIT_BAD_SETTING
+
+
+def test_the_trainer_takes_the_place_of_its_step(pipeline: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], str]] = []
+
+    def execve(path: str, command: list[str], environment: dict[str, str]) -> None:
+        started.append((command[1:], environment["CIFAR_JOB_SPEC"]))
+        raise SystemExit
+
+    store_tiny_data(pipeline.store, train=60, test=20)
+    assert pipeline.data() == 0
+    monkeypatch.setattr("os.execve", execve)
+    with pytest.raises(SystemExit):
+        pipeline.run("train", f"--plan={pipeline.outputs / 'plan'}")
+    ((command, spec),) = started
+    assert command == ["-m", "cifar_assets.training"]
+    assert parse_spec(spec, "test") == pipeline.plan().spec
