@@ -38,7 +38,7 @@ def choose_processor(execution: Execution, precision: Precision, local_rank: int
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The device of this process; ranks of one machine take its GPUs in turn."""
+    """The device of this process, which shares its GPU with no other. Raises ConfigError where there is none for it."""
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise ConfigError(
@@ -46,7 +46,26 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
         )
     if wanted == "cpu" or not available:
         return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        # nccl would refuse two processes of one GPU by an error that looks like a process lost
+        raise ConfigError(
+            f"Process {local_rank + 1} of this machine has no GPU of its own, there are {num_gpus}: set nproc_per_node "
+            "to that number or less, ask for more GPUs, or for device cpu."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def use_repeatable_kernels(device: torch.device) -> None:
+    """Have the same arithmetic give the same bits each time on this device; a CPU does so by itself."""
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    # read by cuBLAS when it is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def check_compiler() -> None:

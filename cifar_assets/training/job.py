@@ -30,7 +30,7 @@ from cifar_assets.object_store import ObjectStore, open_store
 from cifar_assets.training import distributed
 from cifar_assets.training.checkpoint import CheckpointStore
 from cifar_assets.training.data import TrainingData, open_data
-from cifar_assets.training.device import Processor, choose_processor, use_threads
+from cifar_assets.training.device import Processor, choose_processor, use_repeatable_kernels, use_threads
 from cifar_assets.training.distributed import Processes
 from cifar_assets.training.environment import describe_environment
 from cifar_assets.training.evaluate import measure, predict
@@ -75,8 +75,8 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
     """
     processes = distributed.read_processes()
     use_threads(spec.execution)
-    torch.backends.cudnn.allow_tf32 = False
     processor = choose_processor(spec.execution, spec.recipe.precision, processes.local_rank)
+    use_repeatable_kernels(processor.device)
     distributed.join(processes, processor.device)
     # until here there is nothing to save, and a signal may end a process that waits for others
     stop.install()

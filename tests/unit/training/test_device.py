@@ -1,8 +1,16 @@
+import os
+
 import pytest
 import torch
 
 from cifar_assets.errors import ConfigError
-from cifar_assets.training.device import check_compiler, choose_device, choose_processor, default_threads
+from cifar_assets.training.device import (
+    check_compiler,
+    choose_device,
+    choose_processor,
+    default_threads,
+    use_repeatable_kernels,
+)
 from cifar_assets.training.distributed import read_processes
 from cifar_assets.training.spec import Execution
 
@@ -20,6 +28,33 @@ def test_a_missing_gpu_is_an_error_that_says_so():
     assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match="no GPU"):
         choose_device("cuda")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    for wanted in ("auto", "cuda"):
+        with pytest.raises(ConfigError, match="Process 3 of this machine has no GPU of its own, there are 2"):
+            choose_device(wanted, 2)
+    assert choose_device("cpu", 2) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("device", "repeatable"), [("cuda", True), ("cpu", False)])
+def test_a_gpu_is_told_to_repeat_itself(device: str, repeatable: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    for name, value in (("benchmark", True), ("deterministic", False), ("allow_tf32", True)):
+        monkeypatch.setattr(torch.backends.cudnn, name, value)
+    try:
+        use_repeatable_kernels(torch.device(device))
+        assert torch.are_deterministic_algorithms_enabled() == repeatable
+        assert torch.backends.cudnn.deterministic == repeatable
+        assert torch.backends.cudnn.benchmark != repeatable
+        assert torch.backends.cudnn.allow_tf32 != repeatable
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == repeatable
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_missing_compiler_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
