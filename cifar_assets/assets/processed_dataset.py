@@ -32,7 +32,7 @@ class ProcessedDatasetConfig(dg.Config):
     write_seed_copies: bool = Field(
         default=True,
         description="Also write cifar10-dataset.tar.gz and cifar10-processed.tar.gz, for readers of the pipeline that "
-        "this project replaces. Costs some seconds.",
+        "this project replaces. Costs some seconds, and memory for a third of the images: leave out for large data.",
     )
 
 

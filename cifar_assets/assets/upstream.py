@@ -31,9 +31,9 @@ def current_materialization(
     return record.asset_materialization
 
 
-def previous_digests(instance: dg.DagsterInstance, key: dg.AssetKey, limit: int = 50) -> list[str]:
+def previous_digests(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[str]:
     """Data versions of the asset's last materializations, newest first, each once."""
-    records = instance.fetch_materializations(key, limit=limit).records
+    records = instance.fetch_materializations(key, limit=_RECENT).records
     digests = (data_version(record.asset_materialization) for record in records if record.asset_materialization)
     return list(dict.fromkeys(digests))
 
@@ -50,4 +50,4 @@ def data_version(materialization: dg.AssetMaterialization) -> str:
 
 
 _RECENT = 100
-"""How far back a run looks for its own materialization before it takes the newest of any run."""
+"""How many materializations are looked through: for a run's own, and for earlier versions."""

@@ -115,10 +115,13 @@ def _latency(
     )
 
 
-def _medians_before(instance: dg.DagsterInstance, limit: int = 50) -> list[float]:
+_RECENT = 50
+
+
+def _medians_before(instance: dg.DagsterInstance) -> list[float]:
     """Medians that earlier executions of this check measured, in milliseconds."""
     medians = []
-    for record in instance.event_log_storage.get_asset_check_execution_history(LATENCY_CHECK, limit=limit):
+    for record in instance.event_log_storage.get_asset_check_execution_history(LATENCY_CHECK, limit=_RECENT):
         event = record.event.dagster_event if record.event else None
         is_evaluation = event and event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION
         evaluation = event.asset_check_evaluation_data if event and is_evaluation else None

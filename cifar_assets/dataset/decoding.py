@@ -14,10 +14,11 @@ from cifar_assets.dataset.rows import REFUSED_LABEL, EncodedRow, RowBatch, Split
 _CHUNK = 64
 
 
-def decode_rows(rows: Iterable[EncodedRow], split: Split, *, resize: bool, first_row: int = 0) -> Iterator[RowBatch]:
+def decode_rows(rows: Iterable[EncodedRow], split: Split, *, resize: bool) -> Iterator[RowBatch]:
     """Batches of decoded rows in the order given. A row that does not decode is refused, not raised."""
     workers = min(4, math.ceil(available_cpus()))
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        first_row = 0
         for batch in in_batches(rows):
             yield _decode_batch(batch, split, resize, first_row, pool)
             first_row += len(batch)

@@ -8,7 +8,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +82,6 @@ def fetch(
     *,
     parts: Path,
     progress: Progress = quiet,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Write what the URL serves to `target`, which appears whole and verified or not at all.
 
@@ -113,7 +111,7 @@ def fetch(
                 "Check the network and try again."
             ) from failure
         logger.warning("%s: %s; attempt %d of %d failed, going on.", shown(url), failure, attempt, ATTEMPTS)
-        sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
+        time.sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
     try:
         check_file(part, expected, shown(url))
     except IntegrityError:

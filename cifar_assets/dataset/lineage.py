@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.processed import SPLIT_NAMES, SplitName, list_processed_versions, read_processed
 from cifar_assets.dataset.raw import list_raw_versions, read_provenance, read_raw
@@ -184,9 +183,9 @@ def find_object(stores: Stores, sha256: str) -> ObjectUse:
     return ObjectUse(tuple(raw_versions), tuple(processed), tuple(trained))
 
 
-def changes_since(processed: ObjectStore, digest: str, previous: str, cache: Path | None = None) -> Changes:
+def changes_since(processed: ObjectStore, digest: str, previous: str) -> Changes:
     """What changed from the previous processed version to this one, image by image."""
-    now, before = _placed(processed, digest, cache), _placed(processed, previous, cache)
+    now, before = _placed(processed, digest), _placed(processed, previous)
     added: dict[SplitName, int] = dict.fromkeys(SPLIT_NAMES, 0)
     removed: dict[SplitName, int] = dict.fromkeys(SPLIT_NAMES, 0)
     moved = relabelled = 0
@@ -203,15 +202,10 @@ def changes_since(processed: ObjectStore, digest: str, previous: str, cache: Pat
     return Changes(added, removed, moved, relabelled)
 
 
-def row_digests(raw: ObjectStore, item: RawObject, resize: bool) -> list[str]:
-    """Pixel digest of each row of a raw object; zeros for a row that is no usable image."""
-    return [key.hex() for key in index_of(raw, item, resize).keys()]  # noqa: SIM118  (not a mapping)
-
-
-def _placed(processed: ObjectStore, digest: str, cache: Path | None) -> dict[bytes, tuple[SplitName, int]]:
+def _placed(processed: ObjectStore, digest: str) -> dict[bytes, tuple[SplitName, int]]:
     placed: dict[bytes, tuple[SplitName, int]] = {}
     for split in SPLIT_NAMES:
-        rows = open_rows(processed, digest, split, cache)
+        rows = open_rows(processed, digest, split)
         data = rows["digests"].tobytes()
         for position, label in enumerate(rows["labels"].tolist()):
             placed[data[32 * position : 32 * position + 32]] = (split, label)

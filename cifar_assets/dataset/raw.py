@@ -57,7 +57,6 @@ class RawReport:
     """What building a version found."""
 
     source: str
-    source_rows: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     """Source rows not used, by reason."""
     landing: LandingReport = field(default_factory=LandingReport)
@@ -115,7 +114,7 @@ def build_raw_version(
         )
     manifest = RawManifest(resize=resize, objects=(*sources, *landed))
     publish(raw, manifest, source, names)
-    report = RawReport(shown(source), sum(item.rows for item in imported), left_out, landing_report)
+    report = RawReport(shown(source), left_out, landing_report)
     return RawVersion(manifest.digest, manifest, report)
 
 

@@ -78,14 +78,14 @@ def empty_images(count: int) -> NDArray[np.uint8]:
     return np.zeros((count, *IMAGE_SHAPE), dtype=np.uint8)
 
 
-def in_batches(rows: Iterable[EncodedRow], size: int = BATCH_ROWS) -> Iterator[list[EncodedRow]]:
-    """The rows in lists of at most `size`, and of about BATCH_BYTES."""
+def in_batches(rows: Iterable[EncodedRow]) -> Iterator[list[EncodedRow]]:
+    """The rows in lists of at most BATCH_ROWS, and of about BATCH_BYTES."""
     batch: list[EncodedRow] = []
     num_bytes = 0
     for row in rows:
         batch.append(row)
         num_bytes += len(row.data or b"")
-        if len(batch) == size or num_bytes >= BATCH_BYTES:
+        if len(batch) == BATCH_ROWS or num_bytes >= BATCH_BYTES:
             yield batch
             batch, num_bytes = [], 0
     if batch:

@@ -25,7 +25,7 @@ _PICKLE_PROTOCOL = 2
 """Readable by Python 2 as well, like the official archive."""
 
 
-def write_seed_raw(raw: ObjectStore, processed: ObjectStore, processed_digest: str, cache: Path | None = None) -> str:
+def write_seed_raw(raw: ObjectStore, processed: ObjectStore, processed_digest: str) -> str:
     """Store the version's images as an official python archive and return its key.
 
     An official python archive that alone makes up the raw version is copied as it is. Otherwise one is written from the
@@ -36,13 +36,13 @@ def write_seed_raw(raw: ObjectStore, processed: ObjectStore, processed_digest: s
     if only is not None and only.format == "archive" and only.key.endswith(".tar.gz") and not only.excluded:
         raw.copy(only.key, SEED_RAW_KEY)
         return SEED_RAW_KEY
-    _write_archive(raw, SEED_RAW_KEY, _official_files(processed, processed_digest, cache))
+    _write_archive(raw, SEED_RAW_KEY, _official_files(processed, processed_digest))
     return SEED_RAW_KEY
 
 
-def _official_files(processed: ObjectStore, digest: str, cache: Path | None) -> Iterator[tuple[str, bytes]]:
+def _official_files(processed: ObjectStore, digest: str) -> Iterator[tuple[str, bytes]]:
     """The members of an official python archive, one batch in memory at a time."""
-    train, validation, test = (open_split(processed, digest, split, cache) for split in SPLIT_NAMES)
+    train, validation, test = (open_split(processed, digest, split) for split in SPLIT_NAMES)
     parts = np.array_split(np.arange(len(train) + len(validation)), len(BATCHES) - 1)
     yield f"{PYTHON_FOLDER}/batches.meta", _pickled(_meta(len(parts[0])))
     for name, part in zip(BATCHES, parts, strict=False):

@@ -10,23 +10,23 @@ from cifar_assets.serving.faults import RequestError, shorten
 from cifar_assets.serving.limits import ServingLimits
 
 
-def parse_json_object(body: bytes | memoryview, limits: ServingLimits, *, field: str = "body") -> dict[str, Any]:
+def parse_json_object(body: bytes | memoryview, limits: ServingLimits) -> dict[str, Any]:
     """The JSON object in a body. Raises RequestError."""
     data = bytes(body)
     if not data.strip():
-        raise RequestError(field, "a JSON object", "an empty body")
+        raise RequestError("body", "a JSON object", "an empty body")
     num_items = data.count(b",") + data.count(b"[") + data.count(b"{")
     if num_items > limits.max_json_items:
-        raise RequestError(field, f"at most {limits.max_json_items} JSON values", f"about {num_items}", status=413)
+        raise RequestError("body", f"at most {limits.max_json_items} JSON values", f"about {num_items}", status=413)
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
         raise RequestError(
-            field, "a JSON object", f"{len(data)} bytes that are not valid JSON ({error.msg} at {place})"
+            "body", "a JSON object", f"{len(data)} bytes that are not valid JSON ({error.msg} at {place})"
         ) from error
     if not isinstance(value, dict):
-        raise RequestError(field, "a JSON object", kind_of(value))
+        raise RequestError("body", "a JSON object", kind_of(value))
     return value
 
 
