@@ -46,7 +46,7 @@ def image_fault(field: str, error: ImageError) -> RequestError:
     return RequestError(field, error.expected, error.received, status=status)
 
 
-def shorten(value: object, limit: int = 60) -> str:
+def shorten(value: object) -> str:
     """A value as it may be repeated in an error: printable and short, whatever a client sent."""
     text = ascii(value)
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+    return text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"

@@ -15,6 +15,8 @@ from resources.pytorch_job.labels import MANAGED_BY
 from resources.pytorch_job.messages import MARKS_FOLDER, MESSAGES_FOLDER
 
 _FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+_GRACE_SECONDS = 60.0
+"""After the end of a run, for its own process to remove the job."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,6 @@ def find_leftovers(
     *,
     now: float,
     failure_grace_seconds: float,
-    grace_seconds: float = 60.0,
 ) -> list[Leftover]:
     """Active jobs of ended runs.
 
@@ -58,7 +59,7 @@ def find_leftovers(
         end = run_end(job.run_id)
         if end is None:
             continue
-        grace = failure_grace_seconds if end.status == dg.DagsterRunStatus.FAILURE else grace_seconds
+        grace = failure_grace_seconds if end.status == dg.DagsterRunStatus.FAILURE else _GRACE_SECONDS
         if now - end.ended_at >= grace:
             leftovers.append(
                 Leftover(job, f"Dagster run {job.run_id} ended as {end.status.value} and nobody waits for it")

@@ -20,7 +20,6 @@ class ServingPod:
     """It gets requests."""
     annotations: Mapping[str, str]
     knative_revision: str | None
-    ip: str | None
 
     @property
     def revision(self) -> str | None:
@@ -45,5 +44,4 @@ def read_serving_pod(item: Any) -> ServingPod:
         ready=ready and not pod.deleting,
         annotations=item.metadata.annotations or {},
         knative_revision=(item.metadata.labels or {}).get(KNATIVE_REVISION_LABEL),
-        ip=item.status.pod_ip,
     )

@@ -15,16 +15,16 @@ from kubernetes.stream import portforward
 
 _CONNECT_SECONDS = 10.0
 _CHUNK = 1 << 16
+_PORT = 80
 
 
 class ServiceTunnel:
-    """Listens on loopback, as long as this process lives or until closed."""
+    """Listens on loopback as long as this process lives."""
 
-    def __init__(self, configuration: k8s.Configuration, namespace: str, service: str, port: int = 80):
+    def __init__(self, configuration: k8s.Configuration, namespace: str, service: str):
         self._configuration = configuration
         self._namespace = namespace
         self._service = service
-        self._port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.problem: str | None = None
         """Why the last connection was not carried; None when it was."""
@@ -34,18 +34,9 @@ class ServiceTunnel:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
-    def close(self) -> None:
-        """Take no more connections."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
     def _accept(self) -> None:
         while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
+            connection, _ = self._listener.accept()
             threading.Thread(target=self._carry, args=(connection,), daemon=True).start()
 
     def _carry(self, near: socket.socket) -> None:
@@ -91,7 +82,7 @@ class ServiceTunnel:
         if not ready:
             raise LookupError(f"no pod is ready behind Service {self._namespace}/{self._service}")
         pod = random.choice(ready)
-        port = next(port for port in service.spec.ports if port.port == self._port)
+        port = next(port for port in service.spec.ports if port.port == _PORT)
         return pod.metadata.name, _number(pod, port.target_port)
 
 
