@@ -145,7 +145,7 @@ class InferenceServiceClient(CustomResourceClient):
     version = VERSION
     plural = PLURAL
     missing_kind_advice = "install KServe and its CRDs."
-    forbidden_advice = "Give the service account the Role of docs/kserve.md, or check the namespace's quota."
+    forbidden_advice = "Give the service account the Role of docs/kubernetes.md, or check the namespace's quota."
     invalid_advice = "Correct the service's settings."
 
     def __init__(self, custom: CustomObjects, core: Core, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):

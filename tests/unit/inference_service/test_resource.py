@@ -141,7 +141,7 @@ def test_deployed_service_tells_where_to_look(cluster: FakeKServe, kubeconfig: s
 @pytest.mark.parametrize(
     ("error", "text", "retried"),
     [
-        (api_error(403, "forbidden"), "Role of docs/kserve.md", False),
+        (api_error(403, "forbidden"), "Role of docs/kubernetes.md", False),
         (api_error(404, "the server could not find the requested resource"), "install KServe and its CRDs", False),
         (api_error(503, "not ready"), "503", True),
     ],
