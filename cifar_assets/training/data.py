@@ -1,6 +1,5 @@
 """Splits of a processed dataset as tensors on the training device."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cifar_assets.contracts import IMAGE_SHAPE
 from cifar_assets.dataset.processed import ProcessedManifest, SplitName, read_processed
 from cifar_assets.dataset.reader import SplitReader, open_split
 from cifar_assets.errors import DataError
@@ -48,11 +48,11 @@ class Split:
         return self.labels[torch.from_numpy(indices).to(self._device)]
 
     def _read(self, indices: NDArray[np.int64]) -> Tensor:
-        parts = [
-            torch.from_numpy(np.ascontiguousarray(self._reader.take(indices[start : start + _STREAM_BATCH])))
-            for start in range(0, len(indices), _STREAM_BATCH)
-        ]
-        return torch.cat(parts).to(self._device) if parts else torch.empty((0, 3, 32, 32), dtype=torch.uint8)
+        images = torch.empty((len(indices), *IMAGE_SHAPE), dtype=torch.uint8, device=self._device)
+        for start in range(0, len(indices), _STREAM_BATCH):
+            part = self._reader.take(indices[start : start + _STREAM_BATCH])
+            images[start : start + len(part)] = torch.from_numpy(part)
+        return images
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def open_data(spec: JobSpec, device: torch.device) -> TrainingData:
     """The spec's dataset, every shard verified by digest. Raises DataError when a split the training needs is empty."""
     processed = open_store(spec.processed_uri)
     manifest = read_processed(processed, spec.dataset_digest)
-    cache = Path(spec.execution.cache_folder or Path(tempfile.gettempdir()) / "cifar-assets-cache")
+    cache = Path(spec.execution.cache_folder) if spec.execution.cache_folder else None
     resident_bytes = spec.execution.resident_megabytes << 20
 
     def split(name: SplitName) -> Split:
