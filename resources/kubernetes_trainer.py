@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 from cifar_assets.errors import ConfigError
 from cifar_assets.training.spec import JobSpec
-from resources.kubernetes.diagnosis import Cause
+from resources.kubernetes.diagnosis import TRANSIENT_CAUSES
 from resources.kubernetes.limits import WatchLimits
 from resources.object_store import ObjectStoreResource
 from resources.pytorch_job.client import PyTorchJobClient
@@ -34,7 +34,6 @@ _JOB_DEFAULTS: Mapping[str, Any] = {
     "scratch": "4Gi",
     "run_policy": {"backoff_limit": 3},
 }
-_TRANSIENT = (Cause.KILLED, Cause.EVICTED, Cause.UNSCHEDULABLE, Cause.NO_PODS, Cause.SLOW_START)
 
 
 class KubernetesTrainer(TrainerResource):
@@ -190,7 +189,7 @@ def _retried_where_it_helps() -> Iterator[None]:
             raise cause from None
         if isinstance(cause, JobFailedError):
             diagnosis = cause.diagnosis
-            again = diagnosis.cause in _TRANSIENT or diagnosis.exit_code == EXIT_RESUME
+            again = diagnosis.cause in TRANSIENT_CAUSES or diagnosis.exit_code == EXIT_RESUME
             refused = diagnosis.exit_code == EXIT_BAD_SPEC
             raise dg.Failure(failure.description, failure.metadata, allow_retries=again and not refused) from cause
         raise

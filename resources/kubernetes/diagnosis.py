@@ -24,6 +24,9 @@ class Cause(StrEnum):
     UNKNOWN = "unknown"
 
 
+TRANSIENT_CAUSES = (Cause.KILLED, Cause.EVICTED, Cause.UNSCHEDULABLE, Cause.NO_PODS, Cause.SLOW_START)
+"""Those that may go away by themselves."""
+
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 _CONFIGURATION_REASONS = ("CreateContainerConfigError", "CreateContainerError")
 NOT_STARTED_REASONS = ("RunContainerError", "StartError", "ContainerCannotRun", "CreateContainerError")

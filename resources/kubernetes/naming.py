@@ -4,9 +4,12 @@ import hashlib
 import json
 import re
 
+from resources.kubernetes.errors import SettingsError
+
 MAX_LABEL_LENGTH = 63
 """Longest DNS label and longest label value; operators use an object's name, and names derived from it, as both."""
 
+_DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _DIGEST_LENGTH = 10
 _HINT_LENGTH = 8
 
@@ -23,6 +26,15 @@ def derive_name(prefix: str, *identity: str, reserve: int = 0) -> str:
     if not head[0].isalpha():
         head = f"job-{head}"
     return head[: MAX_LABEL_LENGTH - reserve - len(tail)].rstrip("-") + tail
+
+
+def check_dns_1035(kind: str, name: str) -> None:
+    """SettingsError unless the name of an object of that kind has the form of a DNS-1035 label, whatever its length."""
+    if not _DNS_1035.fullmatch(name):
+        raise SettingsError(
+            f"{kind} name {name!r} is not a DNS-1035 label: use lower case letters, digits and '-', "
+            "start with a letter and end with a letter or digit."
+        )
 
 
 def _clean(text: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from resources.inference_service.kserve.pods import ServingPod
-from resources.kubernetes.diagnosis import Cause, Obstacle, PodHistory, find_obstacle
+from resources.kubernetes.diagnosis import TRANSIENT_CAUSES, Cause, Obstacle, PodHistory, find_obstacle
 from resources.kubernetes.pods import ContainerExit
 
 ADVICE: Mapping[Cause, str] = {
@@ -21,7 +21,6 @@ ADVICE: Mapping[Cause, str] = {
     Cause.SLOW_START: "Look at the pods with kubectl describe, or raise `rollout_timeout_seconds`.",
     Cause.UNKNOWN: "Look at the service and its pods with kubectl describe.",
 }
-_TRANSIENT = (Cause.KILLED, Cause.EVICTED, Cause.UNSCHEDULABLE, Cause.NO_PODS, Cause.SLOW_START)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def diagnose_obstacle(
     return Diagnosis(
         obstacle.cause,
         f"{obstacle} (for {waited_seconds:.0f} s)",
-        transient=obstacle.cause in _TRANSIENT,
+        transient=obstacle.cause in TRANSIENT_CAUSES,
         details=_details(complaints, warnings),
     )
 

@@ -3,14 +3,14 @@
 import copy
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.config import CONTAINER_NAME, PORT, InferenceServiceSettings
 from resources.kubernetes.errors import SettingsError
-from resources.kubernetes.naming import MAX_LABEL_LENGTH
+from resources.kubernetes.labels import MANAGED_BY_LABEL
+from resources.kubernetes.naming import MAX_LABEL_LENGTH, check_dns_1035
 
 GROUP = "serving.kserve.io"
 VERSION = "v1beta1"
@@ -28,10 +28,7 @@ VERSION_ANNOTATION = f"{PREFIX}model-version"
 URI_ANNOTATION = f"{PREFIX}model-uri"
 REVISION_ANNOTATION = f"{PREFIX}revision"
 """Digest of all that makes a difference to what is served: equal ones need no new deployment."""
-MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGED_BY = "dagster-inference-service"
-
-_DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 
 def predictor_name(name: str) -> str:
@@ -41,11 +38,7 @@ def predictor_name(name: str) -> str:
 
 def check_service_name(name: str, namespace: str, settings: InferenceServiceSettings) -> None:
     """SettingsError unless the name and what is derived from it are DNS-1035 labels."""
-    if not _DNS_1035.fullmatch(name):
-        raise SettingsError(
-            f"InferenceService name {name!r} is not a DNS-1035 label: use lower case letters, digits and '-', "
-            "start with a letter and end with a letter or digit."
-        )
+    check_dns_1035(KIND, name)
     predictor = predictor_name(name)
     derived = [f"isvc.{predictor}", f"{predictor}-{namespace}"]  # a label's value, and the first part of a host name
     if settings.serverless:
