@@ -85,7 +85,8 @@ class _StoreChannel(PipesMessageWriterChannel):
         if self._buffer:
             raise StoreError(
                 f"{len(self._buffer)} Pipes messages could not be written to {self._store.uri()} within "
-                f"{self._close_timeout_seconds:.0f} s: {self._error}"
+                f"{self._close_timeout_seconds:.0f} s: {self._error}",
+                transient=isinstance(self._error, StoreError) and self._error.transient,
             ) from self._error
 
     def _run(self) -> None:

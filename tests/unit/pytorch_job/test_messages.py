@@ -77,7 +77,7 @@ class FlakyStore(FolderStore):
 
     def _check_away(self) -> None:
         if self.away:
-            raise StoreError("the store is away")
+            raise StoreError("the store is away", transient=True)
 
 
 @pytest.fixture
@@ -225,10 +225,11 @@ def test_writer_that_cannot_deliver_does_not_end_as_a_success(store: FlakyStore)
     writer = PipesStoreMessageWriter(open_store=lambda uri: gone, interval_seconds=0.01, close_timeout_seconds=0.05)
     with (
         reader_of(store).read_messages(Handler()) as params,
-        pytest.raises(StoreError, match=r"\d Pipes messages could not be written"),
+        pytest.raises(StoreError, match=r"\d Pipes messages could not be written") as caught,
         process(params, writer) as pipes,
     ):
         pipes.log.info("never heard")
+    assert caught.value.transient
 
 
 def test_what_is_no_json_is_refused_where_it_is_said_and_loses_nothing_else(store: FlakyStore):
