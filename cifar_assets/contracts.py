@@ -44,5 +44,6 @@ EXIT_BAD_SPEC = 2
 EXIT_RESUME = 143
 """The trainer was told to stop, or lost what it needs; it continues when started again with the same spec.
 
-128 + SIGTERM: the training operator's ExitCode restart policy retries codes from 128 on and treats lower ones as final.
+128 + SIGTERM. Dagster tries a step again that ended with it. To the restart policies in force (OnFailure in PyTorchJobs
+of Dagster, Never in Argo's) it is a failure like any other.
 """
