@@ -42,7 +42,8 @@ class TrainingResult:
     model_uri: str
     mlflow_run_id: str | None
     mlflow_model_version: str | None
-    resumed_from: str | None
+    resumed_from: int | None
+    """Optimizer step of the checkpoint it continued from."""
 
 
 def remember_result(models: ObjectStore, job_identity: str, result: TrainingResult) -> None:

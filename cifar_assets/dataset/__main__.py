@@ -1,16 +1,13 @@
 """Versions and lineage on the command line: `python -m cifar_assets.dataset --help`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_assets.contracts import MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET
 from cifar_assets.dataset.images import pixel_digest, prepare_image
 from cifar_assets.dataset.lineage import (
     DatasetLineage,
-    Stores,
     dataset_lineage,
     find_image,
     find_object,
@@ -19,15 +16,15 @@ from cifar_assets.dataset.lineage import (
 )
 from cifar_assets.dataset.processed import SPLIT_NAMES
 from cifar_assets.dataset.raw import list_raw_versions, make_current
+from cifar_assets.dataset.stores import Stores, add_store_option, open_stores
 from cifar_assets.errors import CifarError
-from cifar_assets.object_store import FolderStore, open_store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 1 with one line on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(_open(options.store), options)
+        return options.run(open_stores(options.store), options)
     except (CifarError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
@@ -35,11 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m cifar_assets.dataset", description=__doc__)
-    parser.add_argument(
-        "--store",
-        default=os.environ.get("CIFAR_STORE", ".cifar/store"),
-        help="folder above the buckets, or s3:/// for the server at AWS_ENDPOINT_URL (default: %(default)s)",
-    )
+    add_store_option(parser)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("versions", help="list the raw versions, oldest first")
@@ -67,11 +60,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("sha256", help="digest of the object, or of an image file that landed on its own")
     command.set_defaults(run=_object)
     return parser
-
-
-def _open(address: str) -> Stores:
-    root = open_store(address) if "://" in address else FolderStore(Path(address))
-    return Stores(root.at(RAW_BUCKET), root.at(PROCESSED_BUCKET), root.at(MODELS_BUCKET))
 
 
 def _versions(stores: Stores, options: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ _MEMORY_KEY = "landing-memory.json"
 
 
 @dataclass(frozen=True)
-class Unchanged:
+class NotJudged:
     """An object not judged this time: it is gone, or still being written."""
 
     reason: str
@@ -94,7 +94,7 @@ class _Memory(BaseModel):
 
 def examine(
     raw: ObjectStore, infos: Sequence[ObjectInfo], resize: bool
-) -> Iterator[tuple[ObjectInfo, Unchanged | Refused | LandedTable | LandedImage]]:
+) -> Iterator[tuple[ObjectInfo, NotJudged | Refused | LandedTable | LandedImage]]:
     """Judge each object on its own. Good tables are stored under their digests on the way."""
     before = _load_memory(raw, resize)
     memory = _Memory(preparation=before.preparation)
@@ -148,14 +148,14 @@ def _recall(
 
 def _read(
     raw: ObjectStore, info: ObjectInfo, resize: bool, is_image: bool
-) -> Unchanged | Refused | LandedTable | LandedImage:
+) -> NotJudged | Refused | LandedTable | LandedImage:
     try:
         found = _judge_image(raw, info, resize) if is_image else _judge_table(raw, info, resize)
     except ObjectNotFoundError:
-        return Unchanged("removed while it was being read")
+        return NotJudged("removed while it was being read")
     now = raw.stat(info.key)
     if now is None or (now.etag, now.size) != (info.etag, info.size):
-        return Unchanged("changed while it was being read: looked at again next time")
+        return NotJudged("changed while it was being read: looked at again next time")
     return found
 
 

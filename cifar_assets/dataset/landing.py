@@ -8,7 +8,7 @@ from cifar_assets.dataset.completeness import why_not_ready
 from cifar_assets.dataset.consistency import Known, Verdict, check_landed
 from cifar_assets.dataset.formats.image_tar import IMAGE_SUFFIXES, class_of
 from cifar_assets.dataset.index import ObjectIndex
-from cifar_assets.dataset.landed import LandedImage, LandedTable, Refused, Unchanged, examine, pack_landed_images
+from cifar_assets.dataset.landed import LandedImage, LandedTable, NotJudged, Refused, examine, pack_landed_images
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, suffix_of
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.progress import Progress, quiet
@@ -104,7 +104,7 @@ def join_landed(
     rejected: list[Rejection] = []
     for number, (info, found) in enumerate(examine(raw, scan.ready, resize), 1):
         progress("validating landed objects", number, len(scan.ready))
-        if isinstance(found, Unchanged):
+        if isinstance(found, NotJudged):
             skipped[info.key] = found.reason
         elif isinstance(found, Refused):
             rejected.append(reject_object(raw, info.key, found.sha256, found.reason, hostile=found.hostile))

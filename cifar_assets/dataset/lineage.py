@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -11,19 +10,10 @@ from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.processed import SPLIT_NAMES, SplitName, list_processed_versions, read_processed
 from cifar_assets.dataset.raw import list_raw_versions, read_provenance, read_raw
 from cifar_assets.dataset.reader import open_rows
+from cifar_assets.dataset.stores import Stores
 from cifar_assets.errors import ConfigError
 from cifar_assets.model_package import MANIFEST_FILE, read_manifest
 from cifar_assets.object_store import ObjectStore
-
-
-@dataclass(frozen=True)
-class Stores:
-    """The three buckets that lineage runs through, and where shards of a remote store are kept while reading."""
-
-    raw: ObjectStore
-    processed: ObjectStore
-    models: ObjectStore
-    cache: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_assets.dataset.lineage import Stores
+from cifar_assets.dataset.stores import add_store_option, open_stores
 from cifar_assets.errors import CifarError, ConfigError, ObjectNotFoundError, StoreError
-from cifar_assets.object_store import FolderStore, open_store
 from cifar_assets.pipeline_steps.data import (
     CURRENT,
     Request,
     make_plan,
     parse_object,
-    stores_below,
     verify_processed,
     verify_raw,
 )
@@ -46,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    stores = _stores(options)
+    stores = open_stores(options.store)
     request = Request(
         run=options.run,
         dataset=options.dataset,
@@ -69,7 +67,7 @@ def _data(options: argparse.Namespace) -> int:
 
 def _processed(options: argparse.Namespace) -> int:
     plan: Plan = options.plan
-    manifest = verify_processed(_stores(options).processed, plan.spec.dataset_digest, plan.raw_digest)
+    manifest = verify_processed(open_stores(options.store).processed, plan.spec.dataset_digest, plan.raw_digest)
     counts = ", ".join(f"{manifest.count(split):,} {split}" for split in manifest.counts)
     _say(f"Processed version {plan.spec.dataset_digest}: every file has its digest; {counts} images.")
     return 0
@@ -85,7 +83,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _model(options: argparse.Namespace) -> int:
-    report = verify_model(_stores(options).models, options.plan, options.threshold)
+    report = verify_model(open_stores(options.store).models, options.plan, options.threshold)
     _write(options.outputs, {"model": report.to_json()})
     verdict = report.verdict
     if not verdict.passed:
@@ -96,11 +94,7 @@ def _model(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m cifar_assets.pipeline_steps", description=__doc__)
-    parser.add_argument(
-        "--store",
-        default=os.environ.get("CIFAR_STORE", ".cifar/store"),
-        help="folder above the buckets, or s3:/// for the server at AWS_ENDPOINT_URL (default: %(default)s)",
-    )
+    add_store_option(parser)
     steps = parser.add_subparsers(required=True, metavar="step")
 
     step = steps.add_parser("data", help="name the data by digest, compare every raw object, and plan the run")
@@ -146,11 +140,6 @@ def _fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no fraction from 0 to 1")
     return value
-
-
-def _stores(options: argparse.Namespace) -> Stores:
-    root = open_store(options.store) if "://" in options.store else FolderStore(Path(options.store))
-    return stores_below(root)
 
 
 def _mlflow(run: str) -> MlflowTarget | None:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar_assets.contracts import MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET
-from cifar_assets.dataset.lineage import Stores
 from cifar_assets.dataset.objects import fetched
 from cifar_assets.dataset.processed import (
     SPLIT_NAMES,
@@ -19,6 +17,7 @@ from cifar_assets.dataset.processed import (
 )
 from cifar_assets.dataset.raw import current_raw_digest, read_raw
 from cifar_assets.dataset.reader import open_split
+from cifar_assets.dataset.stores import Stores
 from cifar_assets.errors import ConfigError, DataError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
 from cifar_assets.pipeline_steps.plan import Plan
@@ -41,11 +40,6 @@ class Request:
     seed: int
     replicas: int
     mlflow: MlflowTarget | None
-
-
-def stores_below(root: ObjectStore) -> Stores:
-    """The three buckets of a store."""
-    return Stores(root.at(RAW_BUCKET), root.at(PROCESSED_BUCKET), root.at(MODELS_BUCKET))
 
 
 def make_plan(stores: Stores, request: Request) -> Plan:

@@ -13,10 +13,11 @@ from PIL import Image
 
 from cifar_assets.dataset import synthetic
 from cifar_assets.dataset.images import pixel_digest
-from cifar_assets.dataset.lineage import Stores, find_image
+from cifar_assets.dataset.lineage import find_image
 from cifar_assets.dataset.processed import build_processed
 from cifar_assets.dataset.raw import build_raw_version
 from cifar_assets.dataset.reader import open_split
+from cifar_assets.dataset.stores import Stores
 from cifar_assets.errors import ConfigError, IntegrityError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store import FolderStore, ObjectStore, open_store
 from cifar_assets.object_store.s3 import PART_BYTES, S3Connection, S3Store
