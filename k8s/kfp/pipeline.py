@@ -50,9 +50,12 @@ def verify_processed(store: str, plan: str) -> str:
 @_step
 def train(store: str, plan: str) -> str:
     """Train in this pod; gives the plan on."""
-    from cifar_assets.pipeline_steps.__main__ import main
+    import subprocess
+    import sys
 
-    if code := main(["--store", store, "train", f"--plan={plan}"]):
+    # A process of its own: the step `train` becomes the trainer and never returns.
+    command = [sys.executable, "-m", "cifar_assets.pipeline_steps", "--store", store, "train", f"--plan={plan}"]
+    if code := subprocess.run(command, check=False).returncode:
         raise SystemExit(code)
     return plan
 
