@@ -38,7 +38,14 @@ SEED_MODEL_KEY = "resnet18_cifar10.pth"
 MODEL_NAME = "cifar10"
 """Name under which the model is registered in MLflow and served over HTTP."""
 
+MODEL_INPUT = "images"
+MODEL_OUTPUT = "logits"
+"""Names of the ONNX model's tensors; clients of the service give the input by its name."""
+
 CHAMPION_ALIAS = "champion"
+
+JOB_SPEC_VARIABLE = "CIFAR_JOB_SPEC"
+"""Environment variable that holds the trainer's job spec, as JSON."""
 
 EXIT_BAD_SPEC = 2
 EXIT_RESUME = 143

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, ValidationError
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
 from cifar_assets.errors import ConfigError
 from cifar_assets.training.spec import JobSpec
 from resources.kubernetes.diagnosis import TRANSIENT_CAUSES
@@ -23,7 +23,6 @@ from resources.trainer import TrainerResource, TrainingMessages, TrainingResult,
 
 MESSAGES_PREFIX = "pipes/"
 """Where in the models bucket the jobs' Pipes messages are."""
-SPEC_VARIABLE = "CIFAR_JOB_SPEC"
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 LAUNCHER = ["python", "-m", "cifar_assets.training.launch"]
 """Used for several processes in a pod; the operator sets what torchrun needs to know in PET_... variables."""
@@ -105,7 +104,7 @@ class KubernetesTrainer(TrainerResource):
             )
         if self.store_endpoint_url:
             env["AWS_ENDPOINT_URL"] = self.store_endpoint_url
-        env[SPEC_VARIABLE] = self._spec_for_pods(spec).model_dump_json()
+        env[JOB_SPEC_VARIABLE] = self._spec_for_pods(spec).model_dump_json()
         settings = self.job.model_dump()
         settings |= {"replicas": scale.replicas, "nproc_per_node": scale.nproc_per_node, "gpu": scale.gpu}
         settings |= {name: value for name in ("cpu", "memory") if (value := getattr(scale, name))}

@@ -12,7 +12,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
 from cifar_assets.errors import TrainingError
 from cifar_assets.training.spec import JobSpec
 from resources.trainer import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.2
 
 
 class LocalTrainer(TrainerResource):
-    """Starts `python -m cifar_assets.training` (under torchrun for more than one process) and relays its messages."""
+    """Starts `python -m cifar_assets.training` (in more than one process by `.launch`) and relays its messages."""
 
     stop_grace_seconds: float = Field(
         default=60.0,
@@ -47,7 +47,7 @@ class LocalTrainer(TrainerResource):
                     **os.environ,
                     **child_environment,
                     **session.get_bootstrap_env_vars(),
-                    "CIFAR_JOB_SPEC": spec.model_dump_json(),
+                    JOB_SPEC_VARIABLE: spec.model_dump_json(),
                     "PYTHONUNBUFFERED": "1",
                 },
                 start_new_session=True,

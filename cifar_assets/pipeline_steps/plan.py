@@ -7,6 +7,7 @@ from typing import Any
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cifar_assets.contracts import JOB_SPEC_VARIABLE
 from cifar_assets.errors import ConfigError
 from cifar_assets.pipes_store import STORE_URI_PARAM
 from cifar_assets.training.spec import JobSpec
@@ -50,7 +51,7 @@ class Plan(BaseModel):
             "extras": {},
         }
         return {
-            "CIFAR_JOB_SPEC": _embeddable(self.spec.model_dump(mode="json")),
+            JOB_SPEC_VARIABLE: _embeddable(self.spec.model_dump(mode="json")),
             DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"data": context}),
             DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(messages),
         }

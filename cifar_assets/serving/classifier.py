@@ -7,16 +7,13 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
+from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
 from cifar_assets.cpus import available_cpus
 from cifar_assets.errors import DataError
 from cifar_assets.model_package import ONNX_FILE, read_file, read_manifest
 from cifar_assets.object_store import open_store
 
 _log = logging.getLogger(__name__)
-
-INPUT_NAME = "images"
-OUTPUT_NAME = "logits"
 
 
 class Classifier:
@@ -41,14 +38,14 @@ class Classifier:
             for tensor in (*self._session.get_inputs(), *self._session.get_outputs())
         ]
         expected = [
-            (INPUT_NAME, "tensor(uint8)", ["N", *IMAGE_SHAPE]),
-            (OUTPUT_NAME, "tensor(float)", ["N", len(CLASSES)]),
+            (MODEL_INPUT, "tensor(uint8)", ["N", *IMAGE_SHAPE]),
+            (MODEL_OUTPUT, "tensor(float)", ["N", len(CLASSES)]),
         ]
         if found != expected:
             raise DataError(f"{source}: expected inputs and outputs {expected}, got {found}. Export the model again.")
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        (logits,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})
+        (logits,) = self._session.run([MODEL_OUTPUT], {MODEL_INPUT: images})
         return np.asarray(logits, dtype=np.float32)
 
     def warm_up(self, batch_images: int) -> None:

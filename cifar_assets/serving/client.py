@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_NAME
+from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_NAME
 from cifar_assets.errors import CifarError
 
 _BINARY = {"binary_data": True}
@@ -105,7 +105,7 @@ class InferenceClient:
             {
                 "inputs": [
                     {
-                        "name": "images",
+                        "name": MODEL_INPUT,
                         "datatype": "UINT8",
                         "shape": list(images.shape),
                         "parameters": {"binary_data_size": len(pixels)},

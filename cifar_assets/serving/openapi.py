@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_NAME
-from cifar_assets.serving.classifier import INPUT_NAME
+from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_NAME
 from cifar_assets.serving.multipart import PART_NAME
 from cifar_assets.serving.v2 import DATATYPE, OUTPUT_NAMES
 
@@ -98,7 +97,7 @@ _TENSOR = {
     "type": "object",
     "required": ["name", "datatype", "shape"],
     "properties": {
-        "name": {"type": "string", "enum": [INPUT_NAME]},
+        "name": {"type": "string", "enum": [MODEL_INPUT]},
         "datatype": {"type": "string", "enum": [DATATYPE]},
         "shape": {"type": "array", "items": {"type": "integer"}, "example": [1, *IMAGE_SHAPE]},
         "data": {"type": "array", "items": {}, "description": "Flat or nested numbers."},

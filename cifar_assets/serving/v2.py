@@ -12,8 +12,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
-from cifar_assets.serving.classifier import INPUT_NAME, softmax
+from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT
+from cifar_assets.serving.classifier import softmax
 from cifar_assets.serving.faults import RequestError, shorten
 from cifar_assets.serving.identity import ModelIdentity
 from cifar_assets.serving.json_body import kind_of, nested_shape, parse_json_object
@@ -23,7 +23,7 @@ from cifar_assets.serving.v1 import check_count, whole_pixels
 HEADER_LENGTH = "inference-header-content-length"
 DATATYPE = "UINT8"
 OUTPUT_NAMES = ("probabilities", "logits")
-INPUT_METADATA = {"name": INPUT_NAME, "datatype": DATATYPE, "shape": [-1, *IMAGE_SHAPE]}
+INPUT_METADATA = {"name": MODEL_INPUT, "datatype": DATATYPE, "shape": [-1, *IMAGE_SHAPE]}
 OUTPUT_METADATA = [{"name": name, "datatype": "FP32", "shape": [-1, len(CLASSES)]} for name in OUTPUT_NAMES]
 
 _PIXELS = int(np.prod(IMAGE_SHAPE))
@@ -104,22 +104,22 @@ def _single_input(request: dict[str, Any]) -> dict[str, Any]:
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or not inputs:
         received = kind_of(inputs) if "inputs" in request else f"a body with the keys {shorten(sorted(request))}"
-        raise RequestError("inputs", f"a list with the one input {INPUT_NAME!r}", received)
+        raise RequestError("inputs", f"a list with the one input {MODEL_INPUT!r}", received)
     for index, tensor in enumerate(inputs):
         if not isinstance(tensor, dict):
             raise RequestError(f"inputs[{index}]", "an object with name, shape, datatype and data", kind_of(tensor))
-        if tensor.get("name") != INPUT_NAME:
-            raise RequestError(f"inputs[{index}].name", repr(INPUT_NAME), kind_of(tensor.get("name")))
+        if tensor.get("name") != MODEL_INPUT:
+            raise RequestError(f"inputs[{index}].name", repr(MODEL_INPUT), kind_of(tensor.get("name")))
     if len(inputs) > 1:
-        raise RequestError("inputs", f"the one input {INPUT_NAME!r}", f"it {len(inputs)} times")
+        raise RequestError("inputs", f"the one input {MODEL_INPUT!r}", f"it {len(inputs)} times")
     return inputs[0]
 
 
 def _num_images(tensor: dict[str, Any], limits: ServingLimits) -> int:
     datatype = tensor.get("datatype")
     if datatype != DATATYPE:
-        raise RequestError(f"inputs[0].datatype of {INPUT_NAME!r}", repr(DATATYPE), kind_of(datatype))
-    field = f"inputs[0].shape of {INPUT_NAME!r}"
+        raise RequestError(f"inputs[0].datatype of {MODEL_INPUT!r}", repr(DATATYPE), kind_of(datatype))
+    field = f"inputs[0].shape of {MODEL_INPUT!r}"
     shape = tensor.get("shape")
     if not isinstance(shape, list):
         raise RequestError(field, _SHAPE_NAME, kind_of(shape))
@@ -151,7 +151,7 @@ def _tensor_data(
 def _binary_numbers(
     tensor: dict[str, Any], size: Any, num_expected: int, binary_part: memoryview, *, binary: bool
 ) -> NDArray[np.uint8]:
-    field = f"inputs[0].parameters.binary_data_size of {INPUT_NAME!r}"
+    field = f"inputs[0].parameters.binary_data_size of {MODEL_INPUT!r}"
     if not binary:
         raise RequestError("Inference-Header-Content-Length", "the header that goes with binary_data_size", "none")
     if "data" in tensor:
@@ -164,7 +164,7 @@ def _binary_numbers(
 
 
 def _json_numbers(tensor: dict[str, Any], num_images: int, num_expected: int) -> NDArray[np.uint8]:
-    field = f"inputs[0].data of {INPUT_NAME!r}"
+    field = f"inputs[0].data of {MODEL_INPUT!r}"
     data = tensor.get("data")
     if not isinstance(data, list):
         raise RequestError(field, f"a list of {num_expected} numbers, flat or nested", kind_of(data))

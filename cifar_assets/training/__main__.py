@@ -8,12 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
 from cifar_assets.errors import CifarError, ConfigError, DataError, ObjectNotFoundError, StoreError
 from cifar_assets.training.spec import JobSpec, parse_spec, read_spec
 from cifar_assets.training.stopping import StopSignal, TrainingStopped
 
-SPEC_VARIABLE = "CIFAR_JOB_SPEC"
 _LOG = logging.getLogger("cifar_assets.training")
 
 
@@ -65,13 +64,17 @@ def _run(spec: JobSpec, stop: StopSignal, log: io.StringIO) -> None:
 def _load_spec(source: str | None) -> JobSpec:
     if source == "-":
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise ConfigError(f"Several processes cannot read one standard input: use --spec FILE or {SPEC_VARIABLE}.")
+            raise ConfigError(
+                f"Several processes cannot read one standard input: use --spec FILE or {JOB_SPEC_VARIABLE}."
+            )
         return parse_spec(sys.stdin.buffer.read(), "standard input")
     if source is not None:
         return read_spec(Path(source))
-    if SPEC_VARIABLE in os.environ:
-        return parse_spec(os.environ[SPEC_VARIABLE], f"the environment variable {SPEC_VARIABLE}")
-    raise ConfigError(f"There is no job spec: give --spec FILE, --spec - or the environment variable {SPEC_VARIABLE}.")
+    if JOB_SPEC_VARIABLE in os.environ:
+        return parse_spec(os.environ[JOB_SPEC_VARIABLE], f"the environment variable {JOB_SPEC_VARIABLE}")
+    raise ConfigError(
+        f"There is no job spec: give --spec FILE, --spec - or the environment variable {JOB_SPEC_VARIABLE}."
+    )
 
 
 def _set_up_logging() -> io.StringIO:
@@ -98,7 +101,7 @@ def _is_first() -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cifar_assets.training", description="Run one training job.")
     parser.add_argument(
-        "--spec", metavar="FILE", help=f"job spec in JSON, - for standard input; else {SPEC_VARIABLE} holds it"
+        "--spec", metavar="FILE", help=f"job spec in JSON, - for standard input; else {JOB_SPEC_VARIABLE} holds it"
     )
     return parser
 

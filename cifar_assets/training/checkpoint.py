@@ -27,7 +27,7 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
     position: dict[str, Any]
-    key: str
+    uri: str
 
 
 class CheckpointStore:
@@ -68,7 +68,7 @@ class CheckpointStore:
             except ObjectNotFoundError:
                 continue
             except DataError as error:
-                _LOG.warning("Checkpoint %s passed over: %s", self._store.uri(key), error)
+                _LOG.warning("Checkpoint passed over: %s", error)
                 self._store.delete(key)
         return None
 
@@ -98,6 +98,6 @@ class CheckpointStore:
             header_size = int.from_bytes(data[:8], "little")
             header = json.loads(data[8 : 8 + header_size])
             position = json.loads(header["__metadata__"][_METADATA_KEY])
-            return Checkpoint(int(match[1]), load(data), position, key)
+            return Checkpoint(int(match[1]), load(data), position, self._store.uri(key))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self._store.uri(key)} is not a checkpoint of this project: {error}") from error

@@ -10,15 +10,13 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load, save
 
-from cifar_assets.contracts import IMAGE_SHAPE
+from cifar_assets.contracts import IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
 from cifar_assets.errors import DataError
 from cifar_assets.model_package import RECIPE_FILE, WEIGHTS_FILE, ModelManifest, read_file
 from cifar_assets.object_store import ObjectStore
 from cifar_assets.training.networks import Classifier, build_network
 from cifar_assets.training.recipes import Recipe
 
-ONNX_INPUT = "images"
-ONNX_OUTPUT = "logits"
 _OPSET = 18
 _TOLERANCE = 1e-3
 """Largest difference between ONNX Runtime and torch that is accepted, as a share of the largest logit."""
@@ -51,9 +49,9 @@ def onnx_bytes(classifier: Classifier) -> bytes:
             (torch.zeros((2, *IMAGE_SHAPE), dtype=torch.uint8),),
             buffer,  # pyright: ignore[reportArgumentType] (typed for paths; the tracing exporter documents streams)
             dynamo=False,
-            input_names=[ONNX_INPUT],
-            output_names=[ONNX_OUTPUT],
-            dynamic_axes={ONNX_INPUT: {0: "N"}, ONNX_OUTPUT: {0: "N"}},
+            input_names=[MODEL_INPUT],
+            output_names=[MODEL_OUTPUT],
+            dynamic_axes={MODEL_INPUT: {0: "N"}, MODEL_OUTPUT: {0: "N"}},
             opset_version=_OPSET,
         )
     return buffer.getvalue()
@@ -65,7 +63,7 @@ def onnx_difference(onnx: bytes, images: NDArray[np.uint8], logits: NDArray[np.f
     Raises DataError when it is more than rounding explains.
     """
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
-    found: Any = session.run([ONNX_OUTPUT], {ONNX_INPUT: images})[0]
+    found: Any = session.run([MODEL_OUTPUT], {MODEL_INPUT: images})[0]
     difference = float(np.abs(found - logits).max())
     allowed = _TOLERANCE * max(1.0, float(np.abs(logits).max()))
     if not difference <= allowed:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_assets.errors import CifarError, ConfigError, StoreError
+from cifar_assets.errors import CifarError, ConfigError, DataError, StoreError
 from cifar_assets.training.augmentation import EpochAugmentation
 from cifar_assets.training.checkpoint import Checkpoint, CheckpointStore
 from cifar_assets.training.data import TrainingData
@@ -255,7 +255,10 @@ class Trainer:
         return step
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
-        self.state.load(checkpoint.tensors, Position.from_json(checkpoint.position))
+        try:
+            self.state.load(checkpoint.tensors, Position.from_json(checkpoint.position))
+        except DataError as error:
+            raise DataError(f"{checkpoint.uri} does not fit this training: {error}") from error
         made_with = checkpoint.position.get("made_with", self._made_with())
         if made_with != self._made_with() and self._processes.is_first:
             _LOG.warning(

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from cifar_assets.contracts import JOB_SPEC_VARIABLE
 from resources.argo.conditions import FAILURE_CONDITION, RESOURCE_IS_RETRIED, SUCCESS_CONDITION
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
@@ -13,7 +14,7 @@ API_VERSION = "argoproj.io/v1alpha1"
 WORKFLOW_LABEL = "cifar/argo-workflow"
 """On a PyTorchJob: the workflow that it belongs to. Argo's own label would make Argo take its pods for a step's."""
 JOB_NAME_PREFIX = "cifar10-"
-TRAINER_VARIABLES = ("CIFAR_JOB_SPEC", "DAGSTER_PIPES_CONTEXT", "DAGSTER_PIPES_MESSAGES")
+TRAINER_VARIABLES = (JOB_SPEC_VARIABLE, "DAGSTER_PIPES_CONTEXT", "DAGSTER_PIPES_MESSAGES")
 _STAND_IN = "00000000-0000-0000-0000-000000000000"
 """As long as the workflow's uid, so that the builder judges the name that the job will have."""
 _STEP_MARGIN_SECONDS = 600

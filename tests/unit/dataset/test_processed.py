@@ -167,7 +167,7 @@ def test_a_damaged_shard_is_noticed_and_built_again(
         processed.delete(key)
     else:
         processed.write(key, good[:-1] + b"?" if damage == "flip" else good[: len(good) // 2])
-    with pytest.raises((IntegrityError, ObjectNotFoundError), match=r"materialize (the processed dataset|its asset) again"):
+    with pytest.raises((IntegrityError, ObjectNotFoundError), match=r"materialize .* again"):
         open_split(processed, built.digest, "train", tmp_path / "cache")
     again = build_processed(raw, processed, raw_digest)
     assert (again.digest, again.report.reused) == (built.digest, False)
