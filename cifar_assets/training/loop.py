@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_assets.errors import CifarError, ConfigError, DataError, StoreError
+from cifar_assets.errors import ConfigError, DataError, StoreError
 from cifar_assets.training.augmentation import EpochAugmentation
 from cifar_assets.training.checkpoint import Checkpoint, CheckpointStore
 from cifar_assets.training.data import TrainingData
@@ -34,8 +34,8 @@ _AGREE_EVERY = 8
 _WHITENING_IMAGES = 5000
 
 
-class DivergedError(CifarError):
-    """The loss is no longer a number."""
+class DivergedError(ConfigError):
+    """The loss is no longer a number. Training again would come to the same: it repeats its bits."""
 
 
 @dataclass

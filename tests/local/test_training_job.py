@@ -169,6 +169,11 @@ def test_a_bad_spec_ends_with_its_own_code_before_anything_is_done(place: Workpl
     assert not (place.folder / "nothing").exists()
 
 
+def test_a_loss_that_diverges_ends_with_that_code(place: Workplace):
+    spec = place.spec("diverges", recipe_fields={"learning_rate": 1e30})
+    assert "lower learning_rate" in refused(spec.model_dump_json())
+
+
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_bad_data_ends_with_that_code_and_names_the_object(place: Workplace, tmp_path: Path, damage: str):
     other = Workplace.make(tmp_path)
