@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import dagster as dg
 
-from cifar_assets.errors import CifarError, DeployError, ObjectNotFoundError, StoreError, TrainingError
+from cifar_assets.errors import CifarError, DeployError, StoreError, TrainingError
 
 MAX_RETRIES = 2
 RETRY_SECONDS = 10.0
@@ -30,6 +30,4 @@ def retrying_infrastructure_faults() -> Iterator[None]:
 
 
 def _is_transient(error: CifarError) -> bool:
-    if isinstance(error, TrainingError | DeployError):
-        return error.transient
-    return isinstance(error, StoreError) and not isinstance(error, ObjectNotFoundError)
+    return isinstance(error, StoreError | TrainingError | DeployError) and error.transient

@@ -17,7 +17,7 @@ from cifar_assets.dataset.formats.image_tar import read_image_tar
 from cifar_assets.dataset.formats.parquet import read_parquet
 from cifar_assets.dataset.rows import RowBatch, Split
 from cifar_assets.digests import sha256_file
-from cifar_assets.errors import DataError, IntegrityError, StoreError
+from cifar_assets.errors import DataError, IntegrityError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
 
 ObjectFormat = Literal["archive", "parquet", "images", "records"]
@@ -111,12 +111,12 @@ def store_object(raw: ObjectStore, path: Path, sha256: str, suffix: str) -> str:
 
 
 def is_stored(raw: ObjectStore, key: str, sha256: str, size: int) -> bool:
-    """Whether the object is there with the right content."""
+    """Whether the object is there with the right content. StoreError when the store does not answer."""
     info = raw.stat(key)
     if info is None or info.size != size:
         return False
     try:
         with fetched(raw, key, sha256):
             return True
-    except (IntegrityError, StoreError):
+    except (IntegrityError, ObjectNotFoundError):
         return False

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from typing import BinaryIO
 from cifar_assets.errors import ConfigError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store.base import ObjectInfo, ObjectStore, Transferred
 
+_log = logging.getLogger(__name__)
 _TEMPORARY_PREFIX = ".writing-"
 _swept: set[Path] = set()
 
@@ -77,8 +79,12 @@ class FolderStore(ObjectStore):
         )
         for key in sorted(keys):
             if key.startswith(prefix):
-                with contextlib.suppress(FileNotFoundError):  # removed since, or a link to nothing
+                try:
                     yield self._info(key, self.root / key)
+                except FileNotFoundError:
+                    continue  # removed since, or a link to nothing
+                except OSError as error:
+                    _log.warning("%s is left out of a listing: %s", self.uri(key), error)
 
     def delete(self, key: str) -> None:
         path = self._path(key)

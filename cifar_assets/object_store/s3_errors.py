@@ -1,5 +1,6 @@
 """What an S3 fault means to the person who has to act on it."""
 
+import errno
 import re
 import ssl
 
@@ -20,6 +21,7 @@ _TRANSIENT_CODES = frozenset(
         "XMinioServerNotInitialized",
     }
 )
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT, errno.EIO)
 _ADVICE = {
     "AccessDenied": "The credentials are known but not allowed to do this: check the policy of AWS_ACCESS_KEY_ID.",
     "InvalidAccessKeyId": "AWS_ACCESS_KEY_ID is not known to this server: check it, and the endpoint.",
@@ -44,9 +46,13 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, InvalidResponseError):
         # A proxy in front of the server answers in HTML; the status is in the message alone.
         return re.search(r"Response code: (429|5\d\d)\b", str(error)) is not None
-    if isinstance(error, SSLError | ssl.SSLError | LocationParseError):
+    if isinstance(error, SSLError | ssl.SSLError | LocationParseError) or _is_of_this_disk(error):
         return False
     return isinstance(error, HTTPError | OSError)
+
+
+def _is_of_this_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in _DISK_FAULTS
 
 
 def explain(error: Exception, uri: str, endpoint: str, attempts: int) -> StoreError:
@@ -68,6 +74,8 @@ def _explanation(error: Exception, attempts: int) -> str:
             f"the answer is not from an S3 server ({error}). AWS_ENDPOINT_URL may name a web console or "
             "a proxy, or use http:// for a server that speaks TLS."
         )
+    if _is_of_this_disk(error):
+        return f"this machine's disk failed ({error}). Check free space and permissions."
     if isinstance(error, NewConnectionError | HTTPError | OSError):
         return (
             f"not reached in {attempts} attempts ({error}). Check that the server runs and that "

@@ -1,7 +1,8 @@
 """The pipeline's steps on the command line.
 
-Exit codes: 0, 1 for a check that failed, 2 for a setting that is wrong, 75 for a store that does not answer (the only
-one worth trying again). The reason is on stderr, and in the file that TERMINATION_LOG names, as pods have one.
+Exit codes: 0, 1 for a check that failed, 2 for a setting that is wrong, 75 for a store that does not answer (worth
+trying again). The step `train` becomes the trainer and ends with the trainer's codes. The reason is on stderr, and in
+the file that TERMINATION_LOG names, as pods have one.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_assets.dataset.stores import add_store_option, open_stores
-from cifar_assets.errors import CifarError, ConfigError, ObjectNotFoundError, StoreError
+from cifar_assets.errors import CifarError, ConfigError, StoreError
 from cifar_assets.pipeline_steps.data import (
     CURRENT,
     Request,
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _failed(str(error), EXIT_BAD_SETTING)
     except StoreError as error:
-        return _failed(str(error), EXIT_FAILED if isinstance(error, ObjectNotFoundError) else EXIT_STORE_AWAY)
+        return _failed(str(error), EXIT_STORE_AWAY if error.transient else EXIT_FAILED)
     except CifarError as error:
         return _failed(str(error), EXIT_FAILED)
 

@@ -108,6 +108,8 @@ def test_links_are_followed_and_one_to_nothing_is_left_alone(tmp_path: Path) -> 
     folder.mkdir(parents=True)
     (folder / "linked.png").symlink_to(elsewhere)
     (folder / "dangling.png").symlink_to(tmp_path / "nothing.png")
+    (folder / "itself.png").symlink_to(folder / "itself.png")
+    (folder / "through a file.png").symlink_to(elsewhere / "no folder")
     assert [info.key for info in scan_landing(store).ready] == ["landing/cat/linked.png"]
     store.delete("landing/cat/linked.png")
     assert elsewhere.exists()

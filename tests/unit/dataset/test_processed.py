@@ -16,7 +16,7 @@ from cifar_assets.dataset.processed import (
 from cifar_assets.dataset.raw import build_raw_version
 from cifar_assets.dataset.reader import open_split
 from cifar_assets.dataset.sheet import sample_sheet
-from cifar_assets.errors import DataError, IntegrityError, ObjectNotFoundError
+from cifar_assets.errors import DataError, IntegrityError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store import FolderStore
 
 HALF = SplitConfig(validation_fraction=0.5)
@@ -172,6 +172,19 @@ def test_a_damaged_shard_is_noticed_and_built_again(
     again = build_processed(raw, processed, raw_digest)
     assert (again.digest, again.report.reused) == (built.digest, False)
     assert processed.read(key) == good
+
+
+def test_an_outage_is_not_taken_for_damage(raw, processed, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = build_raw_version(raw, source).digest
+    build_processed(raw, processed, digest)
+
+    def away(*arguments: object) -> None:
+        raise StoreError("away", transient=True)
+
+    monkeypatch.setattr(FolderStore, "local_path", lambda store, key: None)
+    monkeypatch.setattr(FolderStore, "download", away)
+    with pytest.raises(StoreError, match="away"):
+        build_processed(raw, processed, digest)
 
 
 def test_a_version_appears_with_its_manifest_only(raw, source: str, tmp_path: Path) -> None:

@@ -202,3 +202,11 @@ def test_missing_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_secrets_are_not_shown() -> None:
     assert "hush" not in repr(S3Connection("http://host", "hush-a", "hush-b"))
+
+
+def test_a_full_disk_here_is_no_fault_of_the_server(fake: Fake) -> None:
+    fake.answer = lambda handler, number: reply(handler, 200, BODY, Content_Length=str(len(BODY)), ETag='"one"')
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(StoreError, match="disk failed") as caught:
+        fake.store()._copy_to("x", full, None)
+    assert not caught.value.transient
+    assert len(fake.requests) == 1

@@ -219,7 +219,7 @@ def test_a_store_that_is_away_is_worth_another_try(
     pipeline: Steps, tiny: TinyData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: object) -> None:
-        raise StoreError("no answer")
+        raise StoreError("no answer", transient=True)
 
     monkeypatch.setattr(steps, "verify_raw", away)
     assert pipeline.data() == steps.EXIT_STORE_AWAY
