@@ -94,7 +94,7 @@ def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
     )
     return {
         "object_store": object_store,
-        # without one its own error says so, once a training needs it
+        # without one its own error says so, where it is needed
         "mlflow": MlflowServer(
             tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI") if environment.get("MLFLOW_TRACKING_URI") else ""
         ),

@@ -198,19 +198,25 @@ def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResourc
     """Nothing stays RUNNING in MLflow: what a tick cannot close, as MLflow is away, the next one finds again."""
     from mlflow.exceptions import MlflowException
 
-    closed: list[str] = []
     try:
         running = mlflow.running()
-        for run_id, dagster_run_id in running.items():
-            if end := mlflow_end(context.instance, run_id, dagster_run_id):
+    except ConfigError as error:
+        return dg.SkipReason(str(error))
+    except MlflowException as error:
+        return dg.SkipReason(f"MLflow at {mlflow.uri} did not answer; the next tick asks again: {error}")
+    closed: list[str] = []
+    refused: list[str] = []
+    for run_id, dagster_run_id in running.items():
+        if end := mlflow_end(context.instance, run_id, dagster_run_id):
+            try:
                 mlflow.close_run(run_id, *end)
                 closed.append(f"{run_id} as {end[0]}")
-        num_left = len(running) - len(closed)
-        reason = f"Still RUNNING, as their Dagster runs go on, failed just now or are not known here: {num_left}."
-    except ConfigError as error:
-        reason = str(error)
-    except MlflowException as error:
-        reason = f"MLflow at {mlflow.uri} did not answer; the next tick asks again: {error}"
+            except MlflowException as error:
+                refused.append(f"{run_id} ({error})")
+    num_left = len(running) - len(closed) - len(refused)
+    reason = f"Still RUNNING, as their Dagster runs go on, failed just now or are not known here: {num_left}."
+    if refused:
+        reason += f" Not closed, and tried again by the next tick: {', '.join(refused)}."
     if closed:
         context.log.warning(f"Closed in MLflow, as their Dagster runs had ended: {', '.join(closed)}")
     return dg.SkipReason(f"{reason} Closed: {', '.join(closed) or 'none'}.")

@@ -92,7 +92,7 @@ class MlflowResource(dg.ConfigurableResource):
                 for run_id in left_open:
                     self.close_run(run_id, "KILLED" if cancelled else "FAILED")
             except Exception as failure:
-                context.log.warning(f"Could not close this run's MLflow runs at {self.uri}: {failure}")
+                context.log.warning(f"Could not close this run's MLflow runs: {failure}")
             raise
 
     def running(self, dagster_run_id: str | None = None) -> dict[str, str]:

@@ -106,7 +106,7 @@ def _version(context: dg.AssetExecutionContext, mlflow: MlflowResource, digest: 
     try:
         version = mlflow.find_version(digest)
     except Exception as error:
-        context.log.warning(f"MLflow at {mlflow.uri} did not answer; the service is named by digest: {error}")
+        context.log.warning(f"MLflow did not answer; the service is named by digest: {error}")
         version = None
     return str(version.version) if version else digest[:12]
 
@@ -116,4 +116,4 @@ def _record(context: dg.AssetExecutionContext, mlflow: MlflowResource, verdict: 
     try:
         mlflow.record_decision(verdict, context.run_id)
     except Exception as error:
-        context.log.warning(f"MLflow at {mlflow.uri} did not take the gate's decision ({verdict.reason}): {error}")
+        context.log.warning(f"MLflow did not take the gate's decision ({verdict.reason}): {error}")

@@ -151,7 +151,7 @@ def _against_champion(
     try:
         champion = mlflow.champion_digest()
     except Exception as error:
-        context.log.warning(f"MLflow at {mlflow.uri} did not answer: {error}")
+        context.log.warning(f"MLflow did not answer: {error}")
         return result(TRAINED_MODEL, name, False, f"MLflow did not say which model is champion: {error}", severity=WARN)
     if champion is None or champion == digest:
         return result(TRAINED_MODEL, name, True, "There is no other champion to compare with.", severity=WARN)

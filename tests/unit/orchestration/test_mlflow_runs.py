@@ -11,6 +11,7 @@ from uuid import uuid4
 import dagster as dg
 import pytest
 from mlflow import end_run, set_tracking_uri
+from mlflow.exceptions import MlflowException
 
 from cifar_assets import sensors
 from resources.mlflow import RUN_ID_TAG, RUN_METADATA, LocalMlflow, MlflowResource, MlflowServer
@@ -224,3 +225,21 @@ def test_dagster_mlflows_own_resource_joins_the_trainers_run(
         end_run()
         set_tracking_uri("")
     assert mlflow.client().get_run(left).data.metrics == {"noted": 1.0}
+
+
+def test_a_run_that_mlflow_refuses_to_close_is_named_and_holds_up_no_other(
+    instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
+):
+    run = instance.create_run_for_job(training, status=dg.DagsterRunStatus.SUCCESS)
+    left = [start_run(mlflow, run.run_id) for _ in range(3)]
+    close = LocalMlflow.close_run
+
+    def refuse_one(resource: LocalMlflow, run_id: str, *end: object) -> None:
+        if run_id == left[1]:
+            raise MlflowException("not allowed")
+        close(resource, run_id, *end)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(LocalMlflow, "close_run", refuse_one)
+    said = tick(instance, mlflow)
+    assert [status(mlflow, run_id) for run_id in left] == ["FINISHED", "RUNNING", "FINISHED"]
+    assert f"{left[1]} (not allowed)" in said
