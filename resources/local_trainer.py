@@ -65,7 +65,7 @@ class LocalTrainer(TrainerResource):
         return messages.result()
 
     def _stop(self, context: dg.AssetExecutionContext, process: subprocess.Popen[bytes]) -> None:
-        """End the whole process group, torchrun's children included; does nothing once the process has ended."""
+        """Have the trainer end; several processes are ended by their launcher. Does nothing once it has ended."""
         if process.poll() is not None:
             return
         context.log.info("Stopping the trainer; it writes a checkpoint first.")
@@ -101,7 +101,10 @@ def _failure(code: int) -> str:
             "stderr of this step) says which. Materialize trained_model again to continue from its checkpoint."
         )
     if code == EXIT_BAD_SPEC:
-        return "The trainer refused its job: the last lines of its log name the setting or the object to correct."
+        return (
+            "The trainer refused its job, or its loss diverged: the last lines of its log name the setting or the "
+            "object to correct."
+        )
     if code < 0:
         name = signal.Signals(-code).name
         hint = " The kernel does this when memory runs out: use a smaller batch." if name == "SIGKILL" else ""

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(spec: JobSpec, stop: StopSignal, log: io.StringIO) -> None:
     # torch takes seconds to load: a spec that is wrong is refused before
-    from cifar_assets.training.job import run_job
+    from cifar_assets.training.job import clear_checkpoints, run_job
     from cifar_assets.training.messages import Messages
 
     stopped: TrainingStopped | None = None
@@ -59,6 +59,8 @@ def _run(spec: JobSpec, stop: StopSignal, log: io.StringIO) -> None:
                 project.removeHandler(handler)
     if stopped is not None:
         raise stopped
+    if _is_first():
+        clear_checkpoints(spec)
 
 
 def _load_spec(source: str | None) -> JobSpec:

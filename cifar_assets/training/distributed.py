@@ -3,7 +3,8 @@
 import datetime as dt
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from cifar_assets.errors import ConfigError
+from cifar_assets.training.stopping import PeerLostError
 
 _LOG = logging.getLogger(__name__)
 _TIMEOUT = dt.timedelta(minutes=30)
@@ -82,9 +84,19 @@ def join(processes: Processes, device: torch.device) -> None:
         _LOG.info("Process %d of %d has joined over %s", processes.rank + 1, processes.count, backend)
 
 
-def is_peer_lost(error: RuntimeError, processes: Processes) -> bool:
-    """Whether an error of torch says that another process does not answer. Gloo's have no type of their own."""
-    return processes.count > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+@contextmanager
+def noticing_lost_peers(processes: Processes) -> Iterator[None]:
+    """Raises PeerLostError for an error of torch that says that another process does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo's errors have no type of their own.
+        if processes.count == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise PeerLostError(
+            f"Process {processes.rank} of {processes.count} lost the others: {str(error).splitlines()[0]} "
+            "See their logs for the reason; start the same spec again to continue from the last checkpoint."
+        ) from error
 
 
 def leave(processes: Processes) -> None:

@@ -77,7 +77,8 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
     use_threads(spec.execution)
     processor = choose_processor(spec.execution, spec.recipe.precision, processes.local_rank)
     use_repeatable_kernels(processor.device)
-    distributed.join(processes, processor.device)
+    with distributed.noticing_lost_peers(processes):
+        distributed.join(processes, processor.device)
     # until here there is nothing to save, and a signal may end a process that waits for others
     stop.install()
     tracker = Tracker(spec.mlflow if processes.is_first else None, sha256_json(spec.model_dump(mode="json")))
@@ -85,9 +86,12 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
     patience: float | None = None
     try:
         tracker.start(_parameters(spec))
-        model = _Job(spec, stop, messages, tracker, processor, processes, log).run()
+        with distributed.noticing_lost_peers(processes):
+            model = _Job(spec, stop, messages, tracker, processor, processes, log).run()
         status = "FINISHED"
         return model
+    except PeerLostError:
+        raise  # as FAILED: nobody stopped it
     except TrainingStopped:
         status, patience = "KILLED", _STOP_PATIENCE_SECONDS
         raise
@@ -95,17 +99,23 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
         if not error.transient:
             raise
         raise TrainingStopped(f"{error} Start the same spec again to continue from the last checkpoint.") from error
-    except RuntimeError as error:
-        if not distributed.is_peer_lost(error, processes):
-            raise
-        raise PeerLostError(
-            f"Process {processes.rank} of {processes.count} lost the others: {str(error).splitlines()[0]} "
-            "See their logs for the reason; start the same spec again to continue from the last checkpoint."
-        ) from error
     finally:
         if status != "FINISHED":
             tracker.close(status, patience)
         distributed.leave(processes)
+
+
+def clear_checkpoints(spec: JobSpec) -> None:
+    """Remove a finished job's checkpoints. A restart needs them until Dagster was told of the model."""
+    try:
+        _checkpoints(spec).clear()
+    except StoreError as error:
+        _LOG.warning("Checkpoints are left behind: %s", error)
+
+
+def _checkpoints(spec: JobSpec) -> CheckpointStore:
+    folder = open_store(spec.output_uri).at(f"{CHECKPOINTS}/{spec.identity}")
+    return CheckpointStore(folder, spec.execution.keep_checkpoints)
 
 
 class _Job:
@@ -131,9 +141,7 @@ class _Job:
     def run(self) -> TrainedModel | None:
         before = time.perf_counter()
         models = open_store(self._spec.output_uri)
-        checkpoints = CheckpointStore(
-            models.at(f"{CHECKPOINTS}/{self._spec.identity}"), self._spec.execution.keep_checkpoints
-        )
+        checkpoints = _checkpoints(self._spec)
         data = open_data(self._spec, self._processor.device)
         trainer = Trainer(self._spec, data, self._processor, self._processes, checkpoints, self._stop)
         trainer.phases.add("start", before)
@@ -145,9 +153,7 @@ class _Job:
         recipe = self._spec.recipe
         classifier = Classifier(network, data.manifest.mean, data.manifest.std, recipe.test_time_flip).eval()
         files, manifest = self._package(trainer, data, classifier.to(self._processor.device))
-        model = self._publish(models, manifest, files, classifier)
-        checkpoints.clear()
-        return model
+        return self._publish(models, manifest, files, classifier)
 
     def _announce(self, trainer: Trainer, data: TrainingData) -> None:
         recipe = self._spec.recipe

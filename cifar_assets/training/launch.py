@@ -8,9 +8,10 @@ import logging
 import sys
 from collections.abc import Collection, Sequence
 
-from torch.distributed import run
+from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 
@@ -23,6 +24,9 @@ def main(options: Sequence[str]) -> int:
         run.run(run.parse_args([*options, "-m", "cifar_assets.training"]))
     except SignalException as error:
         _LOG.warning("%s, and its processes were told to stop.", error)
+        return EXIT_RESUME
+    except (DistError, RendezvousError) as error:
+        _LOG.warning("The machines of this training lost one another: %s", error)
         return EXIT_RESUME
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}

@@ -227,7 +227,7 @@ class Trainer:
             if not error.transient:
                 raise
             # an outage may be over by the next checkpoint, or by the end
-            _LOG.warning("No checkpoint of step %d: %s", self.global_step, error)
+            _LOG.warning("The checkpoint of step %d may be missing: %s", self.global_step, error)
         self.phases.add("checkpoint", before)
 
     def _resume(self) -> None:

@@ -90,7 +90,9 @@ def test_three_processes_continue_to_the_same_weights(place: Workplace):
     port = str(free_port())
     specs = [place.spec(name, recipe_fields=RECIPE | {"epochs": 1}, execution=EXECUTION) for name in ("whole", "parts")]
     context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=train_whole_and_in_parts, args=(rank, port, *specs)) for rank in range(3)]
+    processes = [
+        context.Process(target=train_whole_and_in_parts, args=(rank, port, *specs), daemon=True) for rank in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:

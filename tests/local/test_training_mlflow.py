@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from cifar_assets.contracts import EXIT_RESUME
+from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 from cifar_assets.training.spec import JobSpec
 from tests.unit.training.jobs import Workplace, fork_trainer, json_file, run_forked, start_trainer, wait_for_line
 
@@ -84,7 +84,7 @@ def test_a_training_that_fails_is_failed_and_its_retry_is_a_run_of_its_own(place
     """C12 (a) and (e): the loss stops being a number in the second epoch; then a retry with a sane rate."""
     bad = {"warmup": 0.5, "learning_rate": 1e30, "schedule": "constant"}
     code, output = run_forked(tracked(place, "failure", bad))
-    assert code == 1, output
+    assert code == EXIT_BAD_SPEC, output
     assert "learning_rate" in output
     retry = tracked(place, "failure", tags={**TAGS, "dagster.attempt": "1"})
     code, output = run_forked(retry)
