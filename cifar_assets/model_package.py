@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from cifar_assets.digests import canonical_json, sha256_bytes, sha256_json
-from cifar_assets.errors import DataError
+from cifar_assets.errors import DataError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
 
 MANIFEST_FILE = "manifest.json"
@@ -64,11 +64,12 @@ def read_file(package: ObjectStore, manifest: ModelManifest, name: str) -> bytes
 def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str, bytes]) -> str:
     """Store a model under its digest and return the digest. The manifest goes last: a package without one is not there.
 
-    `files` holds every covered file and any uncovered ones. Storing a model again repairs what was damaged; what the
-    digest does not cover is then that of the last training.
+    `files` holds every covered file and any uncovered ones. A whole model is left as it is, a damaged one written anew.
     """
     digest = manifest.digest
     package = models.at(digest)
+    if _is_whole(package, manifest):
+        return digest
     for name, sha256 in manifest.files.items():
         if sha256_bytes(files[name]) != sha256:
             raise DataError(f"{name} does not have the digest its manifest gives.")
@@ -76,6 +77,16 @@ def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str,
         package.write(name, data)
     package.write(MANIFEST_FILE, manifest.to_bytes())
     return digest
+
+
+def _is_whole(package: ObjectStore, manifest: ModelManifest) -> bool:
+    try:
+        read_manifest(package, manifest.digest)
+        for name in manifest.files:
+            read_file(package, manifest, name)
+    except (DataError, ObjectNotFoundError):
+        return False
+    return True
 
 
 def read_json(package: ObjectStore, manifest: ModelManifest, name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Examining landed objects one by one, without reading again what has not changed since."""
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from cifar_assets.digests import sha256_file, sha256_json, sha256_stream
 from cifar_assets.errors import DataError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectInfo, ObjectStore
 
+_log = logging.getLogger(__name__)
 _MEMORY_KEY = "landing-memory.json"
 
 
 @dataclass(frozen=True)
 class NotJudged:
-    """An object not judged this time: it is gone, or still being written."""
+    """An object not judged this time: it is gone, still being written, or a reader failed on it."""
 
     reason: str
 
@@ -170,7 +172,7 @@ def _judge_image(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Refused | 
             return Refused(sha256, str(error))
 
 
-def _judge_table(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Refused | LandedTable:
+def _judge_table(raw: ObjectStore, info: ObjectInfo, resize: bool) -> NotJudged | Refused | LandedTable:
     kind, split = _table_kind(info.key)
     with tempfile.TemporaryDirectory(prefix="cifar-landed-") as folder:
         path = Path(folder, "object")
@@ -184,8 +186,10 @@ def _judge_table(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Refused | 
                 return Refused(sha256, str(error), hostile=isinstance(error, HostileDataError))
             except MemoryError:
                 raise
-            except Exception as error:  # of a reader that met what nobody thought of: no reason to stop every build
-                return Refused(sha256, f"{info.key} cannot be read: {error!r}. Write it again, or report this.")
+            except Exception as error:
+                # Of a reader that met what nobody thought of, or of this machine: no reason to stop every build.
+                _log.exception("%s is left alone", info.key)
+                return NotJudged(f"cannot be read, see the log for the cause: {error!r}")
         if not len(index):
             return Refused(sha256, f"{info.key} holds no rows.")
         if len(index.refused) < len(index):

@@ -99,9 +99,7 @@ def dataset_lineage(stores: Stores, processed_digest: str) -> DatasetLineage:
     landed = provenance.get("landed")
     names: dict[str, list[str]] = landed if isinstance(landed, dict) else {}
     counts = {
-        split: np.bincount(
-            open_rows(stores.processed, processed_digest, split, stores.cache)["objects"], minlength=len(raw.objects)
-        )
+        split: np.bincount(open_rows(stores.processed, processed_digest, split)["objects"], minlength=len(raw.objects))
         for split in SPLIT_NAMES
     }
     objects = tuple(
@@ -119,7 +117,7 @@ def dataset_lineage(stores: Stores, processed_digest: str) -> DatasetLineage:
 def images_of(stores: Stores, processed_digest: str, split: SplitName) -> Iterator[ImageOrigin]:
     """Every image of a split in stored order, with the exact object and row it came from."""
     objects = read_raw(stores.raw, read_processed(stores.processed, processed_digest).raw_digest).objects
-    rows = open_rows(stores.processed, processed_digest, split, stores.cache)
+    rows = open_rows(stores.processed, processed_digest, split)
     for position in range(len(rows["labels"])):
         yield ImageOrigin(
             split,
@@ -139,7 +137,7 @@ def find_image(stores: Stores, pixel_digest: str) -> list[ImageUse]:
     for digest in list_processed_versions(stores.processed):
         objects = None
         for split in SPLIT_NAMES:
-            rows = open_rows(stores.processed, digest, split, stores.cache)
+            rows = open_rows(stores.processed, digest, split)
             for position in np.flatnonzero((rows["digests"] == wanted).all(axis=1)):
                 if objects is None:
                     objects = read_raw(stores.raw, read_processed(stores.processed, digest).raw_digest).objects

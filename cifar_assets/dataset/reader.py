@@ -82,12 +82,10 @@ def open_split(processed: ObjectStore, digest: str, split: SplitName, cache: Pat
     return SplitReader(manifest, split, shards, _verified(processed, digest, manifest.rows[split], folder))
 
 
-def open_rows(
-    processed: ObjectStore, digest: str, split: SplitName, cache: Path | None = None
-) -> dict[str, NDArray[np.integer]]:
+def open_rows(processed: ObjectStore, digest: str, split: SplitName) -> dict[str, NDArray[np.integer]]:
     """Where each image of a split came from, without its pixels: digests, labels, objects, rows."""
     shard = read_processed(processed, digest).rows[split]
-    return map_shard(_verified(processed, digest, shard, _cache_folder(cache)))
+    return map_shard(_verified(processed, digest, shard, _cache_folder(None)))
 
 
 def _cache_folder(cache: Path | None) -> Path:

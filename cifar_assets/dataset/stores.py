@@ -11,12 +11,11 @@ from cifar_assets.object_store import FolderStore, ObjectStore, open_store
 
 @dataclass(frozen=True)
 class Stores:
-    """The buckets, and where shards of a remote store are kept while reading."""
+    """The buckets, each as a store of its own."""
 
     raw: ObjectStore
     processed: ObjectStore
     models: ObjectStore
-    cache: Path | None = None
 
 
 def stores_below(root: ObjectStore) -> Stores:

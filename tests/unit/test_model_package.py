@@ -29,6 +29,8 @@ def test_training_the_same_model_again_repairs_it(damaged: str, tmp_path: Path) 
     models = FolderStore(tmp_path)
     digest = write_package(models, MANIFEST, {WEIGHTS_FILE: WEIGHTS, PERFORMANCE_FILE: b"first"})
     package = models.at(digest)
+    assert write_package(models, MANIFEST, {WEIGHTS_FILE: WEIGHTS, PERFORMANCE_FILE: b"another run's"}) == digest
+    assert package.read(PERFORMANCE_FILE) == b"first"
     package.write(damaged, b"damaged")
     with pytest.raises(IntegrityError, match="materialize its asset again"):
         read_file(package, read_manifest(package, digest), WEIGHTS_FILE)
