@@ -141,7 +141,7 @@ def test_a_first_version_that_fails_leaves_nothing(
 
 
 def test_without_the_role_the_error_says_so(namespace: str, models: tuple[DeployRequest, DeployRequest]):
-    with pytest.raises(DeployError, match=r"Role of docs/kserve\.md"):
+    with pytest.raises(DeployError, match=r"Role of docs/kubernetes\.md"):
         service(namespace, account="nobody").deploy(models[0])
     assert left_behind(namespace) == []
 
