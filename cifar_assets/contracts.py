@@ -52,5 +52,5 @@ EXIT_RESUME = 143
 """The trainer was told to stop, or lost what it needs; it continues when started again with the same spec.
 
 128 + SIGTERM. Dagster tries a step again that ended with it. To the restart policies in force (OnFailure in PyTorchJobs
-of Dagster, Never in Argo's) it is a failure like any other but EXIT_BAD_SPEC, which is final.
+of Dagster, Never in Argo's) it is a failure like any other. Dagster gives up a job that ended with EXIT_BAD_SPEC.
 """

@@ -64,11 +64,15 @@ def read_file(package: ObjectStore, manifest: ModelManifest, name: str) -> bytes
 def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str, bytes]) -> str:
     """Store a model under its digest and return the digest. The manifest goes last: a package without one is not there.
 
-    `files` holds every covered file and any uncovered ones. A whole model is left as it is, a damaged one written anew.
+    `files` holds every covered file and any uncovered ones. A whole model is left as it is but for what it lacks, a
+    damaged one written anew.
     """
     digest = manifest.digest
     package = models.at(digest)
     if _is_whole(package, manifest):
+        for name, data in files.items():
+            if not package.exists(name):
+                package.write(name, data)
         return digest
     for name, sha256 in manifest.files.items():
         if sha256_bytes(files[name]) != sha256:

@@ -213,6 +213,8 @@ def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResourc
                 closed.append(f"{run_id} as {end[0]}")
             except MlflowException as error:
                 refused.append(f"{run_id} ({error})")
+                if error.get_http_status_code() >= 500:
+                    break  # away, and not only unwilling: each further call would take its time to fail
     num_left = len(running) - len(closed) - len(refused)
     reason = f"Still RUNNING, as their Dagster runs go on, failed just now or are not known here: {num_left}."
     if refused:

@@ -120,13 +120,15 @@ class MlflowResource(dg.ConfigurableResource):
 
     def run_link(self, run_id: str | None) -> dg.MetadataValue:
         """Where a person finds the run: a link where a server shows it, otherwise its id."""
-        if run_id is None or not self.uri.startswith("http"):
-            return dg.MetadataValue.text(run_id or "not tracked")
+        if run_id is None:
+            return dg.MetadataValue.text("not tracked")
         try:
+            if not self.uri.startswith("http"):
+                return dg.MetadataValue.text(run_id)
             experiment = self.client().get_run(run_id).info.experiment_id
         except Exception as error:
             # The model is stored by now: a server that is away must not fail its materialization.
-            return dg.MetadataValue.text(f"{run_id}; {self.uri} did not answer: {error}")
+            return dg.MetadataValue.text(f"{run_id}; MLflow did not answer: {error}")
         return dg.MetadataValue.url(f"{self.uri}/#/experiments/{experiment}/runs/{run_id}")
 
     def find_version(self, model_digest: str) -> "ModelVersion | None":

@@ -49,6 +49,7 @@ def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
         "num_landed_accepted": sum(landing.accepted.values()),
         "num_landed_duplicates": sum(landing.duplicates.values()),
         "num_landed_rejected": landing.rejected_rows,
+        "num_landed_unread": landing.unread,
         "objects": table(
             {
                 "key": item.key,

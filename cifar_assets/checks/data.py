@@ -55,12 +55,15 @@ def raw_dataset_checks(
         not broken,
         "; ".join(broken) or f"All {len(manifest.objects)} objects have the digests of the manifest.",
     )
-    num_rejected = int(str(materialization.metadata["num_landed_rejected"].value))
+    num_rejected, num_unread = (
+        int(str(materialization.metadata[name].value)) if name in materialization.metadata else 0
+        for name in ("num_landed_rejected", "num_landed_unread")
+    )
     yield result(
         RAW_DATASET,
         "nothing_rejected",
-        num_rejected == 0,
-        f"{num_rejected} landed images or objects were rejected.",
+        num_rejected + num_unread == 0,
+        f"{num_rejected} landed images or objects were rejected, {num_unread} objects could not be read.",
         severity=WARN,
         num_rejected=num_rejected,
     )

@@ -30,6 +30,7 @@ class NotJudged:
     """An object not judged this time: it is gone, still being written, or a reader failed on it."""
 
     reason: str
+    reader_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,12 @@ def _judge_table(raw: ObjectStore, info: ObjectInfo, resize: bool) -> NotJudged 
                 index = build_index(read_rows(path, kind, split, info.key, resize=resize), info.key)
             except DataError as error:
                 return Refused(sha256, str(error), hostile=isinstance(error, HostileDataError))
-            except MemoryError:
+            except (MemoryError, OSError):
                 raise
             except Exception as error:
-                # Of a reader that met what nobody thought of, or of this machine: no reason to stop every build.
+                # Of a reader that met what nobody thought of: no reason to stop every build.
                 _log.exception("%s is left alone", info.key)
-                return NotJudged(f"cannot be read, see the log for the cause: {error!r}")
+                return NotJudged(f"cannot be read, see the log for the cause: {error!r}", reader_failed=True)
         if not len(index):
             return Refused(sha256, f"{info.key} holds no rows.")
         if len(index.refused) < len(index):

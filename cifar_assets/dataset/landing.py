@@ -38,6 +38,8 @@ class LandingReport:
     """Rows not used because the same pixels are in the version already. They stay where they are."""
     rejected: tuple[Rejection, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
+    unread: int = 0
+    """Skipped objects that a reader failed on."""
 
     @property
     def hostile(self) -> tuple[Rejection, ...]:
@@ -102,10 +104,12 @@ def join_landed(
     images: dict[str, LandedImage] = {}
     names: defaultdict[str, list[str]] = defaultdict(list)
     rejected: list[Rejection] = []
+    unread = 0
     for number, (info, found) in enumerate(examine(raw, scan.ready, resize), 1):
         progress("validating landed objects", number, len(scan.ready))
         if isinstance(found, NotJudged):
             skipped[info.key] = found.reason
+            unread += found.reader_failed
         elif isinstance(found, Refused):
             rejected.append(reject_object(raw, info.key, found.sha256, found.reason, hostile=found.hostile))
         elif isinstance(found, LandedTable):
@@ -140,7 +144,7 @@ def join_landed(
     if good:
         objects += pack_landed_images(raw, good, resize)
     used = {item.sha256 for item in objects} | {image.sha256 for image in good}
-    final = LandingReport(report.accepted, report.duplicates, tuple(rejected), skipped)
+    final = LandingReport(report.accepted, report.duplicates, tuple(rejected), skipped, unread)
     return (
         sorted(objects, key=lambda item: item.sha256),
         final,

@@ -1,9 +1,9 @@
 """An object store in a folder: what a laptop uses in place of MinIO."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
-import logging
 import os
 import shutil
 import tempfile
@@ -15,7 +15,6 @@ from typing import BinaryIO
 from cifar_assets.errors import ConfigError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store.base import ObjectInfo, ObjectStore, Transferred
 
-_log = logging.getLogger(__name__)
 _TEMPORARY_PREFIX = ".writing-"
 _swept: set[Path] = set()
 
@@ -81,10 +80,10 @@ class FolderStore(ObjectStore):
             if key.startswith(prefix):
                 try:
                     yield self._info(key, self.root / key)
-                except FileNotFoundError:
-                    continue  # removed since, or a link to nothing
                 except OSError as error:
-                    _log.warning("%s is left out of a listing: %s", self.uri(key), error)
+                    # removed since, or a link to nothing, through a file or to itself
+                    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                        raise StoreError(f"Could not list {self.root / key}: {error.strerror}.") from error
 
     def delete(self, key: str) -> None:
         path = self._path(key)

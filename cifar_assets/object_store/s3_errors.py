@@ -57,7 +57,10 @@ def _is_of_this_disk(error: Exception) -> bool:
 
 def explain(error: Exception, uri: str, endpoint: str, attempts: int) -> StoreError:
     """The error with the object, the server and the next step."""
-    return StoreError(f"{uri} at {endpoint}: {_explanation(error, attempts)}", transient=is_transient(error))
+    # What was replaced meanwhile can be read again, but from its beginning.
+    replaced = isinstance(error, S3Error) and error.code == "PreconditionFailed"
+    message = f"{uri} at {endpoint}: {_explanation(error, attempts)}"
+    return StoreError(message, transient=replaced or is_transient(error))
 
 
 def _explanation(error: Exception, attempts: int) -> str:

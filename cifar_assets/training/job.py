@@ -288,9 +288,9 @@ class _Job:
         self._tracker.log_files({**files, "manifest.json": manifest.to_bytes()}, "model")
         self._tracker.register("model", tags)
         unsent = self._tracker.close("FINISHED")
-        if unsent:
-            performance = json.loads(files[PERFORMANCE_FILE]) | {"mlflow_unsent": unsent}
-            models.at(digest).write(PERFORMANCE_FILE, _readable_json(performance))
+        performance = json.loads(models.read(f"{digest}/{PERFORMANCE_FILE}"))
+        if performance.get("mlflow_unsent") != unsent:
+            models.write(f"{digest}/{PERFORMANCE_FILE}", _readable_json(performance | {"mlflow_unsent": unsent}))
         self._tell_run()
         self._messages.send(
             "result",

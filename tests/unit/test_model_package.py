@@ -31,6 +31,9 @@ def test_training_the_same_model_again_repairs_it(damaged: str, tmp_path: Path) 
     package = models.at(digest)
     assert write_package(models, MANIFEST, {WEIGHTS_FILE: WEIGHTS, PERFORMANCE_FILE: b"another run's"}) == digest
     assert package.read(PERFORMANCE_FILE) == b"first"
+    package.delete(PERFORMANCE_FILE)
+    write_package(models, MANIFEST, {WEIGHTS_FILE: WEIGHTS, PERFORMANCE_FILE: b"restored"})
+    assert package.read(PERFORMANCE_FILE) == b"restored"
     package.write(damaged, b"damaged")
     with pytest.raises(IntegrityError, match="materialize its asset again"):
         read_file(package, read_manifest(package, digest), WEIGHTS_FILE)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cifar_assets.errors import CifarError, DeployError
+from cifar_assets.errors import CifarError, DeployError, StoreError
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.manifest import (
@@ -142,7 +142,10 @@ class ServiceDeployer:
         try:
             fault = self._judge.find_fault(service, request)
         except CifarError as error:
-            raise NotServingError.canary(percent, f"it could not be judged: {error}", transient=True) from error
+            transient = isinstance(error, ApiUnavailableError) or (
+                isinstance(error, StoreError | DeployError) and error.transient
+            )
+            raise NotServingError.canary(percent, f"it could not be judged: {error}", transient=transient) from error
         if fault:
             raise NotServingError.canary(percent, fault)
         self._write(with_traffic(manifest, None))

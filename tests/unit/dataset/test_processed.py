@@ -181,8 +181,8 @@ def test_an_outage_is_not_taken_for_damage(raw, processed, source: str, monkeypa
     def away(*arguments: object) -> None:
         raise StoreError("away", transient=True)
 
-    monkeypatch.setattr(FolderStore, "local_path", lambda store, key: None)
-    monkeypatch.setattr(FolderStore, "download", away)
+    monkeypatch.setattr(processed, "local_path", lambda key: None)
+    monkeypatch.setattr(processed, "download", away)
     with pytest.raises(StoreError, match="away"):
         build_processed(raw, processed, digest)
 

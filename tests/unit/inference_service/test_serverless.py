@@ -99,16 +99,17 @@ def test_canary_that_answers_badly_gives_its_share_back(serving_a: FakeKnative):
     assert serving_a.shares[-1] == {A.model_digest: 100}
 
 
-def test_canary_that_cannot_be_judged_gives_its_share_back_and_may_be_tried_again(serving_a: FakeKnative):
+@pytest.mark.parametrize("away", [True, False])
+def test_canary_that_cannot_be_judged_gives_its_share_back_and_may_be_tried_again(serving_a: FakeKnative, away: bool):
     judge = Judge()
 
     def fail(service: InferenceService, request: DeployRequest) -> str | None:
-        raise StoreError("the store does not answer")
+        raise StoreError("the store does not answer", transient=away)
 
     judge.find_fault = fail
     with pytest.raises(DeployError, match="could not be judged: the store does not answer") as caught:
         deployer(serving_a, judge).deploy(B)
-    assert caught.value.transient
+    assert caught.value.transient == away
     assert max(share.get(B.model_digest, 0) for share in serving_a.shares) == 10
     assert serving_a.shares[-1] == {A.model_digest: 100}
 

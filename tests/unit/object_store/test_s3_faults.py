@@ -124,8 +124,9 @@ def test_an_object_replaced_in_mid_download_is_no_mixture(fake: Fake, tmp_path: 
             reply(handler, 412, error("PreconditionFailed"), Content_Type="application/xml")
 
     fake.answer = answer
-    with pytest.raises(StoreError, match="replaced while it was being read"):
+    with pytest.raises(StoreError, match="replaced while it was being read") as caught:
         fake.store().download("x", tmp_path / "x")
+    assert caught.value.transient
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,6 +12,7 @@ import dagster as dg
 import pytest
 from mlflow import end_run, set_tracking_uri
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from cifar_assets import sensors
 from resources.mlflow import RUN_ID_TAG, RUN_METADATA, LocalMlflow, MlflowResource, MlflowServer
@@ -236,10 +237,16 @@ def test_a_run_that_mlflow_refuses_to_close_is_named_and_holds_up_no_other(
 
     def refuse_one(resource: LocalMlflow, run_id: str, *end: object) -> None:
         if run_id == left[1]:
-            raise MlflowException("not allowed")
+            raise MlflowException("not allowed", PERMISSION_DENIED)
         close(resource, run_id, *end)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(LocalMlflow, "close_run", refuse_one)
     said = tick(instance, mlflow)
     assert [status(mlflow, run_id) for run_id in left] == ["FINISHED", "RUNNING", "FINISHED"]
     assert f"{left[1]} (not allowed)" in said
+
+
+def test_without_mlflow_a_trained_model_is_materialized_all_the_same():
+    nowhere = MlflowServer(tracking_uri="")
+    assert nowhere.run_link(None).value == "not tracked"
+    assert "MLFLOW_TRACKING_URI is not set" in str(nowhere.run_link("1234").value)

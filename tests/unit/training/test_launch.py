@@ -1,9 +1,19 @@
+import io
 import signal
+from typing import cast
 
 import pytest
+from torch.distributed import DistNetworkError
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from cifar_assets.errors import StoreError
+from cifar_assets.training import __main__ as command
+from cifar_assets.training import job, launch, messages
+from cifar_assets.training.distributed import Processes, noticing_lost_peers
 from cifar_assets.training.launch import exit_code
+from cifar_assets.training.spec import JobSpec
+from cifar_assets.training.stopping import PeerLostError, StopSignal
 
 KILLED, TOLD = -signal.SIGKILL, -signal.SIGTERM
 
@@ -21,3 +31,47 @@ KILLED, TOLD = -signal.SIGKILL, -signal.SIGTERM
 )
 def test_a_process_that_failed_by_itself_decides(codes: list[int], expected: int):
     assert exit_code(codes) == expected
+
+
+@pytest.mark.parametrize("error", [RendezvousConnectionError("gone"), DistNetworkError("gone")])
+def test_machines_that_lose_one_another_ask_to_be_started_again(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def lose(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(launch.run, "run", lose)
+    assert launch.main(["--nproc-per-node=1"]) == EXIT_RESUME
+
+
+def test_only_a_process_that_has_others_can_lose_them():
+    with pytest.raises(PeerLostError, match="Process 0 of 2 lost the others"), noticing_lost_peers(Processes(0, 2)):
+        raise DistNetworkError("connection reset")
+    with pytest.raises(DistNetworkError), noticing_lost_peers(Processes()):
+        raise DistNetworkError("connection reset")
+    with pytest.raises(RuntimeError, match="out of memory"), noticing_lost_peers(Processes(0, 2)):
+        raise RuntimeError("out of memory")
+
+
+def test_checkpoints_stay_until_dagster_was_told(monkeypatch: pytest.MonkeyPatch):
+    """A restart continues from them."""
+    cleared: list[object] = []
+
+    class Undelivered:
+        def __init__(self, wanted: bool) -> None: ...
+
+        def __enter__(self) -> "Undelivered":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            raise StoreError("away", transient=True)
+
+        def handler(self) -> None: ...
+
+    monkeypatch.setattr(messages, "Messages", Undelivered)
+    monkeypatch.setattr(job, "run_job", lambda *arguments: None)
+    monkeypatch.setattr(job, "clear_checkpoints", cleared.append)
+    with pytest.raises(StoreError, match="away"):
+        command._run(cast(JobSpec, None), StopSignal(), io.StringIO())
+    assert cleared == []
+    monkeypatch.setattr(Undelivered, "__exit__", lambda *error: None)
+    command._run(cast(JobSpec, None), StopSignal(), io.StringIO())
+    assert len(cleared) == 1

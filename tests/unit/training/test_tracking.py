@@ -67,7 +67,9 @@ def test_a_refused_metric_costs_none_of_what_follows(folder: Path):
 def test_artifacts_that_cannot_be_stored_leave_no_model_version_and_no_open_run(folder: Path):
     (folder / "full").write_text("a file where the store needs a folder")
     tracker, client = tracked(folder, "full")
+    deadline = time.monotonic() + 60
     while tracker.run_id is None or len(client.get_run(tracker.run_id).data.metrics) == 0:
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     assert tracker.close("FINISHED", patience_seconds=2) == ["artifacts model/", "model version"]
     assert only_run(client, "full").info.status == "FINISHED"
