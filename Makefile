@@ -1,12 +1,13 @@
 # Every command sets up what it needs: uv into .uv when it is missing, the locked environment into .venv.
 CIFAR10_SOURCE ?= synthetic
+UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RUN := $(UV) run --frozen --all-extras
 PATHS := cifar_assets resources tests k8s
 
 export CIFAR10_SOURCE
 
-.PHONY: help setup demo stop dev test lint types check format browser-test cluster-test
+.PHONY: help setup demo stop dev test lint types check format browser-test cluster-test audit
 .DEFAULT_GOAL := help
 
 help: ## List the commands.
@@ -14,7 +15,7 @@ help: ## List the commands.
 
 .uv/bin/uv:
 	python3 -m venv .uv
-	.uv/bin/pip install --quiet uv
+	.uv/bin/pip install --quiet uv==$(UV_VERSION)
 
 # Compiled once here, or by each of many processes where PYTHONDONTWRITEBYTECODE is set.
 setup: $(filter .uv/bin/uv,$(UV)) ## Install the locked environment.
@@ -47,6 +48,9 @@ format: setup ## Rewrite files in the project's style.
 
 cluster-test: setup ## Tests on the cluster of KUBECONFIG, with our images loaded (see `make images`).
 	$(RUN) pytest tests/cluster $(ARGUMENTS)
+
+audit: $(filter .uv/bin/uv,$(UV)) ## Look up known vulnerabilities of the locked packages. Needs api.osv.dev.
+	$(UV) audit --frozen
 
 check: lint types test ## What CI runs without a cluster.
 

@@ -3,22 +3,32 @@
 #   BUILDER     command that builds:  buildah bud  |  docker build
 #   BUILD_ARGS  further arguments, such as --no-cache
 #   TAG         tag of all images
+#   PYTHON      base of all images, such as python:3.11-slim@sha256:...
 #   LOAD        command that puts one image into the cluster, such as `minikube image load`; empty does nothing
 
 TAG ?= dev
 REGISTRY ?= localhost
 BUILDER ?= $(if $(shell command -v buildah),buildah bud --layers --isolation chroot --network host,docker build)
 BUILD_ARGS ?=
+PYTHON ?= python:3.11-slim
 LOAD ?=
 IMAGES := trainer server dagster mlflow
 
-.PHONY: images kfp-image test-images story-image postgres-image $(IMAGES:%=image-%)
+.PHONY: images sbom kfp-image test-images story-image postgres-image $(IMAGES:%=image-%)
 
 images: $(IMAGES:%=image-%) ## Build the images of all pods; LOAD puts each into the cluster.
 
 $(IMAGES:%=image-%): image-%:
-	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/cifar-$*:$(TAG) -f images/$*/Dockerfile .
+	$(BUILDER) $(BUILD_ARGS) --build-arg PYTHON=$(PYTHON) -t $(REGISTRY)/cifar-$*:$(TAG) -f images/$*/Dockerfile .
 	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-$*:$(TAG))
+
+sbom: $(filter .uv/bin/uv,$(UV)) ## Write what each image holds, by the lock file, to .cifar/sbom as CycloneDX.
+	@mkdir -p .cifar/sbom
+	@for role in $(IMAGES) kfp; do \
+		extras=$$(grep -o -e '--extra [a-z]*' images/$$role/Dockerfile); \
+		$(UV) export --quiet --frozen --no-dev --no-emit-project $$extras --format cyclonedx1.5 \
+			--output-file .cifar/sbom/$$role.cdx.json || exit 1; \
+	done
 
 kfp-image: image-trainer ## Build the image of the Kubeflow pipeline's steps.
 	$(BUILDER) $(BUILD_ARGS) --build-arg TRAINER=$(REGISTRY)/cifar-trainer:$(TAG) \

@@ -20,7 +20,7 @@ from tests.cluster.kubectl import forwarded, free_port, kubectl, temporary_names
 from tests.cluster.platform import Platform, is_kept
 
 STORY_IMAGE = os.environ.get("TEST_STORY_IMAGE", "localhost/pytorch-job-story:test")
-MINIO_IMAGE = os.environ.get("TEST_MINIO_IMAGE", "docker.io/minio/minio:RELEASE.2026-02-12T20-18-48Z")
+MINIO_IMAGE = os.environ.get("TEST_MINIO_IMAGE", "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z")
 _KEYS = {"access_key": "story-access", "secret_key": "story-secret-key"}
 
 
