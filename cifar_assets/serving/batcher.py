@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Gauge, Histogram
 
+from cifar_assets.serving.classifier import NotFiniteError
 from cifar_assets.serving.faults import BusyError
 
 _log = logging.getLogger(__name__)
@@ -146,8 +147,12 @@ class MicroBatcher:
                 continue
             start = 0
             for item in batch:
-                item.future.set_result(logits[start : start + len(item.images)])
+                own = logits[start : start + len(item.images)]
                 start += len(item.images)
+                if np.isfinite(own).all():
+                    item.future.set_result(own)
+                else:
+                    item.future.set_exception(NotFiniteError("The model answered with values that are not finite."))
 
     def _next_batch(self) -> list[_Item]:
         """The next requests to run, none when closed and empty. Requests whose client gave up are left out."""

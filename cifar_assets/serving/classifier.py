@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
 from cifar_assets.cpus import available_cpus
-from cifar_assets.errors import DataError
+from cifar_assets.errors import CifarError, DataError
 from cifar_assets.model_package import ONNX_FILE, read_file, read_manifest
 from cifar_assets.object_store import open_store
 
@@ -57,6 +57,10 @@ class Classifier:
                     f"The model answers {size} black images with {logits.shape} values, finite: "
                     f"{bool(np.isfinite(logits).all())}; expected {(size, len(CLASSES))} finite ones."
                 )
+
+
+class NotFiniteError(CifarError):
+    """The model answered a picture with values that are not finite: there is no class to name."""
 
 
 def load_classifier(model_uri: str, model_digest: str, *, num_threads: int | None, batch_images: int) -> Classifier:

@@ -134,17 +134,15 @@ def _tensor_data(
     tensor: dict[str, Any], num_images: int, binary_part: memoryview, *, binary: bool
 ) -> NDArray[np.uint8]:
     num_expected = num_images * _PIXELS
-    parameters = tensor.get("parameters", {})
-    if not isinstance(parameters, dict):
-        raise RequestError("inputs[0].parameters", "an object", kind_of(parameters))
-    if "binary_data_size" not in parameters:
+    size = _parameters("inputs[0].parameters", tensor).get("binary_data_size")
+    if size is None:
         if len(binary_part):
             raise RequestError(
                 "inputs[0].parameters.binary_data_size", f"{num_expected}, for the bytes after the JSON", "none"
             )
         flat = _json_numbers(tensor, num_images, num_expected)
     else:
-        flat = _binary_numbers(tensor, parameters["binary_data_size"], num_expected, binary_part, binary=binary)
+        flat = _binary_numbers(tensor, size, num_expected, binary_part, binary=binary)
     return flat.reshape(num_images, *IMAGE_SHAPE)
 
 
@@ -154,7 +152,7 @@ def _binary_numbers(
     field = f"inputs[0].parameters.binary_data_size of {MODEL_INPUT!r}"
     if not binary:
         raise RequestError("Inference-Header-Content-Length", "the header that goes with binary_data_size", "none")
-    if "data" in tensor:
+    if tensor.get("data") is not None:
         raise RequestError("inputs[0].data", "no data where binary_data_size is given", kind_of(tensor["data"]))
     if type(size) is not int or size != num_expected:
         raise RequestError(field, f"{num_expected} bytes, the product of the shape", kind_of(size))
@@ -182,10 +180,8 @@ def _json_numbers(tensor: dict[str, Any], num_images: int, num_expected: int) ->
 
 
 def _outputs(request: dict[str, Any]) -> dict[str, bool]:
-    parameters = request.get("parameters", {})
-    if not isinstance(parameters, dict):
-        raise RequestError("parameters", "an object", kind_of(parameters))
-    default = _flag("parameters.binary_data_output", parameters.get("binary_data_output", False))
+    parameters = _parameters("parameters", request)
+    default = _flag("parameters.binary_data_output", parameters.get("binary_data_output"), default=False)
     wanted = request.get("outputs")
     if wanted is None or wanted == []:
         return dict.fromkeys(OUTPUT_NAMES, default)
@@ -197,14 +193,24 @@ def _outputs(request: dict[str, Any]) -> dict[str, bool]:
         name = output.get("name") if isinstance(output, dict) else output
         if not isinstance(output, dict) or name not in OUTPUT_NAMES:
             raise RequestError(f"{field}.name", f"one of {list(OUTPUT_NAMES)}", kind_of(name))
-        own = output.get("parameters", {})
-        if not isinstance(own, dict):
-            raise RequestError(f"{field}.parameters", "an object", kind_of(own))
-        outputs[name] = _flag(f"{field}.parameters.binary_data", own.get("binary_data", default))
+        own = _parameters(f"{field}.parameters", output)
+        outputs[name] = _flag(f"{field}.parameters.binary_data", own.get("binary_data"), default=default)
     return outputs
 
 
-def _flag(field: str, value: Any) -> bool:
+def _parameters(field: str, parent: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a request, input or output; null is the same as absent."""
+    parameters = parent.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise RequestError(field, "an object", kind_of(parameters))
+    return parameters
+
+
+def _flag(field: str, value: Any, *, default: bool) -> bool:
+    if value is None:
+        return default
     if not isinstance(value, bool):
         raise RequestError(field, "true or false", kind_of(value))
     return value

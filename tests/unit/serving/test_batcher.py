@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from cifar_assets.serving.batcher import MicroBatcher
+from cifar_assets.serving.classifier import NotFiniteError
 from cifar_assets.serving.faults import BusyError
 
 
@@ -191,4 +192,18 @@ def test_many_threads_each_get_their_own_answers():
         futures = [pool.submit(ask, value) for value in range(400)]
         wait(futures, timeout=60)
     assert all(future.result() for future in futures)
+    batcher.close()
+
+
+def test_an_answer_that_is_not_finite_fails_its_own_request_only():
+    def run(images: np.ndarray) -> np.ndarray:
+        first_pixels = images[:, :1, 0, 0].astype(np.float32)
+        return np.repeat(np.where(first_pixels == 1, np.nan, first_pixels), 10, axis=1)
+
+    batcher = MicroBatcher(run, batch_images=4, batch_delay=30, queue_images=8)
+    with batcher.arriving() as first, batcher.arriving() as second:
+        broken, sound = first.submit(images(1)), second.submit(images(2))
+    assert first_pixels(sound) == [2]
+    with pytest.raises(NotFiniteError, match="not finite"):
+        broken.result(timeout=20)
     batcher.close()

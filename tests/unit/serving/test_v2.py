@@ -139,6 +139,19 @@ def test_a_bad_request_is_refused(body, field, received):
     assert received in caught.value.received
 
 
+def test_null_is_the_same_as_absent():
+    outputs = [{"name": "logits", "parameters": None}, {"name": "probabilities", "parameters": {"binary_data": None}}]
+    body = {"id": None, "parameters": None, "inputs": [tensor(parameters=None)], "outputs": outputs}
+    parsed = parse_infer(json.dumps(body).encode(), None, LIMITS)
+    assert (parsed.id, parsed.outputs) == (None, {"logits": False, "probabilities": False})
+    body["parameters"], body["outputs"] = {"binary_data_output": None}, None
+    assert parse_infer(json.dumps(body).encode(), None, LIMITS).outputs == {"probabilities": False, "logits": False}
+    parameters = {"binary_data_size": None}
+    np.testing.assert_array_equal(parse_infer(with_tensor(parameters=parameters), None, LIMITS).images, IMAGES)
+    header = with_tensor(data=None, parameters={"binary_data_size": 6144})
+    np.testing.assert_array_equal(parse_infer(header + IMAGES.tobytes(), str(len(header)), LIMITS).images, IMAGES)
+
+
 @pytest.mark.parametrize("length", ["", "-1", "abc", "1e3", "99999999999999999999", "7000000", "\u0661"])
 def test_a_header_length_that_cannot_be_is_refused(length):
     with pytest.raises(RequestError, match="Inference-Header-Content-Length"):
