@@ -29,6 +29,10 @@ class IntegrityError(DataError):
     """Bytes do not have the digest they are addressed by."""
 
 
+class ObjectChangedError(StoreError):
+    """The named object was replaced since it was looked at. Nothing was done with it."""
+
+
 class TrainingError(CifarError):
     """A training job did not end with a model. `transient` says that the cause lies outside of it: try again."""
 

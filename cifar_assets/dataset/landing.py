@@ -2,10 +2,11 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
 from cifar_assets.dataset.completeness import why_not_ready
-from cifar_assets.dataset.consistency import Known, Verdict, check_landed
+from cifar_assets.dataset.consistency import Known, check_landed
 from cifar_assets.dataset.formats.image_tar import IMAGE_SUFFIXES, class_of
 from cifar_assets.dataset.index import ObjectIndex
 from cifar_assets.dataset.landed import LandedImage, LandedTable, NotJudged, Refused, examine, pack_landed_images
@@ -104,6 +105,15 @@ def join_landed(
     images: dict[str, LandedImage] = {}
     names: defaultdict[str, list[str]] = defaultdict(list)
     rejected: list[Rejection] = []
+    etags = {info.key: info.etag for info in scan.ready}
+
+    def refuse(key: str, sha256: str, reason: str, **more: Any) -> None:
+        rejection = reject_object(raw, key, etags[key], sha256, reason, **more)
+        if rejection is None:
+            skipped[key] = "replaced while it was being judged: looked at again next time"
+        else:
+            rejected.append(rejection)
+
     unread = 0
     for number, (info, found) in enumerate(examine(raw, scan.ready, resize), 1):
         progress("validating landed objects", number, len(scan.ready))
@@ -111,7 +121,7 @@ def join_landed(
             skipped[info.key] = found.reason
             unread += found.reader_failed
         elif isinstance(found, Refused):
-            rejected.append(reject_object(raw, info.key, found.sha256, found.reason, hostile=found.hostile))
+            refuse(info.key, found.sha256, found.reason, hostile=found.hostile)
         elif isinstance(found, LandedTable):
             tables[found.item.sha256, found.item.split] = found
             names[f"{found.item.sha256}:{found.item.split}"].append(info.key)
@@ -127,7 +137,15 @@ def join_landed(
     for table, verdict in zip(table_list, verdicts, strict=False):
         keys = names.pop(f"{table.item.sha256}:{table.item.split}")
         item = table.item.model_copy(update={"excluded": verdict.excluded()})
-        rejected += _apply(raw, keys, item, verdict, report)
+        if verdict.rejected and len(verdict.rejected) == item.rows:
+            first = next(iter(verdict.rejected.values()))
+            for key in keys:
+                reason = f"all {item.rows} rows are refused; the first one: {first}"
+                refuse(key, item.sha256, reason, rows=verdict.rejected)
+            continue
+        _count(report, keys, item.used_rows, len(verdict.duplicates))
+        if verdict.rejected:
+            rejected.append(reject_rows(raw, keys[0], item, verdict.rejected))
         if item.used_rows:
             objects.append(item)
             names[item.sha256] += keys
@@ -135,7 +153,8 @@ def join_landed(
     for image, verdict in zip(image_list, verdicts[len(table_list) :], strict=True):
         keys = names.pop(image.identity)
         if verdict.rejected:
-            rejected += [reject_object(raw, key, image.sha256, verdict.rejected[0]) for key in keys]
+            for key in keys:
+                refuse(key, image.sha256, verdict.rejected[0])
             continue
         _count(report, keys, 0 if verdict.duplicates else 1, len(verdict.duplicates))
         if not verdict.duplicates:
@@ -150,20 +169,6 @@ def join_landed(
         final,
         {key: sorted(names[key]) for key in sorted(used & names.keys())},
     )
-
-
-def _apply(
-    raw: ObjectStore, keys: list[str], item: RawObject, verdict: Verdict, report: LandingReport
-) -> list[Rejection]:
-    """Count a table's rows and put its rejected ones aside: the whole object when nothing of it can be used."""
-    if verdict.rejected and len(verdict.rejected) == item.rows:
-        first = next(iter(verdict.rejected.values()))
-        reason = f"all {item.rows} rows are refused; the first one: {first}"
-        return [reject_object(raw, key, item.sha256, reason, rows=verdict.rejected) for key in keys]
-    _count(report, keys, item.used_rows, len(verdict.duplicates))
-    if not verdict.rejected:
-        return []
-    return [reject_rows(raw, keys[0], item, verdict.rejected)]
 
 
 def _count(report: LandingReport, keys: list[str], used: int, duplicates: int) -> None:

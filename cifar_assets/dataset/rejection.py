@@ -4,12 +4,13 @@ import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cifar_assets.contracts import LANDING_PREFIX, REJECTED_PREFIX
 from cifar_assets.dataset.formats.parquet import pick_rows
 from cifar_assets.dataset.layouts import suffix_of
 from cifar_assets.dataset.objects import RawObject, fetched
-from cifar_assets.errors import ObjectNotFoundError
+from cifar_assets.errors import ObjectChangedError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
 
 REASON_SUFFIX = ".reason.json"
@@ -30,17 +31,30 @@ class Rejection:
 
 
 def reject_object(
-    raw: ObjectStore, key: str, sha256: str, reason: str, *, rows: dict[int, str] | None = None, hostile: bool = False
-) -> Rejection:
-    """Move a landed object to `rejected/` under the same name and write the reason next to it."""
-    target = _target(raw, key, sha256)
+    raw: ObjectStore,
+    key: str,
+    etag: str,
+    sha256: str,
+    reason: str,
+    *,
+    rows: dict[int, str] | None = None,
+    hostile: bool = False,
+) -> Rejection | None:
+    """Move a landed object to `rejected/` under the same name, with the reason next to it.
+
+    None where the object no longer has the etag it had when it was judged: it stays, to be judged again.
+    """
+    target, is_new = _claim(raw, key, sha256, reason, rows or {})
     try:
-        raw.copy(key, target)
-    except ObjectNotFoundError:
+        raw.copy(key, target, etag)
+        raw.delete(key, etag)  # an object put there since the copy stays as well
+    except (ObjectChangedError, ObjectNotFoundError) as error:
+        if is_new:
+            raw.delete(target + REASON_SUFFIX)
+        if isinstance(error, ObjectChangedError):
+            return None
         # Another build moved it in the meantime, or its owner took it back.
         return Rejection(key, reason, target if raw.exists(target) else None, rows or {}, hostile)
-    _write_reason(raw, target, key, sha256, reason, rows or {})
-    raw.delete(key)
     return Rejection(key, reason, target, rows or {}, hostile)
 
 
@@ -49,13 +63,12 @@ def reject_rows(raw: ObjectStore, key: str, item: RawObject, rows: dict[int, str
 
     Parquet rows are copied with two more columns, row and reason; of an archive only the list of rows is written.
     """
-    target = _target(raw, key, item.sha256)
     reason = (
         f"{len(rows)} of {item.rows} rows are refused; the others joined the dataset. "
         "Correct these rows and land them again."
     )
+    target, is_new = _claim(raw, key, item.sha256, reason, rows)
     moved_to = target if item.format == "parquet" else None
-    is_new = _write_reason(raw, target, key, item.sha256, reason, rows)
     if moved_to and (is_new or not raw.exists(target)):
         with fetched(raw, item.key, item.sha256) as path, tempfile.TemporaryDirectory() as folder:
             picked = Path(folder, "rows.parquet")
@@ -64,24 +77,32 @@ def reject_rows(raw: ObjectStore, key: str, item: RawObject, rows: dict[int, str
     return Rejection(key, reason, moved_to, rows)
 
 
-def _target(raw: ObjectStore, key: str, sha256: str) -> str:
-    """The same name under `rejected/`; with a piece of the digest where other content was rejected under that name."""
-    target = REJECTED_PREFIX + key.removeprefix(LANDING_PREFIX)
-    if not raw.exists(target + REASON_SUFFIX) and not raw.exists(target):
-        return target
-    if raw.exists(target + REASON_SUFFIX) and json.loads(raw.read(target + REASON_SUFFIX)).get("sha256") == sha256:
-        return target
-    suffix = suffix_of(target)
-    return f"{target[: len(target) - len(suffix)]}-{sha256[:12]}{suffix}"
+def _claim(raw: ObjectStore, key: str, sha256: str, reason: str, rows: dict[int, str]) -> tuple[str, bool]:
+    """Write the reason file; gives the key it belongs to, and False where the same file was there already.
 
-
-def _write_reason(raw: ObjectStore, target: str, key: str, sha256: str, reason: str, rows: dict[int, str]) -> bool:
-    """Write the reason file; False when the same one is there already."""
+    The same name under `rejected/`; with a piece of the digest where other content was rejected under that name. The
+    reason file is created before the object, so that of two builds only one gets the name.
+    """
     shown = [{"row": row, "reason": why} for row, why in list(rows.items())[:_SHOWN_ROWS]]
     content = {"object": key, "sha256": sha256, "reason": reason, "rejected_rows": len(rows), "rows": shown}
     data = json.dumps(content, indent=1, ensure_ascii=True).encode()
-    reason_key = target + REASON_SUFFIX
-    if raw.exists(reason_key) and raw.read(reason_key) == data:
-        return False
+    plain = REJECTED_PREFIX + key.removeprefix(LANDING_PREFIX)
+    suffix = suffix_of(plain)
+    for target in (plain, f"{plain[: len(plain) - len(suffix)]}-{sha256[:12]}{suffix}"):
+        reason_key = target + REASON_SUFFIX
+        is_foreign = not raw.exists(reason_key) and raw.exists(target) and target == plain
+        if not is_foreign and raw.create(reason_key, data):
+            return target, True
+        if not is_foreign and (found := _read_reason(raw, reason_key)).get("sha256") == sha256:
+            if found == content:
+                return target, False
+            break
     raw.write(reason_key, data)
-    return True
+    return target, True
+
+
+def _read_reason(raw: ObjectStore, reason_key: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(raw.read(reason_key)))
+    except (ObjectNotFoundError, ValueError, TypeError):
+        return {}

@@ -50,6 +50,10 @@ class ObjectStore(ABC):
     def write(self, key: str, data: bytes) -> None: ...
 
     @abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the object only where there is none yet. Of several that try at once, one is told True."""
+
+    @abstractmethod
     def upload(self, key: str, path: Path) -> None:
         """Store a file's content under the key."""
 
@@ -66,11 +70,19 @@ class ObjectStore(ABC):
         """Every object whose key starts with the prefix, in key order, however many there are."""
 
     @abstractmethod
-    def delete(self, key: str) -> None:
-        """Remove the object; a missing one is not an error."""
+    def delete(self, key: str, etag: str | None = None) -> bool:
+        """Remove the object; a missing one is not an error. With an etag, only an object that still has it.
+
+        False where the object was replaced and therefore stays.
+        """
 
     @abstractmethod
-    def copy(self, key: str, to_key: str) -> None: ...
+    def copy(self, key: str, to_key: str, etag: str | None = None) -> None:
+        """Store the object under another key. With an etag, ObjectChangedError for an object that has another one."""
+
+    @abstractmethod
+    def touch(self, key: str) -> None:
+        """Set the time stored to now, content unchanged."""
 
     def exists(self, key: str) -> bool:
         return self.stat(key) is not None

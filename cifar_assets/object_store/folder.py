@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from cifar_assets.errors import ConfigError, ObjectNotFoundError, StoreError
+from cifar_assets.errors import ConfigError, ObjectChangedError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store.base import ObjectInfo, ObjectStore, Transferred
 
 _TEMPORARY_PREFIX = ".writing-"
+_REMOVING_PREFIX = ".removing-"
 _swept: set[Path] = set()
 
 
@@ -52,6 +53,9 @@ class FolderStore(ObjectStore):
     def write(self, key: str, data: bytes) -> None:
         write_atomically(self._target(key), lambda file: file.write(data))
 
+    def create(self, key: str, data: bytes) -> bool:
+        return write_atomically(self._target(key), lambda file: file.write(data), replace=False)
+
     def upload(self, key: str, path: Path) -> None:
         with path.open("rb") as source:
             write_atomically(self._target(key), lambda file: shutil.copyfileobj(source, file))
@@ -74,7 +78,7 @@ class FolderStore(ObjectStore):
             str(Path(folder, name).relative_to(self.root)).replace(os.sep, "/")
             for folder, _, names in os.walk(base)
             for name in names
-            if not name.startswith(_TEMPORARY_PREFIX)
+            if not name.startswith((_TEMPORARY_PREFIX, _REMOVING_PREFIX))
         )
         for key in sorted(keys):
             if key.startswith(prefix):
@@ -85,13 +89,37 @@ class FolderStore(ObjectStore):
                     if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                         raise StoreError(f"Could not list {self.root / key}: {error.strerror}.") from error
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, etag: str | None = None) -> bool:
         path = self._path(key)
-        path.unlink(missing_ok=True)
         remove_abandoned(path.parent)
+        try:
+            if etag is not None:
+                return _remove_unchanged(path, etag)
+            path.unlink(missing_ok=True)
+        except NotADirectoryError:
+            pass
+        except OSError as error:
+            raise StoreError(f"Could not remove {path}: {error.strerror}. Check its permissions.") from error
+        return True
 
-    def copy(self, key: str, to_key: str) -> None:
-        self.download(key, self._target(to_key))
+    def copy(self, key: str, to_key: str, etag: str | None = None) -> None:
+        def check(source: BinaryIO) -> None:
+            if etag is not None and _etag(os.fstat(source.fileno())) != etag:
+                raise ObjectChangedError(f"{self.uri(key)} was replaced while it was being copied.", transient=True)
+
+        def fill(file: BinaryIO) -> None:
+            check(source)
+            shutil.copyfileobj(source, file)
+            check(source)
+
+        with self.open(key) as source:
+            write_atomically(self._target(to_key), fill)
+
+    def touch(self, key: str) -> None:
+        try:
+            os.utime(self._path(key))
+        except FileNotFoundError as error:
+            raise ObjectNotFoundError(f"{self.uri(key)}: no such object.") from error
 
     def _target(self, key: str) -> Path:
         if not key or key.endswith("/"):
@@ -108,22 +136,49 @@ class FolderStore(ObjectStore):
 
     def _info(self, key: str, path: Path) -> ObjectInfo:
         status = path.stat()
-        tag = hashlib.sha256(f"{status.st_mtime_ns}:{status.st_size}:{status.st_ino}".encode())
         return ObjectInfo(
             key=key,
             size=status.st_size,
-            etag=tag.hexdigest()[:32],
+            etag=_etag(status),
             last_modified=datetime.fromtimestamp(status.st_mtime, UTC),
         )
 
 
-def write_atomically(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+def _etag(status: os.stat_result) -> str:
+    tag = hashlib.sha256(f"{status.st_mtime_ns}:{status.st_size}:{status.st_ino}".encode())
+    return tag.hexdigest()[:32]
+
+
+def _remove_unchanged(path: Path, etag: str) -> bool:
+    """Remove a file that still has the etag. It is set aside first, so that what is looked at is what is removed."""
+    aside = path.with_name(_REMOVING_PREFIX + path.name)
+    try:
+        if _etag(path.stat()) != etag:
+            return False
+        path.rename(aside)
+        if _etag(aside.stat()) == etag:
+            aside.unlink()
+            return True
+        _put_back(aside)
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _put_back(aside: Path) -> None:
+    """Give a file its name again, unless a newer one has taken it."""
+    with contextlib.suppress(FileExistsError):
+        os.link(aside, aside.with_name(aside.name.removeprefix(_REMOVING_PREFIX)), follow_symlinks=False)
+    aside.unlink()
+
+
+def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace: bool = True) -> bool:
     """Let `fill` write a temporary file next to the path and rename it into place; nothing is left when it fails.
 
-    Raises StoreError when the disk refuses; what `fill` raises of this project's own errors passes through.
+    Without `replace` a file that is there already stays, and the result is False. Raises StoreError when the disk
+    refuses; what `fill` raises of this project's own errors passes through.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent)
         descriptor, name = _locked_temporary(path.parent)
         try:
@@ -132,7 +187,7 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], object]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
                 os.chmod(name, 0o644)
-                os.replace(name, path)  # before the lock is gone
+                return _give_name(name, path, replace)  # before the lock is gone
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
@@ -140,8 +195,21 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         raise StoreError(f"Could not write {path}: {error}. Check free space and permissions.") from error
 
 
+def _give_name(temporary: str, path: Path, replace: bool) -> bool:
+    if replace:
+        os.replace(temporary, path)
+        return True
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    return True
+
+
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed writers left in a folder: temporary files that nobody holds locked. Once per process."""
+    """Tidy what killed processes left in a folder, once per process: half-written and half-removed files."""
     if folder in _swept:
         return
     _swept.add(folder)
@@ -149,12 +217,19 @@ def remove_abandoned(folder: Path) -> None:
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+    for path in folder.glob(f"{_REMOVING_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):
+            _put_back(path)
 
 
 def _locked_temporary(folder: Path) -> tuple[int, str]:
     """A new file and its descriptor, locked for as long as that is open."""
     while True:
-        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=folder)
+        except FileNotFoundError:
+            continue  # the folder was empty and somebody removed it
         with contextlib.suppress(OSError):  # of a file system without locks, where nothing is taken for abandoned
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.path.exists(name):

@@ -15,13 +15,13 @@ from urllib.parse import quote, unquote, urlsplit
 import certifi
 import urllib3
 from minio import Minio
-from minio.commonconfig import CopySource
+from minio.commonconfig import REPLACE, CopySource
 from minio.datatypes import Object
 from minio.error import MinioException, S3Error
 from minio.helpers import DictType
 from urllib3.exceptions import HTTPError, IncompleteRead
 
-from cifar_assets.errors import ConfigError, ObjectNotFoundError, StoreError
+from cifar_assets.errors import ConfigError, ObjectChangedError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store.base import ObjectInfo, ObjectStore, Transferred
 from cifar_assets.object_store.folder import write_atomically
 from cifar_assets.object_store.s3_errors import explain, is_transient
@@ -35,6 +35,17 @@ _PAGE_KEYS = 1000
 _FAULTS = (HTTPError, MinioException, OSError)
 _NOT_FOUND = ("NoSuchKey", "NoSuchObject", "NotFound")
 T = TypeVar("T")
+
+
+class _Client(Minio):
+    """The client with the conditional requests that it has no public methods for."""
+
+    def put_new(self, bucket: str, name: str, data: bytes) -> None:
+        self._put_object(bucket, name, data, {"If-None-Match": "*", "Content-Type": "application/octet-stream"})
+
+    def remove_unchanged(self, bucket: str, name: str, etag: str) -> None:
+        """A server without conditional deletes, such as MinIO, ignores the condition."""
+        self._execute("DELETE", bucket, name, headers={"If-Match": f'"{etag}"'})
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class S3Connection:
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             )
 
-    def client(self) -> Minio:
+    def client(self) -> _Client:
         """A client that leaves retrying to this module; nothing is connected yet."""
         parts = urlsplit(self.endpoint)
         pool = urllib3.PoolManager(
@@ -73,7 +84,7 @@ class S3Connection:
             cert_reqs="CERT_REQUIRED",
             ca_certs=os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or certifi.where(),
         )
-        return Minio(
+        return _Client(
             parts.netloc,
             access_key=self.access_key,
             secret_key=self.secret_key,
@@ -90,7 +101,7 @@ class S3Store(ObjectStore):
     download goes on where it stopped. AWS_CA_BUNDLE names the certificate authority of a server with its own.
     """
 
-    def __init__(self, connection: S3Connection, path: str = "", client: Minio | None = None):
+    def __init__(self, connection: S3Connection, path: str = "", client: _Client | None = None):
         self._connection = connection
         self._client = client or connection.client()
         self._path = path.strip("/")
@@ -167,6 +178,14 @@ class S3Store(ObjectStore):
         bucket, name = self._locate(key)
         self._try(lambda: self._client.put_object(bucket, name, io.BytesIO(data), len(data)), self.uri(key))
 
+    def create(self, key: str, data: bytes) -> bool:
+        bucket, name = self._locate(key)
+        try:
+            self._try(lambda: self._client.put_new(bucket, name, data), self.uri(key))
+        except ObjectChangedError:
+            return False
+        return True
+
     def upload(self, key: str, path: Path, progress: Transferred | None = None) -> None:
         bucket, name = self._locate(key)
         if not path.is_file():
@@ -211,14 +230,36 @@ class S3Store(ObjectStore):
                 return
             start_after = page[-1].object_name
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, etag: str | None = None) -> bool:
         bucket, name = self._locate(key)
-        self._try(lambda: self._client.remove_object(bucket, name), self.uri(key))
+        if etag is None:
+            self._try(lambda: self._client.remove_object(bucket, name), self.uri(key))
+            return True
+        found = self.stat(key)
+        if found is not None and found.etag != etag:
+            return False
+        try:
+            self._try(lambda: self._client.remove_unchanged(bucket, name, etag), self.uri(key))
+        except ObjectNotFoundError:
+            return True
+        except ObjectChangedError:
+            return False
+        return True
 
-    def copy(self, key: str, to_key: str) -> None:
+    def copy(self, key: str, to_key: str, etag: str | None = None) -> None:
         bucket, name = self._locate(key)
         to_bucket, to_name = self._locate(to_key)
-        self._try(lambda: self._client.copy_object(to_bucket, to_name, CopySource(bucket, name)), self.uri(key))
+        source = CopySource(bucket, name, match_etag=etag)
+        self._try(lambda: self._client.copy_object(to_bucket, to_name, source), self.uri(key))
+
+    def touch(self, key: str) -> None:
+        bucket, name = self._locate(key)
+        source = CopySource(bucket, name)
+        mark: DictType = {"touched": str(time.time_ns())}  # S3 copies an object onto itself only with a change
+        self._try(
+            lambda: self._client.copy_object(bucket, name, source, metadata=mark, metadata_directive=REPLACE),
+            self.uri(key),
+        )
 
     def _page(self, bucket: str, prefix: str, after: str | None) -> "builtins.list[Object]":
         found = self._client.list_objects(bucket, prefix=prefix or None, recursive=True, start_after=after)

@@ -7,7 +7,7 @@ import ssl
 from minio.error import InvalidResponseError, S3Error, ServerError
 from urllib3.exceptions import HTTPError, LocationParseError, NewConnectionError, SSLError
 
-from cifar_assets.errors import StoreError
+from cifar_assets.errors import ObjectChangedError, StoreError
 
 _TRANSIENT_CODES = frozenset(
     {
@@ -60,7 +60,9 @@ def explain(error: Exception, uri: str, endpoint: str, attempts: int) -> StoreEr
     # What was replaced meanwhile can be read again, but from its beginning.
     replaced = isinstance(error, S3Error) and error.code == "PreconditionFailed"
     message = f"{uri} at {endpoint}: {_explanation(error, attempts)}"
-    return StoreError(message, transient=replaced or is_transient(error))
+    if replaced:
+        return ObjectChangedError(message, transient=True)
+    return StoreError(message, transient=is_transient(error))
 
 
 def _explanation(error: Exception, attempts: int) -> str:

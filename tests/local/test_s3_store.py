@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from cifar_assets.dataset.processed import build_processed
 from cifar_assets.dataset.raw import build_raw_version
 from cifar_assets.dataset.reader import open_split
 from cifar_assets.dataset.stores import Stores
-from cifar_assets.errors import ConfigError, IntegrityError, ObjectNotFoundError, StoreError
+from cifar_assets.errors import ConfigError, IntegrityError, ObjectChangedError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store import FolderStore, ObjectStore, open_store
 from cifar_assets.object_store.s3 import PART_BYTES, S3Connection, S3Store
 from tests.fixtures.minio import running_minio
@@ -133,6 +135,74 @@ def test_verified_reads_notice_a_change(store: ObjectStore, tmp_path: Path) -> N
     with pytest.raises(IntegrityError):
         store.download_verified("x", "0" * 64, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_replaced_object_is_neither_copied_nor_deleted(store: ObjectStore) -> None:
+    store.write("x", b"judged")
+    judged = store.stat("x")
+    assert judged is not None
+    store.write("x", b"newer")
+    with pytest.raises(ObjectChangedError, match="x"):
+        store.copy("x", "y", judged.etag)
+    assert not store.delete("x", judged.etag)
+    assert (store.read("x"), store.exists("y")) == (b"newer", False)
+    now = store.stat("x")
+    assert now is not None
+    store.copy("x", "y", now.etag)
+    assert store.delete("x", now.etag)
+    assert store.delete("x", now.etag)
+    assert (store.exists("x"), store.read("y")) == (False, b"newer")
+
+
+def test_one_of_many_writers_creates_an_object(store: ObjectStore) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        created = list(pool.map(lambda number: store.create("x", b"%d" % number), range(8)))
+    assert created.count(True) == 1
+    assert store.read("x") == b"%d" % created.index(True)
+
+
+def test_a_touched_object_is_as_before_but_newer(store: ObjectStore) -> None:
+    store.write("x", b"content")
+    before = store.stat("x")
+    sleep(1.1)  # S3 tells whole seconds
+    store.touch("x")
+    after = store.stat("x")
+    assert before is not None
+    assert after is not None
+    assert after.last_modified > before.last_modified
+    assert store.read("x") == b"content"
+    with pytest.raises(ObjectNotFoundError):
+        store.touch("y")
+
+
+@pytest.mark.parametrize("moment", ["before the copy", "after the copy"])
+def test_a_landed_object_replaced_while_it_is_rejected_is_not_lost(
+    moment: str, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthetic, "TRAIN_ROWS", 100)
+    monkeypatch.setattr(synthetic, "TEST_ROWS", 20)
+    store.write("landing/cat/x.png", b"bad")
+    copy = store.copy
+
+    def replaced(key: str, to_key: str, etag: str | None = None) -> None:
+        if moment == "before the copy":
+            store.write(key, b"newer")
+        copy(key, to_key, etag)
+        store.write(key, b"newer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "copy", replaced)
+        report = build_raw_version(store, "synthetic:4").report.landing
+    assert store.read("landing/cat/x.png") == b"newer"
+    if moment == "before the copy":
+        assert list(store.list("rejected/")) == []
+        assert "replaced while it was being judged" in report.skipped["landing/cat/x.png"]
+    else:
+        assert store.read("rejected/cat/x.png") == b"bad"
+    build_raw_version(store, "synthetic:4")
+    found = {store.read(info.key) for info in store.list("rejected/") if info.key.endswith(".png")}
+    assert found == ({b"newer"} if moment == "before the copy" else {b"bad", b"newer"})
+    assert list(store.list("landing/")) == []
 
 
 def test_keys_do_not_leave_the_root(store: ObjectStore) -> None:
