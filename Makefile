@@ -1,5 +1,6 @@
 # Every command sets up what it needs: uv into .uv when it is missing, the locked environment into .venv.
 CIFAR10_SOURCE ?= synthetic
+FUZZ_MINUTES ?= 60
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RUN := $(UV) run --frozen --all-extras
@@ -7,7 +8,7 @@ PATHS := cifar_assets resources tests k8s
 
 export CIFAR10_SOURCE
 
-.PHONY: help setup demo stop dev test lint types check format browser-test cluster-test audit
+.PHONY: help setup demo stop dev test lint types check format browser-test cluster-test audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the commands.
@@ -32,6 +33,11 @@ dev: setup ## Open the Dagster UI and daemon on this checkout.
 
 test: setup ## Unit tests and local end-to-end tests.
 	$(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# Every round tries other input. A test marked fuzz leaves the number of examples to the profiles in tests/conftest.py.
+fuzz: setup ## Tests of what reads outside bytes, with new input for FUZZ_MINUTES.
+	@end=$$(($$(date +%s) + 60 * $(FUZZ_MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
+	  $(RUN) pytest tests/unit -m fuzz --hypothesis-profile long -n 2 -q --durations 0 $(ARGUMENTS) || exit 1; done
 
 lint: setup ## Style, spelling and the lock file.
 	$(RUN) ruff check $(PATHS)

@@ -7,8 +7,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from cifar_assets.dataset.formats.image_tar import IMAGE_SUFFIXES
-from cifar_assets.dataset.images import ImageError, check_size, prepare_image
+from cifar_assets.dataset.images import PICTURE_SUFFIXES, ImageError, check_size, prepare_image
 from cifar_assets.dataset.layouts import suffix_of
 from cifar_assets.object_store import ObjectInfo, ObjectStore
 
@@ -43,7 +42,7 @@ def _is_whole(path: Path) -> bool:
         with path.open("rb") as file:
             file.seek(-min(len(_PARQUET_MAGIC), path.stat().st_size), 2)
             return file.read() == _PARQUET_MAGIC
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in PICTURE_SUFFIXES:
         return _decodes(path)
     return _archive_ends(path)
 

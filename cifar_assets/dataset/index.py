@@ -19,8 +19,8 @@ from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.dataset.rows import SPLITS, RowBatch
 from cifar_assets.object_store import ObjectStore
 
-PREPARATION = 1
-"""Raised whenever `prepare_image` gives other pixels for an image it accepted before."""
+PREPARATION = 2
+"""Raised whenever `prepare_image` gives other pixels for an image it accepted before, or refuses it."""
 
 INDEX_PREFIX = "index/"
 

@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
-from cifar_assets.dataset.formats.image_tar import IMAGE_SUFFIXES, class_of, pack_images
+from cifar_assets.dataset.formats.image_tar import class_of, pack_images
 from cifar_assets.dataset.formats.pickles import HostileDataError
-from cifar_assets.dataset.images import ImageError, check_size, pixel_digest, prepare_image
+from cifar_assets.dataset.images import PICTURE_SUFFIXES, ImageError, check_size, pixel_digest, prepare_image
 from cifar_assets.dataset.index import PREPARATION, ObjectIndex, build_index, load_index, save_index
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, is_test_name, suffix_of
 from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, is_stored, read_rows, store_object
@@ -104,7 +104,7 @@ def examine(
     for info in infos:
         seen = before.seen.get(info.key)
         sha256 = seen.sha256 if seen and (seen.etag, seen.size) == (info.etag, info.size) else None
-        is_image = suffix_of(info.key) in IMAGE_SUFFIXES
+        is_image = suffix_of(info.key) in PICTURE_SUFFIXES
         remembered = _recall(raw, info, sha256, before, resize, is_image) if sha256 else None
         found = remembered or _read(raw, info, resize, is_image)
         if isinstance(found, LandedTable | LandedImage):

@@ -7,7 +7,8 @@ from typing import Any
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
 from cifar_assets.dataset.completeness import why_not_ready
 from cifar_assets.dataset.consistency import Known, check_landed
-from cifar_assets.dataset.formats.image_tar import IMAGE_SUFFIXES, class_of
+from cifar_assets.dataset.formats.image_tar import class_of
+from cifar_assets.dataset.images import PICTURE_SUFFIXES
 from cifar_assets.dataset.index import ObjectIndex
 from cifar_assets.dataset.landed import LandedImage, LandedTable, NotJudged, Refused, examine, pack_landed_images
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, suffix_of
@@ -66,7 +67,7 @@ def classify_landing_object(key: str, size: int) -> str | None:
     suffix = suffix_of(base)
     if suffix in TABLE_SUFFIXES:
         return None
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in PICTURE_SUFFIXES:
         if class_of(name) is not None:
             return None
         return (

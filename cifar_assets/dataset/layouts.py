@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.archive import BATCHES
-from cifar_assets.dataset.formats.image_tar import IMAGE_SUFFIXES, class_of, pack_images
+from cifar_assets.dataset.formats.image_tar import class_of, pack_images
+from cifar_assets.dataset.images import PICTURE_SUFFIXES
 from cifar_assets.dataset.objects import ObjectFormat
 from cifar_assets.dataset.progress import Progress
 from cifar_assets.dataset.rows import Split
@@ -59,7 +60,7 @@ def recognize(entries: list[Entry], name: str, work: Path, progress: Progress) -
     archives = [entry for entry in entries if suffix_of(entry.name) in ARCHIVE_SUFFIXES]
     batches = [entry for entry in entries if _base(entry).removesuffix(".bin") in BATCHES]
     images = [
-        entry for entry in entries if suffix_of(entry.name) in IMAGE_SUFFIXES and class_of(entry.name) is not None
+        entry for entry in entries if suffix_of(entry.name) in PICTURE_SUFFIXES and class_of(entry.name) is not None
     ]
     if parquet:
         yield from _parquet_shards(parquet)

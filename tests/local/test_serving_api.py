@@ -127,7 +127,7 @@ class TestBrokenUploads:
             np.testing.assert_allclose(probabilities(answer), expected_probabilities(PIXELS), atol=1e-4)
 
     def test_several_files_are_answered_in_order(self, server):
-        answer = upload(server, encode(PIXELS), encode(SMOOTH), encode(PIXELS, "BMP"))
+        answer = upload(server, encode(PIXELS), encode(SMOOTH), encode(PIXELS))
         np.testing.assert_allclose(probabilities(answer), expected_probabilities(PIXELS, SMOOTH, PIXELS), atol=1e-4)
 
     def test_a_form_without_boundary(self, server):
@@ -267,11 +267,6 @@ class TestPictureModes:
         variants = [
             encode(opaque),
             encode(palette),
-            encode(palette, "GIF"),
-            encode(few, "BMP"),
-            encode(few, "TIFF"),
-            encode(few, "WEBP", lossless=True),
-            encode(opaque, "WEBP", lossless=True),
         ]
         answers = self.ask(server, encode(few), *variants)
         np.testing.assert_allclose(answers[1:], np.tile(answers[0], (len(variants), 1)), atol=1e-6)
@@ -288,9 +283,9 @@ class TestPictureModes:
 
     def test_lossy_variants_answer_nearly_like_rgb(self, server):
         image = Image.fromarray(SMOOTH)
-        lossy = [encode(image, "JPEG", quality=95), encode(image.convert("CMYK"), "JPEG", quality=95)]
-        answers = self.ask(server, encode(image), *lossy, encode(image, "WEBP", quality=95))
-        np.testing.assert_allclose(answers[1:], np.tile(answers[0], (3, 1)), atol=0.05)
+        lossy = [encode(image, "JPEG", quality=95), encode(image, "JPEG", quality=95, progressive=True)]
+        answers = self.ask(server, encode(image), *lossy)
+        np.testing.assert_allclose(answers[1:], np.tile(answers[0], (2, 1)), atol=0.05)
 
     def test_hidden_colours_do_not_matter(self, server):
         alpha = np.where(np.arange(32)[:, None] < 16, 0, 255) * np.ones((1, 32))
@@ -307,14 +302,18 @@ class TestPictureModes:
 
     def test_an_animation_is_its_first_frame(self, server):
         first, second = (Image.new("RGB", (32, 32), colour) for colour in ((250, 0, 0), (0, 0, 250)))
-        for kind in ("GIF", "WEBP", "PNG", "TIFF"):
-            options = {"lossless": True} if kind == "WEBP" else {}
-            animation = encode(first, kind, save_all=True, append_images=[second], **options)
-            answers = self.ask(server, animation, encode(first, kind, **options))
-            np.testing.assert_array_equal(answers[0], answers[1])
+        animation = encode(first, save_all=True, append_images=[second])
+        answers = self.ask(server, animation, encode(first))
+        np.testing.assert_array_equal(answers[0], answers[1])
 
     def test_other_formats_are_refused_by_name(self, server):
-        for kind, name in (("PPM", "Netpbm"), ("ICO", "ICO"), ("JPEG2000", "JPEG 2000")):
+        for kind, name in (
+            ("TIFF", "TIFF"),
+            ("GIF", "GIF"),
+            ("WEBP", "WebP"),
+            ("PPM", "Netpbm"),
+            ("JPEG2000", "JPEG 2000"),
+        ):
             answer = upload(server, encode(Image.fromarray(PIXELS), kind))
             check_refused(server, answer, 400, "image[0]", name)
 
@@ -446,9 +445,9 @@ class TestClient:
         np.testing.assert_allclose(
             predictions.probabilities, expected_probabilities(*images.transpose(0, 2, 3, 1)), atol=1e-4
         )
-        paths = [tmp_path / "a.png", tmp_path / "b.webp"]
+        paths = [tmp_path / "a.png", tmp_path / "b.png"]
         paths[0].write_bytes(encode(PIXELS))
-        paths[1].write_bytes(encode(SMOOTH, "WEBP", lossless=True))
+        paths[1].write_bytes(encode(SMOOTH))
         from_files = client.predict_files(paths)
         np.testing.assert_allclose(from_files.probabilities, expected_probabilities(PIXELS, SMOOTH), atol=1e-4)
         assert from_files.classes == tuple(CLASSES[index] for index in from_files.probabilities.argmax(axis=1))

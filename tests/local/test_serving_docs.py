@@ -67,7 +67,6 @@ def test_the_numbers_are_those_of_the_code():
         f"| {limits.max_body_bytes // 2**20} MiB, sent within {limits.body_timeout:g} s |",
         f"| {limits.image.max_bytes // 2**20} MiB |",
         f"| {limits.image.max_pixels:,}; JPEG {limits.image.max_pixels * limits.image.jpeg_factor:,} |",
-        f"| frames | {limits.image.max_frames:,} |",
         f"| pictures in a request | {limits.max_images} |",
         f"(`--max-pending-requests`) | {limits.max_pending_requests} |",
         f"| bodies at a time | {limits.max_pending_bytes // 2**20} MiB |",

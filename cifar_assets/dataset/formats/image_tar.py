@@ -14,8 +14,6 @@ from cifar_assets.dataset.decoding import decode_rows
 from cifar_assets.dataset.rows import EncodedRow, RowBatch, Split
 from cifar_assets.errors import DataError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-
 
 def pack_images(target: Path, members: Iterable[tuple[str, bytes]]) -> None:
     """Write the members (name `class/...`, image file bytes) in the order given."""

@@ -5,6 +5,7 @@ import io
 import pickle
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,9 +32,9 @@ class Maker:
     def labels(self, count: int) -> NDArray[np.int64]:
         return np.arange(count) % len(CLASSES)
 
-    def png(self, image: Images) -> bytes:
+    def png(self, image: Images, **options: Any) -> bytes:
         buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, "PNG")
+        Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, "PNG", **options)
         return buffer.getvalue()
 
     def python_members(self, seed: int = 0) -> dict[str, bytes]:

@@ -46,10 +46,6 @@ WHOLE = {
     "batch.tar": tar(),
     "cat/one.png": picture("PNG"),
     "cat/one.jpg": picture("JPEG"),
-    "cat/one.gif": picture("GIF"),
-    "cat/one.bmp": picture("BMP"),
-    "cat/one.webp": picture("WEBP"),
-    "cat/one.tiff": picture("TIFF"),
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset import landed, rejection
@@ -254,16 +255,22 @@ def test_a_conflict_between_landed_images_rejects_all_of_them(make, raw: FolderS
     ]
 
 
-def test_the_same_picture_in_another_format_is_a_duplicate(make, raw: FolderStore, source: str) -> None:
-    from PIL import Image
-
+def test_the_same_pixels_in_another_file_are_a_duplicate(make, raw: FolderStore, source: str) -> None:
     image = make.images(1, 5)[0]
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, "BMP")
     raw.write("landing/frog/a.png", make.png(image))
-    raw.write("landing/frog/b.bmp", buffer.getvalue())
+    raw.write("landing/frog/b.png", make.png(image, compress_level=0))
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 81
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP"])
+def test_landed_picture_of_a_refused_format_is_rejected_by_name(kind, make, raw: FolderStore, source: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(make.images(1, 5)[0].transpose(1, 2, 0).copy()).save(buffer, kind)
+    raw.write(f"landing/frog/a.{kind.lower()}", buffer.getvalue())
+    (rejection,) = build_raw_version(raw, source).report.landing.rejected
+    assert rejection.moved_to == f"rejected/frog/a.{kind.lower()}"
+    assert rejection.reason.lower().startswith(f"expected a png or jpeg image, got a {kind.lower()} image")
 
 
 def test_test_data_does_not_land(make, raw: FolderStore, source: str) -> None:
