@@ -18,6 +18,8 @@ from cifar_assets.training.spec import JobSpec
 from resources.trainer import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
 _POLL_SECONDS = 0.2
+_PLACE_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+"""Set by torchrun and the training operator for their processes. PET_* are options of torchrun."""
 
 
 class LocalTrainer(TrainerResource):
@@ -44,7 +46,7 @@ class LocalTrainer(TrainerResource):
             process = subprocess.Popen(
                 _command(scale.num_processes),
                 env={
-                    **os.environ,
+                    **own_environment(),
                     **child_environment,
                     **session.get_bootstrap_env_vars(),
                     JOB_SPEC_VARIABLE: spec.model_dump_json(),
@@ -94,6 +96,11 @@ def _command(num_processes: int) -> list[str]:
     return [*following_parent(), sys.executable, *launcher]
 
 
+def own_environment() -> dict[str, str]:
+    """This process's environment without what would make the trainer wait for processes on other machines."""
+    return {k: v for k, v in os.environ.items() if k not in _PLACE_VARIABLES and not k.startswith("PET_")}
+
+
 def _failure(code: int) -> str:
     if code == EXIT_RESUME:
         return (
@@ -102,7 +109,7 @@ def _failure(code: int) -> str:
         )
     if code == EXIT_BAD_SPEC:
         return (
-            "The trainer refused its job, or its loss diverged: the last lines of its log name the setting or the "
+            "The trainer refused its job, or the training diverged: the last lines of its log name the setting or the "
             "object to correct."
         )
     if code < 0:

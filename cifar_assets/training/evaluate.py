@@ -14,6 +14,7 @@ from cifar_assets.contracts import CLASSES, IMAGE_SIZE
 from cifar_assets.training.data import Split
 from cifar_assets.training.device import Processor
 from cifar_assets.training.distributed import Processes
+from cifar_assets.training.finite import DivergedError
 
 _BATCH = 500
 _CALIBRATION_BINS = 15
@@ -56,13 +57,16 @@ def score(classify: Callable[[Tensor], Tensor], split: Split, processor: Process
 
 
 def predict(classifier: nn.Module, split: Split, device: torch.device) -> NDArray[np.float32]:
-    """Logits (N, 10) of a classifier that takes uint8 images, in full precision."""
+    """Logits (N, 10) of a classifier that takes uint8 images, in full precision. Raises DivergedError for NaN."""
     parts = []
     for start in range(0, len(split), _BATCH):
         indices = np.arange(start, min(start + _BATCH, len(split)))
         with torch.inference_mode():
             parts.append(classifier(split.images(indices).to(device)).float().cpu().numpy())
-    return np.concatenate(parts)
+    logits = np.concatenate(parts)
+    if not np.isfinite(logits).all():
+        raise DivergedError("the output of the network", f"for some of {len(split)} images")
+    return logits
 
 
 def measure(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, Any]:

@@ -64,6 +64,11 @@ def onnx_difference(onnx: bytes, images: NDArray[np.uint8], logits: NDArray[np.f
     """
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     found: Any = session.run([MODEL_OUTPUT], {MODEL_INPUT: images})[0]
+    if not np.isfinite(found).all():
+        raise DataError(
+            f"The ONNX model's output is not finite on {len(images)} held-out images, where PyTorch's is: the exporter "
+            "does not fit this network; check the versions of torch and onnxruntime."
+        )
     difference = float(np.abs(found - logits).max())
     allowed = _TOLERANCE * max(1.0, float(np.abs(logits).max()))
     if not difference <= allowed:

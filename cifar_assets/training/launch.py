@@ -5,6 +5,8 @@ training that continues from one that cannot.
 """
 
 import logging
+import os
+import socket
 import sys
 from collections.abc import Collection, Sequence
 
@@ -16,10 +18,13 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 
 _LOG = logging.getLogger(__name__)
+_STANDALONE = "--standalone"
 
 
 def main(options: Sequence[str]) -> int:
     """Run the training and return the exit code that its processes agree on."""
+    if _STANDALONE in options:
+        options = _use_loopback(options)
     try:
         run.run(run.parse_args([*options, "-m", "cifar_assets.training"]))
     except SignalException as error:
@@ -33,6 +38,18 @@ def main(options: Sequence[str]) -> int:
         _LOG.warning("Exit codes by process, negative ones being signals: %s", codes)
         return exit_code(codes.values())
     return 0
+
+
+def _use_loopback(options: Sequence[str]) -> list[str]:
+    """Options for one machine that look up no host name. torchrun and gloo would look up this machine's own.
+
+    Also sets the interface that gloo and nccl use, unless it is set already.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, loopback)
+    others = [option for option in options if option != _STANDALONE]
+    return ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", *others]
 
 
 def exit_code(codes: Collection[int]) -> int:

@@ -1,7 +1,6 @@
 """The training loop. It can be left after any step and continued from a checkpoint to bit-identical weights."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from cifar_assets.training.data import TrainingData
 from cifar_assets.training.device import Processor, check_compiler
 from cifar_assets.training.distributed import Processes
 from cifar_assets.training.evaluate import Score, resize, score
+from cifar_assets.training.finite import DivergedError, first_not_finite
 from cifar_assets.training.networks import SpeedNet, build_network
 from cifar_assets.training.order import epoch_batches, steps_per_epoch
 from cifar_assets.training.schedule import learning_rate
@@ -32,10 +32,6 @@ _LOG = logging.getLogger(__name__)
 _AGREE_EVERY = 8
 """Steps between two questions whether any process was told to stop: each costs a message between all of them."""
 _WHITENING_IMAGES = 5000
-
-
-class DivergedError(ConfigError):
-    """The loss is no longer a number. Training again would come to the same: it repeats its bits."""
 
 
 @dataclass
@@ -111,7 +107,7 @@ class Trainer:
 
         `on_step` is called after every step, `on_epoch` after every epoch, on every rank. A checkpoint is passed over,
         with a warning, while the store is not reached. Raises TrainingStopped after a checkpoint when told to stop,
-        DivergedError when the loss is no longer finite.
+        DivergedError when the loss, the weights or the validation loss are not finite.
         """
         network = self._step_network()
         while self.state.position.epoch < self._recipe.epochs:
@@ -166,9 +162,10 @@ class Trainer:
     def _finish_epoch(self) -> EpochRecord:
         position = self.state.position
         loss_sum = self._processes.sum(self.state.loss_sum.clone()).item()
-        self._check_finite(loss_sum)
+        self._check_finite({"the training loss": torch.tensor(loss_sum), **self.state.tensors()})
         before = time.perf_counter()
         validation = self._validate(position.epoch)
+        self._check_finite({"the validation loss": torch.tensor(validation.loss)})
         self.phases.add("validate", before)
         record = EpochRecord(
             epoch=position.epoch,
@@ -214,7 +211,7 @@ class Trainer:
         if self._saved_step == self.global_step:
             return
         loss_sum = self._processes.sum(self.state.loss_sum.clone()).item()
-        self._check_finite(loss_sum)
+        self._check_finite({"the training loss": torch.tensor(loss_sum), **self.state.tensors()})
         self._saved_step = self.global_step
         if not self._processes.is_first:
             return
@@ -303,12 +300,12 @@ class Trainer:
                 f"{self._processes.count} processes: each needs two for batch norm. Raise batch_size or use fewer."
             )
 
-    def _check_finite(self, loss_sum: float) -> None:
-        if not math.isfinite(loss_sum):
-            raise DivergedError(
-                f"The training loss is {loss_sum} in epoch {self.state.position.epoch + 1}, by step "
-                f"{self.global_step}: lower learning_rate or raise warmup."
-            )
+    def _check_finite(self, tensors: dict[str, Tensor]) -> None:
+        """Raise DivergedError in every process when a tensor of any process holds an infinity or NaN."""
+        name = first_not_finite(tensors)
+        if self._processes.any(name is not None, self._processor.device):
+            when = f"in epoch {self.state.position.epoch + 1}, by step {self.global_step}"
+            raise DivergedError(name or "a tensor of another process", when)
 
 
 def _channels(values: Sequence[float], device: torch.device) -> Tensor:

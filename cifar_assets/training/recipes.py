@@ -29,7 +29,7 @@ class ResolutionPhase(BaseModel):
 class Recipe(BaseModel):
     """A complete description of a training. Every field can be overridden on its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(min_length=1, max_length=60, description="What the recipe is called in records; decides nothing.")
     network: Network = Field(
@@ -45,7 +45,9 @@ class Recipe(BaseModel):
         default=(ResolutionPhase(start=0, size=IMAGE_SIZE),),
         description="Image sizes over the course of the training, in order of their start. Tests always use 32 pixels.",
     )
-    learning_rate: float = Field(gt=0, description="Peak learning rate of SGD, for the batch size of this recipe.")
+    learning_rate: float = Field(
+        gt=0, lt=3e38, description="Peak learning rate of SGD, for the batch size of this recipe."
+    )
     schedule: Schedule = Field(
         default="triangle",
         description="How the rate falls after the warm-up: along half a cosine, in a straight line, or not at all.",
@@ -61,7 +63,7 @@ class Recipe(BaseModel):
     )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of SGD.")
     nesterov: bool = Field(default=True, description="Nesterov's form of momentum.")
-    weight_decay: float = Field(default=5e-4, ge=0, description="L2 penalty of SGD.")
+    weight_decay: float = Field(default=5e-4, ge=0, lt=3e38, description="L2 penalty of SGD.")
     decay_norm_and_bias: bool = Field(
         default=False, description="Whether batch norm parameters and biases are decayed as well."
     )

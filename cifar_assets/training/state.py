@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_assets.errors import DataError
+from cifar_assets.training.finite import first_not_finite
 from cifar_assets.training.recipes import Recipe
 
 
@@ -100,6 +101,8 @@ class TrainingState:
         if self._recipe.momentum:
             wanted |= {f"momentum.{index}": parameter for index, parameter in enumerate(self._parameters())}
         unfit = sorted(name for name in wanted.keys() | tensors.keys() if _form(wanted, name) != _form(tensors, name))
+        if (name := first_not_finite(tensors)) is not None:
+            raise DataError(f"{name} holds numbers that are not finite.")
         if unfit:
             raise DataError(f"{len(unfit)} tensors are missing, unknown or of another shape or type: {unfit[:3]}.")
         prefix = "network."

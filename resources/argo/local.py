@@ -1,6 +1,5 @@
 """The four steps on this machine, one process after another: what the workflow's pods run, without a cluster."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from pydantic import Field
 
 from cifar_assets.errors import TrainingError
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult, parse_result
-from resources.local_trainer import following_parent, stop_group
+from resources.local_trainer import following_parent, own_environment, stop_group
 
 _TAIL_LINES = 30
 
@@ -49,7 +48,7 @@ class LocalPipeline(PipelineResource):
         tail: deque[str] = deque(maxlen=_TAIL_LINES)
         with subprocess.Popen(
             [*command, *arguments],
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**own_environment(), "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +161,19 @@ def test_the_launcher_says_whether_the_training_continues(place: Workplace, two:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Continuing from the checkpoint" in done.stdout
     assert place.only_model("stopped")[0] == place.only_model("two")[0]
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0, reason="needs to rename the host"
+)
+def test_processes_of_one_machine_meet_without_its_name(place: Workplace):
+    spec = place.spec("nameless", recipe_fields=RECIPE | {"epochs": 1}, execution=EXECUTION)
+    rename = ["unshare", "--uts", "sh", "-c", 'hostname no-such-host.invalid && exec "$@"', "sh"]
+    started = time.monotonic()
+    done = run_trainer(spec, *rename, *LAUNCHER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - started < 120
+    assert len(place.published("nameless")) == 1
 
 
 def test_the_launcher_says_that_a_spec_is_wrong(place: Workplace):

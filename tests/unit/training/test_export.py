@@ -71,6 +71,14 @@ def test_an_onnx_model_of_other_weights_is_refused():
         onnx_difference(onnx_bytes(other), IMAGES, torch_logits(make_classifier()))
 
 
+def test_an_onnx_model_whose_output_is_not_finite_is_refused():
+    classifier = make_classifier()
+    with torch.no_grad():
+        classifier.network.state_dict()["fc.bias"].fill_(float("inf"))
+    with pytest.raises(DataError, match="ONNX model's output is not finite"):
+        onnx_difference(onnx_bytes(classifier), IMAGES, torch_logits(make_classifier()))
+
+
 def test_the_seeds_copy_is_a_plain_state_dict():
     classifier = make_classifier("seed")
     loaded = torch.load(io.BytesIO(seed_copy_bytes(classifier)), weights_only=True)

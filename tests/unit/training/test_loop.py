@@ -17,7 +17,8 @@ from cifar_assets.training.checkpoint import CheckpointStore
 from cifar_assets.training.data import open_data
 from cifar_assets.training.device import choose_processor
 from cifar_assets.training.distributed import Processes
-from cifar_assets.training.loop import DivergedError, Trainer
+from cifar_assets.training.finite import DivergedError
+from cifar_assets.training.loop import Trainer
 from cifar_assets.training.recipes import RECIPES
 from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.state import EpochRecord
@@ -288,6 +289,51 @@ def test_a_diverging_training_is_an_error_and_leaves_no_checkpoint(make_spec: Sp
     with pytest.raises(DivergedError, match="learning_rate"):
         finish(trainer)
     assert make_trainer(make_spec("seed", learning_rate=1e30)).resumed_from is None
+
+
+def test_weights_ruined_by_the_last_step_are_an_error(make_spec: SpecMaker):
+    """The only loss is finite: it is that of the initial weights."""
+    spec = make_spec("seed", learning_rate=1e30, weight_decay=1e30, epochs=1, batch_size=96)
+    trainer = make_trainer(spec)
+    with pytest.raises(DivergedError, match=r"network\.\S+ is not finite in epoch 1, by step 1.* learning_rate"):
+        finish(trainer)
+    assert torch.isfinite(trainer.state.loss_sum)
+    assert make_trainer(spec).resumed_from is None
+
+
+def test_a_stop_right_after_weights_were_ruined_saves_nothing(make_spec: SpecMaker):
+    spec, stop = make_spec("seed", learning_rate=1e30, weight_decay=1e30, epochs=1), StopSignal()
+    stop.is_set = True
+    with pytest.raises(DivergedError, match="not finite"):
+        finish(make_trainer(spec, stop))
+    assert make_trainer(spec).resumed_from is None
+
+
+def test_outputs_that_overflow_in_validation_are_an_error(make_spec: SpecMaker):
+    """Every weight is finite, and so is the training loss, whose batch norm divides by the batch's own variance."""
+    spec = make_spec("seed", epochs=1, learning_rate=1e-8)
+    trainer = make_trainer(spec)
+
+    def enlarge(*arguments: object) -> None:
+        if trainer.global_step == 5:
+            trainer.state.network.state_dict()["fc.weight"].fill_(3e38)
+
+    trainer.state.optimizer.register_step_post_hook(enlarge)
+    with pytest.raises(DivergedError, match="the validation loss is not finite"):
+        finish(trainer)
+    assert make_trainer(spec).resumed_from is None
+
+
+def test_a_checkpoint_that_is_not_finite_is_passed_over(make_spec: SpecMaker, caplog):
+    spec = make_spec("seed", epochs=1)
+    trainer = make_trainer(spec)
+    finish(trainer)
+    tensors = final_tensors(trainer)
+    tensors["network.fc.bias"][0] = float("nan")
+    CheckpointStore(open_store(spec.output_uri), 3).save(7, tensors, trainer.state.position.to_json())
+    with caplog.at_level("WARNING"):
+        assert make_trainer(spec).resumed_from == NUM_STEPS // 3
+    assert "network.fc.bias holds numbers that are not finite" in caplog.text
 
 
 def test_batches_too_small_for_the_processes_are_refused(make_spec: SpecMaker):

@@ -45,6 +45,8 @@ def test_one_field_is_overridden_and_the_rest_stays():
         ({"epochs": 0}, "epochs"),
         ({"learning_rate": -1}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"learning_rate": 1e39}, "learning_rate"),
         ({"batch_size": 1}, "batch_size"),
         ({"network": "vgg"}, "network"),
         ({"momentum": 1.0}, "momentum"),
