@@ -13,13 +13,14 @@ from kubernetes import client as k8s
 from kubernetes import config as k8s_config
 from kubernetes.client.exceptions import ApiException
 
-from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, SettingsError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, KubernetesError, SettingsError
 
 T = TypeVar("T")
 
 REQUEST_TIMEOUT_SECONDS = 10.0
-_TRANSIENT = (0, 401, 408, 429, 500, 502, 503, 504)
-"""401 is among them as clusters give it while they rotate keys; dagster-k8s retries it for the same reason."""
+_TRANSIENT = (0, 401, 408, 410, 425, 429)
+"""Besides everything from 500 on. 401: clusters answer it while they rotate keys, and dagster-k8s retries it for the
+same reason. 410: the version of the data that the server was to read is gone; the next request gets the present one."""
 
 
 class CorePods(Protocol):
@@ -97,7 +98,7 @@ class KubernetesClient:
         return None if response is None else response.data.decode(errors="replace")
 
     def warnings(self, namespace: str, name: str) -> list[str]:
-        """Warning events of one object, oldest first, as `reason: message`; none where events may not be read."""
+        """Warning events of one object, oldest first, as `reason: message`; none where events cannot be read."""
         found = self._events(f"{namespace}/{name}", namespace, name, "type=Warning")
         events = sorted(found, key=lambda event: str(event.last_timestamp or event.event_time or ""))
         return [f"{event.reason}: {event.message}" for event in events]
@@ -113,7 +114,7 @@ class KubernetesClient:
         return body.items
 
     def _events(self, what: str, namespace: str, name: str, selector: str) -> list[Any]:
-        """Events of one object as the API gives them; none where they may not be read."""
+        """Events of one object as the API gives them; none where they cannot be read: they only add to a report."""
         try:
             body = self._ask(
                 f"read events of {what}",
@@ -123,7 +124,7 @@ class KubernetesClient:
                     _request_timeout=self.request_timeout_seconds,
                 ),
             )
-        except ApiRefusedError:
+        except KubernetesError:
             return []
         return body.items
 
@@ -146,7 +147,7 @@ class KubernetesClient:
             return call()
         except ApiException as error:
             code = error.status or 0
-            if code in _TRANSIENT:
+            if code in _TRANSIENT or code >= 500:
                 raise ApiUnavailableError(f"Could not {what}: HTTP {code}: {_message(error)}") from error
             absent = code == 404 and absent_is_none and not _kind_is_missing(error)
             if absent or (code == 409 and conflict_is_none) or (code == 400 and bad_request_is_none):

@@ -1,10 +1,32 @@
 """What can go wrong between us and a cluster, as a person should read it."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KubernetesError(Exception):
     """Base of the errors of everything that works with a cluster. `permanent`: trying again unchanged fails again."""
 
     permanent = False
+
+
+@contextmanager
+def added_to(first: BaseException, logger: logging.Logger) -> Iterator[None]:
+    """Keeps what goes wrong while an error is being handled, such as a clean-up that is refused, from replacing it.
+
+    It is logged, and added to the first error as a note.
+    """
+    try:
+        yield
+    except Exception as second:
+        logger.error("%s", second)
+        first.add_note(f"After that: {second}")
+
+
+def with_notes(error: BaseException) -> str:
+    """The error's text and its notes."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 class SettingsError(KubernetesError, ValueError):

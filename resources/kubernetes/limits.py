@@ -1,13 +1,14 @@
-"""How long to put up with what does not come up."""
+"""How long to wait for pods that do not start."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from resources.kubernetes.diagnosis import Cause
+from resources.kubernetes.diagnosis import Cause, Obstacle
 
 
 @dataclass(frozen=True)
 class WatchLimits:
-    """How often to look, and how long to put up with pods that do not start or an API that does not answer."""
+    """How often to look, and how long to wait for pods that do not start or an API that does not answer."""
 
     poll_interval_seconds: float = 2.0
     unschedulable_timeout_seconds: float = 600.0
@@ -20,6 +21,8 @@ class WatchLimits:
     """No answer from the API server."""
     final_exit_codes: tuple[int, ...] = ()
     """Exit codes after which a restart cannot help: the work is given up at the first one."""
+    calm_seconds: float = 600.0
+    """How long all pods have to run before what kept them from starting earlier is forgotten."""
 
     def of(self, cause: Cause) -> float:
         if cause == Cause.UNSCHEDULABLE:
@@ -27,3 +30,32 @@ class WatchLimits:
         if cause in (Cause.IMAGE, Cause.CONFIGURATION, Cause.NOT_STARTED):
             return self.blocked_timeout_seconds
         return self.start_timeout_seconds
+
+
+class Patience:
+    """Adds up how long each cause has kept pods from starting.
+
+    A cause that goes away and comes back, or alternates with another, does not start from zero each time.
+    """
+
+    def __init__(self, limits: WatchLimits, clock: Callable[[], float]):
+        self._limits = limits
+        self._clock = clock
+        self._spent: dict[Cause, float] = {}
+        self._calm = 0.0
+        self._cause: Cause | None = None
+        self._seen_at = clock()
+
+    def spend(self, obstacle: Obstacle | None) -> float:
+        """Seconds for which the obstacle's cause has been seen so far; 0 when nothing is in the way."""
+        now = self._clock()
+        passed, self._seen_at = now - self._seen_at, now
+        if self._cause:
+            self._spent[self._cause] = self._spent.get(self._cause, 0.0) + passed
+            self._calm = 0.0
+        else:
+            self._calm += passed
+            if self._calm >= self._limits.calm_seconds:
+                self._spent.clear()
+        self._cause = obstacle.cause if obstacle else None
+        return self._spent.get(self._cause, 0.0) if self._cause else 0.0

@@ -1,21 +1,29 @@
 """Logs of every pod, read again and again while it runs, each line shown once. For display only.
 
 Polling with an overlap needs no thread for each pod, survives an API server that goes away, and cannot end early.
-Nothing that matters is carried this way: Pipes messages go through the object store.
+Nothing that matters is carried this way: Pipes messages go through the object store. A log that cannot be read is
+therefore never an error.
 """
 
+import contextlib
+import logging
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from resources.kubernetes.api import KubernetesClient
-from resources.kubernetes.errors import ApiRefusedError
+from resources.kubernetes.errors import ApiRefusedError, KubernetesError
 from resources.kubernetes.pods import Container, Pod
 
 TAIL_LINES = 30
 _OVERLAP_SECONDS = 10
 """Each read reaches back this much further than the time since the one before."""
+_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 5.0, 300.0
+"""After a read that failed, twice as long each time: it may have taken as long as a request may take."""
+_PATIENCE_SECONDS = 20.0
+"""For one round of reads, and for the last lines."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +35,21 @@ class LogLine:
     text: str
 
 
+def show_line(line: LogLine) -> None:
+    """Write the line to this process's output."""
+    with contextlib.suppress(OSError, ValueError):  # closed, or with an encoding that lacks a character
+        sys.stdout.write(f"[{line.replica}] {line.text}\n")
+        sys.stdout.flush()
+
+
 @dataclass
 class _Cursor:
     """How far one container's log was shown: the last time stamp, and how many lines bore it."""
 
     read_at: float | None = None
+    retry_at: float | None = None
+    """Set while the last read is one that failed."""
+    retry_seconds: float = _RETRY_SECONDS
     stamp: str = ""
     num_at_stamp: int = 0
     restarts: int = 0
@@ -41,38 +59,63 @@ class _Cursor:
 class ReplicaLogs:
     """Follows the logs of pods. `tails` keeps the last lines of each replica, also of pods that are gone."""
 
-    def __init__(self, client: KubernetesClient, namespace: str, clock: Callable[[], float]):
+    def __init__(
+        self, client: KubernetesClient, namespace: str, clock: Callable[[], float], logger: logging.Logger | None = None
+    ):
         self._client = client
         self._namespace = namespace
         self._clock = clock
+        self._log = logger or logging.getLogger(__name__)
         self._cursors: dict[tuple[str, str], _Cursor] = {}
         self._tails: dict[str, deque[str]] = {}
         self.refused: ApiRefusedError | None = None
-        """Set when logs may not be read; the work goes on without them."""
+        """Set when logs may not be read; the work continues without them."""
 
     @property
     def tails(self) -> Mapping[str, Sequence[str]]:
         return {replica: list(lines) for replica, lines in self._tails.items()}
 
     def poll(self, pods: Iterable[Pod]) -> Iterator[LogLine]:
-        """Lines that were not given before. ApiUnavailableError leaves the rest for the next call."""
+        """Lines that were not given before. A log that cannot be read now is read by a later call."""
+        began = self._clock()
         for pod in pods:
             for container in pod.containers:
-                if container.started and not container.init and self.refused is None:
+                in_time = self._clock() - began < _PATIENCE_SECONDS
+                if container.started and not container.init and self.refused is None and in_time:
                     yield from self._poll(pod, container)
+
+    def drain(self, pods: Sequence[Pod], sleeper: Callable[[float], None]) -> Iterator[LogLine]:
+        """The last lines of pods whose work has ended. Tries again for a short time where a log cannot be read."""
+        deadline = self._clock() + _PATIENCE_SECONDS
+        uids = {pod.uid for pod in pods}
+        yield from self.poll(pods)
+        while self._clock() < deadline and any(
+            uid in uids and cursor.retry_at is not None for (uid, _), cursor in self._cursors.items()
+        ):
+            sleeper(_RETRY_SECONDS)
+            yield from self.poll(pods)
 
     def _poll(self, pod: Pod, container: Container) -> Iterator[LogLine]:
         cursor = self._cursors.setdefault((pod.uid, container.name), _Cursor(restarts=container.restarts))
         if cursor.complete and cursor.restarts == container.restarts:
+            return
+        if cursor.retry_at is not None and self._clock() < cursor.retry_at:
             return
         try:
             if container.restarts > cursor.restarts:
                 yield from self._read(pod, container, cursor, previous=True)
                 cursor.restarts = container.restarts
             yield from self._read(pod, container, cursor, previous=False)
-        except ApiRefusedError as error:
-            self.refused = error
+        except KubernetesError as error:
+            if cursor.retry_at is None:
+                self._log.warning("Lines are not shown for now: %s", error)
+            if isinstance(error, ApiRefusedError):
+                self.refused = error
+                return
+            cursor.retry_at = self._clock() + cursor.retry_seconds
+            cursor.retry_seconds = min(2 * cursor.retry_seconds, _LONGEST_RETRY_SECONDS)
             return
+        cursor.retry_at, cursor.retry_seconds = None, _RETRY_SECONDS
         cursor.complete = container.ended
 
     def _read(self, pod: Pod, container: Container, cursor: _Cursor, *, previous: bool) -> Iterator[LogLine]:

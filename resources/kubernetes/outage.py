@@ -1,13 +1,13 @@
-"""An API server that does not answer."""
+"""An API server that does not answer, or whose answers do not help."""
 
 import logging
 from collections.abc import Callable
 
-from resources.kubernetes.errors import ApiUnavailableError
+from resources.kubernetes.errors import KubernetesError
 
 
 class Outage:
-    """Puts up with silence until it has lasted too long. `meanwhile` tells the reader of the log what it means."""
+    """Tolerates errors until they have lasted too long. `meanwhile` tells the reader of the log what they mean."""
 
     def __init__(self, clock: Callable[[], float], limit_seconds: float, *, logger: logging.Logger, meanwhile: str):
         self._clock = clock
@@ -16,8 +16,8 @@ class Outage:
         self._meanwhile = meanwhile
         self._since: float | None = None
 
-    def endure(self, error: ApiUnavailableError) -> None:
-        """Take note of one call without an answer. Raises it when there was none for the limit's time."""
+    def endure(self, error: KubernetesError) -> None:
+        """Take note of one call without a usable answer. Raises it when there was none for the limit's time."""
         now = self._clock()
         if self._since is None:
             self._since = now
@@ -28,5 +28,5 @@ class Outage:
     def end(self) -> None:
         """Take note of an answer."""
         if self._since is not None:
-            self._log.info("The API server answers again.")
+            self._log.info("The API server answers as before.")
         self._since = None

@@ -1,6 +1,6 @@
 """What KServeInferenceService does on a real cluster with the real KServe, told with the rights of `dagster`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cifar_assets.serving.client import InferenceClient
 from resources.inference_service import DeployRequest
 from tests.cluster.conftest import Minio
 from tests.cluster.kubectl import kubectl, wait_for
-from tests.cluster.serving_story import K8S, asking, grant_access, left_behind, service, store_model
+from tests.cluster.serving_story import K8S, NAME, asking, grant_access, left_behind, service, store_model
 from tests.unit.serving.tiny_model import tiny_logits
 
 
@@ -138,6 +138,61 @@ def test_a_first_version_that_fails_leaves_nothing(
     status = serving.status()
     assert (status.ready, status.model_digest) == (False, None)
     assert "ended with exit code 2" in (status.reason or "")
+
+
+@pytest.fixture
+def cordoned_later(core: Any) -> Iterator[Callable[[], None]]:
+    """A call after which no node takes a new pod, until the test ends."""
+    nodes = [node.metadata.name for node in core.list_node().items if not node.spec.unschedulable]
+
+    def cordon() -> None:
+        for node in nodes:
+            kubectl("cordon", node)
+
+    yield cordon
+    for node in nodes:
+        kubectl("uncordon", node)
+
+
+def test_model_in_service_survives_a_repair_that_fails(
+    namespace: str,
+    models: tuple[DeployRequest, DeployRequest],
+    nothing_serves: None,
+    cordoned_later: Callable[[], None],
+):
+    first, _ = models
+    serving = service(namespace, patience=6, min_replicas=2, max_replicas=2)
+    serving.deploy(first)
+    with asking(namespace) as tally:
+        cordoned_later()
+        lost = pod_names(namespace)[0]
+        kubectl("-n", namespace, "delete", lost, "--wait=false")
+        wait_for("the pod that replaces it", lambda: len(set(pod_names(namespace)) - {lost}) == 2, 30)
+        with pytest.raises(DeployError) as error:
+            serving.deploy(replace(first, dagster_run_id="another run"))
+        status = serving.status()
+    assert "unschedulable" in str(error.value)
+    assert "was there before this deployment and was left as it is" in str(error.value)
+    assert (status.ready, status.model_digest) == (True, first.model_digest)
+    assert tally.failures == []
+    assert set(tally.answers) == {first.model_digest}
+
+
+def test_spec_edited_by_hand_is_put_right(
+    namespace: str, models: tuple[DeployRequest, DeployRequest], nothing_serves: None
+):
+    first, _ = models
+    serving = service(namespace)
+    serving.deploy(first)
+    for patch in (
+        '[{"op": "replace", "path": "/spec/predictor/containers/0/image", "value": "localhost/never-loaded:1"}]',
+        '[{"op": "add", "path": "/spec/predictor/nodeSelector", "value": {"no-such": "node"}}]',
+    ):
+        kubectl("-n", namespace, "patch", "inferenceservice", NAME, "--type=json", "-p", patch)
+        wait_for("a pod of the edited spec", lambda: len(pod_names(namespace)) == 2, 30)
+        assert serving.deploy(first).changed
+        assert not serving.deploy(first).changed
+        assert len(pod_names(namespace)) == 1
 
 
 def test_without_the_role_the_error_says_so(namespace: str, models: tuple[DeployRequest, DeployRequest]):

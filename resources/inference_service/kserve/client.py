@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from kubernetes import client as k8s
 
 from resources.inference_service.kserve.manifest import (
+    DEPLOYMENT_ANNOTATION,
     DIGEST_ANNOTATION,
     GROUP,
     KIND,
@@ -76,12 +77,26 @@ class InferenceService:
         return self.annotations.get(REVISION_ANNOTATION)
 
     @property
+    def deployment_id(self) -> str | None:
+        """Id of the deploy call that wrote its spec."""
+        return self.annotations.get(DEPLOYMENT_ANNOTATION)
+
+    @property
+    def mark(self) -> tuple[str | None, str | None]:
+        """What its pods carry as well: tells them from pods of an earlier spec."""
+        return self.revision, self.deployment_id
+
+    @property
     def model_digest(self) -> str | None:
         return self.annotations.get(DIGEST_ANNOTATION)
 
     @property
     def model_version(self) -> str | None:
         return self.annotations.get(VERSION_ANNOTATION)
+
+    def is_as_written(self, stored: "InferenceService") -> bool:
+        """Whether it still is what this earlier answer of the API server showed, except for its status."""
+        return (self.uid, self.mark, self.body["spec"]) == (stored.uid, stored.mark, stored.body["spec"])
 
     @property
     def status(self) -> Mapping[str, Any]:
@@ -168,10 +183,13 @@ class InferenceServiceClient(CustomResourceClient):
         body = self._create(manifest)
         return InferenceService(body) if body else None
 
-    def replace(self, current: InferenceService, manifest: Mapping[str, Any]) -> InferenceService | None:
-        """The service with the manifest's spec, labels and annotations; None when it changed or went in between.
+    def replace(
+        self, current: InferenceService, manifest: Mapping[str, Any], *, dry_run: bool = False
+    ) -> InferenceService | None:
+        """The service with the manifest's spec, labels and annotations; None when it changed or was deleted meanwhile.
 
-        Annotations and labels of others stay, ours that the manifest lacks go.
+        Annotations and labels of others stay, ours that the manifest lacks are removed. With `dry_run` nothing is
+        stored, and the answer shows what would be, with the defaults of the API server and of KServe.
         """
         body = copy.deepcopy(dict(current.body))
         body.pop("status", None)
@@ -189,6 +207,7 @@ class InferenceServiceClient(CustomResourceClient):
                 current.name,
                 body,
                 _request_timeout=self.request_timeout_seconds,
+                **({"dry_run": "All"} if dry_run else {}),
             ),
             absent_is_none=True,
             conflict_is_none=True,

@@ -1,15 +1,21 @@
-"""Bringing one model into service and seeing that it is what answers; else putting back what was there. No Dagster."""
+"""Bringing one model into service and seeing that it is what answers; else putting back what was there. No Dagster.
+
+A deployment that fails undoes what it did and nothing else: it deletes only a service that it created, and replaces
+only one that is still as it wrote it.
+"""
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from cifar_assets.errors import CifarError, DeployError, StoreError
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.manifest import (
+    DEPLOYMENT_ANNOTATION,
     DIGEST_ANNOTATION,
     MODE_ANNOTATION,
     REVISION_ANNOTATION,
@@ -26,7 +32,9 @@ from resources.inference_service.kserve.watch import (
     RevisionWatcher,
     RolloutLimits,
 )
-from resources.kubernetes.errors import ApiUnavailableError, KubernetesError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, KubernetesError
+
+T = TypeVar("T")
 
 
 class CanaryJudge(Protocol):
@@ -47,7 +55,7 @@ class Outcome:
 
 
 class ServiceDeployer:
-    """Deploys to, and deletes, the one InferenceService of a name."""
+    """Deploys to, and deletes, the one InferenceService of a name. One object makes one deployment."""
 
     def __init__(
         self,
@@ -73,6 +81,11 @@ class ServiceDeployer:
         self._clock = clock
         self._sleep = sleeper
         self._label = f"InferenceService {namespace}/{name}"
+        self._id = uuid.uuid4().hex
+        self._found: set[str] = set()
+        """Uids of services that this deployment did not create."""
+        self._expected: set[tuple[str | None, str | None]] = set()
+        """Marks of the services that it may replace: what it found at first, and what it wrote."""
         self._watcher = RevisionWatcher(
             client,
             endpoint,
@@ -87,19 +100,22 @@ class ServiceDeployer:
     def deploy(self, request: DeployRequest) -> Outcome:
         """Serve the model; return once it answers and no pod of another version does.
 
-        DeployError with the cause; what served before then does so again, or the service is gone if nothing did.
+        DeployError with the cause. What served before then serves again; a service that this deployment created where
+        none was is deleted, any other stays.
         """
         manifest = self._build(request)
-        revision = _revision(manifest)
+        manifest["metadata"]["annotations"][DEPLOYMENT_ANNOTATION] = self._id
         before = self._client.get(self._namespace, self._name)
-        if before and not before.deleting:
-            self._refuse_foreign(before)
-            same = before.revision == revision and before.canary_percent is None
-            if same and self._watcher.is_serving(before, revision, request):
-                return Outcome(before, changed=False, previous_digest=request.model_digest)
-        earlier, previous_digest = self._earlier(before, revision)
+        found = None if before is None or before.deleting else before
+        written = found is not None and self._is_made_by(found, manifest)
+        if found:
+            self._refuse_foreign(found)
+            self._expected.add(found.mark)
+            if written and found.canary_percent is None and self._watcher.is_serving(found, request):
+                return Outcome(found, changed=False, previous_digest=request.model_digest)
+        earlier, previous_digest = self._earlier(before, written)
         try:
-            self._roll_out(manifest, request, is_first=before is None or before.deleting)
+            service = self._roll_out(manifest, request, found)
         except NotServingError as error:
             raise self._failure(request, error, earlier) from error
         except DeployError:
@@ -108,11 +124,6 @@ class ServiceDeployer:
             self._undo(earlier)
             raise
         self._record(DEPLOYED, f"Model {request.model_digest} version {request.model_version} serves.", warning=False)
-        service = self._client.get(self._namespace, self._name)
-        if service is None:
-            raise DeployError(
-                f"{self._label} was deleted by someone else just after model {request.model_digest} served."
-            )
         return Outcome(service, changed=True, previous_digest=previous_digest)
 
     def delete(self) -> bool:
@@ -121,7 +132,7 @@ class ServiceDeployer:
         if service is None:
             return False
         self._refuse_foreign(service)
-        self._remove()
+        self._remove(service)
         return True
 
     def last_failure(self) -> str | None:
@@ -129,27 +140,27 @@ class ServiceDeployer:
         events = [e for e in self._client.events(self._namespace, self._name) if e.reason in (DEPLOYED, DEPLOY_FAILED)]
         return events[-1].message if events and events[-1].reason == DEPLOY_FAILED else None
 
-    def _roll_out(self, manifest: dict[str, Any], request: DeployRequest, *, is_first: bool) -> None:
-        revision = _revision(manifest)
+    def _roll_out(
+        self, manifest: dict[str, Any], request: DeployRequest, found: InferenceService | None
+    ) -> InferenceService:
         percent = manifest["spec"]["predictor"].get("canaryTrafficPercent")
-        if percent is None or is_first or self._judge is None:
-            self._write(with_traffic(manifest, None))
-            self._watcher.wait_until_serving(revision, request)
-            return
-        service = self._write(manifest)
-        self._watcher.wait_until_serving(revision, request)
-        self._log.info("%s: model %s gets %d %% of the requests", self._label, request.model_digest, percent)
-        try:
-            fault = self._judge.find_fault(service, request)
-        except CifarError as error:
-            transient = isinstance(error, ApiUnavailableError) or (
-                isinstance(error, StoreError | DeployError) and error.transient
-            )
-            raise NotServingError.canary(percent, f"it could not be judged: {error}", transient=transient) from error
-        if fault:
-            raise NotServingError.canary(percent, fault)
-        self._write(with_traffic(manifest, None))
-        self._watcher.wait_until_serving(revision, request)
+        if found and found.canary_percent is not None and found.revision != _revision(manifest):
+            # Until the new revision is ready, its share would go to the latest that is: a canary that nobody accepted.
+            self._watcher.wait_until_serving(self._write(with_traffic(manifest, 0)), request)
+        if percent is not None and found and self._judge is not None:
+            service = self._write(manifest)
+            self._watcher.wait_until_serving(service, request)
+            self._log.info("%s: model %s gets %d %% of the requests", self._label, request.model_digest, percent)
+            try:
+                fault = self._judge.find_fault(service, request)
+            except CifarError as error:
+                transient = isinstance(error, StoreError | DeployError) and error.transient
+                raise NotServingError.canary(
+                    percent, f"it could not be judged: {error}", transient=transient
+                ) from error
+            if fault:
+                raise NotServingError.canary(percent, fault)
+        return self._watcher.wait_until_serving(self._write(with_traffic(manifest, None)), request)
 
     def _refuse_foreign(self, service: InferenceService) -> None:
         if service.revision is None:
@@ -158,42 +169,81 @@ class ServiceDeployer:
                 "Delete it, or give the service another name."
             )
 
-    def _earlier(self, before: InferenceService | None, revision: str) -> tuple[Mapping[str, Any] | None, str | None]:
+    def _earlier(self, before: InferenceService | None, written: bool) -> tuple[Mapping[str, Any] | None, str | None]:
         """What to put back if this deployment fails, and the digest that answers now."""
-        if before is None or before.deleting:
+        if before and before.deleting:
             return None, None
-        pods = [pod for pod in self._client.pods(self._namespace, self._name) if pod.ready and pod.revision]
-        if before.revision != revision:
+        pods = [pod for pod in self._client.pods(self._namespace, self._name) if pod.ready]
+        if before and not written:
             return before.body, before.model_digest if before.ready or pods else None
-        # The same as asked for now, from an attempt that was cut off: what it was to replace may still answer.
-        requests = [found for pod in pods if pod.revision != revision and (found := request_of(pod.annotations))]
-        return (self._build(requests[0]), requests[0].model_digest) if requests else (None, None)
+        # Either no service, or the one asked for, from an attempt that was cut off. Pods of another may still answer.
+        others = [pod for pod in pods if before is None or pod.mark != before.mark]
+        requests = [found for pod in others if (found := request_of(pod.annotations))]
+        if requests:
+            return self._build(requests[0]), requests[0].model_digest
+        return None, before.model_digest if before and pods else None
+
+    def _is_made_by(self, current: InferenceService, manifest: Mapping[str, Any]) -> bool:
+        """Whether writing the manifest would change nothing but the share of the requests: nobody edited the spec."""
+        if current.revision != _revision(manifest):
+            return False
+        try:
+            wanted = self._client.replace(current, manifest, dry_run=True)
+        except ApiRefusedError as error:
+            self._log.warning("%s: it could not be checked for edits: %s", self._label, error)
+            return True
+        return wanted is not None and _without_traffic(wanted.body) == _without_traffic(current.body)
 
     def _write(self, manifest: Mapping[str, Any]) -> InferenceService:
         """The stored service with the manifest's content, written again where no answer came."""
-        deadline = self._clock() + self._limits.outage_timeout_seconds
-        while True:
-            try:
-                stored = self._try_to_write(manifest)
-                if stored:
-                    return stored
-                problem = "it is being deleted, or changed by someone else at the same time"
-            except ApiUnavailableError as error:
-                problem = str(error)
-            if self._clock() > deadline:
-                raise DeployError(f"{self._label} could not be written: {problem}.", transient=True)
-            self._sleep(self._limits.poll_interval_seconds)
+        stored = self._insist("written", lambda: self._try_to_write(manifest))
+        self._expected.add(stored.mark)
+        return stored
 
     def _try_to_write(self, manifest: Mapping[str, Any]) -> InferenceService | None:
         current = self._client.get(self._namespace, self._name)
         if current is None:
             return self._client.create(manifest)
+        if current.deployment_id != self._id:
+            self._found.add(current.uid)
         if current.deleting:
             return None
-        percent = manifest["spec"]["predictor"].get("canaryTrafficPercent")
-        if current.revision == _revision(manifest) and current.canary_percent == percent:
-            return current
+        if not self._may_replace(current):
+            raise DeployError(
+                f"{self._label} was changed by someone else at the same time, and left as it is: it is to serve model "
+                f"{current.model_digest}.",
+                transient=True,
+            )
+        if self._is_made_by(current, manifest):
+            percent = manifest["spec"]["predictor"].get("canaryTrafficPercent")
+            if current.canary_percent == percent:
+                return current
+            # Its annotations stay: they are in its pods, and a change would make new ones.
+            return self._client.replace(current, with_traffic(current.body, percent))
+        if current.revision == _revision(manifest) and current.deployment_id != self._id:
+            self._log.warning("%s: its spec was edited by hand; it is written again", self._label)
         return self._client.replace(current, manifest)
+
+    def _may_replace(self, current: InferenceService) -> bool:
+        return current.deployment_id == self._id or current.mark in self._expected
+
+    def _is_created_here(self, current: InferenceService) -> bool:
+        return current.deployment_id == self._id and current.uid not in self._found
+
+    def _insist(self, what: str, attempt: Callable[[], T | None]) -> T:
+        """The first answer other than None, for as long as an outage is tolerated."""
+        deadline = self._clock() + self._limits.outage_timeout_seconds
+        while True:
+            try:
+                answer = attempt()
+                if answer is not None:
+                    return answer
+                problem = "it is being deleted, or changed by someone else at the same time"
+            except ApiUnavailableError as error:
+                problem = str(error)
+            if self._clock() > deadline:
+                raise DeployError(f"{self._label} could not be {what}: {problem}.", transient=True)
+            self._sleep(self._limits.poll_interval_seconds)
 
     def _failure(
         self, request: DeployRequest, error: NotServingError, earlier: Mapping[str, Any] | None
@@ -210,61 +260,75 @@ class ServiceDeployer:
 
     def _put_back(self, earlier: Mapping[str, Any] | None) -> str:
         """Restore what was there, wait until it alone has pods, and say so."""
-        if earlier is None:
-            current = self._client.get(self._namespace, self._name)
-            if current and current.canary_percent is not None:
-                self._write(with_traffic(current.body, 0))
-                self._wait_until_settled(_revision(current.body), asleep=True)
-                return "All requests go to the revision before it."
-            self._remove()
+        (current,) = self._insist("read", lambda: (self._client.get(self._namespace, self._name),))
+        if current is None or current.deleting or not self._may_replace(current):
+            return "The InferenceService was deleted or changed by someone else meanwhile, and left as it is now."
+        if earlier is not None:
+            return self._set_back(earlier)
+        if self._is_created_here(current):
+            self._remove(current)
             return "Nothing served before, so the InferenceService was deleted."
+        if current.canary_percent is not None:
+            self._wait_until_settled(self._write(with_traffic(current.body, 0)), asleep=True)
+            return "All requests go to the revision before it."
+        return "The InferenceService was there before this deployment and was left as it is."
+
+    def _set_back(self, earlier: Mapping[str, Any]) -> str:
         annotations = earlier["metadata"]["annotations"]
-        name = f"model {annotations[DIGEST_ANNOTATION]} version {annotations[VERSION_ANNOTATION]}"
-        # Knative sends requests to the latest revision that is ready. While the earlier one is made anew, that may be
-        # the refused one, so it gets none until then.
-        for percent in (0, None) if _is_serverless(earlier) else (None,):
-            self._write(with_traffic(earlier, percent))
-            if not self._wait_until_settled(_revision(earlier)):
+        name = f"model {annotations.get(DIGEST_ANNOTATION)} version {annotations.get(VERSION_ANNOTATION)}"
+        # Knative sends requests to the latest revision that is ready. While the earlier one is made again, that may be
+        # the refused one, so it gets none until then. One that was a canary itself stays without requests.
+        was_canary = earlier["spec"]["predictor"].get("canaryTrafficPercent") is not None
+        shares = (0,) if was_canary else (0, None) if _is_serverless(earlier) else (None,)
+        for percent in shares:
+            if not self._wait_until_settled(self._write(with_traffic(earlier, percent))):
                 return f"It was set back to {name}, which was not seen to serve within the time allowed."
+        if was_canary:
+            return f"It was set back to {name}, a canary without requests: all go to the revision before it."
         return f"It was set back to {name}, which serves as before."
 
     def _undo(self, earlier: Mapping[str, Any] | None) -> None:
         """What an interrupt leaves no time to wait for: write what was there, and nothing else."""
         try:
+            current = self._client.get(self._namespace, self._name)
+            if current is None or current.deleting or not self._may_replace(current):
+                return
             if earlier is not None:
                 # A serverless one keeps what it had: all requests would go to the latest revision that is ready.
                 self._write(with_traffic(earlier, 0 if _is_serverless(earlier) else None))
-            elif service := self._client.get(self._namespace, self._name):
-                self._client.delete(service)
+            elif self._is_created_here(current):
+                self._client.delete(current)
         except (DeployError, KubernetesError) as error:
             self._log.warning("%s: what was there before was not put back: %s", self._label, error)
 
-    def _wait_until_settled(self, revision: str, *, asleep: bool = False) -> bool:
-        """Whether the revision gets the requests meant for it, and no other does, within the time allowed."""
+    def _wait_until_settled(self, stored: InferenceService, *, asleep: bool = False) -> bool:
+        """Whether its revision gets the requests meant for it, and no other does, within the time allowed."""
         deadline = self._clock() + self._limits.removal_timeout_seconds
         while self._clock() < deadline:
             try:
                 service = self._client.get(self._namespace, self._name)
                 pods = self._client.pods(self._namespace, self._name)
-                if service and find_missing(service, pods, revision, asleep=asleep) is None:
+                if service and service.is_as_written(stored) and find_missing(service, pods, asleep=asleep) is None:
                     return True
             except ApiUnavailableError as error:
                 self._log.warning("%s: still putting back what was there: %s", self._label, error)
             self._sleep(self._limits.poll_interval_seconds)
         return False
 
-    def _remove(self) -> None:
+    def _remove(self, service: InferenceService) -> None:
+        """Delete this service, and no other that takes its name; wait until it and its pods are gone."""
+        uid = service.uid
         deadline = self._clock() + self._limits.removal_timeout_seconds
         left = ""
         while self._clock() < deadline:
             try:
-                service = self._client.get(self._namespace, self._name)
+                current = self._client.get(self._namespace, self._name)
                 pods = self._client.pods(self._namespace, self._name)
-                if service is None and not pods:
+                if (current is None and not pods) or (current and current.uid != uid):
                     return
-                left = ", ".join([*([str(service)] if service else []), *(f"pod {pod.pod.name}" for pod in pods)])
-                if service and not service.deleting:
-                    self._client.delete(service)
+                left = ", ".join([*([str(current)] if current else []), *(f"pod {pod.pod.name}" for pod in pods)])
+                if current and not current.deleting:
+                    self._client.delete(current)
             except ApiUnavailableError as error:
                 left = str(error)
             self._sleep(self._limits.poll_interval_seconds)
@@ -289,3 +353,7 @@ def _revision(manifest: Mapping[str, Any]) -> str:
 
 def _is_serverless(manifest: Mapping[str, Any]) -> bool:
     return manifest["metadata"]["annotations"].get(MODE_ANNOTATION) == "Knative"
+
+
+def _without_traffic(body: Mapping[str, Any]) -> dict[str, Any]:
+    return with_traffic(body, None)["spec"]

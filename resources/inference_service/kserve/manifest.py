@@ -28,6 +28,8 @@ VERSION_ANNOTATION = f"{PREFIX}model-version"
 URI_ANNOTATION = f"{PREFIX}model-uri"
 REVISION_ANNOTATION = f"{PREFIX}revision"
 """Digest of all that makes a difference to what is served: equal ones need no new deployment."""
+DEPLOYMENT_ANNOTATION = f"{PREFIX}deployment"
+"""Random id of the deploy call that wrote the spec."""
 MANAGED_BY = "dagster-inference-service"
 
 
@@ -78,7 +80,7 @@ def with_traffic(manifest: Mapping[str, Any], percent: int | None) -> dict[str, 
 
     Of a stored service, only what a new one could be made from is kept.
     """
-    metadata = {key: manifest["metadata"][key] for key in ("name", "namespace", "labels", "annotations")}
+    metadata = {key: manifest["metadata"].get(key) or {} for key in ("name", "namespace", "labels", "annotations")}
     predictor = {key: value for key, value in manifest["spec"]["predictor"].items() if key != "canaryTrafficPercent"}
     if percent is not None:
         predictor["canaryTrafficPercent"] = percent

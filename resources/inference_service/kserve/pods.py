@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resources.inference_service.kserve.config import CONTAINER_NAME
-from resources.inference_service.kserve.manifest import DIGEST_ANNOTATION, REVISION_ANNOTATION
+from resources.inference_service.kserve.manifest import DEPLOYMENT_ANNOTATION, DIGEST_ANNOTATION, REVISION_ANNOTATION
 from resources.kubernetes.pods import Container, Pod, read_pod
 
 KNATIVE_REVISION_LABEL = "serving.knative.dev/revision"
@@ -22,8 +22,9 @@ class ServingPod:
     knative_revision: str | None
 
     @property
-    def revision(self) -> str | None:
-        return self.annotations.get(REVISION_ANNOTATION)
+    def mark(self) -> tuple[str | None, str | None]:
+        """Equals the mark of the service whose spec it was made from."""
+        return self.annotations.get(REVISION_ANNOTATION), self.annotations.get(DEPLOYMENT_ANNOTATION)
 
     @property
     def model_digest(self) -> str | None:

@@ -11,22 +11,20 @@ from resources.inference_service.kserve.client import InferenceService
 from resources.inference_service.kserve.pods import ServingPod
 
 
-def find_missing(
-    service: InferenceService, pods: Sequence[ServingPod], revision: str, *, asleep: bool = False
-) -> str | None:
-    """What is missing until the revision gets its requests, and none other does; None when nothing is.
+def find_missing(service: InferenceService, pods: Sequence[ServingPod], *, asleep: bool = False) -> str | None:
+    """What is missing until the service's revision gets its requests, and no other does; None when nothing is.
 
     `asleep`: a serverless revision counts though it has no pod now.
     """
-    found = _knative(service, pods, revision, asleep) if service.serverless else _standard(service, pods, revision)
+    found = _knative(service, pods, asleep) if service.serverless else _standard(service, pods)
     if found is None and not service.ready:
         return "; ".join(service.complaints) or "KServe does not call it ready yet"
     return found
 
 
-def _standard(service: InferenceService, pods: Sequence[ServingPod], revision: str) -> str | None:
-    ready = [pod for pod in pods if pod.revision == revision and pod.ready]
-    others = [pod for pod in pods if pod.revision != revision and not pod.pod.finished]
+def _standard(service: InferenceService, pods: Sequence[ServingPod]) -> str | None:
+    ready = [pod for pod in pods if pod.mark == service.mark and pod.ready]
+    others = [pod for pod in pods if pod.mark != service.mark and not pod.pod.finished]
     wanted = max(1, int(service.predictor.get("minReplicas") or 1))
     if len(ready) < wanted:
         return f"{len(ready)} of {wanted} new pods are ready"
@@ -34,8 +32,8 @@ def _standard(service: InferenceService, pods: Sequence[ServingPod], revision: s
     return f"{len(others)} pods of another version are still there" if others else None
 
 
-def _knative(service: InferenceService, pods: Sequence[ServingPod], revision: str, asleep: bool) -> str | None:
-    names = {pod.knative_revision for pod in pods if pod.revision == revision} - {None}
+def _knative(service: InferenceService, pods: Sequence[ServingPod], asleep: bool) -> str | None:
+    names = {pod.knative_revision for pod in pods if pod.mark == service.mark} - {None}
     created = service.predictor_status.get("latestCreatedRevision")
     latest = service.predictor_status.get("latestReadyRevision")
     if not names and not asleep:

@@ -19,9 +19,9 @@ from resources.inference_service.kserve.diagnosis import (
 )
 from resources.inference_service.kserve.pods import ServingPod
 from resources.inference_service.kserve.settled import find_missing
-from resources.kubernetes.diagnosis import Cause, Obstacle, PodHistory
-from resources.kubernetes.errors import ApiUnavailableError, KubernetesError
-from resources.kubernetes.limits import WatchLimits
+from resources.kubernetes.diagnosis import Cause, PodHistory
+from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.limits import Patience, WatchLimits
 from resources.kubernetes.outage import Outage
 
 _LOG_LINES = 12
@@ -40,7 +40,7 @@ class Endpoint(Protocol):
 
 @dataclass(frozen=True)
 class RolloutLimits(WatchLimits):
-    """How often to look, and how long to put up with what may pass, in seconds; `start_timeout_seconds` is for all."""
+    """How often to look, and how long to wait for what may pass, in seconds; `start_timeout_seconds` is for all."""
 
     poll_interval_seconds: float = 1.0
     unschedulable_timeout_seconds: float = 120.0
@@ -52,7 +52,7 @@ class RolloutLimits(WatchLimits):
     removal_timeout_seconds: float = 120.0
     """For what is put back, or deleted, to take effect."""
     max_restarts: int = 3
-    """Of a server that ends with a code a restart might mend."""
+    """Of a server that ends with an exit code that a restart might cure."""
 
     def of(self, cause: Cause) -> float:
         return self.no_pods_timeout_seconds if cause == Cause.NO_PODS else super().of(cause)
@@ -85,9 +85,8 @@ class _Watch:
     began: float
     history: PodHistory
     outage: Outage
+    patience: Patience
     seen: str = "nothing"
-    obstacle: Obstacle | None = None
-    obstacle_since: float = 0.0
 
 
 class RevisionWatcher:
@@ -115,13 +114,13 @@ class RevisionWatcher:
         self._sleep = sleeper
         self._label = f"InferenceService {namespace}/{name}"
 
-    def is_serving(self, service: InferenceService, revision: str, request: DeployRequest) -> bool:
-        """Whether the revision answers already, asleep or awake, and no other does."""
+    def is_serving(self, service: InferenceService, request: DeployRequest) -> bool:
+        """Whether its revision answers already, asleep or awake, and no other does."""
         pods = self._client.pods(self._namespace, self._name)
-        return find_missing(service, pods, revision, asleep=True) is None and self._problem(service, request) is None
+        return find_missing(service, pods, asleep=True) is None and self._problem(service, request) is None
 
-    def wait_until_serving(self, revision: str, request: DeployRequest) -> None:
-        """Return once the revision answers and has what is meant for it.
+    def wait_until_serving(self, stored: InferenceService, request: DeployRequest) -> InferenceService:
+        """The service, once the stored revision answers and has what is meant for it.
 
         NotServingError for one that does not come up; DeployError for a service that others changed, or an API server
         that does not answer.
@@ -130,50 +129,50 @@ class RevisionWatcher:
             self._clock,
             self._limits.outage_timeout_seconds,
             logger=self._log,
-            meanwhile=f"{self._label} goes on without being watched",
+            meanwhile=f"{self._label} is not watched",
         )
-        watch = _Watch(self._clock(), PodHistory(), outage)
-        while not self._look(watch, revision, request):
-            if self._clock() - watch.began > self._limits.start_timeout_seconds:
-                pods = self._pods_of(revision)
+        watch = _Watch(self._clock(), PodHistory(), outage, Patience(self._limits, self._clock))
+        while not (serving := self._look(watch, stored, request)):
+            waited = self._clock() - watch.began
+            if waited > self._limits.start_timeout_seconds:
+                pods = self._pods_of(stored)
                 complaints, warnings = self._words(pods)
-                waited = self._clock() - watch.began
-                found = diagnose_timeout(watch.seen, waited, pods, complaints, warnings)
-                raise NotServingError(self._with_log(found))
+                raise NotServingError(self._with_log(diagnose_timeout(watch.seen, waited, pods, complaints, warnings)))
             self._sleep(self._limits.poll_interval_seconds)
         self._log.info("%s serves model %s", self._label, request.model_digest)
+        return serving
 
-    def _look(self, watch: _Watch, revision: str, request: DeployRequest) -> bool:
-        """One look. Raises NotServingError for a revision that is given up."""
+    def _look(self, watch: _Watch, stored: InferenceService, request: DeployRequest) -> InferenceService | None:
+        """The service if it serves. Raises NotServingError for a revision that is given up."""
         try:
             service = self._client.get(self._namespace, self._name)
-            if service is None or service.deleting or service.revision != revision:
+            if service is None or service.deleting or not service.is_as_written(stored):
                 raise DeployError(
                     f"{self._label} was deleted or changed by someone else while model {request.model_digest} was "
                     "being deployed. It was left as it is now."
                 )
             pods = self._client.pods(self._namespace, self._name)
-            ours = [pod for pod in pods if pod.revision == revision]
+            ours = [pod for pod in pods if pod.mark == service.mark]
             unready = [pod for pod in ours if not pod.ready]  # an older one that is may have a past
             watch.history.observe(pod.pod for pod in unready)
             self._give_up_if_broken(watch, unready)
             self._give_up_if_stuck(watch, ours)
-            problem = find_missing(service, pods, revision) or self._problem(service, request)
+            problem = find_missing(service, pods) or self._problem(service, request)
             watch.outage.end()
-        except ApiUnavailableError as error:
-            problem = str(error)
+        except KubernetesError as error:
+            service, problem = None, str(error)
             try:
                 watch.outage.endure(error)
-            except ApiUnavailableError:
+            except KubernetesError:
                 raise DeployError(
-                    f"Model {request.model_digest} was written to {self._label}, but the API server has not answered "
-                    f"since, so that nobody knows whether it serves: {error}",
-                    transient=True,
+                    f"Model {request.model_digest} was written to {self._label}, but the API server has given no "
+                    f"usable answer since, so it is not known whether the model serves: {error}",
+                    transient=not error.permanent,
                 ) from error
         if problem and problem != watch.seen:
             watch.seen = problem
             self._log.info("%s: %s", self._label, problem)
-        return problem is None
+        return None if problem else service
 
     def _problem(self, service: InferenceService, request: DeployRequest) -> str | None:
         try:
@@ -200,17 +199,17 @@ class RevisionWatcher:
 
     def _give_up_if_stuck(self, watch: _Watch, pods: Sequence[ServingPod]) -> None:
         obstacle = find_serving_obstacle(pods)
-        now = self._clock()
-        if obstacle is None or watch.obstacle is None or obstacle.cause != watch.obstacle.cause:
-            watch.obstacle_since = now
-        watch.obstacle = obstacle
-        waited = now - watch.obstacle_since
+        waited = watch.patience.spend(obstacle)
         if obstacle and waited >= self._limits.of(obstacle.cause):
             complaints, warnings = self._words(pods)
             raise NotServingError(diagnose_obstacle(obstacle, waited, complaints, warnings))
 
-    def _pods_of(self, revision: str) -> list[ServingPod]:
-        return [pod for pod in self._client.pods(self._namespace, self._name) if pod.revision == revision]
+    def _pods_of(self, service: InferenceService) -> list[ServingPod]:
+        """None where they cannot be listed: they only add to an error."""
+        try:
+            return [pod for pod in self._client.pods(self._namespace, self._name) if pod.mark == service.mark]
+        except KubernetesError:
+            return []
 
     def _words(self, pods: Sequence[ServingPod]) -> tuple[list[str], list[str]]:
         """Complaints of the service's conditions, warnings about its pods, or about itself where it has none.
@@ -223,7 +222,7 @@ class RevisionWatcher:
             warnings = [text for name in names for text in self._client.warnings(self._namespace, name)]
             warnings = [text for text in warnings if not text.startswith(DEPLOY_FAILED)]
             return (service.complaints if service else []), warnings
-        except ApiUnavailableError:
+        except KubernetesError:
             return [], []
 
     def _with_log(self, diagnosis: Diagnosis) -> Diagnosis:

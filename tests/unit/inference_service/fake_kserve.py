@@ -5,6 +5,7 @@ says; this one runs in milliseconds and can fail at an exact call.
 """
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -35,6 +36,7 @@ class FakeKServe:
     behaviours: dict[str, Callable[["FakeKServe", dict[str, Any]], None]] = field(default_factory=dict)
     """What becomes of a new pod, by the digest of its model; by default it gets ready."""
     writes: list[dict[str, Any]] = field(default_factory=list)
+    deleted: list[dict[str, Any]] = field(default_factory=list)
     failing: Callable[[str], None] = lambda call: None
     """Called before each call takes effect."""
     after_write: Callable[[], None] = lambda: None
@@ -58,18 +60,25 @@ class FakeKServe:
         return self._store({**copy.deepcopy(body), "status": {}})
 
     def replace_namespaced_custom_object(
-        self, group: str, version: str, namespace: str, plural: str, name: str, body: Any, **_: Any
+        self, group: str, version: str, namespace: str, plural: str, name: str, body: Any, dry_run: str = "", **_: Any
     ):
-        self.failing("replace")
+        self.failing("dry run" if dry_run else "replace")
         assert self.service is not None
         if body["metadata"]["resourceVersion"] != self.service["metadata"]["resourceVersion"]:
             raise api_error(409, "the object has been modified", name=name)
+        if dry_run:
+            return _with_defaults(copy.deepcopy(body))
         return self._store({**copy.deepcopy(body), "status": self.service["status"]})
 
     def delete_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str, name: str, body: Any, **_: Any
     ):
         self.failing("delete")
+        if self.service is None:
+            raise not_found("inferenceservices.serving.kserve.io", name)
+        if self.service["metadata"]["uid"] != body["preconditions"]["uid"]:
+            raise api_error(409, "uid precondition failed")
+        self.deleted.append(self.service)
         self.service = None
         for pod in list(self.pods):
             self._end(pod)
@@ -121,8 +130,9 @@ class FakeKServe:
     # What the controllers do
 
     def _store(self, body: dict[str, Any]) -> dict[str, Any]:
-        self.writes.append(body)
-        body["metadata"] |= {"uid": "uid-1", "resourceVersion": str(len(self.writes))}
+        self.writes.append(_with_defaults(body))
+        uid = body["metadata"].get("uid") or f"uid-{len(self.writes)}"
+        body["metadata"] |= {"uid": uid, "resourceVersion": str(len(self.writes))}
         self.service = body
         self._reconcile(body)
         self.after_write()
@@ -130,23 +140,25 @@ class FakeKServe:
 
     def _reconcile(self, body: dict[str, Any]) -> None:
         annotations = body["metadata"]["annotations"]
-        mine = [pod for pod in self.pods if _revision(pod) == annotations["cifar/revision"] and not is_ending(pod)]
+        template = template_of(body)
+        mine = [pod for pod in self.pods if _template(pod) == template and not is_ending(pod)]
         if any(is_ready(pod) for pod in mine):
             self.set_ready(True)
-            self.clock.after(1.0, lambda: self._retire_others(annotations["cifar/revision"]))
+            self.clock.after(1.0, lambda: self._retire_others(template))
             return
-        pod = pod_body(f"pod-{len(self.writes)}", annotations)
+        pod = pod_body(f"pod-{len(self.writes)}", annotations, template)
         behave = self.behaviours.get(annotations["cifar/model-digest"], gets_ready)
         self.clock.after(0.5, lambda: self._start(pod, behave))
 
     def _start(self, pod: dict[str, Any], behave: Callable[["FakeKServe", dict[str, Any]], None]) -> None:
-        if self.service and self.service["metadata"]["annotations"]["cifar/revision"] == _revision(pod):
+        if self.service and template_of(self.service) == _template(pod):
             self.pods.append(pod)
             behave(self, pod)
 
-    def _retire_others(self, revision: str) -> None:
-        for pod in [pod for pod in self.pods if _revision(pod) != revision]:
-            self._end(pod)
+    def _retire_others(self, template: str) -> None:
+        if self.service and template_of(self.service) == template:
+            for pod in [pod for pod in self.pods if _template(pod) != template]:
+                self._end(pod)
 
     def _end(self, pod: dict[str, Any]) -> None:
         if not is_ending(pod) and pod["status"]["phase"] != "Failed":  # a ReplicaSet leaves those that failed
@@ -157,7 +169,7 @@ class FakeKServe:
         if pod in self.pods and not is_ending(pod):
             pod["status"] = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
             self.set_ready(True)
-            self._retire_others(_revision(pod))
+            self._retire_others(_template(pod))
 
     def set_ready(self, ready: bool, message: str = "") -> None:
         if self.service is not None:
@@ -165,8 +177,21 @@ class FakeKServe:
             self.service["status"] = {"conditions": [{**status, "type": "Ready"}, status]}
 
 
-def _revision(pod: dict[str, Any]) -> str:
-    return pod["metadata"]["annotations"]["cifar/revision"]
+def template_of(service: dict[str, Any]) -> str:
+    """Stands for the template of its pods, which the service's annotations are copied to."""
+    scaling = ("canaryTrafficPercent", "minReplicas", "maxReplicas")
+    predictor = {key: value for key, value in service["spec"]["predictor"].items() if key not in scaling}
+    return json.dumps([predictor, service["metadata"]["annotations"]], sort_keys=True)
+
+
+def _template(pod: dict[str, Any]) -> str:
+    return pod["metadata"]["labels"].get("template", "")
+
+
+def _with_defaults(body: dict[str, Any]) -> dict[str, Any]:
+    """As KServe's webhook and the API server store it."""
+    body["spec"]["predictor"].setdefault("timeout", 60)
+    return body
 
 
 def is_ending(pod: dict[str, Any]) -> bool:
@@ -177,8 +202,8 @@ def is_ready(pod: dict[str, Any]) -> bool:
     return {"type": "Ready", "status": "True"} in pod["status"].get("conditions", [])
 
 
-def pod_body(name: str, annotations: dict[str, str]) -> dict[str, Any]:
-    metadata = {"name": name, "uid": f"uid-{name}", "annotations": dict(annotations), "labels": {}}
+def pod_body(name: str, annotations: dict[str, str], template: str = "") -> dict[str, Any]:
+    metadata = {"name": name, "uid": f"uid-{name}", "annotations": dict(annotations), "labels": {"template": template}}
     return {"metadata": metadata, "status": {"phase": "Pending"}}
 
 
@@ -263,11 +288,11 @@ class FakeKnative(FakeKServe):
 
     def _reconcile(self, body: dict[str, Any]) -> None:
         annotations = body["metadata"]["annotations"]
-        if annotations["cifar/revision"] != self.template:
-            self.template = annotations["cifar/revision"]
+        if template_of(body) != self.template:
+            self.template = template_of(body)
             self.created += 1
             self.digests[self.created] = annotations["cifar/model-digest"]
-            pod = pod_body(f"pod-{self.created}", annotations)
+            pod = pod_body(f"pod-{self.created}", annotations, self.template)
             pod["metadata"]["labels"]["serving.knative.dev/revision"] = f"r{self.created}"
             behave = self.behaviours.get(annotations["cifar/model-digest"], gets_ready)
             self.clock.after(0.5, lambda: self._start(pod, behave))

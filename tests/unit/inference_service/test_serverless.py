@@ -173,4 +173,41 @@ def test_refused_canary_of_a_run_that_was_cut_off_gets_nothing_while_the_other_s
     with pytest.raises(DeployError, match="All requests go to the revision before it"):
         deployer(serving_a, Judge("bad")).deploy(B)
     assert serving_a.shares[-1] == {B.model_digest: 0, A.model_digest: 100}
-    assert with_traffic(build(B), 0)["spec"] == serving_a.writes[-1]["spec"]
+    assert serving_a.writes[-1]["spec"] == with_traffic(serving_a.writes[-2], 0)["spec"]
+    assert serving_a.writes[-1]["metadata"]["annotations"] == serving_a.writes[-2]["metadata"]["annotations"]
+    assert serving_a.deleted == []
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, TimeoutError])
+def test_interrupted_retry_of_a_canary_deletes_nothing(serving_a: FakeKnative, interrupt: type[BaseException]):
+    client = InferenceServiceClient(serving_a, serving_a)
+    service = client.get("space", "cifar10")
+    assert service is not None
+    client.replace(service, build(B))
+    serving_a.clock.sleep(10)
+    serving_a.pods[:] = [pod for pod in serving_a.pods if pod["metadata"]["name"] == "pod-2"]
+    judge = Judge()
+
+    def fail(service: InferenceService, request: DeployRequest) -> str | None:
+        raise interrupt
+
+    judge.find_fault = fail
+    with pytest.raises(interrupt):
+        deployer(serving_a, judge).deploy(B)
+    assert serving_a.deleted == []
+    assert serving_a.shares[-1] == {B.model_digest: 10, A.model_digest: 90}
+
+
+def test_refused_canary_is_not_promoted_when_the_next_model_fails(serving_a: FakeKnative):
+    serving_a.pods[:] = []
+    client = InferenceServiceClient(serving_a, serving_a)
+    service = client.get("space", "cifar10")
+    assert service is not None
+    client.replace(service, with_traffic(build(B), 0))
+    serving_a.clock.sleep(10)
+    c = DeployRequest("s3://models/c/", "c" * 64, "2", "run-c")
+    serving_a.behaviours[c.model_digest] = fake.ends(2)
+    with pytest.raises(DeployError, match="a canary without requests"):
+        deployer(serving_a).deploy(c)
+    assert serving_a.shares[-1] == {B.model_digest: 0, A.model_digest: 100}
+    assert max(share.get(B.model_digest, 0) for share in serving_a.shares) == 0

@@ -1,8 +1,9 @@
 """Every line of every replica is shown once, in order, whatever interrupts the reading."""
 
+from typing import Any
+
 import pytest
 
-from resources.kubernetes.errors import ApiUnavailableError
 from resources.kubernetes.logs import TAIL_LINES, ReplicaLogs
 from resources.pytorch_job.client import PyTorchJobClient
 from tests.unit.pytorch_job.fake_cluster import (
@@ -101,10 +102,39 @@ def test_api_outage_loses_no_line(logs: ReplicaLogs, client: PyTorchJobClient, c
         raise api_error(503)
 
     cluster.failing = fail
-    with pytest.raises(ApiUnavailableError):
-        list(logs.poll(pods))
+    assert list(logs.poll(pods)) == []
     cluster.failing = lambda call: None
+    cluster.clock.sleep(5)
     assert poll(logs, client) == ["a"]
+
+
+def test_log_that_cannot_be_read_does_not_hold_up_the_others(
+    logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+):
+    """Each read of a log on a node that is down takes as long as a request may take."""
+    names = [f"worker-{n}" for n in range(8)]
+    cluster.pods["job"] = [pod_body("job", name, container_statuses=[container_status(RUNNING)]) for name in names]
+    cluster.logs |= {f"job-{name}": stamped(name) for name in names}
+    read = cluster.read_namespaced_pod_log
+    taken: list[str] = []
+
+    def slow(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name != "job-worker-7":
+            taken.append(name)
+            cluster.clock.sleep(10)
+            raise api_error(500, "dial tcp 10.0.0.7:10250: i/o timeout")
+        return read(name, *args, **kwargs)
+
+    monkeypatch.setattr(cluster, "read_namespaced_pod_log", slow)
+    shown: list[str] = []
+    begin = cluster.clock()
+    while not shown and cluster.clock() - begin < 600:
+        before = cluster.clock()
+        shown = poll(logs, client)
+        assert cluster.clock() - before <= 30
+        cluster.clock.sleep(2)
+    assert shown == ["worker-7"]
+    assert list(logs.drain(client.pods("space", "job"), cluster.clock.sleep)) == []
 
 
 def test_logs_that_may_not_be_read_are_given_up_once(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster):
