@@ -1,31 +1,51 @@
-"""The one decision that lets a model be served: its stored test accuracy against the threshold in force now."""
+"""The decision whether a model may be served: its stored test accuracy against the threshold in force now, and whatever
+else speaks against it.
+"""
 
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from cifar_assets.errors import DataError
-from cifar_assets.model_package import METRICS_FILE, ModelManifest, read_json, read_manifest
+from cifar_assets.finding import Finding, Judges
+from cifar_assets.model_package import METRICS_FILE, RECIPE_FILE, ModelManifest, read_json, read_manifest
 from cifar_assets.object_store import ObjectStore
+from cifar_assets.training.spec import JobSpec
+
+ACCURACY_CHECK = "accuracy_threshold"
+ONNX_TOLERANCE = 1e-3
+"""Largest difference between ONNX and PyTorch logits, as a fraction of the largest logit (at least 1)."""
+_REQUIRED = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one exact model may be served, and the two numbers that say why."""
+    """Whether one exact model may be served, and why."""
 
     model_digest: str
     test_accuracy: float
     threshold: float
+    objections: tuple[str, ...] = ()
+    """What else speaks against it: checks that failed or never ran. Any refuses the model, however accurate it is."""
 
     @property
-    def passed(self) -> bool:
+    def is_accurate(self) -> bool:
         return self.test_accuracy >= self.threshold
 
     @property
+    def passed(self) -> bool:
+        return self.is_accurate and not self.objections
+
+    @property
     def reason(self) -> str:
-        relation = "reaches" if self.passed else "is below"
-        return (
+        relation = "reaches" if self.is_accurate else "is below"
+        accuracy = (
             f"test accuracy {self.test_accuracy:.4f} of model {self.model_digest} {relation} "
             f"the threshold {self.threshold:.4f}"
         )
+        return "; ".join([accuracy, *self.objections])
 
 
 def judge(models: ObjectStore, model_digest: str, threshold: float) -> tuple[ModelManifest, Verdict]:
@@ -36,10 +56,79 @@ def judge(models: ObjectStore, model_digest: str, threshold: float) -> tuple[Mod
     """
     package = models.at(model_digest)
     manifest = read_manifest(package, model_digest)
-    accuracy = read_json(package, manifest, METRICS_FILE).get("test_accuracy")
-    if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
+    accuracy = number(read_json(package, manifest, METRICS_FILE), "test_accuracy")
+    if not 0 <= accuracy <= 1:
         raise DataError(
             f"{package.uri(METRICS_FILE)}: test_accuracy is {accuracy!r}, expected a number from 0 to 1. "
             "The model cannot be judged: train it again."
         )
-    return manifest, Verdict(model_digest=model_digest, test_accuracy=float(accuracy), threshold=threshold)
+    return manifest, Verdict(model_digest=model_digest, test_accuracy=accuracy, threshold=threshold)
+
+
+def judge_model(models: ObjectStore, digest: str, threshold: float, onnx_tolerance: float = ONNX_TOLERANCE) -> Judges:
+    """The blocking checks of a stored model."""
+    metrics = cache(lambda: read_metrics(models, digest))
+    return {
+        ACCURACY_CHECK: lambda: accuracy_reached(judge(models, digest, threshold)[1]),
+        "metrics_finite": lambda: metrics_finite(metrics()),
+        "onnx_equals_torch": lambda: onnx_equals_torch(metrics(), onnx_tolerance),
+    }
+
+
+def accuracy_reached(verdict: Verdict) -> Finding:
+    """The test accuracy reaches the threshold."""
+    numbers = {"test_accuracy": verdict.test_accuracy, "threshold": verdict.threshold}
+    return Finding(verdict.is_accurate, f"{verdict.reason[0].upper()}{verdict.reason[1:]}.", numbers)
+
+
+def metrics_finite(metrics: Mapping[str, Any]) -> Finding:
+    """Every number in the metrics is finite, and those that every model has are there."""
+    numbers = dict(_floats(metrics))
+    missing = [name for name in _REQUIRED if not isinstance(metrics.get(name), int | float)]
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if not missing and not bad:
+        return Finding(True, f"All {len(numbers)} numbers are finite.")
+    return Finding(False, f"Not finite: {', '.join(bad) or 'none'}. Not a number: {', '.join(missing) or 'none'}.")
+
+
+def _floats(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield name, value
+    elif isinstance(value, Mapping | list):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value, 1):
+            yield from _floats(part, f"{name} {key}".lstrip())
+
+
+def onnx_equals_torch(metrics: Mapping[str, Any], tolerance: float) -> Finding:
+    """The exported model's logits differ from the trained one's by rounding only."""
+    difference = number(metrics, "onnx_max_difference")
+    largest = number(metrics, "onnx_largest_logit") if "onnx_largest_logit" in metrics else 1.0
+    allowed = tolerance * max(1.0, largest)
+    text = f"Largest difference of logits {difference:.2e}, allowed {allowed:.1e}."
+    return Finding(difference <= allowed, text, {"largest_difference": difference})
+
+
+def read_metrics(models: ObjectStore, digest: str) -> dict[str, Any]:
+    """A stored model's metrics, verified by digest."""
+    package = models.at(digest)
+    return read_json(package, read_manifest(package, digest), METRICS_FILE)
+
+
+def number(metrics: Mapping[str, Any], name: str) -> float:
+    """One number of the metrics. DataError where there is none."""
+    value = metrics.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{METRICS_FILE} has {name} {value!r}, expected a number. Train the model again.")
+    return float(value)
+
+
+def check_made_by(spec: JobSpec, models: ObjectStore, model_digest: str) -> None:
+    """DataError when the stored model is of another dataset, recipe or seed than the job's: not the job's result."""
+    package = models.at(model_digest)
+    manifest = read_manifest(package, model_digest)
+    expected = {"dataset": spec.dataset_digest, "seed": spec.seed, "recipe": spec.recipe.model_dump(mode="json")}
+    recipe = read_json(package, manifest, RECIPE_FILE)
+    found = {"dataset": manifest.dataset_digest, "seed": manifest.seed, "recipe": recipe}
+    for what, value in expected.items():
+        if found[what] != value:
+            raise DataError(f"Model {model_digest} has {what} {found[what]}, this run asked for {value}.")

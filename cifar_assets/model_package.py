@@ -65,11 +65,11 @@ def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str,
     """Store a model under its digest and return the digest. The manifest goes last: a package without one is not there.
 
     `files` holds every covered file and any uncovered ones. A whole model is left as it is but for what it lacks, a
-    damaged one written anew.
+    damaged one is written again.
     """
     digest = manifest.digest
     package = models.at(digest)
-    if _is_whole(package, manifest):
+    if is_whole(package, digest):
         for name, data in files.items():
             if not package.exists(name):
                 package.write(name, data)
@@ -83,9 +83,10 @@ def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str,
     return digest
 
 
-def _is_whole(package: ObjectStore, manifest: ModelManifest) -> bool:
+def is_whole(package: ObjectStore, digest: str) -> bool:
+    """Whether the model is stored with every covered file unchanged."""
     try:
-        read_manifest(package, manifest.digest)
+        manifest = read_manifest(package, digest)
         for name in manifest.files:
             read_file(package, manifest, name)
     except (DataError, ObjectNotFoundError):

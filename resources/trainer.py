@@ -1,18 +1,14 @@
 """What every way of running a training has in common: its scale, its result, and the messages it sends meanwhile."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from cifar_assets.digests import canonical_json
 from cifar_assets.errors import TrainingError
-from cifar_assets.model_package import MANIFEST_FILE
-from cifar_assets.object_store import ObjectStore
 from cifar_assets.training.spec import JobSpec
 
 
@@ -44,24 +40,6 @@ class TrainingResult:
     mlflow_model_version: str | None
     resumed_from: int | None
     """Optimizer step of the checkpoint it continued from."""
-
-
-def remember_result(models: ObjectStore, job_identity: str, result: TrainingResult) -> None:
-    """Note which model a job gave, so that the same job need not run again."""
-    models.write(_result_key(job_identity), canonical_json(asdict(result)))
-
-
-def recall_result(models: ObjectStore, job_identity: str) -> TrainingResult | None:
-    """What the same job gave before, if its model is still stored."""
-    key = _result_key(job_identity)
-    if not models.exists(key):
-        return None
-    result = TrainingResult(**json.loads(models.read(key)))
-    return result if models.exists(f"{result.model_digest}/{MANIFEST_FILE}") else None
-
-
-def _result_key(job_identity: str) -> str:
-    return f"jobs/{job_identity}.json"
 
 
 class TrainingMessages:

@@ -1,5 +1,7 @@
-"""The served model: deployed only when the gate passes the exact model version at hand."""
+"""The served model: deployed only when the gate passes this exact version, which Dagster materialized and checked."""
 
+import json
+from dataclasses import replace
 from datetime import timedelta
 
 import dagster as dg
@@ -7,8 +9,18 @@ from pydantic import Field
 
 from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
-from cifar_assets.assets.keys import INFERENCE_SERVICE, OWNERS, PREFIX, SERVING_POOL, TRAINED_MODEL
+from cifar_assets.assets.keys import (
+    INFERENCE_SERVICE,
+    OWNERS,
+    PREFIX,
+    PROCESSED_DATASET,
+    SERVING_POOL,
+    TRAINED_MODEL,
+)
+from cifar_assets.assets.record import why_unproven
 from cifar_assets.assets.upstream import materialized_digest, previous_digests
+from cifar_assets.checks.data import PROCESSED_CHECKS
+from cifar_assets.checks.model import MODEL_CHECKS
 from cifar_assets.errors import ConfigError
 from cifar_assets.gate import Verdict, judge
 from resources.gate import AccuracyGate
@@ -66,12 +78,19 @@ def inference_service(
 ) -> dg.MaterializeResult:
     """The model behind the REST endpoint.
 
-    However this asset is materialized, it first judges the stored metrics of the very model it is about to deploy
-    against the threshold in force now. A refused model leaves the service as it is.
+    However this asset is materialized, it first judges the very model it is about to deploy: its stored metrics against
+    the threshold in force now, and Dagster's record. The record must hold a materialization of this digest by
+    trained_model, one of the dataset it was trained on by processed_dataset, and a pass of every blocking check of
+    both. A refused model leaves the service as it is.
     """
     with retrying_infrastructure_faults():
         digest = config.resolved_digest(context)
         manifest, verdict = judge(object_store.models, digest, gate.threshold)
+        objections = [
+            *why_unproven(context.instance, TRAINED_MODEL, digest, MODEL_CHECKS),
+            *why_unproven(context.instance, PROCESSED_DATASET, manifest.dataset_digest, PROCESSED_CHECKS),
+        ]
+        verdict = replace(verdict, objections=tuple(objections))
         if not verdict.passed:
             _record(context, mlflow, verdict)
             raise _refusal(verdict)
@@ -93,9 +112,16 @@ def inference_service(
 
 
 def _refusal(verdict: Verdict) -> dg.Failure:
+    advice = "Train a better model, deploy an older one by model_digest, or lower the gate's threshold."
+    if verdict.objections:
+        config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": {"model_digest": verdict.model_digest}}}}
+        advice = (
+            "To materialize this stored model again and run its checks, without training, if you know where it comes "
+            f"from: dagster asset materialize -m cifar_assets.definitions --select {TRAINED_MODEL.to_user_string()} "
+            f"--config-json '{json.dumps(config)}'. Checks of a dataset run when processed_dataset is materialized."
+        )
     return dg.Failure(
-        f"Not deployed: {verdict.reason}. What was served before is served still. "
-        "Train a better model, deploy an older one by model_digest, or lower the gate's threshold.",
+        f"Not deployed: {verdict.reason}. What was served before is still served. {advice}",
         metadata=metadata.of_verdict(verdict),
         allow_retries=False,
     )

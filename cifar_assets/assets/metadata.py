@@ -8,10 +8,11 @@ import dagster as dg
 
 from cifar_assets.contracts import CLASSES, MODEL_NAME
 from cifar_assets.dataset.lineage import changes_since
-from cifar_assets.dataset.processed import MANIFEST_FILE, SPLIT_NAMES, ProcessedVersion
+from cifar_assets.dataset.processed import MANIFEST_FILE, ProcessedVersion
 from cifar_assets.dataset.raw import RawVersion
 from cifar_assets.dataset.reader import open_split
 from cifar_assets.dataset.sheet import sample_sheet
+from cifar_assets.dataset.splits import SPLIT_NAMES
 from cifar_assets.gate import Verdict
 from cifar_assets.model_package import (
     CARD_FILE,

@@ -7,9 +7,10 @@ from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.upstream import materialized_digest, previous_digests
-from cifar_assets.dataset.processed import SplitConfig, build_processed
+from cifar_assets.dataset.processed import build_processed
 from cifar_assets.dataset.progress import logged
 from cifar_assets.dataset.seed_copies import write_seed_processed, write_seed_raw
+from cifar_assets.dataset.splits import SplitConfig
 from resources.object_store import ObjectStoreResource
 
 

@@ -7,15 +7,24 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
-from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, TRAINING_POOL
-from cifar_assets.assets.upstream import materialized_digest
+from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, TRAINED_MODEL, TRAINING_POOL
+from cifar_assets.assets.record import find_materialization
+from cifar_assets.assets.upstream import RECENT, data_version_of, materialized_digest
 from cifar_assets.errors import ConfigError
+from cifar_assets.gate import check_made_by
+from cifar_assets.model_package import is_whole
+from cifar_assets.object_store import ObjectStore
 from cifar_assets.training.recipes import RECIPES, Recipe, get_recipe
 from cifar_assets.training.spec import Execution, JobSpec, MlflowTarget
 from resources.gate import AccuracyGate
-from resources.mlflow import MlflowResource
+from resources.mlflow import RUN_METADATA, MlflowResource
 from resources.object_store import ObjectStoreResource
-from resources.trainer import TrainerResource, TrainingScale, recall_result, remember_result
+from resources.trainer import TrainerResource, TrainingResult, TrainingScale
+
+JOB_METADATA = "job_identity"
+"""Metadata: digest of what decides the weights, by which `reuse` finds the model again."""
+
+_KEPT_METADATA = (JOB_METADATA, RUN_METADATA, "model_version", "resumed_from")
 
 
 def _optional_fields(model: type[BaseModel], name: str) -> Any:
@@ -62,8 +71,13 @@ class TrainedModelConfig(dg.Config):
     )
     reuse: bool = Field(
         default=False,
-        description="Take the model that the same dataset, recipe and seed gave before, where there is one, "
-        "instead of training it again to the same bits.",
+        description="Take the model that this asset made before of the same dataset, recipe and seed, where there is "
+        "one, instead of training it again to the same bits.",
+    )
+    model_digest: str | None = Field(
+        default=None,
+        description="Digest of a stored model to materialize and check again instead of training one; all other fields "
+        "are ignored. For a model that this Dagster instance never materialized, whoever starts the run vouches.",
     )
 
     def job_spec(self, object_store: ObjectStoreResource, dataset_digest: str, mlflow: MlflowTarget | None) -> JobSpec:
@@ -111,15 +125,52 @@ def trained_model(
     materialized again with the same config.
     """
     with retrying_infrastructure_faults():
+        models = object_store.models
+        if config.model_digest:
+            known = find_materialization(context.instance, TRAINED_MODEL, config.model_digest)
+            return _given_again(models, mlflow, gate, config.model_digest, known)
         dataset_digest = config.dataset_digest or materialized_digest(context, PROCESSED_DATASET)
         mlflow.prepare()
         spec = config.job_spec(object_store, dataset_digest, mlflow.target(context))
-        result = recall_result(object_store.models, spec.identity) if config.reuse else None
-        if result is None:
-            with mlflow.closing_open_runs(context):
-                result = trainer.train(context, spec, config.scale, object_store.child_environment())
-            remember_result(object_store.models, spec.identity, result)
+        if config.reuse and (before := _trained_before(context.instance, models, spec.identity)):
+            return _given_again(models, mlflow, gate, data_version_of(before), before)
+        with mlflow.closing_open_runs(context):
+            result = trainer.train(context, spec, config.scale, object_store.child_environment())
+        check_made_by(spec, models, result.model_digest)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(result.model_digest),
-            metadata=metadata.of_model(object_store.models, result, mlflow, gate.threshold),
+            metadata={
+                **metadata.of_model(models, result, mlflow, gate.threshold),
+                JOB_METADATA: spec.identity,
+                "origin": "trained by this run",
+            },
         )
+
+
+def _trained_before(instance: dg.DagsterInstance, models: ObjectStore, identity: str) -> dg.EventLogRecord | None:
+    """The newest materialization by the same job, if its model is still stored whole.
+
+    Dagster's record and not a note in the store: anybody who can write to the bucket could write the note.
+    """
+    for record in instance.fetch_materializations(TRAINED_MODEL, limit=RECENT).records:
+        job = record.asset_materialization and record.asset_materialization.metadata.get(JOB_METADATA)
+        if job and job.value == identity:
+            digest = data_version_of(record)
+            return record if is_whole(models.at(digest), digest) else None
+    return None
+
+
+def _given_again(
+    models: ObjectStore, mlflow: MlflowResource, gate: AccuracyGate, digest: str, before: dg.EventLogRecord | None
+) -> dg.MaterializeResult:
+    """A stored model, materialized without training; what its own materialization said of the training is kept."""
+    result = TrainingResult(digest, models.at(digest).uri(), None, None, None)
+    kept = {}
+    origin = "named in the config; not materialized before, so whoever started this run vouches for it"
+    if before is not None and before.asset_materialization is not None:
+        origin = f"materialized before by run {before.run_id}"
+        kept = {name: value for name, value in before.asset_materialization.metadata.items() if name in _KEPT_METADATA}
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(digest),
+        metadata={**metadata.of_model(models, result, mlflow, gate.threshold), **kept, "origin": origin},
+    )

@@ -20,7 +20,7 @@ def current_materialization(
     A run that made its own upstream must not pick up what another run made in between. Raises ConfigError when the
     asset was never materialized.
     """
-    records = context.instance.fetch_materializations(dg.AssetRecordsFilter(asset_key=key), limit=_RECENT).records
+    records = context.instance.fetch_materializations(dg.AssetRecordsFilter(asset_key=key), limit=RECENT).records
     own = next((record for record in records if record.run_id == context.run.run_id), None)
     record = own or next(iter(records), None)
     if record is None or record.asset_materialization is None:
@@ -33,9 +33,16 @@ def current_materialization(
 
 def previous_digests(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[str]:
     """Data versions of the asset's last materializations, newest first, each once."""
-    records = instance.fetch_materializations(key, limit=_RECENT).records
+    records = instance.fetch_materializations(key, limit=RECENT).records
     digests = (data_version(record.asset_materialization) for record in records if record.asset_materialization)
     return list(dict.fromkeys(digests))
+
+
+def data_version_of(record: dg.EventLogRecord) -> str:
+    """The data version of the materialization in an event record."""
+    if record.asset_materialization is None:
+        raise ConfigError(f"Event {record.storage_id} is not a materialization.")
+    return data_version(record.asset_materialization)
 
 
 def data_version(materialization: dg.AssetMaterialization) -> str:
@@ -49,5 +56,5 @@ def data_version(materialization: dg.AssetMaterialization) -> str:
     return version
 
 
-_RECENT = 100
-"""How many materializations are looked through: for a run's own, and for earlier versions."""
+RECENT = 100
+"""How many materializations are looked through: for a run's own, for earlier versions, and for a training to reuse."""

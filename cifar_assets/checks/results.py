@@ -1,52 +1,59 @@
 """How checks are declared and how they answer."""
 
-from collections.abc import Callable, Iterator
-from functools import wraps
-from typing import ParamSpec, cast
+import math
+from collections.abc import Collection, Iterator, Sequence
 
 import dagster as dg
 
-P = ParamSpec("P")
+from cifar_assets.assets.faults import MAX_RETRIES, RETRY_SECONDS
+from cifar_assets.assets.record import VERSION_METADATA
+from cifar_assets.errors import StoreError
+from cifar_assets.finding import Finding, Judges
 
 
 def spec(asset: dg.AssetKey, name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
-    """One check. A blocking one that fails with severity ERROR keeps the rest of the run from going on."""
+    """One check. A blocking one that fails stops what comes after it in the run."""
     return dg.AssetCheckSpec(name, asset=asset, description=description, blocking=blocking)
 
 
-def result(
-    asset: dg.AssetKey,
-    name: str,
-    passed: bool,
-    description: str,
-    *,
-    severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
-    **metadata: float | str,
-) -> dg.AssetCheckResult:
-    """A verdict with one sentence that gives what was found and what was allowed."""
-    return dg.AssetCheckResult(
-        check_name=name,
-        asset_key=asset,
-        passed=bool(passed),
-        severity=severity,
-        description=description,
-        metadata=metadata,
-    )
+def answers(
+    context: dg.AssetCheckExecutionContext,
+    checks: Sequence[dg.AssetCheckSpec],
+    version: str,
+    judges: Judges,
+    warnings: Collection[str] = (),
+) -> Iterator[dg.AssetCheckResult]:
+    """The results of the checks that the run selected, each judged apart from the others.
 
-
-WARN = dg.AssetCheckSeverity.WARN
-
-
-def only_selected(verdicts: Callable[P, Iterator[dg.AssetCheckResult]]) -> Callable[P, Iterator[dg.AssetCheckResult]]:
-    """Decorator of a multi_asset_check's function, whose first parameter is `context`.
-
-    Keeps the results that were asked for, so that a single check can be executed from the UI.
+    A check that raises fails, with the error as its reason; only for a store that does not answer is the step tried
+    again first. `version` is the data version judged, `warnings` names checks that fail as a warning.
     """
+    results = []
+    for check in checks:
+        if check.key not in context.selected_asset_check_keys:
+            continue
+        try:
+            finding = judges[check.name]()
+        except Exception as error:
+            if isinstance(error, StoreError) and error.transient and context.retry_number < MAX_RETRIES:
+                raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from error
+            context.log.warning(f"{check.name} of {version} could not be judged", exc_info=True)
+            finding = Finding(False, f"Could not be judged: {type(error).__name__}: {error}")
+        results.append(_result(check, version, finding, check.name in warnings))
+    yield from results
 
-    @wraps(verdicts)
-    def selected(*args: P.args, **kwargs: P.kwargs) -> Iterator[dg.AssetCheckResult]:
-        context = cast("dg.AssetCheckExecutionContext", args[0])
-        names = {key.name for key in context.selected_asset_check_keys}
-        yield from (found for found in verdicts(*args, **kwargs) if found.check_name in names)
 
-    return selected
+def _result(check: dg.AssetCheckSpec, version: str, finding: Finding, warns: bool) -> dg.AssetCheckResult:
+    # JSON has no NaN: the UI could not read it.
+    numbers = {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in finding.numbers.items()
+    }
+    return dg.AssetCheckResult(
+        check_name=check.name,
+        asset_key=check.asset_key,
+        passed=bool(finding.passed),
+        severity=dg.AssetCheckSeverity.WARN if warns else dg.AssetCheckSeverity.ERROR,
+        description=finding.reason,
+        metadata={**numbers, VERSION_METADATA: version},
+    )

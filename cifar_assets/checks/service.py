@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import cache
 
 import dagster as dg
 import numpy as np
@@ -9,12 +10,14 @@ from pydantic import Field
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE
 from cifar_assets.assets.upstream import materialized_digest
-from cifar_assets.checks.results import WARN, only_selected, result, spec
+from cifar_assets.checks.results import answers, spec
 from cifar_assets.dataset.reader import SplitReader, open_split
-from cifar_assets.model_package import METRICS_FILE, read_json, read_manifest
+from cifar_assets.finding import Finding
+from cifar_assets.gate import number, read_metrics
+from cifar_assets.model_package import read_manifest
 from cifar_assets.serving.client import InferenceClient, ServerError
 from cifar_assets.serving.comparison import compare_answers
-from resources.inference_service import InferenceServiceResource
+from resources.inference_service import InferenceServiceResource, ServiceStatus
 from resources.object_store import ObjectStoreResource
 
 LATENCY_CHECK = dg.AssetCheckKey(INFERENCE_SERVICE, "latency")
@@ -30,88 +33,91 @@ class ServiceCheckConfig(dg.Config):
     )
 
 
-@dg.multi_asset_check(
-    name="inference_service_checks",
-    can_subset=True,
-    specs=[
-        spec(
-            INFERENCE_SERVICE,
-            "serves_the_model",
-            "The endpoint is ready and names the digest that was deployed. When it fails materialize inference_service "
-            "again; the reason is in the description.",
-        ),
-        spec(
-            INFERENCE_SERVICE,
-            "answers_as_evaluated",
-            "On held-out images the service is as accurate as the stored model was, within what that many images can "
-            "tell. When it fails requests are prepared, or the model is run, in another way than in training: roll "
-            "back.",
-        ),
-        spec(
-            INFERENCE_SERVICE,
-            "latency",
-            "A single request is not much slower than it was before. When it fails look for load, for a larger model "
-            "or for less CPU.",
-        ),
-    ],
-)
-@only_selected
+SERVICE_CHECKS = [
+    spec(
+        INFERENCE_SERVICE,
+        "serves_the_model",
+        "The endpoint is ready and names the digest that was deployed. When it fails materialize inference_service "
+        "again; the reason is in the description.",
+    ),
+    spec(
+        INFERENCE_SERVICE,
+        "answers_as_evaluated",
+        "On held-out images the service is as accurate as the stored model was, within what that many images can "
+        "tell. When it fails requests are prepared, or the model is run, in another way than in training: roll "
+        "back.",
+    ),
+    spec(
+        INFERENCE_SERVICE,
+        "latency",
+        "A single request is not much slower than it was before. When it fails look for load, for a larger model "
+        "or for less CPU.",
+    ),
+]
+
+
+@dg.multi_asset_check(name="inference_service_checks", can_subset=True, specs=SERVICE_CHECKS)
 def inference_service_checks(
     context: dg.AssetCheckExecutionContext,
     config: ServiceCheckConfig,
     object_store: ObjectStoreResource,
     serving: InferenceServiceResource,
 ) -> Iterator[dg.AssetCheckResult]:
-    """Three verdicts on what answers now."""
+    """Verdicts on what answers now."""
     digest = materialized_digest(context, INFERENCE_SERVICE)
-    status = serving.status()
-    right = status.ready and status.model_digest == digest
+    status = cache(serving.status)
+
+    def answers_as_evaluated() -> Finding:
+        client = _client(status(), digest)
+        expected = number(read_metrics(object_store.models, digest), "test_accuracy")
+        found = compare_answers(client, _test_split(object_store, digest), expected, config.num_images)
+        return Finding(found.passed, str(found), {"accuracy": found.accuracy})
+
+    judges = {
+        "serves_the_model": lambda: serves_the_model(status(), digest),
+        "answers_as_evaluated": answers_as_evaluated,
+        "latency": lambda: _latency(
+            context.instance, _client(status(), digest), _test_split(object_store, digest), config
+        ),
+    }
+    yield from answers(context, SERVICE_CHECKS, digest, judges, warnings=["latency"])
+
+
+def serves_the_model(status: ServiceStatus, digest: str) -> Finding:
+    """The endpoint is ready and names the digest."""
     found = f"{status.url} serves {status.model_digest}" if status.ready else f"nothing answers: {status.reason}"
-    yield result(INFERENCE_SERVICE, "serves_the_model", right, f"Deployed was {digest}; {found}.")
-    if not right or status.url is None:
-        yield result(INFERENCE_SERVICE, "answers_as_evaluated", False, f"Not asked, since {found}.")
-        yield result(INFERENCE_SERVICE, "latency", False, f"Not asked, since {found}.", severity=WARN)
-        return
-    package = object_store.models.at(digest)
-    manifest = read_manifest(package, digest)
-    expected = float(read_json(package, manifest, METRICS_FILE)["test_accuracy"])
-    test = open_split(object_store.processed, manifest.dataset_digest, "test")
-    client = InferenceClient(status.url, headers=status.headers)
-    yield _answers(client, test, expected, config.num_images)
-    yield _latency(context, client, test, config)
+    return Finding(status.ready and status.model_digest == digest, f"Deployed was {digest}; {found}.")
 
 
-def _answers(client: InferenceClient, test: SplitReader, expected: float, num_images: int) -> dg.AssetCheckResult:
-    try:
-        found = compare_answers(client, test, expected, num_images)
-    except ServerError as error:
-        return result(INFERENCE_SERVICE, "answers_as_evaluated", False, str(error))
-    return result(INFERENCE_SERVICE, "answers_as_evaluated", found.passed, str(found), accuracy=found.accuracy)
+def _client(status: ServiceStatus, digest: str) -> InferenceClient:
+    right = serves_the_model(status, digest)
+    if not right.passed or status.url is None:
+        raise ServerError(right.reason)
+    return InferenceClient(status.url, headers=status.headers)
+
+
+def _test_split(object_store: ObjectStoreResource, digest: str) -> SplitReader:
+    manifest = read_manifest(object_store.models.at(digest), digest)
+    return open_split(object_store.processed, manifest.dataset_digest, "test")
 
 
 def _latency(
-    context: dg.AssetCheckExecutionContext, client: InferenceClient, test: SplitReader, config: ServiceCheckConfig
-) -> dg.AssetCheckResult:
+    instance: dg.DagsterInstance, client: InferenceClient, test: SplitReader, config: ServiceCheckConfig
+) -> Finding:
     image = test.take([0])
     times = []
-    try:
-        for _ in range(config.num_timed_requests):
-            started = time.perf_counter()
-            client.predict_arrays(image)
-            times.append(time.perf_counter() - started)
-    except ServerError as error:
-        return result(INFERENCE_SERVICE, "latency", False, str(error), severity=WARN)
+    for _ in range(config.num_timed_requests):
+        started = time.perf_counter()
+        client.predict_arrays(image)
+        times.append(time.perf_counter() - started)
     median = float(np.median(times)) * 1000
-    before = _medians_before(context.instance)
+    before = _medians_before(instance)
     allowed = min(before, default=median) * config.slowdown_bound
-    return result(
-        INFERENCE_SERVICE,
-        "latency",
+    return Finding(
         median <= allowed,
         f"Median of {len(times)} requests {median:.1f} ms; allowed {allowed:.1f} ms"
         + (f", {config.slowdown_bound:g} times the lowest median before." if before else " (first measurement)."),
-        severity=WARN,
-        median_milliseconds=median,
+        {"median_milliseconds": median},
     )
 
 

@@ -14,8 +14,8 @@ from cifar_assets.dataset.lineage import (
     images_of,
     model_lineage,
 )
-from cifar_assets.dataset.processed import SPLIT_NAMES
 from cifar_assets.dataset.raw import list_raw_versions, make_current
+from cifar_assets.dataset.splits import SPLIT_NAMES
 from cifar_assets.dataset.stores import Stores, add_store_option, open_stores
 from cifar_assets.errors import CifarError
 

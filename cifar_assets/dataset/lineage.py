@@ -7,9 +7,10 @@ import numpy as np
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.objects import RawObject
-from cifar_assets.dataset.processed import SPLIT_NAMES, SplitName, list_processed_versions, read_processed
+from cifar_assets.dataset.processed import list_processed_versions, read_processed
 from cifar_assets.dataset.raw import list_raw_versions, read_provenance, read_raw
 from cifar_assets.dataset.reader import open_rows
+from cifar_assets.dataset.splits import SPLIT_NAMES, SplitName
 from cifar_assets.dataset.stores import Stores
 from cifar_assets.errors import ConfigError
 from cifar_assets.model_package import MANIFEST_FILE, read_manifest

@@ -19,27 +19,14 @@ from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.dataset.raw import RawManifest, read_raw
 from cifar_assets.dataset.rows import RowBatch
 from cifar_assets.dataset.shards import Rows, Shard, ShardWriter
+from cifar_assets.dataset.splits import NEEDED_SPLITS, SPLIT_NAMES, SplitConfig, SplitName, assign_splits
 from cifar_assets.digests import canonical_json, sha256_json
 from cifar_assets.errors import ConfigError, DataError, IntegrityError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
 
-SplitName = Literal["train", "validation", "test"]
-SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 MANIFEST_FILE = "manifest.json"
-
-
-class SplitConfig(BaseModel):
-    """How images are divided. A split depends on an image's own digest, so adding images moves none."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    validation_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of training images held out.")
-    test_fraction: float = Field(
-        default=0.1, gt=0, lt=1, description="Share of images used for the test where the source has no test split."
-    )
-    max_shard_rows: int = Field(default=16_384, ge=1, description="Images per shard (3 kB each).")
 
 
 class ProcessedManifest(BaseModel):
@@ -111,7 +98,7 @@ def build_processed(
         statistics = ChannelStatistics()
         done = 0
         for rows in _used_rows(raw, manifest):
-            names = assign_splits(rows, config)
+            names = assign_splits(rows.digests, rows.source_splits, config)
             for position, split in enumerate(SPLIT_NAMES):
                 part = rows.take(names == position)
                 writers[split].add(part)
@@ -157,17 +144,6 @@ def list_processed_versions(processed: ObjectStore) -> list[str]:
     """Digests of the published versions, in order."""
     keys = (info.key for info in processed.list())
     return [key.split("/")[0] for key in keys if key.count("/") == 1 and key.endswith(f"/{MANIFEST_FILE}")]
-
-
-def assign_splits(rows: Rows, config: SplitConfig) -> NDArray[np.int64]:
-    """Position in SPLIT_NAMES of each row.
-
-    Bytes 0 to 7 of an image's digest, as a number from 0 to 1, decide about validation, bytes 8 to 15 about the test.
-    """
-    numbers = rows.digests[:, :16].copy().view(">u8") / 2.0**64
-    in_test = (rows.source_splits == "test") | ((rows.source_splits == "any") & (numbers[:, 1] < config.test_fraction))
-    in_validation = numbers[:, 0] < config.validation_fraction
-    return np.where(in_test, 2, np.where(in_validation, 1, 0))
 
 
 class ChannelStatistics:
@@ -235,8 +211,7 @@ def _class_counts(labels: NDArray[np.int64]) -> dict[str, int]:
 
 
 def _check_counts(counts: dict[SplitName, dict[str, int]], raw_digest: str) -> None:
-    needed: tuple[SplitName, ...] = ("train", "test")
-    for split in needed:
+    for split in NEEDED_SPLITS:
         if not sum(counts[split].values()):
             raise DataError(
                 f"Raw version {raw_digest} has no images for the {split} split: add data, or change the fractions."

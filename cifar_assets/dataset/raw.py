@@ -17,6 +17,7 @@ from cifar_assets.dataset.landing import LandingReport, join_landed
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.dataset.sources import import_source
+from cifar_assets.dataset.splits import splits_filled
 from cifar_assets.digests import canonical_json, sha256_json
 from cifar_assets.errors import ConfigError, DataError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
@@ -91,7 +92,9 @@ def build_raw_version(
     resize: bool = True,
     progress: Progress = quiet,
 ) -> RawVersion:
-    """Publish the version made of the source and of what is valid in the landing zone, and make it current.
+    """Publish the version made of the source and of what is valid in the landing zone.
+
+    It becomes the current one if it can be split; its blocking checks say so too.
 
     The digest is a function of the two: the order, names and number of copies in which data landed do not matter. With
     `digest` given, that earlier version is made current instead and nothing is read from source or landing zone.
@@ -119,7 +122,7 @@ def build_raw_version(
 
 
 def publish(raw: ObjectStore, manifest: RawManifest, source: str, landed_names: dict[str, list[str]]) -> None:
-    """Write the manifest, last of all that the version needs, and point to it."""
+    """Write the manifest, last of all that the version needs, and make the version current if it can be used."""
     digest = manifest.digest
     provenance = {
         "source": shown(source),
@@ -129,7 +132,10 @@ def publish(raw: ObjectStore, manifest: RawManifest, source: str, landed_names: 
     if not raw.exists(_provenance_key(digest)):
         raw.write(_provenance_key(digest), json.dumps(provenance, indent=1).encode())
     raw.write(_manifest_key(digest), canonical_json(manifest.model_dump(mode="json")))
-    _point_to(raw, digest)
+    try:
+        make_current(raw, digest)
+    except DataError as error:
+        logger.warning("The current raw version stays as it is: %s", error)
 
 
 def read_raw(raw: ObjectStore, digest: str) -> RawManifest:
@@ -160,13 +166,17 @@ def current_raw_digest(raw: ObjectStore) -> str | None:
 
 
 def make_current(raw: ObjectStore, digest: str) -> None:
-    """Point to a version that exists with all its objects; DataError naming the object that is missing."""
-    for item in read_raw(raw, digest).objects:
+    """Point to a version. DataError, and no change, where an object is missing or a split would be empty."""
+    manifest = read_raw(raw, digest)
+    for item in manifest.objects:
         info = raw.stat(item.key)
         if info is None or info.size != item.size:
             found = "is missing" if info is None else f"has {info.size:,} bytes in place of {item.size:,}"
             raise DataError(f"Raw version {digest} cannot be used: {raw.uri(item.key)} {found}.")
-    _point_to(raw, digest)
+    finding = splits_filled(raw, manifest.objects, manifest.resize)
+    if not finding.passed:
+        raise DataError(f"Raw version {digest} cannot be used: {finding.reason}")
+    raw.write(CURRENT_KEY, canonical_json({"digest": digest, "manifest": _manifest_key(digest)}))
 
 
 def list_raw_versions(raw: ObjectStore) -> list[VersionInfo]:
@@ -201,10 +211,6 @@ def read_provenance(raw: ObjectStore, digest: str) -> dict[str, object]:
     if not raw.exists(_provenance_key(digest)):
         return {}
     return dict(json.loads(raw.read(_provenance_key(digest))))
-
-
-def _point_to(raw: ObjectStore, digest: str) -> None:
-    raw.write(CURRENT_KEY, canonical_json({"digest": digest, "manifest": _manifest_key(digest)}))
 
 
 def _manifest_key(digest: str) -> str:

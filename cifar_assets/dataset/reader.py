@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_assets.contracts import IMAGE_SHAPE
-from cifar_assets.dataset.processed import ProcessedManifest, SplitName, read_processed
+from cifar_assets.dataset.processed import ProcessedManifest, read_processed
 from cifar_assets.dataset.shards import Shard, check_images, map_shard
+from cifar_assets.dataset.splits import SplitName
 from cifar_assets.digests import sha256_file
 from cifar_assets.errors import IntegrityError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from cifar_assets.contracts import CLASSES, SEED_PROCESSED_KEY, SEED_RAW_KEY
 from cifar_assets.dataset.formats.archive import BATCHES, PYTHON_FOLDER
 from cifar_assets.dataset.objects import fetched
-from cifar_assets.dataset.processed import MANIFEST_FILE, SPLIT_NAMES, read_processed
+from cifar_assets.dataset.processed import MANIFEST_FILE, read_processed
 from cifar_assets.dataset.raw import read_raw
 from cifar_assets.dataset.reader import open_split
+from cifar_assets.dataset.splits import SPLIT_NAMES
 from cifar_assets.object_store import ObjectStore
 
 _GZIP_LEVEL = 1

@@ -68,7 +68,7 @@ def _data(options: argparse.Namespace) -> int:
 
 def _processed(options: argparse.Namespace) -> int:
     plan: Plan = options.plan
-    manifest = verify_processed(open_stores(options.store).processed, plan.spec.dataset_digest, plan.raw_digest)
+    manifest = verify_processed(open_stores(options.store), plan.spec.dataset_digest, plan.raw_digest)
     counts = ", ".join(f"{manifest.count(split):,} {split}" for split in manifest.counts)
     _say(f"Processed version {plan.spec.dataset_digest}: every file has its digest; {counts} images.")
     return 0

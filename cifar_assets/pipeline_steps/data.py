@@ -1,4 +1,4 @@
-"""The first two steps: is every object of the data what its digest says?"""
+"""The first two steps: is every object of the data what its digest says, and does it pass what blocks in Dagster?"""
 
 import json
 import tempfile
@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar_assets.dataset.objects import fetched
-from cifar_assets.dataset.processed import (
-    SPLIT_NAMES,
-    ProcessedManifest,
-    SplitConfig,
-    list_processed_versions,
-    read_processed,
-)
+from cifar_assets.dataset.processed import ProcessedManifest, list_processed_versions, read_processed
 from cifar_assets.dataset.raw import current_raw_digest, read_raw
 from cifar_assets.dataset.reader import open_split
+from cifar_assets.dataset.splits import SPLIT_NAMES, SplitConfig
 from cifar_assets.dataset.stores import Stores
+from cifar_assets.dataset.verdicts import judge_processed, judge_raw
 from cifar_assets.errors import ConfigError, DataError, ObjectNotFoundError
+from cifar_assets.finding import Judges, objections
 from cifar_assets.object_store import ObjectStore
 from cifar_assets.pipeline_steps.plan import Plan
 from cifar_assets.training.recipes import get_recipe
@@ -93,23 +89,18 @@ def current_dataset(stores: Stores) -> str:
 
 
 def verify_raw(raw: ObjectStore, digest: str) -> int:
-    """Read every object of a raw version and compare its digest; the number of its images.
-
-    ObjectNotFoundError or IntegrityError naming the first object that is missing or was changed.
-    """
+    """The number of images of a raw version; DataError with the reasons where it fails what blocks in Dagster."""
     manifest = read_raw(raw, digest)
-    for item in manifest.objects:
-        with fetched(raw, item.key, item.sha256):
-            pass
+    _require(judge_raw(raw, digest), f"Raw version {digest}")
     return manifest.rows
 
 
-def verify_processed(processed: ObjectStore, digest: str, raw_digest: str) -> ProcessedManifest:
-    """Open every split, which compares each file's digest, and hold it against the manifest.
+def verify_processed(stores: Stores, digest: str, raw_digest: str) -> ProcessedManifest:
+    """Open every split, which compares each file's digest, and ask what blocks in Dagster.
 
     DataError where the manifest belongs to other raw data, or counts other images than there are.
     """
-    manifest = read_processed(processed, digest)
+    manifest = read_processed(stores.processed, digest)
     if manifest.raw_digest != raw_digest:
         raise DataError(
             f"Processed version {digest} was made from raw version {manifest.raw_digest}, expected {raw_digest}: "
@@ -117,13 +108,19 @@ def verify_processed(processed: ObjectStore, digest: str, raw_digest: str) -> Pr
         )
     for split in SPLIT_NAMES:
         with tempfile.TemporaryDirectory(prefix="cifar-verify-") as fresh:  # what is compared comes from the store
-            rows = len(open_split(processed, digest, split, Path(fresh)))
+            rows = len(open_split(stores.processed, digest, split, Path(fresh)))
         if rows != manifest.count(split):
             raise DataError(
                 f"The {split} split of processed version {digest} has {rows} images where its manifest counts "
                 f"{manifest.count(split)}: materialize cifar10/processed_dataset again."
             )
+    _require(judge_processed(stores.raw, stores.processed, digest), f"Processed version {digest}")
     return manifest
+
+
+def _require(judges: Judges, what: str) -> None:
+    if reasons := objections(judges):
+        raise DataError(f"{what} is refused. {' '.join(reasons)}")
 
 
 def parse_object(text: str, what: str) -> dict[str, Any]:

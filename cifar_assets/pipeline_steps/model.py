@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cifar_assets.errors import DataError, ObjectNotFoundError
-from cifar_assets.gate import Verdict, judge
-from cifar_assets.model_package import RECIPE_FILE, read_file, read_json
+from cifar_assets.errors import ObjectNotFoundError
+from cifar_assets.finding import objections
+from cifar_assets.gate import ACCURACY_CHECK, Verdict, check_made_by, judge, judge_model
+from cifar_assets.model_package import read_file
 from cifar_assets.object_store import ObjectStore
 from cifar_assets.pipeline_steps.plan import Plan
 
@@ -21,16 +22,18 @@ class ModelReport:
     verdict: Verdict
 
     def to_json(self) -> str:
-        verdict = {"passed": self.verdict.passed, "reason": self.verdict.reason}
-        numbers = {"test_accuracy": self.verdict.test_accuracy, "threshold": self.verdict.threshold}
-        return json.dumps({**self.result, **numbers, **verdict}, sort_keys=True)
+        verdict = {**asdict(self.verdict), "passed": self.verdict.passed, "reason": self.verdict.reason}
+        return json.dumps({**self.result, **verdict}, sort_keys=True)
 
 
 def verify_model(models: ObjectStore, plan: Plan, threshold: float) -> ModelReport:
     """The report on the model that this run's training says it made; every covered file is read and compared.
 
+    The verdict is that of the checks that block in Dagster. It decides how the workflow ends; Dagster deploys on its
+    own record, never on this.
+
     ObjectNotFoundError where there is none, IntegrityError for a changed file, DataError for a model of another
-    dataset, recipe or seed than the run's. A model below the threshold is no error here: the verdict says it.
+    dataset, recipe or seed than the run's. A model that is refused is not an error here: the verdict says so.
     """
     result = training_result(models, plan)
     digest = str(result["model_digest"])
@@ -38,20 +41,9 @@ def verify_model(models: ObjectStore, plan: Plan, threshold: float) -> ModelRepo
     package = models.at(digest)
     for name in manifest.files:
         read_file(package, manifest, name)
-    expected = {
-        "dataset": plan.spec.dataset_digest,
-        "seed": plan.spec.seed,
-        "recipe": plan.spec.recipe.model_dump(mode="json"),
-    }
-    found = {
-        "dataset": manifest.dataset_digest,
-        "seed": manifest.seed,
-        "recipe": read_json(package, manifest, RECIPE_FILE),
-    }
-    for what, value in expected.items():
-        if found[what] != value:
-            raise DataError(f"Model {digest} has {what} {found[what]}, this run asked for {value}.")
-    return ModelReport(result, verdict)
+    check_made_by(plan.spec, models, digest)
+    others = {name: judge for name, judge in judge_model(models, digest, threshold).items() if name != ACCURACY_CHECK}
+    return ModelReport(result, replace(verdict, objections=tuple(objections(others))))
 
 
 def training_result(models: ObjectStore, plan: Plan) -> Mapping[str, Any]:

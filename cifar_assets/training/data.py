@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cifar_assets.contracts import IMAGE_SHAPE
-from cifar_assets.dataset.processed import ProcessedManifest, SplitName, read_processed
+from cifar_assets.dataset.processed import ProcessedManifest, read_processed
 from cifar_assets.dataset.reader import SplitReader, open_split
+from cifar_assets.dataset.splits import SplitName
 from cifar_assets.errors import DataError
 from cifar_assets.object_store import open_store
 from cifar_assets.training.spec import JobSpec

@@ -53,7 +53,9 @@ def parse_result(run: str, text: str) -> PipelineResult:
         report = json.loads(text)
         fields = ("model_digest", "model_uri", "mlflow_run_id", "mlflow_model_version", "resumed_from")
         training = TrainingResult(**{name: report[name] for name in fields})
-        verdict = Verdict(training.model_digest, report["test_accuracy"], report["threshold"])
+        verdict = Verdict(
+            training.model_digest, report["test_accuracy"], report["threshold"], tuple(report.get("objections", ()))
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{run} reported a model as {text!r}, which cannot be read: {error}") from error
     return PipelineResult(run, training, verdict)

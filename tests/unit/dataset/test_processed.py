@@ -5,17 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_assets.dataset.processed import (
-    SPLIT_NAMES,
-    ChannelStatistics,
-    SplitConfig,
-    build_processed,
-    list_processed_versions,
-    read_processed,
-)
+from cifar_assets.dataset.processed import ChannelStatistics, build_processed, list_processed_versions, read_processed
 from cifar_assets.dataset.raw import build_raw_version
 from cifar_assets.dataset.reader import open_split
 from cifar_assets.dataset.sheet import sample_sheet
+from cifar_assets.dataset.splits import SPLIT_NAMES, SplitConfig
 from cifar_assets.errors import DataError, IntegrityError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store import FolderStore
 

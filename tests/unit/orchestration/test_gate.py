@@ -1,34 +1,19 @@
-"""The gate's decision and the settings it refuses (case C09)."""
-
-import json
+"""The gate's decision and the settings it refuses."""
 
 import pytest
 
-from cifar_assets.contracts import CLASSES
 from cifar_assets.deployment import resources_for
-from cifar_assets.digests import sha256_bytes
 from cifar_assets.errors import CifarError, ConfigError, DataError, IntegrityError
 from cifar_assets.gate import judge
-from cifar_assets.model_package import METRICS_FILE, ModelManifest, write_package
+from cifar_assets.model_package import METRICS_FILE
 from cifar_assets.object_store import ObjectStore, open_store
 from resources.gate import DEFAULT_THRESHOLD
+from tests.fixtures.models import store_model
 
 
 @pytest.fixture
 def models(tmp_path) -> ObjectStore:
     return open_store((tmp_path / "models").as_uri())
-
-
-def store_model(models: ObjectStore, metrics: object) -> str:
-    files = {METRICS_FILE: json.dumps(metrics).encode()}
-    manifest = ModelManifest(
-        dataset_digest="d" * 64,
-        raw_digest="r" * 64,
-        seed=0,
-        classes=CLASSES,
-        files={name: sha256_bytes(data) for name, data in files.items()},
-    )
-    return write_package(models, manifest, files)
 
 
 @pytest.mark.parametrize(("accuracy", "passed"), [(0.31, False), (0.7999, False), (0.8, True), (0.93, True)])

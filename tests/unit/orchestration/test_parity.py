@@ -10,17 +10,10 @@ import pytest
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.upstream import DATA_VERSION_TAG
 from cifar_assets.checks.parity import argo_parity_checks
-from cifar_assets.contracts import CLASSES
-from cifar_assets.digests import canonical_json, sha256_bytes
-from cifar_assets.model_package import (
-    ENVIRONMENT_FILE,
-    METRICS_FILE,
-    RECIPE_FILE,
-    WEIGHTS_FILE,
-    ModelManifest,
-    write_package,
-)
+from cifar_assets.digests import canonical_json
+from cifar_assets.model_package import ENVIRONMENT_FILE
 from resources.object_store import LocalObjectStore
+from tests.fixtures.models import store_model
 
 ENVIRONMENT = {"processes": 1, "threads": 2, "device": "cpu", "precision": "float32", "cpu": "some", "packages": {}}
 
@@ -35,22 +28,9 @@ class Roads:
     def model(
         self, key: dg.AssetKey, *, weights: bytes = b"weights", seed: int = 0, gate: str = "passed", **changes: Any
     ) -> str:
-        metrics: Mapping[str, Any] = {"test_accuracy": 0.8, **changes.get("metrics", {})}
         environment = {**ENVIRONMENT, **changes.get("environment", {})}
-        files = {
-            WEIGHTS_FILE: weights,
-            METRICS_FILE: canonical_json(metrics),
-            RECIPE_FILE: canonical_json({"name": "fast"}),
-        }
-        manifest = ModelManifest(
-            dataset_digest="d" * 64,
-            raw_digest="r" * 64,
-            seed=seed,
-            classes=CLASSES,
-            files={name: sha256_bytes(data) for name, data in files.items()},
-        )
-        files |= {ENVIRONMENT_FILE: canonical_json(environment), **changes.get("files", {})}
-        digest = write_package(self._resource.models, manifest, files)
+        files = {ENVIRONMENT_FILE: canonical_json(environment), **changes.get("files", {})}
+        digest = store_model(self._resource.models, changes.get("metrics"), weights=weights, seed=seed, files=files)
         metadata = {"threshold": 0.75, "gate": gate}
         event = dg.AssetMaterialization(key, metadata=metadata, tags={DATA_VERSION_TAG: digest})
         self._instance.report_runless_asset_event(event)

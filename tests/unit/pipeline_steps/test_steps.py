@@ -7,16 +7,15 @@ import pytest
 from dagster_pipes import PipesMappingParamsLoader
 from yaml import safe_load
 
-from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.raw import build_raw_version
-from cifar_assets.digests import canonical_json, sha256_bytes
 from cifar_assets.errors import StoreError
-from cifar_assets.model_package import METRICS_FILE, RECIPE_FILE, WEIGHTS_FILE, ModelManifest, write_package
+from cifar_assets.model_package import WEIGHTS_FILE
 from cifar_assets.object_store import FolderStore
 from cifar_assets.pipeline_steps import __main__ as steps
 from cifar_assets.pipeline_steps.plan import Plan, parse_plan
 from cifar_assets.pipes_store import STORE_URI_PARAM
 from cifar_assets.training.spec import parse_spec
+from tests.fixtures.models import store_model
 from tests.fixtures.tiny_data import TINY_RECIPE, TinyData, store_tiny_data
 
 
@@ -63,23 +62,18 @@ def tiny(pipeline: Steps) -> TinyData:
     return store_tiny_data(pipeline.store, train=60, test=20)
 
 
-def report_model(pipeline: Steps, accuracy: float = 0.5, seed: int = 0) -> str:
+def report_model(pipeline: Steps, seed: int = 0, **metrics: float) -> str:
     """Store a model as the run's training would, and leave its message."""
     plan = pipeline.plan()
-    files = {
-        WEIGHTS_FILE: b"weights",
-        METRICS_FILE: canonical_json({"test_accuracy": accuracy}),
-        RECIPE_FILE: canonical_json(plan.spec.recipe.model_dump(mode="json")),
-    }
-    manifest = ModelManifest(
-        dataset_digest=plan.spec.dataset_digest,
-        raw_digest=plan.raw_digest,
-        seed=seed,
-        classes=CLASSES,
-        files={name: sha256_bytes(data) for name, data in files.items()},
-    )
     models = pipeline.store.at("models")
-    digest = write_package(models, manifest, files)
+    digest = store_model(
+        models,
+        {"test_accuracy": 0.5, **metrics},
+        dataset=plan.spec.dataset_digest,
+        raw=plan.raw_digest,
+        seed=seed,
+        recipe=plan.spec.recipe.model_dump(mode="json"),
+    )
     payload = {"type": "result", "model_digest": digest, "model_uri": models.uri(digest), "mlflow_unsent": []}
     messages = [
         {"method": "opened", "params": {}},

@@ -7,15 +7,9 @@ import numpy as np
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.index import pixel_digests
-from cifar_assets.dataset.processed import (
-    MANIFEST_FILE,
-    SPLIT_NAMES,
-    ChannelStatistics,
-    ProcessedManifest,
-    SplitConfig,
-    SplitName,
-)
+from cifar_assets.dataset.processed import MANIFEST_FILE, ChannelStatistics, ProcessedManifest
 from cifar_assets.dataset.shards import Rows, Shard, ShardWriter
+from cifar_assets.dataset.splits import SPLIT_NAMES, SplitConfig, SplitName
 from cifar_assets.dataset.synthetic import draw_split
 from cifar_assets.digests import canonical_json
 from cifar_assets.object_store import FolderStore
