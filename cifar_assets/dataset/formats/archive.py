@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
 from cifar_assets.dataset.formats.binary import parse_records
-from cifar_assets.dataset.formats.pickles import HostileDataError, load_plain
+from cifar_assets.dataset.formats.pickles import HostileDataError, load_fields
 from cifar_assets.dataset.rows import RowBatch, Split, pixel_batches
 from cifar_assets.errors import DataError
 
 PYTHON_FOLDER = "cifar-10-batches-py"
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-MAX_MEMBER_BYTES = 256 << 20
-MAX_UNPACKED_BYTES = 4 << 30
+MAX_MEMBER_BYTES = 64 << 20
+MAX_UNPACKED_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 20
 """Bounds against archives that unpack to far more than CIFAR-10 (186 MB, 31 MB per batch), or hold it in memory."""
 
@@ -31,9 +31,9 @@ _READABLE_ERRORS = (EOFError, OSError, ValueError, tarfile.TarError, zlib.error)
 def read_archive(path: Path, name: str) -> Iterator[RowBatch]:
     """Rows of a `.tar`, `.tar.gz` or `.tgz` in the official layout, in the order of its members.
 
-    `name` is what errors call the archive. Raises DataError when it is cut off, no archive, lacks a batch or holds one
-    twice; HostileDataError naming the member when a member's path leaves the folder, is a link or a device, or a batch
-    asks for code to be run.
+    `name` is what errors call the archive. Raises DataError when it is cut off, not an archive, lacks a batch or holds
+    one twice; HostileDataError naming the member when a member's path leaves the folder, is a link or a device, or a
+    batch asks for code to be run.
     """
     with path.open("rb") as file:
         yield from _read_stream(_unpacked(file, name), name, path.stat().st_size)
@@ -49,8 +49,8 @@ def _unpacked(file: BinaryIO, name: str) -> BinaryIO:
     if not start:
         raise DataError(f"{name} is empty (0 bytes): fetch or upload it again.")
     raise DataError(
-        f"{name} is no tar archive: it starts with {start[:24]!r}. An error page saved in place of the archive looks "
-        "like this; fetch or upload it again."
+        f"{name} is not a tar archive: it starts with {start[:24]!r}. An error page saved in place of the archive "
+        "looks like this; fetch or upload it again."
     )
 
 
@@ -133,11 +133,8 @@ def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) 
 def _parse_batch(batch_name: str, data: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     if batch_name.endswith(".bin"):
         return parse_records(data, where)
-    batch = load_plain(data, where)
-    if not isinstance(batch, dict) or not {"data", "labels"} <= {_text(key) for key in batch}:
-        raise DataError(f"{where}: expected a dict with 'data' and 'labels'.")
-    fields = {_text(key): value for key, value in batch.items()}
-    pixels, labels = fields["data"], fields["labels"]
+    fields = load_fields(data, where)
+    pixels, labels = fields.get("data"), fields.get("labels")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (_IMAGE_BYTES,):
         raise DataError(f"{where}: expected data as a uint8 array N x {_IMAGE_BYTES}, got {_kind(pixels)}.")
     if isinstance(labels, list) and all(type(label) is int for label in labels):
@@ -158,16 +155,12 @@ def _check_meta(batch_name: str, data: bytes, where: str) -> None:
     if batch_name == "batches.meta.txt":
         names = data.decode("ascii", "replace").split()
     else:
-        meta = load_plain(data, where)
-        found = {_text(key): value for key, value in meta.items()} if isinstance(meta, dict) else {}
-        label_names = found.get("label_names")
-        names = [_text(value) for value in label_names] if isinstance(label_names, list) else []
+        label_names = load_fields(data, where).get("label_names")
+        names = label_names if isinstance(label_names, list) else []
+        names = [name.decode("latin1") if isinstance(name, bytes) else name for name in names]
     if tuple(names) != CLASSES:
-        raise DataError(f"{where}: label names are {names}; expected {list(CLASSES)}. Labels would mean other classes.")
-
-
-def _text(value: object) -> str:
-    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+        shown = [name[:20] if isinstance(name, str) else _kind(name) for name in names[: len(CLASSES) + 1]]
+        raise DataError(f"{where}: label names are {shown}; expected {list(CLASSES)}. Labels would mean other classes.")
 
 
 class _Bounded(io.RawIOBase):

@@ -1,9 +1,17 @@
-"""Reading the official archive's pickles without running what others may have put into one."""
+"""Reading the official archive's pickles: plain data comes out, and nothing that a file could drive is ever made.
+
+The unpickler makes no numpy object. Stand-ins written here take what a pickle says of an array, and one checked
+`np.frombuffer` makes the array from it.
+"""
 
 import io
+import math
 import pickle
+import re
+import struct
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,76 +22,141 @@ class HostileDataError(DataError):
     """Data that tries to do more than hold images: to run code, or to write outside its folder."""
 
 
-def load_plain(data: bytes, name: str) -> Any:
-    """The object in a pickle made of numpy arrays, lists, dicts, numbers, text and bytes.
+def load_fields(data: bytes, name: str) -> dict[str, Any]:
+    """The pickled dict: lists, dicts, tuples, numbers, text, bytes, and in its own values arrays of integers.
 
-    Python 2 strings arrive as latin-1 text, as numpy asks for. Raises HostileDataError naming `name` when the pickle
-    asks for anything else (nothing of it has run then), DataError when it is cut off or no pickle.
+    Python 2 strings arrive as latin-1 text. Raises HostileDataError naming `name` when the pickle asks for anything
+    else, DataError when it is cut off, not a pickle or not a dict.
     """
     try:
-        return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
+        loaded = _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
+        if not isinstance(loaded, dict):
+            raise DataError(f"expected a dict, got a {type(loaded).__name__}")
+        return {_text(key): value.array if isinstance(value, _Array) else value for key, value in loaded.items()}
     except HostileDataError as error:
         raise HostileDataError(f"{name}: {error}") from error
+    except MemoryError:
+        raise
     except Exception as error:
-        raise DataError(f"{name} is no readable pickle of arrays and plain values: {error!r}") from error
+        raise DataError(f"{name} is not a readable pickle of arrays and plain values: {error!r:.200}") from error
 
 
-class _PlainUnpickler(pickle._Unpickler):  # noqa: SLF001
-    # The C unpickler allocates a memo as large as the pickle claims; this one keeps a dict.
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        admitted = _ADMITTED.get((module, name))
-        if admitted is None:
-            raise HostileDataError(
-                f"the pickle asks for {module}.{name}; only numpy arrays and plain Python values are read. "
-                "Do not use this file: write the batch again with numpy arrays and lists."
-            )
-        # A fresh callable each time: a pickle can set attributes on what it is given.
-        return lambda *arguments: admitted(*arguments)
+def _text(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.decode("latin1")
+    if not isinstance(value, str):
+        raise DataError(f"expected text as key, got a {type(value).__name__}")
+    return value
 
 
-def _empty_array(kind: Any, shape: Any, typecode: Any) -> np.ndarray:
-    # numpy pickles an array as an empty one plus its state.
-    if kind is not np.ndarray or shape != (0,):
-        raise HostileDataError(f"the pickle builds an array of kind {kind!r} and shape {shape!r} before its data")
-    return np.ndarray(0, dtype=np.uint8)
+@dataclass(frozen=True)
+class _Function:
+    """Stands for a numpy function: what a pickle may call in its place."""
+
+    call: Callable[..., Any]
 
 
-def _dtype(kind: str, *_: Any) -> np.dtype:
-    # A copy: the pickle then sets the byte order on it, and numpy's own dtypes are shared.
-    dtype = np.dtype(kind, False, True)
-    if dtype.kind not in "biufSUV":
-        raise HostileDataError(f"the pickle holds an array of {kind!r}")
-    return dtype
+class _Dtype:
+    """Stands for numpy.dtype."""
+
+    def __init__(self, kind: Any, *_: Any):
+        if not isinstance(kind, str) or not re.fullmatch("[iu][1248]", kind):
+            raise HostileDataError(f"the pickle holds an array of {kind!r:.50}; only arrays of integers are read")
+        self.kind, self.byte_order = kind, "="
+
+    def set_state(self, state: Any) -> None:
+        self.byte_order = {"|": "=", "=": "=", "<": "<", ">": ">"}[state[1]]
 
 
-def _from_buffer(data: Any, dtype: np.dtype, shape: Any, order: Any, *_: Any) -> np.ndarray:
-    return np.frombuffer(data, dtype=dtype).reshape(shape, order=order)
+class _Array:
+    """Stands for numpy.ndarray."""
+
+    array: np.ndarray | None = None
+
+    def set_state(self, state: Any) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self.fill(data, dtype, shape, "F" if is_fortran else "C")
+
+    def fill(self, data: Any, dtype: Any, shape: Any, order: Any) -> "_Array":
+        kind = np.dtype(dtype.byte_order + dtype.kind)
+        data = data.encode("latin1") if isinstance(data, str) else data
+        if not isinstance(data, bytes) or not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError("an array without data or shape")
+        if math.prod(shape) * kind.itemsize != len(data):
+            raise ValueError(f"an array of {len(data)} bytes that claims another size")
+        self.array = np.frombuffer(data, dtype=kind).reshape(shape, order=order)
+        return self
+
+
+def _reconstruct(kind: Any, shape: Any, typecode: Any) -> _Array:
+    if kind is not _NDARRAY:
+        raise HostileDataError("the pickle builds an array of a class of its own")
+    return _Array()
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1" if encoding == "latin1" else "ascii")
 
 
-def _byte_array(data: bytes | str = b"", *_: Any) -> bytearray:
-    return bytearray(data.encode("latin1") if isinstance(data, str) else bytes(memoryview(data)))
-
-
-_ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "dtype"): _dtype,
-    ("_codecs", "encode"): _encode,
+_NDARRAY = object()
+_ADMITTED: dict[tuple[str, str], object] = {
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _Function(_Dtype),
+    ("_codecs", "encode"): _Function(_encode),
+    ("__builtin__", "bytes"): _Function(lambda: b""),
 }
-for _module in ("builtins", "__builtin__"):
-    _ADMITTED |= {
-        (_module, "bytearray"): _byte_array,
-        (_module, "complex"): complex,
-        (_module, "frozenset"): frozenset,
-        (_module, "set"): set,
-    }
 for _core in ("numpy.core", "numpy._core"):
     _ADMITTED |= {
-        (f"{_core}.multiarray", "_reconstruct"): _empty_array,
-        (f"{_core}.numeric", "_frombuffer"): _from_buffer,
+        (f"{_core}.multiarray", "_reconstruct"): _Function(_reconstruct),
+        (f"{_core}.numeric", "_frombuffer"): _Function(lambda *parts: _Array().fill(*parts)),
+    }
+
+_UNPICKLER: Any = pickle._Unpickler  # noqa: SLF001
+# The C unpickler allocates a memo as large as the pickle claims; this one keeps a dict.
+
+_REFUSED_OPCODES = [
+    *(pickle.OBJ, pickle.INST, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.PERSID, pickle.BINPERSID),
+    *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+    *(pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET),
+]
+
+
+class _PlainUnpickler(_UNPICKLER):
+    def find_class(self, module: str, name: str) -> Any:
+        admitted = _ADMITTED.get((module, name))
+        if admitted is None:
+            raise HostileDataError(
+                f"the pickle asks for {module}.{name}; only numpy arrays and plain Python values are read. "
+                "Do not use this file: write the batch again with numpy arrays and lists."
+            )
+        return admitted
+
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        function = self.stack[-1]
+        if not isinstance(function, _Function):
+            raise HostileDataError("the pickle calls what is not a function")
+        self.stack[-1] = function.call(*arguments)
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if not isinstance(target, _Array | _Dtype):
+            raise HostileDataError("the pickle sets the state of what has none")
+        target.set_state(state)
+
+    def load_bytearray8(self) -> None:
+        # The original allocates the length that the pickle claims.
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(size))
+
+    def load_refused(self) -> None:
+        raise HostileDataError("the pickle builds an object of a class of its own, or a set")
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **_UNPICKLER.dispatch,
+        **dict.fromkeys((opcode[0] for opcode in _REFUSED_OPCODES), load_refused),
+        pickle.REDUCE[0]: load_reduce,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
     }

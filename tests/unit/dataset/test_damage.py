@@ -16,7 +16,7 @@ from PIL import Image
 
 from cifar_assets.dataset.formats.archive import read_archive
 from cifar_assets.dataset.formats.parquet import read_parquet
-from cifar_assets.dataset.formats.pickles import load_plain
+from cifar_assets.dataset.formats.pickles import load_fields
 from cifar_assets.dataset.images import prepare_image
 from cifar_assets.dataset.index import build_index
 from cifar_assets.dataset.objects import RawObject, ranges_of
@@ -47,13 +47,13 @@ _DAMAGE = (st.integers(0, 2**30), st.integers(0, 255), st.one_of(st.just(0), st.
 
 @given(st.binary(max_size=200))
 def test_any_bytes_as_a_pickle(data: bytes) -> None:
-    _, error = attempt(lambda: load_plain(data, "batch"))
+    _, error = attempt(lambda: load_fields(data, "batch"))
     assert error is None or "batch" in error
 
 
 @given(*_DAMAGE)
 def test_a_damaged_pickle(position: int, change: int, cut: int) -> None:
-    _, error = attempt(lambda: load_plain(damaged(_BATCH, position, change, cut), "batch"))
+    _, error = attempt(lambda: load_fields(damaged(_BATCH, position, change, cut), "batch"))
     assert error is None or "batch" in error
 
 
@@ -137,4 +137,4 @@ def test_ranges_name_exactly_the_rows(rows: set[int]) -> None:
 @pytest.mark.parametrize("claim", [b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", b"\x80\x02T\xff\xff\xff\x7f."])
 def test_a_length_that_is_only_claimed_is_not_allocated(claim: bytes) -> None:
     with pytest.raises(DataError):
-        load_plain(claim, "batch")
+        load_fields(claim, "batch")
