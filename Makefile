@@ -29,7 +29,7 @@ stop: setup ## End the local inference service.
 	@$(RUN) python -m cifar_assets.serving.local stop
 
 dev: setup ## Open the Dagster UI and daemon on this checkout.
-	$(RUN) dagster dev
+	$(RUN) dg dev
 
 test: setup ## Unit tests and local end-to-end tests.
 	$(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder

@@ -33,14 +33,15 @@ def main() -> int:
     source = os.environ.get(SOURCE_VARIABLE) or "synthetic"
     _log.info("Images: %s%s", source, _SYNTHETIC_NOTE if source.startswith("synthetic") else "")
     started = time.monotonic()
-    command = ["dagster", "asset", "materialize", "--select", FOUR_ASSETS, "-m", "cifar_assets.definitions"]
+    command = ["dg", "launch", "--assets", FOUR_ASSETS]
     if source.startswith("synthetic"):
         config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": _SYNTHETIC_TRAINING}}}
         command += ["--config-json", canonical_json(config).decode()]
     _log.info("$ %s", shlex.join(command))
     os.environ.pop("DAGSTER_HOME", None)  # the demo is this folder's, whatever else the shell works on
     environment = {**os.environ, SOURCE_VARIABLE: source, "DAGSTER_DEPLOYMENT": "local"}
-    code = subprocess.run([sys.executable, "-m", *command], env=environment, check=False).returncode
+    command[0] = str(Path(sys.executable).with_name("dg"))
+    code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         _log.error("The run failed; the lines above say where. `make dev` shows it in the Dagster UI.")
         return code

@@ -18,12 +18,13 @@ import click
 import dagster as dg
 import pytest
 from dagster._cli import create_dagster_cli
+from dagster_dg_cli.cli import create_dg_cli
 
 from cifar_assets.definitions import defs
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("dagster", "python", "make", "uv", "pytest", "kubectl", "helm")
+PROGRAMS = ("dagster", "dg", "python", "make", "uv", "pytest", "kubectl", "helm")
 OUR_FILES = ("cifar_assets/", "docs/", "images/", "k8s/", "resources/", "tests/")
 PLACEHOLDER = re.compile(r"[A-Z]+\.yaml")
 """A file of the reader's own."""
@@ -89,27 +90,26 @@ def test_files_of_ours_exist():
                 assert (ROOT / word).exists(), f"{page}: {command}"
 
 
-@pytest.mark.parametrize("words", starting_with("dagster"))
+@pytest.mark.parametrize("words", [*starting_with("dagster"), *starting_with("dg")])
 def test_dagster_would_run_it(words: Sequence[str]):
-    options = parsed_by_dagster(words[1:])
+    options = parsed_by(create_dagster_cli() if words[0] == "dagster" else create_dg_cli(), words[1:])
     repository = defs.get_repository_def()
-    if "module_name" in options:
+    if words[0] == "dagster" and "module_name" in options:
         assert options["module_name"] == "cifar_assets.definitions"
     job = None
-    if "select" in options:
-        keys = dg.AssetSelection.from_coercible(options["select"].split(",")).resolve(repository.asset_graph)
+    if selection := options.get("select") or options.get("assets"):
+        keys = dg.AssetSelection.from_coercible(selection.split(",")).resolve(repository.asset_graph)
         assert keys
         job = defs.resolve_implicit_global_asset_job_def().get_subset(asset_selection=set(keys))
-    if "job_name" in options:
-        job = repository.get_job(options["job_name"])
+    if name := options.get("job_name") or options.get("job"):
+        job = repository.get_job(name)
     if options.get("config_json"):
         assert job is not None
         dg.validate_run_config(job, json.loads(options["config_json"]))
 
 
-def parsed_by_dagster(words: Sequence[str]) -> dict[str, Any]:
+def parsed_by(command: click.Command, words: Sequence[str]) -> dict[str, Any]:
     """Options by their name in the code; click's error for what it does not know."""
-    command: click.Command = create_dagster_cli()
     rest = list(words)
     while isinstance(command, click.Group):
         _, found, rest = command.resolve_command(click.Context(command), rest)
