@@ -8,6 +8,7 @@ import dagster as dg
 
 from cifar_assets.errors import ConfigError
 from resources.gate import DEFAULT_THRESHOLD, AccuracyGate
+from resources.run_liveness import watched
 
 DEPLOYMENT_VARIABLE = "DAGSTER_DEPLOYMENT"
 THRESHOLD_VARIABLE = "ACCURACY_THRESHOLD"
@@ -28,7 +29,7 @@ def executor_for(environment: Mapping[str, str] = os.environ) -> dg.ExecutorDefi
 
     The steps are one chain and the heavy one runs apart in any case, so on a laptop more processes only cost start-up.
     """
-    return dg.in_process_executor if _name(environment) == "local" else dg.multiprocess_executor
+    return watched(dg.in_process_executor if _name(environment) == "local" else dg.multiprocess_executor)
 
 
 def sensors_for(environment: Mapping[str, str] = os.environ) -> list[dg.SensorDefinition]:

@@ -15,6 +15,7 @@ from pydantic import Field
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
 from cifar_assets.errors import TrainingError
 from cifar_assets.training.spec import JobSpec
+from resources.run_liveness import inherited_locks
 from resources.trainer import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
 _POLL_SECONDS = 0.2
@@ -53,6 +54,7 @@ class LocalTrainer(TrainerResource):
                     "PYTHONUNBUFFERED": "1",
                 },
                 start_new_session=True,
+                pass_fds=inherited_locks(),
             )
             try:
                 while process.poll() is None:

@@ -13,6 +13,7 @@ from pydantic import Field
 from cifar_assets.errors import TrainingError
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult, parse_result
 from resources.local_trainer import following_parent, own_environment, stop_group
+from resources.run_liveness import inherited_locks
 
 _TAIL_LINES = 30
 
@@ -53,6 +54,7 @@ class LocalPipeline(PipelineResource):
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            pass_fds=inherited_locks(),
         ) as process:
             try:
                 for line in process.stdout or ():

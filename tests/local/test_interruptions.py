@@ -1,10 +1,11 @@
-"""Trainings that are cancelled or killed: what MLflow says of them, and that they continue (case C12)."""
+"""Trainings and commands that are cancelled or killed: what Dagster and MLflow report, and that they continue."""
 
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import dagster as dg
 import psutil
 import pytest
 from mlflow.entities import Run
@@ -80,3 +81,42 @@ def test_a_killed_trainer_is_failed_in_mlflow_and_tried_again_from_its_checkpoin
     assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
     assert (failed.data.tags[ATTEMPT_TAG], finished.data.tags[ATTEMPT_TAG]) == ("0", "1")
     assert failed.data.tags[RUN_ID_TAG] == finished.data.tags[RUN_ID_TAG]
+
+
+def runs_newest_first(workspace: Workspace) -> list[dg.DagsterRun]:
+    with workspace.instance() as instance:
+        return list(instance.get_runs())
+
+
+@pytest.mark.usefixtures("data")
+def test_the_command_after_a_killed_one_fails_its_run_and_continues_the_training(workspace: Workspace) -> None:
+    process, log = start_training(workspace, seed=3)
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    done = workspace.materialize("cifar10/trained_model", {"trained_model": {**LONG_TRAINING, "seed": 3}})
+    assert done.returncode == 0, done.stdout
+    succeeded, killed, *_ = runs_newest_first(workspace)
+    assert f"Run {killed.run_id} was found dead" in done.stdout
+    assert "Continuing from the checkpoint" in done.stdout
+    assert (killed.status, succeeded.status) == (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS)
+    assert [run.info.status for run in mlflow_runs()[-2:]] == ["KILLED", "FINISHED"]
+
+
+@pytest.mark.usefixtures("data")
+def test_dagster_dev_fails_the_run_of_a_killed_command(workspace: Workspace) -> None:
+    with workspace.dagster_dev(), workspace.instance() as instance:
+        process, log = start_training(workspace, seed=4)
+        process.kill()
+        process.wait()
+        killed = instance.get_runs(limit=1)[0]
+
+        def failed() -> bool:
+            run = instance.get_run_by_id(killed.run_id)
+            return run is not None and run.is_finished
+
+        wait_until(failed, "the daemon to fail the run", 120)
+        (event,) = instance.all_logs(killed.run_id, of_type=dg.DagsterEventType.RUN_FAILURE)
+        assert "Its process on this machine was killed or crashed" in (event.get_dagster_event().message or "")
+        pool = instance.event_log_storage.get_concurrency_info(TRAINING_POOL)
+        assert (pool.active_slot_count, pool.pending_step_count) == (0, 0)

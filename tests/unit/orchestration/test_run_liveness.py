@@ -1,0 +1,194 @@
+"""Runs whose process was killed: real commands in an instance of their own."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.launcher import WorkerStatus
+
+from resources.run_liveness import WatchedRunLauncher, holding_lock, is_dead, settle_dead_runs
+from tests.fixtures.workspace import ROOT, wait_until
+
+POOL = "training"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copy(ROOT / "dagster.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def instance(folder: Path) -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.from_config(str(folder)) as instance:
+        yield instance
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def materialize(
+    processes: list[subprocess.Popen[bytes]], folder: Path, kind: str
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """`dagster asset materialize` in the background; gives the file with its output too."""
+    output = folder / f"output-{len(processes)}"
+    command = [
+        "dagster",
+        "asset",
+        "materialize",
+        "--select",
+        "model",
+        "-m",
+        "tests.unit.orchestration.pool_definitions",
+    ]
+    config = {"ops": {"model": {"config": {"kind": kind}}}}
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, "--config-json", json.dumps(config)], stdout=file, stderr=file
+        )
+    processes.append(process)
+    return process, output
+
+
+def kill_while_it_works(processes: list[subprocess.Popen[bytes]], folder: Path, kind: str) -> None:
+    process, output = materialize(processes, folder, kind)
+    wait_until(lambda: (folder / f"started-{process.pid}").exists() or process.poll() is not None, "the asset to start")
+    assert process.poll() is None, output.read_text()
+    process.kill()
+    process.wait()
+
+
+def num_slots(instance: dg.DagsterInstance) -> tuple[int, int]:
+    pool = instance.event_log_storage.get_concurrency_info(POOL)
+    return pool.active_slot_count, pool.pending_step_count
+
+
+def failure_of(instance: dg.DagsterInstance, run_id: str) -> str:
+    (event,) = instance.all_logs(run_id, of_type=dg.DagsterEventType.RUN_FAILURE)
+    return event.get_dagster_event().message or ""
+
+
+def test_the_command_after_a_killed_one_fails_its_run_and_takes_its_slot(
+    folder: Path, instance: dg.DagsterInstance, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    kill_while_it_works(processes, folder, "wait")
+    (killed,) = instance.get_runs()
+    assert killed.status == dg.DagsterRunStatus.STARTED
+    assert num_slots(instance) == (1, 0)
+    process, output = materialize(processes, folder, "quick")
+    assert process.wait(120) == 0, output.read_text()
+    assert f"Run {killed.run_id} was found dead" in output.read_text()
+    assert instance.get_run_by_id(killed.run_id).status == dg.DagsterRunStatus.FAILURE  # pyright: ignore
+    assert f"start the run again to continue. It was process {processes[0].pid}" in failure_of(instance, killed.run_id)
+    assert num_slots(instance) == (0, 0)
+    assert list((Path(instance.storage_directory()) / "workers").iterdir()) == []
+
+
+def test_a_command_says_whom_it_waits_for_and_takes_over_when_that_run_is_killed(
+    folder: Path, instance: dg.DagsterInstance, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    """The killed run's child, as a trainer that still writes its checkpoint, keeps the slot until it has ended."""
+    kill_while_it_works(processes, folder, "child")
+    (killed,) = instance.get_runs()
+    process, output = materialize(processes, folder, "quick")
+    wait_until(lambda: "Waiting for the pool" in output.read_text() or process.poll() is not None, "the message")
+    assert f"held by run {killed.run_id}, which is STARTED" in output.read_text()
+    assert not is_dead(instance, killed.run_id)
+    os.kill(int((folder / "child").read_text()), signal.SIGKILL)
+    assert process.wait(120) == 0, output.read_text()
+    assert "killed or crashed" in failure_of(instance, killed.run_id)
+
+
+def test_a_killed_command_that_was_waiting_blocks_nobody(
+    folder: Path, instance: dg.DagsterInstance, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    kill_while_it_works(processes, folder, "child")
+    waiting, output = materialize(processes, folder, "quick")
+    wait_until(lambda: "Waiting for the pool" in output.read_text() or waiting.poll() is not None, "the message")
+    waiting.kill()
+    waiting.wait()
+    os.kill(int((folder / "child").read_text()), signal.SIGKILL)
+    wait_until(lambda: len(settle_dead_runs(instance)) == 2 or num_slots(instance) == (0, 0), "both to be settled")
+    assert {run.status for run in instance.get_runs()} == {dg.DagsterRunStatus.FAILURE}
+    assert num_slots(instance) == (0, 0)
+
+
+@dg.job
+def anything() -> None: ...
+
+
+def started_run(instance: dg.DagsterInstance) -> dg.DagsterRun:
+    return instance.create_run_for_job(anything, status=dg.DagsterRunStatus.STARTED)
+
+
+def write_record(instance: dg.DagsterInstance, run_id: str, **changes: object) -> None:
+    """What a killed process leaves: a record, and no lock on it."""
+    path = Path(instance.storage_directory(), "workers", run_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"version": 1, "host": socket.gethostname(), "pid": os.getpid()} | changes))
+
+
+def test_another_process_with_the_same_number_does_not_keep_a_run_alive(instance: dg.DagsterInstance) -> None:
+    run = started_run(instance)
+    write_record(instance, run.run_id, pid=os.getpid())
+    assert settle_dead_runs(instance) == [run.run_id]
+
+
+@pytest.mark.parametrize("changes", [{"host": "another"}, {"version": 2}, None], ids=["host", "version", "no record"])
+def test_a_run_of_another_machine_or_program_is_not_judged(
+    instance: dg.DagsterInstance, changes: dict[str, object] | None
+) -> None:
+    run = started_run(instance)
+    if changes is not None:
+        write_record(instance, run.run_id, **changes)
+    assert settle_dead_runs(instance) == []
+    assert isinstance(instance.run_launcher, WatchedRunLauncher)
+    assert instance.run_launcher.check_run_worker_health(run).status == WorkerStatus.RUNNING
+
+
+def test_a_running_process_is_healthy_and_a_dead_one_is_not(instance: dg.DagsterInstance) -> None:
+    launcher = instance.run_launcher
+    run = started_run(instance)
+    with holding_lock(instance, run.run_id):
+        assert launcher.check_run_worker_health(run).status == WorkerStatus.RUNNING
+        assert settle_dead_runs(instance) == []
+    write_record(instance, run.run_id)
+    assert launcher.check_run_worker_health(run).status == WorkerStatus.FAILED
+
+
+def test_a_cancelled_run_that_is_dead_is_canceled(instance: dg.DagsterInstance) -> None:
+    run = started_run(instance)
+    instance.report_run_canceling(run)
+    write_record(instance, run.run_id)
+    assert settle_dead_runs(instance) == [run.run_id]
+    assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.CANCELED  # pyright: ignore
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_slots_of_a_run_that_ended_or_was_deleted_are_freed(instance: dg.DagsterInstance, deleted: bool) -> None:
+    run = started_run(instance)
+    instance.event_log_storage.initialize_concurrency_limit_to_default(POOL)
+    assert instance.event_log_storage.claim_concurrency_slot(POOL, run.run_id, "model").is_claimed
+    if deleted:
+        instance.delete_run(run.run_id)
+    else:
+        instance.report_run_failed(run)
+    settle_dead_runs(instance)
+    assert num_slots(instance) == (0, 0)
