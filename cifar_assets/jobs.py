@@ -57,6 +57,19 @@ verify_service = dg.define_asset_job(
     tags={"purpose": "verify"},
 )
 
-verify_service_daily = dg.ScheduleDefinition(job=verify_service, cron_schedule="0 6 * * *", execution_timezone="UTC")
+
+@dg.schedule(
+    job=verify_service,
+    cron_schedule="0 6 * * *",
+    execution_timezone="UTC",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+    description="Checks every morning whether the running service still serves the right model, and how fast.",
+)
+def verify_service_daily(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """One run a day, once a model has been served."""
+    if context.instance.get_latest_materialization_event(INFERENCE_SERVICE) is None:
+        return dg.SkipReason(f"{INFERENCE_SERVICE.to_user_string()} has not been materialized yet.")
+    return dg.RunRequest()
+
 
 ALL = [retrain, train, deploy, rollback, argo_parity, verify_service]

@@ -3,93 +3,44 @@
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
-from pydantic import BaseModel, ConfigDict
+from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 
-from cifar_assets.assets.keys import TRAINED_MODEL
-from cifar_assets.contracts import LANDING_PREFIX
-from cifar_assets.dataset.landing import LandingScan, scan_landing
-from cifar_assets.digests import sha256_json
+from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
+from cifar_assets.dataset.landing import scan_landing
+from cifar_assets.dataset.landing_record import read_record
 from cifar_assets.errors import ConfigError
 from cifar_assets.jobs import retrain
-from cifar_assets.object_store import ObjectInfo
+from cifar_assets.landing_decision import LandingCursor, LastRun, decide
 from resources.mlflow import RUN_METADATA, MlflowResource
 from resources.object_store import ObjectStoreResource
 
 RETRAIN_CONFIG_VARIABLE = "RETRAIN_CONFIG"
 """Holds, as JSON, the config of trained_model for runs started by the landing sensor: recipe, overrides, scale."""
 
-MAX_ATTEMPTS = 3
-"""How often one batch of arrivals is trained on when runs crash, the first time included."""
-
 ADOPTION_SECONDS = 1200.0
 """How long a failed run's training may go on for a retry to adopt it: until the job's collector, after 15 minutes, has
 deleted it. An evicted run worker fails its run, for one."""
 
-_FINGERPRINT_CHARS = 16
+RETRY_SECONDS = 600.0
+"""How long after a run's failure its automatic retry is waited for: the daemon starts it in seconds, if it runs."""
+
 _RUN_KEY_TAG = "dagster/run_key"
 _ROOT_RUN_TAG = "dagster/root_run_id"
-_IN_FLIGHT = [
+_UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.SUSPENDED,
     dg.DagsterRunStatus.CANCELING,
 ]
-
-
-class LandingCursor(BaseModel):
-    """What the sensor remembers: fingerprints of the objects that the last requested run covers, and that run's key.
-
-    Fingerprints (of key, etag and size) instead of keys keep it small with thousands of objects. They are replaced only
-    when a run is requested: an object that is removed and put back meanwhile is not new.
-    """
-
-    model_config = ConfigDict(extra="ignore")
-
-    covered: list[str] = []
-    sequence: int = 0
-    attempt: int = 0
-    run_key: str | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Either a request (run key and the cursor to save with it) or the reason for none."""
-
-    cursor: LandingCursor
-    run_key: str | None
-    reason: str
-
-
-def fingerprint(info: ObjectInfo) -> str:
-    """Identity of one state of an object. Time stamps are left out: stores disagree on them."""
-    return sha256_json([info.key, info.etag, info.size])[:_FINGERPRINT_CHARS]
-
-
-def decide(cursor: LandingCursor, scan: LandingScan, *, busy_run_id: str | None, repeat_last: bool) -> Decision:
-    """Whether to retrain now. Pure: the same cursor and listing give the same run key, so that a replay adds no run."""
-    ready = {fingerprint(info) for info in scan.ready}
-    num_new = len(ready - set(cursor.covered))
-    retry = not num_new and repeat_last and cursor.attempt < MAX_ATTEMPTS and bool(ready)
-    notes = "".join(f" Skipped {count}: {reason}." for reason, count in sorted(Counter(scan.skipped.values()).items()))
-    if not num_new and not retry:
-        return Decision(cursor, None, f"No new data under {LANDING_PREFIX}.{notes}")
-    if busy_run_id:
-        return Decision(cursor, None, f"{num_new} new objects wait for run {busy_run_id} to end.{notes}")
-    sequence = cursor.sequence + 1
-    covered = sorted(ready)
-    run_key = f"landing-{sequence}-{sha256_json(covered)[:12]}"
-    after = LandingCursor(
-        covered=covered, sequence=sequence, attempt=cursor.attempt + 1 if retry else 1, run_key=run_key
-    )
-    what = f"attempt {after.attempt} after a failed run" if retry else f"{num_new} new objects"
-    return Decision(after, run_key, f"Retraining: {what}.{notes}")
+_UNFINISHED_BACKFILLS = [BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING, BulkActionStatus.FAILING]
+_TRAINED = {TRAINED_MODEL, ARGO_TRAINED_MODEL}
 
 
 @dg.sensor(
@@ -100,58 +51,87 @@ def decide(cursor: LandingCursor, scan: LandingScan, *, busy_run_id: str | None,
 )
 def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStoreResource) -> dg.SensorResult:
     """One tick: list the landing prefix and request at most one run."""
-    cursor = LandingCursor.model_validate_json(context.cursor) if context.cursor else LandingCursor()
+    cursor, note = LandingCursor.load(context.cursor)
+    raw, instance = object_store.raw, context.instance
     decision = decide(
         cursor,
-        scan_landing(object_store.raw),
-        busy_run_id=_run_in_flight(context.instance),
-        repeat_last=is_worth_repeating(context.instance, cursor.run_key),
+        scan_landing(raw),
+        busy=training_in_flight(instance),
+        last=last_run(instance, cursor.run_key),
+        read=read_record(raw),
     )
     if decision.run_key is None:
-        return dg.SensorResult(skip_reason=decision.reason)
-    context.log.info(decision.reason)
+        return dg.SensorResult(skip_reason=decision.reason + note)
+    after, run_key = decision.cursor, decision.run_key
+    skipped = 0
+    while (known := last_run(instance, run_key)) is not None:
+        # Dagster runs no key twice, and says nothing.
+        if cursor.sequence:
+            reason = f"Run {known.run_id} was started for these objects by a tick that could not be recorded."
+            return dg.SensorResult(skip_reason=reason, cursor=after.model_dump_json())
+        skipped += 1  # the cursor was reset: that is a wish for another run
+        run_key = after.run_key_after(skipped)
+    after = after.model_copy(update={"sequence": after.sequence + skipped, "run_key": run_key})
+    context.log.info(decision.reason + note)
     request = dg.RunRequest(
-        run_key=decision.run_key,
+        run_key=run_key,
         run_config={"ops": {TRAINED_MODEL.to_python_identifier(): {"config": retrain_config(os.environ)}}},
         tags={"landing": decision.reason[:200]},
     )
-    return dg.SensorResult(run_requests=[request], cursor=decision.cursor.model_dump_json())
+    return dg.SensorResult(run_requests=[request], cursor=after.model_dump_json())
 
 
 def retrain_config(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Config of trained_model for runs that the sensor starts. ConfigError when RETRAIN_CONFIG is no JSON object."""
+    """Config of trained_model for runs that the sensor starts. ConfigError when RETRAIN_CONFIG is not a JSON object."""
     text = environment.get(RETRAIN_CONFIG_VARIABLE) or "{}"
     try:
         config = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{RETRAIN_CONFIG_VARIABLE} is no JSON: {error}. Got {text!r}.") from error
+        raise ConfigError(f"{RETRAIN_CONFIG_VARIABLE} is not JSON: {error}. Got {text!r}.") from error
     if not isinstance(config, dict):
         raise ConfigError(f'{RETRAIN_CONFIG_VARIABLE} is {text!r}: expected an object such as {{"recipe": "fast"}}.')
     return {"reuse": True, **config}
 
 
-def _run_in_flight(instance: dg.DagsterInstance) -> str | None:
-    """Any unfinished run that trains, whichever way it was started."""
-    records = instance.get_run_records(dg.RunsFilter(statuses=_IN_FLIGHT))
-    for record in records:
-        run = record.dagster_run
-        selection = run.asset_selection
-        if run.job_name == retrain.name or (selection and TRAINED_MODEL in selection):
-            return run.run_id
+def training_in_flight(instance: dg.DagsterInstance) -> str | None:
+    """What will materialize a model and has not ended, in words: a run however it was started, or a backfill."""
+    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+        if _will_train(instance, run):
+            return f"run {run.run_id} ({run.job_name}, {run.status.value})"
+    failed_lately = dg.RunsFilter(
+        statuses=[dg.DagsterRunStatus.FAILURE], updated_after=datetime.now(UTC) - timedelta(seconds=RETRY_SECONDS)
+    )
+    for run in instance.get_runs(failed_lately):
+        if run.is_complete_and_waiting_to_retry and run.remote_job_origin and _will_train(instance, run):
+            return f"the automatic retry of run {run.run_id}"
+    for backfill in instance.get_backfills(BulkActionsFilter(statuses=_UNFINISHED_BACKFILLS)):
+        if _TRAINED & set(backfill.asset_selection or ()):
+            return f"backfill {backfill.backfill_id}"
     return None
 
 
-def is_worth_repeating(instance: dg.DagsterInstance, run_key: str | None) -> bool:
-    """Whether the newest run of this key, retries included, failed by something else than a blocking check.
+def _will_train(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether a model is among what the run plans to materialize, as Dagster notes when it creates any run."""
+    planned = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
+    return any(entry.get_dagster_event().asset_key in _TRAINED for entry in planned)
 
-    The same objects give the same dataset and, with the same seed, the same model, and so the same verdict.
-    """
+
+def last_run(instance: dg.DagsterInstance, run_key: str | None) -> LastRun | None:
+    """The newest run of this key, retries included, and how it ended."""
     runs = instance.get_runs(dg.RunsFilter(tags={_RUN_KEY_TAG: run_key}), limit=1) if run_key else []
-    if not runs or runs[0].status != dg.DagsterRunStatus.FAILURE:
-        return False
-    evaluations = instance.all_logs(runs[0].run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+    if not runs:
+        return None
+    run = runs[0]
+    if not run.is_finished:
+        return LastRun(run.run_id, "unfinished")
+    if run.status == dg.DagsterRunStatus.SUCCESS:
+        return LastRun(run.run_id, "succeeded")
+    if run.status == dg.DagsterRunStatus.CANCELED:
+        return LastRun(run.run_id, "canceled")
+    evaluations = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
     verdicts = [entry.get_dagster_event().asset_check_evaluation_data for entry in evaluations]
-    return all(verdict.passed or not verdict.blocking for verdict in verdicts)
+    refused = any(verdict.blocking and not verdict.passed for verdict in verdicts)
+    return LastRun(run.run_id, "refused" if refused else "crashed")
 
 
 def mlflow_end(

@@ -42,6 +42,8 @@ class LandingReport:
     skipped: dict[str, str] = field(default_factory=dict)
     unread: int = 0
     """Skipped objects that a reader failed on."""
+    read: tuple[ObjectInfo, ...] = ()
+    """Objects that were read and judged."""
 
     @property
     def hostile(self) -> tuple[Rejection, ...]:
@@ -164,7 +166,8 @@ def join_landed(
     if good:
         objects += pack_landed_images(raw, good, resize)
     used = {item.sha256 for item in objects} | {image.sha256 for image in good}
-    final = LandingReport(report.accepted, report.duplicates, tuple(rejected), skipped, unread)
+    read = tuple(info for info in scan.ready if info.key not in skipped)
+    final = LandingReport(report.accepted, report.duplicates, tuple(rejected), skipped, unread, read)
     return (
         sorted(objects, key=lambda item: item.sha256),
         final,

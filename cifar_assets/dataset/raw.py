@@ -14,6 +14,7 @@ from cifar_assets.dataset.download import shown
 from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.landing import LandingReport, join_landed
+from cifar_assets.dataset.landing_record import write_record
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.dataset.sources import import_source
@@ -117,6 +118,7 @@ def build_raw_version(
         )
     manifest = RawManifest(resize=resize, objects=(*sources, *landed))
     publish(raw, manifest, source, names)
+    write_record(raw, landing_report.read)
     report = RawReport(shown(source), left_out, landing_report)
     return RawVersion(manifest.digest, manifest, report)
 

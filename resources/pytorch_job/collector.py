@@ -123,6 +123,7 @@ def build_pytorch_job_collector(
     @dg.sensor(
         name=name,
         minimum_interval_seconds=minimum_interval_seconds,
+        default_status=dg.DefaultSensorStatus.RUNNING,
         required_resource_keys=required_resource_keys,
         description="Deletes PyTorchJobs whose Dagster run has ended, and Pipes messages that nobody will read.",
     )

@@ -1,14 +1,20 @@
 """The graph: what loading it costs, and that it is the same graph in every deployment."""
 
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import dagster as dg
 
+from cifar_assets.assets.keys import INFERENCE_SERVICE
 from cifar_assets.definitions import defs
+from cifar_assets.jobs import verify_service_daily
+from tests.fixtures.workspace import ROOT
 
 LOAD = textwrap.dedent(
     """
@@ -66,6 +72,17 @@ def describe(definitions: dg.Definitions) -> dict[str, object]:
         "jobs": sorted(job.name for job in repository.get_all_jobs() if not job.name.startswith("__")),
         "sensors": sorted(sensor.name for sensor in repository.sensor_defs),
         "schedules": sorted(schedule.name for schedule in repository.schedule_defs),
+        "automation": automation(definitions),
+    }
+
+
+def automation(definitions: dg.Definitions) -> dict[str, str]:
+    """Sensors and schedules of a fresh instance: on or off."""
+    repository = definitions.get_repository_def()
+    on = (dg.DefaultSensorStatus.RUNNING, dg.DefaultScheduleStatus.RUNNING)
+    return {
+        item.name: "on" if item.default_status in on else "off"
+        for item in (*repository.sensor_defs, *repository.schedule_defs)
     }
 
 
@@ -73,11 +90,12 @@ def test_the_graph_is_the_one_people_know(snapshot) -> None:
     assert describe(defs) == snapshot
 
 
-def test_a_cluster_gets_the_same_assets_and_checks() -> None:
-    """Loaded in a process of its own: which deployment it is, is decided when the module is loaded."""
+@functools.cache
+def describe_in_cluster() -> dict[str, Any]:
+    """Loaded in a process of its own: the deployment is chosen when the module is loaded."""
     script = (
         "import json; from cifar_assets.definitions import defs; "
-        "from tests.unit.orchestration.test_definitions import describe; print(json.dumps(describe(defs)['assets']))"
+        "from tests.unit.orchestration.test_definitions import describe; print(json.dumps(describe(defs)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -87,7 +105,17 @@ def test_a_cluster_gets_the_same_assets_and_checks() -> None:
         timeout=120,
         text=True,
     )
-    assert json.loads(done.stdout.splitlines()[-1]) == describe(defs)["assets"]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_cluster_gets_the_same_assets_and_checks() -> None:
+    assert describe_in_cluster()["assets"] == describe(defs)["assets"]
+
+
+def test_sensors_and_schedules_are_on_or_off_as_documented() -> None:
+    page = (ROOT / "docs" / "automation.md").read_text()
+    documented = dict(re.findall(r"^\| (\w+) \| (?:sensor|schedule) \| (on|off) \|", page, re.MULTILINE))
+    assert documented == automation(defs) | describe_in_cluster()["automation"]
 
 
 def test_every_asset_and_check_says_what_it_is() -> None:
@@ -100,3 +128,11 @@ def test_every_asset_and_check_says_what_it_is() -> None:
         for check in node.check_keys:
             spec = graph.get(check).description
             assert spec, check
+
+
+def test_the_daily_check_waits_for_a_first_service() -> None:
+    with dg.instance_for_test() as instance:
+        context = dg.build_schedule_context(instance=instance)
+        assert isinstance(verify_service_daily(context), dg.SkipReason)
+        instance.report_runless_asset_event(dg.AssetMaterialization(INFERENCE_SERVICE))
+        assert isinstance(verify_service_daily(context), dg.RunRequest)

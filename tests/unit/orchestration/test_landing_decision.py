@@ -1,15 +1,16 @@
-"""The landing sensor's decision, tick by tick (cases C04 and C07)."""
+"""The landing sensor's decision, tick by tick."""
 
 import random
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-import dagster as dg
 import pytest
 
 from cifar_assets.dataset.landing import LandingScan
+from cifar_assets.dataset.landing_record import fingerprint
+from cifar_assets.landing_decision import MAX_ATTEMPTS, Decision, LandingCursor, LastRun, Outcome, decide
 from cifar_assets.object_store import ObjectInfo
-from cifar_assets.sensors import MAX_ATTEMPTS, Decision, LandingCursor, decide, is_worth_repeating
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -19,11 +20,23 @@ def landed(name: str, *, etag: str = "a", size: int = 10, minutes: int = 0) -> O
 
 
 def tick(
-    cursor: LandingCursor, objects: list[ObjectInfo], *, busy: str | None = None, failed: bool = False
+    cursor: LandingCursor,
+    objects: list[ObjectInfo],
+    *,
+    busy: str | None = None,
+    last: Outcome = "succeeded",
+    read: Collection[ObjectInfo] | None = None,
 ) -> Decision:
+    """One tick. The last run has used everything that it was asked for, unless `read` says otherwise."""
     ready = tuple(info for info in objects if info.size)
     skipped = {info.key: "empty object" for info in objects if not info.size}
-    return decide(cursor, LandingScan(ready, skipped), busy_run_id=busy, repeat_last=failed)
+    return decide(
+        cursor,
+        LandingScan(ready, skipped),
+        busy=busy,
+        last=LastRun("run-1", last) if cursor.run_key else None,
+        read=None if read is None else {fingerprint(info) for info in read},
+    )
 
 
 def test_a_burst_gives_one_run_and_arrivals_meanwhile_one_follow_up() -> None:
@@ -36,7 +49,7 @@ def test_a_burst_gives_one_run_and_arrivals_meanwhile_one_follow_up() -> None:
     busy_twice = tick(busy_once.cursor, more, busy="run-1")
     assert busy_once.run_key is None
     assert busy_twice.run_key is None
-    assert "3 new objects wait for run run-1" in busy_twice.reason
+    assert "Waiting for run-1 to end: 3 new objects" in busy_twice.reason
 
     follow_up = tick(busy_twice.cursor, more)
     assert follow_up.run_key not in (None, first.run_key)
@@ -90,47 +103,82 @@ def test_an_empty_landing_zone_asks_for_nothing() -> None:
     assert tick(LandingCursor(), []).run_key is None
 
 
-def test_a_failed_run_is_tried_again_a_bounded_number_of_times() -> None:
+def test_a_failed_run_is_tried_again_a_bounded_number_of_times_and_then_named() -> None:
     objects = [landed("a.parquet")]
     decision = tick(LandingCursor(), objects)
     keys = {decision.run_key}
     for _ in range(MAX_ATTEMPTS - 1):
-        decision = tick(decision.cursor, objects, failed=True)
+        decision = tick(decision.cursor, objects, last="crashed")
         keys.add(decision.run_key)
     assert None not in keys
     assert len(keys) == MAX_ATTEMPTS
-    assert tick(decision.cursor, objects, failed=True).run_key is None
-    assert tick(decision.cursor, [*objects, landed("b.parquet")], failed=True).cursor.attempt == 1
+    given_up = tick(decision.cursor, objects, last="crashed")
+    assert given_up.run_key is None
+    assert "Given up after 3 runs: 1 object (landing/a.parquet), as run run-1 failed" in given_up.reason
+    assert "start the job retrain by hand or reset the cursor" in given_up.reason
+    assert tick(decision.cursor, [*objects, landed("b.parquet")], last="crashed").cursor.attempt == 1
+
+
+def test_an_object_that_was_away_while_the_run_read_is_asked_for_again() -> None:
+    a, b = landed("a.parquet"), landed("b.parquet")
+    first = tick(LandingCursor(), [a, b])
+    while_away = tick(first.cursor, [a], read=[a])
+    assert while_away.run_key is None
+    back = tick(while_away.cursor, [a, b], read=[a])
+    assert back.run_key not in (None, first.run_key)
+    assert "1 object (landing/b.parquet), as run run-1 did not read them" in back.reason
+    assert tick(back.cursor, [a, b], read=[a, b]).run_key is None
+
+
+def test_a_build_by_hand_that_missed_an_object_is_noticed() -> None:
+    a, b = landed("a.parquet"), landed("b.parquet")
+    first = tick(LandingCursor(), [a, b])
+    assert tick(first.cursor, [a, b], read=[a, b]).run_key is None
+    assert tick(first.cursor, [a, b], read=[a]).run_key
+
+
+def test_an_object_that_no_run_can_read_is_given_up_by_name() -> None:
+    objects = [landed("a.parquet"), landed("unreadable.parquet")]
+    decision = tick(LandingCursor(), objects)
+    for _ in range(MAX_ATTEMPTS - 1):
+        decision = tick(decision.cursor, objects, read=objects[:1])
+        assert decision.run_key
+    given_up = tick(decision.cursor, objects, read=objects[:1])
+    assert given_up.run_key is None
+    assert "Given up after 3 runs: 1 object (landing/unreadable.parquet)" in given_up.reason
 
 
 @pytest.mark.parametrize(
-    ("fault", "expected"), [("a blocking check", False), ("a crash", True), ("a check that blocks nothing", False)]
+    ("outcome", "reason"),
+    [
+        ("succeeded", "No new data: run run-1 has used the 1 object"),
+        ("unfinished", "No new data: run run-1 works on the 1 object"),
+        ("canceled", "Run run-1 for the 1 object under landing/ was canceled. To try again, start the job retrain"),
+        ("refused", "Run run-1 for the 1 object under landing/ was ended by a blocking check"),
+    ],
 )
-def test_a_verdict_stands_and_a_crash_is_worth_another_run(fault: str, expected: bool) -> None:
-    @dg.asset(check_specs=[dg.AssetCheckSpec("verdict", asset="model", blocking=fault == "a blocking check")])
-    def model() -> dg.MaterializeResult:
-        if fault == "a crash":
-            raise RuntimeError("out of memory")
-        return dg.MaterializeResult(check_results=[dg.AssetCheckResult(passed=False)])
-
-    with dg.DagsterInstance.ephemeral() as instance:
-        dg.materialize([model], instance=instance, raise_on_error=False, tags={"dagster/run_key": "landing-1"})
-        assert is_worth_repeating(instance, "landing-1") is expected
-        assert not is_worth_repeating(instance, "landing-2")
+def test_the_reason_names_the_run_and_what_became_of_the_objects(outcome: Outcome, reason: str) -> None:
+    objects = [landed("a.parquet")]
+    first = tick(LandingCursor(), objects)
+    after = tick(first.cursor, objects, last=outcome)
+    assert after.run_key is None
+    assert after.reason.startswith(reason)
 
 
-def test_a_crash_whose_retry_succeeded_is_over() -> None:
-    crashes = [True, False]
+def test_a_run_that_was_deleted_from_dagster_is_asked_for_again_unless_its_objects_were_read() -> None:
+    objects = [landed("a.parquet")]
+    cursor = tick(LandingCursor(), objects).cursor
+    scan = LandingScan(tuple(objects), {})
+    assert decide(cursor, scan).run_key
+    assert decide(cursor, scan, read={fingerprint(objects[0])}).run_key is None
 
-    @dg.asset
-    def model() -> None:
-        if crashes.pop(0):
-            raise RuntimeError("out of memory")
 
-    with dg.DagsterInstance.ephemeral() as instance:
-        for expected in (True, False):
-            dg.materialize([model], instance=instance, raise_on_error=False, tags={"dagster/run_key": "landing-1"})
-            assert is_worth_repeating(instance, "landing-1") is expected
+def test_what_was_missed_waits_while_another_training_runs() -> None:
+    objects = [landed("a.parquet")]
+    first = tick(LandingCursor(), objects)
+    waiting = tick(first.cursor, objects, last="crashed", busy="run run-2 (train, STARTED)")
+    assert waiting.run_key is None
+    assert "Waiting for run run-2 (train, STARTED) to end: 1 object" in waiting.reason
 
 
 def test_any_disorder_of_ten_thousand_objects_misses_and_repeats_nothing() -> None:
@@ -151,4 +199,25 @@ def test_any_disorder_of_ten_thousand_objects_misses_and_repeats_nothing() -> No
 
 def test_the_cursor_survives_its_own_json() -> None:
     cursor = tick(LandingCursor(), [landed("a.parquet")]).cursor
-    assert LandingCursor.model_validate_json(cursor.model_dump_json()) == cursor
+    assert LandingCursor.load(cursor.model_dump_json()) == (cursor, "")
+
+
+def test_a_cursor_of_the_first_form_is_migrated() -> None:
+    """As the sensor wrote it before cursors had a version."""
+    objects = [landed("a.parquet")]
+    covered = fingerprint(objects[0])
+    text = f'{{"covered":["{covered}"],"sequence":4,"attempt":2,"run_key":"landing-4-0123456789ab"}}'
+    cursor, note = LandingCursor.load(text)
+    assert note == ""
+    assert (cursor.version, cursor.covered, cursor.attempt) == (2, [covered], 2)
+    assert tick(cursor, objects).run_key is None
+    later = tick(cursor, [*objects, landed("b.parquet")])
+    assert later.run_key is not None
+    assert later.run_key.startswith("landing-5-")
+
+
+@pytest.mark.parametrize("text", ["{", "7", '{"version": 3}', '{"covered": 1}'])
+def test_a_cursor_that_cannot_be_read_is_started_again_with_a_note(text: str) -> None:
+    cursor, note = LandingCursor.load(text)
+    assert cursor == LandingCursor()
+    assert text in note

@@ -1,0 +1,157 @@
+"""When landed objects start a run: the landing sensor's decision, without Dagster."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from cifar_assets.contracts import LANDING_PREFIX
+from cifar_assets.dataset.landing import LandingScan
+from cifar_assets.dataset.landing_record import fingerprint
+from cifar_assets.digests import sha256_json
+
+MAX_ATTEMPTS = 3
+"""How often one batch of arrivals is trained on when runs crash or miss some of it, the first time included."""
+
+_NAMES_SHOWN = 3
+_BY_HAND = "To try again, start the job retrain by hand or reset the cursor of this sensor."
+
+Outcome = Literal["succeeded", "crashed", "refused", "canceled", "unfinished"]
+"""`refused` is a run that a blocking check ended: the same objects would give the same verdict."""
+
+
+class LandingCursor(BaseModel):
+    """What the sensor remembers: fingerprints of the objects that the last requested run was asked for, and its key.
+
+    Fingerprints (of key, etag and size) instead of keys keep it small with thousands of objects.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    version: Literal[2] = 2
+    covered: list[str] = []
+    sequence: int = 0
+    attempt: int = 0
+    run_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _migrate(cls, data: Any) -> Any:
+        """The first form had the same fields and no version."""
+        return {"version": 2} | data if isinstance(data, dict) else data
+
+    @classmethod
+    def load(cls, text: str | None) -> tuple["LandingCursor", str]:
+        """The cursor that Dagster kept, and a note where it cannot be read and is started again."""
+        if not text:
+            return cls(), ""
+        try:
+            return cls.model_validate_json(text), ""
+        except ValidationError:
+            return cls(), f" The cursor could not be read and was started again; it was {text[:100]!r}."
+
+    def run_key_after(self, skipped: int = 0) -> str:
+        """Key of this cursor's run, or of a later one for the same objects."""
+        return f"landing-{self.sequence + skipped}-{sha256_json(self.covered)[:12]}"
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """The newest run of the cursor's key, retries included."""
+
+    run_id: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Either a request (run key and the cursor to save with it) or the reason for none."""
+
+    cursor: LandingCursor
+    run_key: str | None
+    reason: str
+
+
+def decide(
+    cursor: LandingCursor,
+    scan: LandingScan,
+    *,
+    busy: str | None = None,
+    last: LastRun | None = None,
+    read: Collection[str] | None = None,
+) -> Decision:
+    """Whether to retrain now. Pure: the same cursor and listing give the same run key, so that a replay adds no run.
+
+    Args:
+        cursor: what was asked for before.
+        scan: the landing zone.
+        busy: what trains already, in words; arrivals wait for it.
+        last: the run that was asked for before; None where there was none, or it was deleted.
+        read: fingerprints that the last build of the raw dataset read; None where that is not known.
+    """
+    ready = {fingerprint(info): info.key for info in scan.ready}
+    new = ready.keys() - set(cursor.covered)
+    missed = set() if new else _missed(ready.keys(), last, read)
+    notes = "".join(f" Skipped {count}: {reason}." for reason, count in sorted(Counter(scan.skipped.values()).items()))
+    if not ready:
+        return Decision(cursor, None, f"No data under {LANDING_PREFIX}.{notes}")
+    if not new and not missed:
+        return Decision(cursor, None, _state(len(ready), last) + notes)
+    what = _objects(len(new), "new ")
+    if not new:
+        names = _shown(sorted(ready[each] for each in missed))
+        what = f"{_objects(len(missed))} ({names}), as {_why_missed(last)}"
+        if cursor.attempt >= MAX_ATTEMPTS:
+            gave_up = f"Given up after {cursor.attempt} runs: {what}. Its log says why. {_BY_HAND}"
+            return Decision(cursor, None, gave_up + notes)
+    if busy:
+        return Decision(cursor, None, f"Waiting for {busy} to end: {what}.{notes}")
+    after = LandingCursor(covered=sorted(ready), sequence=cursor.sequence + 1, attempt=1 if new else cursor.attempt + 1)
+    after.run_key = after.run_key_after()
+    attempt = f" (attempt {after.attempt} of {MAX_ATTEMPTS})" if after.attempt > 1 else ""
+    return Decision(after, after.run_key, f"Retraining{attempt}: {what}.{notes}")
+
+
+def _missed(ready: Collection[str], last: LastRun | None, read: Collection[str] | None) -> set[str]:
+    """Objects that were asked for and that no run has used yet."""
+    if last and last.outcome in ("canceled", "unfinished"):
+        return set()
+    if last and last.outcome == "crashed":
+        return set(ready)
+    if read is None:
+        return set() if last else set(ready)
+    return set(ready) - set(read)
+
+
+def _state(num_ready: int, last: LastRun | None) -> str:
+    """What became of objects none of which is new."""
+    objects = f"the {_objects(num_ready)} under {LANDING_PREFIX}"
+    if last is None:
+        return f"No new data: a build has read {objects}."
+    if last.outcome == "unfinished":
+        return f"No new data: run {last.run_id} works on {objects}."
+    if last.outcome == "canceled":
+        return f"Run {last.run_id} for {objects} was canceled. {_BY_HAND}"
+    if last.outcome == "refused":
+        return (
+            f"Run {last.run_id} for {objects} was ended by a blocking check, and would be again. Land other data, or "
+            "change what the check asks for and start the job retrain by hand."
+        )
+    return f"No new data: run {last.run_id} has used {objects}."
+
+
+def _why_missed(last: LastRun | None) -> str:
+    if last is None:
+        return "their run is no longer in Dagster"
+    return f"run {last.run_id} {'failed' if last.outcome == 'crashed' else 'did not read them'}"
+
+
+def _objects(count: int, kind: str = "") -> str:
+    return f"{count} {kind}object{'' if count == 1 else 's'}"
+
+
+def _shown(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _NAMES_SHOWN} more" if len(keys) > _NAMES_SHOWN else ""
+    return ", ".join(keys[:_NAMES_SHOWN]) + more
