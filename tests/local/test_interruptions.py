@@ -90,7 +90,7 @@ def runs_newest_first(workspace: Workspace) -> list[dg.DagsterRun]:
 
 @pytest.mark.usefixtures("data")
 def test_the_command_after_a_killed_one_fails_its_run_and_continues_the_training(workspace: Workspace) -> None:
-    process, log = start_training(workspace, seed=3)
+    process, _log = start_training(workspace, seed=3)
     time.sleep(1)
     process.kill()
     process.wait()
@@ -106,7 +106,7 @@ def test_the_command_after_a_killed_one_fails_its_run_and_continues_the_training
 @pytest.mark.usefixtures("data")
 def test_dagster_dev_fails_the_run_of_a_killed_command(workspace: Workspace) -> None:
     with workspace.dagster_dev(), workspace.instance() as instance:
-        process, log = start_training(workspace, seed=4)
+        process, _log = start_training(workspace, seed=4)
         process.kill()
         process.wait()
         killed = instance.get_runs(limit=1)[0]

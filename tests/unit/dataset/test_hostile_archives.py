@@ -247,7 +247,7 @@ def test_label_names_of_another_kind_are_refused(meta: object, make, raw: Folder
     members["cifar-10-batches-py/batches.meta"] = pickle.dumps(meta)
     path = tmp_path / "a.tar.gz"
     path.write_bytes(make.tar(members))
-    with pytest.raises(DataError, match="label names are|expected a dict"):
+    with pytest.raises(DataError, match=r"label names are|expected a dict"):
         build_raw_version(raw, str(path))
 
 
