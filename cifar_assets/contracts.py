@@ -24,8 +24,11 @@ IMAGE_SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
 RAW_BUCKET = "raw-data"
 PROCESSED_BUCKET = "processed-data"
 MODELS_BUCKET = "models"
+DATA_BUCKETS = (RAW_BUCKET, PROCESSED_BUCKET, MODELS_BUCKET)
 MLFLOW_BUCKET = "mlflow"
-BUCKETS = (RAW_BUCKET, PROCESSED_BUCKET, MODELS_BUCKET, MLFLOW_BUCKET)
+"""Used by the tracking server alone."""
+LOGS_BUCKET = "dagster-logs"
+"""Where Dagster in the cluster keeps what steps print."""
 
 LANDING_PREFIX = "landing/"
 REJECTED_PREFIX = "rejected/"

@@ -86,13 +86,9 @@ def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
     from resources.inference_service.kserve.resource import serving_from_environment
     from resources.kubernetes_trainer import trainer_from_environment
     from resources.mlflow import MlflowServer
-    from resources.object_store import MinioObjectStore
+    from resources.object_store import object_store_from_environment
 
-    object_store = MinioObjectStore(
-        endpoint_url=dg.EnvVar("AWS_ENDPOINT_URL"),
-        access_key=dg.EnvVar("AWS_ACCESS_KEY_ID"),
-        secret_key=dg.EnvVar("AWS_SECRET_ACCESS_KEY"),
-    )
+    object_store = object_store_from_environment(environment)
     return {
         "object_store": object_store,
         # without one its own error says so, where it is needed

@@ -23,12 +23,12 @@ from resources.trainer import TrainerResource, TrainingMessages, TrainingResult,
 
 MESSAGES_PREFIX = "pipes/"
 """Where in the models bucket the jobs' Pipes messages are."""
-CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 LAUNCHER = ["python", "-m", "cifar_assets.training.launch"]
 """Used for several processes in a pod; the operator sets what torchrun needs to know in PET_... variables."""
 
 _JOB_DEFAULTS: Mapping[str, Any] = {
-    "env_secrets": ["object-store"],
+    "env_secrets": ["object-store-trainer"],
     "service_account_name": "trainer",
     "scratch": "4Gi",
     "run_policy": {"backoff_limit": 3},
@@ -100,7 +100,7 @@ class KubernetesTrainer(TrainerResource):
         if len(env) < len(child_environment) and not self.job.env_secrets:
             raise ConfigError(
                 "The trainer's job has no Secret with the object store's credentials: name it in job.env_secrets, with "
-                f"the keys {' and '.join(CREDENTIALS)}. They are never written into a manifest."
+                f"the keys {' and '.join(CREDENTIALS[:2])}. They are never written into a manifest."
             )
         if self.store_endpoint_url:
             env["AWS_ENDPOINT_URL"] = self.store_endpoint_url

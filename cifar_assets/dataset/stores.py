@@ -20,7 +20,7 @@ class Stores:
 
 def stores_below(root: ObjectStore) -> Stores:
     """The three buckets of a store."""
-    return Stores(root.at(RAW_BUCKET), root.at(PROCESSED_BUCKET), root.at(MODELS_BUCKET))
+    return Stores(root.bucket(RAW_BUCKET), root.bucket(PROCESSED_BUCKET), root.bucket(MODELS_BUCKET))
 
 
 def add_store_option(parser: argparse.ArgumentParser) -> None:

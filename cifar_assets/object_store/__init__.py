@@ -6,6 +6,7 @@ from urllib.parse import unquote, urlsplit
 from cifar_assets.errors import ConfigError
 from cifar_assets.object_store.base import ObjectInfo, ObjectStore
 from cifar_assets.object_store.folder import FolderStore
+from cifar_assets.redaction import redacted
 
 __all__ = ["FolderStore", "ObjectInfo", "ObjectStore", "open_store"]
 
@@ -13,8 +14,8 @@ __all__ = ["FolderStore", "ObjectInfo", "ObjectStore", "open_store"]
 def open_store(uri: str) -> ObjectStore:
     """The store rooted at a `file:///folder` or `s3://bucket/prefix` URI.
 
-    S3 takes endpoint and credentials from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. No connection
-    is opened. Raises ConfigError for another scheme.
+    S3 takes its settings from the AWS_... variables of docs/kubernetes.md. No connection is opened. Raises ConfigError
+    for another scheme.
     """
     parts = urlsplit(uri)
     if parts.scheme == "file":
@@ -23,4 +24,4 @@ def open_store(uri: str) -> ObjectStore:
         from cifar_assets.object_store.s3 import S3Store
 
         return S3Store.from_environment(f"{parts.netloc}{parts.path}")
-    raise ConfigError(f"Cannot open {uri!r}: expected a file:///... or s3://bucket/... URI.")
+    raise ConfigError(f"Cannot open {redacted(uri)!r}: expected a file:///... or s3://bucket/... URI.")

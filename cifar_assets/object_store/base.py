@@ -39,6 +39,10 @@ class ObjectStore(ABC):
     def at(self, prefix: str) -> "ObjectStore":
         """The same store rooted at a prefix. At the top of an S3 store the first segment is the bucket."""
 
+    def bucket(self, name: str) -> "ObjectStore":
+        """The bucket of this name; an S3 store may have it under a name with a prefix."""
+        return self.at(name)
+
     @abstractmethod
     def read(self, key: str) -> bytes: ...
 

@@ -3,18 +3,14 @@
 import builtins
 import io
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
-import certifi
-import urllib3
-from minio import Minio
 from minio.commonconfig import REPLACE, CopySource
 from minio.datatypes import Object
 from minio.error import MinioException, S3Error
@@ -25,6 +21,7 @@ from cifar_assets.errors import ConfigError, ObjectChangedError, ObjectNotFoundE
 from cifar_assets.object_store.base import ObjectInfo, ObjectStore, Transferred
 from cifar_assets.object_store.folder import write_atomically
 from cifar_assets.object_store.s3_errors import explain, is_transient
+from cifar_assets.object_store.s3_settings import S3Client, S3Connection
 
 logger = logging.getLogger(__name__)
 
@@ -37,71 +34,14 @@ _NOT_FOUND = ("NoSuchKey", "NoSuchObject", "NotFound")
 T = TypeVar("T")
 
 
-class _Client(Minio):
-    """The client with the conditional requests that it has no public methods for."""
-
-    def put_new(self, bucket: str, name: str, data: bytes) -> None:
-        self._put_object(bucket, name, data, {"If-None-Match": "*", "Content-Type": "application/octet-stream"})
-
-    def remove_unchanged(self, bucket: str, name: str, etag: str) -> None:
-        """A server without conditional deletes, such as MinIO, ignores the condition."""
-        self._execute("DELETE", bucket, name, headers={"If-Match": f'"{etag}"'})
-
-
-@dataclass(frozen=True)
-class S3Connection:
-    """Endpoint and credentials, checked, with one client that keeps its connections."""
-
-    endpoint: str
-    access_key: str = field(repr=False)
-    secret_key: str = field(repr=False)
-    region: str | None = None
-    connect_seconds: float = 5.0
-    read_seconds: float = 60.0
-    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(
-                f"AWS_ENDPOINT_URL is {self.endpoint!r}: expected http://host:port or https://host:port, as in "
-                "http://localhost:9000."
-            )
-        if parts.path not in ("", "/") or parts.query or parts.username:
-            raise ConfigError(
-                f"AWS_ENDPOINT_URL is {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}: expected no "
-                "path, query or user in it. Name the bucket in the s3://bucket/prefix address and give credentials in "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-            )
-
-    def client(self) -> _Client:
-        """A client that leaves retrying to this module; nothing is connected yet."""
-        parts = urlsplit(self.endpoint)
-        pool = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=self.connect_seconds, read=self.read_seconds),
-            maxsize=10,
-            retries=False,
-            cert_reqs="CERT_REQUIRED",
-            ca_certs=os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or certifi.where(),
-        )
-        return _Client(
-            parts.netloc,
-            access_key=self.access_key,
-            secret_key=self.secret_key,
-            secure=parts.scheme == "https",
-            region=self.region or "us-east-1",
-            http_client=pool,
-        )
-
-
 class S3Store(ObjectStore):
     """Objects of one bucket below a prefix, or, rooted at nothing, a store whose keys start with a bucket's name.
 
     Calls that fail by a fault of the connection or of an overloaded server are tried again, with growing pauses; a
-    download goes on where it stopped. AWS_CA_BUNDLE names the certificate authority of a server with its own.
+    download continues where it stopped.
     """
 
-    def __init__(self, connection: S3Connection, path: str = "", client: _Client | None = None):
+    def __init__(self, connection: S3Connection, path: str = "", client: S3Client | None = None):
         self._connection = connection
         self._client = client or connection.client()
         self._path = path.strip("/")
@@ -112,12 +52,10 @@ class S3Store(ObjectStore):
 
         ConfigError naming the variable that is missing or malformed; no connection is opened.
         """
-        names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-        missing = [name for name in names if not os.environ.get(name)]
-        if missing:
-            raise ConfigError(f"Cannot open s3://{path}: set {', '.join(missing)} in the environment.")
-        endpoint, access_key, secret_key = (os.environ[name] for name in names)
-        return cls(S3Connection(endpoint, access_key, secret_key, os.environ.get("AWS_REGION")), unquote(path))
+        try:
+            return cls(S3Connection.from_environment(), unquote(path))
+        except ConfigError as error:
+            raise ConfigError(f"Cannot open s3://{path}: {error}") from error
 
     @classmethod
     def connect(
@@ -125,6 +63,9 @@ class S3Store(ObjectStore):
     ) -> "S3Store":
         """The store rooted at `bucket/prefix` of a server. Opens no connection; ConfigError for a bad endpoint."""
         return cls(S3Connection(endpoint_url, access_key, secret_key, region), path)
+
+    def bucket(self, name: str) -> "S3Store":
+        return self.at(self._connection.bucket_prefix + name)
 
     def uri(self, key: str = "") -> str:
         tail = "" if key else "/"

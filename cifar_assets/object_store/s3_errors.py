@@ -27,6 +27,10 @@ _ADVICE = {
     "InvalidAccessKeyId": "AWS_ACCESS_KEY_ID is not known to this server: check it, and the endpoint.",
     "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID: check it for a typing "
     "error or a line break at its end.",
+    **dict.fromkeys(
+        ("ExpiredToken", "InvalidToken", "InvalidTokenId"),
+        "AWS_SESSION_TOKEN is missing, expired, or belongs to other keys: renew all three.",
+    ),
     "RequestTimeTooSkewed": "The clocks of this machine and of the server differ by over 15 minutes: set them right.",
     "NoSuchBucket": "The bucket does not exist: make it, or correct the name in the s3:// address.",
     "InvalidBucketName": "The bucket's name is not allowed: 3 to 63 lower-case letters, digits, dots and hyphens.",

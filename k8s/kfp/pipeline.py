@@ -12,7 +12,7 @@ from typing import Any, cast
 from kfp import compiler, dsl, kubernetes
 
 IMAGE = "localhost/cifar-kfp:dev"
-ENDPOINT = {name: name for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "MLFLOW_TRACKING_URI")}
+ENDPOINT = {name: name for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "CIFAR_BUCKET_PREFIX", "MLFLOW_TRACKING_URI")}
 CREDENTIALS = {name: name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
 
 
@@ -102,7 +102,7 @@ def cifar10_pipeline(
     for task in (data, processed, trained, model):
         task.set_caching_options(False)  # each run looks at the store anew
         kubernetes.use_config_map_as_env(task, "cifar-platform", ENDPOINT)
-        kubernetes.use_secret_as_env(task, "object-store", CREDENTIALS)
+        kubernetes.use_secret_as_env(task, "object-store-pipeline", CREDENTIALS)
     return model.output
 
 

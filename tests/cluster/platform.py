@@ -1,7 +1,8 @@
 """The platform of k8s/overlays/minikube in a cluster, as docs/kubernetes.md sets it up."""
 
+import base64
 import os
-import secrets
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,18 +14,17 @@ import yaml
 from cifar_assets.object_store.s3 import S3Store
 from tests.cluster.kubectl import forwarded, free_port, kubectl
 
-OVERLAY = Path(__file__).parents[2] / "k8s" / "overlays" / "minikube"
+K8S = Path(__file__).parents[2] / "k8s"
+OVERLAY = K8S / "overlays" / "minikube"
 NAMESPACE = "cifar"
 PLATFORM_NAMESPACE = "cifar-platform"
 KEEP_VARIABLE = "TEST_KEEP_PLATFORM"
-_ACCESS_KEY = "cifar"
 
 
 @dataclass(frozen=True)
 class Platform:
     """A running platform, reached from here through forwarded ports."""
 
-    secret_key: str
     store_port: int
     mlflow_port: int
     namespace: str = NAMESPACE
@@ -40,10 +40,11 @@ class Platform:
         found = kubectl("get", "namespaces", NAMESPACE, PLATFORM_NAMESPACE, "--ignore-not-found", "-o", "name")
         if found and not is_kept():
             pytest.skip(f"the cluster has {' and '.join(found.split())} already; {KEEP_VARIABLE}=1 tests in them")
-        secret_key = _secret_key() if found else _apply()
+        if not found:
+            _apply()
         try:
             _wait_until_ready()
-            platform = cls(secret_key, free_port(), free_port())
+            platform = cls(free_port(), free_port())
             with (
                 forwarded(PLATFORM_NAMESPACE, "svc/minio", platform.store_port, 9000),
                 forwarded(PLATFORM_NAMESPACE, "svc/mlflow", platform.mlflow_port, 5000),
@@ -54,21 +55,23 @@ class Platform:
                 kubectl("delete", "namespace", NAMESPACE, PLATFORM_NAMESPACE, "--wait=true", "--timeout=200s")
 
     def store(self) -> S3Store:
-        return S3Store.connect(f"http://127.0.0.1:{self.store_port}", _ACCESS_KEY, self.secret_key)
+        """With all rights: a test puts there what it needs."""
+        keys = secret(PLATFORM_NAMESPACE, "object-store")
+        endpoint = f"http://127.0.0.1:{self.store_port}"
+        return S3Store.connect(endpoint, keys["AWS_ACCESS_KEY_ID"], keys["AWS_SECRET_ACCESS_KEY"])
 
     @property
     def mlflow_uri(self) -> str:
         return f"http://127.0.0.1:{self.mlflow_port}"
 
     def environment(self) -> dict[str, str]:
-        """For a Dagster that runs outside of the cluster."""
+        """For a Dagster that runs outside of the cluster, with the rights that it has inside."""
         settings = yaml.safe_load(kubectl("-n", NAMESPACE, "get", "configmap", "cifar-platform", "-o", "yaml"))["data"]
         return {
             **settings,
             "DAGSTER_DEPLOYMENT": "kubernetes",
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.store_port}",
-            "AWS_ACCESS_KEY_ID": _ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            **secret(NAMESPACE, "object-store-dagster"),
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
             "TRAINER_NAMESPACE": NAMESPACE,
             "TRAINER_STORE_ENDPOINT_URL": settings["AWS_ENDPOINT_URL"],
@@ -80,24 +83,21 @@ def is_kept() -> bool:
     return os.environ.get(KEEP_VARIABLE) == "1"
 
 
-def _apply() -> str:
-    secret_key = secrets.token_hex(20)
+def secret(namespace: str, name: str) -> dict[str, str]:
+    """The decoded values of a Secret."""
+    data = yaml.safe_load(kubectl("-n", namespace, "get", "secret", name, "-o", "yaml"))["data"]
+    return {key: base64.b64decode(value).decode() for key, value in data.items()}
+
+
+def _apply() -> None:
     for namespace in (PLATFORM_NAMESPACE, NAMESPACE):
         kubectl("create", "namespace", namespace)
-        keys = {"AWS_ACCESS_KEY_ID": _ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": secret_key}
-        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "object-store"}, "stringData": keys}
-        kubectl("-n", namespace, "create", "-f", "-", text=yaml.safe_dump(secret))
+    subprocess.run([str(K8S / "create-secrets")], check=True, timeout=60)
     kubectl("apply", "--server-side", "-k", str(OVERLAY))
-    return secret_key
-
-
-def _secret_key() -> str:
-    template = "{{.data.AWS_SECRET_ACCESS_KEY | base64decode}}"
-    return kubectl("-n", NAMESPACE, "get", "secret", "object-store", "-o", f"go-template={template}")
 
 
 def _wait_until_ready() -> None:
     inside = ["-n", PLATFORM_NAMESPACE]
     kubectl(*inside, "rollout", "status", "deploy/minio", "--timeout=200s")
-    kubectl(*inside, "wait", "--for=condition=complete", "job/make-buckets", "--timeout=200s")
+    kubectl(*inside, "wait", "--for=condition=complete", "job/store-setup", "--timeout=200s")
     kubectl(*inside, "rollout", "status", "deploy/mlflow", "--timeout=200s")

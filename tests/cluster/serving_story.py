@@ -59,7 +59,8 @@ class Service(KServeInferenceService):
 
 def service(namespace: str, *, account: str = "dagster", patience: float = 60, **settings: Any) -> Service:
     """The service of the stories, its settings changed as told. `patience`: seconds for a pod that cannot start."""
-    values = {"image": SERVER_IMAGE, "env_config_maps": [], "cpu": "50m", "max_replicas": 1, **settings}
+    values: dict[str, Any] = {"image": SERVER_IMAGE, "env_config_maps": [], "env_secrets": ["object-store"]}
+    values |= {"cpu": "50m", "max_replicas": 1, **settings}
     return Service(
         object_store=LocalObjectStore(),
         settings=InferenceServiceSettings(**values),

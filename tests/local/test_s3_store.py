@@ -1,8 +1,6 @@
 """One contract for both stores, and what an S3 store says when the server or the settings are wrong."""
 
 import io
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +21,7 @@ from cifar_assets.dataset.stores import Stores
 from cifar_assets.errors import ConfigError, IntegrityError, ObjectChangedError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store import FolderStore, ObjectStore, open_store
 from cifar_assets.object_store.s3 import PART_BYTES, S3Connection, S3Store
-from tests.fixtures.minio import running_minio
+from tests.fixtures.minio import certificates_for_loopback, running_minio
 
 
 @pytest.fixture(autouse=True)
@@ -273,15 +271,7 @@ def test_wrong_settings_say_what_to_do(wrong: tuple[S3Connection, str]) -> None:
 
 @pytest.mark.s3
 def test_tls_with_an_authority_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("no openssl to make a certificate with")
-    certificates = tmp_path / "certs"
-    certificates.mkdir()
-    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1"]
-    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command += ["-keyout", str(certificates / "private.key"), "-out", str(certificates / "public.crt")]
-    subprocess.run(command, check=True, capture_output=True)
+    certificates = certificates_for_loopback(tmp_path / "certs")
     with running_minio(tmp_path, certificates) as server:
         with pytest.raises(StoreError, match="AWS_CA_BUNDLE"):
             server.store().ensure_buckets(["secure"])

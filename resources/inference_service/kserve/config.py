@@ -28,7 +28,7 @@ class InferenceServiceSettings(StrictConfig):
     )
     env: dict[str, str] = Field(default={}, description="Environment variables of the server.")
     env_secrets: list[str] = Field(
-        default=["object-store"], description="Secrets whose every key becomes an environment variable."
+        default=["object-store-server"], description="Secrets whose every key becomes an environment variable."
     )
     env_config_maps: list[str] = Field(default=["cifar-platform"], description="The same with ConfigMaps.")
 

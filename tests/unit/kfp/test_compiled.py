@@ -40,5 +40,5 @@ def test_credentials_come_from_the_secret(compiled: list[dict[str, Any]]) -> Non
     assert len(executors) == 4
     for executor in executors.values():
         (secret,) = executor["secretAsEnv"]
-        assert secret["secretName"] == "object-store"
+        assert secret["secretName"] == "object-store-pipeline"
         assert {entry["envVar"] for entry in secret["keyToEnv"]} == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}

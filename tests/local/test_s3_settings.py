@@ -1,0 +1,129 @@
+"""The AWS_... settings against a real MinIO that insists on a region, on TLS, and on host names for buckets."""
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from minio.credentials.providers import AssumeRoleProvider
+
+from cifar_assets.dataset.stores import open_stores
+from cifar_assets.errors import ConfigError, StoreError
+from cifar_assets.object_store import open_store
+from cifar_assets.object_store.s3 import S3Store
+from cifar_assets.object_store.s3_settings import CA_VARIABLES, CREDENTIALS, S3Connection
+from resources.object_store import MinioObjectStore, object_store_from_environment
+from tests.fixtures.minio import S3Server, certificates_for_loopback, running_minio
+
+REGION = "eu-central-1"
+DOMAIN = "s3.test"
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return certificates_for_loopback(tmp_path_factory.mktemp("authority") / "certs")
+
+
+@pytest.fixture(scope="module")
+def server(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with running_minio(tmp_path_factory.mktemp("strict-minio"), certificates, MINIO_SITE_REGION=REGION) as server:
+        yield server
+
+
+@pytest.fixture
+def environment(server: S3Server, certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings that this server needs, in the environment."""
+    variables = {**server.environment(), "AWS_REGION": REGION, "AWS_CA_BUNDLE": str(certificates / "public.crt")}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def resource() -> MinioObjectStore:
+    return object_store_from_environment(os.environ).process_config_and_initialize()
+
+
+def test_region_reaches_the_resource_and_what_it_starts(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = resource()
+    store.ensure_buckets()
+    store.models.write("region.txt", b"signed for the right region")
+    monkeypatch.delenv("AWS_REGION")
+    for name, value in store.child_environment().items():
+        monkeypatch.setenv(name, value)
+    assert open_store(store.models.uri()).read("region.txt") == b"signed for the right region"
+
+
+def test_default_region_is_used_where_no_other_is_set(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_REGION")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
+    S3Store.from_environment().ensure_buckets(["by-default-region"])
+
+
+def test_wrong_region_is_an_error_that_names_the_variable(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    with pytest.raises(StoreError, match=f"{REGION}.*AWS_REGION"):
+        resource().models.read("x")
+
+
+def test_untrusted_certificate_is_an_error_that_names_the_variable(
+    environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in CA_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(StoreError, match="AWS_CA_BUNDLE"):
+        resource().models.read("x")
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such/bundle")
+    with pytest.raises(ConfigError, match="AWS_CA_BUNDLE is '/no/such/bundle'"):
+        resource().models.read("x")
+
+
+def test_temporary_credentials_need_their_token(
+    environment: None, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = resource()
+    store.ensure_buckets()
+    store.models.write("token.txt", b"with a token")
+    pool = S3Connection.from_environment().pool()
+    temporary = AssumeRoleProvider(
+        sts_endpoint=server.endpoint,
+        access_key=server.access_key,
+        secret_key=server.secret_key,
+        duration_seconds=int(timedelta(hours=1).total_seconds()),
+        region=REGION,
+        http_client=pool,
+    ).retrieve()
+    values = (temporary.access_key, temporary.secret_key, temporary.session_token or "")
+    for name, value in zip(CREDENTIALS, values, strict=True):
+        monkeypatch.setenv(name, value)
+    assert resource().models.read("token.txt") == b"with a token"
+    assert open_store("s3://models").read("token.txt") == b"with a token"
+    monkeypatch.delenv(CREDENTIALS[2])
+    with pytest.raises(StoreError, match="AWS_SESSION_TOKEN"):
+        resource().models.read("token.txt")
+
+
+def test_prefix_gives_every_bucket_another_name(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR_BUCKET_PREFIX", "my-team-")
+    store = resource()
+    store.ensure_buckets()
+    store.processed.write("x", b"1")
+    assert store.processed.uri("x") == "s3://my-team-processed-data/x"
+    assert open_stores("s3:///").processed.read("x") == b"1"
+    assert open_store("s3://my-team-processed-data/").read("x") == b"1"
+
+
+def test_bucket_in_the_host_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MinIO stands in for the proxy as well: nothing here resolves the names of the buckets."""
+    with running_minio(tmp_path, MINIO_DOMAIN=DOMAIN) as server:
+        for name, value in {**server.environment(), "AWS_ENDPOINT_URL": f"http://{DOMAIN}"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("http_proxy", server.endpoint)
+        monkeypatch.setenv("AWS_S3_ADDRESSING_STYLE", "virtual")
+        S3Store.from_environment().ensure_buckets(["by-host"])
+        store = open_store("s3://by-host/prefix")
+        store.write("x", b"content")
+        assert store.read("x") == b"content"
+        assert [info.key for info in store.list()] == ["x"]
+        assert server.store("by-host").read("prefix/x") == b"content"

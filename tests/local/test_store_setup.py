@@ -1,0 +1,116 @@
+"""Users and rights on a real MinIO: each role may do what it does, and nothing else."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cifar_assets.errors import StoreError
+from cifar_assets.object_store.s3 import S3Store
+from cifar_assets.object_store.s3_settings import S3Connection
+from cifar_assets.object_store.setup import ALL_BUCKETS, ROLES, main, user_of
+from tests.fixtures.minio import S3Server, running_minio
+
+PREFIX = "team-"
+MAY_READ = {
+    "dagster": {"raw-data", "processed-data", "models", "dagster-logs"},
+    "trainer": {"processed-data", "models"},
+    "server": {"models"},
+    "pipeline": {"raw-data", "processed-data", "models"},
+    "mlflow": {"mlflow"},
+}
+_TRAINERS = {"models/x", "models/checkpoints/x", "models/pipes/messages/x"}
+MAY_WRITE: dict[str, set[str]] = {
+    "dagster": {"raw-data/x", "processed-data/x", "dagster-logs/x", "models/jobs/x", *_TRAINERS},
+    "trainer": _TRAINERS,
+    "server": set(),
+    "pipeline": _TRAINERS,
+    "mlflow": {"mlflow/x"},
+}
+MAY_DELETE: dict[str, set[str]] = {
+    "dagster": MAY_WRITE["dagster"],
+    "trainer": {"models/checkpoints/x"},
+    "server": set(),
+    "pipeline": {"models/checkpoints/x"},
+    "mlflow": {"mlflow/x"},
+}
+PLACES = sorted({place for places in MAY_WRITE.values() for place in places})
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A MinIO that was set up twice, with keys changed in between."""
+    folder = tmp_path_factory.mktemp("minio-users")
+    keys = folder / "keys"
+    keys.mkdir()
+    with running_minio(folder) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**server.environment(), "CIFAR_BUCKET_PREFIX": PREFIX}.items():
+            patch.setenv(name, value)
+        for attempt in (1, 2):
+            for role in ROLES:
+                (keys / role).write_text(f"secret-{role}-{attempt}\n")
+            assert main([str(keys)]) == 0
+        root = S3Store(S3Connection.from_environment())
+        for place in PLACES:
+            root.bucket(place.partition("/")[0]).write(place.partition("/")[2], b"there")
+        yield server
+
+
+def store_of(server: S3Server, role: str | None = None, key: str = "") -> S3Store:
+    """The store as a role sees it, or as the root user does."""
+    keys = (user_of(role), key or f"secret-{role}-2") if role else (server.access_key, server.secret_key)
+    return S3Store(S3Connection(server.endpoint, *keys, bucket_prefix=PREFIX))
+
+
+def is_allowed(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except StoreError as error:
+        if "AccessDenied" not in str(error):
+            raise
+        return False
+    return True
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_role_may_do_what_it_needs_and_nothing_else(role: str, server: S3Server) -> None:
+    root, store = store_of(server), store_of(server, role)
+    read = {name for name in ALL_BUCKETS if is_allowed(lambda name=name: list(store.bucket(name).list()))}
+    written, deleted = set(), set()
+    for place in PLACES:
+        name, _, key = place.partition("/")
+        bucket = store.bucket(name)
+        assert is_allowed(partial(bucket.read, key)) == is_allowed(partial(bucket.stat, "missing")) == (name in read)
+        if is_allowed(partial(bucket.write, key, b"there")):
+            written.add(place)
+        if is_allowed(partial(bucket.delete, key)):
+            deleted.add(place)
+            root.bucket(name).write(key, b"there")
+    assert (read, written, deleted) == (MAY_READ[role], MAY_WRITE[role], MAY_DELETE[role])
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_role_makes_no_buckets_and_no_users(role: str, server: S3Server) -> None:
+    with pytest.raises(StoreError, match="AccessDenied"):
+        store_of(server, role).ensure_buckets(["another"])
+
+
+def test_old_key_is_refused_after_a_change(server: S3Server) -> None:
+    with pytest.raises(StoreError, match="AWS_SECRET_ACCESS_KEY"):
+        store_of(server, "dagster", "secret-dagster-1").bucket("models").read("x")
+
+
+def test_large_upload_needs_no_further_right(server: S3Server, tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(bytes(40 << 20))
+    models = store_of(server, "trainer").bucket("models")
+    models.upload("large", path)
+    assert models.read("large") == path.read_bytes()
+
+
+def test_missing_key_is_an_error_that_names_the_role(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 1
+    assert "has no file dagster, trainer" in capsys.readouterr().err

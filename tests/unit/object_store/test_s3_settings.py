@@ -1,0 +1,121 @@
+"""Settings of AWS's tools: each is honored, or refused by its name."""
+
+import pytest
+import urllib3
+
+from cifar_assets.errors import ConfigError
+from cifar_assets.object_store.s3 import S3Store
+from cifar_assets.object_store.s3_settings import S3Connection
+from resources.object_store import MinioObjectStore, object_store_from_environment
+
+KEYS = {"AWS_ENDPOINT_URL": "http://host:9000", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+
+
+def read(**variables: str) -> S3Connection:
+    return S3Connection.from_environment(KEYS | variables)
+
+
+def resource(monkeypatch: pytest.MonkeyPatch, **variables: str) -> MinioObjectStore:
+    """The resource as Dagster resolves it in an environment."""
+    for name, value in (KEYS | variables).items():
+        monkeypatch.setenv(name, value)
+    return object_store_from_environment(KEYS | variables).process_config_and_initialize()
+
+
+@pytest.mark.parametrize(
+    ("variables", "field", "value"),
+    [
+        ({"AWS_REGION": "eu-central-1"}, "region", "eu-central-1"),
+        ({"AWS_DEFAULT_REGION": "eu-west-3"}, "region", "eu-west-3"),
+        ({"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-west-3"}, "region", "eu-central-1"),
+        ({"AWS_SESSION_TOKEN": "token"}, "session_token", "token"),
+        ({"AWS_ENDPOINT_URL_S3": "https://s3.example"}, "endpoint", "https://s3.example"),
+        ({"AWS_S3_ADDRESSING_STYLE": "virtual"}, "addressing", "virtual"),
+        ({"CIFAR_BUCKET_PREFIX": "team-"}, "bucket_prefix", "team-"),
+    ],
+)
+def test_setting_is_honored_by_commands_and_by_the_resource(
+    variables: dict[str, str], field: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert getattr(read(**variables), field) == value
+    assert getattr(resource(monkeypatch, **variables).root()._connection, field) == value
+
+
+def test_pods_get_the_settings_that_the_resource_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"AWS_DEFAULT_REGION": "eu-west-3", "AWS_SESSION_TOKEN": "t", "AWS_S3_ADDRESSING_STYLE": "path"}
+    child = resource(monkeypatch, **variables).child_environment()
+    assert S3Connection.from_environment(child) == read(**variables)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"AWS_REGION": "eu central"}, "AWS_REGION is 'eu central'"),
+        ({"AWS_S3_ADDRESSING_STYLE": "host"}, "AWS_S3_ADDRESSING_STYLE is 'host'"),
+        ({"CIFAR_BUCKET_PREFIX": "My_"}, "CIFAR_BUCKET_PREFIX is 'My_'"),
+        ({"CIFAR_BUCKET_PREFIX": "p" * 50}, "CIFAR_BUCKET_PREFIX"),
+        ({"AWS_USE_FIPS_ENDPOINT": "true"}, "AWS_USE_FIPS_ENDPOINT is not supported"),
+        ({"AWS_USE_DUALSTACK_ENDPOINT": "true"}, "AWS_USE_DUALSTACK_ENDPOINT is not supported"),
+        ({"AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS is not supported"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_PROFILE": "work"}, "AWS_PROFILE is set, but"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_WEB_IDENTITY_TOKEN_FILE": "/t"}, "AWS_WEB_IDENTITY_TOKEN_FILE is set, but"),
+        ({"AWS_ENDPOINT_URL": "http://host:99999"}, "AWS_ENDPOINT_URL is 'http://host:99999'"),
+        ({"AWS_ENDPOINT_URL": "u:hush@host:9000"}, "AWS_ENDPOINT_URL is"),
+        ({"AWS_ENDPOINT_URL": "http://[host"}, "AWS_ENDPOINT_URL is"),
+    ],
+)
+def test_unsupported_setting_is_refused_by_name(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(**variables)
+    assert "hush" not in str(caught.value)
+    with pytest.raises(ConfigError, match=message):
+        resource(monkeypatch, **variables).root()
+
+
+@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
+@pytest.mark.parametrize("content", [None, "not a certificate"])
+def test_unusable_ca_bundle_is_refused_by_name(
+    name: str, content: str | None, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+    path = tmp_path / "ca.pem"
+    if content:
+        path.write_text(content)
+    monkeypatch.setenv(name, str(path))
+    with pytest.raises(ConfigError, match=f"{name} is '{path}'"):
+        read(AWS_ENDPOINT_URL="https://host").client()
+    read().client()  # plain HTTP needs none
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "style", "expected"),
+    [
+        ("http://host:9000", "auto", "http://host:9000/bucket/key"),
+        ("http://host:9000", "virtual", "http://bucket.host:9000/key"),
+        ("https://s3.eu-west-3.amazonaws.com", "auto", "https://bucket.s3.eu-west-3.amazonaws.com/key"),
+        ("https://s3.eu-west-3.amazonaws.com", "path", "https://s3.eu-west-3.amazonaws.com/bucket/key"),
+    ],
+)
+def test_addressing_style_decides_where_the_bucket_is_named(endpoint: str, style: str, expected: str) -> None:
+    client = read(AWS_ENDPOINT_URL=endpoint, AWS_S3_ADDRESSING_STYLE=style).client()
+    region = client._base_url.region or ""
+    assert region == ("eu-west-3" if "amazonaws" in endpoint else "us-east-1")
+    built = client._base_url.build(method="GET", region=region, bucket_name="bucket", object_name="key")
+    assert built.geturl() == expected
+
+
+def test_proxy_of_the_environment_is_used_except_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", ".svc")
+    hosts = {"host:9000": True, "minio.platform.svc:9000": False, "localhost:9000": False, "127.0.0.1:9000": False}
+    for host, proxied in hosts.items():
+        pool = read(AWS_ENDPOINT_URL=f"http://{host}").pool()
+        assert isinstance(pool, urllib3.ProxyManager) is proxied, host
+
+
+def test_prefix_is_part_of_bucket_names_and_of_addresses() -> None:
+    store = S3Store(read(CIFAR_BUCKET_PREFIX="team-"))
+    assert store.bucket("models").uri("x") == "s3://team-models/x"
+    assert store.at("models").uri("x") == "s3://models/x"  # an address names the bucket as it is
