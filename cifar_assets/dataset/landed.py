@@ -10,14 +10,14 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
-from cifar_assets.dataset.formats.image_tar import class_of, pack_images
+from cifar_assets.dataset.formats.image_tar import class_of
 from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.images import PICTURE_SUFFIXES, ImageError, check_size, pixel_digest, prepare_image
 from cifar_assets.dataset.index import PREPARATION, ObjectIndex, build_index, load_index, save_index
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, is_test_name, suffix_of
-from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, is_stored, read_rows, store_object
+from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, read_rows, store_object
 from cifar_assets.dataset.rows import SPLITS
-from cifar_assets.digests import sha256_file, sha256_json, sha256_stream
+from cifar_assets.digests import sha256_file, sha256_stream
 from cifar_assets.errors import DataError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectInfo, ObjectStore
 
@@ -115,24 +115,6 @@ def examine(
         yield info, found
     if memory != before:
         raw.write(_MEMORY_KEY, memory.model_dump_json().encode())
-
-
-def pack_landed_images(raw: ObjectStore, images: Sequence[LandedImage], resize: bool) -> list[RawObject]:
-    """One object holding the images, the same for the same images however they landed."""
-    ordered = sorted(images, key=lambda image: image.member)
-    pack_key = f"packs/{sha256_json([image.member for image in ordered])}.json"
-    if raw.exists(pack_key):
-        item = RawObject.model_validate_json(raw.read(pack_key))
-        if is_stored(raw, item.key, item.sha256, item.size):
-            return [item]
-    with tempfile.TemporaryDirectory(prefix="cifar-landed-") as folder:
-        path = Path(folder, "images.tar")
-        pack_images(path, ((image.member, raw.read_verified(image.key, image.sha256)) for image in ordered))
-        index = build_index(read_rows(path, "images", "train", "landed images", resize=resize), "landed images")
-        item = _store(raw, path, "images", "train", ".tar", len(index))
-        save_index(raw, item.sha256, "train", resize, index)
-    raw.write(pack_key, item.model_dump_json().encode())
-    return [item]
 
 
 def _recall(

@@ -10,9 +10,10 @@ from cifar_assets.dataset.consistency import Known, check_landed
 from cifar_assets.dataset.formats.image_tar import class_of
 from cifar_assets.dataset.images import PICTURE_SUFFIXES
 from cifar_assets.dataset.index import ObjectIndex
-from cifar_assets.dataset.landed import LandedImage, LandedTable, NotJudged, Refused, examine, pack_landed_images
+from cifar_assets.dataset.landed import LandedImage, LandedTable, NotJudged, Refused, examine
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, suffix_of
 from cifar_assets.dataset.objects import RawObject
+from cifar_assets.dataset.packs import pack_landed_images
 from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.dataset.rejection import Rejection, reject_object, reject_rows
 from cifar_assets.object_store import ObjectInfo, ObjectStore

@@ -9,7 +9,7 @@ from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.processed import list_processed_versions, read_processed
 from cifar_assets.dataset.raw import list_raw_versions, read_provenance, read_raw
-from cifar_assets.dataset.reader import open_rows
+from cifar_assets.dataset.reader import open_split
 from cifar_assets.dataset.splits import SPLIT_NAMES, SplitName
 from cifar_assets.dataset.stores import Stores
 from cifar_assets.errors import ConfigError
@@ -100,7 +100,7 @@ def dataset_lineage(stores: Stores, processed_digest: str) -> DatasetLineage:
     landed = provenance.get("landed")
     names: dict[str, list[str]] = landed if isinstance(landed, dict) else {}
     counts = {
-        split: np.bincount(open_rows(stores.processed, processed_digest, split)["objects"], minlength=len(raw.objects))
+        split: np.bincount(open_split(stores.processed, processed_digest, split).objects, minlength=len(raw.objects))
         for split in SPLIT_NAMES
     }
     objects = tuple(
@@ -118,15 +118,15 @@ def dataset_lineage(stores: Stores, processed_digest: str) -> DatasetLineage:
 def images_of(stores: Stores, processed_digest: str, split: SplitName) -> Iterator[ImageOrigin]:
     """Every image of a split in stored order, with the exact object and row it came from."""
     objects = read_raw(stores.raw, read_processed(stores.processed, processed_digest).raw_digest).objects
-    rows = open_rows(stores.processed, processed_digest, split)
-    for position in range(len(rows["labels"])):
+    rows = open_split(stores.processed, processed_digest, split)
+    for position in range(len(rows.labels)):
         yield ImageOrigin(
             split,
             position,
-            rows["digests"][position].tobytes().hex(),
-            CLASSES[int(rows["labels"][position])],
-            objects[int(rows["objects"][position])].key,
-            int(rows["rows"][position]),
+            rows.digests[position].tobytes().hex(),
+            CLASSES[int(rows.labels[position])],
+            objects[int(rows.objects[position])].key,
+            int(rows.rows[position]),
         )
 
 
@@ -138,17 +138,17 @@ def find_image(stores: Stores, pixel_digest: str) -> list[ImageUse]:
     for digest in list_processed_versions(stores.processed):
         objects = None
         for split in SPLIT_NAMES:
-            rows = open_rows(stores.processed, digest, split)
-            for position in np.flatnonzero((rows["digests"] == wanted).all(axis=1)):
+            rows = open_split(stores.processed, digest, split)
+            for position in np.flatnonzero((rows.digests == wanted).all(axis=1)):
                 if objects is None:
                     objects = read_raw(stores.raw, read_processed(stores.processed, digest).raw_digest).objects
                 origin = ImageOrigin(
                     split,
                     int(position),
                     pixel_digest,
-                    CLASSES[int(rows["labels"][position])],
-                    objects[int(rows["objects"][position])].key,
-                    int(rows["rows"][position]),
+                    CLASSES[int(rows.labels[position])],
+                    objects[int(rows.objects[position])].key,
+                    int(rows.rows[position]),
                 )
                 uses.append(ImageUse(digest, origin, tuple(models.get(digest, ()))))
     return uses
@@ -194,9 +194,9 @@ def changes_since(processed: ObjectStore, digest: str, previous: str) -> Changes
 def _placed(processed: ObjectStore, digest: str) -> dict[bytes, tuple[SplitName, int]]:
     placed: dict[bytes, tuple[SplitName, int]] = {}
     for split in SPLIT_NAMES:
-        rows = open_rows(processed, digest, split)
-        data = rows["digests"].tobytes()
-        for position, label in enumerate(rows["labels"].tolist()):
+        rows = open_split(processed, digest, split)
+        data = rows.digests.tobytes()
+        for position, label in enumerate(rows.labels.tolist()):
             placed[data[32 * position : 32 * position + 32]] = (split, label)
     return placed
 

@@ -4,12 +4,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cifar_assets.dataset.formats.archive import read_archive
 from cifar_assets.dataset.formats.binary import read_records
@@ -24,6 +25,11 @@ ObjectFormat = Literal["archive", "parquet", "images", "records"]
 """Official archive (python or binary), Parquet in the Hugging Face layout, tar of image files, plain binary records."""
 
 OBJECTS_PREFIX = "objects/"
+
+YOUNG = timedelta(hours=12)
+"""An object that was written or found in use within this time is not renewed when it is used again."""
+
+State = TypeVar("State", bound=BaseModel)
 
 
 class RawObject(BaseModel):
@@ -98,25 +104,39 @@ def fetched(store: ObjectStore, key: str, sha256: str) -> Iterator[Path]:
         yield path
 
 
-def store_object(raw: ObjectStore, path: Path, sha256: str, suffix: str) -> str:
+def store_object(store: ObjectStore, path: Path, sha256: str, suffix: str, prefix: str = OBJECTS_PREFIX) -> str:
     """Store a file under its digest and return the key. A good copy already there is kept, a damaged one replaced."""
-    key = f"{OBJECTS_PREFIX}{sha256}{suffix}"
-    if is_stored(raw, key, sha256, path.stat().st_size):
+    key = f"{prefix}{sha256}{suffix}"
+    if is_stored(store, key, sha256, path.stat().st_size):
         return key
-    raw.upload(key, path)
-    if not is_stored(raw, key, sha256, path.stat().st_size):
-        raw.delete(key)
+    store.upload(key, path)
+    if not is_stored(store, key, sha256, path.stat().st_size):
+        store.delete(key)
         raise DataError(f"{path} changed while it was being stored; wait until it is complete and try again.")
     return key
 
 
-def is_stored(raw: ObjectStore, key: str, sha256: str, size: int) -> bool:
-    """Whether the object is there with the right content. StoreError when the store does not answer."""
-    info = raw.stat(key)
+def is_stored(store: ObjectStore, key: str, sha256: str, size: int) -> bool:
+    """Whether the object is there with the right content. StoreError when the store does not answer.
+
+    Asked before an object of an earlier version is used in a new one: it becomes as young as that, as pruning removes
+    nothing young.
+    """
+    info = store.stat(key)
     if info is None or info.size != size:
         return False
     try:
-        with fetched(raw, key, sha256):
+        with fetched(store, key, sha256):
+            if datetime.now(UTC) - info.last_modified > YOUNG:
+                store.touch(key)
             return True
     except (IntegrityError, ObjectNotFoundError):
         return False
+
+
+def read_state(store: ObjectStore, key: str, kind: type[State]) -> State | None:
+    """What was noted under the key for the next time, or None without a note that this release understands."""
+    try:
+        return kind.model_validate_json(store.read(key))
+    except (ObjectNotFoundError, ValidationError):
+        return None

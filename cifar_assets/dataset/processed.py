@@ -1,27 +1,21 @@
 """Processed dataset versions: prepared pixels in shards, split by image digest, under one digest."""
 
-import json
 import logging
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.index import PREPARATION, pixel_digests
-from cifar_assets.dataset.objects import fetched, is_stored, read_rows
+from cifar_assets.dataset.index import PREPARATION
+from cifar_assets.dataset.parts import ChannelStatistics, Part, find_or_build_part, group_objects
 from cifar_assets.dataset.progress import Progress, quiet
-from cifar_assets.dataset.raw import RawManifest, read_raw
-from cifar_assets.dataset.rows import RowBatch
-from cifar_assets.dataset.shards import Rows, Shard, ShardWriter
-from cifar_assets.dataset.splits import NEEDED_SPLITS, SPLIT_NAMES, SplitConfig, SplitName, assign_splits
+from cifar_assets.dataset.raw import read_raw
+from cifar_assets.dataset.shards import Shard
+from cifar_assets.dataset.splits import NEEDED_SPLITS, SPLIT_NAMES, SplitConfig, SplitName
 from cifar_assets.digests import canonical_json, sha256_json
-from cifar_assets.errors import ConfigError, DataError, IntegrityError, ObjectNotFoundError
+from cifar_assets.errors import DataError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -34,7 +28,7 @@ class ProcessedManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["cifar10-processed/1"] = "cifar10-processed/1"
+    kind: Literal["cifar10-processed/2", "cifar10-processed/1"] = "cifar10-processed/2"
     raw_digest: str
     preparation: int = PREPARATION
     config: SplitConfig
@@ -42,12 +36,24 @@ class ProcessedManifest(BaseModel):
     counts: dict[SplitName, dict[str, int]] = Field(description="Images per split and class.")
     mean: tuple[float, float, float] = Field(description="Per channel, of the train split, in units of 0 to 1.")
     std: tuple[float, float, float] = Field(description="Per channel, of the train split, in units of 0 to 1.")
-    shards: dict[SplitName, tuple[Shard, ...]] = Field(description="Pixels and labels, in row order.")
-    rows: dict[SplitName, Shard] = Field(description="Per split: digest, label, source object and row of each image.")
+    shards: dict[SplitName, tuple[Shard, ...]] = Field(description="Images with label and origin, in row order.")
+    rows: dict[SplitName, Shard] = Field(
+        default={}, description="Of kind cifar10-processed/1: the origins of each split in a file of their own."
+    )
 
     @property
     def digest(self) -> str:
         return sha256_json(self.model_dump(mode="json"))
+
+    @property
+    def files(self) -> list[Shard]:
+        """Every stored file but the manifest."""
+        return [shard for shards in self.shards.values() for shard in shards] + list(self.rows.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of its shards, those that it shares with other versions included."""
+        return sum(shard.size for shards in self.shards.values() for shard in shards)
 
     def count(self, split: SplitName) -> int:
         """Images in a split."""
@@ -61,7 +67,9 @@ class ProcessedReport:
     reused: bool
     """Whether it was there already and nothing was built."""
     size: int
-    """Bytes of its shards."""
+    """Bytes of its shards, those that it shares with other versions included."""
+    new_size: int = 0
+    """Bytes of the shards that were built for it."""
 
 
 @dataclass(frozen=True)
@@ -82,47 +90,51 @@ def build_processed(
 ) -> ProcessedVersion:
     """Decode, split and store the images of a raw version; bit-identical for the same raw digest and config.
 
-    Memory is bounded by one shard per split; disk by the finished shards, which become visible all at once. A version
-    that was built before is given again without building. Raises DataError when the train or test split would be empty,
-    IntegrityError when an object is not what the raw version says.
+    Parts that another version has are taken as they are. Memory is bounded by one shard per split, disk by one shard,
+    and the version becomes visible all at once, with its manifest. Raises DataError when the train or test split would
+    be empty, IntegrityError when an object is not what the raw version says.
     """
     config = config or SplitConfig()
-    known = _find_built(processed, raw_digest, config)
-    if known is not None:
-        return known
     manifest = read_raw(raw, raw_digest)
-    with tempfile.TemporaryDirectory(prefix="cifar-processed-") as work:
-        writers: dict[SplitName, ShardWriter] = {
-            split: ShardWriter(Path(work), split, config.max_shard_rows) for split in SPLIT_NAMES
-        }
-        statistics = ChannelStatistics()
-        done = 0
-        for rows in _used_rows(raw, manifest):
-            names = assign_splits(rows.digests, rows.source_splits, config)
-            for position, split in enumerate(SPLIT_NAMES):
-                part = rows.take(names == position)
-                writers[split].add(part)
-                if split == "train":
-                    statistics.add(part.images)
-            done += len(rows)
-            progress("preparing images", done, manifest.rows)
-        shards: dict[SplitName, tuple[Shard, ...]] = {split: writer.finish() for split, writer in writers.items()}
-        row_files: dict[SplitName, Shard] = {split: writer.write_rows() for split, writer in writers.items()}
-        counts: dict[SplitName, dict[str, int]] = {
-            split: _class_counts(writer.label_counts) for split, writer in writers.items()
-        }
-        _check_counts(counts, raw_digest)
-        result = ProcessedManifest(
-            raw_digest=raw_digest,
-            config=config,
-            counts=counts,
-            mean=statistics.mean(),
-            std=statistics.std(),
-            shards=shards,
-            rows=row_files,
+    parts: list[tuple[tuple[int, ...], Part]] = []
+    done = new_size = 0
+    for numbers in group_objects(manifest.objects):
+        part, is_new = find_or_build_part(raw, processed, manifest, numbers, config)
+        parts.append((numbers, part))
+        new_size += part.size if is_new else 0
+        done += sum(manifest.objects[number].used_rows for number in numbers)
+        progress("preparing images", done, manifest.rows)
+    result = _assemble(raw_digest, config, parts)
+    _check_counts(result.counts, raw_digest)
+    key = f"{result.digest}/{MANIFEST_FILE}"
+    reused = not new_size and processed.exists(key)
+    processed.write(key, canonical_json(result.model_dump(mode="json")))
+    missing = next((shard for shard in result.files if not processed.exists(shard.file)), None)
+    if missing:
+        raise StoreError(
+            f"{processed.uri(missing.file)} was removed while a version with it was built: build it again.",
+            transient=True,
         )
-        _publish(processed, result, Path(work), progress)
-    return ProcessedVersion(result.digest, result, ProcessedReport(False, _size(result)))
+    return ProcessedVersion(result.digest, result, ProcessedReport(reused, result.size, new_size))
+
+
+def _assemble(raw_digest: str, config: SplitConfig, parts: list[tuple[tuple[int, ...], Part]]) -> ProcessedManifest:
+    statistics = ChannelStatistics()
+    labels = {split: np.zeros(len(CLASSES), np.int64) for split in SPLIT_NAMES}
+    shards: dict[SplitName, list[Shard]] = {split: [] for split in SPLIT_NAMES}
+    for numbers, part in parts:
+        statistics.merge(part.channels)
+        for split in SPLIT_NAMES:
+            labels[split] += np.asarray(part.labels[split])
+            shards[split] += [shard.model_copy(update={"objects": numbers}) for shard in part.shards[split]]
+    return ProcessedManifest(
+        raw_digest=raw_digest,
+        config=config,
+        counts={split: dict(zip(CLASSES, labels[split].tolist(), strict=True)) for split in SPLIT_NAMES},
+        mean=statistics.mean(),
+        std=statistics.std(),
+        shards={split: tuple(shards[split]) for split in SPLIT_NAMES},
+    )
 
 
 def read_processed(processed: ObjectStore, digest: str) -> ProcessedManifest:
@@ -146,114 +158,9 @@ def list_processed_versions(processed: ObjectStore) -> list[str]:
     return [key.split("/")[0] for key in keys if key.count("/") == 1 and key.endswith(f"/{MANIFEST_FILE}")]
 
 
-class ChannelStatistics:
-    """Mean and standard deviation per channel, from exact counts of every pixel value."""
-
-    def __init__(self) -> None:
-        self._counts = np.zeros((3, 256), dtype=np.int64)
-
-    def add(self, images: NDArray[np.uint8]) -> None:
-        """Count the pixels of N x 3 x 32 x 32 images."""
-        for channel in range(3):
-            self._counts[channel] += np.bincount(images[:, channel].ravel(), minlength=256)
-
-    def mean(self) -> tuple[float, float, float]:
-        return self._triple([self._moment(channel, 1) / 255 for channel in range(3)])
-
-    def std(self) -> tuple[float, float, float]:
-        return self._triple([self._deviation(channel) / 255 for channel in range(3)])
-
-    def _moment(self, channel: int, power: int) -> float:
-        # Python integers: exact, and rounded once, so that every machine gets the same.
-        total = sum(int(count) * value**power for value, count in enumerate(self._counts[channel]))
-        return total / max(int(self._counts[channel].sum()), 1)
-
-    def _deviation(self, channel: int) -> float:
-        count = max(int(self._counts[channel].sum()), 1)
-        first = sum(int(number) * value for value, number in enumerate(self._counts[channel]))
-        second = sum(int(number) * value * value for value, number in enumerate(self._counts[channel]))
-        return ((second * count - first * first) / (count * count)) ** 0.5
-
-    @staticmethod
-    def _triple(values: list[float]) -> tuple[float, float, float]:
-        red, green, blue = (round(value, 9) for value in values)
-        return red, green, blue
-
-
-def _used_rows(raw: ObjectStore, manifest: RawManifest) -> Iterator[Rows]:
-    for number, item in enumerate(manifest.objects):
-        used = item.used()
-        with fetched(raw, item.key, item.sha256) as path:
-            name = raw.uri(item.key)
-            for batch in read_rows(path, item.format, item.split, name, resize=manifest.resize):
-                keep = used[batch.first_row : batch.first_row + len(batch)]
-                if len(keep) != len(batch) or any(used[row] for row in batch.refused):
-                    raise IntegrityError(
-                        f"{name} gives other rows than raw version {manifest.digest} lists: build it again."
-                    )
-                yield _rows_of(batch, number).take(keep)
-
-
-def _rows_of(batch: RowBatch, object_number: int) -> Rows:
-    count = len(batch)
-    return Rows(
-        images=batch.images,
-        labels=batch.labels,
-        digests=pixel_digests(batch.images),
-        objects=np.full(count, object_number, np.int32),
-        rows=np.arange(batch.first_row, batch.first_row + count, dtype=np.int64),
-        source_splits=np.full(count, batch.split),
-    )
-
-
-def _class_counts(labels: NDArray[np.int64]) -> dict[str, int]:
-    return {name: int(count) for name, count in zip(CLASSES, labels, strict=True)}
-
-
 def _check_counts(counts: dict[SplitName, dict[str, int]], raw_digest: str) -> None:
     for split in NEEDED_SPLITS:
         if not sum(counts[split].values()):
             raise DataError(
                 f"Raw version {raw_digest} has no images for the {split} split: add data, or change the fractions."
             )
-
-
-def _publish(processed: ObjectStore, manifest: ProcessedManifest, work: Path, progress: Progress) -> None:
-    digest = manifest.digest
-    files = [shard for shards in manifest.shards.values() for shard in shards] + list(manifest.rows.values())
-    for number, shard in enumerate(files, 1):
-        processed.upload(f"{digest}/{shard.file}", work / shard.file)
-        progress("storing shards", number, len(files))
-    processed.write(f"{digest}/{MANIFEST_FILE}", canonical_json(manifest.model_dump(mode="json")))
-    key = _built_key(manifest.raw_digest, manifest.config)
-    processed.write(key, json.dumps({"digest": digest}).encode())
-
-
-def _find_built(processed: ObjectStore, raw_digest: str, config: SplitConfig) -> ProcessedVersion | None:
-    """The version built before from the same input, if all of it is still there."""
-    key = _built_key(raw_digest, config)
-    if not processed.exists(key):
-        return None
-    try:
-        digest = str(json.loads(processed.read(key))["digest"])
-        manifest = read_processed(processed, digest)
-    except (ValueError, KeyError, DataError, ObjectNotFoundError) as error:
-        logger.warning("Building the processed version again: %s", error)
-        return None
-    for shard in [item for items in manifest.shards.values() for item in items] + list(manifest.rows.values()):
-        key = f"{digest}/{shard.file}"
-        if not is_stored(processed, key, shard.sha256, shard.size):
-            logger.warning("%s is missing or was changed; building the processed version again.", processed.uri(key))
-            return None
-    return ProcessedVersion(digest, manifest, ProcessedReport(True, _size(manifest)))
-
-
-def _built_key(raw_digest: str, config: SplitConfig) -> str:
-    if len(raw_digest) != 64:
-        raise ConfigError(f"{raw_digest!r} is no raw version's digest.")
-    identity = {"raw": raw_digest, "config": config.model_dump(mode="json"), "preparation": PREPARATION}
-    return f"built/{sha256_json(identity)}.json"
-
-
-def _size(manifest: ProcessedManifest) -> int:
-    return sum(shard.size for shards in manifest.shards.values() for shard in shards)

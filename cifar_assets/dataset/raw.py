@@ -181,14 +181,16 @@ def make_current(raw: ObjectStore, digest: str) -> None:
     raw.write(CURRENT_KEY, canonical_json({"digest": digest, "manifest": _manifest_key(digest)}))
 
 
+def list_raw_digests(raw: ObjectStore) -> list[str]:
+    """Digests of the published versions, in order."""
+    return [info.key.split("/")[1] for info in raw.list(VERSIONS_PREFIX) if info.key.endswith("/manifest.json")]
+
+
 def list_raw_versions(raw: ObjectStore) -> list[VersionInfo]:
     """Every published version, oldest first."""
     current = current_raw_digest(raw)
     versions = []
-    for info in raw.list(VERSIONS_PREFIX):
-        if not info.key.endswith("/manifest.json"):
-            continue
-        digest = info.key.split("/")[1]
+    for digest in list_raw_digests(raw):
         try:
             manifest, provenance = read_raw(raw, digest), read_provenance(raw, digest)
         except DataError as error:

@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +19,42 @@ from cifar_assets.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
 
+_MOST_OPEN = 64
+"""Shards kept mapped at a time: each holds a file open."""
+
+_EMPTY: dict[str, NDArray] = {
+    "labels": np.empty(0, np.int64),
+    "digests": np.empty((0, 32), np.uint8),
+    "objects": np.empty(0, np.int32),
+    "rows": np.empty(0, np.int64),
+}
+
 
 class SplitReader:
     """The images of one split, in stored order.
 
-    Pixels stay on disk until they are taken, so that a split may be larger than memory; labels (8 bytes an image) and
-    digests (32 bytes an image, mapped) do not.
+    Pixels stay on disk until they are taken, so that a split may be larger than memory. What is known of each image
+    (52 bytes) does not: label, digest, position of its object in the raw version, and row in that object.
     """
 
-    def __init__(self, manifest: ProcessedManifest, split: SplitName, shards: list[Path], rows: Path):
+    def __init__(self, manifest: ProcessedManifest, split: SplitName, shards: list[Path], rows: Path | None = None):
         self.manifest = manifest
-        self.split = split
-        self._parts: list[NDArray[np.uint8]] = []
-        labels = [np.empty(0, np.int64)]
+        self.split: SplitName = split
+        self._paths = shards
+        self._map = lru_cache(_MOST_OPEN)(lambda number: map_shard(shards[number])["images"])
+        known = [_EMPTY]
         for path, shard in zip(shards, manifest.shards[split], strict=True):
             tensors = map_shard(path)
             check_images(tensors, shard.rows, str(path))
-            self._parts.append(tensors["images"])
-            labels.append(np.asarray(tensors["labels"]))
-        self.labels: NDArray[np.int64] = np.concatenate(labels)
-        self._starts = np.concatenate([[0], np.cumsum([len(part) for part in self._parts])]).astype(np.int64)
-        origin = map_shard(rows)
-        self.digests: NDArray[np.uint8] = origin["digests"]
-        self.objects: NDArray[np.int32] = origin["objects"]
-        self.rows: NDArray[np.int64] = origin["rows"]
+            if rows is None:
+                positions = np.asarray(shard.objects, np.int32)
+                known.append({**_copied(tensors), "objects": positions[tensors["objects"]]})
+        if rows is not None:
+            known.append(_copied(map_shard(rows)))
+        self.labels, self.digests, self.objects, self.rows = (
+            np.concatenate([each[name] for each in known]) for name in _EMPTY
+        )
+        self._starts = np.cumsum([0, *(shard.rows for shard in manifest.shards[split])])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,9 +62,7 @@ class SplitReader:
     @property
     def images(self) -> NDArray[np.uint8]:
         """All images, N x 3 x 32 x 32: the memory map itself where there is one shard, otherwise a copy in memory."""
-        if len(self._parts) == 1:
-            return self._parts[0]
-        return np.concatenate([np.empty((0, *IMAGE_SHAPE), np.uint8), *self._parts])
+        return self._map(0) if len(self._paths) == 1 else self.take(np.arange(len(self)))
 
     def take(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.uint8]:
         """Copies of the images with the given indices, in that order; IndexError outside 0 to len - 1."""
@@ -60,9 +71,11 @@ class SplitReader:
             raise IndexError(f"{self.split} has {len(self)} images; asked for {wanted.min()} to {wanted.max()}")
         result = np.empty((len(wanted), *IMAGE_SHAPE), np.uint8)
         owner = np.searchsorted(self._starts, wanted, side="right") - 1
-        for number in np.unique(owner):
-            mine = np.flatnonzero(owner == number)
-            result[mine] = self._parts[number][wanted[mine] - self._starts[number]]
+        by_owner = np.argsort(owner, kind="stable")
+        for mine in np.split(by_owner, np.flatnonzero(np.diff(owner[by_owner])) + 1):
+            if len(mine):
+                number = int(owner[mine[0]])
+                result[mine] = self._map(number)[wanted[mine] - self._starts[number]]
         return result
 
     def digest(self, index: int) -> str:
@@ -78,29 +91,25 @@ def open_split(processed: ObjectStore, digest: str, split: SplitName, cache: Pat
     it is first used; IntegrityError when one was changed.
     """
     manifest = read_processed(processed, digest)
-    folder = _cache_folder(cache)
-    shards = [_verified(processed, digest, shard, folder) for shard in manifest.shards[split]]
-    return SplitReader(manifest, split, shards, _verified(processed, digest, manifest.rows[split], folder))
+    folder = cache if cache is not None else Path(tempfile.gettempdir(), f"cifar-shards-{os.getuid()}")
+    shards = [_verified(processed, shard.key(digest), shard, folder) for shard in manifest.shards[split]]
+    old = manifest.rows.get(split)
+    return SplitReader(manifest, split, shards, _verified(processed, old.key(digest), old, folder) if old else None)
 
 
-def open_rows(processed: ObjectStore, digest: str, split: SplitName) -> dict[str, NDArray[np.integer]]:
-    """Where each image of a split came from, without its pixels: digests, labels, objects, rows."""
-    shard = read_processed(processed, digest).rows[split]
-    return map_shard(_verified(processed, digest, shard, _cache_folder(None)))
+def _copied(tensors: dict[str, NDArray]) -> dict[str, NDArray]:
+    return {name: np.array(tensors[name]) for name in _EMPTY}
 
 
-def _cache_folder(cache: Path | None) -> Path:
-    return cache if cache is not None else Path(tempfile.gettempdir(), f"cifar-shards-{os.getuid()}")
-
-
-def _verified(processed: ObjectStore, digest: str, shard: Shard, cache: Path) -> Path:
-    key = f"{digest}/{shard.file}"
+def _verified(processed: ObjectStore, key: str, shard: Shard, cache: Path) -> Path:
     if not processed.exists(key):
         raise ObjectNotFoundError(f"{processed.uri(key)}: no such object: materialize the processed dataset again.")
     local = processed.local_path(key)
     if local is None:
-        local = cache / digest / shard.file
-        if not _has_digest(local, shard):
+        local = cache / f"{shard.sha256}.safetensors"
+        if _has_digest(local, shard):
+            os.utime(local)  # what is used is not old
+        else:
             processed.download_verified(key, shard.sha256, local)
         return local
     if not _has_digest(local, shard):

@@ -57,12 +57,11 @@ def _official_files(processed: ObjectStore, digest: str) -> Iterator[tuple[str, 
 def write_seed_processed(processed: ObjectStore, processed_digest: str) -> str:
     """Store the version's manifest and files as one archive and return its key."""
     manifest = read_processed(processed, processed_digest)
-    shards = [shard for items in manifest.shards.values() for shard in items] + list(manifest.rows.values())
 
     def files() -> Iterator[tuple[str, bytes]]:
         yield MANIFEST_FILE, processed.read_verified(f"{processed_digest}/{MANIFEST_FILE}", processed_digest)
-        for shard in shards:
-            with fetched(processed, f"{processed_digest}/{shard.file}", shard.sha256) as path:
+        for shard in manifest.files:
+            with fetched(processed, shard.key(processed_digest), shard.sha256) as path:
                 yield shard.file, path.read_bytes()
 
     _write_archive(processed, SEED_PROCESSED_KEY, files())

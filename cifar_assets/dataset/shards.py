@@ -1,4 +1,4 @@
-"""Shards: safetensors files that hold the images of a split, and the file that says where each image came from."""
+"""Shards: safetensors files that hold images of a split, and where each of them came from."""
 
 import json
 from dataclasses import dataclass, field, fields
@@ -10,9 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import save_file
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
+from cifar_assets.dataset.objects import store_object
 from cifar_assets.digests import sha256_file
 from cifar_assets.errors import DataError
+from cifar_assets.object_store import ObjectStore
 
+SHARDS_PREFIX = "shards/"
+TENSORS = ("images", "labels", "digests", "objects", "rows")
 _DTYPES = {"U8": np.dtype("u1"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 
@@ -21,10 +25,17 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str = Field(description="Name below the version's folder.")
+    file: str = Field(description="Key in the processed bucket; of kind cifar10-processed/1, below the version.")
     sha256: str
     size: int = Field(description="Bytes.")
     rows: int
+    objects: tuple[int, ...] = Field(
+        default=(), description="Positions in the raw version of the objects that the rows name by 0, 1, ..."
+    )
+
+    def key(self, digest: str) -> str:
+        """Its key in the processed bucket, as a file of the version with the digest."""
+        return self.file if self.file.startswith(SHARDS_PREFIX) else f"{digest}/{self.file}"
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Rows:
     digests: NDArray[np.uint8]
     """N x 32: sha256 of the pixels."""
     objects: NDArray[np.int32]
-    """Position in the raw manifest's objects."""
+    """Number of the object in its part."""
     rows: NDArray[np.int64]
     """Row in that object."""
     source_splits: NDArray[np.str_]
@@ -44,72 +55,63 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, flags: NDArray[np.bool_]) -> "Rows":
-        """The rows flagged."""
-        if flags.all():
-            return self
-        return Rows(**{item.name: getattr(self, item.name)[flags] for item in fields(self)})
+    def take(self, which: NDArray[np.bool_] | slice) -> "Rows":
+        """The rows flagged, or in the slice."""
+        return Rows(**{item.name: getattr(self, item.name)[which] for item in fields(self)})
+
+    @staticmethod
+    def join(parts: "list[Rows]") -> "Rows":
+        """All rows, in order."""
+        names = [item.name for item in fields(Rows)]
+        return Rows(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass
 class ShardWriter:
-    """Collects the rows of one split and writes a shard whenever enough are there."""
+    """Collects rows of one split, and stores a shard under its digest whenever enough are there."""
 
+    store: ObjectStore
     folder: Path
-    split: str
+    """For the file being written."""
     max_rows: int
     label_counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(CLASSES), np.int64))
-    _waiting: list[tuple[NDArray[np.uint8], NDArray[np.int64]]] = field(default_factory=list)
+    _waiting: list[Rows] = field(default_factory=list)
     _count: int = 0
     _shards: list[Shard] = field(default_factory=list)
-    _origins: list[dict[str, NDArray]] = field(default_factory=list)
 
     def add(self, rows: Rows) -> None:
         """Append rows to the split."""
         if not len(rows):
             return
         self.label_counts += np.bincount(rows.labels, minlength=len(CLASSES))
-        self._origins.append(
-            {"digests": rows.digests, "labels": rows.labels, "objects": rows.objects, "rows": rows.rows}
-        )
-        self._waiting.append((rows.images, rows.labels))
+        self._waiting.append(rows)
         self._count += len(rows)
-        while self._count >= self.max_rows:
-            self._write(self.max_rows)
+        if self._count >= self.max_rows:
+            self._write(rest=self._count % self.max_rows)
 
     def finish(self) -> tuple[Shard, ...]:
-        """Write what is left and give all shards."""
+        """Store what is left and give all shards."""
         if self._count:
-            self._write(self._count)
+            self._write(rest=0)
         return tuple(self._shards)
 
-    def write_rows(self) -> Shard:
-        """Write where each row of the split came from."""
-        empty = {
-            "digests": np.empty((0, 32), np.uint8),
-            "labels": np.empty(0, np.int64),
-            "objects": np.empty(0, np.int32),
-            "rows": np.empty(0, np.int64),
-        }
-        joined = {name: np.concatenate([none, *(part[name] for part in self._origins)]) for name, none in empty.items()}
-        return self._save(f"{self.split}.rows.safetensors", joined)
-
-    def _write(self, count: int) -> None:
-        images = np.concatenate([part[0] for part in self._waiting])
-        labels = np.concatenate([part[1] for part in self._waiting])
-        name = f"{self.split}-{len(self._shards):05d}.safetensors"
-        self._shards.append(self._save(name, {"images": images[:count], "labels": labels[:count]}))
-        self._count = len(labels) - count
-        self._waiting = [(images[count:], labels[count:])] if self._count else []
-
-    def _save(self, name: str, tensors: dict[str, NDArray]) -> Shard:
-        path = self.folder / name
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path)
-        return Shard(file=name, sha256=sha256_file(path), size=path.stat().st_size, rows=len(tensors["labels"]))
+    def _write(self, rest: int) -> None:
+        """Store all that waits but for the last `rest` rows."""
+        rows = Rows.join(self._waiting)
+        end = len(rows) - rest
+        path = self.folder / "shard"
+        for start in range(0, end, self.max_rows):
+            part = rows.take(slice(start, min(start + self.max_rows, end)))
+            save_file({name: np.ascontiguousarray(getattr(part, name)) for name in TENSORS}, path)
+            sha256 = sha256_file(path)
+            key = store_object(self.store, path, sha256, ".safetensors", SHARDS_PREFIX)
+            self._shards.append(Shard(file=key, sha256=sha256, size=path.stat().st_size, rows=len(part)))
+            path.unlink()
+        self._waiting, self._count = [rows.take(slice(end, None))] if rest else [], rest
 
 
 def map_shard(path: Path) -> dict[str, NDArray]:
-    """The tensors of a safetensors file as read-only memory maps: nothing is read until it is used.
+    """The tensors of a safetensors file, read-only, in one memory map: nothing is read until it is used.
 
     Format: https://huggingface.co/docs/safetensors (8 bytes header length, JSON header, data). Raises DataError when
     the file is no such file or shorter than its header says.
@@ -121,18 +123,16 @@ def map_shard(path: Path) -> dict[str, NDArray]:
             if length > size:
                 raise ValueError(f"header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
+        mapped = np.memmap(path, np.uint8, "r", 8 + length) if size > 8 + length else np.empty(0, np.uint8)
         tensors = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             start, stop = entry["data_offsets"]
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if 8 + length + stop > size or dtype.itemsize * int(np.prod(shape)) != stop - start:
+            if not 0 <= start <= stop <= len(mapped) or dtype.itemsize * int(np.prod(shape)) != stop - start:
                 raise ValueError(f"tensor {name} lies outside the file")
-            if start == stop:
-                tensors[name] = np.empty(shape, dtype)
-            else:
-                tensors[name] = np.memmap(path, dtype, "r", 8 + length + start, shape)
+            tensors[name] = mapped[start:stop].view(dtype).reshape(shape)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no complete safetensors file: {error}.") from error
     return tensors

@@ -7,8 +7,9 @@ import urllib.parse
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from cifar_assets.dataset import synthetic
 from cifar_assets.dataset.download import (
@@ -25,7 +26,7 @@ from cifar_assets.dataset.formats.binary import pack_records
 from cifar_assets.dataset.formats.image_tar import member_names
 from cifar_assets.dataset.index import build_index, load_index, save_index
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, Entry, SourceFile, recognize, suffix_of
-from cifar_assets.dataset.objects import RawObject, is_stored, read_rows, store_object
+from cifar_assets.dataset.objects import RawObject, is_stored, read_rows, read_state, store_object
 from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.digests import sha256_file, sha256_json
 from cifar_assets.errors import ConfigError, DataError
@@ -39,12 +40,15 @@ CHOICES = (
     "the Hugging Face layout, or of a folder of class folders."
 )
 
+IMPORTS_PREFIX = "imports/"
+
 _SHOWN_REFUSALS = 5
 
 
-class _Imports(BaseModel):
+class Imports(BaseModel):
     """Objects that an address with a known digest was imported as, so that it is not fetched again."""
 
+    version: Literal[1] = 1
     objects: tuple[RawObject, ...]
 
 
@@ -70,7 +74,7 @@ def import_source(
         except DownloadError as error:
             raise DownloadError(f"Cannot fetch the raw data: {error} {CHOICES}") from error
     if _is_pinned_url(address):
-        raw.write(_import_key(address), _Imports(objects=tuple(objects)).model_dump_json().encode())
+        raw.write(_import_key(address), Imports(objects=tuple(objects)).model_dump_json().encode())
     return objects
 
 
@@ -119,7 +123,7 @@ def _source_files(address: str, work: Path, progress: Progress) -> Iterator[Sour
     if scheme in ("http", "https"):
         name = urllib.parse.unquote(urllib.parse.urlsplit(base).path).rpartition("/")[2]
         target = work / "download"
-        fetch(base, target, expected, parts=_download_folder(), progress=progress)
+        fetch(base, target, expected, parts=download_folder(), progress=progress)
         return _one_file(target, name, shown(base))
     if scheme == "s3":
         return _bucket_files(base, expected, work, progress)
@@ -204,20 +208,16 @@ def _is_pinned_url(address: str) -> bool:
 
 
 def _import_key(address: str) -> str:
-    return f"imports/{sha256_json(address)}.json"
+    return f"{IMPORTS_PREFIX}{sha256_json(address)}.json"
 
 
 def _remembered(address: str, raw: ObjectStore) -> list[RawObject]:
-    if not _is_pinned_url(address) or not raw.exists(_import_key(address)):
-        return []
-    try:
-        objects = list(_Imports.model_validate_json(raw.read(_import_key(address))).objects)
-    except ValidationError:
-        return []
+    imports = read_state(raw, _import_key(address), Imports) if _is_pinned_url(address) else None
+    objects = list(imports.objects) if imports else []
     return objects if all(is_stored(raw, item.key, item.sha256, item.size) for item in objects) else []
 
 
-def _download_folder() -> Path:
+def download_folder() -> Path:
     """Where an interrupted download waits to be gone on with: CIFAR_DOWNLOADS, or .cifar/downloads."""
     folder = Path(os.environ.get("CIFAR_DOWNLOADS", ".cifar/downloads"))
     try:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_assets.dataset.processed import ChannelStatistics, build_processed, list_processed_versions, read_processed
+from cifar_assets.dataset.parts import ChannelStatistics
+from cifar_assets.dataset.processed import build_processed, list_processed_versions, read_processed
 from cifar_assets.dataset.raw import build_raw_version
 from cifar_assets.dataset.reader import open_split
 from cifar_assets.dataset.sheet import sample_sheet
@@ -155,7 +156,7 @@ def test_a_damaged_shard_is_noticed_and_built_again(
     raw_digest = build_raw_version(raw, source).digest
     built = build_processed(raw, processed, raw_digest)
     assert build_processed(raw, processed, raw_digest).report.reused
-    key = f"{built.digest}/{built.manifest.shards['train'][0].file}"
+    key = built.manifest.shards["train"][0].file
     good = processed.read(key)
     if damage == "delete":
         processed.delete(key)

@@ -7,6 +7,7 @@ import pytest
 from dagster_pipes import PipesMappingParamsLoader
 from yaml import safe_load
 
+from cifar_assets.dataset.processed import read_processed
 from cifar_assets.dataset.raw import build_raw_version
 from cifar_assets.errors import StoreError
 from cifar_assets.model_package import WEIGHTS_FILE
@@ -159,7 +160,7 @@ def test_a_raw_object_that_is_not_what_its_digest_says(pipeline: Steps, tiny: Ti
 def test_a_shard_that_is_not_what_the_manifest_says(pipeline: Steps, tiny: TinyData, damage: str) -> None:
     assert pipeline.data() == 0
     processed = pipeline.store.at("processed-data")
-    key = next(info.key for info in processed.list(tiny.processed) if info.key.endswith(".safetensors"))
+    key = read_processed(processed, tiny.processed).shards["train"][0].file
     processed.delete(key) if damage == "missing" else processed.write(key, processed.read(key)[:-1] + b"?")
     assert pipeline.processed() == 1
     assert key in pipeline.error

@@ -7,7 +7,8 @@ import numpy as np
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.index import pixel_digests
-from cifar_assets.dataset.processed import MANIFEST_FILE, ChannelStatistics, ProcessedManifest
+from cifar_assets.dataset.parts import ChannelStatistics
+from cifar_assets.dataset.processed import MANIFEST_FILE, ProcessedManifest
 from cifar_assets.dataset.shards import Rows, Shard, ShardWriter
 from cifar_assets.dataset.splits import SPLIT_NAMES, SplitConfig, SplitName
 from cifar_assets.dataset.synthetic import draw_split
@@ -19,32 +20,31 @@ RAW_DIGEST = "0" * 64
 
 def store_dataset(bucket: Path, train: int = 96, validation: int = 40, test: int = 40, shard_rows: int = 64) -> str:
     """Write a processed dataset below the bucket's folder and return its digest."""
+    store = FolderStore(bucket)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        writers: dict[SplitName, ShardWriter] = {split: ShardWriter(folder, split, shard_rows) for split in SPLIT_NAMES}
+        writers: dict[SplitName, ShardWriter] = {
+            split: ShardWriter(store, Path(name), shard_rows) for split in SPLIT_NAMES
+        }
         statistics = ChannelStatistics()
         for number, (split, count) in enumerate(zip(SPLIT_NAMES, (train, validation, test), strict=True)):
             rows = _drawn_rows(number, count)
             writers[split].add(rows)
             if split == "train":
                 statistics.add(rows.images)
-        shards: dict[SplitName, tuple[Shard, ...]] = {split: writer.finish() for split, writer in writers.items()}
-        rows_files: dict[SplitName, Shard] = {split: writer.write_rows() for split, writer in writers.items()}
-        counts: dict[SplitName, dict[str, int]] = {split: _counts(writer) for split, writer in writers.items()}
         manifest = ProcessedManifest(
             raw_digest=RAW_DIGEST,
             config=SplitConfig(max_shard_rows=shard_rows),
-            counts=counts,
+            counts={split: _counts(writer) for split, writer in writers.items()},
             mean=statistics.mean(),
             std=statistics.std(),
-            shards=shards,
-            rows=rows_files,
+            shards={split: _with_object(writer.finish()) for split, writer in writers.items()},
         )
-        store = FolderStore(bucket).at(manifest.digest)
-        for path in folder.iterdir():
-            store.upload(path.name, path)
-        store.write(MANIFEST_FILE, canonical_json(manifest.model_dump(mode="json")))
+        store.write(f"{manifest.digest}/{MANIFEST_FILE}", canonical_json(manifest.model_dump(mode="json")))
     return manifest.digest
+
+
+def _with_object(shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
+    return tuple(shard.model_copy(update={"objects": (0,)}) for shard in shards)
 
 
 def _drawn_rows(seed: int, count: int) -> Rows:
