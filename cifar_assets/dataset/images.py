@@ -168,6 +168,11 @@ def prepare_image(data: bytes, *, resize: bool = True, limits: ImageLimits = DEF
     picture = open_picture(data, limits)
     if not resize and (picture.width, picture.height) != _SIZE:
         raise ImageError(f"a {IMAGE_SIZE}x{IMAGE_SIZE} image", f"{picture.width}x{picture.height} pixels")
+    return picture_pixels(picture)
+
+
+def picture_pixels(picture: Picture) -> NDArray[np.uint8]:
+    """The pixels of an admitted picture, as `prepare_image` gives them."""
     rgb = decode_picture(picture)
     if rgb.size != _SIZE:
         rgb = ImageOps.fit(rgb, _SIZE, Image.Resampling.BICUBIC)

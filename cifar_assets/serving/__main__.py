@@ -13,10 +13,10 @@ _log = logging.getLogger("cifar_assets.serving")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve. Exit code 0 after a drain, 2 for what a restart would not mend, 1 for what it might."""
+    """Serve. Exit code 0 after a drain, 2 for what a restart would not fix, 1 for what it might."""
     settings = parse_settings(arguments)
     configure_logging()
-    from cifar_assets.serving.server import run_server  # kserve, only once the options are known to be right
+    from cifar_assets.serving.server import run_server  # ONNX Runtime, only once the options are right
 
     try:
         run_server(settings)
@@ -30,14 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def configure_logging() -> None:
-    """One line per event on stderr; kserve's and uvicorn's own start-up chatter only from warnings on."""
+    """One line per event on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     warnings.filterwarnings("ignore", module="PIL")  # its remarks on clients' pictures
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings are clients' faults, answered as such
-    for name in ("kserve", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.addHandler(logging.NullHandler())  # kserve replaces the logging configuration where it finds none
-        logger.setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
-"""Micro-batching: requests join a bounded queue and one thread runs them through the model together."""
+"""Micro-batching: requests gather while the model runs, and the next run takes what has gathered.
 
+Everything but the run itself happens on the event loop, so that a batch costs one wake-up of each side, however many
+requests are in it, and needs no lock.
+"""
+
+import asyncio
+import contextlib
 import logging
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Gauge, Histogram
 
-from cifar_assets.serving.classifier import NotFiniteError
+from cifar_assets.errors import CifarError
 from cifar_assets.serving.faults import BusyError
 
 _log = logging.getLogger(__name__)
@@ -25,7 +30,7 @@ Logits = NDArray[np.float32]
 BATCH_IMAGES = Histogram(
     "cifar10_batch_images", "Images in one run of the model.", buckets=(1, 2, 4, 8, 16, 32, 64, 128)
 )
-QUEUE_IMAGES = Gauge("cifar10_queue_images", "Images waiting for the inference thread.")
+QUEUE_IMAGES = Gauge("cifar10_queue_images", "Images waiting for the model.")
 RUN_SECONDS = Histogram(
     "cifar10_run_seconds",
     "Duration of one run of the model.",
@@ -33,164 +38,144 @@ RUN_SECONDS = Histogram(
 )
 
 
-@dataclass(frozen=True)
-class _Item:
+class NotFiniteError(CifarError):
+    """The model answered a picture with values that are not finite: there is no class to name."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request in the queue. `done` is called once, with its logits or with why there are none."""
+
     images: Images
-    arrived: float
-    future: "Future[Logits]" = field(default_factory=Future)
+    done: Callable[[Logits | Exception], None]
+    is_wanted: Callable[[], bool]
+    num_taken: int = 0
+    logits: Logits | None = None
+    num_answered: int = 0
+
+    def add(self, logits: Logits) -> None:
+        """Take the logits of the next images, in order; finish when they are complete."""
+        if self.num_answered == 0 and len(logits) == len(self.images):
+            self.logits = logits
+        else:
+            if self.logits is None:
+                self.logits = np.empty((len(self.images), logits.shape[1]), np.float32)
+            self.logits[self.num_answered : self.num_answered + len(logits)] = logits
+        self.num_answered += len(logits)
+        if self.num_answered == len(self.images):
+            finite = bool(np.isfinite(self.logits).all())
+            self.done(self.logits if finite else NotFiniteError("The model answered with values that are not finite."))
 
 
-class Arrival:
-    """A request on its way to the queue."""
-
-    def __init__(self, batcher: "MicroBatcher"):
-        self._batcher = batcher
-        self.arrived = False
-
-    def submit(self, images: Images) -> "Future[Logits]":
-        """Queue images of shape (N, 3, 32, 32); the future gives logits of shape (N, 10).
-
-        Raises BusyError when they do not fit into the queue.
-        """
-        self.arrived = True
-        return self._batcher.submit_arrived(images)
+@dataclass(frozen=True)
+class _Part:
+    ticket: Ticket
+    images: Images
 
 
 class MicroBatcher:
-    """Gathers what is waiting, up to `batch_images`, and runs it in one thread.
+    """Runs images through the model in one thread. Create and use it on the event loop."""
 
-    A batch starts when it is full, when nobody else is on the way (see `arriving`), or when its first request has
-    waited for `batch_delay` seconds, whichever comes first: a lone request waits for nothing.
-    """
-
-    def __init__(
-        self,
-        run: Callable[[Images], Logits],
-        *,
-        batch_images: int,
-        batch_delay: float,
-        queue_images: int,
-    ):
+    def __init__(self, run: Callable[[Images], Logits], *, batch_images: int, queue_images: int):
         self._run = run
         self._batch_images = batch_images
-        self._batch_delay = batch_delay
         self._queue_images = queue_images
-        self._changed = threading.Condition()
-        self._waiting: deque[_Item] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[Ticket] = deque()
         self._num_waiting = 0
-        self._num_arriving = 0
         self._seconds_per_image = 0.0
-        self._closed = False
+        self._is_busy = False
+        self._batches: SimpleQueue[list[_Part] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
+        QUEUE_IMAGES.set_function(lambda: self._num_waiting)
 
-    @contextmanager
-    def arriving(self) -> Iterator["Arrival"]:
-        """Marks a request that is being read and will submit images soon; a batch may wait for it."""
-        with self._changed:
-            self._num_arriving += 1
-        arrival = Arrival(self)
-        try:
-            yield arrival
-        finally:
-            if not arrival.arrived:
-                with self._changed:
-                    self._num_arriving -= 1
-                    self._changed.notify()
+    def check_room(self, num_images: int) -> None:
+        """BusyError where so many images would not fit into the queue.
 
-    def submit_arrived(self, images: Images) -> "Future[Logits]":
-        """Queue the images of a request that `arriving` marked, in one step with its coming: nobody waits for it."""
-        with self._changed:
-            self._num_arriving -= 1
-            if self._closed:
-                raise RuntimeError("The batcher is closed.")
-            self._changed.notify()
-            if self._waiting and self._num_waiting + len(images) > self._queue_images:
-                raise BusyError(
-                    "request",
-                    f"room for {len(images)} images in the queue of {self._queue_images}",
-                    f"{self._num_waiting} waiting",
-                    retry_after=self._retry_after(),
-                )
-            item = _Item(images, time.monotonic())
-            self._waiting.append(item)
-            self._count_waiting(len(images))
-            return item.future
+        A quarter of it is kept for requests that fit into one batch, so that large ones cannot fill it.
+        """
+        room = self._queue_images if num_images <= self._batch_images else self._queue_images * 3 // 4
+        if self._num_waiting and self._num_waiting + num_images > room:
+            raise BusyError(
+                "request",
+                f"room for {num_images} images in the queue of {self._queue_images}",
+                f"{self._num_waiting} waiting",
+                retry_after=self.retry_after(),
+            )
+
+    def submit(
+        self, images: Images, done: Callable[[Logits | Exception], None], is_wanted: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Queue images of shape (N, 3, 32, 32), left out if not wanted when their turn comes. BusyError for no room."""
+        self.check_room(len(images))
+        self._waiting.append(Ticket(images, done, is_wanted))
+        self._num_waiting += len(images)
+        if not self._is_busy:
+            self._is_busy = True
+            self._loop.call_soon(self._start)  # after everything that has arrived by now
 
     def retry_after(self) -> int:
         """Whole seconds until the queue as it is now will have been worked off, at least 1."""
-        with self._changed:
-            return self._retry_after()
-
-    def close(self) -> None:
-        """Run what is queued, then end the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _retry_after(self) -> int:
         return min(60, max(1, math.ceil(self._num_waiting * self._seconds_per_image)))
 
-    def _count_waiting(self, change: int) -> None:
-        self._num_waiting += change
-        QUEUE_IMAGES.set(self._num_waiting)
+    def close(self) -> None:
+        """End the thread, after the batch it is at."""
+        self._batches.put(None)
+        self._thread.join()
+
+    def _start(self) -> None:
+        batch = self._take()
+        self._is_busy = bool(batch)
+        if batch:
+            self._batches.put(batch)
+
+    def _take(self) -> list[_Part]:
+        """The next batch. A request that is larger than what is left of it goes behind the others with its rest."""
+        parts: list[_Part] = []
+        room = self._batch_images
+        while self._waiting and room:
+            ticket = self._waiting.popleft()
+            images = ticket.images[ticket.num_taken : ticket.num_taken + room]
+            if not ticket.is_wanted():
+                self._num_waiting -= len(ticket.images) - ticket.num_taken
+                ticket.done(ConnectionAbortedError("its client has gone"))
+                continue
+            ticket.num_taken += len(images)
+            self._num_waiting -= len(images)
+            room -= len(images)
+            parts.append(_Part(ticket, images))
+            if ticket.num_taken < len(ticket.images):
+                self._waiting.append(ticket)
+        return parts
+
+    def _finish(self, batch: list[_Part], outcome: Logits | Exception, seconds: float) -> None:
+        num_images = sum(len(part.images) for part in batch)
+        self._seconds_per_image = seconds / num_images
+        if isinstance(outcome, Exception):
+            failed = {part.ticket for part in batch}
+            for ticket in failed & set(self._waiting):
+                self._waiting.remove(ticket)
+                self._num_waiting -= len(ticket.images) - ticket.num_taken
+        self._start()
+        RUN_SECONDS.observe(seconds)
+        BATCH_IMAGES.observe(num_images)
+        start = 0
+        for part in batch:
+            if isinstance(outcome, Exception):
+                part.ticket.done(outcome)
+            else:
+                part.ticket.add(outcome[start : start + len(part.images)])
+                start += len(part.images)
 
     def _work(self) -> None:
-        while batch := self._next_batch():
+        while (batch := self._batches.get()) is not None:
+            started = time.monotonic()
             try:
-                logits = self._run_batch([item.images for item in batch])
+                images = batch[0].images if len(batch) == 1 else np.concatenate([part.images for part in batch])
+                outcome: Logits | Exception = self._run(images)
             except Exception as error:
                 _log.exception("The model failed on a batch of %d requests", len(batch))
-                for item in batch:
-                    item.future.set_exception(error)
-                continue
-            start = 0
-            for item in batch:
-                own = logits[start : start + len(item.images)]
-                start += len(item.images)
-                if np.isfinite(own).all():
-                    item.future.set_result(own)
-                else:
-                    item.future.set_exception(NotFiniteError("The model answered with values that are not finite."))
-
-    def _next_batch(self) -> list[_Item]:
-        """The next requests to run, none when closed and empty. Requests whose client gave up are left out."""
-        with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
-                    return []
-                deadline = self._waiting[0].arrived + self._batch_delay
-                self._changed.wait_for(self._batch_is_due, timeout=max(0.0, deadline - time.monotonic()))
-                batch = [item for item in self._take() if item.future.set_running_or_notify_cancel()]
-                if batch:
-                    return batch
-
-    def _batch_is_due(self) -> bool:
-        return self._closed or self._num_arriving == 0 or self._num_waiting >= self._batch_images
-
-    def _take(self) -> Iterator[_Item]:
-        num_taken = 0
-        while self._waiting and (num_taken == 0 or num_taken + len(self._waiting[0].images) <= self._batch_images):
-            item = self._waiting.popleft()
-            num_taken += len(item.images)
-            self._count_waiting(-len(item.images))
-            yield item
-
-    def _run_batch(self, parts: list[Images]) -> Logits:
-        images = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        pieces = [
-            self._run_once(images[start : start + self._batch_images])
-            for start in range(0, len(images), self._batch_images)
-        ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def _run_once(self, images: Images) -> Logits:
-        started = time.monotonic()
-        logits = self._run(images)
-        seconds = time.monotonic() - started
-        self._seconds_per_image = seconds / len(images)
-        RUN_SECONDS.observe(seconds)
-        BATCH_IMAGES.observe(len(images))
-        return logits
+                outcome = error
+            with contextlib.suppress(RuntimeError):  # the loop was closed by a second Ctrl-C
+                self._loop.call_soon_threadsafe(self._finish, batch, outcome, time.monotonic() - started)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
 from cifar_assets.cpus import available_cpus
-from cifar_assets.errors import CifarError, DataError
+from cifar_assets.errors import DataError
 from cifar_assets.model_package import ONNX_FILE, read_file, read_manifest
 from cifar_assets.object_store import open_store
 
@@ -59,10 +59,6 @@ class Classifier:
                 )
 
 
-class NotFiniteError(CifarError):
-    """The model answered a picture with values that are not finite: there is no class to name."""
-
-
 def load_classifier(model_uri: str, model_digest: str, *, num_threads: int | None, batch_images: int) -> Classifier:
     """Load the package at the URI, only if it has the digest, and warm it up.
 
@@ -79,9 +75,3 @@ def load_classifier(model_uri: str, model_digest: str, *, num_threads: int | Non
     classifier.warm_up(batch_images)
     _log.info("Loaded and verified model %s from %s", model_digest, model_uri)
     return classifier
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Probabilities of each row, in float64 so that a row sums to one."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)

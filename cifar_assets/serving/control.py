@@ -1,42 +1,43 @@
-"""How the local deployment's supervisor is found, started, and told what to do.
+"""How the processes of the local deployment find each other: a Unix socket in its folder, and no state file.
 
-A folder holds its state: `supervisor.json` (where it listens for commands, and the secret that they must carry;
-readable by its owner only), `supervisor.lock` (held while it lives), and the logs.
+A server that answers there is alive, and it answers with what it serves and with the socket it listens on, which its
+successor takes over. Whoever may write to the folder may ask: it is its owner's alone.
 """
 
-import fcntl
+import contextlib
 import json
 import os
 import socket
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from cifar_assets.errors import DeployError
-from cifar_assets.serving.worker import Deployment, package_environment
 
-STATE_FILE = "supervisor.json"
-LOCK_FILE = "supervisor.lock"
-SUPERVISOR_LOG = "supervisor.log"
+PROTOCOL = 1
+"""Version of what is said over the socket."""
 
-_MAX_MESSAGE_BYTES = 1 << 20
-_START_SECONDS = 60.0
-_STOP_SECONDS = 60.0
+_NAME = "serving.sock"
+_MAX_ANSWER_BYTES = 1 << 16
+_ANSWER_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class SupervisorState:
-    """What a supervisor writes down about itself."""
+class ServerInfo:
+    """What a server of the local deployment says about itself."""
 
     pid: int
-    control_port: int
-    token: str
     host: str
     port: int
-    worker_pids: tuple[int, ...] = ()
+    model_uri: str
+    model_digest: str
+    model_version: str
+    annotations: dict[str, str] = field(default_factory=dict)
+    since: float = 0.0
+    log_file: str = ""
+    protocol: int = PROTOCOL
 
     @property
     def url(self) -> str:
@@ -44,143 +45,132 @@ class SupervisorState:
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
-def read_state(folder: Path) -> SupervisorState | None:
-    """What the folder's last supervisor wrote, whether it still lives or not."""
+class RunningServer:
+    """A server that answers. `listener` is a copy of its listening socket; close this object to let go of it."""
+
+    def __init__(self, connection: socket.socket, info: ServerInfo, listener: socket.socket):
+        self.info = info
+        self.listener = listener
+        self._connection = connection
+
+    def leave(self) -> None:
+        """Tell it to accept nothing more, answer what it has, and end. Returns when it accepts nothing more."""
+        self._connection.sendall(b"leave\n")
+        self._connection.recv(1)
+
+    def wait_until_gone(self, seconds: float) -> None:
+        """Wait for the end of a server that was told to leave: with it ends the connection."""
+        self._connection.settimeout(seconds)
+        try:
+            while self._connection.recv(1024):
+                pass
+        except TimeoutError as error:
+            raise DeployError(
+                f"The model server, process {self.info.pid}, did not end within {seconds:g} seconds. "
+                f"See {self.info.log_file}, or end it with `kill {self.info.pid}`."
+            ) from error
+        except ConnectionResetError:
+            return
+
+    def close(self) -> None:
+        self.listener.close()
+        self._connection.close()
+
+
+def find_server(folder: Path) -> RunningServer | None:
+    """The server that serves the folder's deployment; None where none does."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(_ANSWER_SECONDS)
     try:
-        values = json.loads((folder / STATE_FILE).read_text())
-        return SupervisorState(**{**values, "worker_pids": tuple(values["worker_pids"])})
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        with _short(folder) as path:
+            connection.connect(f"{path}/{_NAME}")
+        answer, descriptors, _, _ = socket.recv_fds(connection, _MAX_ANSWER_BYTES, 1)
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError, ConnectionResetError):
+        connection.close()
         return None
-
-
-def write_state(folder: Path, state: SupervisorState) -> None:
-    """Replace the state file, atomically and for the owner's eyes."""
-    path = folder / STATE_FILE
-    temporary = path.with_suffix(".new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(asdict(state), file)
-    os.replace(temporary, path)
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a supervisor of this folder lives, be it ever so busy."""
-    try:
-        with (folder / LOCK_FILE).open("rb") as file:
-            # Shared, so that two who look at the same time do not take each other for a supervisor.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def find_supervisor(folder: Path) -> SupervisorState | None:
-    """The folder's living supervisor, None where there is none."""
-    return read_state(folder) if is_locked(folder) else None
-
-
-def start_supervisor(folder: Path, host: str, port: int) -> SupervisorState:
-    """The folder's supervisor on the address, started and detached from this process where there is none.
-
-    Raises DeployError when the address belongs to another process, or the supervisor to another address.
-    """
-    folder = folder.resolve()
-    state = _wait_for_state(folder)
-    if state is None:  # there is none, or the one there was ending
-        _spawn(folder, host, port)
-        state = _wait_for_state(folder)
-    if state is None:
-        raise DeployError(f"The supervisor in {folder} ended while it started. See {folder / SUPERVISOR_LOG}.")
-    if (state.host, state.port) != (host, port) and port != 0:
+    except OSError as error:
+        connection.close()
+        raise DeployError(f"The model server of {folder} does not answer on {folder / _NAME}: {error}.") from error
+    if not answer or not descriptors:  # it is on its way out
+        connection.close()
+        return None
+    listener = socket.socket(fileno=descriptors[0])
+    values = json.loads(answer)
+    if values.get("protocol") != PROTOCOL:
+        pid = values.get("pid")
+        listener.close()
+        connection.close()
         raise DeployError(
-            f"The local deployment in {folder} serves on {state.host}:{state.port}, not on {host}:{port}. "
-            f"Ask for that address, or stop it: python -m cifar_assets.serving.local stop --state-dir {folder}"
+            f"The model server of {folder}, process {pid}, was started by another version of this project "
+            f"(protocol {values.get('protocol')}, not {PROTOCOL}). End it with `kill {pid}` and deploy again."
         )
-    return state
+    return RunningServer(connection, ServerInfo(**values), listener)
 
 
-def deploy(state: SupervisorState, deployment: Deployment, timeout: float) -> dict[str, Any]:
-    """Swap to the deployment; gives the status afterwards. Raises DeployError when the old one was kept."""
-    return ask(state, {"command": "deploy", "deployment": asdict(deployment), "timeout": timeout}, timeout + 60)
+class ControlSocket:
+    """A server's end: under a name of its own until it takes over the deployment."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._name = f"serving-{os.getpid()}.sock"
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._listener: socket.socket | None = None
+        self._kept: list[socket.socket] = []
+        try:
+            with _short(folder) as path:
+                self._socket.bind(f"{path}/{self._name}")
+            (folder / self._name).chmod(0o600)
+        except OSError as error:
+            raise DeployError(f"Cannot make the control socket {folder / self._name}: {error}.") from error
+        self._socket.listen(8)
+
+    def take_over(self) -> None:
+        """Let the server that served until now leave, and answer in its place."""
+        old = find_server(self._folder)
+        if old is not None:
+            old.leave()
+            old.close()
+        os.replace(self._folder / self._name, self._folder / _NAME)
+        self._name = _NAME
+
+    def serve(self, info: ServerInfo, listener: socket.socket, leave: Callable[[], None]) -> None:
+        """Answer in a thread. `leave` returns when the server accepts nothing more."""
+        answer = json.dumps(asdict(info)).encode()
+        inherited = self._listener = listener.dup()
+
+        def work() -> None:
+            with contextlib.suppress(OSError):  # the socket is closed on the way out
+                while True:
+                    connection, _ = self._socket.accept()
+                    threading.Thread(target=obey, args=(connection,), daemon=True).start()
+
+        def obey(connection: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                socket.send_fds(connection, [answer], [inherited.fileno()])
+                if connection.recv(16) == b"leave\n":
+                    leave()
+                    self._kept.append(connection)  # open until this process ends, and so its end is seen
+                    connection.sendall(b"\n")
+                    return
+            connection.close()
+
+        threading.Thread(target=work, name="control", daemon=True).start()
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        if self._listener is not None:
+            self._listener.close()
 
 
-def status(state: SupervisorState) -> dict[str, Any]:
-    """What is served, since when, from which process, and why the last deployment failed if it did."""
-    return ask(state, {"command": "status"}, 10)
-
-
-def stop_supervisor(folder: Path) -> bool:
-    """Drain and end the folder's deployment; False where none was running. Returns when it is gone."""
-    state = find_supervisor(folder)
-    if state is None:
-        return False
-    ask(state, {"command": "stop"}, _STOP_SECONDS)
-    deadline = time.monotonic() + _STOP_SECONDS
-    while is_locked(folder):
-        if time.monotonic() > deadline:
-            raise DeployError(f"The supervisor, process {state.pid}, did not end within {_STOP_SECONDS:g} seconds.")
-        time.sleep(0.05)
-    return True
-
-
-def ask(state: SupervisorState, message: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """Send one command and read its answer. Raises DeployError where none comes in time, or it is an error."""
+@contextmanager
+def _short(folder: Path) -> Iterator[str]:
+    """A short path to the folder: the address of a Unix socket holds about 100 bytes."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with socket.create_connection(("127.0.0.1", state.control_port), timeout) as connection:
-            connection.sendall(json.dumps({**message, "token": state.token}).encode() + b"\n")
-            with connection.makefile("rb") as answers:
-                answer = answers.readline(_MAX_MESSAGE_BYTES)
-        found = json.loads(answer)
-    except (OSError, ValueError) as error:
-        raise DeployError(
-            f"The supervisor of the local deployment, process {state.pid}, did not answer {message['command']!r}: "
-            f"{error}. See its log."
-        ) from error
-    if "error" in found:
-        raise DeployError(found["error"])
-    return found
-
-
-def _spawn(folder: Path, host: str, port: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "cifar_assets.serving.supervisor", "--detach"]
-    command += ["--state-dir", str(folder), "--host", host, "--port", str(port)]
-    try:
-        result = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=package_environment(),
-            timeout=_START_SECONDS,
-            start_new_session=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise DeployError(
-            f"The supervisor of the local deployment did not start within {_START_SECONDS:g} s."
-        ) from error
-    if result.returncode != 0 and not is_locked(folder):  # otherwise another process was faster
-        raise DeployError(f"The local deployment did not start: {result.stderr.strip()}")
-
-
-def _wait_for_state(folder: Path) -> SupervisorState | None:
-    """The state of a supervisor that may be starting, written once it takes commands; None when none lives."""
-    deadline = time.monotonic() + _START_SECONDS
-    while is_locked(folder):
-        state = read_state(folder)
-        if state is not None and _answers(state):
-            return state
-        if time.monotonic() > deadline:
-            raise DeployError(f"The supervisor in {folder} takes no commands. See {folder / SUPERVISOR_LOG}.")
-        time.sleep(0.05)
-    return None
-
-
-def _answers(state: SupervisorState) -> bool:
-    try:
-        return ask(state, {"command": "status"}, 5).get("pid") == state.pid
-    except DeployError:
-        return False
+        short = f"/proc/self/fd/{descriptor}"
+        yield short if os.path.isdir(short) else str(folder)
+    finally:
+        os.close(descriptor)

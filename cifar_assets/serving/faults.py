@@ -1,6 +1,5 @@
 """Faults of a request, each with the HTTP status and the JSON body that answer it."""
 
-from cifar_assets.dataset.images import ImageError, ImageTooLargeError
 from cifar_assets.errors import CifarError
 
 
@@ -27,7 +26,7 @@ class RequestError(CifarError):
 
 
 class BusyError(RequestError):
-    """The server has as much work as it takes on. The client should try again after `retry_after` seconds."""
+    """The server is full. The client should try again after `retry_after` seconds."""
 
     status = 429
 
@@ -38,12 +37,6 @@ class BusyError(RequestError):
     @property
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(self.retry_after)}
-
-
-def image_fault(field: str, error: ImageError) -> RequestError:
-    """The fault of a picture at a place in the request."""
-    status = 413 if isinstance(error, ImageTooLargeError) else 400
-    return RequestError(field, error.expected, error.received, status=status)
 
 
 def shorten(value: object) -> str:

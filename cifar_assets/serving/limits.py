@@ -1,4 +1,4 @@
-"""How much one request, and all requests together, may ask of the server."""
+"""How much one request, one connection and all of them together may cost."""
 
 from dataclasses import dataclass, field
 
@@ -8,24 +8,39 @@ from cifar_assets.dataset.images import ImageLimits
 
 @dataclass(frozen=True)
 class ServingLimits:
-    """Sizes are bytes, times are seconds. A request over a limit of its own gets 413, one too many gets 429."""
+    """Sizes are bytes, times are seconds. What counts is what came and what it costs, not what was declared."""
 
     image: ImageLimits = field(default_factory=ImageLimits)
+    max_header_bytes: int = 16 * 1024
+    """Request line and headers, and trailers after a chunked body."""
+    max_headers: int = 100
     max_body_bytes: int = 16 * 1024 * 1024
     max_images: int = 64
     """Images in one request."""
+    max_pixels: int = 16 * 1024 * 1024
+    """Pixels of all pictures in one request, before they are scaled down."""
+    max_connections: int = 512
+    """One more takes the place of the connection that has waited longest for its client."""
     max_pending_requests: int = 256
-    """Requests read or answered at the same time."""
+    """Complete requests that are being answered at the same time."""
+    small_body_bytes: int = 64 * 1024
+    """Every connection may hold this much of a body; only what is beyond it counts as pending."""
     max_pending_bytes: int = 32 * 1024 * 1024
-    """Bodies of those requests together; what keeps a pod within its memory."""
+    """Large bodies together; this keeps a pod within its memory."""
+    max_pending_pixels: int = 4 * 16 * 1024 * 1024
+    """Pixels of large pictures that wait to be decoded."""
     queue_images: int = 512
-    """Images waiting for the inference thread."""
+    """Images waiting for the model."""
     batch_images: int = 16
     """Images in one run of the model."""
-    batch_delay: float = 0.002
-    """How long an image waits for company while other requests are on their way."""
+    header_timeout: float = 10.0
+    """From the first byte of a request to the end of its headers."""
     body_timeout: float = 30.0
-    """How long a client may take to send a body."""
+    """From the end of the headers to the end of the body."""
+    stall_timeout: float = 10.0
+    """Without a byte of a body, or without a client that reads its answer."""
+    idle_timeout: float = 65.0
+    """Between two requests of a connection."""
 
     @property
     def max_json_items(self) -> int:

@@ -13,13 +13,17 @@ _LISTENING = "0A"
 
 
 def bind_address(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to the address. Raises ConfigError."""
+    """A TCP socket bound to the address; `::` stands for IPv4 too. Raises ConfigError."""
     try:
+        if host == "::" and not _has_ipv6():
+            host = "0.0.0.0"
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if host == "::":
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(address)
     except OSError as error:
         hint = "another process listens there" if error.errno == errno.EADDRINUSE else str(error)
@@ -27,6 +31,16 @@ def bind_address(host: str, port: int) -> socket.socket:
             f"Cannot listen on {host}:{port}: {hint}. Choose another port, or end that process."
         ) from error
     return listener
+
+
+def _has_ipv6() -> bool:
+    """Whether this machine or pod has IPv6 switched on, which a build of Python does not say."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::", 0))
+    except OSError:
+        return False
+    return True
 
 
 def port_holder(port: int) -> int | None:

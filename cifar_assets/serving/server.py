@@ -7,25 +7,23 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable
-from types import FrameType
+import time
 
-import uvicorn
+import uvloop
 
 from cifar_assets.errors import CifarError, ConfigError
-from cifar_assets.serving.admission import Admission
+from cifar_assets.serving.app import App
 from cifar_assets.serving.classifier import Classifier, load_classifier
-from cifar_assets.serving.endpoints import CifarRESTServer
-from cifar_assets.serving.kserve_sdk import ModelServer, app
-from cifar_assets.serving.memory import return_large_blocks, trim
+from cifar_assets.serving.control import ControlSocket, ServerInfo
+from cifar_assets.serving.http import HttpServer
 from cifar_assets.serving.ports import bind_address
-from cifar_assets.serving.predictor import CifarModel
 from cifar_assets.serving.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
 
-_KEEP_ALIVE_SECONDS = 65
+_POLL_SECONDS = 0.02
 
 
 def run_server(settings: ServerSettings) -> None:
@@ -33,8 +31,6 @@ def run_server(settings: ServerSettings) -> None:
 
     Raises ConfigError when the address cannot be had, and what `load_classifier` raises; then nothing ever listened.
     """
-    return_large_blocks()
-    report = Reporter(settings.report_fd)
     try:
         listener = _listener(settings)
         classifier = load_classifier(
@@ -43,143 +39,108 @@ def run_server(settings: ServerSettings) -> None:
             num_threads=settings.threads,
             batch_images=settings.limits.batch_images,
         )
+        control = ControlSocket(settings.control_dir) if settings.control_dir else None
     except Exception as error:
         is_own = isinstance(error, CifarError)
-        report.send(state="failed", reason=str(error) if is_own else f"{type(error).__name__}: {error}")
+        _report(settings, state="failed", reason=str(error) if is_own else f"{type(error).__name__}: {error}")
         raise
-    trim()
-    CifarServer(settings, listener, report).start_with(classifier)
+    if control is not None:
+        _report(settings, state="loaded")
+        if not sys.stdin.readline():
+            raise ConfigError("Whoever asked for this server has gone.")
+    uvloop.run(_Server(settings, listener, control).serve(classifier))
 
 
-class CifarServer(ModelServer):
-    """kserve's model server on a socket of our own, with one model and the door in front of it."""
+class _Server:
+    """The way of a server from its first connection to its last."""
 
-    def __init__(self, settings: ServerSettings, listener: socket.socket, report: "Reporter"):
-        super().__init__(http_port=settings.port, workers=1, enable_grpc=False, enable_latency_logging=False)
+    def __init__(self, settings: ServerSettings, listener: socket.socket, control: ControlSocket | None):
         self._settings = settings
         self._listener = listener
-        self._report = report
+        self._control = control
+        self._is_ready = True
+        self._told_to_leave = asyncio.Event()
+        self._told_to_end = asyncio.Event()
+        self._accepts_nothing = threading.Event()
 
-    def start_with(self, classifier: Classifier) -> None:
-        """Serve the classifier until told to stop."""
-        model = CifarModel(self._settings.identity, classifier, self._settings.limits)
-        self.register_model(model)
-        is_leaving = threading.Event()
-        rest = CifarRESTServer(
-            "unused",
-            self.dataplane,
-            self.model_repository_extension,
-            self.http_port,
-            identity=model.identity,
-            is_ready=lambda: model.ready and not is_leaving.is_set(),
-        )
-        rest.create_application()
-        door = Admission(app, self._settings.limits, model.batcher.retry_after)
-        config = uvicorn.Config(
-            door,  # pyright: ignore[reportArgumentType] - an ASGI application with looser scope types
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            backlog=2048,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=int(self._settings.grace) or 1,
-        )
-        server = DrainingServer(config, self._settings, door, is_leaving, self._report)
-        try:
-            server.run(sockets=[self._listener])
-        finally:
-            model.stop()
-
-
-class DrainingServer(uvicorn.Server):
-    """Uvicorn, told to stop in three steps: not ready but accepting; not accepting; no open connections."""
-
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        settings: ServerSettings,
-        door: Admission,
-        is_leaving: threading.Event,
-        report: "Reporter",
-    ):
-        super().__init__(config)
-        self._settings = settings
-        self._door = door
-        self._is_leaving = is_leaving
-        self._report = report
-        self._drain: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._loop = asyncio.get_running_loop()
-        if self._settings.lifeline_fd is not None:
-            _when_closed(self._settings.lifeline_fd, self._begin_from_thread)
-        host, port = (sockets or [])[0].getsockname()[:2]
+    async def serve(self, classifier: Classifier) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        app = App(self._settings.identity, classifier.run, self._settings.limits, lambda: self._is_ready)
+        http = HttpServer(app, self._settings.limits)
+        http.sweep()
+        server = await loop.create_server(http.connect, sock=self._listener, backlog=2048)
+        host, port = self._listener.getsockname()[:2]
+        if self._control is not None:
+            self._control.serve(self._info(host, port), self._listener, self._leave_from_thread(loop))
+            await asyncio.to_thread(self._control.take_over)
         _log.info("Serving model %s on http://%s:%d", self._settings.model_digest, host, port)
-        self._report.send(state="ready", host=host, port=port, pid=os.getpid())
+        _report(self._settings, state="ready", host=host, port=port, pid=os.getpid())
+        await self._told_to_leave.wait()
+        leaving = loop.create_task(self._leave(http, server))
+        await asyncio.wait([leaving, loop.create_task(self._told_to_end.wait())], return_when=asyncio.FIRST_COMPLETED)
+        http.abort()
+        app.close()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to leave; asked again by Ctrl-C, leave at once."""
-        if self._drain is not None and sig == signal.SIGINT:
-            self.should_exit = self.force_exit = True
-        else:
-            self._begin_from_thread()
-
-    def _begin_from_thread(self) -> None:
-        if self._loop is None:
-            self.should_exit = True
-        else:
-            self._loop.call_soon_threadsafe(self._begin)
-
-    def _begin(self) -> None:
-        if self._drain is None:
-            self._drain = asyncio.get_running_loop().create_task(self._leave())
-
-    async def _leave(self) -> None:
+    async def _leave(self, http: HttpServer, server: asyncio.Server) -> None:
         if self._settings.drain_delay:
-            self._is_leaving.set()
+            self._is_ready = False
             _log.info("Leaving: not ready any more, accepting for another %g s", self._settings.drain_delay)
             await asyncio.sleep(self._settings.drain_delay)
-        self._door.leaving = True
-        for server in self.servers:
-            server.close()
-        _log.info("Leaving: accepting no more connections, %d open", len(self.server_state.connections))
-        self._report.send(state="draining")
-        deadline = asyncio.get_running_loop().time() + self._settings.linger
-        while self.server_state.connections and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
-        self.should_exit = True
+        http.is_leaving = True
+        server.close()
+        if self._control is not None:
+            self._control.close()
+        self._accepts_nothing.set()
+        _log.info("Leaving: accepting no more connections, %d open", len(http.connections))
+        linger = time.monotonic() + self._settings.linger
+        grace = linger + self._settings.grace
+        while http.connections and time.monotonic() < grace:
+            await asyncio.sleep(_POLL_SECONDS)
+            if time.monotonic() > linger:
+                http.close_idle()
+
+    def _on_signal(self, number: int) -> None:
+        """Begin to leave; asked again by Ctrl-C, leave at once."""
+        if self._told_to_leave.is_set() and number == signal.SIGINT:
+            self._told_to_end.set()
+        self._told_to_leave.set()
+
+    def _leave_from_thread(self, loop: asyncio.AbstractEventLoop):
+        def leave() -> None:
+            loop.call_soon_threadsafe(self._told_to_leave.set)
+            self._accepts_nothing.wait()
+
+        return leave
+
+    def _info(self, host: str, port: int) -> ServerInfo:
+        settings = self._settings
+        return ServerInfo(
+            pid=os.getpid(),
+            host=host,
+            port=port,
+            model_uri=settings.model_uri,
+            model_digest=settings.model_digest,
+            model_version=settings.model_version,
+            annotations=settings.annotations,
+            since=time.time(),
+            log_file=settings.log_file,
+        )
 
 
-class Reporter:
-    """Tells the process that started this one how it goes, if there is one that listens."""
-
-    def __init__(self, fd: int | None):
-        self._fd = fd
-
-    def send(self, **message: object) -> None:
-        if self._fd is not None:
-            with contextlib.suppress(OSError):
-                os.write(self._fd, json.dumps(message).encode() + b"\n")
+def _report(settings: ServerSettings, **message: object) -> None:
+    """Tell the process that started this one how it goes, if there is one that listens."""
+    if settings.report_fd is not None:
+        with contextlib.suppress(OSError):
+            os.write(settings.report_fd, json.dumps(message).encode() + b"\n")
 
 
 def _listener(settings: ServerSettings) -> socket.socket:
     """The socket to serve on: bound, so that a conflict shows at once, but not listening before the model is ready."""
-    if settings.fd is not None:
-        try:
-            return socket.socket(fileno=settings.fd)
-        except OSError as error:
-            raise ConfigError(f"--fd {settings.fd} is not an open socket: {error}.") from error
-    return bind_address(settings.host, settings.port)
-
-
-def _when_closed(fd: int, call: Callable[[], None]) -> None:
-    def wait() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(fd, 1024):
-                pass
-        call()
-
-    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+    if settings.fd is None:
+        return bind_address(settings.host, settings.port)
+    try:
+        return socket.socket(fileno=settings.fd)
+    except OSError as error:
+        raise ConfigError(f"--fd {settings.fd} is not an open socket: {error}.") from error

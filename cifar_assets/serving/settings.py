@@ -1,18 +1,20 @@
 """What a server process is told: command line options, each with an environment variable of the same name."""
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cifar_assets.contracts import MODEL_NAME
-from cifar_assets.serving.identity import ModelIdentity
 from cifar_assets.serving.limits import ServingLimits
+from cifar_assets.serving.messages import ModelIdentity
 
 ENVIRONMENT_PREFIX = "CIFAR_SERVING_"
 _DEFAULTS = ServingLimits()
-_LIMIT_OPTIONS = ("batch_images", "batch_delay", "queue_images", "max_pending_requests")
+_LIMIT_OPTIONS = ("batch_images", "queue_images", "max_pending_requests", "max_connections")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class ServerSettings:
     threads: int | None
     """Threads of one run of the model; None for as many as there are CPUs."""
     drain_delay: float
-    """After SIGTERM: how long to go on accepting while readiness already says no, for load balancers to notice."""
+    """After SIGTERM: how long to keep accepting while readiness already says no, for load balancers to notice."""
     linger: float
     """Then: how long open connections may still bring requests, each answered with `Connection: close`."""
     grace: float
@@ -35,10 +37,13 @@ class ServerSettings:
     fd: int | None
     """A listening socket to take over in place of host and port."""
     report_fd: int | None
-    """Where to report loading, readiness and draining, one JSON object per line."""
+    """Where to report its state, one JSON object per line."""
     limits: ServingLimits
-    lifeline_fd: int | None
-    """The end of a pipe: when its other end closes, the server drains and exits."""
+    control_dir: Path | None
+    """Folder of the local deployment: the server waits for a line on its input, then takes over from the old one."""
+    annotations: dict[str, str]
+    """What the local deployment remembers of the decision to serve this model."""
+    log_file: str
 
     @property
     def identity(self) -> ModelIdentity:
@@ -58,25 +63,18 @@ def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, st
     parser.option("port", "port to listen on", kind=_port, default=environment.get("PORT", "8080"))
     parser.option("threads", "threads of one run of the model; by default one per CPU", kind=_positive)
     parser.option("batch-images", "images in one run of the model", kind=_positive, default=str(_DEFAULTS.batch_images))
-    parser.option(
-        "batch-delay",
-        "seconds an image waits for others that are on their way",
-        kind=_seconds,
-        default=str(_DEFAULTS.batch_delay),
-    )
     parser.option("queue-images", "images that may wait", kind=_positive, default=str(_DEFAULTS.queue_images))
-    parser.option(
-        "max-pending-requests",
-        "requests read or answered at a time",
-        kind=_positive,
-        default=str(_DEFAULTS.max_pending_requests),
-    )
-    parser.option("drain-delay", "seconds to go on accepting after SIGTERM", kind=_seconds, default="0")
+    pending, connections = str(_DEFAULTS.max_pending_requests), str(_DEFAULTS.max_connections)
+    parser.option("max-pending-requests", "requests answered at a time", kind=_positive, default=pending)
+    parser.option("max-connections", "open connections", kind=_positive, default=connections)
+    parser.option("drain-delay", "seconds to keep accepting after SIGTERM", kind=_seconds, default="0")
     parser.option("linger", "seconds to serve open connections after that", kind=_seconds, default="2")
     parser.option("grace", "seconds to finish begun requests after that", kind=_seconds, default="30")
     parser.option("fd", "descriptor of a listening socket, in place of host and port", kind=int)
     parser.option("report-fd", "descriptor to report state to", kind=int)
-    parser.option("lifeline-fd", "descriptor of a pipe whose closing ends the server", kind=int)
+    parser.option("control-dir", "folder of the local deployment", kind=Path)
+    parser.option("annotations", "what the local deployment remembers, as JSON", kind=json.loads, default="{}")
+    parser.option("log-file", "where its output goes, for the local deployment to say", default="")
     values = vars(parser.parse_args(arguments))
     values["model_version"] = values["model_version"] or values["model_digest"][:12]
     limits = ServingLimits(**{name: values.pop(name) for name in _LIMIT_OPTIONS})

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_assets.contracts import IMAGE_SHAPE, IMAGE_SIZE
-from cifar_assets.dataset.images import ImageError, check_size, prepare_image
-from cifar_assets.serving.faults import RequestError, image_fault, shorten
+from cifar_assets.serving.faults import RequestError, shorten
 from cifar_assets.serving.json_body import kind_of, nested_shape, parse_json_object
 from cifar_assets.serving.limits import ServingLimits
+from cifar_assets.serving.pictures import Pictures, check_count
 
 _SHAPES = ((IMAGE_SIZE, IMAGE_SIZE, 3), IMAGE_SHAPE)
 _SHAPE_NAMES = " or ".join(str(list(shape)) for shape in _SHAPES)
@@ -27,58 +27,47 @@ _FORMS = 'a base64 string, a data URI, {"b64": ...} or nested lists of numbers'
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
 
 
-def parse_predict(body: bytes, limits: ServingLimits) -> NDArray[np.uint8]:
-    """The images of a V1 request, shape (N, 3, 32, 32). One bad instance refuses the whole. Raises RequestError."""
+def parse_predict(body: bytes, limits: ServingLimits) -> Pictures:
+    """The images of a V1 request. One bad instance refuses the whole. Raises RequestError."""
     request = parse_json_object(body, limits)
+    instances = request.get("instances")
     if "instances" not in request:
         raise RequestError("instances", "a list of images", f"a body with the keys {shorten(sorted(request))}")
-    instances = request["instances"]
     if not isinstance(instances, list):
         raise RequestError("instances", "a list of images", kind_of(instances))
     check_count("instances", len(instances), limits)
-    return np.stack([_image(f"instances[{index}]", instance, limits) for index, instance in enumerate(instances)])
+    pictures = Pictures(limits)
+    for index, instance in enumerate(instances):
+        _add(pictures, f"instances[{index}]", instance)
+    return pictures
 
 
-def check_count(field: str, num_images: int, limits: ServingLimits) -> None:
-    """Refuse a request of no image, or of too many."""
-    if num_images == 0:
-        raise RequestError(field, "at least one image", "none")
-    if num_images > limits.max_images:
-        raise RequestError(field, f"at most {limits.max_images} images", str(num_images), status=413)
-
-
-def decode_file(field: str, data: bytes, limits: ServingLimits) -> NDArray[np.uint8]:
-    """A picture file's pixels, with the fault placed at the field."""
-    try:
-        return prepare_image(data, limits=limits.image)
-    except ImageError as error:
-        raise image_fault(field, error) from error
-
-
-def _image(field: str, instance: Any, limits: ServingLimits) -> NDArray[np.uint8]:
+def _add(pictures: Pictures, field: str, instance: Any) -> None:
     if isinstance(instance, dict) and set(instance) == {"b64"}:
         field, instance = f"{field}.b64", instance["b64"]
         if not isinstance(instance, str):
             raise RequestError(field, "a base64 string", kind_of(instance))
     if isinstance(instance, str):
-        return decode_file(field, _decode_text(field, instance, limits), limits)
-    if isinstance(instance, list):
-        return _array(field, instance)
-    raise RequestError(field, _FORMS, kind_of(instance))
+        encoded = _base64_text(field, instance)
+        pictures.check_file_size(field, len(encoded) * 3 // 4 - encoded[-2:].count("="))
+        pictures.add_file(field, _decode_base64(field, encoded))
+    elif isinstance(instance, list):
+        pictures.add_pixels(field, _array(field, instance))
+    else:
+        raise RequestError(field, _FORMS, kind_of(instance))
 
 
-def _decode_text(field: str, text: str, limits: ServingLimits) -> bytes:
+def _base64_text(field: str, text: str) -> str:
     if text[:5].lower() == "data:":
         header, comma, text = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
             raise RequestError(field, "a data URI of the form data:image/png;base64,...", shorten(header))
-    encoded = text.translate(_WHITESPACE)
+    return text.translate(_WHITESPACE)
+
+
+def _decode_base64(field: str, text: str) -> bytes:
     try:
-        check_size(len(encoded) * 3 // 4 - encoded[-2:].count("="), limits.image)
-    except ImageError as error:
-        raise image_fault(field, error) from error
-    try:
-        return base64.b64decode(encoded, validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(field, _FORMS, f"text that is not base64, {shorten(text)} ({error})") from error
 

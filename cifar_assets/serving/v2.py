@@ -13,14 +13,14 @@ import orjson
 from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT
-from cifar_assets.serving.classifier import softmax
 from cifar_assets.serving.faults import RequestError, shorten
-from cifar_assets.serving.identity import ModelIdentity
 from cifar_assets.serving.json_body import kind_of, nested_shape, parse_json_object
 from cifar_assets.serving.limits import ServingLimits
-from cifar_assets.serving.v1 import check_count, whole_pixels
+from cifar_assets.serving.messages import ModelIdentity, Response, softmax
+from cifar_assets.serving.pictures import check_count
+from cifar_assets.serving.v1 import whole_pixels
 
-HEADER_LENGTH = "inference-header-content-length"
+HEADER_LENGTH = b"inference-header-content-length"
 DATATYPE = "UINT8"
 OUTPUT_NAMES = ("probabilities", "logits")
 INPUT_METADATA = {"name": MODEL_INPUT, "datatype": DATATYPE, "shape": [-1, *IMAGE_SHAPE]}
@@ -40,16 +40,7 @@ class InferRequest:
     """Names of the outputs wanted, in order; True where the answer carries it as binary data."""
 
 
-@dataclass(frozen=True)
-class InferAnswer:
-    """A rendered answer: JSON, followed by the outputs asked for as binary data."""
-
-    body: bytes
-    header_length: int | None
-    """Bytes of JSON before the binary data, where there is any."""
-
-
-def parse_infer(body: bytes, header_length: str | None, limits: ServingLimits) -> InferRequest:
+def parse_infer(body: bytes, header_length: bytes | None, limits: ServingLimits) -> InferRequest:
     """Check a request against what the metadata promises. Raises RequestError.
 
     Nothing is allocated by a claimed size.
@@ -66,7 +57,7 @@ def parse_infer(body: bytes, header_length: str | None, limits: ServingLimits) -
     return InferRequest(images, request_id, _outputs(request))
 
 
-def render_infer(request: InferRequest, logits: NDArray[np.float32], identity: ModelIdentity) -> InferAnswer:
+def render_infer(request: InferRequest, logits: NDArray[np.float32], identity: ModelIdentity) -> Response:
     """The answer to a request, whose images gave these logits of shape (N, 10)."""
     values = {"logits": logits.astype("<f4"), "probabilities": softmax(logits).astype("<f4")}
     outputs: list[dict[str, Any]] = []
@@ -89,14 +80,16 @@ def render_infer(request: InferRequest, logits: NDArray[np.float32], identity: M
     if request.id is not None:
         answer["id"] = request.id
     header = orjson.dumps(answer)
-    return InferAnswer(b"".join([header, *pieces]), len(header) if pieces else None)
+    if not pieces:
+        return Response(200, header)
+    length = ("Inference-Header-Content-Length", str(len(header)))
+    return Response(200, b"".join([header, *pieces]), "application/octet-stream", (length,))
 
 
-def _header_length(value: str, num_body_bytes: int) -> int:
-    if not (value.isascii() and value.isdigit() and len(value) <= 12) or int(value) > num_body_bytes:
-        raise RequestError(
-            "Inference-Header-Content-Length", f"a number of bytes up to the body's {num_body_bytes}", shorten(value)
-        )
+def _header_length(value: bytes, num_body_bytes: int) -> int:
+    if not (value.isdigit() and len(value) <= 12) or int(value) > num_body_bytes:
+        expected = f"a number of bytes up to the body's {num_body_bytes}"
+        raise RequestError("Inference-Header-Content-Length", expected, shorten(value.decode("latin-1")))
     return int(value)
 
 

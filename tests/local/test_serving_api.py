@@ -1,5 +1,6 @@
 """The server as a process, over HTTP: cases C18, C20 and C22, and the surface around them."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -11,14 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from httpx import HTTPStatusError
+from hypothesis import given
+from hypothesis import strategies as st
+from kserve import InferenceRESTClient, InferInput, InferRequest
+from kserve.inference_client import RESTConfig
+from kserve.protocol.infer_type import RequestedOutput
 from PIL import Image
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.object_store import FolderStore
-from cifar_assets.serving.classifier import softmax
 from cifar_assets.serving.client import InferenceClient, ServerError
-from tests.unit.serving.server_process import Answer, ServerProcess, form, run_server
-from tests.unit.serving.tiny_model import store_tiny_model, tiny_logits
+from cifar_assets.serving.messages import softmax
+from tests.unit.serving.server_process import Answer, ServerProcess, ask, form, run_server
+from tests.unit.serving.tiny_model import store_tiny_model, tiny_logits, tiny_onnx
 
 PREDICT = "/v1/models/cifar10:predict"
 INFER = "/v2/models/cifar10/infer"
@@ -405,6 +412,46 @@ class TestSurface:
         assert found == status
         assert body["error"]
 
+    @pytest.mark.parametrize(
+        ("path", "allowed"),
+        [
+            (PREDICT, "POST"),
+            (INFER, "POST"),
+            ("/v2/models/cifar10/versions/7/infer", "POST"),
+            ("/v1/models/cifar10", "GET, HEAD"),
+            ("/v2/health/live", "GET, HEAD"),
+            ("/metrics", "GET, HEAD"),
+            ("/v1/models/cifar10:explain", ""),
+        ],
+    )
+    def test_allow_names_the_methods_that_are_allowed(self, server, path, allowed):
+        answer = ask(server.port, "DELETE", path)
+        assert (answer.status, answer.headers["Allow"]) == (405, allowed)
+        for method in ("GET", "HEAD", "POST", "PUT", "OPTIONS"):
+            status = ask(server.port, method, path, b"{}" if method == "POST" else None).status
+            assert (status == 405) == (method not in allowed.split(", ")), method
+
+    def test_head_answers_where_get_does(self, server):
+        for path in ("/", "/v1/models", "/v2", "/v2/models/cifar10", "/v2/health/ready", "/metrics", "/openapi.json"):
+            head, get = (ask(server.port, method, path) for method in ("HEAD", "GET"))
+            assert (head.status, head.body) == (get.status, b""), path
+            assert head.headers["Content-Type"] == get.headers["Content-Type"]
+
+    def test_the_version_may_be_named_and_no_other_is_there(self, server):
+        tensor = TestTensors.tensor(TestTensors.IMAGES)
+        assert server.get("/v2/models/cifar10/versions/7").json == server.get("/v2/models/cifar10").json
+        assert server.get("/v2/models/cifar10/versions/7/ready").json["ready"] is True
+        assert server.post("/v2/models/cifar10/versions/7/infer", tensor).json == server.post(INFER, tensor).json
+        answer = server.post("/v2/models/cifar10/versions/8/infer", tensor)
+        assert (answer.status, "version 7 is" in answer.json["error"]) == (404, True)
+
+    def test_an_address_is_the_same_escaped_with_a_query_or_a_final_slash(self, server):
+        for path in ("/v1/models/cifar10/", "/v1/models/cifar%310", "/v1/models/cifar10?x=1", "/v1%2Fmodels/cifar10"):
+            assert server.get(path).json["name"] == "cifar10", path
+
+    def test_the_metadata_names_the_picture_formats(self, server):
+        assert server.get("/v2/models/cifar10").json["picture_formats"] == ["PNG", "JPEG"]
+
     def test_metrics_count_what_happened(self, server):
         def sample(name: str) -> float:
             lines = server.get("/metrics").body.decode().splitlines()
@@ -427,6 +474,10 @@ class TestSurface:
         assert {"200", "400", "413", "429"} <= set(predict["responses"])
         assert "/v2/models/{model_name}/infer" in api["paths"]
         assert not [path for path in api["paths"] if "repository" in path or "explain" in path]
+        for path, methods in api["paths"].items():
+            for method in methods:
+                named = path.replace("{model_name}", "cifar10").replace("{model_version}", "7")
+                assert ask(server.port, method.upper(), named).status in (200, 400), named
 
     def test_listening_is_on_loopback_only(self, server):
         lines = Path(f"/proc/{server.process.pid}/net/tcp").read_text().splitlines()[1:]
@@ -466,3 +517,104 @@ class TestClient:
         with pytest.raises(ServerError, match="was not answered") as caught:
             InferenceClient("http://127.0.0.1:9").served_model()
         assert caught.value.status is None
+
+
+class TestKserveClient:
+    """The client of the kserve SDK, as it comes."""
+
+    @staticmethod
+    def ask(server: ServerProcess, protocol: str, method: str, *arguments: Any, **options: Any) -> Any:
+        async def run() -> Any:
+            async with InferenceRESTClient(RESTConfig(protocol=protocol)) as client:
+                return await getattr(client, method)(server.url, *arguments, **options)
+
+        return asyncio.run(run())
+
+    def test_it_finds_the_server_and_the_model_ready(self, server):
+        for protocol in ("v1", "v2"):
+            assert self.ask(server, protocol, "is_server_live")
+            assert self.ask(server, protocol, "is_model_ready", "cifar10")
+        assert self.ask(server, "v2", "is_server_ready")
+
+    def test_its_v1_requests_are_answered(self, server):
+        answer = self.ask(server, "v1", "infer", {"instances": [PIXELS.tolist()]}, model_name="cifar10")
+        assert answer["model_name"] == "cifar10"
+        assert len(answer["predictions"]) == 1
+
+    @pytest.mark.parametrize("binary", [False, True])
+    def test_its_v2_requests_are_answered(self, digest_and_server, binary):
+        digest, server = digest_and_server
+        images = TestTensors.IMAGES
+        tensor = InferInput("images", list(images.shape), "UINT8")
+        tensor.set_data_from_numpy(images, binary_data=binary)
+        outputs = [RequestedOutput("probabilities", {"binary_data": binary}), RequestedOutput("logits")]
+        request = InferRequest("cifar10", [tensor], request_outputs=outputs)
+        answer = self.ask(server, "v2", "infer", request, model_name="cifar10")
+        np.testing.assert_allclose(
+            answer.get_output_by_name("probabilities").as_numpy(), expected_probabilities(PIXELS, SMOOTH), atol=1e-4
+        )
+        assert answer.get_output_by_name("logits").as_numpy().shape == (2, 10)
+        assert answer.parameters["model_digest"] == digest
+
+    def test_it_reads_our_errors(self, server):
+        with pytest.raises(HTTPStatusError, match="instances: expected a list of images"):
+            self.ask(server, "v1", "infer", {}, model_name="cifar10")
+
+
+def test_a_model_whose_answer_is_not_finite_is_a_fault_of_the_server(tmp_path):
+    """Black pictures, which the server tries before it serves, are answered soundly; white ones are not."""
+    uri, digest = store_tiny_model(FolderStore(tmp_path / "models"), onnx_bytes=tiny_onnx(breaks_on_white=True))
+    with run_server(uri, digest, tmp_path) as server:
+        assert upload(server, encode(np.zeros((32, 32, 3), np.uint8))).status == 200
+        answer = upload(server, encode(np.full((32, 32, 3), 255, np.uint8)))
+        assert answer.status == 500
+        assert "not finite" in answer.json["error"]
+        assert "not finite" in server.log
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+def test_every_address_of_both_families_can_be_served(tmp_path):
+    uri, digest = store_tiny_model(FolderStore(tmp_path / "models"))
+    with run_server(uri, digest, tmp_path, "--host", "::") as server:
+        for host in ("127.0.0.1", "[::1]"):
+            assert InferenceClient(f"http://{host}:{server.port}").served_model().model_digest == digest
+
+
+@pytest.fixture(scope="module")
+def small_server(tmp_path_factory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("fuzz")
+    with run_server(*store_tiny_model(FolderStore(folder / "models")), folder) as server:
+        yield server
+        assert "Traceback" not in server.log
+
+
+VALID_BODIES = [
+    (
+        PREDICT,
+        json.dumps({"instances": [[[[1, 2, 3]]], "AAAA", {"b64": ""}]}).encode(),
+        "application/json",
+        {},
+    ),
+    (PREDICT, *form(("image", encode(PIXELS)), ("image", encode(PIXELS, "JPEG"))), {}),
+    (INFER, json.dumps({"id": "a", "inputs": [{"name": "images", "shape": [1, 3, 32, 32]}]}).encode(), None, {}),
+    (INFER, json.dumps({"inputs": []}).encode() + bytes(3072), "application/octet-stream", {"length": "14"}),
+]
+
+
+@pytest.mark.fuzz
+@given(
+    valid=st.sampled_from(VALID_BODIES),
+    position=st.integers(0, 2000),
+    num_cut=st.integers(0, 50),
+    value=st.binary(max_size=50) | st.sampled_from([b"[" * 5000, b"9" * 5000, b'"' * 99, b"null", b"\r\n--a-boundary"]),
+    header=st.sampled_from(["", "-1", "9" * 30, "14", "\xb2"]),
+)
+def test_any_body_is_answered_and_never_with_a_fault_of_the_server(
+    small_server, valid, position, num_cut, value, header
+):
+    path, body, content_type, headers = valid
+    changed = body[:position] + value + body[position + num_cut :]
+    named = {"Inference-Header-Content-Length": header or headers.get("length")} if header or headers else {}
+    answer = small_server.post(path, changed, content_type, **named)
+    assert answer.status in (200, 400, 413, 415), answer.body
+    assert answer.status == 200 or answer.json["error"]

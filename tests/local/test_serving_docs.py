@@ -64,13 +64,21 @@ def test_the_numbers_are_those_of_the_code():
     limits = ServingLimits()
     settings = parse_settings(["--model-uri", "x", "--model-digest", "y"], {})
     for text in (
-        f"| {limits.max_body_bytes // 2**20} MiB, sent within {limits.body_timeout:g} s |",
+        f"| {limits.max_header_bytes // 2**10} KiB and {limits.max_headers} of them, within "
+        f"{limits.header_timeout:g} s |",
+        f"| {limits.max_body_bytes // 2**20} MiB, within {limits.body_timeout:g} s and without a pause of "
+        f"{limits.stall_timeout:g} s |",
         f"| {limits.image.max_bytes // 2**20} MiB |",
         f"| {limits.image.max_pixels:,}; JPEG {limits.image.max_pixels * limits.image.jpeg_factor:,} |",
+        f"| pixels of all pictures in a request | {limits.max_pixels:,} |",
         f"| pictures in a request | {limits.max_images} |",
         f"(`--max-pending-requests`) | {limits.max_pending_requests} |",
-        f"| bodies at a time | {limits.max_pending_bytes // 2**20} MiB |",
-        f"(`--queue-images`) | {limits.queue_images} |",
+        f"beyond the first {limits.small_body_bytes // 2**10} KiB of each | {limits.max_pending_bytes // 2**20} MiB |",
+        f"| pixels waiting to be decoded | {limits.max_pending_pixels:,} |",
+        f"(`--queue-images`) | {limits.queue_images}, a quarter",
+        f"(`--max-connections`) | {limits.max_connections} |",
+        f"| {limits.idle_timeout:g} s | closed |",
+        f"| time without reading an answer | {limits.stall_timeout:g} s |",
         f"`--linger` seconds ({settings.linger:g})",
         f"`--grace` seconds ({settings.grace:g})",
         f"{settings.host}:{settings.port}",

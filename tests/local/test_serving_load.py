@@ -1,6 +1,8 @@
 """The server under load and on its way out: nothing begun is lost, health answers, too much is told to come again."""
 
 import contextlib
+import http.client
+import io
 import json
 import signal
 import socket
@@ -11,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from PIL import Image
 
 from cifar_assets.object_store import FolderStore
-from tests.unit.serving.server_process import Answer, ServerProcess, ask, ask_on, run_server
+from tests.unit.serving.server_process import Answer, ServerProcess, ask, ask_on, form, run_server
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_onnx
 
 PREDICT = "/v1/models/cifar10:predict"
@@ -123,6 +127,104 @@ def test_with_a_drain_delay_readiness_turns_before_the_door_closes(tmp_path):
         assert predict(server).status == 200
         server.process.send_signal(signal.SIGINT)  # asked again: at once
         assert server.process.wait(120) == 0
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("quick")
+    with run_server(*store_tiny_model(FolderStore(folder / "models")), folder, "--max-connections", "64") as server:
+        yield server
+        assert "Traceback" not in server.log
+
+
+@contextlib.contextmanager
+def many_connections(server: ServerProcess, number: int, data: bytes) -> Iterator[list[socket.socket]]:
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for _ in range(number):
+            connections.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30)))
+            with contextlib.suppress(ConnectionError):
+                connections[-1].sendall(data)
+        yield connections
+
+
+def check_others_are_served(server: ServerProcess) -> None:
+    """Somebody with a small picture gets an answer, and so does the kubelet. A machine that is busy takes its time."""
+    for _ in range(5):
+        started = time.monotonic()
+        assert predict(server).status == 200
+        assert server.get("/v2/health/ready").status == 200
+        assert time.monotonic() - started < 3
+
+
+HEAD = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"GET / HTTP/1.1\r\nX-Slow: ", id="headers without end"),
+        pytest.param(f"{HEAD}Content-Length: 16777216\r\n\r\n".encode(), id="a body only announced"),
+        pytest.param(f"{HEAD}Content-Length: 16777216\r\n\r\n".encode() + bytes(1 << 20), id="the start of a body"),
+        pytest.param(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n5\r\n".encode(), id="the start of a chunk"),
+        pytest.param(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 200, id="answers that nobody reads"),
+    ],
+)
+def test_others_are_served_whatever_a_hundred_connections_wait_for(quick, data):
+    with many_connections(quick, 100, data):
+        check_others_are_served(quick)
+
+
+def test_memory_stays_bounded_under_headers_and_bodies_without_end(quick):
+    before = memory_of(quick)
+    endless = b"GET / HTTP/1.1\r\nX-Endless: " + b"x" * (4 << 20)
+    body = f"{HEAD}Content-Length: 16777216\r\n\r\n".encode() + bytes(8 << 20)
+    for data in (endless, body):
+        with many_connections(quick, 40, data):
+            check_others_are_served(quick)
+            assert memory_of(quick) - before < 100
+
+
+def memory_of(server: ServerProcess) -> float:
+    """Resident MiB."""
+    return psutil.Process(server.process.pid).memory_info().rss / 2**20
+
+
+def large_pictures(number: int, side: int) -> tuple[bytes, str]:
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    return form(*[("image", buffer.getvalue())] * number)
+
+
+def test_a_request_may_not_cost_more_than_one_large_picture(quick):
+    started = time.monotonic()
+    answer = quick.post(PREDICT, *large_pictures(64, 2800))
+    assert answer.status == 413
+    assert "at most 16777216 pixels in all pictures of a request" in answer.json["error"]
+    assert time.monotonic() - started < 2
+    assert quick.post(PREDICT, *large_pictures(16, 1000)).status == 200
+
+
+def test_small_pictures_do_not_wait_for_large_ones(quick):
+    body = large_pictures(2, 2800)
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(quick.post, PREDICT, *body) for _ in range(16)]
+        check_others_are_served(quick)
+        assert {future.result().status for future in futures} <= {200, 429}
+    assert quick.post(PREDICT, *body).status == 200
+
+
+def test_a_killed_server_breaks_off_and_another_one_serves_at_once(tmp_path):
+    with slow_server(tmp_path, 8) as server, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(predict, server)
+        wait_for(lambda: metric(server, "cifar10_pending_requests") == 1)
+        server.process.kill()
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            future.result()
+    uri, digest = store_slow_model(tmp_path, 0)
+    with run_server(uri, digest, tmp_path, "--port", str(server.port)) as again:
+        assert predict(again).status == 200
 
 
 def is_refused(port: int) -> bool:

@@ -1,4 +1,4 @@
-"""The local deployment: a supervisor that swaps workers behind one socket, through its resource and its commands."""
+"""The local deployment: servers that hand on one listening socket, through the resource and the commands."""
 
 import contextlib
 import http.client
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,7 @@ import pytest
 from cifar_assets.errors import DeployError
 from cifar_assets.object_store import FolderStore
 from cifar_assets.serving.client import InferenceClient
-from cifar_assets.serving.control import ask as ask_supervisor
-from cifar_assets.serving.control import find_supervisor, read_state
+from cifar_assets.serving.control import find_server
 from cifar_assets.serving.local import main as local_command
 from resources.inference_service import DeployedService, DeployRequest, LocalInferenceService
 from tests.unit.serving.server_process import ask, ask_on
@@ -77,7 +77,7 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
         yield deployment
     finally:
         deployment.service.delete()
-    assert find_supervisor(Path(deployment.service.state_dir)) is None
+    assert find_server(Path(deployment.service.state_dir)) is None
 
 
 class Load:
@@ -140,31 +140,47 @@ def test_swaps_and_a_swap_that_fails_lose_no_request(running):
     assert set(load.digests[-20:]) == {second}
     status = running.service.status()
     assert (status.ready, status.model_digest) == (True, second)
-    assert "expected sha256 0000" in (status.reason or "")
+    assert not list(Path(running.service.state_dir).glob("serving-*.sock"))
 
 
 def test_deploying_what_serves_changes_nothing(running):
     running.deploy(1)
-    worker = running.service.status().details["worker_pid"]
+    process = running.service.status().details["process_id"]
     again = running.deploy(1)
     assert (again.changed, again.model_digest) == (False, running.request(1).model_digest)
-    assert running.service.status().details["worker_pid"] == worker
+    assert again.previous_digest == again.model_digest
+    assert running.service.status().details["process_id"] == process
 
 
-def test_a_deployment_whose_run_is_cancelled_meanwhile_does_not_happen(running):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_deployment_whose_run_dies_meanwhile_does_not_happen(running, number):
     running.deploy(1)
-    state = find_supervisor(Path(running.service.state_dir))
-    assert state is not None
     request = running.request(2)
-    deployment = {
-        "model_uri": request.model_uri, "model_digest": request.model_digest, "model_version": "v2", "annotations": {}
-    }  # fmt: skip
-    message = {"command": "deploy", "deployment": deployment, "timeout": 60, "token": state.token}
-    with socket.create_connection(("127.0.0.1", state.control_port), timeout=10) as connection:
-        connection.sendall(json.dumps(message).encode() + b"\n")
-        wait_for(lambda: list(Path(running.service.state_dir).glob(f"worker-*{request.model_digest[:12]}.log")))
-    wait_for(lambda: "went away" in (running.service.status().reason or ""))
+    folder = Path(running.service.state_dir)
+    code = (
+        "from resources.inference_service import *;"
+        f"s = LocalInferenceService(state_dir={str(folder)!r}, port={running.service.port});"
+        f"s.deploy(DeployRequest({request.model_uri!r}, {request.model_digest!r}, 'v2'))"
+    )
+    logs = set(folder.glob("server-*.log"))
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: set(folder.glob("server-*.log")) - logs)
+        process.send_signal(number)
+    (log,) = set(folder.glob("server-*.log")) - logs
+    wait_for(lambda: not is_in_use(log))
     assert running.served_digest() == running.request(1).model_digest
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether some process has the file open."""
+    links = (link for folder in Path("/proc").glob("[0-9]*/fd") for link in open_files(folder))
+    return str(path) in links
+
+
+def open_files(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return [os.readlink(link) for link in folder.iterdir() if link.is_symlink()]
+    return []
 
 
 def wait_for(condition) -> None:
@@ -172,16 +188,6 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def test_a_worker_that_dies_is_replaced_and_requests_wait_for_it(running):
-    running.deploy(1)
-    worker = int(running.service.status().details["worker_pid"])
-    os.kill(worker, signal.SIGKILL)
-    answer = ask(running.service.port, "POST", PREDICT, BODY)
-    assert answer.status == 200
-    assert answer.json["model_digest"] == running.request(1).model_digest
-    assert int(running.service.status().details["worker_pid"]) != worker
 
 
 def test_status_says_what_serves_in_words(running, capsys):
@@ -204,20 +210,19 @@ def test_another_address_for_the_same_deployment_is_refused(running):
         other.deploy(running.request(1))
 
 
-def test_commands_without_the_token_are_refused(running):
-    state = find_supervisor(Path(running.service.state_dir))
-    assert state is not None
-    assert os.stat(Path(running.service.state_dir) / "supervisor.json").st_mode & 0o077 == 0
-    message = {"command": "stop"}
-    with socket.create_connection(("127.0.0.1", state.control_port), timeout=10) as connection:
-        connection.sendall(json.dumps({**message, "token": "guess"}).encode() + b"\n")
-        assert b"does not carry" in connection.makefile("rb").readline()
-    for nonsense in (b"", b"\n", b"[1]\n", b"{\n", b"GET / HTTP/1.1\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", state.control_port), timeout=10) as connection:
+def test_nonsense_on_the_control_socket_changes_nothing(running, monkeypatch):
+    path = Path(running.service.state_dir) / "serving.sock"
+    assert os.stat(path).st_mode & 0o077 == 0
+    silent = socket.socket(socket.AF_UNIX)
+    monkeypatch.chdir(path.parent)  # the whole path may be too long for a socket
+    silent.connect(path.name)
+    for nonsense in (b"", b"\n", b"{}\n", b"leave", b"GET / HTTP/1.1\r\n\r\n", bytes(100_000)):
+        with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(ConnectionError):
+            connection.connect(path.name)
             connection.sendall(nonsense)
-    with pytest.raises(DeployError, match="Unknown command 'dance'"):
-        ask_supervisor(state, {"command": "dance"}, 10)
     assert running.service.status().ready
+    assert running.served_digest()
+    silent.close()
 
 
 @pytest.fixture
@@ -245,35 +250,59 @@ def test_commands_where_nothing_runs_say_so(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_stop_ends_a_deployment_that_is_still_coming_up(own):
-    failures: list[str] = []
-
-    def deploy() -> None:
-        try:
-            own.deploy(0)
-        except DeployError as error:
-            failures.append(str(error))
-
-    thread = threading.Thread(target=deploy)
-    thread.start()
-    folder = Path(own.service.state_dir)
-    wait_for(lambda: list(folder.glob("worker-*.log")))
-    assert local_command(["stop", "--state-dir", str(folder)]) == 0
-    thread.join()
-    assert len(failures) == 1
-    assert "was not put into service: the local deployment is being stopped" in failures[0]
-    assert find_supervisor(folder) is None
-
-
-def test_a_killed_supervisor_leaves_nothing_that_is_in_the_way(running):
-    state = read_state(Path(running.service.state_dir))
-    assert state is not None
-    os.kill(state.pid, signal.SIGKILL)
-    deployed = running.deploy(1)
-    assert running.served_digest() == deployed.model_digest == running.request(1).model_digest
-    assert deployed.details["supervisor_pid"] != str(state.pid)
-    assert running.service.delete()
-    assert not running.service.delete()
-    assert "No model server is running" in (running.service.status().reason or "")
+def test_a_killed_server_leaves_nothing_that_is_in_the_way(own):
+    own.deploy(0)
+    pid = int(own.service.status().details["process_id"])
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not own.service.status().ready)
+    assert "No model server is running" in (own.service.status().reason or "")
+    assert not own.service.delete()
+    deployed = own.deploy(1)
+    assert own.served_digest() == deployed.model_digest == own.request(1).model_digest
+    assert deployed.previous_digest is None
+    assert own.service.delete()
+    assert not own.service.delete()
     with pytest.raises(ConnectionRefusedError):
-        ask(running.service.port, "GET", "/")
+        ask(own.service.port, "GET", "/")
+
+
+def test_two_deployments_at_once_happen_one_after_the_other(own):
+    own.deploy(0)
+    digests = [own.request(seed).model_digest for seed in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        deployed = list(pool.map(own.deploy, (1, 2)))
+    last = own.served_digest()
+    (other,) = set(digests) - {last}
+    assert next(service for service in deployed if service.model_digest == last).previous_digest == other
+    assert {service.model_digest for service in deployed} == set(digests)
+
+
+def test_a_server_of_another_version_of_the_protocol_is_reported(own, monkeypatch):
+    own.deploy(0)
+    monkeypatch.setattr("cifar_assets.serving.control.PROTOCOL", 2)
+    with pytest.raises(DeployError, match=r"another version of this project \(protocol 1, not 2\).*`kill \d+`"):
+        own.deploy(1)
+    monkeypatch.undo()
+    assert own.served_digest() == own.request(0).model_digest
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+@pytest.mark.parametrize("size", ["no room for a log", "no room for a socket"])
+def test_a_full_disk_keeps_what_serves(own, size):
+    folder = Path(own.service.state_dir)
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=8", "none", str(folder)], check=True)
+    try:
+        served = own.deploy(0).model_digest
+        num_files = len(list(folder.iterdir())) + 1
+        for index in range(8 - num_files - (size == "no room for a socket")):
+            (folder / f"filler-{index}").touch()
+        with pytest.raises(DeployError, match=f"No space left on device.*Model {served} still serves"):
+            own.deploy(1)
+        assert {own.served_digest() for _ in range(30)} == {served}
+        for filler in folder.glob("filler-*"):
+            filler.unlink()
+        assert own.deploy(1).model_digest == own.served_digest() == own.request(1).model_digest
+    finally:
+        own.service.delete()
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -1,7 +1,5 @@
 """The client in front of something that is not our server, or breaks off."""
 
-import fcntl
-import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -11,8 +9,6 @@ import numpy as np
 import pytest
 
 from cifar_assets.serving.client import InferenceClient, ServerError
-from cifar_assets.serving.control import LOCK_FILE, SupervisorState, write_state
-from resources.inference_service import LocalInferenceService
 
 IMAGE = np.zeros((1, 3, 32, 32), np.uint8)
 Answering = Callable[[bytes], int]
@@ -69,12 +65,3 @@ def test_what_does_not_answer_as_our_server_is_a_server_error(answering: Answeri
     for ask in (client.served_model, lambda: client.predict_arrays(IMAGE), lambda: client.predict_files([picture])):
         with pytest.raises(ServerError, match=client.base_url):
             ask()
-
-
-def test_status_of_a_supervisor_that_answers_with_an_error_says_so(answering: Answering, tmp_path: Path):
-    port = answering(json.dumps({"error": "The command does not carry this supervisor's token."}).encode() + b"\n")
-    write_state(tmp_path, SupervisorState(1, port, "old", "127.0.0.1", 8080))
-    with (tmp_path / LOCK_FILE).open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        status = LocalInferenceService(state_dir=str(tmp_path)).status()
-    assert (status.ready, status.reason) == (False, "The command does not carry this supervisor's token.")

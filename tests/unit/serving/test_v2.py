@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cifar_assets.serving.classifier import softmax
 from cifar_assets.serving.faults import RequestError
-from cifar_assets.serving.identity import ModelIdentity
 from cifar_assets.serving.limits import ServingLimits
+from cifar_assets.serving.messages import ModelIdentity, Response, softmax
 from cifar_assets.serving.v2 import InferRequest, parse_infer, render_infer
 
 LIMITS = ServingLimits()
@@ -33,14 +32,14 @@ def with_tensor(**changes: Any) -> bytes:
     return json.dumps({"inputs": [tensor(**changes)]}).encode()
 
 
-def binary(size: Any = 6144, pixels: bytes = IMAGES.tobytes(), **changes: Any) -> tuple[bytes, str]:
+def binary(size: Any = 6144, pixels: bytes = IMAGES.tobytes(), **changes: Any) -> tuple[bytes, bytes]:
     header = with_tensor(data=..., parameters={"binary_data_size": size}, **changes)
-    return header + pixels, str(len(header))
+    return header + pixels, str(len(header)).encode()
 
 
 def test_flat_nested_and_binary_data_are_the_same_tensor():
     bodies = [(with_tensor(), None), (with_tensor(data=IMAGES.tolist()), None), binary()]
-    bodies.append((bodies[0][0], str(len(bodies[0][0]))))
+    bodies.append((bodies[0][0], str(len(bodies[0][0])).encode()))
     for body, header_length in bodies:
         np.testing.assert_array_equal(parse_infer(body, header_length, LIMITS).images, IMAGES)
 
@@ -149,20 +148,22 @@ def test_null_is_the_same_as_absent():
     parameters = {"binary_data_size": None}
     np.testing.assert_array_equal(parse_infer(with_tensor(parameters=parameters), None, LIMITS).images, IMAGES)
     header = with_tensor(data=None, parameters={"binary_data_size": 6144})
-    np.testing.assert_array_equal(parse_infer(header + IMAGES.tobytes(), str(len(header)), LIMITS).images, IMAGES)
+    np.testing.assert_array_equal(
+        parse_infer(header + IMAGES.tobytes(), str(len(header)).encode(), LIMITS).images, IMAGES
+    )
 
 
 @pytest.mark.parametrize("length", ["", "-1", "abc", "1e3", "99999999999999999999", "7000000", "\u0661"])
 def test_a_header_length_that_cannot_be_is_refused(length):
     with pytest.raises(RequestError, match="Inference-Header-Content-Length"):
-        parse_infer(binary()[0], length, LIMITS)
+        parse_infer(binary()[0], length.encode(), LIMITS)
 
 
 def test_a_header_length_that_cuts_the_json_is_refused():
     body, length = binary()
     for wrong in (0, int(length) - 1, int(length) + 1):
         with pytest.raises(RequestError, match="JSON"):
-            parse_infer(body, str(wrong), LIMITS)
+            parse_infer(body, str(wrong).encode(), LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -177,10 +178,14 @@ def test_a_byte_count_that_is_not_the_product_of_the_shape_is_refused(size, num_
 def test_bytes_that_nothing_declares_and_data_given_twice_are_refused():
     header = with_tensor()
     with pytest.raises(RequestError, match="binary_data_size"):
-        parse_infer(header + b"abc", str(len(header)), LIMITS)
+        parse_infer(header + b"abc", str(len(header)).encode(), LIMITS)
     header = with_tensor(parameters={"binary_data_size": 6144})
     with pytest.raises(RequestError, match="no data where"):
-        parse_infer(header + IMAGES.tobytes(), str(len(header)), LIMITS)
+        parse_infer(header + IMAGES.tobytes(), str(len(header)).encode(), LIMITS)
+
+
+def header_length(answer: Response) -> int:
+    return int(dict(answer.headers)["Inference-Header-Content-Length"])
 
 
 class TestAnswer:
@@ -188,7 +193,7 @@ class TestAnswer:
 
     def test_json_carries_both_outputs_and_the_model(self):
         answer = render_infer(parse_infer(request(id="r1"), None, LIMITS), self.LOGITS, IDENTITY)
-        assert answer.header_length is None
+        assert answer.headers == ()
         value = json.loads(answer.body)
         assert (value["id"], value["model_name"], value["model_version"]) == ("r1", "cifar10", "7")
         assert value["parameters"] == {"model_digest": "a" * 64}
@@ -202,19 +207,19 @@ class TestAnswer:
     def test_binary_outputs_follow_the_json_in_order(self):
         outputs = [{"name": "logits", "parameters": {"binary_data": True}}, {"name": "probabilities"}]
         answer = render_infer(parse_infer(request(outputs=outputs), None, LIMITS), self.LOGITS, IDENTITY)
-        assert answer.header_length is not None
-        value = json.loads(answer.body[: answer.header_length])
+        length = header_length(answer)
+        value = json.loads(answer.body[:length])
         assert value["outputs"][0]["parameters"] == {"binary_data_size": 80}
         assert "data" not in value["outputs"][0]
         assert len(value["outputs"][1]["data"]) == 20
-        logits = np.frombuffer(answer.body[answer.header_length :], "<f4").reshape(2, 10)
+        logits = np.frombuffer(answer.body[length:], "<f4").reshape(2, 10)
         np.testing.assert_array_equal(logits, self.LOGITS)
 
     def test_a_request_may_ask_for_all_outputs_as_binary(self):
         wanted = parse_infer(request(parameters={"binary_data_output": True}), None, LIMITS)
         assert wanted.outputs == {"probabilities": True, "logits": True}
         answer = render_infer(wanted, self.LOGITS, IDENTITY)
-        assert len(answer.body) - (answer.header_length or 0) == 160
+        assert len(answer.body) - header_length(answer) == 160
 
     def test_extreme_logits_give_finite_probabilities(self):
         logits = np.array([[1e30, -1e30, *[0] * 8]], np.float32)

@@ -21,13 +21,14 @@ def tiny_logits(images: np.ndarray, seed: int = 0) -> np.ndarray:
     return pooled.reshape(len(images), 48) @ tiny_weights(seed).astype(np.float64)
 
 
-def tiny_onnx(seed: int = 0, *, bias: float = 0.0, work: int = 0) -> bytes:
+def tiny_onnx(seed: int = 0, *, bias: float = 0.0, work: int = 0, breaks_on_white: bool = False) -> bytes:
     """images uint8 [N,3,32,32] -> cast, scale, average pooling, matmul -> logits float32 [N,10].
 
     `work` adds that many 1024x1024 matrix products, about 2 GFLOP each, whose result does not change the answer.
+    With `breaks_on_white` the answer to a picture with a white area is not finite.
     """
     weights = numpy_helper.from_array(tiny_weights(seed), "weights")
-    scale = numpy_helper.from_array(np.array(1 / 255, dtype=np.float32), "scale")
+    scale = numpy_helper.from_array(np.array(1e38 if breaks_on_white else 1 / 255, dtype=np.float32), "scale")
     shift = numpy_helper.from_array(np.array(bias, dtype=np.float32), "shift")
     nodes = [
         helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),

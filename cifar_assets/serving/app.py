@@ -1,0 +1,314 @@
+"""What is served at which address, and the way of a request to the model.
+
+A small request is read, decoded and queued where it arrives, on the event loop, without a task or another thread. Large
+bodies and large pictures are read in a thread, the cheaper ones first.
+"""
+
+import asyncio
+import heapq
+import itertools
+import logging
+import math
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from prometheus_client import CONTENT_TYPE_LATEST, Gauge, Histogram, generate_latest
+
+from cifar_assets.serving.batcher import Images, Logits, MicroBatcher, NotFiniteError
+from cifar_assets.serving.faults import BusyError, RequestError, shorten
+from cifar_assets.serving.http import Request
+from cifar_assets.serving.limits import ServingLimits
+from cifar_assets.serving.messages import ModelIdentity, Response, error_response, json_response, predictions
+from cifar_assets.serving.multipart import parse_form
+from cifar_assets.serving.pictures import Pictures
+from cifar_assets.serving.v1 import parse_predict
+from cifar_assets.serving.v2 import HEADER_LENGTH, INPUT_METADATA, OUTPUT_METADATA, parse_infer, render_infer
+
+_log = logging.getLogger(__name__)
+
+PENDING_REQUESTS = Gauge("cifar10_pending_requests", "Predictions that are being worked on.")
+READ_SECONDS = Histogram("request_preprocess_seconds", "Reading a request and decoding its pictures.", ["model_name"])
+PREDICT_SECONDS = Histogram("request_predict_seconds", "Waiting for the model and running it.", ["model_name"])
+RENDER_SECONDS = Histogram("request_postprocess_seconds", "Writing the answer.", ["model_name"])
+
+_INLINE_PIXELS = 128 * 128
+"""Decoded on the event loop: about as long as a request takes otherwise."""
+_METRICS_SECONDS = 0.25
+_SECONDS_PER_PIXEL = 50e-9
+"""How much later a picture's turn comes for each of its pixels."""
+_JSON_TYPES = (b"", b"application/json", b"text/plain", b"application/x-www-form-urlencoded")
+"""Types under which a body is read as JSON: what curl sends for `-d`, declared or not."""
+
+Rendered = Callable[[Logits], Response]
+Parsed = tuple[Images | Pictures, Rendered]
+T = TypeVar("T")
+
+
+class App:
+    """Answers requests about one served model. Create and use it on the event loop."""
+
+    def __init__(
+        self,
+        identity: ModelIdentity,
+        run: Callable[[Images], Logits],
+        limits: ServingLimits,
+        is_ready: Callable[[], bool],
+    ):
+        self._identity = identity
+        self._limits = limits
+        self._is_ready = is_ready
+        self._num_pending = 0
+        self._num_pending_pixels = 0
+        self._num_changes = self._num_changes_in_metrics = 0
+        self._metrics_made_at = -math.inf
+        self._metrics_text = b""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reader = _Reader()
+        self._batcher = MicroBatcher(run, batch_images=limits.batch_images, queue_images=limits.queue_images)
+        self._read_seconds, self._predict_seconds, self._render_seconds = (
+            histogram.labels(identity.name) for histogram in (READ_SECONDS, PREDICT_SECONDS, RENDER_SECONDS)
+        )
+        self._gets, self._posts = self._routes()
+        PENDING_REQUESTS.set_function(lambda: self._num_pending)
+
+    def __call__(self, request: Request) -> None:
+        """Answer the request, now or later."""
+        try:
+            post = self._posts.get(request.path)
+            if post is not None and request.method == "POST":
+                self._predict(request, post)
+                return
+            get = self._gets.get(request.path)
+            if get is not None and request.method in ("GET", "HEAD"):
+                request.answer(get())
+            else:
+                request.answer(self._not_here(request))
+        except Exception as error:
+            request.answer(_fault_response(request, error))
+
+    def close(self) -> None:
+        """End the threads, after what they are at."""
+        self._reader.close()
+        self._batcher.close()
+
+    def _routes(self) -> tuple[dict[str, Callable[[], Response]], dict[str, Callable[[Request], Parsed]]]:
+        name, version = self._identity.name, self._identity.version
+        models = partial(json_response, {"models": [name]})
+        gets: dict[str, Callable[[], Response]] = {
+            "/": partial(json_response, {"status": "alive"}),
+            "/v1/models": models,
+            "/v2/models": models,
+            "/v2": partial(
+                json_response, {"name": "cifar10-server", "version": "1", "extensions": ["binary_tensor_data"]}
+            ),
+            "/v2/health/live": partial(json_response, {"live": True}),
+            "/v2/health/ready": self._ready,
+            "/metrics": self._metrics,
+            "/openapi.json": self._openapi,
+        }
+        posts: dict[str, Callable[[Request], Parsed]] = {}
+        for suffix in ("", f"/versions/{version}"):
+            gets[f"/v1/models/{name}{suffix}"] = self._model_status
+            gets[f"/v2/models/{name}{suffix}"] = self._model_metadata
+            gets[f"/v2/models/{name}{suffix}/ready"] = self._model_status
+            posts[f"/v1/models/{name}{suffix}:predict"] = self._parse_v1
+            posts[f"/v2/models/{name}{suffix}/infer"] = self._parse_v2
+        return gets, posts
+
+    def _metrics(self) -> Response:
+        """The metrics, gathered again at most every quarter of a second while no prediction comes or goes."""
+        now, made_at = time.monotonic(), self._metrics_made_at
+        if now > made_at + _METRICS_SECONDS or self._num_changes != self._num_changes_in_metrics:
+            self._metrics_made_at, self._num_changes_in_metrics = now, self._num_changes
+            self._metrics_text = generate_latest()
+        return Response(200, self._metrics_text, CONTENT_TYPE_LATEST)
+
+    def _ready(self) -> Response:
+        ready = self._is_ready()
+        return json_response({"ready": ready}, 200 if ready else 503)
+
+    def _model_status(self) -> Response:
+        ready, identity = self._is_ready(), self._identity
+        status = {
+            "name": identity.name,
+            "ready": ready,
+            "model_version": identity.version,
+            "model_digest": identity.digest,
+        }
+        return json_response(status, 200 if ready else 503)
+
+    def _model_metadata(self) -> Response:
+        return json_response(
+            {
+                "name": self._identity.name,
+                "versions": [self._identity.version],
+                "platform": "onnxruntime_onnx",
+                "inputs": [INPUT_METADATA],
+                "outputs": OUTPUT_METADATA,
+                "properties": {"model_digest": self._identity.digest},
+                "picture_formats": ["PNG", "JPEG"],
+            }
+        )
+
+    def _openapi(self) -> Response:
+        from cifar_assets.serving.openapi import describe
+
+        return json_response(describe(self._identity, self._gets, self._posts))
+
+    def _not_here(self, request: Request) -> Response:
+        path = request.path
+        allowed = "GET, HEAD" if path in self._gets else "POST" if path in self._posts else None
+        if re.fullmatch(rf"/v1/models/{re.escape(self._identity.name)}:(?!predict$)\w+", path):
+            allowed = ""  # a verb of the protocol that this model does not have, such as :explain
+        if allowed is not None:
+            error = f"{shorten(request.method)} {shorten(path)}: Method Not Allowed."
+            return json_response({"error": error}, 405, (("Allow", allowed),))
+        found = re.match(r"/v[12]/models/([^/:]+)(?:/versions/([^/:]+))?", path)
+        error = f"{shorten(request.method)} {shorten(path)}: Not Found."
+        if found and found[1] != self._identity.name:
+            error = f"Model with name {shorten(found[1])} does not exist. Served here: {self._identity.name}."
+        elif found and found[2] and found[2] != self._identity.version:
+            error = f"Version {shorten(found[2])} is not served here, version {self._identity.version} is."
+        return json_response({"error": error}, 404)
+
+    def _parse_v1(self, request: Request) -> Parsed:
+        content_type = request.headers.get(b"content-type", b"")
+        kind = content_type.partition(b";")[0].strip().lower()
+        if kind == b"multipart/form-data":
+            pictures = parse_form(content_type, request.body, self._limits)
+        elif kind in _JSON_TYPES:
+            pictures = parse_predict(request.body, self._limits)
+        else:
+            raise _wrong_type(content_type, "application/json, or multipart/form-data with a part named 'image'")
+        return pictures, partial(predictions, identity=self._identity)
+
+    def _parse_v2(self, request: Request) -> Parsed:
+        content_type = request.headers.get(b"content-type", b"")
+        if content_type.partition(b";")[0].strip().lower() not in (*_JSON_TYPES, b"application/octet-stream"):
+            raise _wrong_type(content_type, "application/json or application/octet-stream")
+        infer = parse_infer(request.body, request.headers.get(HEADER_LENGTH), self._limits)
+        return infer.images, lambda logits: render_infer(infer, logits, self._identity)
+
+    def _predict(self, request: Request, parse: Callable[[Request], Parsed]) -> None:
+        if self._num_pending >= self._limits.max_pending_requests:
+            limit = f"at most {self._limits.max_pending_requests} requests at a time"
+            raise BusyError("server", limit, str(self._num_pending), retry_after=self._batcher.retry_after())
+        self._batcher.check_room(1)
+        self._num_pending += 1
+        self._num_changes += 1
+        started = time.monotonic()
+        try:
+            if len(request.body) <= self._limits.small_body_bytes:
+                images, render = parse(request)
+                if isinstance(images, Pictures) and images.num_pixels <= _INLINE_PIXELS:
+                    images = images.decode()
+                if not isinstance(images, Pictures):
+                    self._submit(request, images, render, started)
+                    return
+                parsed = images, render
+            else:
+                parsed = None
+        except Exception as error:
+            self._answer(request, _fault_response(request, error))
+            return
+        task = asyncio.get_running_loop().create_task(self._predict_large(request, parse, parsed, started))
+        self._tasks.add(task)  # the loop itself keeps none
+        task.add_done_callback(self._tasks.discard)
+
+    async def _predict_large(
+        self, request: Request, parse: Callable[[Request], Parsed], parsed: Parsed | None, started: float
+    ) -> None:
+        try:
+            images, render = parsed or await self._reader.run(0, lambda: parse(_wanted(request)))
+            if isinstance(images, Pictures):
+                images = await self._decode(request, images)
+            self._submit(request, images, render, started)
+        except Exception as error:
+            self._answer(request, _fault_response(request, error))
+
+    async def _decode(self, request: Request, pictures: Pictures) -> Images:
+        num_pixels = pictures.num_pixels
+        if self._num_pending_pixels and self._num_pending_pixels + num_pixels > self._limits.max_pending_pixels:
+            limit = f"at most {self._limits.max_pending_pixels} pixels that wait to be decoded"
+            raise BusyError("server", limit, f"{self._num_pending_pixels} and {num_pixels}", retry_after=1)
+        self._num_pending_pixels += num_pixels
+        try:
+            return await self._reader.run(num_pixels, lambda: _wanted(request) and pictures.decode())
+        finally:
+            self._num_pending_pixels -= num_pixels
+
+    def _submit(self, request: Request, images: Images, render: Rendered, started: float) -> None:
+        submitted = time.monotonic()
+        self._read_seconds.observe(submitted - started)
+
+        def done(outcome: Logits | Exception) -> None:
+            finished = time.monotonic()
+            self._predict_seconds.observe(finished - submitted)
+            try:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                response = render(outcome)
+            except Exception as error:
+                response = _fault_response(request, error)
+            self._render_seconds.observe(time.monotonic() - finished)
+            self._answer(request, response)
+
+        self._batcher.submit(images, done, lambda: request.is_wanted)
+
+    def _answer(self, request: Request, response: Response) -> None:
+        self._num_pending -= 1
+        self._num_changes += 1
+        request.answer(response)
+
+
+class _Reader:
+    """One thread for what would hold up the event loop. Cheap calls overtake expensive ones of the last moments."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._count = itertools.count()
+        self._is_busy = False
+
+    async def run(self, num_pixels: int, call: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
+        if self._is_busy:
+            turn = loop.create_future()
+            due = time.monotonic() + num_pixels * _SECONDS_PER_PIXEL
+            heapq.heappush(self._waiting, (due, next(self._count), turn))
+            await turn
+        self._is_busy = True
+        try:
+            return await loop.run_in_executor(self._executor, call)
+        finally:
+            self._is_busy = bool(self._waiting)
+            if self._waiting:
+                heapq.heappop(self._waiting)[2].set_result(None)
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+
+def _wanted(request: Request) -> Request:
+    if not request.is_wanted:
+        raise ConnectionAbortedError("its client has gone")
+    return request
+
+
+def _wrong_type(content_type: bytes, expected: str) -> RequestError:
+    return RequestError("Content-Type", expected, shorten(content_type.decode("latin-1")), status=415)
+
+
+def _fault_response(request: Request, error: Exception) -> Response:
+    if isinstance(error, RequestError):
+        return error_response(error)
+    if isinstance(error, NotFiniteError):
+        _log.error("%s %s: %s", request.method, request.path, error)
+        return json_response({"error": f"{error} There is no class to name: the model is broken."}, 500)
+    if not isinstance(error, ConnectionAbortedError):
+        _log.error("%s %s failed", request.method, request.path, exc_info=error)
+    return json_response({"error": "The server failed on this request; its log says why."}, 500)
