@@ -1,6 +1,7 @@
 """What the Dagster UI shows of each materialization: tables, plots and pictures rather than raw JSON."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,11 +9,12 @@ import dagster as dg
 
 from cifar_assets.contracts import CLASSES, MODEL_NAME
 from cifar_assets.dataset.lineage import changes_since
-from cifar_assets.dataset.processed import MANIFEST_FILE, ProcessedVersion
+from cifar_assets.dataset.processed import ProcessedVersion
 from cifar_assets.dataset.raw import RawVersion
 from cifar_assets.dataset.reader import open_split
 from cifar_assets.dataset.sheet import sample_sheet
 from cifar_assets.dataset.splits import SPLIT_NAMES
+from cifar_assets.errors import CifarError
 from cifar_assets.gate import Verdict
 from cifar_assets.model_package import (
     CARD_FILE,
@@ -30,12 +32,14 @@ from resources.mlflow import RUN_METADATA, MlflowResource
 from resources.trainer import TrainingResult
 
 _MAX_REJECTED_SHOWN = 50
+_NUMBERS = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference")
 Metadata = dict[str, Any]
 
 
 def table(rows: Iterable[Mapping[str, str | int | float | bool | None]]) -> dg.MetadataValue:
-    """Rows as a table in the UI; columns and their types follow from the first row."""
-    return dg.MetadataValue.table([dg.TableRecord(dict(row)) for row in rows])
+    """Rows as a table in the UI; columns and their types follow from the first row, so none needs no table."""
+    records = [dg.TableRecord(dict(row)) for row in rows]
+    return dg.MetadataValue.table(records) if records else dg.MetadataValue.text("none")
 
 
 def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
@@ -101,15 +105,22 @@ def of_processed(processed: ObjectStore, version: ProcessedVersion, previous: st
             as_markdown(sample_sheet(open_split(processed, version.digest, "train")), "training images by class")
         ),
     }
-    if previous is not None and processed.exists(f"{previous}/{MANIFEST_FILE}"):
-        changes = changes_since(processed, version.digest, previous)
-        metadata["previous_digest"] = previous
-        metadata["changes"] = table(
-            {"split": split, "added": changes.added[split], "removed": changes.removed[split]} for split in SPLIT_NAMES
-        )
-        metadata["num_moved_between_splits"] = changes.moved
-        metadata["num_relabelled"] = changes.relabelled
+    if previous is not None:
+        metadata |= {"previous_digest": previous, **_changes(processed, version.digest, previous)}
     return metadata
+
+
+def _changes(processed: ObjectStore, digest: str, previous: str) -> Metadata:
+    try:
+        changes = changes_since(processed, digest, previous)
+    except CifarError as error:  # the earlier version was pruned or damaged; the new one is good all the same
+        return {"changes": f"The previous version cannot be read: {error}"}
+    rows = ({"split": split, "added": changes.added[split], "removed": changes.removed[split]} for split in SPLIT_NAMES)
+    return {
+        "changes": table(rows),
+        "num_moved_between_splits": changes.moved,
+        "num_relabelled": changes.relabelled,
+    }
 
 
 def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource, threshold: float) -> Metadata:
@@ -119,15 +130,8 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
     metrics = read_json(package, manifest, METRICS_FILE)
     recipe = read_json(package, manifest, RECIPE_FILE)
     metadata: Metadata = {
-        "test_accuracy": metrics["test_accuracy"],
-        "test_loss": metrics["test_loss"],
+        **{name: shown(metrics.get(name)) for name in _NUMBERS},
         "threshold": threshold,
-        "expected_calibration_error": metrics["expected_calibration_error"],
-        "onnx_max_difference": metrics["onnx_max_difference"],
-        "curves": dg.MetadataValue.md(as_markdown(training_curves(metrics["history"]), "loss and accuracy by epoch")),
-        "confusion": dg.MetadataValue.md(
-            as_markdown(confusion_matrix(metrics["confusion_matrix"], CLASSES), "confusion matrix of the test split")
-        ),
         "model_digest": result.model_digest,
         "model_version": result.mlflow_model_version or "not registered",
         "dataset_digest": manifest.dataset_digest,
@@ -136,19 +140,36 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
         "resumed_from": result.resumed_from or "the start",
         RUN_METADATA: mlflow.run_link(result.mlflow_run_id),
     }
+    if history := metrics.get("history"):
+        metadata["curves"] = dg.MetadataValue.md(as_markdown(training_curves(history), "loss and accuracy by epoch"))
+    if counts := metrics.get("confusion_matrix"):
+        picture = as_markdown(confusion_matrix(counts, CLASSES), "confusion matrix of the test split")
+        metadata["confusion"] = dg.MetadataValue.md(picture)
     if package.exists(PERFORMANCE_FILE):
         performance = json.loads(package.read(PERFORMANCE_FILE))
-        metadata["images_per_second"] = float(performance["images_per_second"])
-        metadata["train_seconds"] = float(performance["train_seconds"])
-        metadata["mlflow_unsent"] = ", ".join(performance["mlflow_unsent"]) or "nothing"
+        metadata["images_per_second"] = shown(performance.get("images_per_second"))
+        metadata["train_seconds"] = shown(performance.get("train_seconds"))
+        metadata["mlflow_unsent"] = ", ".join(performance.get("mlflow_unsent", ())) or "nothing"
         metadata["phases"] = table(
-            {"phase": name, "seconds": seconds} for name, seconds in performance["seconds_per_phase"].items()
+            {"phase": name, "seconds": seconds} for name, seconds in performance.get("seconds_per_phase", {}).items()
         )
     if package.exists(CARD_FILE):
         metadata["model_card"] = dg.MetadataValue.md(package.read(CARD_FILE).decode())
-    metadata["recall"] = table({"class": name, "recall": metrics["per_class_recall"][name]} for name in CLASSES)
+    recalls = metrics.get("per_class_recall", {})
+    metadata["recall"] = table({"class": name, "recall": _recall_text(recalls.get(name))} for name in CLASSES)
     metadata["recipe"] = table({"field": name, "value": str(value)} for name, value in recipe.items())
     return metadata
+
+
+def _recall_text(recall: float | None) -> str:
+    return "no test images" if recall is None else f"{recall:.3f}"
+
+
+def shown(value: float | str | None) -> float | str:
+    """A number as metadata. What is missing or not finite becomes text: the UI reads JSON, which has no NaN."""
+    if value is None:
+        return "unknown"
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def of_verdict(verdict: Verdict) -> Metadata:

@@ -1,11 +1,11 @@
 """How checks are declared and how they answer."""
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 
 import dagster as dg
 
 from cifar_assets.assets.faults import MAX_RETRIES, RETRY_SECONDS
+from cifar_assets.assets.metadata import shown
 from cifar_assets.assets.record import VERSION_METADATA
 from cifar_assets.errors import StoreError
 from cifar_assets.finding import Finding, Judges
@@ -44,11 +44,7 @@ def answers(
 
 
 def _result(check: dg.AssetCheckSpec, version: str, finding: Finding, warns: bool) -> dg.AssetCheckResult:
-    # JSON has no NaN: the UI could not read it.
-    numbers = {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in finding.numbers.items()
-    }
+    numbers = {name: shown(value) for name, value in finding.numbers.items()}
     return dg.AssetCheckResult(
         check_name=check.name,
         asset_key=check.asset_key,

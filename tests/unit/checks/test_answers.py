@@ -1,0 +1,98 @@
+"""A check gives a verdict whatever the data is like, and apart from the others."""
+
+from collections.abc import Callable
+
+import dagster as dg
+import pytest
+
+from cifar_assets.assets import faults
+from cifar_assets.assets.record import VERSION_METADATA
+from cifar_assets.checks import results
+from cifar_assets.checks.results import answers, spec
+from cifar_assets.errors import DataError, ObjectNotFoundError, StoreError
+from cifar_assets.finding import Finding
+
+KEY = dg.AssetKey("data")
+CHECKS = [spec(KEY, "first", "blocks", blocking=True), spec(KEY, "second", "warns"), spec(KEY, "third", "warns")]
+
+
+def good() -> Finding:
+    return Finding(True, "fine", {"number": 1.5, "odd": float("nan")})
+
+
+def run(second: Callable[[], Finding], names: tuple[str, ...] = ("first", "second", "third")) -> tuple[bool, dict]:
+    """Whether an asset behind the checks was reached, and the evaluations by name."""
+
+    @dg.asset(key=KEY)
+    def data() -> None: ...
+
+    @dg.asset(deps=[KEY])
+    def behind() -> None: ...
+
+    @dg.multi_asset_check(specs=CHECKS, can_subset=True)
+    def checks(context: dg.AssetCheckExecutionContext):
+        judges = {"first": good, "second": second, "third": good}
+        yield from answers(context, CHECKS, "v1", judges, warnings=["second"])
+
+    selection = dg.AssetSelection.assets(data, behind).without_checks() | dg.AssetSelection.checks(
+        *(dg.AssetCheckKey(KEY, name) for name in names)
+    )
+    definitions = dg.Definitions(
+        assets=[data, behind], asset_checks=[checks], jobs=[dg.define_asset_job("all", selection)]
+    )
+    result = definitions.resolve_job_def("all").execute_in_process(raise_on_error=False)
+    reached = bool(result.asset_materializations_for_node("behind"))
+    return reached, {each.check_name: each for each in result.get_asset_check_evaluations()}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("gone"), TypeError("None < 0.4"), DataError("bad"), ObjectNotFoundError("gone"), ZeroDivisionError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_check_that_raises_fails_and_stops_no_other(error: Exception) -> None:
+    def raises() -> Finding:
+        raise error
+
+    reached, found = run(raises)
+    assert reached
+    assert {name: evaluation.passed for name, evaluation in found.items()} == {
+        "first": True,
+        "second": False,
+        "third": True,
+    }
+    assert f"{type(error).__name__}: {error}" in found["second"].description
+    assert found["second"].severity == dg.AssetCheckSeverity.WARN
+
+
+def test_a_verdict_names_the_version_and_holds_no_nan() -> None:
+    _, found = run(good)
+    metadata = {name: value.value for name, value in found["second"].metadata.items()}
+    assert metadata == {"number": 1.5, "odd": "nan", VERSION_METADATA: "v1"}
+
+
+def test_only_the_selected_checks_are_judged() -> None:
+    def never() -> Finding:
+        raise AssertionError
+
+    _, found = run(never, names=("first",))
+    assert list(found) == ["first"]
+
+
+@pytest.mark.parametrize(("failures", "passed"), [(1, True), (99, False)])
+def test_a_store_that_does_not_answer_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, failures: int, passed: bool
+) -> None:
+    monkeypatch.setattr(results, "RETRY_SECONDS", 0.0)
+    calls = []
+
+    def away() -> Finding:
+        calls.append(1)
+        if len(calls) <= failures:
+            raise StoreError("no answer", transient=True)
+        return good()
+
+    reached, found = run(away)
+    assert reached
+    assert found["second"].passed is passed
+    assert len(calls) == (2 if passed else faults.MAX_RETRIES + 1)
