@@ -181,8 +181,8 @@ def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResourc
     try:
         running = mlflow.running()
     except ConfigError as error:
-        return dg.SkipReason(str(error))
-    except MlflowException as error:
+        return dg.SkipReason(f"Nothing was closed. {error}")
+    except Exception as error:
         return dg.SkipReason(f"MLflow at {mlflow.uri} did not answer; the next tick asks again: {error}")
     closed: list[str] = []
     refused: list[str] = []
@@ -191,9 +191,9 @@ def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResourc
             try:
                 mlflow.close_run(run_id, *end)
                 closed.append(f"{run_id} as {end[0]}")
-            except MlflowException as error:
+            except (MlflowException, ConfigError) as error:
                 refused.append(f"{run_id} ({error})")
-                if error.get_http_status_code() >= 500:
+                if isinstance(error, MlflowException) and error.get_http_status_code() >= 500:
                     break  # away, and not only unwilling: each further call would take its time to fail
     num_left = len(running) - len(closed) - len(refused)
     reason = f"Still RUNNING, as their Dagster runs go on, failed just now or are not known here: {num_left}."

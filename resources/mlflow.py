@@ -8,10 +8,11 @@ an op with that resource joins it. What a killed trainer left open is closed by 
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import dagster as dg
 from pydantic import Field
@@ -19,6 +20,7 @@ from pydantic import Field
 from cifar_assets.contracts import CHAMPION_ALIAS, MODEL_NAME
 from cifar_assets.errors import ConfigError
 from cifar_assets.gate import Verdict
+from cifar_assets.mlflow_refusal import why_refused
 from cifar_assets.training.spec import MlflowTarget
 from resources.kubernetes.interrupts import is_being_cancelled
 
@@ -34,6 +36,29 @@ RUN_METADATA = "mlflow_run"
 """Key of a trained model's metadata that names the MLflow run."""
 
 _MAX_RUNNING = 200
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _explained(
+    method: "Callable[Concatenate[MlflowResource, _P], _T]",
+) -> "Callable[Concatenate[MlflowResource, _P], _T]":
+    """Adds what to do to the error of a refusal, as a ConfigError."""
+
+    @wraps(method)
+    def explained(self: "MlflowResource", *arguments: _P.args, **options: _P.kwargs) -> _T:
+        try:
+            return method(self, *arguments, **options)
+        except ConfigError:
+            raise
+        except Exception as error:
+            if reason := why_refused(error, self.uri):
+                raise ConfigError(f"MLflow refused: {reason}") from error
+            raise
+
+    return explained
 
 
 class MlflowResource(dg.ConfigurableResource):
@@ -95,6 +120,7 @@ class MlflowResource(dg.ConfigurableResource):
                 context.log.warning(f"Could not close this run's MLflow runs: {failure}")
             raise
 
+    @_explained
     def running(self, dagster_run_id: str | None = None) -> dict[str, str]:
         """Ids of the newest runs that MLflow shows as RUNNING, and of their Dagster runs: of the one given, or of any.
 
@@ -114,6 +140,7 @@ class MlflowResource(dg.ConfigurableResource):
         )
         return {run.info.run_id: run.data.tags[RUN_ID_TAG] for run in found}
 
+    @_explained
     def close_run(self, run_id: str, status: str, ended_at: float | None = None) -> None:
         """End a run, now or as of then in seconds since the epoch."""
         self.client().set_terminated(run_id, status, None if ended_at is None else int(1000 * ended_at))
@@ -131,6 +158,7 @@ class MlflowResource(dg.ConfigurableResource):
             return dg.MetadataValue.text(f"{run_id}; MLflow did not answer: {error}")
         return dg.MetadataValue.url(f"{self.uri}/#/experiments/{experiment}/runs/{run_id}")
 
+    @_explained
     def find_version(self, model_digest: str) -> "ModelVersion | None":
         """The newest registered version that carries the digest."""
         versions = self.client().search_model_versions(
@@ -138,6 +166,7 @@ class MlflowResource(dg.ConfigurableResource):
         )
         return max(versions, key=lambda version: int(version.version), default=None)
 
+    @_explained
     def champion_digest(self) -> str | None:
         """Digest of the model that the champion alias names, or None."""
         from mlflow.exceptions import MlflowException
@@ -150,6 +179,7 @@ class MlflowResource(dg.ConfigurableResource):
             raise
         return version.tags.get("model_digest")
 
+    @_explained
     def record_decision(self, verdict: Verdict, dagster_run_id: str) -> str | None:
         """Write the gate's decision on the model's version; the champion alias moves only when it passed.
 
@@ -168,6 +198,11 @@ class MlflowResource(dg.ConfigurableResource):
             client.set_model_version_tag(self.registered_model, version.version, key, value)
         if verdict.passed:
             client.set_registered_model_alias(self.registered_model, CHAMPION_ALIAS, version.version)
+        stored = client.get_model_version(self.registered_model, version.version)
+        if any(stored.tags.get(key) != value for key, value in tags.items()):
+            raise RuntimeError(f"MLflow accepted tags of version {version.version} and does not have them: {tags}")
+        if verdict.passed and CHAMPION_ALIAS not in stored.aliases:
+            raise RuntimeError(f"MLflow accepted the alias {CHAMPION_ALIAS} of version {version.version} and lacks it")
         return str(version.version)
 
 

@@ -8,21 +8,26 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from cifar_assets.dataset.objects import RawObject, fetched, read_rows
+from cifar_assets.dataset.isolated import ask
+from cifar_assets.dataset.objects import ObjectFormat, RawObject, fetched
 from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.dataset.rows import SPLITS, RowBatch
+from cifar_assets.errors import DataError
 from cifar_assets.object_store import ObjectStore
 
 PREPARATION = 2
 """Raised whenever `prepare_image` gives other pixels for an image it accepted before, or refuses it."""
 
 INDEX_PREFIX = "index/"
+MAX_REFUSED_ROWS = 100_000
+"""Of one object; with more, the object as a whole is refused."""
 
 
 @dataclass(frozen=True)
@@ -64,32 +69,63 @@ def build_index(batches: Iterable[RowBatch], what: str = "images", progress: Pro
         splits.append(np.full(len(batch), SPLITS.index(batch.split), np.uint8))
         refused.update(batch.refused)
         rows += len(batch)
+        if len(refused) > MAX_REFUSED_ROWS:
+            first = next(iter(refused.items()))
+            raise DataError(f"{what}: over {MAX_REFUSED_ROWS:,} rows cannot be used, row {first[0]} first: {first[1]}.")
         progress(f"validating {what}", rows, None)
     return ObjectIndex(np.concatenate(digests), np.concatenate(labels), np.concatenate(splits), refused)
 
 
-def save_index(raw: ObjectStore, sha256: str, split: str, resize: bool, index: ObjectIndex) -> None:
-    """Keep the index of an object with the given digest."""
+def dump_index(index: ObjectIndex) -> bytes:
+    """The index as bytes."""
     tensors = {"digests": index.digests, "labels": index.labels, "splits": index.splits}
     refused = json.dumps({str(row): reason for row, reason in index.refused.items()})
-    raw.write(_key(sha256, split, resize), save(tensors, {"refused": refused}))
+    return save(tensors, {"refused": refused})
+
+
+def parse_index(data: bytes) -> ObjectIndex | None:
+    """The inverse of `dump_index`; None when the bytes are not an index."""
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        refused = {int(row): str(why) for row, why in json.loads(header["__metadata__"]["refused"]).items()}
+        digests, labels, splits = (tensors[name] for name in ("digests", "labels", "splits"))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    shapes = [(array.dtype.name, array.shape) for array in (digests, labels, splits)]
+    rows = len(labels) if labels.ndim else -1
+    if shapes != [("uint8", (rows, 32)), ("int64", (rows,)), ("uint8", (rows,))]:
+        return None
+    return ObjectIndex(digests, labels, splits, refused)
+
+
+def read_index(
+    path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool, progress: Progress = quiet
+) -> ObjectIndex:
+    """The index of a file's rows, read in another process: the file is outside data. Raises as `isolated.ask` does."""
+    arguments = {"path": str(path), "format": kind, "split": split, "name": name, "resize": resize}
+    _, data = ask(
+        "index_file",
+        arguments,
+        name,
+        num_bytes=path.stat().st_size,
+        on_progress=lambda rows: progress(f"validating {name}", rows, None),
+    )
+    index = parse_index(data)
+    if index is None:
+        raise DataError(f"{name}: the process that read it did not answer with an index. Do not use this file.")
+    return index
+
+
+def save_index(raw: ObjectStore, sha256: str, split: str, resize: bool, index: ObjectIndex) -> None:
+    """Keep the index of an object with the given digest."""
+    raw.write(_key(sha256, split, resize), dump_index(index))
 
 
 def load_index(raw: ObjectStore, sha256: str, split: str, resize: bool) -> ObjectIndex | None:
     """The index kept for an object, or None when there is no readable one."""
     key = _key(sha256, split, resize)
-    if not raw.exists(key):
-        return None
-    data = raw.read(key)
-    try:
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        refused = json.loads(header["__metadata__"]["refused"])
-        return ObjectIndex(
-            tensors["digests"], tensors["labels"], tensors["splits"], {int(row): why for row, why in refused.items()}
-        )
-    except (SafetensorError, ValueError, KeyError):
-        return None
+    return parse_index(raw.read(key)) if raw.exists(key) else None
 
 
 def index_of(raw: ObjectStore, item: RawObject, resize: bool, progress: Progress = quiet) -> ObjectIndex:
@@ -98,7 +134,7 @@ def index_of(raw: ObjectStore, item: RawObject, resize: bool, progress: Progress
     if index is None or len(index) != item.rows:
         with fetched(raw, item.key, item.sha256) as path:
             name = raw.uri(item.key)
-            index = build_index(read_rows(path, item.format, item.split, name, resize=resize), name, progress)
+            index = read_index(path, item.format, item.split, name, resize=resize, progress=progress)
         save_index(raw, item.sha256, item.split, resize, index)
     return index
 

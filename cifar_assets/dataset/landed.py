@@ -1,6 +1,5 @@
 """Examining landed objects one by one, without reading again what has not changed since."""
 
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,16 +11,16 @@ from pydantic import BaseModel, Field, ValidationError
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
 from cifar_assets.dataset.formats.image_tar import class_of
 from cifar_assets.dataset.formats.pickles import HostileDataError
-from cifar_assets.dataset.images import PICTURE_SUFFIXES, ImageError, check_size, pixel_digest, prepare_image
-from cifar_assets.dataset.index import PREPARATION, ObjectIndex, build_index, load_index, save_index
+from cifar_assets.dataset.images import PICTURE_SUFFIXES, check_size
+from cifar_assets.dataset.index import PREPARATION, ObjectIndex, load_index, read_index, save_index
+from cifar_assets.dataset.isolated import ReaderFailedError, ask
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, is_test_name, suffix_of
-from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, read_rows, store_object
+from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, store_object
 from cifar_assets.dataset.rows import SPLITS
 from cifar_assets.digests import sha256_file, sha256_stream
 from cifar_assets.errors import DataError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectInfo, ObjectStore
 
-_log = logging.getLogger(__name__)
 _MEMORY_KEY = "landing-memory.json"
 
 
@@ -144,15 +143,18 @@ def _read(
     return found
 
 
-def _judge_image(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Refused | LandedImage:
+def _judge_image(raw: ObjectStore, info: ObjectInfo, resize: bool) -> NotJudged | Refused | LandedImage:
     with raw.open(info.key) as file:
         sha256 = sha256_stream(file)
         file.seek(0)
         try:
             check_size(info.size)
-            return _image(info.key, sha256, pixel_digest(prepare_image(file.read(), resize=resize)))
-        except ImageError as error:
+            pixels, _ = ask("digest_picture", {"resize": resize}, info.key, payload=file.read(), num_bytes=info.size)
+        except DataError as error:
             return Refused(sha256, str(error))
+        except ReaderFailedError as error:
+            return NotJudged(str(error), reader_failed=True)
+    return _image(info.key, sha256, pixels)
 
 
 def _judge_table(raw: ObjectStore, info: ObjectInfo, resize: bool) -> NotJudged | Refused | LandedTable:
@@ -164,15 +166,12 @@ def _judge_table(raw: ObjectStore, info: ObjectInfo, resize: bool) -> NotJudged 
         index = load_index(raw, sha256, split, resize)
         if index is None:
             try:
-                index = build_index(read_rows(path, kind, split, info.key, resize=resize), info.key)
+                index = read_index(path, kind, split, info.key, resize=resize)
             except DataError as error:
                 return Refused(sha256, str(error), hostile=isinstance(error, HostileDataError))
-            except (MemoryError, OSError):
-                raise
-            except Exception as error:
-                # Of a reader that met what nobody thought of: no reason to stop every build.
-                _log.exception("%s is left alone", info.key)
-                return NotJudged(f"cannot be read, see the log for the cause: {error!r}", reader_failed=True)
+            except ReaderFailedError as error:
+                # A reader that met what nobody thought of is not a reason to stop every build.
+                return NotJudged(str(error), reader_failed=True)
         if not len(index):
             return Refused(sha256, f"{info.key} holds no rows.")
         if len(index.refused) < len(index):

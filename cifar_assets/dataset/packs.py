@@ -9,9 +9,9 @@ from pydantic import BaseModel
 
 from cifar_assets.dataset.formats.image_tar import pack_images
 from cifar_assets.dataset.grouping import grouped
-from cifar_assets.dataset.index import build_index, save_index
+from cifar_assets.dataset.index import read_index, save_index
 from cifar_assets.dataset.landed import LandedImage
-from cifar_assets.dataset.objects import RawObject, is_stored, read_rows, read_state, store_object
+from cifar_assets.dataset.objects import RawObject, is_stored, read_state, store_object
 from cifar_assets.digests import sha256_file, sha256_json
 from cifar_assets.errors import IntegrityError, ObjectChangedError
 from cifar_assets.object_store import ObjectStore
@@ -43,7 +43,7 @@ def _pack(raw: ObjectStore, images: Sequence[LandedImage], resize: bool) -> RawO
     with tempfile.TemporaryDirectory(prefix="cifar-pack-") as folder:
         path = Path(folder, "images.tar")
         pack_images(path, ((image.member, _read(raw, image)) for image in images))
-        index = build_index(read_rows(path, "images", "train", "landed images", resize=resize), "landed images")
+        index = read_index(path, "images", "train", "landed images", resize=resize)
         sha256 = sha256_file(path)
         item = RawObject(
             key=store_object(raw, path, sha256, ".tar"),

@@ -1,20 +1,22 @@
 """Putting refused data aside, with a reason that a person can act on. Nothing is ever deleted for good."""
 
 import json
+import logging
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cifar_assets.contracts import LANDING_PREFIX, REJECTED_PREFIX
-from cifar_assets.dataset.formats.parquet import pick_rows
+from cifar_assets.dataset.isolated import ReaderFailedError, ask
 from cifar_assets.dataset.layouts import suffix_of
 from cifar_assets.dataset.objects import RawObject, fetched
-from cifar_assets.errors import ObjectChangedError, ObjectNotFoundError
+from cifar_assets.errors import DataError, ObjectChangedError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
 
 REASON_SUFFIX = ".reason.json"
 _SHOWN_ROWS = 1000
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,12 @@ def reject_rows(raw: ObjectStore, key: str, item: RawObject, rows: dict[int, str
     if moved_to and (is_new or not raw.exists(target)):
         with fetched(raw, item.key, item.sha256) as path, tempfile.TemporaryDirectory() as folder:
             picked = Path(folder, "rows.parquet")
-            pick_rows(path, rows, picked)
+            arguments = {"path": str(path), "rows": rows, "target": str(picked)}
+            try:
+                ask("copy_rows", arguments, key, num_bytes=item.size)
+            except (DataError, ReaderFailedError) as error:  # of columns that were not read before
+                _log.warning("The refused rows of %s are listed, not copied: %s", key, error)
+                return Rejection(key, reason, None, rows)
             raw.upload(target, picked)
     return Rejection(key, reason, moved_to, rows)
 

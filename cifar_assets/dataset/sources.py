@@ -24,9 +24,9 @@ from cifar_assets.dataset.download import (
 )
 from cifar_assets.dataset.formats.binary import pack_records
 from cifar_assets.dataset.formats.image_tar import member_names
-from cifar_assets.dataset.index import build_index, load_index, save_index
+from cifar_assets.dataset.index import load_index, read_index, save_index
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, Entry, SourceFile, recognize, suffix_of
-from cifar_assets.dataset.objects import RawObject, is_stored, read_rows, read_state, store_object
+from cifar_assets.dataset.objects import RawObject, is_stored, read_state, store_object
 from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.digests import sha256_file, sha256_json
 from cifar_assets.errors import ConfigError, DataError
@@ -82,9 +82,7 @@ def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, progress: Pro
     sha256 = sha256_file(file.path)
     index = load_index(raw, sha256, file.split, resize)
     if index is None:
-        index = build_index(
-            read_rows(file.path, file.format, file.split, file.name, resize=resize), file.name, progress
-        )
+        index = read_index(file.path, file.format, file.split, file.name, resize=resize, progress=progress)
     if index.refused:  # also by an index kept of a landed file of the same bytes
         raise DataError(_refusal_message(file, index.refused, len(index)))
     if not len(index):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cifar_assets.mlflow_refusal import first_line, why_refused
 from cifar_assets.training.spec import MlflowTarget
 
 if TYPE_CHECKING:
@@ -37,7 +38,11 @@ class _Task:
 
 
 class _RefusedError(Exception):
-    """What trying again cannot mend."""
+    """Trying again cannot succeed."""
+
+
+class _NotStoredError(Exception):
+    """MLflow accepted something and does not have it."""
 
 
 class Tracker:
@@ -60,6 +65,7 @@ class Tracker:
         self._pending: list[str] = []
         self._lock = threading.Lock()
         self._deadline: float | None = None
+        self._refusal: str | None = None
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def start(self, params: Mapping[str, object]) -> None:
@@ -88,11 +94,16 @@ class Tracker:
         self._do("model version", lambda: self._register(folder, tags))
 
     def close(self, status: RunStatus, patience_seconds: float | None = None) -> list[str]:
-        """End the run, waiting for MLflow no longer than told. Returns what could not be sent, in words."""
+        """End the run, waiting for MLflow no longer than told. Returns what could not be sent, in words.
+
+        What MLflow refuses is not waited for.
+        """
         if self._target is None or not self._thread.is_alive():
             return []
         if patience_seconds is None:
             patience_seconds = self._target.patience_seconds
+        if self._refusal:
+            patience_seconds = 0.0
         # whatever failed before: an open run would look like a training that goes on
         self._do(f"end of the run as {status}", lambda: self._end_run(status), tried_late=True)
         self._deadline = time.monotonic() + patience_seconds
@@ -101,7 +112,8 @@ class Tracker:
         with self._lock:
             unsent = list(self._pending)
         if unsent:
-            _LOG.warning("Not sent to MLflow at %s: %s", self._target.tracking_uri, ", ".join(unsent))
+            reason = f". {self._refusal}" if self._refusal else ""
+            _LOG.warning("Not sent to MLflow at %s: %s%s", self._target.tracking_uri, ", ".join(unsent), reason)
         return unsent
 
     def _do(self, label: str, action: Callable[[], None], tried_late: bool = False) -> None:
@@ -122,25 +134,38 @@ class Tracker:
         return self._deadline is not None and time.monotonic() > self._deadline
 
     def _attempt(self, task: _Task) -> bool:
-        """Whether the task was done, with as many tries as time allows."""
+        """Whether the task was done, with as many tries as time allows.
+
+        A run that MLflow refuses to open is tried again while the training lasts: somebody may act on the warning.
+        """
+        if self._run is None and task.action != self._open_run:
+            return False
         pause = _FIRST_PAUSE_SECONDS
         while True:
             try:
                 task.action()
+                self._refusal = None
                 return True
             except Exception as error:
                 # whatever MLflow or the network raises must not end the training
-                if self._run is not None and _is_refusal(error):
-                    _LOG.warning("MLflow: %s was refused: %s", task.label, _first_line(error))
+                refusal = str(error) if isinstance(error, _RefusedError) else self._why_refused(error)
+                if refusal and refusal != self._refusal:
+                    _LOG.warning("MLflow: %s was refused: %s", task.label, refusal)
+                if refusal and self._run is not None:
                     return False
-                log = _LOG.warning if pause == _FIRST_PAUSE_SECONDS else _LOG.debug
-                log("MLflow: %s failed and is tried again: %s", task.label, _first_line(error))
+                self._refusal = refusal
+                if not refusal:
+                    log = _LOG.warning if pause == _FIRST_PAUSE_SECONDS else _LOG.debug
+                    log("MLflow: %s failed and is tried again: %s", task.label, first_line(error))
             wake = time.monotonic() + pause
             while time.monotonic() < wake:
                 if self._late:
                     return False
                 time.sleep(0.1)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def _why_refused(self, error: Exception) -> str | None:
+        return why_refused(error, self._target.tracking_uri) if self._target else None
 
     @property
     def _opened(self) -> "tuple[MlflowClient, Run]":
@@ -190,6 +215,14 @@ class Tracker:
             for file, data in files.items():
                 Path(name, file).write_bytes(data)
             client.log_artifacts(run.info.run_id, name, folder)
+        stored = {Path(item.path).name: item.file_size for item in client.list_artifacts(run.info.run_id, folder)}
+        lost = [
+            f"{file} ({'missing' if file not in stored else f'{stored[file]} bytes'}, sent {len(data)})"
+            for file, data in files.items()
+            if stored.get(file) != len(data)
+        ]
+        if lost:
+            raise _NotStoredError(f"{run.info.artifact_uri}/{folder} lacks what was sent: {', '.join(lost)}")
 
     def _register(self, folder: str, tags: Mapping[str, str]) -> None:
         from mlflow.exceptions import MlflowException
@@ -211,11 +244,16 @@ class Tracker:
         version = next(iter(found), None) or client.create_model_version(
             name, f"{run.info.artifact_uri}/{folder}", run.info.run_id, tags=dict(tags), await_creation_for=0
         )
+        stored = client.get_model_version(name, version.version)
+        if any(stored.tags.get(key) != value for key, value in tags.items()):
+            raise _NotStoredError(f"version {version.version} of {name} has the tags {stored.tags}, sent {dict(tags)}")
         self.model_version = str(version.version)
 
     def _end_run(self, status: RunStatus) -> None:
         client, run = self._opened
         client.set_terminated(run.info.run_id, status)
+        if (stored := client.get_run(run.info.run_id).info.status) != status:
+            raise _NotStoredError(f"run {run.info.run_id} is {stored}")
 
 
 def _experiment_id(client: "MlflowClient", target: MlflowTarget) -> str:
@@ -245,18 +283,3 @@ def _close_left_open(client: "MlflowClient", experiment_id: str, spec_digest: st
 
 def _artifacts(folder: str) -> str:
     return f"artifacts {folder}/"
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether MLflow understood and said no; what it says of its own state (conflict, too many requests) may change."""
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        status = error.get_http_status_code()
-    else:
-        status = getattr(getattr(error, "response", None), "status_code", None)  # of an upload through the server
-    return isinstance(error, _RefusedError) or status in (400, 401, 403, 404, 413, 422)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.decoding import decode_rows
+from cifar_assets.dataset.images import DEFAULT_LIMITS
 from cifar_assets.dataset.rows import EncodedRow, RowBatch, Split, label_refusal
 from cifar_assets.errors import DataError
 
-_BATCH_ROWS = 64
-"""Rows in memory at a time, twice: a row may be a picture of several megabytes, however small the file is."""
+_BATCH_ROWS = 16
+"""Rows in memory at a time: a row may be a picture of several megabytes, however small the file is."""
 
 _IMAGE_COLUMNS = ("img", "image")
 _BINARY = ([pa.binary()], [pa.large_binary()], [pa.binary_view()])
@@ -26,9 +27,11 @@ def read_parquet(path: Path, split: Split, name: str, *, resize: bool) -> Iterat
         with pq.ParquetFile(path) as file:
             column = _check_schema(file.schema_arrow, name)
             yield from decode_rows(_encoded_rows(file, column), split, resize=resize)
+    except MemoryError:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{name} is no readable Parquet file ({path.stat().st_size:,} bytes): {error}. "
+            f"{name} is not a readable Parquet file ({path.stat().st_size:,} bytes): {error}. "
             "It is cut off, still being written, or another format: fetch or upload it again."
         ) from error
 
@@ -78,8 +81,11 @@ def _declared_classes(schema: pa.Schema) -> list[str] | None:
 def _encoded_rows(file: pq.ParquetFile, column: str) -> Iterator[EncodedRow]:
     for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[f"{column}.bytes", "label"]):
         images = batch.column(column)
-        data = images.field("bytes").to_pylist()
-        present = images.is_valid().to_pylist()
-        for encoded, is_present, label in zip(data, present, batch.column("label").to_pylist(), strict=True):
-            refusal = label_refusal(label)
-            yield EncodedRow(encoded if is_present else None, -1 if refusal else label, refusal)
+        for struct, value, label in zip(images, images.field("bytes"), batch.column("label").to_pylist(), strict=True):
+            data, refusal = value.as_buffer() if struct.is_valid else None, label_refusal(label)
+            if data is not None and data.size > DEFAULT_LIMITS.max_bytes:
+                data, refusal = (
+                    None,
+                    f"the image has {data.size:,} bytes: at most {DEFAULT_LIMITS.max_bytes:,} are read",
+                )
+            yield EncodedRow(data and data.to_pybytes(), -1 if refusal else label, refusal)

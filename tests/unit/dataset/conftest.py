@@ -3,7 +3,9 @@
 import gzip
 import io
 import pickle
+import sys
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset import isolated
 from cifar_assets.dataset.formats.archive import BATCHES
 from cifar_assets.object_store import FolderStore
 
@@ -98,6 +101,19 @@ class Maker:
 @pytest.fixture
 def make() -> Maker:
     return Maker()
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Gives the process that reads outside data some code to run when it starts; `child` is its module."""
+
+    def start_with(code: str) -> None:
+        isolated.stop()
+        script = f"from cifar_assets.dataset import isolated_child as child\n{code}\nchild.main()"
+        monkeypatch.setattr(isolated, "_COMMAND", [sys.executable, "-P", "-c", script])
+
+    yield start_with
+    isolated.stop()
 
 
 @pytest.fixture

@@ -235,7 +235,7 @@ def test_a_cut_parquet_file_is_refused(keep: float, make, raw: FolderStore, sour
     path = Path(source, "train-00000-of-00001.parquet")
     good = path.read_bytes()
     path.write_bytes(good[: int(len(good) * keep)])
-    with pytest.raises(DataError, match="no readable Parquet file"):
+    with pytest.raises(DataError, match="not a readable Parquet file"):
         build_raw_version(raw, source)
     assert current_raw_digest(raw) is None
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset import landed, rejection
+from cifar_assets.dataset.images import pixel_digest
 from cifar_assets.dataset.landing import classify_landing_object, scan_landing
 from cifar_assets.dataset.processed import build_processed
 from cifar_assets.dataset.raw import RawVersion, build_raw_version, make_current, read_raw
@@ -106,8 +107,8 @@ def test_single_images_join_under_their_class_folder(
     built = build_processed(raw, processed, version.digest)
     readers = [open_split(processed, built.digest, split) for split in ("train", "validation")]
     labels = {reader.digest(i): int(reader.labels[i]) for reader in readers for i in range(len(reader))}
-    assert labels[landed.pixel_digest(images[0])] == CLASSES.index("cat")
-    assert labels[landed.pixel_digest(images[1])] == CLASSES.index("dog")
+    assert labels[pixel_digest(images[0])] == CLASSES.index("cat")
+    assert labels[pixel_digest(images[1])] == CLASSES.index("dog")
 
 
 def test_a_bad_single_image_moves_to_rejected(make, raw: FolderStore, source: str) -> None:
@@ -151,22 +152,6 @@ def test_an_unreadable_object_moves_to_rejected_as_a_whole(
     assert len(reason_of(raw, f"rejected/{name}")["reason"]) > 20
 
 
-def test_a_reader_that_fails_in_an_unforeseen_way_stops_no_build(
-    make, raw: FolderStore, source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raw.write("landing/odd.parquet", make.parquet(make.images(2, 5), make.labels(2)))
-
-    def fail(*arguments: object, **options: object) -> None:
-        raise ZeroDivisionError("odd")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(landed, "read_rows", fail)
-        version = build_raw_version(raw, source)
-    assert version.manifest.rows == 80
-    assert "ZeroDivisionError" in version.report.landing.skipped["landing/odd.parquet"]
-    assert build_raw_version(raw, source).manifest.rows == 82
-
-
 def test_a_picture_too_large_is_refused_unread(raw: FolderStore, source: str) -> None:
     raw.write("landing/cat/huge.png", b"\x89PNG")
     with (raw.root / "landing/cat/huge.png").open("r+b") as file:
@@ -195,11 +180,11 @@ def test_rejected_rows_that_were_not_written_in_time_are_written_later(
 ) -> None:
     raw.write("landing/x.parquet", make.encoded_parquet([make.png(make.images(1, 5)[0]), b"?"], [0, 1]))
 
-    def killed(*arguments: object) -> None:
+    def killed(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(rejection, "pick_rows", killed)
+        broken.setattr(rejection, "ask", killed)
         with pytest.raises(KeyboardInterrupt):
             build_raw_version(raw, source)
     build_raw_version(raw, source)

@@ -1,103 +1,196 @@
-"""How a tracked run ends when MLflow refuses something or is away (case C12), on a real sqlite store."""
+"""What the trainer's tracking does when MLflow refuses: it says what to do at once, and waits for nothing."""
 
+import logging
+import shutil
+import sqlite3
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
+from cifar_assets.errors import ConfigError
 from cifar_assets.training.spec import MlflowTarget
-from cifar_assets.training.tracking import RunStatus, Tracker
+from cifar_assets.training.tracking import Tracker
+from resources.mlflow import LocalMlflow, MlflowServer
+
+EXPERIMENT = "cifar10"
+PATIENCE_SECONDS = 120.0
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("mlflow")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a database, which takes seconds to make."""
+    folder = tmp_path_factory.mktemp("made")
+    LocalMlflow(path=str(folder)).client().create_experiment(EXPERIMENT, (folder / "artifacts").as_uri())
+    return folder
 
 
-def tracked(folder: Path, experiment: str, **target: object) -> tuple[Tracker, MlflowClient]:
-    """A tracker of a run in an experiment of its own, with two epochs and a model of one file."""
-    uri = f"sqlite:///{folder}/mlflow.db"
-    values = {
-        "tracking_uri": uri,
-        "experiment": experiment,
-        "artifact_uri": (folder / experiment).as_uri(),
-        "registered_model": experiment,
-    }
-    tracker = Tracker(MlflowTarget.model_validate(values | target), experiment)
-    tracker.start({"seed": 1})
-    tracker.log_metrics({"train_loss": 2.0}, 1)
-    tracker.log_metrics({"train_loss": 1.0}, 2)
-    tracker.log_files({"card.md": b"a model"}, "model")
-    tracker.register("model", {})
-    return tracker, MlflowClient(uri)
+@pytest.fixture
+def mlflow(made: Path, tmp_path: Path) -> LocalMlflow:
+    shutil.copy(made / "mlflow.db", tmp_path)
+    return LocalMlflow(path=str(tmp_path))
 
 
-def only_run(client: MlflowClient, experiment: str) -> Run:
-    found = client.get_experiment_by_name(experiment)
-    assert found is not None
-    (run,) = client.search_runs([found.experiment_id])
-    return run
+def start(uri: str) -> Tracker:
+    target = MlflowTarget(tracking_uri=uri, experiment=EXPERIMENT, patience_seconds=PATIENCE_SECONDS)
+    tracker = Tracker(target, "0" * 64)
+    tracker.start({"recipe.epochs": 1})
+    tracker.log_metrics({"train_loss": 1.0}, 1)
+    return tracker
 
 
-@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
-def test_a_refused_registration_is_not_repeated_and_the_run_ends(folder: Path, status: RunStatus):
-    experiment = f"refused-{status}"
-    tracker, client = tracked(folder, experiment, registered_model="no/such/name")
-    before = time.monotonic()
-    assert tracker.close(status, patience_seconds=60) == ["model version"]
-    assert time.monotonic() - before < 50
-    run = only_run(client, experiment)
-    assert (run.info.status, run.data.metrics) == (status, {"train_loss": 1.0})
-
-
-def test_a_refused_metric_costs_none_of_what_follows(folder: Path):
-    tracker, client = tracked(folder, "metric")
-    tracker.log_metrics({"no: such\nname": 1.0}, 3)
-    tracker.log_metrics({"train_loss": 0.5}, 4)
-    assert tracker.close("FINISHED") == ["metrics of step 3"]
-    run = only_run(client, "metric")
-    assert (run.info.status, run.data.metrics) == ("FINISHED", {"train_loss": 0.5})
-    assert tracker.model_version == "1"
-
-
-def test_artifacts_that_cannot_be_stored_leave_no_model_version_and_no_open_run(folder: Path):
-    (folder / "full").write_text("a file where the store needs a folder")
-    tracker, client = tracked(folder, "full")
+def wait_for(text: str, caplog: pytest.LogCaptureFixture) -> None:
     deadline = time.monotonic() + 60
-    while tracker.run_id is None or len(client.get_run(tracker.run_id).data.metrics) == 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert tracker.close("FINISHED", patience_seconds=2) == ["artifacts model/", "model version"]
-    assert only_run(client, "full").info.status == "FINISHED"
-    assert client.search_model_versions("name = 'full'") == []
+    while text not in caplog.text:
+        assert time.monotonic() < deadline, caplog.text
+        time.sleep(0.05)
 
 
-class RefusingArtifacts(BaseHTTPRequestHandler):
-    def do_PUT(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_error(403)
-
-
-def test_refused_artifacts_are_not_repeated_and_leave_no_model_version(folder: Path):
-    with ThreadingHTTPServer(("127.0.0.1", 0), RefusingArtifacts) as server:
-        threading.Thread(target=server.serve_forever).start()
-        tracker, client = tracked(folder, "forbidden", artifact_uri=f"http://127.0.0.1:{server.server_port}")
-        before = time.monotonic()
-        assert tracker.close("FINISHED", patience_seconds=60) == ["artifacts model/", "model version"]
-        assert time.monotonic() - before < 50
-        server.shutdown()
-    assert only_run(client, "forbidden").info.status == "FINISHED"
-    assert client.search_model_versions("name = 'forbidden'") == []
-
-
-def test_with_mlflow_away_the_end_is_given_up_in_time(folder: Path):
-    tracker, _ = tracked(folder, "away", tracking_uri="http://127.0.0.1:1", artifact_uri=None)
+def assert_said_and_not_waited_for(tracker: Tracker, expected: str, caplog: pytest.LogCaptureFixture) -> None:
+    wait_for("was refused", caplog)
+    assert expected in caplog.text
     before = time.monotonic()
-    unsent = tracker.close("FINISHED", patience_seconds=1)
-    assert time.monotonic() - before < 7
-    assert unsent[0] == "start of the run"
-    assert unsent[-1] == "end of the run as FINISHED"
+    unsent = tracker.close("FINISHED")
+    assert time.monotonic() - before < PATIENCE_SECONDS / 4
+    assert {"start of the run", "metrics of step 1", "end of the run as FINISHED"} <= set(unsent)
+    assert expected in caplog.messages[-1]
+
+
+def experiment_id(mlflow: LocalMlflow) -> str:
+    found = mlflow.client().get_experiment_by_name(EXPERIMENT)
+    assert found is not None
+    return found.experiment_id
+
+
+def set_schema(mlflow: LocalMlflow, revision: str) -> str:
+    """Gives the revision before."""
+    with closing(sqlite3.connect(Path(mlflow.path, "mlflow.db"))) as database, database:
+        (before,) = database.execute("select version_num from alembic_version").fetchone()
+        database.execute("update alembic_version set version_num = ?", (revision,))
+    return before
+
+
+def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(
+    mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture
+):
+    identity = experiment_id(mlflow)
+    mlflow.client().delete_experiment(identity)
+    command = f"MLFLOW_TRACKING_URI={mlflow.uri} mlflow experiments restore --experiment-id {identity}"
+    assert_said_and_not_waited_for(start(mlflow.uri), command, caplog)
+
+
+def test_an_experiment_restored_while_the_training_lasts_is_used(mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture):
+    identity = experiment_id(mlflow)
+    mlflow.client().delete_experiment(identity)
+    tracker = start(mlflow.uri)
+    wait_for("was refused", caplog)
+    mlflow.client().restore_experiment(identity)
+    deadline = time.monotonic() + 60
+    while tracker.run_id is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert tracker.close("FINISHED") == []
+    assert mlflow.client().get_run(tracker.run_id).data.metrics == {"train_loss": 1.0}
+
+
+@pytest.mark.parametrize("revision", ["bf29a5ff90ea", "ffffffffffff"], ids=["older", "newer"])
+def test_a_database_of_another_mlflow_is_named_with_the_command_that_upgrades_it(
+    mlflow: LocalMlflow, revision: str, caplog: pytest.LogCaptureFixture
+):
+    set_schema(mlflow, revision)
+    assert_said_and_not_waited_for(start(mlflow.uri), f"mlflow db upgrade {mlflow.uri}", caplog)
+    with pytest.raises(ConfigError, match="mlflow db upgrade sqlite:///"):
+        mlflow.champion_digest()
+    with pytest.raises(ConfigError, match="mlflow db upgrade sqlite:///"):
+        mlflow.running()
+
+
+def test_a_database_that_cannot_be_written_is_named(mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture):
+    uri = f"sqlite:///file:{Path(mlflow.path, 'mlflow.db')}?mode=ro&uri=true"
+    assert_said_and_not_waited_for(start(uri), "write permission on the database file", caplog)
+
+
+def test_a_file_that_is_not_a_database_is_named(mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture):
+    Path(mlflow.path, "mlflow.db").write_bytes(b"not a database" * 100)
+    assert_said_and_not_waited_for(start(mlflow.uri), "Move that file away", caplog)
+
+
+@pytest.mark.parametrize("uri", ["mlflow.svc:5000", "ftp://mlflow"])
+def test_an_address_of_no_known_kind_is_named(uri: str, caplog: pytest.LogCaptureFixture):
+    assert_said_and_not_waited_for(start(uri), "Set MLFLOW_TRACKING_URI to an address such as", caplog)
+
+
+@pytest.fixture
+def answer() -> Iterator[tuple[str, dict[str, object]]]:
+    """A server that answers every request alike, and what it answers."""
+    wanted: dict[str, object] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(int(str(wanted["status"])))
+            body = str(wanted["body"]).encode()
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, format: str, *arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", wanted
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (401, "who are you", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (403, "not you", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (404, "no such page", "is not an MLflow server, or one of another version"),
+        (405, "", "is not an MLflow server, or one of another version"),
+        (200, "<html>hello</html>", "is not an MLflow server, or one of another version"),
+        (501, "", "is not an MLflow server, or one of another version"),
+    ],
+)
+def test_an_answer_that_waiting_does_not_change_is_a_refusal(
+    answer: tuple[str, dict[str, object]], status: int, body: str, expected: str, caplog: pytest.LogCaptureFixture
+):
+    uri, wanted = answer
+    wanted.update(status=status, body=body)
+    assert_said_and_not_waited_for(start(uri), expected, caplog)
+    with pytest.raises(ConfigError, match=expected):
+        MlflowServer(tracking_uri=uri).champion_digest()
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+def test_an_answer_that_may_change_is_waited_for(
+    answer: tuple[str, dict[str, object]], status: int, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.WARNING)
+    uri, wanted = answer
+    wanted.update(status=status, body="busy")
+    tracker = start(uri)
+    wait_for("failed and is tried again", caplog)
+    before = time.monotonic()
+    assert tracker.close("FINISHED", patience_seconds=1.5)
+    assert time.monotonic() - before >= 1.4
+    assert "was refused" not in caplog.text
+
+
+def test_a_refusal_after_the_run_was_opened_holds_up_nothing_else(
+    mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture
+):
+    tracker = start(mlflow.uri)
+    tracker.set_tags({"": "a tag without a name"})
+    tracker.log_metrics({"train_loss": 0.5}, 2)
+    assert tracker.close("FINISHED") == ["tags"]
+    assert tracker.run_id is not None
+    run = MlflowClient(mlflow.uri).get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics["train_loss"]) == ("FINISHED", 0.5)

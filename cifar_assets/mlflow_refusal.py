@@ -1,0 +1,51 @@
+"""What MLflow refuses until a person acts, as opposed to an outage that passes by itself."""
+
+import re
+
+_OWN_STATE = re.compile(r"The (experiment|run) (\S+) must be in the 'active' state")
+_KNOWN = {
+    "out-of-date database schema": "Back up the database, then run: mlflow db upgrade {uri}. If a newer MLflow wrote "
+    "it, install that version instead.",
+    "readonly database": "Give this process's user write permission on the database file and its folder.",
+    "unable to open database file": "Make the folder of the database, or give this process's user permission to it.",
+    "file is not a database": "Move that file away: MLflow makes a new database.",
+    "unsupported URI": "Set MLFLOW_TRACKING_URI to an address such as http://mlflow:5000 or sqlite:////folder/mlflow.db.",
+}
+_FOREIGN = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED")
+_FOREIGN_TEXTS = re.compile(r"not in a valid JSON format|failed with error code (?:30\d|404|405|426|501) ")
+
+
+def http_status(error: Exception) -> int | None:
+    """The HTTP status of an error of MLflow, or of an upload through its server."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code()
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def why_refused(error: Exception, uri: str) -> str | None:
+    """What MLflow refuses and what a person has to do about it; None for what may pass by itself."""
+    text = str(error)
+    if advice := _advice(error, text, uri):
+        return f"{first_line(error)} {advice}"
+    return first_line(error) if http_status(error) in (400, 404, 413, 422) else None
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's text, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0].strip()[:300]
+
+
+def _advice(error: Exception, text: str, uri: str) -> str | None:
+    if match := _OWN_STATE.search(text):
+        kind, identity = match.groups()
+        return f"To restore it: MLFLOW_TRACKING_URI={uri} mlflow {kind}s restore --{kind}-id {identity}"
+    for words, advice in _KNOWN.items():
+        if words in text:
+            return advice.format(uri=uri)
+    if http_status(error) in (401, 403):
+        return "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, with write access."
+    if getattr(error, "error_code", None) in _FOREIGN or _FOREIGN_TEXTS.search(text):
+        return f"What answers at {uri} is not an MLflow server, or one of another version: check MLFLOW_TRACKING_URI."
+    return None

@@ -1,0 +1,139 @@
+"""A real tracking server behind a proxy that loses part of what is sent: what is registered is what is stored."""
+
+import os
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from cifar_assets.training.spec import MlflowTarget
+from cifar_assets.training.tracking import Tracker
+from tests.fixtures.workspace import free_port, wait_until
+
+FILES = {"model.onnx": b"o" * 100_000, "metrics.json": b"{}"}
+UPLOADS = "/api/2.0/mlflow-artifacts/artifacts/"
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes everything on, except for what `fault` does to a request for which `hits` is in the path."""
+
+    def __init__(self, upstream: str):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream = upstream
+        self.fault: str | None = None
+        self.hits = UPLOADS
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Proxy  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def _pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.command != "GET" and self.server.hits in self.path:
+            if self.server.fault == "swallow":
+                self._answer(200, b"{}")
+                return
+            if self.server.fault == "halve":
+                body = body[: len(body) // 2]
+        headers = {
+            name: value for name, value in self.headers.items() if name.lower() not in ("host", "content-length")
+        }
+        request = urllib.request.Request(self.server.upstream + self.path, body or None, headers, method=self.command)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                self._answer(answer.status, answer.read())
+        except urllib.error.HTTPError as error:
+            self._answer(error.code, error.read())
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass_on  # noqa: N815
+
+    def log_message(self, format: str, *arguments: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", "--serve-artifacts"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder)]
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with Path(folder, "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+    upstream = f"http://127.0.0.1:{port}"
+
+    def is_up() -> bool:
+        assert process.poll() is None, Path(folder, "log").read_text()
+        try:
+            return urllib.request.urlopen(f"{upstream}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    wait_until(is_up, "the tracking server")
+    with Proxy(upstream) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+    process.terminate()
+    process.wait(30)
+
+
+def train(proxy: Proxy, experiment: str, patience_seconds: float) -> tuple[Tracker, list[str]]:
+    """What a training sends at its end."""
+    target = MlflowTarget(tracking_uri=proxy.url, experiment=experiment, registered_model=experiment)
+    tracker = Tracker(target, "0" * 64)
+    tracker.start({})
+    wait_until(lambda: tracker.run_id, "the run to be opened")
+    tracker.log_files(FILES, "model")
+    tracker.register("model", {"model_digest": "d" * 64})
+    return tracker, tracker.close("FINISHED", patience_seconds)
+
+
+@pytest.mark.parametrize("fault", ["swallow", "halve"])
+def test_a_model_whose_artifacts_were_lost_on_the_way_is_not_registered(
+    proxy: Proxy, fault: str, caplog: pytest.LogCaptureFixture
+):
+    proxy.fault, proxy.hits = fault, UPLOADS
+    _, unsent = train(proxy, fault, patience_seconds=8)
+    assert {"artifacts model/", "model version"} <= set(unsent)
+    found = "missing" if fault == "swallow" else "50000 bytes"
+    assert f"lacks what was sent: model.onnx ({found}, sent 100000)" in caplog.text
+    assert MlflowClient(proxy.url).search_model_versions(f"name = '{fault}'") == []
+
+
+def test_a_model_is_registered_once_its_artifacts_are_stored(proxy: Proxy):
+    """The first upload is lost; the next one is not."""
+    proxy.fault, proxy.hits = "halve", UPLOADS
+    timer = threading.Timer(3, setattr, (proxy, "fault", None))
+    timer.start()
+    tracker, unsent = train(proxy, "recovered", patience_seconds=120)
+    timer.join()
+    assert unsent == []
+    (version,) = MlflowClient(proxy.url).search_model_versions("name = 'recovered'")
+    assert version.version == tracker.model_version
+    stored = MlflowClient(proxy.url).list_artifacts(str(tracker.run_id), "model")
+    assert {Path(item.path).name: item.file_size for item in stored} == {
+        name: len(data) for name, data in FILES.items()
+    }
+
+
+def test_a_run_whose_end_was_lost_is_reported(proxy: Proxy, caplog: pytest.LogCaptureFixture):
+    proxy.fault, proxy.hits = "swallow", "/runs/update"
+    _, unsent = train(proxy, "unfinished", patience_seconds=8)
+    assert unsent == ["end of the run as FINISHED"]

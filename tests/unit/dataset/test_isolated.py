@@ -1,0 +1,156 @@
+"""Files that kill the process that reads them."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cifar_assets.dataset import isolated
+from cifar_assets.dataset.isolated import ReaderKilledError, ask
+from cifar_assets.dataset.raw import build_raw_version
+from cifar_assets.errors import CifarError
+from cifar_assets.object_store import FolderStore
+
+FAULT = """
+import os, signal
+seen = []
+def index_file(arguments, payload, progress):
+    seen.append(arguments["name"])
+    if CONDITION:
+        FAULT
+    return child.index_file(arguments, payload, progress)
+child._OPERATIONS["index_file"] = index_file
+"""
+
+
+def fault(code: str, condition: str = "'bad' in seen[-1]") -> str:
+    return FAULT.replace("CONDITION", condition).replace("FAULT", code)
+
+
+@pytest.fixture(autouse=True)
+def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifar_assets.dataset.completeness.SETTLED_SECONDS", -1.0)
+
+
+def reason_of(raw: FolderStore, key: str) -> str:
+    return json.loads(raw.read(f"{key}.reason.json"))["reason"]
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+        ("os._exit(3)", "exit status 3"),
+        ("raise MemoryError", "needs too much memory"),
+        ("bytearray(8 << 30)", "needs too much memory"),
+    ],
+)
+def test_landed_file_that_kills_its_reader_is_rejected(
+    code: str, cause: str, make, raw: FolderStore, source: str, child
+) -> None:
+    raw.write("landing/bad.parquet", make.parquet(make.images(2, 5), make.labels(2)))
+    raw.write("landing/good.parquet", make.parquet(make.images(2, 6), make.labels(2)))
+    child(fault(code))
+    version = build_raw_version(raw, source)
+    assert version.manifest.rows == 82
+    (rejected,) = version.report.landing.rejected
+    assert rejected.moved_to == "rejected/bad.parquet"
+    assert cause in reason_of(raw, "rejected/bad.parquet")
+
+
+@pytest.mark.parametrize(("code", "cause"), [("while True: pass", "processor time"), ("signal.pause()", "too long")])
+def test_file_that_does_not_end_is_rejected(
+    code: str, cause: str, make, raw: FolderStore, source: str, child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_raw_version(raw, source)
+    raw.write("landing/bad.parquet", make.parquet(make.images(2, 5), make.labels(2)))
+    monkeypatch.setattr(isolated, "CPU_SECONDS", 1)
+    monkeypatch.setattr(isolated, "_WALL_SECONDS_PER_CPU_SECOND", 5 if "pause" in code else 60)
+    child(fault(code))
+    assert build_raw_version(raw, source).manifest.rows == 80
+    assert cause in reason_of(raw, "rejected/bad.parquet")
+
+
+def test_source_file_that_kills_its_reader_is_named(make, raw: FolderStore, tmp_path: Path, child) -> None:
+    path = tmp_path / "bad.parquet"
+    path.write_bytes(make.parquet(make.images(2, 5), make.labels(2)))
+    child(fault("os.kill(os.getpid(), signal.SIGSEGV)"))
+    with pytest.raises(ReaderKilledError, match=r"bad\.parquet ended its reader with SIGSEGV \(limits: 1,024 MiB"):
+        build_raw_version(raw, str(path))
+
+
+def test_file_is_not_blamed_for_a_process_that_read_others(make, raw: FolderStore, source: str, child) -> None:
+    for number in range(3):
+        raw.write(f"landing/{number}.parquet", make.parquet(make.images(2, 5 + number), make.labels(2)))
+    child(fault("os._exit(1)", "len(seen) == 2"))
+    assert build_raw_version(raw, source).manifest.rows == 86
+
+
+def test_reader_that_fails_in_an_unforeseen_way_stops_no_build(make, raw: FolderStore, source: str, child) -> None:
+    raw.write("landing/bad.parquet", make.parquet(make.images(2, 5), make.labels(2)))
+    child(fault("1 / 0"))
+    version = build_raw_version(raw, source)
+    assert version.manifest.rows == 80
+    assert "ZeroDivisionError" in version.report.landing.skipped["landing/bad.parquet"]
+    child("")
+    assert build_raw_version(raw, source).manifest.rows == 82
+
+
+def test_process_that_does_not_start_is_no_verdict_on_a_file(make, raw: FolderStore, source: str, child) -> None:
+    build_raw_version(raw, source)
+    raw.write("landing/good.parquet", make.parquet(make.images(2, 6), make.labels(2)))
+    child("raise SystemExit(7)")
+    with pytest.raises(CifarError, match="does not start: it ended its reader with exit status 7"):
+        build_raw_version(raw, source)
+    assert raw.exists("landing/good.parquet")
+
+
+def test_process_has_no_credentials_and_no_heavy_libraries(child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    child(
+        "import os, sys\n"
+        "child._OPERATIONS['look'] = lambda arguments, payload, progress: ([*sys.modules, *os.environ], payload)"
+    )
+    found, payload = ask("look", {}, "nothing", payload=b"abc", num_bytes=0)
+    assert payload == b"abc"
+    assert not {"torch", "dagster", "mlflow", "kubernetes", "AWS_SECRET_ACCESS_KEY"} & set(found)
+    assert {"pyarrow", "PIL"} <= set(found)
+
+
+def test_idle_process_ends_and_another_answers(child) -> None:
+    child(
+        "import os\n"
+        "child._IDLE_SECONDS = 0.1\n"
+        "child._OPERATIONS['look'] = lambda arguments, payload, progress: (os.getpid(), b'')"
+    )
+    first, _ = ask("look", {}, "nothing", num_bytes=0)
+    assert isolated._child is not None
+    assert isolated._child.process.wait(30) == 0
+    second, _ = ask("look", {}, "nothing", num_bytes=0)
+    assert os.getpid() != first != second
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "reason"), [(24, "25,165,824 bytes: at most 10,485,760 are read"), (100, "needs too much memory")]
+)
+def test_small_parquet_of_large_values_is_rejected(
+    mebibytes: int, reason: str, raw: FolderStore, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    row = pa.array([{"bytes": bytes(mebibytes << 20), "path": "x"}], kind)
+    table = pa.table({"img": row.take(pa.array(np.zeros(16, np.int64))), "label": np.zeros(16, np.int64)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", dictionary_pagesize_limit=1 << 30)
+    assert buffer.tell() < 20_000
+    raw.write("landing/bad.parquet", buffer.getvalue())
+    monkeypatch.setattr(isolated, "MEMORY_BYTES", 768 << 20)
+    isolated.stop()
+    build_raw_version(raw, source)
+    isolated.stop()
+    assert reason in reason_of(raw, "rejected/bad.parquet")
