@@ -112,7 +112,7 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
         for info in self._store.list(self._folder):
             writer, _, chunk = info.key.removeprefix(self._folder).partition("/")
             if chunk > self._read.get(writer, ""):
-                self._handle_chunk(self._store.read(info.key), replayed=chunk <= self._recorded.get(writer, ""))
+                self._handle_chunk(info.key, replayed=chunk <= self._recorded.get(writer, ""))
                 self._read[writer] = chunk
         recorded = {**self._recorded, **{w: c for w, c in self._read.items() if c > self._recorded.get(w, "")}}
         if recorded != self._recorded:
@@ -121,14 +121,21 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
 
     def _load_mark(self) -> dict[str, str]:
         try:
-            return json.loads(self._store.read(self._mark))
+            mark = _parse(self._store.read(self._mark))
         except ObjectNotFoundError:
             return {}
+        if mark is None or not all(isinstance(chunk, str) for chunk in mark.values()):
+            self._log.warning("%s is not a mark of this project: messages may be recorded again.", self._mark)
+            return {}
+        return mark
 
-    def _handle_chunk(self, data: bytes, *, replayed: bool) -> None:
-        for line in data.decode().split("\n"):
-            if line:
-                self._handle(json.loads(line), replayed=replayed)
+    def _handle_chunk(self, key: str, *, replayed: bool) -> None:
+        for line in self._store.read(key).split(b"\n"):
+            message = _parse(line)
+            if message is not None and {"method", "params"} <= set(message):
+                self._handle(message, replayed=replayed)
+            elif line:
+                self._log.warning("%s holds a line that is not a Pipes message, ignored: %s", key, ascii(line[:100]))
 
     def _handle(self, message: Mapping[str, Any], *, replayed: bool) -> None:
         if self._handler is None:
@@ -149,3 +156,12 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
         self._handler.handle_message(message)  # pyright: ignore[reportArgumentType]  # JSON of a PipesMessage
         if method == "report_custom_message" and self._on_message:
             self._on_message(message["params"]["payload"], replayed)
+
+
+def _parse(data: bytes) -> dict[str, Any] | None:
+    """The JSON object in the bytes, None for anything else: whatever runs in the pod may write what it likes."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from dagster_pipes import (
     encode_param,
     open_dagster_pipes,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cifar_assets.errors import StoreError
 from cifar_assets.object_store import FolderStore
@@ -298,3 +301,30 @@ def test_writer_does_as_dagster_pipes_does_elsewhere(tmp_path: Path):
         "report_custom_message",
         "closed",
     ]
+
+
+LINES = st.one_of(
+    st.binary(max_size=60).map(lambda data: data.replace(b"\n", b"")),
+    st.sampled_from([b"null", b"[]", b'"a"', b"{}", b"[" * 3000, b'{"method": "log"}', b"\xff", b"9" * 5000]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=6,
+    ).map(lambda value: json.dumps(value).encode()),
+)
+
+
+@pytest.mark.fuzz
+@given(before=st.lists(LINES, max_size=4), after=st.lists(LINES, max_size=4), mark=LINES)
+def test_lines_that_are_not_messages_are_named_and_ignored(before, after, mark):
+    message = {"__dagster_pipes_version": "0.1", "method": "report_custom_message", "params": {"payload": {"epoch": 1}}}
+    data = b"\n".join([*before, json.dumps(message).encode(), *after])
+    with tempfile.TemporaryDirectory() as folder:
+        store = FolderStore(Path(folder))
+        store.write("messages/launch/writer/0001.jsonl", data)
+        store.write("read/launch/run.json", mark)
+        handler, reader = Handler(), reader_of(store)
+        with reader.read_messages(handler):
+            reader.poll()
+            reader.poll()
+    assert handler.payloads() == [{"epoch": 1}]
