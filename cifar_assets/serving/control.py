@@ -85,26 +85,35 @@ def find_server(folder: Path) -> RunningServer | None:
         with _short(folder) as path:
             connection.connect(f"{path}/{_NAME}")
         answer, descriptors, _, _ = socket.recv_fds(connection, _MAX_ANSWER_BYTES, 1)
+        if not answer:  # it is on its way out
+            connection.close()
+            return None
+        info = _read_info(folder, answer)
+        listener = socket.socket(fileno=descriptors[0])
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError, ConnectionResetError):
         connection.close()
         return None
-    except OSError as error:
+    except (OSError, IndexError) as error:
         connection.close()
         raise DeployError(f"The model server of {folder} does not answer on {folder / _NAME}: {error}.") from error
-    if not answer or not descriptors:  # it is on its way out
+    except DeployError:
         connection.close()
-        return None
-    listener = socket.socket(fileno=descriptors[0])
-    values = json.loads(answer)
-    if values.get("protocol") != PROTOCOL:
-        pid = values.get("pid")
-        listener.close()
-        connection.close()
-        raise DeployError(
-            f"The model server of {folder}, process {pid}, was started by another version of this project "
-            f"(protocol {values.get('protocol')}, not {PROTOCOL}). End it with `kill {pid}` and deploy again."
-        )
-    return RunningServer(connection, ServerInfo(**values), listener)
+        raise
+    return RunningServer(connection, info, listener)
+
+
+def _read_info(folder: Path, answer: bytes) -> ServerInfo:
+    try:
+        values = json.loads(answer)
+        if values["protocol"] == PROTOCOL:
+            return ServerInfo(**values)
+        protocol, pid = values["protocol"], values["pid"]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise DeployError(f"{folder / _NAME} belongs to something else: it answers {answer[:100]!a}.") from error
+    raise DeployError(
+        f"The model server of {folder}, process {pid}, was started by another version of this project (protocol "
+        f"{protocol}, not {PROTOCOL}). End it with `kill {pid}` and deploy again."
+    )
 
 
 class ControlSocket:

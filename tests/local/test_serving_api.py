@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from httpx import HTTPStatusError
-from hypothesis import given
-from hypothesis import strategies as st
 from kserve import InferenceRESTClient, InferInput, InferRequest
 from kserve.inference_client import RESTConfig
 from kserve.protocol.infer_type import RequestedOutput
@@ -578,43 +576,3 @@ def test_every_address_of_both_families_can_be_served(tmp_path):
     with run_server(uri, digest, tmp_path, "--host", "::") as server:
         for host in ("127.0.0.1", "[::1]"):
             assert InferenceClient(f"http://{host}:{server.port}").served_model().model_digest == digest
-
-
-@pytest.fixture(scope="module")
-def small_server(tmp_path_factory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("fuzz")
-    with run_server(*store_tiny_model(FolderStore(folder / "models")), folder) as server:
-        yield server
-        assert "Traceback" not in server.log
-
-
-VALID_BODIES = [
-    (
-        PREDICT,
-        json.dumps({"instances": [[[[1, 2, 3]]], "AAAA", {"b64": ""}]}).encode(),
-        "application/json",
-        {},
-    ),
-    (PREDICT, *form(("image", encode(PIXELS)), ("image", encode(PIXELS, "JPEG"))), {}),
-    (INFER, json.dumps({"id": "a", "inputs": [{"name": "images", "shape": [1, 3, 32, 32]}]}).encode(), None, {}),
-    (INFER, json.dumps({"inputs": []}).encode() + bytes(3072), "application/octet-stream", {"length": "14"}),
-]
-
-
-@pytest.mark.fuzz
-@given(
-    valid=st.sampled_from(VALID_BODIES),
-    position=st.integers(0, 2000),
-    num_cut=st.integers(0, 50),
-    value=st.binary(max_size=50) | st.sampled_from([b"[" * 5000, b"9" * 5000, b'"' * 99, b"null", b"\r\n--a-boundary"]),
-    header=st.sampled_from(["", "-1", "9" * 30, "14", "\xb2"]),
-)
-def test_any_body_is_answered_and_never_with_a_fault_of_the_server(
-    small_server, valid, position, num_cut, value, header
-):
-    path, body, content_type, headers = valid
-    changed = body[:position] + value + body[position + num_cut :]
-    named = {"Inference-Header-Content-Length": header or headers.get("length")} if header or headers else {}
-    answer = small_server.post(path, changed, content_type, **named)
-    assert answer.status in (200, 400, 413, 415), answer.body
-    assert answer.status == 200 or answer.json["error"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -179,7 +179,7 @@ def test_the_largest_batch_of_arrays_is_within_the_limit_of_json_values():
     assert images.shape == (LIMITS.max_images, 3, 32, 32)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.fuzz
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -260,7 +260,7 @@ class TestForm:
             parsed_form(TYPE, form(*[(FILE, b"x")] * 3), small)
         assert caught.value.status == 413
 
-    @settings(max_examples=100, deadline=None)
+    @pytest.mark.fuzz
     @given(body=st.binary(max_size=300) | st.builds(
         lambda position, value: form((FILE, picture()))[:position] + value + form((FILE, picture()))[position:],
         st.integers(0, 400),

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cifar_assets.serving.faults import RequestError
@@ -233,7 +233,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.fuzz
 @given(name=st.sampled_from(["name", "shape", "datatype", "data", "parameters", "inputs", "outputs", "id"]), value=JSON)
 def test_any_value_in_any_place_is_accepted_or_refused(name, value):
     top = name in ("inputs", "outputs", "id")
