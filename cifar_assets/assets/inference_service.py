@@ -117,8 +117,8 @@ def _refusal(verdict: Verdict) -> dg.Failure:
         config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": {"model_digest": verdict.model_digest}}}}
         advice = (
             "To materialize this stored model again and run its checks, without training, if you know where it comes "
-            f"from: dagster asset materialize -m cifar_assets.definitions --select {TRAINED_MODEL.to_user_string()} "
-            f"--config-json '{json.dumps(config)}'. Checks of a dataset run when processed_dataset is materialized."
+            f"from: dg launch --assets {TRAINED_MODEL.to_user_string()} --config-json '{json.dumps(config)}'. "
+            "The checks of a dataset run when processed_dataset is materialized."
         )
     return dg.Failure(
         f"Not deployed: {verdict.reason}. What was served before is still served. {advice}",

@@ -11,6 +11,8 @@ from cifar_assets.dataset.processed import build_processed
 from cifar_assets.dataset.progress import logged
 from cifar_assets.dataset.seed_copies import write_seed_processed, write_seed_raw
 from cifar_assets.dataset.splits import SplitConfig
+from cifar_assets.dataset.verdicts import judge_processed
+from cifar_assets.finding import objections
 from resources.object_store import ObjectStoreResource
 
 
@@ -32,8 +34,9 @@ class ProcessedDatasetConfig(dg.Config):
     max_shard_rows: int = Field(default=16_384, ge=1, description="Images in one shard, 3 kB each.")
     write_seed_copies: bool = Field(
         default=True,
-        description="Also write cifar10-dataset.tar.gz and cifar10-processed.tar.gz, for readers of the pipeline that "
-        "this project replaces. Costs some seconds, and memory for a third of the images: leave out for large data.",
+        description="Also write cifar10-dataset.tar.gz and cifar10-processed.tar.gz, unless the version is blocked, for "
+        "readers of the pipeline that this project replaces. Costs some seconds, and memory for a third of the images: "
+        "leave out for large data.",
     )
 
 
@@ -62,7 +65,9 @@ def processed_dataset(
             max_shard_rows=config.max_shard_rows,
         )
         version = build_processed(raw, processed, raw_digest, split, progress=logged())
-        if config.write_seed_copies:
+        if reasons := objections(judge_processed(raw, processed, version.digest)):
+            context.log.warning(f"The copies for the old pipeline stay as they are: {' '.join(reasons)}")
+        elif config.write_seed_copies:
             write_seed_raw(raw, processed, version.digest)
             write_seed_processed(processed, version.digest)
         previous = next(

@@ -59,7 +59,7 @@ def test_a_model_whose_checks_did_not_run_is_refused_with_the_command_that_runs_
     assert refused is not None
     for check in ("accuracy_threshold", "metrics_finite", "onnx_equals_torch"):
         assert f"the blocking check {check} of cifar10/trained_model never ran on {digest}" in refused
-    assert "dagster asset materialize" in refused
+    assert "dg launch --assets cifar10/trained_model" in refused
     config = {TRAINED_MODEL: {"model_digest": digest}}  # what the command does
     assert world.materialize(TRAINED_MODEL, config=config).success
     assert world.deploy() is None
