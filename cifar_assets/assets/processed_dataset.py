@@ -34,7 +34,7 @@ class ProcessedDatasetConfig(dg.Config):
     max_shard_rows: int = Field(default=16_384, ge=1, description="Images in one shard, 3 kB each.")
     write_seed_copies: bool = Field(
         default=True,
-        description="Also write cifar10-dataset.tar.gz and cifar10-processed.tar.gz, unless the version is blocked, for "
+        description="Also write cifar10-dataset.tar.gz and cifar10-processed.tar.gz, unless it is blocked, for "
         "readers of the pipeline that this project replaces. Costs some seconds, and memory for a third of the images: "
         "leave out for large data.",
     )
