@@ -59,7 +59,7 @@ def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, st
     parser.option("model-uri", "where the model package is: file:///... or s3://...", required=True)
     parser.option("model-digest", "the digest the package must have", required=True)
     parser.option("model-version", "version to report; by default the start of the digest")
-    parser.option("host", "address to listen on; a pod passes 0.0.0.0", default="127.0.0.1")
+    parser.option("host", "address to listen on; a pod passes ::", default="127.0.0.1")
     parser.option("port", "port to listen on", kind=_port, default=environment.get("PORT", "8080"))
     parser.option("threads", "threads of one run of the model; by default one per CPU", kind=_positive)
     parser.option("batch-images", "images in one run of the model", kind=_positive, default=str(_DEFAULTS.batch_images))

@@ -158,7 +158,7 @@ def _container(settings: InferenceServiceSettings, request: DeployRequest) -> di
         "image": settings.image,
         "imagePullPolicy": settings.image_pull_policy,
         "args": [
-            "--host=0.0.0.0",
+            "--host=::",
             f"--port={PORT}",
             f"--model-uri={request.model_uri}",
             f"--model-digest={request.model_digest}",
