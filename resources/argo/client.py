@@ -71,6 +71,11 @@ class WorkflowClient(CustomResourceClient):
         """Ask for the deletion of exactly this workflow and, after it, of its pods and its PyTorchJob."""
         self._delete(workflow.namespace, workflow.name, workflow.uid)
 
+    def working_pods(self, namespace: str, name: str) -> list[Pod]:
+        """Pods of the steps of a workflow of that name that have not ended, whether or not it exists itself."""
+        found = self._pods_with(f"workflow {namespace}/{name}", namespace, f"{_WORKFLOW_LABEL}={name}")
+        return [pod for item in found if not (pod := read_pod(item, item.metadata.name)).finished]
+
     def pods(self, workflow: Workflow) -> list[Pod]:
         """Pods of the workflow's steps, named after their step, with the container that does the work alone."""
         found = self._pods_with(str(workflow), workflow.namespace, f"{_WORKFLOW_LABEL}={workflow.name}")

@@ -9,14 +9,15 @@ from typing import Any
 from resources.argo.client import GROUP, VERSION, WorkflowClient
 from resources.argo.errors import WorkflowConflictError, WorkflowError
 from resources.argo.naming import MANAGED_BY
-from resources.argo.report import job_name_of
 from resources.argo.status import Workflow
-from resources.kubernetes.errors import ApiUnavailableError
+from resources.argo.template import WORKFLOW_LABEL
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, step_digest
 from resources.kubernetes.outage import Outage
 
 _PAUSE_SECONDS = 1.0
 _REMOVAL_SECONDS = 120.0
+_GRACE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ class WorkflowLauncher:
         """The step's workflow: the one that is there, or a new one. One that failed is replaced.
 
         WorkflowConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without
-        an answer; WorkflowError when a failed one cannot be removed.
+        an answer; WorkflowError when what is left of an earlier one does not go away.
         """
-        removing_since: float | None = None
+        began = self._clock()
         outage = Outage(
             self._clock,
             self._outage_seconds,
@@ -89,44 +90,51 @@ class WorkflowLauncher:
         )
         while True:
             try:
-                self._create_in_doubt = True
-                with self._shield():
-                    created = self._client.create(request.manifest())
-                    self._create_in_doubt = False
-                if created:
-                    return created
                 existing = self._existing(request)
-                outage.end()
                 if existing and not existing.deleting and existing.phase not in ("Failed", "Error"):
                     return existing
-                removing_since = self._clock() if removing_since is None else removing_since
-                self._replace(existing, removing_since)
+                left = self._clear(request, existing)
+                if not left and (created := self._create(request)):
+                    return created
+                outage.end()
+                if self._clock() - began > self._outage_seconds + _REMOVAL_SECONDS:
+                    raise WorkflowError(
+                        f"Workflow {request.namespace}/{request.name} could not be submitted: "
+                        f"{left or 'its name was taken each time, and then free again'}. See kubectl."
+                    )
             except ApiUnavailableError as error:
                 outage.endure(error)
             self._sleep(_PAUSE_SECONDS)
 
-    def remove(self, request: WorkflowRequest, *, timeout_seconds: float) -> bool:
-        """Terminate and delete the step's workflow, and wait until it and its PyTorchJob are gone; False if they stay.
+    def remove(self, request: WorkflowRequest, *, timeout_seconds: float) -> None:
+        """Terminate and delete the step's workflow, and wait until it and its PyTorchJob are gone.
 
-        A create call without an answer may still take effect: after one it looks again for as long as a call may take.
+        WorkflowError if they stay. A create call without an answer may still take effect: after one it looks again for
+        as long as a call may take.
         """
         start = self._clock()
+        workflow: Workflow | None = None
         settle_seconds = self._client.request_timeout_seconds if self._create_in_doubt else 0.0
-        job: str | None = None
         while self._clock() - start <= timeout_seconds:
             try:
                 workflow = self._client.get(request.namespace, request.name)
                 if workflow and request.owns(workflow):
-                    job = job_name_of(workflow)
                     if not workflow.deleting:
                         self._client.terminate(workflow)
                         self._client.delete(workflow)
-                elif not self._has_job(request.namespace, job) and self._clock() - start >= settle_seconds:
-                    return True
+                elif not (workflow is None and self._clear(request, None)) and self._clock() - start >= settle_seconds:
+                    return
             except ApiUnavailableError as error:
                 self._log.warning("Still removing workflow %s: %s", request.name, error)
+            except ApiRefusedError:
+                if workflow and request.owns(workflow):
+                    self._client.delete(workflow)  # it may be termination alone that is refused
+                raise
             self._sleep(_PAUSE_SECONDS / 2)
-        return False
+        raise WorkflowError(
+            f"Workflow {request.namespace}/{request.name} and what it owns could not be removed within "
+            f"{timeout_seconds:.0f} s."
+        )
 
     def _existing(self, request: WorkflowRequest) -> Workflow | None:
         existing = self._client.get(request.namespace, request.name)
@@ -137,14 +145,32 @@ class WorkflowLauncher:
             )
         return existing
 
-    def _replace(self, workflow: Workflow | None, since: float) -> None:
-        if workflow is None:
-            return  # deleted in between
-        if not workflow.deleting:
-            self._log.info("Replacing %s: it ended as %s.", workflow, workflow.phase)
-            self._client.delete(workflow)
-        if self._clock() - since > _REMOVAL_SECONDS:
-            raise WorkflowError(f"{workflow} was deleted {_REMOVAL_SECONDS:.0f} s ago and is still there: see kubectl.")
+    def _create(self, request: WorkflowRequest) -> Workflow | None:
+        self._create_in_doubt = True
+        with self._shield():
+            created = self._client.create(request.manifest())
+            self._create_in_doubt = False
+        return created
 
-    def _has_job(self, namespace: str, name: str | None) -> bool:
-        return name is not None and self._client.jobs.get(namespace, name) is not None
+    def _clear(self, request: WorkflowRequest, existing: Workflow | None) -> str | None:
+        """Remove what is left of an earlier workflow of the step, and say what is still there.
+
+        A workflow may be gone while its pods and its PyTorchJob live on: a second one must not run beside them.
+        """
+        if existing:
+            if not existing.deleting:
+                self._log.info("Replacing %s: it ended as %s.", existing, existing.phase)
+                self._client.delete(existing)
+            return f"{existing} was deleted and is still there"
+        label_selector = f"{WORKFLOW_LABEL}={request.name}"
+        jobs = self._client.jobs.find(request.namespace, label_selector)
+        for job in jobs:
+            self._client.jobs.delete(job)
+        pods = self._client.working_pods(request.namespace, request.name)
+        for name, _ in self._client.jobs.owners_of_pods(request.namespace, label_selector):
+            pods += self._client.jobs.pods(request.namespace, name)
+        for pod in pods:
+            if not pod.deleting:
+                self._client.jobs.delete_pod(request.namespace, pod, _GRACE_SECONDS)
+        left = [str(job) for job in jobs] + [f"pod {pod.name}" for pod in pods]
+        return f"{', '.join(left)} of an earlier workflow of this name did not go away" if left else None

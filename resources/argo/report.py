@@ -85,6 +85,9 @@ def is_argos_own(line: str) -> bool:
 
 
 def _tail(client: WorkflowClient | PyTorchJobClient, namespace: str, pod: Pod, container: str) -> list[str]:
-    text = client.log(namespace, pod.name, container, tail_lines=TAIL_LINES) or ""
+    try:
+        text = client.log(namespace, pod.name, container, tail_lines=TAIL_LINES) or ""
+    except KubernetesError:
+        return []
     lines = [line.partition(" ")[2] for line in text.splitlines()]
     return [line for line in lines if not is_argos_own(line)]

@@ -1,7 +1,6 @@
 """The four steps as an Argo workflow, from Dagster: one step of a run, one workflow."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ from resources.argo.launch import WorkflowLauncher, WorkflowRequest
 from resources.argo.naming import workflow_name
 from resources.argo.status import Workflow
 from resources.argo.watch import WorkflowLimits, WorkflowWatcher
-from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.errors import KubernetesError, added_to, with_notes
 from resources.kubernetes.interrupts import interrupts_after, is_being_cancelled
-from resources.kubernetes.logs import LogLine
+from resources.kubernetes.logs import show_line
 
 MODEL_STEP = "verify-model"
 _CANCEL_TIMEOUT_SECONDS = 25.0
@@ -74,7 +73,7 @@ class ArgoPipeline(PipelineResource):
                 client,
                 workflow,
                 limits=self._limits(),
-                on_log_line=_show,
+                on_log_line=show_line,
                 clock=time.monotonic,
                 sleeper=time.sleep,
                 logger=context.log,
@@ -119,8 +118,12 @@ def argo_from_environment(environment: Mapping[str, str]) -> ArgoPipeline:
 
 def _only_refused(workflow: Workflow) -> bool:
     """Whether all went well but for the verdict: the last step wrote its report, and failed for what it says."""
-    step, report = workflow.failed_step, workflow.output("model")
-    return bool(step and step.name == MODEL_STEP and report and json.loads(report).get("passed") is False)
+    step = workflow.failed_step
+    try:
+        report = json.loads(workflow.output("model") or "{}")
+    except ValueError:
+        return False
+    return bool(step and step.name == MODEL_STEP and isinstance(report, dict) and report.get("passed") is False)
 
 
 @contextmanager
@@ -129,20 +132,16 @@ def _removing_when_cancelled(
 ) -> Iterator[None]:
     try:
         yield
-    except (DagsterExecutionInterruptedError, KeyboardInterrupt):
-        with capture_interrupts():  # a second signal must not stop the clean-up
-            if is_being_cancelled(context):
-                removed = launcher.remove(wanted, timeout_seconds=_CANCEL_TIMEOUT_SECONDS)
-                context.log.info(
-                    f"Workflow {wanted.namespace}/{wanted.name} and its PyTorchJob are gone."
-                    if removed
-                    else f"Workflow {wanted.namespace}/{wanted.name} is still being removed."
-                )
-            else:
+    except (DagsterExecutionInterruptedError, KeyboardInterrupt) as interrupt:
+        with capture_interrupts(), added_to(interrupt, context.log):  # a second signal must not stop the clean-up
+            if not is_being_cancelled(context):
                 context.log.info(
                     f"This process was told to stop, but nobody cancelled the run: workflow {wanted.namespace}/"
-                    f"{wanted.name} goes on, and the step's next attempt finds it."
+                    f"{wanted.name} continues, and the step's next attempt finds it."
                 )
+            else:
+                launcher.remove(wanted, timeout_seconds=_CANCEL_TIMEOUT_SECONDS)
+                context.log.info(f"Workflow {wanted.namespace}/{wanted.name} and its PyTorchJob are gone.")
         raise
 
 
@@ -151,9 +150,4 @@ def _as_dagster_failure() -> Iterator[None]:
     try:
         yield
     except KubernetesError as error:
-        raise dg.Failure(str(error), allow_retries=not error.permanent) from error
-
-
-def _show(line: LogLine) -> None:
-    sys.stdout.write(f"[{line.replica}] {line.text}\n")
-    sys.stdout.flush()
+        raise dg.Failure(with_notes(error), allow_retries=not error.permanent) from error

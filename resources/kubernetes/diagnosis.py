@@ -21,10 +21,18 @@ class Cause(StrEnum):
     CONFIGURATION = "pod configuration"
     NO_PODS = "no pods"
     SLOW_START = "slow start"
+    OPERATOR_AWAY = "operator away"
     UNKNOWN = "unknown"
 
 
-TRANSIENT_CAUSES = (Cause.KILLED, Cause.EVICTED, Cause.UNSCHEDULABLE, Cause.NO_PODS, Cause.SLOW_START)
+TRANSIENT_CAUSES = (
+    Cause.KILLED,
+    Cause.EVICTED,
+    Cause.UNSCHEDULABLE,
+    Cause.NO_PODS,
+    Cause.SLOW_START,
+    Cause.OPERATOR_AWAY,
+)
 """Those that may go away by themselves."""
 
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")

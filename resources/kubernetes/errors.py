@@ -35,11 +35,15 @@ class SettingsError(KubernetesError, ValueError):
     permanent = True
 
 
-class ApiUnavailableError(KubernetesError):
+class ApiError(KubernetesError):
+    """The API server did not do what it was asked."""
+
+
+class ApiUnavailableError(ApiError):
     """No answer, or an answer that says to try again later. Whether a write took effect is unknown."""
 
 
-class ApiRefusedError(KubernetesError):
+class ApiRefusedError(ApiError):
     """The API server understood the request and will not do it: no permission, no such kind, an invalid object."""
 
     permanent = True

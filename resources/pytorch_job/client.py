@@ -54,6 +54,7 @@ class PyTorchJob:
     annotations: Mapping[str, str]
     created_at: str
     deleting: bool
+    deadline_seconds: int | None
     status: JobStatus
 
     @property
@@ -146,6 +147,16 @@ class PyTorchJobClient(CustomResourceClient):
         found = self._pods_with(f"{KIND} {namespace}/{name}", namespace, f"{OPERATOR_JOB_NAME_LABEL}={name}")
         return sorted((_pod(item) for item in found), key=lambda pod: (len(pod.replica), pod.replica))
 
+    def owners_of_pods(self, namespace: str, label_selector: str) -> set[tuple[str, str | None]]:
+        """Name of the job and id of the run of each pod with the given labels, whether or not the job still exists."""
+        found = self._pods_with(f"{KIND}s with {label_selector}", namespace, label_selector)
+        labels = [item.metadata.labels for item in found]
+        return {
+            (each[OPERATOR_JOB_NAME_LABEL], each.get(RUN_ID_LABEL))
+            for each in labels
+            if OPERATOR_JOB_NAME_LABEL in each
+        }
+
     def delete_pod(self, namespace: str, pod: Pod, grace_seconds: int) -> None:
         """Ask a pod to end within the grace time, which may be shorter than the one it was made with."""
         self._ask_or_none(
@@ -179,5 +190,6 @@ def _job(body: Mapping[str, Any]) -> PyTorchJob:
         annotations=metadata.get("annotations") or {},
         created_at=metadata.get("creationTimestamp") or "",
         deleting="deletionTimestamp" in metadata,
+        deadline_seconds=((body.get("spec") or {}).get("runPolicy") or {}).get("activeDeadlineSeconds"),
         status=read_status(body.get("status")),
     )

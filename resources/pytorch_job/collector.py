@@ -8,9 +8,12 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
+from cifar_assets.errors import StoreError
 from cifar_assets.object_store import ObjectStore
+from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, selector
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
+from resources.pytorch_job.errors import PyTorchJobError
 from resources.pytorch_job.labels import MANAGED_BY
 from resources.pytorch_job.messages import MARKS_FOLDER, MESSAGES_FOLDER
 
@@ -68,14 +71,24 @@ def find_leftovers(
 
 
 def collect_leftovers(
-    client: PyTorchJobClient, namespace: str, run_end: RunEnds, *, now: float, failure_grace_seconds: float
+    client: PyTorchJobClient,
+    namespace: str,
+    run_end: RunEnds,
+    *,
+    now: float,
+    failure_grace_seconds: float,
+    problems: list[Exception],
 ) -> list[Leftover]:
-    """Delete the leftovers of a namespace, and return them."""
+    """Delete the leftovers of a namespace, and return those that were. The others' errors join `problems`."""
     jobs = client.find(namespace, selector(**{MANAGED_BY_LABEL: MANAGED_BY}))
-    leftovers = find_leftovers(jobs, run_end, now=now, failure_grace_seconds=failure_grace_seconds)
-    for leftover in leftovers:
-        client.delete(leftover.job)
-    return leftovers
+    deleted = []
+    for leftover in find_leftovers(jobs, run_end, now=now, failure_grace_seconds=failure_grace_seconds):
+        try:
+            client.delete(leftover.job)
+            deleted.append(leftover)
+        except KubernetesError as error:
+            problems.append(error)
+    return deleted
 
 
 def collect_messages(store: ObjectStore, live_launch_ids: Iterable[str], *, older_than: datetime) -> int:
@@ -129,23 +142,32 @@ def build_pytorch_job_collector(
     )
     def collector(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         where = target(context)
+        problems: list[Exception] = []
         leftovers = collect_leftovers(
             where.client,
             where.namespace,
             lambda run_id: _run_end(context.instance, run_id),
             now=time.time(),
             failure_grace_seconds=failure_grace_seconds,
+            problems=problems,
         )
         for leftover in leftovers:
             context.log.warning(f"Deleted {leftover.job}: {leftover.reason}.")
         jobs = where.client.find(where.namespace, selector(**{MANAGED_BY_LABEL: MANAGED_BY}))
-        num_deleted = collect_messages(
-            where.message_store,
-            [job.launch_id for job in jobs if job.launch_id],
-            older_than=datetime.now(UTC) - message_retention,
-        )
+        num_deleted = 0
+        try:
+            num_deleted = collect_messages(
+                where.message_store,
+                [job.launch_id for job in jobs if job.launch_id],
+                older_than=datetime.now(UTC) - message_retention,
+            )
+        except StoreError as error:
+            problems.append(error)
         names = ", ".join(leftover.job.name for leftover in leftovers) or "none"
-        return dg.SkipReason(f"Leftover PyTorchJobs deleted: {names}. Old message objects deleted: {num_deleted}.")
+        done = f"Leftover PyTorchJobs deleted: {names}. Old message objects deleted: {num_deleted}."
+        if problems:
+            raise PyTorchJobError("\n".join([done, *(f"Not deleted: {problem}" for problem in problems)]))
+        return dg.SkipReason(done)
 
     return collector
 

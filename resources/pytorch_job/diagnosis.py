@@ -21,6 +21,7 @@ _ADVICE: Mapping[Cause, str] = {
     Cause.CONFIGURATION: "Create the Secret, ConfigMap or volume that it names, in the job's namespace.",
     Cause.NO_PODS: "Check that the training operator runs, the namespace's quota, and the events of the job.",
     Cause.SLOW_START: "The node may still be pulling a large image: raise `start_timeout_seconds`.",
+    Cause.OPERATOR_AWAY: "Check that the training operator runs. The job is left; the step's next attempt adopts it.",
     Cause.UNKNOWN: "Look at the job's pods and events with kubectl describe.",
 }
 
@@ -39,7 +40,7 @@ class Diagnosis:
     log_tails: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Last lines of the replica that failed, or of every replica where none stands out."""
     job_finished: bool = True
-    """False when the job was given up and still exists."""
+    """False when the job was given up and has to be removed."""
 
     @property
     def permanent(self) -> bool:
@@ -82,10 +83,11 @@ def diagnose_failure(
 def diagnose_obstacle(
     job: str, obstacle: Obstacle, waited_seconds: float, pods: Sequence[Pod], events: Sequence[str]
 ) -> Diagnosis:
-    """Why a job is given up before its pods ran."""
+    """Why a job is given up before its pods ran, or though they ended."""
     summary = f"{obstacle} (for {waited_seconds:.0f} s)"
     details = [f"{pod.replica}: {pod.phase}" for pod in pods] + [f"event {event}" for event in events[-5:]]
-    return Diagnosis(job, obstacle.cause, summary, details=tuple(details), job_finished=False)
+    finished = obstacle.cause == Cause.OPERATOR_AWAY
+    return Diagnosis(job, obstacle.cause, summary, details=tuple(details), job_finished=finished)
 
 
 def _exit_cause(end: ContainerExit) -> Cause:

@@ -1,8 +1,8 @@
 """Bringing exactly one job into being for a step, whatever was left by earlier attempts. No Dagster.
 
 Policy: a job of the same step that runs or succeeded, and computes the same thing, is adopted; any other is removed
-first. A create call whose answer was lost is repeated: the name is deterministic, and the stored object's annotation
-tells whether it is ours.
+first, and so are pods whose job is gone. A create call whose answer was lost is repeated: the name is deterministic,
+and the stored object's annotation tells whether it is ours.
 """
 
 import logging
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from resources.kubernetes.errors import ApiUnavailableError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, selector, step_digest
 from resources.kubernetes.outage import Outage
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
@@ -50,12 +50,21 @@ class JobRequest:
     def annotations(self) -> dict[str, str]:
         return {LAUNCH_ANNOTATION: self.launch_id, WORK_ANNOTATION: self.work}
 
+    @property
+    def step_selector(self) -> str:
+        """Jobs and pods of this step in any run."""
+        return selector(**{MANAGED_BY_LABEL: MANAGED_BY, STEP_LABEL: step_digest(self.step_key)})
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        return (self.run_id, *self.ancestor_run_ids)
+
     def owns(self, job: PyTorchJob) -> bool:
         """Whether the job was made for this step by this run or one that it retries."""
         return (
             job.labels.get(MANAGED_BY_LABEL) == MANAGED_BY
             and job.labels.get(STEP_LABEL) == step_digest(self.step_key)
-            and job.run_id in (self.run_id, *self.ancestor_run_ids)
+            and job.run_id in self.run_ids
         )
 
 
@@ -98,8 +107,9 @@ class JobLauncher:
         """The step's job, running or finished, adopted or new. Never leaves two.
 
         JobConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without an
-        answer.
+        answer; PyTorchJobError when the name stays taken, or what is to be replaced does not go away.
         """
+        deadline = self._clock() + self._outage_seconds + self._removal_seconds
         outage = Outage(
             self._clock, self._outage_seconds, logger=self._log, meanwhile="the job is started when there is one"
         )
@@ -111,26 +121,38 @@ class JobLauncher:
                 outage.end()
             except ApiUnavailableError as error:
                 outage.endure(error)
+            if self._clock() > deadline:
+                raise PyTorchJobError(
+                    f"PyTorchJob {request.namespace}/{request.name} could be neither created nor adopted: its name was "
+                    "taken each time, and then free again. See whether another process runs the same step."
+                )
             self._sleep(_PAUSE_SECONDS)
 
     def remove(self, request: JobRequest, *, grace_seconds: int, timeout_seconds: float, settle_seconds: float) -> bool:
         """Delete every job of the step and wait until they and their pods are gone; False when time ran out.
 
-        Looks again until `settle_seconds` have passed: a create call that was cut off may still take effect.
+        Looks again until `settle_seconds` have passed: a create call that was cut off may still take effect. A refusal
+        to do something about the pods is raised only after the jobs were deleted.
         """
         start = self._clock()
         names = {request.name}
         asked: set[str] = set()
+        jobs: list[PyTorchJob] = []
         while self._clock() - start <= timeout_seconds:
             try:
                 jobs = self._own_jobs(request)
                 names.update(job.name for job in jobs)
+                names.update(self._orphaned_names(request, jobs))
                 if not self._clear(request.namespace, jobs, names, asked, grace_seconds) and (
                     self._clock() - start >= settle_seconds
                 ):
                     return True
             except ApiUnavailableError as error:
                 self._log.warning("Still removing the job of step %s: %s", request.step_key, error)
+            except ApiRefusedError:
+                for job in jobs:
+                    self._client.delete(job)
+                raise
             self._sleep(_PAUSE_SECONDS / 2)
         return False
 
@@ -146,23 +168,30 @@ class JobLauncher:
         """Remove what may not stay of the step's earlier jobs, and return the one to adopt."""
         kept: PyTorchJob | None = None
         unwanted: list[PyTorchJob] = []
-        for job in reversed(self._own_jobs(request)):
+        jobs = self._own_jobs(request)
+        for job in reversed(jobs):
             if kept is None and self._adoptable(request, job):
                 kept = job
             else:
                 unwanted.append(job)
-        if unwanted:
-            for job in unwanted:
-                self._log.info("Replacing %s: %s.", job, self._why_not(request, job))
-            self._wait_until_removed(request.namespace, unwanted)
+        for job in unwanted:
+            self._log.info("Replacing %s: %s.", job, self._why_not(request, job))
+        orphaned = self._orphaned_names(request, jobs)
+        if orphaned:
+            self._log.warning("Removing pods of PyTorchJobs that no longer exist: %s", ", ".join(sorted(orphaned)))
+        if unwanted or orphaned:
+            self._wait_until_removed(request.namespace, unwanted, orphaned)
         return kept
+
+    def _orphaned_names(self, request: JobRequest, jobs: Sequence[PyTorchJob]) -> set[str]:
+        """Names of jobs of the step that are gone while their pods live on, so that a new job would run beside them."""
+        known = {job.name for job in jobs}
+        owners = self._client.owners_of_pods(request.namespace, request.step_selector)
+        return {name for name, run_id in owners if name not in known and run_id in request.run_ids}
 
     def _own_jobs(self, request: JobRequest) -> list[PyTorchJob]:
         """Oldest first."""
-        label_selector = selector(
-            **{MANAGED_BY_LABEL: MANAGED_BY, STEP_LABEL: step_digest(request.step_key)},
-        )
-        return [job for job in self._client.find(request.namespace, label_selector) if request.owns(job)]
+        return [job for job in self._client.find(request.namespace, request.step_selector) if request.owns(job)]
 
     @staticmethod
     def _adoptable(request: JobRequest, job: PyTorchJob) -> bool:
@@ -198,15 +227,15 @@ class JobLauncher:
             )
         return None
 
-    def _wait_until_removed(self, namespace: str, jobs: Sequence[PyTorchJob]) -> None:
-        names = {job.name for job in jobs}
+    def _wait_until_removed(self, namespace: str, jobs: Sequence[PyTorchJob], orphaned: set[str]) -> None:
+        names = {job.name for job in jobs} | orphaned
         asked: set[str] = set()
         deadline = self._clock() + self._removal_seconds
         while self._clear(namespace, jobs, names, asked, _REPLACE_GRACE_SECONDS):
             if self._clock() > deadline:
                 raise PyTorchJobError(
-                    f"{', '.join(str(job) for job in jobs)} was deleted {self._removal_seconds:.0f} s ago and "
-                    "still has pods. A second job beside them could spoil their work: look at the pods' finalizers."
+                    f"PyTorchJob {namespace}/{', '.join(sorted(names))} was deleted {self._removal_seconds:.0f} s ago "
+                    "and still has pods. A second job beside them could spoil their work: look at the pods' finalizers."
                 )
             self._sleep(_PAUSE_SECONDS)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,14 +20,14 @@ from dagster_k8s.utils import detect_current_namespace, get_common_labels, sanit
 from dagster_pipes import PipesExtras
 
 from cifar_assets.object_store import ObjectStore
-from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.errors import KubernetesError, added_to, with_notes
 from resources.kubernetes.interrupts import StepContext, interrupts_after, is_being_cancelled
 from resources.kubernetes.limits import WatchLimits
-from resources.kubernetes.logs import LogLine
+from resources.kubernetes.logs import LogLine, show_line
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.diagnosis import Diagnosis
-from resources.pytorch_job.errors import JobFailedError
+from resources.pytorch_job.errors import JobFailedError, PyTorchJobError
 from resources.pytorch_job.labels import JOB_LABEL, OP_LABEL
 from resources.pytorch_job.launch import JobLauncher, JobRequest, Started
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
@@ -136,7 +135,7 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
                 started = launcher.start(request, manifest)
                 self._record(context, started)
                 reader.attach(started.job.launch_id or request.launch_id)
-                self._watch(context, client, started.job, reader, on_log_line or _show)
+                self._watch(context, client, started.job, reader, on_log_line or show_line)
         return PipesClientCompletedInvocation(session, metadata=_metadata(started))
 
     def _request(
@@ -182,8 +181,9 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
         )
         try:
             watcher.wait_until_finished()
-        except JobFailedError:
-            reader.poll()  # what it said last may explain the failure; the failure itself stays the error
+        except JobFailedError as error:
+            with added_to(error, context.log):
+                reader.poll()  # what it said last may explain the failure
             raise
         reader.drain(timeout_seconds=self._drain_timeout_seconds, clock=self._clock, sleeper=self._sleeper)
 
@@ -195,15 +195,17 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
         try:
             yield
         except (DagsterExecutionInterruptedError, KeyboardInterrupt) as interrupt:
-            cancelled = is_being_cancelled(context)
-            with capture_interrupts():  # a second signal must not stop the clean-up
+            cancelled = False
+            with capture_interrupts(), added_to(interrupt, context.log):  # a second signal must not stop the clean-up
+                cancelled = is_being_cancelled(context)
                 self._after_interrupt(context, client, launcher, request, cancelled)
             if cancelled and context.get_step_execution_context().op_retry_policy:
                 raise _cancelled() from interrupt  # Dagster would answer the interrupt itself with a retry
             raise
         except JobFailedError as error:
             if not error.diagnosis.job_finished:
-                self._remove(context, launcher, request, settle_seconds=0)
+                with added_to(error, context.log):
+                    self._remove(context, launcher, request, settle_seconds=0)
             raise
 
     def _after_interrupt(
@@ -217,7 +219,7 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
         if not cancelled:
             context.log.info(
                 f"This process was told to stop, but nobody cancelled the run: PyTorchJob {request.namespace}/"
-                f"{request.name} goes on, and the step's next attempt adopts it."
+                f"{request.name} continues, and the step's next attempt adopts it."
             )
             return
         settle_seconds = client.request_timeout_seconds if launcher.create_in_doubt else 0.0
@@ -233,13 +235,12 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
             settle_seconds=settle_seconds,
         )
         where = f"PyTorchJob {request.namespace}/{request.name} and its pods"
-        if removed:
-            context.log.info(f"{where} are gone.")
-        else:
-            context.log.error(
+        if not removed:
+            raise PyTorchJobError(
                 f"{where} could not be removed within {self._cancel_timeout_seconds:.0f} s. The collector sensor tries "
                 "again; the job's deadline ends it in any case."
             )
+        context.log.info(f"{where} are gone.")
 
     def _record(self, context: StepContext, started: Started) -> None:
         """Write to the event log which job belongs to the step, as Dagster's own re-attaching clients do."""
@@ -295,11 +296,6 @@ def _metadata(started: Started) -> dict[str, Any]:
     return {"pytorch_job": f"{job.namespace}/{job.name}", "pytorch_job_adopted": started.adopted}
 
 
-def _show(line: LogLine) -> None:
-    sys.stdout.write(f"[{line.replica}] {line.text}\n")
-    sys.stdout.flush()
-
-
 @contextmanager
 def _as_dagster_failure() -> Iterator[None]:
     """Turns what goes wrong with the job or the cluster into dg.Failure, with what is known as metadata."""
@@ -307,7 +303,7 @@ def _as_dagster_failure() -> Iterator[None]:
         yield
     except KubernetesError as error:
         metadata = _failure_metadata(error.diagnosis) if isinstance(error, JobFailedError) else {}
-        raise dg.Failure(description=str(error), metadata=metadata, allow_retries=not error.permanent) from error
+        raise dg.Failure(description=with_notes(error), metadata=metadata, allow_retries=not error.permanent) from error
 
 
 def _failure_metadata(diagnosis: Diagnosis) -> Mapping[str, Any]:

@@ -1,119 +1,102 @@
-"""Waiting for a job to end, showing its logs meanwhile. No Dagster; clock and sleeper are given."""
+"""Waiting for a PyTorchJob to end. No Dagster; clock and sleeper are given."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from resources.kubernetes.diagnosis import Cause, Obstacle, PodHistory, find_obstacle
-from resources.kubernetes.errors import ApiUnavailableError
-from resources.kubernetes.limits import WatchLimits
-from resources.kubernetes.logs import LogLine, ReplicaLogs
-from resources.kubernetes.outage import Outage
+from resources.kubernetes.diagnosis import Cause, Obstacle, find_obstacle
+from resources.kubernetes.limits import Patience, WatchLimits
 from resources.kubernetes.pods import Pod
+from resources.kubernetes.watch import Watcher
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
-from resources.pytorch_job.diagnosis import diagnose_failure, diagnose_obstacle
+from resources.pytorch_job.diagnosis import Diagnosis, diagnose_failure, diagnose_obstacle
 from resources.pytorch_job.errors import JobDeletedError, JobFailedError
 from resources.pytorch_job.status import JobState
 
 
-class JobWatcher:
+class JobWatcher(Watcher[PyTorchJob, WatchLimits]):
     """Watches one job to its end."""
 
-    def __init__(
-        self,
-        client: PyTorchJobClient,
-        job: PyTorchJob,
-        *,
-        limits: WatchLimits,
-        on_log_line: Callable[[LogLine], None],
-        on_tick: Callable[[], None],
-        clock: Callable[[], float],
-        sleeper: Callable[[float], None],
-        logger: logging.Logger,
-    ):
+    def __init__(self, client: PyTorchJobClient, job: PyTorchJob, **options: Any):
+        super().__init__(client, job.namespace, **options)
         self._client = client
         self._job = job
-        self._limits = limits
-        self._on_log_line = on_log_line
-        self._on_tick = on_tick
-        self._clock = clock
-        self._sleep = sleeper
-        self._log = logger
-        self._history = PodHistory()
-        self._logs = ReplicaLogs(client, job.namespace, clock)
-        self._outage = Outage(
-            clock, limits.outage_timeout_seconds, logger=logger, meanwhile="the job goes on without being watched"
-        )
-        self._obstacle: Obstacle | None = None
-        self._obstacle_since = 0.0
+        self._patience = Patience(self._limits, self._clock)
+        self._cause: Cause | None = None
         self._state: JobState | None = None
+        self._active_since = self._clock()
 
     def wait_until_finished(self) -> PyTorchJob:
-        """The succeeded job. JobFailedError, JobDeletedError, or ApiUnavailableError after too long an outage."""
-        while True:
-            try:
-                finished = self._look()
-                self._outage.end()
-            except ApiUnavailableError as error:
-                finished = None
-                self._outage.endure(error)
-            self._on_tick()
-            if finished:
-                return finished
-            self._sleep(self._limits.poll_interval_seconds)
+        """The succeeded job. JobFailedError, JobDeletedError, or ApiError after too long an outage."""
+        job = super().wait_until_finished()
+        if job.status.state == JobState.FAILED:
+            raise JobFailedError(self._diagnosis(job))
+        return job
 
-    def _look(self) -> PyTorchJob | None:
-        """One look at the job and its pods; the job when it succeeded."""
+    def _read(self) -> PyTorchJob:
         job = self._client.get(self._job.namespace, self._job.name)
         if job is None or job.uid != self._job.uid or job.deleting:
             raise JobDeletedError(
                 f"{self._job} was deleted by someone else while this step waited for it. Its last state was "
                 f"{self._state or 'unknown'}. Run the step again to start a new job."
             )
-        self._report_change(job)
-        pods = self._client.pods(job.namespace, job.name)
-        self._history.observe(pods)
-        for line in self._logs.poll(pods):
-            self._on_log_line(line)
-        if job.status.state == JobState.SUCCEEDED:
-            return job
-        if job.status.state == JobState.FAILED:
-            raise JobFailedError(
-                diagnose_failure(str(job), job.status, self._history, self._logs.tails, self._events(pods))
-            )
-        self._give_up_if_final(job, pods)
-        self._give_up_if_stuck(job, pods)
-        return None
-
-    def _report_change(self, job: PyTorchJob) -> None:
         if job.status.state != self._state:
             self._state = job.status.state
             self._log.info("%s: %s", job, job.status)
+        return job
 
-    def _give_up_if_final(self, job: PyTorchJob, pods: Sequence[Pod]) -> None:
+    def _pods_of(self, current: PyTorchJob) -> Sequence[Pod]:
+        return self._client.pods(current.namespace, current.name)
+
+    def _is_finished(self, current: PyTorchJob) -> bool:
+        return current.status.state.finished
+
+    def _give_up_if_stuck(self, current: PyTorchJob, pods: Sequence[Pod] | None) -> None:
         if any(end.exit_code in self._limits.final_exit_codes for end in self._history.failures()):
-            found = diagnose_failure(str(job), job.status, self._history, self._logs.tails, self._events(pods))
-            raise JobFailedError(replace(found, job_finished=False))
+            raise JobFailedError(replace(self._diagnosis(current), job_finished=False))
+        self._give_up_if_overdue(current)
+        if pods is None:
+            return
+        obstacle = None if current.status.state == JobState.SUSPENDED else _obstacle(pods)
+        waited = self._patience.spend(obstacle)
+        if obstacle is None:
+            self._cause = None
+            return
+        allowed = self._limits.of(obstacle.cause)
+        if obstacle.cause != self._cause and obstacle.cause not in (Cause.SLOW_START, Cause.NO_PODS):
+            left = max(0.0, allowed - waited)
+            self._log.warning("%s waits: %s. It is given up after %.0f s.", current, obstacle, left)
+        self._cause = obstacle.cause
+        if waited >= allowed:
+            raise JobFailedError(diagnose_obstacle(str(current), obstacle, waited, pods, self._events()))
 
-    def _give_up_if_stuck(self, job: PyTorchJob, pods: Sequence[Pod]) -> None:
-        obstacle = find_obstacle(pods) if pods else Obstacle(Cause.NO_PODS, "job", "the operator has made no pod")
-        if job.status.state == JobState.SUSPENDED:
-            obstacle = None
+    def _give_up_if_overdue(self, job: PyTorchJob) -> None:
+        """Give up what its own deadline should have ended, which the operator and the kubelet keep."""
         now = self._clock()
-        if obstacle is None or self._obstacle is None or obstacle.cause != self._obstacle.cause:
-            self._obstacle_since = now
-            if obstacle and obstacle.cause not in (Cause.SLOW_START, Cause.NO_PODS):
-                allowed = self._limits.of(obstacle.cause)
-                self._log.warning("%s waits: %s. It is given up after %.0f s.", job, obstacle, allowed)
-        self._obstacle = obstacle
-        waited = now - self._obstacle_since
-        if obstacle and waited >= self._limits.of(obstacle.cause):
-            raise JobFailedError(diagnose_obstacle(str(job), obstacle, waited, pods, self._events(pods)))
+        if job.status.state == JobState.SUSPENDED:
+            self._active_since = now
+        waited = now - self._active_since
+        if job.deadline_seconds is None or waited < job.deadline_seconds + self._limits.start_timeout_seconds:
+            return
+        summary = f"still {job.status.state} after {waited:.0f} s, though its deadline is {job.deadline_seconds} s"
+        details = (f"Nobody ended it: check that the training operator runs ({job.status})",)
+        raise JobFailedError(Diagnosis(str(job), Cause.DEADLINE, summary, details=details, job_finished=False))
 
-    def _events(self, pods: Sequence[Pod]) -> list[str]:
-        """Warnings of the job and of its pods, best effort: they only add to a diagnosis."""
-        try:
-            names = [self._job.name, *(pod.name for pod in pods)]
-            return [event for name in names for event in self._client.warnings(self._job.namespace, name)]
-        except ApiUnavailableError:
-            return []
+    def _diagnosis(self, job: PyTorchJob) -> Diagnosis:
+        return diagnose_failure(str(job), job.status, self._history, self._logs.tails, self._events())
+
+    def _events(self) -> list[str]:
+        """Warnings of the job and of its pods."""
+        names = [self._job.name, *(pod.name for pod in self._seen)]
+        return [event for name in names for event in self._client.warnings(self._job.namespace, name)]
+
+
+def _obstacle(pods: Sequence[Pod]) -> Obstacle | None:
+    """What keeps the job from starting or from ending. `pods`: the one that decides about the job's end first."""
+    if not pods:
+        return Obstacle(Cause.NO_PODS, "job", "the operator has made no pod")
+    ended = [pod for pod in pods if pod.phase == "Failed" or (pod is pods[0] and pod.finished)]
+    if ended:
+        text = f"it ended as {ended[0].phase}, and the training operator has not recorded it"
+        return find_obstacle(pods) or Obstacle(Cause.OPERATOR_AWAY, ended[0].replica, text)
+    return find_obstacle(pods)

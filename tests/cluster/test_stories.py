@@ -1,6 +1,7 @@
 """What PipesPyTorchJobClient does on a real cluster with the real operator."""
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,6 +256,77 @@ def test_operator_restarted(story: ClusterStory):
         assert result.success
     assert len(story.names()) == 1
     kubectl("-n", "kubeflow", "rollout", "status", "deploy/training-operator", "--timeout=90s")
+
+
+def scale_operator(replicas: int) -> None:
+    kubectl("-n", "kubeflow", "scale", "deploy/training-operator", f"--replicas={replicas}")
+
+
+@pytest.fixture
+def operator_returns() -> Iterator[None]:
+    yield
+    scale_operator(1)
+    kubectl("-n", "kubeflow", "rollout", "status", "deploy/training-operator", "--timeout=90s")
+
+
+def test_operator_away_until_after_the_end(story: ClusterStory, operator_returns: None):
+    config = story_config("epochs", "20")
+    story.when(story.running, lambda: scale_operator(0))
+    with story.run(config) as first:
+        assert not first.success
+        (event,) = [event for event in first.all_node_events if event.is_step_failure]
+        failure = event.step_failure_data.user_failure_data
+        assert failure
+        assert "operator away" in str(failure.description)
+        assert "master-0: it ended as Succeeded" in str(failure.description)
+    (name,) = story.names()
+    scale_operator(1)
+    with story.run(config, parent=first) as second:
+        assert second.success
+    assert story.names() == [name]
+    assert story.metadata["pytorch_job_adopted"].value is True
+
+
+def test_job_that_vanished_while_its_pod_lives_on(story: ClusterStory):
+    config = story_config("epochs", "30")
+
+    def orphan() -> None:
+        kubectl("-n", story.namespace, "delete", "pytorchjob", *story.names(), "--cascade=orphan")
+
+    story.when(lambda: len(story.epochs) >= 2, orphan)
+    with story.run(config) as first:
+        assert not first.success
+    (pod,) = story.pods()
+    assert pod.status.phase == "Running", "the pod outlived its job"
+    numbers_of_pods: list[int] = []
+    ended = threading.Event()
+
+    def count() -> None:
+        while not ended.wait(0.2):
+            numbers_of_pods.append(len(story.pods()))
+
+    counter = threading.Thread(target=count, daemon=True)
+    counter.start()
+    with story.run(story_config("epochs", "5"), parent=first) as second:
+        assert second.success
+    ended.set()
+    counter.join(10)
+    assert max(numbers_of_pods) == 1, "a second pod ran beside the first"
+    assert [each.metadata.uid for each in story.pods()] != [pod.metadata.uid]
+
+
+def test_logs_and_events_that_may_not_be_read_do_not_change_the_outcome(story: ClusterStory):
+    inside = ["-n", story.namespace, "create"]
+    verbs = "--verb=create,get,list,patch,delete"
+    kubectl(*inside, "role", "no-logs", verbs, "--resource=pytorchjobs.kubeflow.org,pods")
+    kubectl(*inside, "rolebinding", "no-logs", "--role=no-logs", f"--serviceaccount={story.namespace}:no-logs")
+    api = k8s.ApiClient(story.core.api_client.configuration)
+    api.set_default_header("Impersonate-User", f"system:serviceaccount:{story.namespace}:no-logs")
+    story.client = PyTorchJobClient(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
+    with story.run(story_config("epochs", "3")) as result:
+        assert result.success
+    assert (len(story.epochs), story.lines) == (3, [])
+    assert "ended with exit code 3" in story.failure(story_config("fail", "3", restart_policy="Never"))
 
 
 def test_object_store_away_in_mid_run(story: ClusterStory):

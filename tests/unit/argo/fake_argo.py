@@ -53,6 +53,9 @@ class FakeArgo(FakeCluster):
         return copy.deepcopy(self.workflows[name])
 
     def delete_namespaced_custom_object(self, group, version, namespace, plural, name, body, **_: Any):
+        if plural != PLURAL:
+            super().delete_namespaced_custom_object(group, version, namespace, plural, name, body)
+            return
         self.failing("delete")
         workflow = self.workflows[name]
         assert workflow["metadata"]["uid"] == body["preconditions"]["uid"]
@@ -67,6 +70,10 @@ class FakeArgo(FakeCluster):
             return super().list_namespaced_pod(namespace, label_selector)
         self.failing("list pods")
         return SimpleNamespace(items=[k8s_model_from_dict(k8s.V1Pod, pod) for pod in self.step_pods])
+
+    def delete_namespaced_pod(self, name: str, namespace: str, body: Any, **options: Any):
+        self.step_pods = [pod for pod in self.step_pods if pod["metadata"]["name"] != name]
+        return super().delete_namespaced_pod(name, namespace, body, **options)
 
     def step(self, workflow: str, name: str, phase: str, message: str = "", **node: Any) -> None:
         """Let the controller write a step's node, and a pod with its log if `log` is given."""

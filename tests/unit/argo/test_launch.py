@@ -6,12 +6,12 @@ import logging
 import pytest
 
 from resources.argo.client import WorkflowClient
-from resources.argo.errors import WorkflowConflictError
+from resources.argo.errors import WorkflowConflictError, WorkflowError
 from resources.argo.launch import WorkflowLauncher, WorkflowRequest
 from resources.argo.naming import workflow_name
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError
 from tests.unit.argo.fake_argo import FakeArgo
-from tests.unit.pytorch_job.fake_cluster import api_error
+from tests.unit.pytorch_job.fake_cluster import api_error, pod_body
 
 NAME = workflow_name("parity", run_id="run-1", step_key="step")
 
@@ -69,7 +69,7 @@ def test_somebody_elses_is_left_alone(argo: FakeArgo, launcher: WorkflowLauncher
     launcher.submit(request(**change))
     with pytest.raises(WorkflowConflictError, match=NAME):
         launcher.submit(request())
-    assert launcher.remove(request(), timeout_seconds=5)
+    launcher.remove(request(), timeout_seconds=5)
     assert NAME in argo.workflows
 
 
@@ -96,7 +96,7 @@ def test_removing_waits_for_the_job_it_owns(argo: FakeArgo, launcher: WorkflowLa
     job = f"cifar10-{workflow.uid}"
     argo.jobs[job] = {"metadata": {"name": job, "namespace": "cifar", "uid": "job"}}
     argo.seconds_to_delete = 4
-    assert launcher.remove(request(), timeout_seconds=20)
+    launcher.remove(request(), timeout_seconds=20)
     assert argo.patches == [{"metadata": {"uid": "uid-1"}, "spec": {"shutdown": "Terminate"}}]
     assert not argo.workflows
     assert not argo.jobs
@@ -106,7 +106,8 @@ def test_removing_gives_up_in_time(argo: FakeArgo, launcher: WorkflowLauncher) -
     launcher.submit(request())
     argo.seconds_to_delete = 1000
     before = argo.clock.now
-    assert not launcher.remove(request(), timeout_seconds=10)
+    with pytest.raises(WorkflowError, match=r"could not be removed within 10 s"):
+        launcher.remove(request(), timeout_seconds=10)
     assert argo.clock.now - before < 12
 
 
@@ -127,7 +128,7 @@ def test_removing_waits_for_a_create_call_without_an_answer(argo: FakeArgo, laun
     argo.failing = lose
     with pytest.raises(KeyboardInterrupt):
         launcher.submit(request())
-    assert launcher.remove(request(), timeout_seconds=25)
+    launcher.remove(request(), timeout_seconds=25)
     argo.clock.sleep(60)
     assert late.num_submitted == 1
     assert not argo.workflows
@@ -137,3 +138,62 @@ def test_names_are_short_enough_for_pods_and_differ_by_run_and_step() -> None:
     names = {workflow_name("parity", run_id=run, step_key=step) for run in ("a", "b") for step in ("x", "y")}
     assert len(names) == 4
     assert len(workflow_name("p" * 99, run_id="r" * 99, step_key="s" * 99)) <= 40
+
+
+def orphans(argo: FakeArgo, *, job: bool) -> None:
+    """What is left of a workflow that was deleted with `--cascade=orphan`: a step's pod, the job and its pod."""
+    labels = {"cifar/argo-workflow": NAME, "training.kubeflow.org/job-name": "cifar10-old"}
+    if job:
+        metadata = {"name": "cifar10-old", "namespace": "cifar", "uid": "old", "labels": labels}
+        argo.jobs["cifar10-old"] = {"metadata": metadata}
+    body = pod_body("cifar10-old")
+    body["metadata"]["labels"] |= labels
+    argo.pods["cifar10-old"] = [body]
+    argo.step_pods.append({"metadata": {"name": "step", "uid": "step"}, "status": {"phase": "Running"}})
+
+
+@pytest.mark.parametrize("job", [True, False])
+def test_what_outlived_its_workflow_is_gone_before_the_next_is_submitted(
+    argo: FakeArgo, launcher: WorkflowLauncher, job: bool
+) -> None:
+    orphans(argo, job=job)
+    beside: list[object] = []
+    argo.on_submitted = lambda argo, name: beside.extend([*argo.jobs, *argo.pods, *argo.step_pods])
+    assert launcher.submit(request()).uid == "uid-1"
+    assert beside == []
+
+
+def test_removal_takes_what_outlived_its_workflow(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
+    orphans(argo, job=True)
+    launcher.remove(request(), timeout_seconds=25)
+    assert (argo.jobs, argo.pods, argo.step_pods) == ({}, {}, [])
+
+
+def test_what_does_not_go_away_is_named(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
+    orphans(argo, job=False)
+    argo.delete_namespaced_pod = lambda *_, **__: None
+    with pytest.raises(WorkflowError, match=r"pod step.* of an earlier workflow of this name did not go away"):
+        launcher.submit(request())
+
+
+def test_name_that_stays_taken_is_not_tried_for_ever(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
+    def conflict(call: str) -> None:
+        if call == "create":
+            raise api_error(409, "Operation cannot be fulfilled on resourcequotas")
+
+    argo.failing = conflict
+    with pytest.raises(WorkflowError, match="its name was taken each time"):
+        launcher.submit(request())
+
+
+def test_refused_termination_does_not_keep_the_workflow(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
+    launcher.submit(request())
+
+    def refuse(call: str) -> None:
+        if call == "patch":
+            raise api_error(403, "workflows is forbidden")
+
+    argo.failing = refuse
+    with pytest.raises(ApiRefusedError, match="forbidden"):
+        launcher.remove(request(), timeout_seconds=5)
+    assert not argo.workflows

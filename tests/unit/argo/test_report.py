@@ -138,3 +138,35 @@ def test_an_outage_is_endured_for_a_while(argo: FakeArgo, client: WorkflowClient
     argo.failing = lambda call: (_ for _ in ()).throw(api_error(503))
     with pytest.raises(ApiUnavailableError):
         watcher(argo, client, workflow, []).wait_until_finished()
+
+
+@pytest.mark.parametrize("status", [403, 410, 500])
+def test_what_only_adds_to_a_report_does_not_change_the_outcome(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow, status: int
+):
+    argo.step(NAME, "verify-data(0)", "Succeeded", log=STEP_LOG)
+    argo.clock.after(300, lambda: argo.ends(NAME, "Succeeded"))
+    argo.failing = lambda call: (_ for _ in ()).throw(api_error(status)) if call in ("log", "list pods") else None
+    assert watcher(argo, client, workflow, []).wait_until_finished().phase == "Succeeded"
+
+
+def test_log_that_cannot_be_read_does_not_hide_the_diagnosis(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
+):
+    job = f"cifar10-{workflow.uid}"
+    argo.jobs[job] = {"metadata": {"name": job, "namespace": "cifar", "uid": "job"}}
+    argo.condition(job, "Failed", "failed")
+    argo.pods[job] = [pod_body(job, phase="Failed", container_statuses=[container_status(terminated(2))])]
+    argo.step(NAME, "train(0)", "Failed", "failure condition evaluated true")
+    argo.ends(NAME, "Failed")
+    argo.failing = lambda call: (_ for _ in ()).throw(api_error(500)) if call == "log" else None
+    assert "master-0/pytorch ended with exit code 2" in explain(client, current(client))
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_answer_that_says_nothing_about_the_workflow_does_not_end_the_watch(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow, status: int
+):
+    argo.failing = lambda call: (_ for _ in ()).throw(api_error(status)) if argo.clock.now < 1030 else None
+    argo.clock.after(40, lambda: argo.ends(NAME, "Succeeded"))
+    assert watcher(argo, client, workflow, []).wait_until_finished().phase == "Succeeded"

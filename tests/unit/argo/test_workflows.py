@@ -15,6 +15,7 @@ from resources.argo.client import WorkflowClient
 from resources.argo.workflows import ArgoPipeline, argo_from_environment
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.orchestration.test_definitions import KUBERNETES_ENVIRONMENT
+from tests.unit.pytorch_job.fake_cluster import api_error
 
 REQUEST = PipelineRequest(
     dataset_digest="d" * 64,
@@ -134,6 +135,33 @@ def test_cancelling_removes_the_workflow(fake: FakeArgo) -> None:
         materialize(instance)
     assert not fake.workflows
     assert fake.patches[0]["spec"] == {"shutdown": "Terminate"}
+
+
+def test_refused_clean_up_does_not_hide_a_cancellation(fake: FakeArgo) -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def cancel(call: str) -> None:
+            if call == "get" and fake.workflows:
+                fake.failing = refuse
+                (run,) = instance.get_runs()
+                instance.report_run_canceling(run)
+                raise DagsterExecutionInterruptedError()
+
+        def refuse(call: str) -> None:
+            raise api_error(403, "workflows is forbidden")
+
+        fake.failing = cancel
+        result = materialize(instance)
+        error = failure(result).error
+    assert error.cls_name == "DagsterExecutionInterruptedError"
+
+
+def test_report_that_is_not_json_does_not_hide_the_failed_step(fake: FakeArgo) -> None:
+    outputs = {"parameters": [{"name": "model", "value": "Traceback"}]}
+    fake.on_submitted = ending(
+        lambda argo, name: argo.step(name, "verify-model(0)", "Failed", "exit code 1", outputs=outputs), phase="Failed"
+    )
+    assert "failed at step verify-model" in failure(materialize()).user_failure_data.description
 
 
 def test_a_process_that_is_told_to_stop_leaves_it(fake: FakeArgo) -> None:

@@ -158,9 +158,10 @@ class FakeCluster:
 
     def list_namespaced_pod(self, namespace: str, label_selector: str = "", **_: Any):
         self.failing("list pods")
-        name = label_selector.partition("=")[2]
-        models = [k8s_model_from_dict(k8s.V1Pod, body) for body in self.pods.get(name, [])]
-        return SimpleNamespace(items=models)
+        wanted = dict(part.split("=") for part in label_selector.split(","))
+        found = [body for bodies in self.pods.values() for body in bodies]
+        found = [body for body in found if wanted.items() <= body["metadata"]["labels"].items()]
+        return SimpleNamespace(items=[k8s_model_from_dict(k8s.V1Pod, body) for body in found])
 
     def delete_namespaced_pod(self, name: str, namespace: str, body: Any, **_: Any):
         self.failing("delete pod")

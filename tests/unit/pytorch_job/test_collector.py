@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from cifar_assets.errors import StoreError
 from cifar_assets.object_store import FolderStore
 from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL
 from resources.pytorch_job.client import PyTorchJobClient
@@ -19,8 +20,9 @@ from resources.pytorch_job.collector import (
     collect_leftovers,
     collect_messages,
 )
+from resources.pytorch_job.errors import PyTorchJobError
 from resources.pytorch_job.labels import LAUNCH_ANNOTATION, MANAGED_BY
-from tests.unit.pytorch_job.fake_cluster import FakeCluster
+from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error
 
 NOW = 100_000.0
 FAILURE, CANCELED, SUCCESS = (
@@ -52,7 +54,7 @@ def test_active_job_is_collected_when_its_run_ended_long_enough_ago(
     client: PyTorchJobClient, cluster: FakeCluster, end: RunEnd | None, collected: bool
 ):
     create(client, "job", "run")
-    found = collect_leftovers(client, "space", lambda run_id: end, now=NOW, failure_grace_seconds=900)
+    found = collect_leftovers(client, "space", lambda run_id: end, now=NOW, failure_grace_seconds=900, problems=[])
     assert [leftover.job.name for leftover in found] == (["job"] if collected else [])
     assert ("job" in cluster.jobs) != collected
 
@@ -62,7 +64,7 @@ def test_finished_and_foreign_jobs_are_left_alone(client: PyTorchJobClient, clus
     cluster.condition("finished", "Succeeded")
     create(client, "foreign", "run", managed=False)
     end = RunEnd(CANCELED, 0)
-    assert collect_leftovers(client, "space", lambda run_id: end, now=NOW, failure_grace_seconds=0) == []
+    assert collect_leftovers(client, "space", lambda run_id: end, now=NOW, failure_grace_seconds=0, problems=[]) == []
     assert set(cluster.jobs) == {"finished", "foreign"}
 
 
@@ -105,3 +107,37 @@ def test_sensor_collects_by_the_instances_runs(
         result: Any = sensor(dg.build_sensor_context(instance=instance))
     assert set(cluster.jobs) == {"wanted", "of-another-instance"}
     assert "leftover" in result.skip_message
+
+
+def test_job_that_cannot_be_deleted_does_not_keep_the_others_and_is_named(
+    client: PyTorchJobClient, cluster: FakeCluster, tmp_path: Path
+):
+    class Away(FolderStore):
+        def list(self, prefix: str = ""):
+            raise StoreError("the store is away", transient=True)
+
+    refused: list[str] = []
+
+    def refuse_once(call: str) -> None:
+        if call == "delete" and not refused:
+            refused.append(call)
+            raise api_error(500, "etcdserver: request timed out")
+
+    cluster.failing = refuse_once
+    sensor = build_pytorch_job_collector(
+        lambda context: CollectorTarget(client, "space", Away(tmp_path)), failure_grace_seconds=0
+    )
+
+    @dg.job
+    def training() -> None: ...
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        failed = instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED)
+        instance.report_run_failed(failed)
+        for name in ("first", "second", "third"):
+            create(client, name, failed.run_id)
+        with pytest.raises(PyTorchJobError) as caught:
+            sensor(dg.build_sensor_context(instance=instance))
+    assert list(cluster.jobs) == ["first"]
+    for text in ("deleted: second, third", "Could not delete PyTorchJob space/first", "the store is away"):
+        assert text in str(caught.value)

@@ -1,4 +1,4 @@
-"""Exactly one job for a step, whatever earlier attempts left (cases C13 and C15)."""
+"""Exactly one job for a step, whatever earlier attempts left."""
 
 import logging
 from dataclasses import replace
@@ -234,3 +234,73 @@ def test_removal_says_when_it_ran_out_of_time(launcher: JobLauncher, cluster: Fa
 
     cluster.failing = fail
     assert not launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+
+
+def orphaned_pod(cluster: FakeCluster, request: JobRequest, phase: str = "Running") -> None:
+    """What `kubectl delete pytorchjob --cascade=orphan` leaves."""
+    body = pod_body(request.name, phase=phase)
+    body["metadata"]["labels"] |= request.labels
+    cluster.pods[request.name] = [body]
+
+
+@pytest.mark.parametrize(
+    "next_request", [replace(REQUEST, launch_id="2nd"), retry(), retry(work="other digest")], ids=str
+)
+def test_pods_whose_job_vanished_are_gone_before_the_next_is_created(
+    launcher: JobLauncher, cluster: FakeCluster, next_request: JobRequest
+):
+    start(launcher)
+    cluster.jobs.clear()
+    orphaned_pod(cluster, REQUEST)
+    seen: list[bool] = []
+    cluster.before_create = lambda: seen.append(bool(cluster.pods))
+    assert not start(launcher, next_request).adopted
+    assert seen == [False]
+    assert list(cluster.jobs) == [next_request.name]
+
+
+def test_pods_whose_job_vanished_are_removed_beside_a_job_that_is_adopted(launcher: JobLauncher, cluster: FakeCluster):
+    start(launcher)
+    orphaned_pod(cluster, replace(REQUEST, name="job-9"))
+    assert start(launcher, retry()).adopted
+    assert cluster.pods == {}
+
+
+def test_pods_of_another_run_or_step_are_left_alone(launcher: JobLauncher, cluster: FakeCluster):
+    orphaned_pod(cluster, replace(REQUEST, name="job-8", run_id="run-2"))
+    orphaned_pod(cluster, replace(REQUEST, name="job-9", step_key="other"))
+    start(launcher)
+    assert set(cluster.pods) == {"job-8", "job-9"}
+
+
+def test_removal_takes_pods_whose_job_vanished(launcher: JobLauncher, cluster: FakeCluster):
+    orphaned_pod(cluster, replace(REQUEST, name="job-9"))
+    assert launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+    assert cluster.pods == {}
+
+
+def test_name_that_stays_taken_is_not_tried_for_ever(launcher: JobLauncher, cluster: FakeCluster):
+    """As a quota that is being updated answers each time."""
+
+    def conflict(call: str) -> None:
+        if call == "create":
+            raise api_error(409, "Operation cannot be fulfilled on resourcequotas")
+
+    cluster.failing = conflict
+    with pytest.raises(PyTorchJobError, match="neither created nor adopted"):
+        start(launcher)
+
+
+@pytest.mark.parametrize("call", ["list pods", "delete pod"])
+def test_refused_pods_do_not_keep_the_job(launcher: JobLauncher, cluster: FakeCluster, call: str):
+    start(launcher)
+    cluster.pods["job-0"] = [pod_body("job-0")]
+
+    def refuse(made: str) -> None:
+        if made == call:
+            raise api_error(403, "pods is forbidden")
+
+    cluster.failing = refuse
+    with pytest.raises(ApiRefusedError, match="forbidden"):
+        launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+    assert cluster.jobs == {}

@@ -1,10 +1,11 @@
-"""Dagster runs over the fake cluster: what a user sees, and case C15 (twins of tests/cluster/test_stories.py)."""
+"""Dagster runs over the fake cluster: what a user sees (twins of tests/cluster/test_stories.py)."""
 
 import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -18,8 +19,11 @@ from cifar_assets.pipes_store import STORE_URI_PARAM
 from resources.kubernetes.limits import WatchLimits
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
+from resources.pytorch_job.messages import PipesStoreMessageReader
 from resources.pytorch_job.pipes import PipesPyTorchJobClient
+from resources.pytorch_job.watch import JobWatcher
 from tests.unit.pytorch_job.fake_cluster import (
+    RUNNING,
     FakeCluster,
     api_error,
     container_status,
@@ -423,3 +427,102 @@ def test_name_that_breaks_the_rule_is_refused_before_any_call(story: Story):
     assert not result.success
     assert "DNS-1035" in str(story.failure_of(result))
     assert calls == []
+
+
+def never_starts(cluster: FakeCluster, name: str) -> None:
+    condition = {"type": "PodScheduled", "status": "False", "message": "0/1 nodes are available"}
+    cluster.pods[name] = [pod_body(name, phase="Pending", conditions=[condition])]
+
+
+@pytest.mark.parametrize(("status", "text"), [(403, "pytorchjobs is forbidden"), (500, "could not be removed within")])
+def test_refused_clean_up_is_added_to_the_first_error(story: Story, status: int, text: str):
+    def refuse(call: str) -> None:
+        if call in ("delete", "delete pod"):
+            raise api_error(status, "pytorchjobs is forbidden")
+
+    story.cluster.on_created = never_starts
+    story.cluster.failing = refuse
+    description = str(story.failure_of(story.run()).user_failure_data.description)
+    assert "(unschedulable)" in description.splitlines()[0]
+    assert "0/1 nodes are available" in description
+    assert text in description
+
+
+def test_refused_clean_up_does_not_hide_a_cancellation(story: Story):
+    def refuse(call: str) -> None:
+        if call in ("delete", "delete pod"):
+            raise api_error(403, "forbidden")
+
+    story.cluster.on_created = runs_and_succeeds(seconds=3600)
+    story.cluster.failing = refuse
+    story.cluster.clock.after(20, story.cancel)
+    with execute(story) as result:
+        run = story.instance.get_run_by_id(result.run_id)
+        assert run
+        assert run.status == dg.DagsterRunStatus.CANCELED
+
+
+def test_last_messages_that_cannot_be_handled_do_not_hide_the_failure(story: Story, monkeypatch: pytest.MonkeyPatch):
+    def break_down(self: object) -> None:
+        raise ValueError("not a message")
+
+    def act(cluster: FakeCluster, name: str) -> None:
+        failing(137, "OOMKilled")(cluster, name)
+        cluster.after_create = lambda: monkeypatch.setattr(PipesStoreMessageReader, "_poll", break_down)
+
+    story.cluster.on_created = act
+    monkeypatch.setattr(JobWatcher, "wait_until_finished", once_ticked(JobWatcher.wait_until_finished))
+    description = str(story.failure_of(story.run()).user_failure_data.description)
+    assert "out of memory" in description.splitlines()[0]
+    assert "not a message" in description
+
+
+def once_ticked(wait: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The wait, without its own reading of messages."""
+
+    def wait_without_ticks(watcher: Any) -> Any:
+        watcher._on_tick = lambda: None
+        return wait(watcher)
+
+    return wait_without_ticks
+
+
+def test_closed_output_does_not_change_the_outcome(story: Story, monkeypatch: pytest.MonkeyPatch):
+    class Closed:
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+        def flush(self) -> None: ...
+
+    story.cluster.on_created = runs_and_succeeds(10, log="2026-01-01T00:00:00Z loss 0.5\n")
+    monkeypatch.setattr("resources.kubernetes.logs.sys", SimpleNamespace(stdout=Closed()))
+    assert story.run().success
+
+
+def test_job_that_vanished_while_its_pods_live_on_gets_no_second_one_beside_it(story: Story):
+    beside: list[bool] = []
+
+    def act(cluster: FakeCluster, name: str) -> None:
+        beside.append(bool(cluster.pods))
+        body = pod_body(name, container_statuses=[container_status(RUNNING)])
+        body["metadata"]["labels"] |= cluster.jobs[name]["metadata"]["labels"]
+        cluster.pods[name] = [body]
+        if cluster.num_created == 1:
+            cluster.clock.after(20, cluster.jobs.clear)
+        else:
+            cluster.clock.after(20, lambda: cluster.condition(name, "Succeeded"))
+
+    story.cluster.on_created = act
+    assert story.run().success
+    assert beside == [False, False]
+
+
+def test_job_whose_end_nobody_recorded_is_adopted_by_the_next_attempt(story: Story):
+    def act(cluster: FakeCluster, name: str) -> None:
+        cluster.pods[name] = [pod_body(name, phase="Succeeded")]
+        cluster.condition(name, "Running")
+        cluster.clock.after(2500, lambda: cluster.condition(name, "Succeeded"))
+
+    story.cluster.on_created = act
+    assert story.run().success
+    assert story.cluster.num_created == 1

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from resources.kubernetes.diagnosis import Cause
-from resources.kubernetes.errors import ApiUnavailableError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError
 from resources.kubernetes.limits import WatchLimits
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.errors import JobDeletedError, JobFailedError
+from resources.pytorch_job.status import JobState
 from resources.pytorch_job.watch import JobWatcher
 from tests.unit.pytorch_job.fake_cluster import (
     RUNNING,
@@ -267,3 +268,144 @@ def test_api_outage_longer_than_the_limit_ends_the_watch(watched: Watched, clust
     with pytest.raises(ApiUnavailableError, match="away"):
         watched.wait()
     assert cluster.clock() - 1000 <= 10 + LIMITS.outage_timeout_seconds + 2
+
+
+def fail_on(cluster: FakeCluster, *calls: str, status: int = 500, seconds: float | None = None) -> None:
+    def fail(call: str) -> None:
+        if call in calls:
+            raise api_error(status, "no")
+
+    cluster.failing = fail
+    if seconds is not None:
+        cluster.clock.after(seconds, lambda: setattr(cluster, "failing", lambda call: None))
+
+
+@pytest.mark.parametrize("status", [403, 404, 410, 500, 503])
+@pytest.mark.parametrize("call", ["log", "events", "list pods"])
+def test_what_only_adds_to_a_report_does_not_change_the_outcome(
+    watched: Watched, cluster: FakeCluster, call: str, status: int
+):
+    watched.create(runs_and_succeeds(seconds=2000, log="2026-01-01T00:00:00Z epoch 1\n"))
+    fail_on(cluster, call, status=status)
+    assert watched.wait().status.state == JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_log_that_cannot_be_read_does_not_hide_the_cause_of_a_failure(
+    watched: Watched, cluster: FakeCluster, status: int
+):
+    ended = container_status(terminated(3))
+    watched.create(pods_at(0, pod_body("job", phase="Failed", container_statuses=[ended])))
+    cluster.clock.after(20, lambda: cluster.condition("job", "Failed"))
+    fail_on(cluster, "log", "events", status=status)
+    watched.fails(Cause.EXIT_CODE, "exit code 3")
+    assert cluster.clock() < 1000 + 60
+
+
+def test_last_lines_are_read_again_for_a_short_time(watched: Watched, cluster: FakeCluster):
+    ended = container_status(terminated(3))
+    watched.create()
+    cluster.pods["job"] = [pod_body("job", phase="Failed", container_statuses=[ended])]
+    cluster.logs["job-master-0"] = "2026-01-01T00:00:00Z ValueError: no such column\n"
+    cluster.condition("job", "Failed")
+    fail_on(cluster, "log", seconds=8)
+    watched.fails(Cause.EXIT_CODE, "ValueError: no such column")
+
+
+@pytest.mark.parametrize("status", [403, 404, 409, 410, 500, 507])
+def test_answer_that_says_nothing_about_the_job_does_not_end_the_watch(
+    watched: Watched, cluster: FakeCluster, status: int
+):
+    watched.create(runs_and_succeeds(seconds=100))
+    cluster.clock.after(10, lambda: fail_on(cluster, "get", status=status, seconds=30))
+    assert watched.wait().status.state == JobState.SUCCEEDED
+
+
+def test_refusal_that_lasts_ends_the_watch(watched: Watched, cluster: FakeCluster):
+    watched.create(runs_and_succeeds(seconds=500))
+    cluster.clock.after(10, lambda: fail_on(cluster, "get", status=403))
+    with pytest.raises(ApiRefusedError, match="Role of docs"):
+        watched.wait()
+    assert cluster.clock() - 1000 <= 10 + LIMITS.outage_timeout_seconds + 2
+
+
+def succeeds_without_the_operator(cluster: FakeCluster, name: str) -> None:
+    cluster.pods[name] = [
+        pod_body(name, phase="Succeeded", container_statuses=[container_status(terminated(0, "Completed"))]),
+        pod_body(name, "worker-0", container_statuses=[container_status(RUNNING)]),
+    ]
+    cluster.condition(name, "Running")
+
+
+def test_pods_that_ended_while_the_operator_is_away_end_the_watch(watched: Watched, cluster: FakeCluster):
+    watched.create(succeeds_without_the_operator)
+    error = watched.fails(Cause.OPERATOR_AWAY, "master-0: it ended as Succeeded", "training operator", "adopts it")
+    assert LIMITS.start_timeout_seconds <= cluster.clock() - 1000 <= LIMITS.start_timeout_seconds + 3
+    assert error.diagnosis.job_finished, "the job is not removed"
+    assert not error.permanent
+
+
+def test_operator_that_comes_back_in_time_is_waited_for(watched: Watched, cluster: FakeCluster):
+    watched.create(succeeds_without_the_operator)
+    cluster.clock.after(250, lambda: cluster.condition("job", "Succeeded"))
+    assert watched.wait().status.state == JobState.SUCCEEDED
+
+
+def test_worker_that_ended_before_its_master_is_no_obstacle(watched: Watched, cluster: FakeCluster):
+    master = pod_body("job", container_statuses=[container_status(RUNNING)])
+    watched.create(pods_at(0, master, pod_body("job", "worker-0", phase="Succeeded")))
+    cluster.clock.after(2000, lambda: cluster.condition("job", "Succeeded"))
+    assert watched.wait().status.state == JobState.SUCCEEDED
+
+
+def alternating(cluster: FakeCluster, *bodies: dict[str, Any], every: float, times: int) -> None:
+    for n in range(times):
+        body = bodies[n % len(bodies)]
+        cluster.clock.after(n * every, lambda body=body: cluster.pods.__setitem__("job", [body]))
+
+
+def waiting(reason: str) -> dict[str, Any]:
+    status = container_status({"waiting": {"reason": reason, "message": ""}})
+    return pod_body("job", phase="Pending", container_statuses=[status])
+
+
+NO_NODE = {"type": "PodScheduled", "status": "False", "message": "0/1 nodes"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        waiting("ContainerCreating"),
+        pod_body("job", phase="Pending", conditions=[NO_NODE]),
+        pod_body("job", container_statuses=[container_status(RUNNING)]),
+    ],
+    ids=["creating", "unschedulable", "running"],
+)
+def test_pod_that_flaps_is_given_up(watched: Watched, cluster: FakeCluster, other: dict[str, Any]):
+    watched.create()
+    alternating(cluster, waiting("ErrImagePull"), other, every=5, times=400)
+    watched.fails(Cause.IMAGE, "ErrImagePull (for 2")
+    assert cluster.clock() - 1000 < 3 * LIMITS.blocked_timeout_seconds
+
+
+def test_obstacles_of_long_ago_are_forgotten(watched: Watched, cluster: FakeCluster):
+    """Preempted now and then, it waits for a node again, and trains for long in between."""
+    watched.create()
+    running = pod_body("job", container_statuses=[container_status(RUNNING)])
+    unschedulable = pod_body("job", phase="Pending", conditions=[NO_NODE])
+    for n in range(5):
+        cluster.clock.after(1000 * n, lambda: cluster.pods.__setitem__("job", [unschedulable]))
+        cluster.clock.after(1000 * n + 50, lambda: cluster.pods.__setitem__("job", [running]))
+    cluster.clock.after(5000, lambda: cluster.condition("job", "Succeeded"))
+    assert watched.wait().status.state == JobState.SUCCEEDED
+
+
+def test_job_that_outlives_its_deadline_is_given_up(watched: Watched, cluster: FakeCluster):
+    """The operator is gone, and the node that would end the pod as well."""
+    watched.create(runs_and_succeeds(seconds=100_000))
+    cluster.jobs["job"]["spec"] = {"runPolicy": {"activeDeadlineSeconds": 1000}}
+    cluster.clock.after(500, lambda: cluster.condition("job", "Suspended"))
+    cluster.clock.after(5000, lambda: cluster.condition("job", "Running"))
+    error = watched.fails(Cause.DEADLINE, "still Running", "its deadline is 1000 s")
+    assert 6298 <= cluster.clock() - 1000 <= 6310, "the time for which it was suspended does not count"
+    assert not error.diagnosis.job_finished
