@@ -15,6 +15,7 @@ from cifar_assets.checks.model import trained_model_checks
 from cifar_assets.checks.parity import argo_parity_checks
 from cifar_assets.checks.service import inference_service_checks
 from cifar_assets.deployment import executor_for, resources_for, sensors_for
+from cifar_assets.prune.job import prune_job, prune_weekly
 
 # Parts of Dagster used here on purpose are marked as beta or preview; each would warn in every process of every run.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
@@ -31,8 +32,8 @@ defs = dg.Definitions(
         inference_service_checks,
         argo_parity_checks,
     ],
-    jobs=jobs.ALL,
-    schedules=[jobs.verify_service_daily],
+    jobs=[*jobs.ALL, prune_job],
+    schedules=[jobs.verify_service_daily, prune_weekly],
     sensors=[*sensors.ALL, *sensors_for()],
     resources=resources_for(),
     executor=executor_for(),

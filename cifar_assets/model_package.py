@@ -73,6 +73,7 @@ def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str,
         for name, data in files.items():
             if not package.exists(name):
                 package.write(name, data)
+        package.write(MANIFEST_FILE, manifest.to_bytes())  # as young as its last training
         return digest
     for name, sha256 in manifest.files.items():
         if sha256_bytes(files[name]) != sha256:

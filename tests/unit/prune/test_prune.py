@@ -1,0 +1,387 @@
+"""Pruning removes what nothing needs, says so first, and never what something needs."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
+from cifar_assets.assets.upstream import DATA_VERSION_TAG
+from cifar_assets.dataset.processed import read_processed
+from cifar_assets.dataset.raw import current_raw_digest, make_current, read_raw
+from cifar_assets.dataset.reader import open_split
+from cifar_assets.digests import canonical_json
+from cifar_assets.model_package import read_manifest
+from cifar_assets.object_store import FolderStore
+from cifar_assets.prune import run as prune_run
+from cifar_assets.prune.__main__ import main
+from cifar_assets.prune.job import prune_job
+from cifar_assets.prune.policy import Policy
+from cifar_assets.prune.run import PruneError
+from resources.mlflow import LocalMlflow
+from resources.object_store import LocalObjectStore
+from tests.unit.prune.conftest import KEPT, Generation, Serving, World, png
+
+
+def is_whole(world: World, generation: Generation) -> bool:
+    """Whether the model and all that it came from can be read."""
+    stores = world.stores
+    if not stores.models.exists(f"{generation.model}/manifest.json"):
+        return False
+    read_manifest(stores.models.at(generation.model), generation.model)
+    open_split(stores.processed, generation.processed, "train")
+    make_current(stores.raw, generation.raw)
+    return True
+
+
+def is_gone(world: World, generation: Generation) -> bool:
+    prefixes = (f"models/{generation.model}", f"processed-data/{generation.processed}")
+    return not any(key.startswith((*prefixes, f"raw-data/versions/{generation.raw}")) for key in world.all_keys())
+
+
+def test_without_apply_nothing_changes_and_everything_to_go_is_named(world: World) -> None:
+    before = world.all_keys()
+    report = world.prune(apply=False)
+    assert world.all_keys() == before
+    assert all(line.startswith("Would remove ") for line in world.lines)
+    for generation in world.generations[:-KEPT]:
+        for digest in (generation.raw, generation.processed, generation.model):
+            assert any(digest in line for line in world.lines)
+    listed = {(removal.kind, removal.name) for removal in report.removals}
+    applied = world.prune(apply=True)
+    assert {(removal.kind, removal.name) for removal in applied.removals} == listed
+    assert applied.size == report.size > 0
+    assert world.prune(apply=True).removals == []
+
+
+def test_the_newest_versions_stay_whole_and_older_ones_go(world: World) -> None:
+    world.prune()
+    assert all(is_whole(world, generation) for generation in world.generations[-KEPT:])
+    assert all(is_gone(world, generation) for generation in world.generations[:-KEPT])
+    shards = {
+        f"processed-data/{shard.file}"
+        for generation in world.generations[-KEPT:]
+        for shard in read_processed(world.stores.processed, generation.processed).files
+    }
+    assert {key for key in world.all_keys() if "/shards/" in key} == shards
+    objects = {
+        f"raw-data/{item.key}"
+        for generation in world.generations[-KEPT:]
+        for item in read_raw(world.stores.raw, generation.raw).objects
+    }
+    assert {key for key in world.all_keys() if "/objects/" in key} == objects
+
+
+def test_landing_zone_rejected_objects_and_pointers_are_never_removed(world: World) -> None:
+    world.stores.raw.write("rejected/cat/x.png", b"bad")
+    world.stores.raw.write("landing/old.png", b"nobody reads this")
+    world.grow_old()
+    before = world.all_keys()
+    world.prune(keep_versions=1)
+    after = world.all_keys()
+    for prefix in ("raw-data/landing/", "raw-data/rejected/", "raw-data/current.json", "raw-data/landing-memory.json"):
+        assert {key for key in before if key.startswith(prefix)} == {key for key in after if key.startswith(prefix)}
+
+
+def serve(world: World, generation: Generation) -> Serving:
+    return Serving(digest=generation.model)
+
+
+def register(world: World, generation: Generation) -> None:
+    client = world.mlflow.client()
+    world.mlflow.prepare()
+    client.create_registered_model(world.mlflow.registered_model)
+    client.create_model_version(world.mlflow.registered_model, "file:///none", tags={"model_digest": generation.model})
+
+
+def crown(world: World, generation: Generation) -> None:
+    register(world, generation)
+    world.mlflow.client().set_registered_model_alias(world.mlflow.registered_model, "champion", "1")
+
+
+def pin_model(world: World, generation: Generation) -> None:
+    world.stores.models.write(f"pinned/{generation.model}", b"")
+
+
+def deploy(world: World, generation: Generation) -> None:
+    record(world, INFERENCE_SERVICE, generation.model)
+    record(world, INFERENCE_SERVICE, world.generations[-1].model)
+
+
+def train(world: World, generation: Generation) -> None:
+    record(world, TRAINED_MODEL, generation.model)
+
+
+def name_in_a_run(world: World, generation: Generation) -> None:
+    config = {"ops": {"x": {"config": {"model_digest": generation.model}}}}
+    world.instance.add_run(dg.DagsterRun(job_name="deploy", run_config=config, status=dg.DagsterRunStatus.STARTED))
+
+
+def record(world: World, key: dg.AssetKey, digest: str) -> None:
+    world.instance.report_runless_asset_event(dg.AssetMaterialization(key, tags={DATA_VERSION_TAG: digest}))
+
+
+@pytest.mark.parametrize("use", [serve, register, crown, pin_model, deploy, train, name_in_a_run])
+def test_a_model_in_use_stays_with_all_it_came_from(
+    use: Callable[[World, Generation], Serving | None], world: World
+) -> None:
+    old = world.generations[0]
+    serving = use(world, old)
+    world.prune(serving=serving)
+    assert is_whole(world, old)
+    assert all(is_gone(world, generation) for generation in world.generations[1:-KEPT])
+
+
+@pytest.mark.parametrize("use", ["pinned", "current", "materialized raw", "materialized processed", "RETRAIN_CONFIG"])
+def test_data_in_use_stays(use: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = world.generations[0]
+    if use == "pinned":
+        world.stores.models.write(f"pinned/{old.processed}", b"")
+    elif use == "current":
+        make_current(world.stores.raw, old.raw)
+    elif use == "materialized raw":
+        record(world, RAW_DATASET, old.raw)
+    elif use == "materialized processed":
+        record(world, PROCESSED_DATASET, old.processed)
+    else:
+        monkeypatch.setenv("RETRAIN_CONFIG", f'{{"dataset_digest": "{old.processed}"}}')
+    world.prune()
+    make_current(world.stores.raw, old.raw)
+    if use not in ("current", "materialized raw"):
+        open_split(world.stores.processed, old.processed, "train")
+
+
+def test_nothing_young_is_removed(world: World) -> None:
+    world.prune(min_age_hours=(time.time() + 86_400) / 3600)
+    assert all(is_whole(world, generation) for generation in world.generations)
+
+
+def test_a_version_built_again_while_pruning_survives(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = world.generations[0]
+    orphans = prune_run.orphans
+
+    def build_first(*arguments):
+        for number in range(1, len(world.generations)):
+            world.stores.raw.delete(f"landing/cat/{number}.png")
+        assert world.build() == old
+        return orphans(*arguments)
+
+    monkeypatch.setattr(prune_run, "orphans", build_first)
+    world.prune()
+    assert is_whole(world, old)
+
+
+def test_a_version_published_again_since_it_was_listed_survives(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = world.generations[0]
+    models = prune_run.prune_models
+
+    def publish_between(*arguments):
+        selection = models(*arguments)
+        for number in range(1, len(world.generations)):
+            world.stores.raw.delete(f"landing/cat/{number}.png")
+        assert world.build() == old
+        return selection
+
+    monkeypatch.setattr(prune_run, "prune_models", publish_between)
+    world.prune()
+    assert is_whole(world, old)
+
+
+def test_an_object_in_use_again_is_young_again(world: World) -> None:
+    """A build that finds the objects of an old version may be about to use them."""
+    old = world.generations[0]
+    shard = read_processed(world.stores.processed, old.processed).shards["train"][-1]
+    for number in range(1, len(world.generations)):
+        world.stores.raw.delete(f"landing/cat/{number}.png")
+    assert world.build() == old
+    info = world.stores.processed.stat(shard.file)
+    assert info is not None
+    assert time.time() - info.last_modified.timestamp() < 600
+
+
+def test_who_does_not_answer_stops_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = world.all_keys()
+
+    class Away(Serving):
+        def status(self):
+            raise ConnectionError("no route to host")
+
+    with pytest.raises(PruneError, match=r"Nothing was removed.*no route to host"):
+        world.prune(serving=Away())
+    (world.folder / "mlflow").mkdir(exist_ok=True)
+    (world.folder / "mlflow" / "mlflow.db").write_bytes(b"not a database")
+    with pytest.raises(PruneError, match="Nothing was removed"):
+        world.prune()
+    assert world.all_keys() == before
+
+
+def test_a_damaged_manifest_stops_it(world: World) -> None:
+    world.stores.models.write(f"{world.generations[-1].model}/manifest.json", b"{}")
+    before = world.all_keys()
+    with pytest.raises(PruneError, match=world.generations[-1].model):
+        world.prune()
+    assert world.all_keys() == before
+
+
+def test_what_trainings_left_goes_when_it_is_old(world: World) -> None:
+    models, kept, gone = world.stores.models, world.generations[-1].model, world.generations[0].model
+    old = {
+        f"{'f' * 64}/model.onnx": b"of a model that was never finished",
+        f"checkpoints/{'a' * 64}/step-000000001-{'b' * 64}.safetensors": b"x",
+        "pipes/messages/job-1/process/00000000.jsonl": b"{}",
+        "pipes/read/job-1/mark": b"{}",
+        f"jobs/{'1' * 64}.json": canonical_json({"model_digest": gone}),
+        f"jobs/{'2' * 64}.json": canonical_json({"model_digest": kept}),
+        "resnet18_cifar10.pth": b"weights",
+    }
+    for key, data in old.items():
+        models.write(key, data)
+    world.grow_old()
+    models.write(f"checkpoints/{'c' * 64}/step-000000001-{'d' * 64}.safetensors", b"young")
+    for number, generation in enumerate(world.generations):
+        path = models.local_path(f"{generation.model}/manifest.json")
+        assert path is not None
+        os.utime(path, (number, number))
+    world.prune()
+    left = {info.key for info in models.list()}
+    assert left & old.keys() == {f"jobs/{'2' * 64}.json", "resnet18_cifar10.pth"}
+    assert f"checkpoints/{'c' * 64}/step-000000001-{'d' * 64}.safetensors" in left
+
+
+def log_model(world: World, generation: Generation) -> str:
+    """A finished MLflow run with an artifact, registered as the trainer registers it; the run's id."""
+    client = world.mlflow.client()
+    experiment = client.get_experiment_by_name(world.mlflow.experiment)
+    number = (
+        experiment.experiment_id
+        if experiment
+        else client.create_experiment(world.mlflow.experiment, world.mlflow.artifact_uri())
+    )
+    run = client.create_run(number, start_time=1)
+    path = world.folder / "model.onnx"
+    path.write_bytes(b"weights")
+    client.log_artifact(run.info.run_id, str(path), "model")
+    client.set_terminated(run.info.run_id, "FINISHED", 2)
+    client.create_model_version(
+        world.mlflow.registered_model,
+        f"{run.info.artifact_uri}/model",
+        run.info.run_id,
+        tags={"model_digest": generation.model},
+    )
+    return run.info.run_id
+
+
+def artifacts(world: World) -> int:
+    return len([path for path in (world.folder / "mlflow").rglob("model.onnx") if path.is_file()])
+
+
+@pytest.fixture
+def tracked(world: World) -> list[str]:
+    world.mlflow.prepare()
+    world.mlflow.client().create_registered_model(world.mlflow.registered_model)
+    return [log_model(world, generation) for generation in world.generations]
+
+
+def test_artifacts_of_runs_deleted_in_mlflow_go(world: World, tracked: list[str]) -> None:
+    client = world.mlflow.client()
+    client.delete_run(tracked[0])
+    world.prune()
+    assert artifacts(world) == len(tracked), "a registered version still names it"
+    client.delete_model_version(world.mlflow.registered_model, "1")
+    world.prune()
+    assert artifacts(world) == len(tracked) - 1
+    assert is_gone(world, world.generations[0])
+    assert is_whole(world, world.generations[1])
+
+
+def test_registered_versions_are_retired_when_asked_to(world: World, tracked: list[str]) -> None:
+    client, name = world.mlflow.client(), world.mlflow.registered_model
+    client.set_registered_model_alias(name, "champion", "1")
+    world.prune(retire_registered=True)
+    assert artifacts(world) == len(tracked), "they were registered a moment ago"
+    world.prune(retire_registered=True, min_age_hours=0)
+    left = {version.version for version in client.search_model_versions(f"name = '{name}'")}
+    assert {str(version) for version in left} == {"1", "4", "5"}
+    assert artifacts(world) == 3
+    assert client.get_run(tracked[1]).info.lifecycle_stage == "deleted"
+    assert [is_whole(world, generation) for generation in world.generations] == [True, False, False, True, True]
+
+
+def test_temporary_files_and_compute_logs_go_when_they_are_old(world: World) -> None:
+    temporary = world.folder / "tmp"
+    logs = Path(world.instance.storage_directory()).parent / "storage"
+    old_paths = [temporary / "cifar-landed-abc" / "object", temporary / f"cifar-shards-{os.getuid()}" / "old"]
+    new_paths = [temporary / f"cifar-shards-{os.getuid()}" / "new", temporary / "other" / "file"]
+    manager = world.instance.compute_log_manager
+    log = Path(manager.get_captured_local_path(["run-1", "compute_logs", "step"], "err"))  # pyright: ignore[reportAttributeAccessIssue]
+    for path in (*old_paths, *new_paths, log):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    for path in (*old_paths, old_paths[0].parent, log, new_paths[1]):
+        os.utime(path, (0, 0))
+    world.prune()
+    assert [path.exists() for path in (*old_paths, *new_paths, log)] == [False, False, True, True, False], logs
+
+
+def test_the_command_lists_pins_and_removes(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resources = {
+        "object_store": LocalObjectStore(path=str(world.folder / "store")),
+        "mlflow": LocalMlflow(path=str(world.folder / "mlflow")),
+        "serving": Serving(),
+    }
+    monkeypatch.setattr("cifar_assets.prune.__main__.resources_for", lambda: resources)
+    monkeypatch.setattr("cifar_assets.prune.__main__.find_instance", lambda: world.instance)
+    old = world.generations[0]
+    assert main(["--pin", old.model]) == 0
+    assert main(["--keep-versions", "2"]) == 0
+    assert "Nothing was removed. With --apply, this removes" in capsys.readouterr().out
+    assert not is_gone(world, world.generations[1])
+    assert main(["--keep-versions", "2", "--apply"]) == 0
+    assert is_whole(world, old)
+    assert is_gone(world, world.generations[1])
+    assert main(["--unpin", old.model]) == 0
+    make_current(world.stores.raw, world.generations[-1].raw)
+    assert main(["--keep-versions", "2", "--apply"]) == 0
+    assert not world.stores.models.exists(f"{old.model}/manifest.json")
+    assert main(["--pin", "latest"]) == 1
+    assert "'latest' is not a digest" in capsys.readouterr().err
+    assert main(["--keep-versions", "0"]) == 1
+
+
+def test_the_job_reports_what_it_removed(world: World) -> None:
+    resources = {"object_store": LocalObjectStore(path=str(world.folder / "store")), "mlflow": world.mlflow}
+    config = {"ops": {"prune_unused": {"config": {"keep_versions": KEPT, "apply": True}}}}
+    result = prune_job.execute_in_process(
+        run_config=config, instance=world.instance, resources={**resources, "serving": Serving()}
+    )
+    (output,) = [event for event in result.all_events if event.event_type_value == "STEP_OUTPUT"]
+    metadata = output.step_output_data.metadata
+    assert metadata["applied"].value is True
+    assert str(metadata["model"].value).startswith("3, ")
+    assert is_gone(world, world.generations[0])
+
+
+def test_the_defaults_keep_five_and_remove_nothing_by_themselves() -> None:
+    assert Policy().keep_versions == 5
+    assert Policy().min_age_hours == 24
+    assert not Policy().retire_registered
+
+
+def test_the_store_of_a_fresh_checkout_can_be_pruned(world: World) -> None:
+    empty = World(
+        world.folder / "fresh", world.stores, [], world.instance, LocalMlflow(path=str(world.folder / "none")), []
+    )
+    assert empty.prune().removals == []
+    assert not (world.folder / "none").exists()
+    assert current_raw_digest(FolderStore(world.folder / "fresh" / "store" / "raw-data")) is None
+
+
+def test_a_landed_image_whose_pack_was_removed_is_packed_again(world: World) -> None:
+    world.prune(keep_versions=1)
+    world.stores.raw.write("landing/dog/new.png", png(100))
+    assert is_whole(world, world.build())
