@@ -215,6 +215,11 @@ class App:
         except Exception as error:
             self._answer(request, _fault_response(request, error))
             return
+        if len(self._tasks) >= self._limits.max_pending_requests // 2:
+            limit = f"at most {self._limits.max_pending_requests // 2} large requests at a time"
+            busy = BusyError("server", limit, str(len(self._tasks)), retry_after=self._batcher.retry_after())
+            self._answer(request, error_response(busy))
+            return
         task = asyncio.get_running_loop().create_task(self._predict_large(request, parse, parsed, started))
         self._tasks.add(task)  # the loop itself keeps none
         task.add_done_callback(self._tasks.discard)
@@ -307,8 +312,8 @@ def _fault_response(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestError):
         return error_response(error)
     if isinstance(error, NotFiniteError):
-        _log.error("%s %s: %s", request.method, request.path, error)
+        _log.error("%s %s: %s", shorten(request.method), shorten(request.path), error)
         return json_response({"error": f"{error} There is no class to name: the model is broken."}, 500)
     if not isinstance(error, ConnectionAbortedError):
-        _log.error("%s %s failed", request.method, request.path, exc_info=error)
+        _log.error("%s %s failed", shorten(request.method), shorten(request.path), exc_info=error)
     return json_response({"error": "The server failed on this request; its log says why."}, 500)

@@ -40,6 +40,7 @@ class BusyError(RequestError):
 
 
 def shorten(value: object) -> str:
-    """A value as it may be repeated in an error: printable and short, whatever a client sent."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"
+    """A value as it may be repeated in an error or a log: printable and short, whatever a client sent."""
+    text = ascii(value[:100] if isinstance(value, (str, bytes)) else value)
+    size = len(value) if isinstance(value, (str, bytes)) else len(text)
+    return text if len(text) <= 60 else f"{text[:60]}... ({size} characters)"

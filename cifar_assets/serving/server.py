@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ from cifar_assets.serving.settings import ServerSettings
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.02
+_OTHER_FILES = 128
 
 
 def run_server(settings: ServerSettings) -> None:
@@ -48,6 +50,7 @@ def run_server(settings: ServerSettings) -> None:
         _report(settings, state="loaded")
         if not sys.stdin.readline():
             raise ConfigError("Whoever asked for this server has gone.")
+    _allow_open_files(settings.limits.max_connections + _OTHER_FILES)
     uvloop.run(_Server(settings, listener, control).serve(classifier))
 
 
@@ -127,6 +130,14 @@ class _Server:
             since=time.time(),
             log_file=settings.log_file,
         )
+
+
+def _allow_open_files(number: int) -> None:
+    """Raise the number of files this process may open, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < number:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (number if hard < 0 else min(number, hard), hard))
 
 
 def _report(settings: ServerSettings, **message: object) -> None:

@@ -26,6 +26,7 @@ OUTPUT_NAMES = ("probabilities", "logits")
 INPUT_METADATA = {"name": MODEL_INPUT, "datatype": DATATYPE, "shape": [-1, *IMAGE_SHAPE]}
 OUTPUT_METADATA = [{"name": name, "datatype": "FP32", "shape": [-1, len(CLASSES)]} for name in OUTPUT_NAMES]
 
+_MAX_ID_CHARACTERS = 1024
 _PIXELS = int(np.prod(IMAGE_SHAPE))
 _SHAPE_NAME = f"[N, {', '.join(map(str, IMAGE_SHAPE))}]"
 
@@ -52,8 +53,8 @@ def parse_infer(body: bytes, header_length: bytes | None, limits: ServingLimits)
     num_images = _num_images(tensor, limits)
     images = _tensor_data(tensor, num_images, view[num_json_bytes:], binary=header_length is not None)
     request_id = request.get("id")
-    if request_id is not None and not isinstance(request_id, str):
-        raise RequestError("id", "a text", kind_of(request_id))
+    if request_id is not None and not (isinstance(request_id, str) and len(request_id) <= _MAX_ID_CHARACTERS):
+        raise RequestError("id", f"a text of at most {_MAX_ID_CHARACTERS} characters", kind_of(request_id))
     return InferRequest(images, request_id, _outputs(request))
 
 

@@ -215,6 +215,17 @@ def test_small_pictures_do_not_wait_for_large_ones(quick):
     assert quick.post(PREDICT, *body).status == 200
 
 
+def test_large_requests_take_half_of_the_places_at_most(tmp_path):
+    uri, digest = store_tiny_model(FolderStore(tmp_path / "models"))
+    with run_server(uri, digest, tmp_path, "--max-pending-requests", "4") as server, ThreadPoolExecutor(12) as pool:
+        futures = [pool.submit(server.post, PREDICT, *large_pictures(2, 2800)) for _ in range(24)]
+        while not all(future.done() for future in futures):
+            assert predict(server).status == 200
+        answers = [future.result() for future in futures]
+        assert {answer.status for answer in answers} == {200, 429}
+        assert any("at most 2 large requests" in answer.json["error"] for answer in answers if answer.status == 429)
+
+
 def test_a_killed_server_breaks_off_and_another_one_serves_at_once(tmp_path):
     with slow_server(tmp_path, 8) as server, ThreadPoolExecutor(1) as pool:
         future = pool.submit(predict, server)

@@ -116,6 +116,7 @@ def test_a_huge_claim_costs_nothing():
         (request(inputs=[tensor(), tensor(name="mask")]), "inputs[1].name", "'mask'"),
         (request(inputs=[tensor(), tensor()]), "inputs", "2 times"),
         (request(id=3), "id", "the number 3"),
+        (request(id="x" * 1025), "id", "(1025 characters)"),
         (request(parameters=[]), "parameters", "a list"),
         (request(parameters={"binary_data_output": "yes"}), "parameters.binary_data_output", "'yes'"),
         (request(outputs=3), "outputs", "the number 3"),
