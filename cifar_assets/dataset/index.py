@@ -26,6 +26,7 @@ PREPARATION = 2
 """Raised whenever `prepare_image` gives other pixels for an image it accepted before, or refuses it."""
 
 INDEX_PREFIX = "index/"
+_VERSION = "1"
 MAX_REFUSED_ROWS = 100_000
 """Of one object; with more, the object as a whole is refused."""
 
@@ -80,7 +81,7 @@ def dump_index(index: ObjectIndex) -> bytes:
     """The index as bytes."""
     tensors = {"digests": index.digests, "labels": index.labels, "splits": index.splits}
     refused = json.dumps({str(row): reason for row, reason in index.refused.items()})
-    return save(tensors, {"refused": refused})
+    return save(tensors, {"refused": refused, "version": _VERSION})
 
 
 def parse_index(data: bytes) -> ObjectIndex | None:
@@ -88,6 +89,8 @@ def parse_index(data: bytes) -> ObjectIndex | None:
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        if header["__metadata__"].get("version", _VERSION) != _VERSION:  # the first indexes had none
+            return None
         refused = {int(row): str(why) for row, why in json.loads(header["__metadata__"]["refused"]).items()}
         digests, labels, splits = (tensors[name] for name in ("digests", "labels", "splits"))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
@@ -89,6 +90,7 @@ class _Seen(BaseModel):
 class _Memory(BaseModel):
     """Digests of landed objects by key, and pixel digests of single images by the digest of their bytes."""
 
+    version: Literal[1] = 1
     preparation: str
     seen: dict[str, _Seen] = Field(default_factory=dict)
     pixels: dict[str, str] = Field(default_factory=dict)

@@ -127,6 +127,7 @@ def publish(raw: ObjectStore, manifest: RawManifest, source: str, landed_names: 
     """Write the manifest, last of all that the version needs, and make the version current if it can be used."""
     digest = manifest.digest
     provenance = {
+        "version": 1,
         "source": shown(source),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "landed": landed_names,
@@ -178,7 +179,7 @@ def make_current(raw: ObjectStore, digest: str) -> None:
     finding = splits_filled(raw, manifest.objects, manifest.resize)
     if not finding.passed:
         raise DataError(f"Raw version {digest} cannot be used: {finding.reason}")
-    raw.write(CURRENT_KEY, canonical_json({"digest": digest, "manifest": _manifest_key(digest)}))
+    raw.write(CURRENT_KEY, canonical_json({"version": 1, "digest": digest, "manifest": _manifest_key(digest)}))
 
 
 def list_raw_digests(raw: ObjectStore) -> list[str]:
@@ -212,9 +213,11 @@ def list_raw_versions(raw: ObjectStore) -> list[VersionInfo]:
 
 def read_provenance(raw: ObjectStore, digest: str) -> dict[str, object]:
     """Where a version came from (source, created, landed names by sha256), not covered by the digest; {} if unknown."""
-    if not raw.exists(_provenance_key(digest)):
+    try:
+        found = json.loads(raw.read(_provenance_key(digest)))
+    except (ObjectNotFoundError, ValueError):
         return {}
-    return dict(json.loads(raw.read(_provenance_key(digest))))
+    return found if isinstance(found, dict) and found.get("version", 1) == 1 else {}
 
 
 def _manifest_key(digest: str) -> str:

@@ -23,7 +23,7 @@ class ModelReport:
 
     def to_json(self) -> str:
         verdict = {**asdict(self.verdict), "passed": self.verdict.passed, "reason": self.verdict.reason}
-        return json.dumps({**self.result, **verdict}, sort_keys=True)
+        return json.dumps({"version": 1, **self.result, **verdict}, sort_keys=True)
 
 
 def verify_model(models: ObjectStore, plan: Plan, threshold: float) -> ModelReport:

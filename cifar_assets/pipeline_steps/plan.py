@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +21,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    version: Literal[1] = 1
     run: str = Field(min_length=1, description="Identifies the run: no two runs share a name.")
     raw_digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="Raw version behind the dataset.")
     replicas: int = Field(default=1, ge=1, le=64, description="Pods that train.")

@@ -10,6 +10,8 @@ from cifar_assets.errors import DataError
 from cifar_assets.training.finite import first_not_finite
 from cifar_assets.training.recipes import Recipe
 
+_POSITION_VERSION = 1
+
 
 @dataclass
 class EpochRecord:
@@ -35,11 +37,13 @@ class Position:
     history: list[EpochRecord] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"version": _POSITION_VERSION, **asdict(self)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Position":
-        """The position `to_json` gave. Raises DataError for anything else."""
+        """The position that `to_json` gave; without a version it is of the first form. DataError for anything else."""
+        if (version := value.get("version", _POSITION_VERSION)) != _POSITION_VERSION:
+            raise DataError(f"Its position has version {version}, expected {_POSITION_VERSION}: train again.")
         try:
             history = [EpochRecord(**record) for record in value["history"]]
             return cls(value["epoch"], value["step"], value["epoch_seconds"], history)

@@ -51,12 +51,14 @@ def parse_result(run: str, text: str) -> PipelineResult:
     """The result from the last step's report. TrainingError for one that it did not write."""
     try:
         report = json.loads(text)
+        if report.get("version", 1) != 1:
+            raise ValueError(f"its version is {report['version']}, expected 1")
         fields = ("model_digest", "model_uri", "mlflow_run_id", "mlflow_model_version", "resumed_from")
         training = TrainingResult(**{name: report[name] for name in fields})
         verdict = Verdict(
             training.model_digest, report["test_accuracy"], report["threshold"], tuple(report.get("objections", ()))
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"{run} reported a model as {text!r}, which cannot be read: {error}") from error
     return PipelineResult(run, training, verdict)
 
