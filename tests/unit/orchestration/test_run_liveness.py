@@ -44,35 +44,27 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def materialize(
-    processes: list[subprocess.Popen[bytes]], folder: Path, kind: str
-) -> tuple[subprocess.Popen[bytes], Path]:
+def materialize(processes: list[subprocess.Popen[bytes]], folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
     """`dagster asset materialize` in the background; gives the file with its output too."""
     output = folder / f"output-{len(processes)}"
-    command = [
-        "dagster",
-        "asset",
-        "materialize",
-        "--select",
-        "model",
-        "-m",
-        "tests.unit.orchestration.pool_definitions",
-    ]
-    config = {"ops": {"model": {"config": {"kind": kind}}}}
+    command = ["dagster", "asset", "materialize", "--select", "model", "-m", "tests.fixtures.pool_definitions"]
     with output.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command, "--config-json", json.dumps(config)], stdout=file, stderr=file
-        )
+        process = subprocess.Popen([sys.executable, "-m", *command], stdout=file, stderr=file)
     processes.append(process)
     return process, output
 
 
-def kill_while_it_works(processes: list[subprocess.Popen[bytes]], folder: Path, kind: str) -> None:
-    process, output = materialize(processes, folder, kind)
-    wait_until(lambda: (folder / f"started-{process.pid}").exists() or process.poll() is not None, "the asset to start")
+def kill_while_it_works(processes: list[subprocess.Popen[bytes]], folder: Path, *, with_child: bool = False) -> None:
+    (folder / "hold-model").touch()
+    if with_child:
+        (folder / "with-child").touch()
+    process, output = materialize(processes, folder)
+    wait_until(lambda: (folder / "log-model").exists() or process.poll() is not None, "the asset to start")
     assert process.poll() is None, output.read_text()
     process.kill()
     process.wait()
+    for name in ("hold-model", "with-child"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def num_slots(instance: dg.DagsterInstance) -> tuple[int, int]:
@@ -88,11 +80,11 @@ def failure_of(instance: dg.DagsterInstance, run_id: str) -> str:
 def test_the_command_after_a_killed_one_fails_its_run_and_takes_its_slot(
     folder: Path, instance: dg.DagsterInstance, processes: list[subprocess.Popen[bytes]]
 ) -> None:
-    kill_while_it_works(processes, folder, "wait")
+    kill_while_it_works(processes, folder)
     (killed,) = instance.get_runs()
     assert killed.status == dg.DagsterRunStatus.STARTED
     assert num_slots(instance) == (1, 0)
-    process, output = materialize(processes, folder, "quick")
+    process, output = materialize(processes, folder)
     assert process.wait(120) == 0, output.read_text()
     assert f"Run {killed.run_id} was found dead" in output.read_text()
     assert instance.get_run_by_id(killed.run_id).status == dg.DagsterRunStatus.FAILURE  # pyright: ignore
@@ -105,9 +97,9 @@ def test_a_command_says_whom_it_waits_for_and_takes_over_when_that_run_is_killed
     folder: Path, instance: dg.DagsterInstance, processes: list[subprocess.Popen[bytes]]
 ) -> None:
     """The killed run's child, as a trainer that still writes its checkpoint, keeps the slot until it has ended."""
-    kill_while_it_works(processes, folder, "child")
+    kill_while_it_works(processes, folder, with_child=True)
     (killed,) = instance.get_runs()
-    process, output = materialize(processes, folder, "quick")
+    process, output = materialize(processes, folder)
     wait_until(lambda: "Waiting for the pool" in output.read_text() or process.poll() is not None, "the message")
     assert f"held by run {killed.run_id}, which is STARTED" in output.read_text()
     assert not is_dead(instance, killed.run_id)
@@ -119,8 +111,8 @@ def test_a_command_says_whom_it_waits_for_and_takes_over_when_that_run_is_killed
 def test_a_killed_command_that_was_waiting_blocks_nobody(
     folder: Path, instance: dg.DagsterInstance, processes: list[subprocess.Popen[bytes]]
 ) -> None:
-    kill_while_it_works(processes, folder, "child")
-    waiting, output = materialize(processes, folder, "quick")
+    kill_while_it_works(processes, folder, with_child=True)
+    waiting, output = materialize(processes, folder)
     wait_until(lambda: "Waiting for the pool" in output.read_text() or waiting.poll() is not None, "the message")
     waiting.kill()
     waiting.wait()
@@ -191,4 +183,18 @@ def test_slots_of_a_run_that_ended_or_was_deleted_are_freed(instance: dg.Dagster
     else:
         instance.report_run_failed(run)
     settle_dead_runs(instance)
+    assert num_slots(instance) == (0, 0)
+
+
+def test_two_commands_at_once_run_one_after_the_other(
+    folder: Path, instance: dg.DagsterInstance, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    (folder / "hold-model").touch()
+    both = [materialize(processes, folder) for _ in range(2)]
+    wait_until(lambda: any("Waiting for the pool" in output.read_text() for _, output in both), "one to wait")
+    assert len((folder / "log-model").read_text().split()) == 1
+    (folder / "hold-model").unlink()
+    for process, output in both:
+        assert process.wait(120) == 0, output.read_text()
+    assert sorted((folder / "log-model").read_text().split()) == sorted(str(process.pid) for process, _ in both)
     assert num_slots(instance) == (0, 0)
