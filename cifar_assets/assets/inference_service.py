@@ -140,6 +140,10 @@ def _version(context: dg.AssetExecutionContext, mlflow: MlflowResource, digest: 
 def _record(context: dg.AssetExecutionContext, mlflow: MlflowResource, verdict: Verdict) -> None:
     """Tell MLflow the decision. The decision holds without it, so its absence is a warning."""
     try:
-        mlflow.record_decision(verdict, context.run_id)
+        if mlflow.record_decision(verdict, context.run_id) is None:
+            context.log.warning(
+                f"Model {verdict.model_digest} has no version in MLflow: the gate's decision is not recorded there, "
+                "and the alias champion stays where it is. The log of its training says why."
+            )
     except Exception as error:
         context.log.warning(f"MLflow did not take the gate's decision ({verdict.reason}): {error}")

@@ -3,8 +3,10 @@
 Dagster runs are real, in an instance of the test's own, and so is the sqlite store.
 """
 
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -162,6 +164,17 @@ def test_with_mlflow_away_the_tick_says_so_and_a_later_one_closes(
     assert status(mlflow, left) == "RUNNING"
     tick(instance, mlflow)
     assert status(mlflow, left) == "KILLED"
+
+
+def test_a_database_of_another_mlflow_is_named_with_the_command(
+    instance: dg.DagsterInstance, mlflow: LocalMlflow, tmp_path: Path
+):
+    shutil.copy(Path(mlflow.path, "mlflow.db"), tmp_path)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("update alembic_version set version_num = 'bf29a5ff90ea'")
+    said = tick(instance, LocalMlflow(path=str(tmp_path)))
+    assert "Nothing was closed." in said
+    assert f"mlflow db upgrade sqlite:///{tmp_path}/mlflow.db" in said
 
 
 def test_without_mlflow_the_tick_says_so_and_makes_nothing(instance: dg.DagsterInstance, tmp_path: Path):
