@@ -172,8 +172,8 @@ class Connection(asyncio.Protocol):
             self.deadline = self.since + self._limits.header_timeout
         else:
             limit = f"at most {self._limits.max_connections} connections"
-            self._is_done_reading = True
             self._write(error_response(BusyError("server", limit, "one more", retry_after=1)), close=True)
+            self._close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_done_reading = self._is_closing = True
@@ -414,7 +414,7 @@ class Connection(asyncio.Protocol):
         """Close once all is sent. A client that is still sending is heard out, or it would not see the answer."""
         self._is_done_reading = self._is_closing = True
         self.since = time.monotonic()
-        self.deadline = self.since + _DISCARD_SECONDS
+        self.deadline = self.since + (_DISCARD_SECONDS if discard else self._limits.body_timeout)
         if discard and self._transport.can_write_eof():
             self._transport.write_eof()
             if self._is_paused:

@@ -438,8 +438,10 @@ def test_a_connection_too_many_is_refused_while_all_others_are_answered():
         first = await server.connect()
         first.send(GET)
         await server.until(lambda: bool(server.held))
-        answer = await (await server.connect()).answer()
+        client = await server.connect()
+        answer = await client.answer()
         assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+        assert await client.is_closed()
 
     story(tell, max_connections=1)
 
