@@ -35,8 +35,6 @@ READ_SECONDS = Histogram("request_preprocess_seconds", "Reading a request and de
 PREDICT_SECONDS = Histogram("request_predict_seconds", "Waiting for the model and running it.", ["model_name"])
 RENDER_SECONDS = Histogram("request_postprocess_seconds", "Writing the answer.", ["model_name"])
 
-_INLINE_PIXELS = 128 * 128
-"""Decoded on the event loop: about as long as a request takes otherwise."""
 _METRICS_SECONDS = 0.25
 _SECONDS_PER_PIXEL = 50e-9
 """How much later a picture's turn comes for each of its pixels."""
@@ -204,7 +202,7 @@ class App:
         try:
             if len(request.body) <= self._limits.small_body_bytes:
                 images, render = parse(request)
-                if isinstance(images, Pictures) and images.num_pixels <= _INLINE_PIXELS:
+                if isinstance(images, Pictures) and images.num_pixels <= self._limits.small_pixels:
                     images = images.decode()
                 if not isinstance(images, Pictures):
                     self._submit(request, images, render, started)

@@ -67,10 +67,8 @@ class Ticket:
             self.done(self.logits if finite else NotFiniteError("The model answered with values that are not finite."))
 
 
-@dataclass(frozen=True)
-class _Part:
-    ticket: Ticket
-    images: Images
+_Batch = list[tuple[Ticket, Images]]
+"""Requests, each with those of its images that are in the batch."""
 
 
 class MicroBatcher:
@@ -85,7 +83,7 @@ class MicroBatcher:
         self._num_waiting = 0
         self._seconds_per_image = 0.0
         self._is_busy = False
-        self._batches: SimpleQueue[list[_Part] | None] = SimpleQueue()
+        self._batches: SimpleQueue[_Batch | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
         QUEUE_IMAGES.set_function(lambda: self._num_waiting)
@@ -130,9 +128,9 @@ class MicroBatcher:
         if batch:
             self._batches.put(batch)
 
-    def _take(self) -> list[_Part]:
+    def _take(self) -> _Batch:
         """The next batch. A request that is larger than what is left of it goes behind the others with its rest."""
-        parts: list[_Part] = []
+        parts: _Batch = []
         room = self._batch_images
         while self._waiting and room:
             ticket = self._waiting.popleft()
@@ -144,16 +142,16 @@ class MicroBatcher:
             ticket.num_taken += len(images)
             self._num_waiting -= len(images)
             room -= len(images)
-            parts.append(_Part(ticket, images))
+            parts.append((ticket, images))
             if ticket.num_taken < len(ticket.images):
                 self._waiting.append(ticket)
         return parts
 
-    def _finish(self, batch: list[_Part], outcome: Logits | Exception, seconds: float) -> None:
-        num_images = sum(len(part.images) for part in batch)
+    def _finish(self, batch: _Batch, outcome: Logits | Exception, seconds: float) -> None:
+        num_images = sum(len(images) for _, images in batch)
         self._seconds_per_image = seconds / num_images
         if isinstance(outcome, Exception):
-            failed = {part.ticket for part in batch}
+            failed = {ticket for ticket, _ in batch}
             for ticket in failed & set(self._waiting):
                 self._waiting.remove(ticket)
                 self._num_waiting -= len(ticket.images) - ticket.num_taken
@@ -161,18 +159,18 @@ class MicroBatcher:
         RUN_SECONDS.observe(seconds)
         BATCH_IMAGES.observe(num_images)
         start = 0
-        for part in batch:
+        for ticket, images in batch:
             if isinstance(outcome, Exception):
-                part.ticket.done(outcome)
+                ticket.done(outcome)
             else:
-                part.ticket.add(outcome[start : start + len(part.images)])
-                start += len(part.images)
+                ticket.add(outcome[start : start + len(images)])
+                start += len(images)
 
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:
             started = time.monotonic()
             try:
-                images = batch[0].images if len(batch) == 1 else np.concatenate([part.images for part in batch])
+                images = batch[0][1] if len(batch) == 1 else np.concatenate([images for _, images in batch])
                 outcome: Logits | Exception = self._run(images)
             except Exception as error:
                 _log.exception("The model failed on a batch of %d requests", len(batch))

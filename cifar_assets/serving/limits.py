@@ -19,6 +19,8 @@ class ServingLimits:
     """Images in one request."""
     max_pixels: int = 16 * 1024 * 1024
     """Pixels of all pictures in one request, before they are scaled down."""
+    small_pixels: int = 128 * 128
+    """Pictures up to this size are decoded on the event loop: it takes about as long as the rest of a request."""
     max_connections: int = 512
     """One more takes the place of the connection that has waited longest for its client."""
     max_pending_requests: int = 256

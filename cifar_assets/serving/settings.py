@@ -19,7 +19,7 @@ _LIMIT_OPTIONS = ("batch_images", "queue_images", "max_pending_requests", "max_c
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Options of one server process. Times are seconds."""
+    """Options of one server process, explained by `--help`. Times are seconds."""
 
     model_uri: str
     model_digest: str
@@ -27,23 +27,15 @@ class ServerSettings:
     host: str
     port: int
     threads: int | None
-    """Threads of one run of the model; None for as many as there are CPUs."""
     drain_delay: float
-    """After SIGTERM: how long to keep accepting while readiness already says no, for load balancers to notice."""
     linger: float
-    """Then: how long open connections may still bring requests, each answered with `Connection: close`."""
     grace: float
-    """Then: how long requests that were begun may take."""
     fd: int | None
-    """A listening socket to take over in place of host and port."""
     report_fd: int | None
-    """Where to report its state, one JSON object per line."""
-    limits: ServingLimits
     control_dir: Path | None
-    """Folder of the local deployment: the server waits for a line on its input, then takes over from the old one."""
     annotations: dict[str, str]
-    """What the local deployment remembers of the decision to serve this model."""
     log_file: str
+    limits: ServingLimits
 
     @property
     def identity(self) -> ModelIdentity:
@@ -67,14 +59,18 @@ def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, st
     pending, connections = str(_DEFAULTS.max_pending_requests), str(_DEFAULTS.max_connections)
     parser.option("max-pending-requests", "requests answered at a time", kind=_positive, default=pending)
     parser.option("max-connections", "open connections", kind=_positive, default=connections)
-    parser.option("drain-delay", "seconds to keep accepting after SIGTERM", kind=_seconds, default="0")
-    parser.option("linger", "seconds to serve open connections after that", kind=_seconds, default="2")
-    parser.option("grace", "seconds to finish begun requests after that", kind=_seconds, default="30")
+    parser.option(
+        "drain-delay", "seconds to accept after SIGTERM, with readiness saying no", kind=_seconds, default="0"
+    )
+    parser.option("linger", "seconds that open connections may then bring requests", kind=_seconds, default="2")
+    parser.option("grace", "seconds that requests in progress may then take", kind=_seconds, default="30")
     parser.option("fd", "descriptor of a listening socket, in place of host and port", kind=int)
-    parser.option("report-fd", "descriptor to report state to", kind=int)
-    parser.option("control-dir", "folder of the local deployment", kind=Path)
-    parser.option("annotations", "what the local deployment remembers, as JSON", kind=json.loads, default="{}")
-    parser.option("log-file", "where its output goes, for the local deployment to say", default="")
+    parser.option("report-fd", "descriptor to report state to, one JSON object a line", kind=int)
+    parser.option("control-dir", "folder of a local deployment: wait for a line on stdin, then take over", kind=Path)
+    parser.option(
+        "annotations", "what the local deployment remembers of the decision, as JSON", kind=json.loads, default="{}"
+    )
+    parser.option("log-file", "where the output goes, for the local deployment to say", default="")
     values = vars(parser.parse_args(arguments))
     values["model_version"] = values["model_version"] or values["model_digest"][:12]
     limits = ServingLimits(**{name: values.pop(name) for name in _LIMIT_OPTIONS})

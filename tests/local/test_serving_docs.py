@@ -13,7 +13,6 @@ from PIL import Image
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.object_store import FolderStore
-from cifar_assets.serving.app import _INLINE_PIXELS
 from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.settings import parse_settings
 from tests.unit.serving.server_process import run_server
@@ -75,7 +74,7 @@ def test_the_numbers_are_those_of_the_code():
         f"| pictures in a request | {limits.max_images} |",
         f"(`--max-pending-requests`) | {limits.max_pending_requests} |",
         f"beyond the first {limits.small_body_bytes // 2**10} KiB of each | {limits.max_pending_bytes // 2**20} MiB |",
-        f"over {limits.small_body_bytes // 2**10} KiB, or more than {_INLINE_PIXELS:,} pixels to decode | "
+        f"over {limits.small_body_bytes // 2**10} KiB, or more than {limits.small_pixels:,} pixels to decode | "
         f"{limits.max_pending_requests // 2} |",
         f"| pixels waiting to be decoded | {limits.max_pending_pixels:,} |",
         f"(`--queue-images`) | {limits.queue_images}, a quarter",
