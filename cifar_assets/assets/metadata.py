@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import dagster as dg
@@ -14,7 +14,7 @@ from cifar_assets.dataset.raw import RawVersion
 from cifar_assets.dataset.reader import open_split
 from cifar_assets.dataset.sheet import sample_sheet
 from cifar_assets.dataset.splits import SPLIT_NAMES
-from cifar_assets.errors import CifarError
+from cifar_assets.errors import CifarError, ObjectNotFoundError
 from cifar_assets.gate import Verdict
 from cifar_assets.model_package import (
     CARD_FILE,
@@ -101,8 +101,8 @@ def of_processed(processed: ObjectStore, version: ProcessedVersion, previous: st
             {"channel": name, "mean": mean, "std": std}
             for name, mean, std in zip(("red", "green", "blue"), manifest.mean, manifest.std, strict=True)
         ),
-        "samples": dg.MetadataValue.md(
-            as_markdown(sample_sheet(open_split(processed, version.digest, "train")), "training images by class")
+        "samples": _picture(
+            "training images by class", lambda: sample_sheet(open_split(processed, version.digest, "train"))
         ),
     }
     if previous is not None:
@@ -140,25 +140,41 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
         "resumed_from": result.resumed_from or "the start",
         RUN_METADATA: mlflow.run_link(result.mlflow_run_id),
     }
-    if history := metrics.get("history"):
-        metadata["curves"] = dg.MetadataValue.md(as_markdown(training_curves(history), "loss and accuracy by epoch"))
-    if counts := metrics.get("confusion_matrix"):
-        picture = as_markdown(confusion_matrix(counts, CLASSES), "confusion matrix of the test split")
-        metadata["confusion"] = dg.MetadataValue.md(picture)
-    if package.exists(PERFORMANCE_FILE):
-        performance = json.loads(package.read(PERFORMANCE_FILE))
-        metadata["images_per_second"] = shown(performance.get("images_per_second"))
-        metadata["train_seconds"] = shown(performance.get("train_seconds"))
-        metadata["mlflow_unsent"] = ", ".join(performance.get("mlflow_unsent", ())) or "nothing"
-        metadata["phases"] = table(
-            {"phase": name, "seconds": seconds} for name, seconds in performance.get("seconds_per_phase", {}).items()
-        )
+    metadata["curves"] = _picture("loss and accuracy by epoch", lambda: training_curves(metrics["history"]))
+    metadata["confusion"] = _picture(
+        "confusion matrix of the test split", lambda: confusion_matrix(metrics["confusion_matrix"], CLASSES)
+    )
+    metadata |= _of_performance(package)
     if package.exists(CARD_FILE):
         metadata["model_card"] = dg.MetadataValue.md(package.read(CARD_FILE).decode())
     recalls = metrics.get("per_class_recall", {})
     metadata["recall"] = table({"class": name, "recall": _recall_text(recalls.get(name))} for name in CLASSES)
     metadata["recipe"] = table({"field": name, "value": str(value)} for name, value in recipe.items())
     return metadata
+
+
+def _of_performance(package: ObjectStore) -> Metadata:
+    """Speed and time of the training. The digest does not cover them, so they may be missing or anything."""
+    try:
+        found = json.loads(package.read(PERFORMANCE_FILE))
+        return {
+            "images_per_second": shown(found.get("images_per_second")),
+            "train_seconds": shown(found.get("train_seconds")),
+            "mlflow_unsent": ", ".join(found.get("mlflow_unsent", ())) or "nothing",
+            "phases": table(
+                {"phase": name, "seconds": seconds} for name, seconds in found.get("seconds_per_phase", {}).items()
+            ),
+        }
+    except (ObjectNotFoundError, ValueError, TypeError, AttributeError) as error:
+        return {"performance": f"unknown: {error}"}
+
+
+def _picture(title: str, draw: Callable[[], bytes]) -> dg.MetadataValue:
+    """A picture for the UI. One that cannot be drawn says why: it must not fail what it only shows."""
+    try:
+        return dg.MetadataValue.md(as_markdown(draw(), title))
+    except Exception as error:
+        return dg.MetadataValue.text(f"could not be drawn: {type(error).__name__}: {error}")
 
 
 def _recall_text(recall: float | None) -> str:

@@ -73,7 +73,8 @@ PROCESSED_CHECKS = [
     spec(
         PROCESSED_DATASET,
         "nothing_lost",
-        "Every image of the raw version is in exactly one split. When it fails materialize processed_dataset again.",
+        "Every image of the raw version is in exactly one split, and no split is empty. When it fails materialize "
+        "processed_dataset again, with other fractions for a split that is empty.",
         blocking=True,
     ),
     spec(

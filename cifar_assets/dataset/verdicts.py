@@ -58,10 +58,12 @@ def _broken_objects(raw: ObjectStore, manifest: RawManifest) -> Iterator[str]:
 
 
 def nothing_lost(manifest: ProcessedManifest, raw: RawManifest) -> Finding:
-    """Every image of the raw version is in exactly one split."""
-    num_images = sum(manifest.count(split) for split in SPLIT_NAMES)
+    """Every image of the raw version is in exactly one split, and each split has some: a training needs all three."""
+    counts = {split: manifest.count(split) for split in SPLIT_NAMES}
+    text = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     return Finding(
-        num_images == raw.rows, f"{num_images:,} images in the splits, {raw.rows:,} used ones in the raw version."
+        all(counts.values()) and sum(counts.values()) == raw.rows,
+        f"{text} images in the splits, {raw.rows:,} used ones in the raw version; no split may be empty.",
     )
 
 

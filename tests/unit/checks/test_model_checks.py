@@ -12,6 +12,7 @@ from cifar_assets.contracts import CLASSES
 from cifar_assets.errors import DataError
 from cifar_assets.finding import objections
 from cifar_assets.gate import judge_model, metrics_finite, onnx_equals_torch
+from cifar_assets.model_package import PERFORMANCE_FILE
 from cifar_assets.object_store import FolderStore
 from tests.fixtures.models import METRICS, store_model
 from tests.fixtures.orchestration import World
@@ -39,6 +40,15 @@ def test_metrics_that_lack_a_key_give_verdicts(tmp_path: Path, name: str) -> Non
     stored = store_model(world.models, json.dumps(document).encode())
     result = world.materialize(TRAINED_MODEL, config={TRAINED_MODEL: {"model_digest": stored}})
     assert len(result.get_asset_check_evaluations()) == 6
+
+
+@pytest.mark.parametrize("performance", [b"{", b"[]", b'{"images_per_second": null}', b'{"seconds_per_phase": {}}'])
+def test_odd_timings_fail_no_materialization(tmp_path: Path, performance: bytes) -> None:
+    world = World(tmp_path)
+    world.known_data()
+    stored = store_model(world.models, {"history": [{}]}, files={PERFORMANCE_FILE: performance})
+    world.materialize(TRAINED_MODEL, config={TRAINED_MODEL: {"model_digest": stored}})
+    assert world.newest(TRAINED_MODEL) == stored
 
 
 @pytest.mark.parametrize(

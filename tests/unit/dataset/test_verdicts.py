@@ -16,6 +16,7 @@ from cifar_assets.checks.data import classes_balanced, processed_dataset_checks,
 from cifar_assets.contracts import SEED_PROCESSED_KEY
 from cifar_assets.dataset.processed import build_processed, read_processed
 from cifar_assets.dataset.raw import build_raw_version, current_raw_digest, make_current
+from cifar_assets.dataset.splits import SplitConfig
 from cifar_assets.dataset.stores import stores_below
 from cifar_assets.dataset.verdicts import judge_processed, judge_raw
 from cifar_assets.errors import DataError
@@ -122,6 +123,13 @@ def test_a_test_split_without_a_class_is_a_warning(tmp_path: Path, make, raw: Fo
     found = classes_balanced(read_processed(stores.processed, built.digest), 100)
     assert not found.passed
     assert "test has no truck" in found.reason
+
+
+def test_a_version_without_validation_images_is_refused(source: str, raw: FolderStore, processed: FolderStore) -> None:
+    digest = build_raw_version(raw, source).digest
+    built = build_processed(raw, processed, digest, SplitConfig(validation_fraction=0))
+    (reason,) = objections(judge_processed(raw, processed, built.digest))
+    assert "nothing_lost: 60 train, 0 validation, 20 test images" in reason
 
 
 def test_many_damaged_objects_are_counted(tmp_path: Path, source: str, raw: FolderStore) -> None:
