@@ -16,24 +16,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from prometheus_client import CONTENT_TYPE_LATEST, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from cifar_assets.serving.batcher import Images, Logits, MicroBatcher, NotFiniteError
 from cifar_assets.serving.faults import BusyError, RequestError, shorten
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.messages import ModelIdentity, Response, error_response, json_response, predictions
+from cifar_assets.serving.metrics import PENDING_REQUESTS, PREDICT_SECONDS, READ_SECONDS, REGISTRY, RENDER_SECONDS
 from cifar_assets.serving.multipart import parse_form
 from cifar_assets.serving.pictures import Pictures
 from cifar_assets.serving.v1 import parse_predict
 from cifar_assets.serving.v2 import HEADER_LENGTH, INPUT_METADATA, OUTPUT_METADATA, parse_infer, render_infer
 
 _log = logging.getLogger(__name__)
-
-PENDING_REQUESTS = Gauge("cifar10_pending_requests", "Predictions that are being worked on.")
-READ_SECONDS = Histogram("request_preprocess_seconds", "Reading a request and decoding its pictures.", ["model_name"])
-PREDICT_SECONDS = Histogram("request_predict_seconds", "Waiting for the model and running it.", ["model_name"])
-RENDER_SECONDS = Histogram("request_postprocess_seconds", "Writing the answer.", ["model_name"])
 
 _METRICS_SECONDS = 0.25
 _SECONDS_PER_PIXEL = 50e-9
@@ -122,7 +118,7 @@ class App:
         now, made_at = time.monotonic(), self._metrics_made_at
         if now > made_at + _METRICS_SECONDS or self._num_changes != self._num_changes_in_metrics:
             self._metrics_made_at, self._num_changes_in_metrics = now, self._num_changes
-            self._metrics_text = generate_latest()
+            self._metrics_text = generate_latest(REGISTRY)
         return Response(200, self._metrics_text, CONTENT_TYPE_LATEST)
 
     def _ready(self) -> Response:

@@ -17,25 +17,15 @@ from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import Gauge, Histogram
 
 from cifar_assets.errors import CifarError
 from cifar_assets.serving.faults import BusyError
+from cifar_assets.serving.metrics import BATCH_IMAGES, QUEUE_IMAGES, RUN_SECONDS
 
 _log = logging.getLogger(__name__)
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
-
-BATCH_IMAGES = Histogram(
-    "cifar10_batch_images", "Images in one run of the model.", buckets=(1, 2, 4, 8, 16, 32, 64, 128)
-)
-QUEUE_IMAGES = Gauge("cifar10_queue_images", "Images waiting for the model.")
-RUN_SECONDS = Histogram(
-    "cifar10_run_seconds",
-    "Duration of one run of the model.",
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
-)
 
 
 class NotFiniteError(CifarError):

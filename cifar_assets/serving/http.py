@@ -18,17 +18,14 @@ from typing import cast
 from urllib.parse import unquote
 
 import httptools
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
 
 from cifar_assets.serving.faults import BusyError, RequestError, shorten
 from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.messages import Response, error_response
+from cifar_assets.serving.metrics import CONNECTIONS, PENDING_BYTES, RESPONSES
 
 _log = logging.getLogger(__name__)
-
-RESPONSES = Counter("cifar10_responses", "Answers by method and status.", ["method", "status"])
-CONNECTIONS = Gauge("cifar10_connections", "Open connections.")
-PENDING_BYTES = Gauge("cifar10_pending_bytes", "Bytes of large bodies that are being read or answered.")
 
 _MAX_PIPELINED = 32
 _FRAMING_BYTES = 512 * 1024

@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
-from prometheus_client import REGISTRY
 
 from cifar_assets.serving.batcher import Logits, MicroBatcher, NotFiniteError
 from cifar_assets.serving.faults import BusyError
+from cifar_assets.serving.metrics import REGISTRY
 
 
 class GatedModel:
