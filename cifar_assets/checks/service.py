@@ -12,6 +12,7 @@ from cifar_assets.assets.keys import INFERENCE_SERVICE
 from cifar_assets.assets.upstream import materialized_digest
 from cifar_assets.checks.results import answers, spec
 from cifar_assets.dataset.reader import SplitReader, open_split
+from cifar_assets.errors import ConfigError
 from cifar_assets.finding import Finding
 from cifar_assets.gate import number, read_metrics
 from cifar_assets.model_package import read_manifest
@@ -64,7 +65,12 @@ def inference_service_checks(
     serving: InferenceServiceResource,
 ) -> Iterator[dg.AssetCheckResult]:
     """Verdicts on what answers now."""
-    digest = materialized_digest(context, INFERENCE_SERVICE)
+    try:
+        digest = materialized_digest(context, INFERENCE_SERVICE)
+    except ConfigError as error:  # on a fresh instance the schedule asks before anything was deployed
+        nothing = Finding(False, str(error))
+        yield from answers(context, SERVICE_CHECKS, "none", {check.name: lambda: nothing for check in SERVICE_CHECKS})
+        return
     status = cache(serving.status)
 
     def answers_as_evaluated() -> Finding:
