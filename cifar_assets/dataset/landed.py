@@ -16,7 +16,7 @@ from cifar_assets.dataset.images import PICTURE_SUFFIXES, check_size
 from cifar_assets.dataset.index import PREPARATION, ObjectIndex, load_index, read_index, save_index
 from cifar_assets.dataset.isolated import ReaderFailedError, ask
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, is_test_name, suffix_of
-from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, store_object
+from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, is_present, store_object
 from cifar_assets.dataset.rows import SPLITS
 from cifar_assets.digests import sha256_file, sha256_stream
 from cifar_assets.errors import DataError, ObjectNotFoundError
@@ -126,7 +126,7 @@ def _recall(
         return _image(info.key, sha256, pixels) if pixels else None
     kind, split = _table_kind(info.key)
     index = load_index(raw, sha256, split, resize)
-    key = next((key for key in _possible_keys(sha256, kind) if raw.exists(key)), None)
+    key = next((key for key in _possible_keys(sha256, kind) if is_present(raw, key, info.size)), None)
     if index is None or key is None:
         return None
     return LandedTable(_item(key, sha256, info.size, kind, split, len(index)), index)

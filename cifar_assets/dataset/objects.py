@@ -116,8 +116,8 @@ def store_object(store: ObjectStore, path: Path, sha256: str, suffix: str, prefi
     return key
 
 
-def is_stored(store: ObjectStore, key: str, sha256: str, size: int) -> bool:
-    """Whether the object is there with the right content. StoreError when the store does not answer.
+def is_present(store: ObjectStore, key: str, size: int) -> bool:
+    """Whether an object of that size is there. StoreError when the store does not answer.
 
     Asked before an object of an earlier version is used in a new one: it becomes as young as that, as pruning removes
     nothing young.
@@ -125,10 +125,17 @@ def is_stored(store: ObjectStore, key: str, sha256: str, size: int) -> bool:
     info = store.stat(key)
     if info is None or info.size != size:
         return False
+    if datetime.now(UTC) - info.last_modified > YOUNG:
+        store.touch(key)
+    return True
+
+
+def is_stored(store: ObjectStore, key: str, sha256: str, size: int) -> bool:
+    """Like `is_present`, and whether it has the right content."""
     try:
+        if not is_present(store, key, size):
+            return False
         with fetched(store, key, sha256):
-            if datetime.now(UTC) - info.last_modified > YOUNG:
-                store.touch(key)
             return True
     except (IntegrityError, ObjectNotFoundError):
         return False

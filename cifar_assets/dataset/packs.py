@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel
 
 from cifar_assets.dataset.formats.image_tar import pack_images
 from cifar_assets.dataset.grouping import grouped
-from cifar_assets.dataset.index import read_index, save_index
+from cifar_assets.dataset.index import ObjectIndex, save_index
 from cifar_assets.dataset.landed import LandedImage
 from cifar_assets.dataset.objects import RawObject, is_stored, read_state, store_object
 from cifar_assets.digests import sha256_file, sha256_json
@@ -43,7 +44,6 @@ def _pack(raw: ObjectStore, images: Sequence[LandedImage], resize: bool) -> RawO
     with tempfile.TemporaryDirectory(prefix="cifar-pack-") as folder:
         path = Path(folder, "images.tar")
         pack_images(path, ((image.member, _read(raw, image)) for image in images))
-        index = read_index(path, "images", "train", "landed images", resize=resize)
         sha256 = sha256_file(path)
         item = RawObject(
             key=store_object(raw, path, sha256, ".tar"),
@@ -52,11 +52,20 @@ def _pack(raw: ObjectStore, images: Sequence[LandedImage], resize: bool) -> RawO
             format="images",
             role="landed",
             split="train",
-            rows=len(index),
+            rows=len(images),
         )
-    save_index(raw, sha256, "train", resize, index)
+    save_index(raw, sha256, "train", resize, _index(images))
     raw.write(state_key, PackState(item=item).model_dump_json().encode())
     return item
+
+
+def _index(images: Sequence[LandedImage]) -> ObjectIndex:
+    """The pack's index, from what was found out about each image when it was judged."""
+    parts = [image.index() for image in images]
+    digests, labels, splits = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("digests", "labels", "splits")
+    )
+    return ObjectIndex(digests, labels, splits, {})
 
 
 def _read(raw: ObjectStore, image: LandedImage) -> bytes:

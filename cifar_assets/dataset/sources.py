@@ -80,7 +80,7 @@ def import_source(
 
 def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, progress: Progress) -> RawObject:
     sha256 = sha256_file(file.path)
-    index = load_index(raw, sha256, file.split, resize)
+    known = index = load_index(raw, sha256, file.split, resize)
     if index is None:
         index = read_index(file.path, file.format, file.split, file.name, resize=resize, progress=progress)
     if index.refused:  # also by an index kept of a landed file of the same bytes
@@ -88,7 +88,8 @@ def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, progress: Pro
     if not len(index):
         raise DataError(f"{file.name} holds no images.")
     key = store_object(raw, file.path, sha256, file.suffix)
-    save_index(raw, sha256, file.split, resize, index)
+    if known is None:
+        save_index(raw, sha256, file.split, resize, index)
     return RawObject.model_validate(
         {
             "key": key,

@@ -33,8 +33,8 @@ class Workplace:
     digest: str
 
     @classmethod
-    def make(cls, folder: Path, train: int = 96) -> "Workplace":
-        return cls(folder, store_dataset(folder / "processed-data", train=train))
+    def make(cls, folder: Path, train: int = 96, shard_rows: int = 64) -> "Workplace":
+        return cls(folder, store_dataset(folder / "processed-data", train=train, shard_rows=shard_rows))
 
     def spec(self, output: str = "models", recipe: str = "resnet18", **changes: Any) -> JobSpec:
         """A job that takes seconds. `recipe_fields` overrides fields of the recipe, the rest fields of the spec."""

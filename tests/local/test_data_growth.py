@@ -1,0 +1,326 @@
+"""What retraining on small arrivals costs, and what is left when a build is cut short or runs twice; in both stores."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_assets.dataset import synthetic
+from cifar_assets.dataset.grouping import GROUP_ROWS
+from cifar_assets.dataset.processed import build_processed, list_processed_versions
+from cifar_assets.dataset.raw import build_raw_version, current_raw_digest, list_raw_digests
+from cifar_assets.dataset.reader import open_split
+from cifar_assets.dataset.splits import SPLIT_NAMES
+from cifar_assets.dataset.stores import Stores, stores_below
+from cifar_assets.errors import StoreError
+from cifar_assets.object_store import FolderStore, ObjectStore
+from cifar_assets.prune.policy import Policy
+from cifar_assets.prune.stores import orphans, prune_processed, prune_raw, raw_of_processed
+from tests.fixtures.workspace import ROOT
+from tests.unit.training.jobs import Workplace, fork_trainer
+
+NUM_ARRIVALS = 30
+BYTES_PER_IMAGE = 3 * 3072
+"""Of a landed picture of noise: in its pack, with a header, and as pixels in a shard."""
+
+BYTES_PER_VERSION = 64 << 10
+"""Manifests and notes."""
+
+
+@pytest.fixture(autouse=True)
+def _small_and_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifar_assets.dataset.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(synthetic, "TRAIN_ROWS", 2000)
+    monkeypatch.setattr(synthetic, "TEST_ROWS", 200)
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """An empty store above the buckets."""
+    if request.param == "folder":
+        return FolderStore(tmp_path / "store")
+    server = request.getfixturevalue("s3_server")
+    return server.store(server.new_bucket())
+
+
+class Written:
+    """Bytes that were handed to a kind of store, however short they lived."""
+
+    def __init__(self, kind: type, monkeypatch: pytest.MonkeyPatch):
+        self.total = 0
+        write, upload = kind.write, kind.upload
+
+        def counted_write(store: ObjectStore, key: str, data: bytes) -> None:
+            self.total += len(data)
+            write(store, key, data)
+
+        def counted_upload(store: ObjectStore, key: str, path: Path) -> None:
+            self.total += path.stat().st_size
+            upload(store, key, path)
+
+        monkeypatch.setattr(kind, "write", counted_write)
+        monkeypatch.setattr(kind, "upload", counted_upload)
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    image = np.random.RandomState(number).randint(0, 256, (32, 32, 3)).astype(np.uint8)
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def build(stores: Stores) -> tuple[str, str]:
+    raw = build_raw_version(stores.raw, "synthetic:4").digest
+    return raw, build_processed(stores.raw, stores.processed, raw).digest
+
+
+def stored(root: ObjectStore) -> int:
+    return sum(info.size for info in root.list())
+
+
+def contents(root: ObjectStore) -> dict[str, bytes]:
+    """Everything that a version is made of; when it was made, and what else is remembered, left out."""
+    kept = ("versions/", "objects/", "shards/", "manifest.json", "rejected/")
+    return {
+        info.key: root.read(info.key)
+        for info in root.list()
+        if any(part in info.key for part in kept) and "provenance" not in info.key
+    }
+
+
+def test_thirty_small_arrivals_cost_what_they_bring(root: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = stores_below(root)
+    build(stores)
+    first, written = stored(root), Written(type(root), monkeypatch)
+    brought = 0
+    for number in range(NUM_ARRIVALS):
+        data = png(number)
+        stores.raw.write(f"landing/cat/{number}.png", data)
+        brought += len(data)
+        build(stores)
+    # each arrival writes the group again that it belongs to: half of the thirty on average
+    bound = NUM_ARRIVALS * (NUM_ARRIVALS / 2 * BYTES_PER_IMAGE + BYTES_PER_VERSION)
+    growth = stored(root) - first - brought
+    print(f"{first:,} bytes at first; {brought:,} brought; {growth:,} more stored, {written.total:,} written")
+    assert growth < bound
+    assert written.total - brought < bound
+    assert bound < NUM_ARRIVALS * first / 10
+
+    policy = Policy(keep_versions=1, min_age_hours=0)
+    processed = prune_processed(stores.processed, {}, policy)
+    raw = prune_raw(stores.raw, raw_of_processed(stores.processed, processed.kept), policy)
+    for removal in (*processed.removals, *raw.removals):
+        removal.remove()
+    for removal in orphans(stores, processed.kept, raw.kept, policy):
+        removal.remove()
+    assert stored(root) - first - brought < NUM_ARRIVALS * BYTES_PER_IMAGE + BYTES_PER_VERSION
+    (left,) = list_processed_versions(stores.processed)
+    assert sum(len(open_split(stores.processed, left, split)) for split in SPLIT_NAMES) == 2200 + NUM_ARRIVALS
+
+
+def test_an_arrival_costs_the_same_however_much_has_landed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = stores_below(FolderStore(tmp_path / "store"))
+    for number in range(1000):
+        stores.raw.write(f"landing/cat/{number}.png", png(number))
+    build(stores)
+    written = Written(FolderStore, monkeypatch)
+    stores.raw.write("landing/dog/new.png", png(5000))
+    build(stores)
+    # the memory of the landing zone, and the names in the version, are lines of text for each landed object
+    assert written.total < (GROUP_ROWS + 1) * BYTES_PER_IMAGE + BYTES_PER_VERSION + 1001 * 800
+
+
+class Interrupted(FolderStore):
+    """Refuses the n-th change, and all after it, as a full disk or a server that went away does."""
+
+    left = 0
+
+    def _count(self) -> None:
+        type(self).left -= 1
+        if type(self).left < 0:
+            raise StoreError("No space left on device.")
+
+    def at(self, prefix: str) -> "Interrupted":
+        return Interrupted(super().at(prefix).root)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._count()
+        super().write(key, data)
+
+    def upload(self, key: str, path: Path) -> None:
+        self._count()
+        super().upload(key, path)
+
+    def create(self, key: str, data: bytes) -> bool:
+        self._count()
+        return super().create(key, data)
+
+    def copy(self, key: str, to_key: str, etag: str | None = None) -> None:
+        self._count()
+        super().copy(key, to_key, etag)
+
+    def delete(self, key: str, etag: str | None = None) -> bool:
+        self._count()
+        return super().delete(key, etag)
+
+
+def land(stores: Stores) -> None:
+    for number in range(3):
+        stores.raw.write(f"landing/cat/{number}.png", png(number))
+    stores.raw.write("landing/dog/bad.png", b"bad")
+
+
+def test_wherever_the_store_fails_nothing_is_half_there_and_the_next_try_completes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthetic, "TRAIN_ROWS", 100)
+    monkeypatch.setattr(synthetic, "TEST_ROWS", 20)
+    clean = FolderStore(tmp_path / "clean")
+    land(stores_below(clean))
+    expected, content = build(stores_below(clean)), contents(clean)
+    changes = 0
+    for changes in range(100):
+        root = FolderStore(tmp_path / str(changes))
+        land(stores_below(root))
+        Interrupted.left = changes
+        try:
+            build(stores_below(Interrupted(root.root)))
+        except StoreError:
+            stores = stores_below(root)
+            for digest in list_processed_versions(stores.processed):
+                open_split(stores.processed, digest, "train")
+            assert current_raw_digest(stores.raw) in (None, expected[0])
+            kept = {root.read(info.key) for info in root.list() if info.key.endswith("bad.png")}
+            assert kept == {b"bad"}
+            assert build(stores) == expected
+            assert contents(root) == content
+        else:
+            break
+        shutil.rmtree(root.root)
+    assert 10 < changes < 99
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system, which the raw data fits on."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a file system")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_leaves_no_version_and_the_next_try_completes(small_disk: Path, tmp_path: Path) -> None:
+    store = FolderStore(small_disk / "store")
+    stores = stores_below(store)
+    raw = build_raw_version(stores.raw, "synthetic:4").digest
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - (2 << 20)))
+    with pytest.raises(StoreError, match="Check free space") as caught:
+        build_processed(stores.raw, stores.processed, raw)
+    assert str(small_disk) in str(caught.value)
+    assert list_processed_versions(stores.processed) == []
+    assert list(small_disk.rglob(".writing-*")) == []
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    digest = build_processed(stores.raw, stores.processed, raw).digest
+    clean = stores_below(FolderStore(tmp_path / "clean"))
+    assert build(clean) == (raw, digest)
+    assert {info.key for info in stores.processed.list()} == {info.key for info in clean.processed.list()}
+
+
+def test_two_builds_at_once_end_alike(tmp_path: Path) -> None:
+    land(stores_below(FolderStore(tmp_path / "store")))
+    code = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from cifar_assets.dataset import completeness, synthetic
+        from cifar_assets.dataset.processed import build_processed
+        from cifar_assets.dataset.raw import build_raw_version
+        from cifar_assets.dataset.stores import stores_below
+        from cifar_assets.object_store import FolderStore
+        completeness.SETTLED_SECONDS = -1.0
+        synthetic.TRAIN_ROWS, synthetic.TEST_ROWS = 2000, 200
+        stores = stores_below(FolderStore(Path(sys.argv[1])))
+        print("ready", flush=True)
+        sys.stdin.readline()
+        raw = build_raw_version(stores.raw, "synthetic:4").digest
+        print(raw, build_processed(stores.raw, stores.processed, raw).digest)
+        """
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "store")]
+    pipe = subprocess.PIPE
+    builds = [subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) for _ in range(4)]
+    for each in builds:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
+    answers = []
+    for each in builds:
+        assert each.stdin is not None
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    for each in builds:
+        answers.append(each.communicate()[0].split())
+        assert each.returncode == 0
+    clean = FolderStore(tmp_path / "clean")
+    land(stores_below(clean))
+    assert [tuple(answer) for answer in answers] == [build(stores_below(clean))] * 4
+    assert contents(FolderStore(tmp_path / "store")) == contents(clean)
+
+
+def test_ten_thousand_landed_objects(tmp_path: Path) -> None:
+    stores = stores_below(FolderStore(tmp_path / "store"))
+    for folder in range(10):
+        (stores.raw.local_path("landing") or tmp_path).joinpath("cat", str(folder)).mkdir(parents=True)
+    for number in range(10_000):
+        path = stores.raw.local_path(f"landing/cat/{number % 10}/{number}.png")
+        assert path is not None
+        path.write_bytes(png(number))
+    before = peak_bytes()
+    _, processed = build(stores)
+    assert peak_bytes() - before < 200 << 20
+    assert sum(len(open_split(stores.processed, processed, split)) for split in SPLIT_NAMES) == 12_200
+    assert len(list_raw_digests(stores.raw)) == 1
+    stores.raw.write("landing/dog/new.png", png(20_000))
+    opened: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = FolderStore.open
+        patch.setattr(FolderStore, "open", lambda store, key: [opened.append(key), original(store, key)][1])
+        build(stores)
+    landed = [key for key in opened if key.startswith("landing/")]
+    assert len(landed) <= 2 * (GROUP_ROWS + 1)
+
+
+def peak_bytes() -> int:
+    """The most memory this process had since the last call."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    Path("/proc/self/clear_refs").write_text("5")
+    assert found
+    return int(found[1]) << 10
+
+
+def test_many_small_shards_train_to_the_weights_of_few(tmp_path: Path) -> None:
+    weights = []
+    for rows in (3, 96):
+        place = Workplace.make(tmp_path / str(rows), shard_rows=rows)
+        process = fork_trainer(place.spec(recipe_fields={"epochs": 2}))
+        process.join()
+        assert process.exitcode == 0
+        ((_, manifest),) = place.published().items()
+        weights.append(manifest.files["model.safetensors"])
+    assert weights[0] == weights[1]
