@@ -1,7 +1,9 @@
 """Errors a person is expected to read and act on. Each message says what failed, on which object, and what to do."""
 
+from cifar_assets.redaction import RedactedError
 
-class CifarError(Exception):
+
+class CifarError(RedactedError):
     """Base of this project's own errors."""
 
 

@@ -2,9 +2,10 @@
 
 import re
 
-_USER = re.compile(r"(?<=://)[^\s/?#'\"<>]*@|(?<![\w.%+~-])[\w.%+~-]+:[^\s/@'\"<>]+@(?!sha256:)")
-_QUERY_VALUE = re.compile(r"(?<=[?&])([\w.~%\[\]-]+)=[^&\s#'\"<>)]*")
 HIDDEN = "***"
+_USER = re.compile(r"(?<=://)[^\s/?#\"<>]*@|(?<![\w.%+~-])[\w.%+~-]+:[^\s/@'\"<>]+@(?!sha256:)")
+_END = r"(?=[')\].,;:!]*(?:[\s&#\"<>]|$))"  # of the value, before the punctuation of the sentence around it
+_QUERY_VALUE = re.compile(rf"(?<=[?&])([^&=\s#\"<>]+)=[^&\s#\"<>]*?{_END}")
 
 
 def redacted(text: object) -> str:
@@ -15,3 +16,20 @@ def redacted(text: object) -> str:
 def has_credentials(address: str) -> bool:
     """Whether the address holds a user, a password or a query."""
     return redacted(address) != address
+
+
+def redact_error(error: BaseException) -> None:
+    """Redact the messages of an error of a library, which may repeat an address, and of what caused it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        seen.args = tuple(redacted(part) if isinstance(part, str) else part for part in seen.args)
+        if isinstance(seen, OSError) and isinstance(seen.strerror, str):
+            seen.strerror = redacted(seen.strerror)
+        seen = seen.__cause__ or seen.__context__
+
+
+class RedactedError(Exception):
+    """An error that shows no credentials of the addresses in its message."""
+
+    def __init__(self, *parts: object):
+        super().__init__(*(redacted(part) if isinstance(part, str) else part for part in parts))

@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
 from cifar_assets.errors import ConfigError
-from cifar_assets.training.spec import JobSpec
+from cifar_assets.training.spec import JobSpec, check_tracking_uri
+from resources.kubernetes.config import settings_from_json
 from resources.kubernetes.diagnosis import TRANSIENT_CAUSES
 from resources.kubernetes.limits import WatchLimits
 from resources.object_store import ObjectStoreResource
@@ -163,17 +164,14 @@ def trainer_from_environment(environment: Mapping[str, str], object_store: Objec
     if "TRAINER_IMAGE" not in environment:
         raise ConfigError("TRAINER_IMAGE is not set: name the image that trains, such as localhost/cifar-trainer:dev.")
     text = environment.get("TRAINER_JOB", "{}")
-    try:
-        settings = json.loads(text)
-        job = PyTorchJobConfig(**{**_JOB_DEFAULTS, **settings, "image": environment["TRAINER_IMAGE"]})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"TRAINER_JOB is {text!r}: expected fields of PyTorchJobConfig as JSON. {error}") from error
+    job = settings_from_json(PyTorchJobConfig, text, "TRAINER_JOB", _JOB_DEFAULTS, image=environment["TRAINER_IMAGE"])
+    mlflow_uri = environment.get("TRAINER_MLFLOW_TRACKING_URI")
     return KubernetesTrainer(
         object_store=object_store,
         job=job,
         namespace=environment.get("TRAINER_NAMESPACE", "cifar"),
         store_endpoint_url=environment.get("TRAINER_STORE_ENDPOINT_URL"),
-        mlflow_tracking_uri=environment.get("TRAINER_MLFLOW_TRACKING_URI"),
+        mlflow_tracking_uri=check_tracking_uri(mlflow_uri, "TRAINER_MLFLOW_TRACKING_URI") if mlflow_uri else None,
     )
 
 

@@ -21,7 +21,7 @@ from cifar_assets.contracts import CHAMPION_ALIAS, MODEL_NAME
 from cifar_assets.errors import ConfigError
 from cifar_assets.gate import Verdict
 from cifar_assets.mlflow_refusal import why_refused
-from cifar_assets.training.spec import MlflowTarget
+from cifar_assets.training.spec import MlflowTarget, check_tracking_uri
 from resources.kubernetes.interrupts import is_being_cancelled
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class MlflowServer(MlflowResource):
     def uri(self) -> str:
         if not self.tracking_uri:
             raise ConfigError("No MLflow is configured: MLFLOW_TRACKING_URI is not set.")
-        return self.tracking_uri
+        return check_tracking_uri(self.tracking_uri, "MLFLOW_TRACKING_URI")
 
     def client(self) -> "MlflowClient":
         # MLflow's own patience with a server that is away is minutes per call. A step makes several, and Dagster gives

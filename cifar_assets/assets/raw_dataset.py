@@ -10,6 +10,8 @@ from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX
 from cifar_assets.dataset.progress import logged
 from cifar_assets.dataset.raw import build_raw_version
+from cifar_assets.errors import ConfigError
+from cifar_assets.redaction import has_credentials, redacted
 from resources.object_store import ObjectStoreResource
 
 SOURCE_VARIABLE = "CIFAR10_SOURCE"
@@ -30,6 +32,11 @@ class RawDatasetConfig(dg.Config):
     )
 
     def resolved_source(self) -> str:
+        if self.source and has_credentials(self.source):
+            raise ConfigError(
+                f"source is {redacted(self.source)}: Dagster shows the config of runs. Set {SOURCE_VARIABLE} instead, "
+                "in a cluster from a Secret."
+            )
         return self.source or os.environ.get(SOURCE_VARIABLE) or "download"
 
 

@@ -15,6 +15,7 @@ from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.digests import sha256_bytes
 from cifar_assets.errors import DataError, IntegrityError
 from cifar_assets.object_store.folder import write_atomically
+from cifar_assets.redaction import redact_error, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +48,6 @@ def split_expected(address: str) -> tuple[str, Expected]:
     if not (mark and equals) or name not in ("md5", "sha256"):
         return address, Expected()
     return base, Expected(**{name: value.lower()})
-
-
-def shown(address: str) -> str:
-    """The address without what may be secret: user, password and query (a signed URL is a credential)."""
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme not in ("http", "https"):
-        return address
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def check_file(path: Path, expected: Expected, name: str) -> None:
@@ -98,22 +91,23 @@ def fetch(
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code != 429:
                 _forget(part)
-                raise DownloadError(f"{shown(url)}: the server answered {error.code} {error.reason}.") from error
+                raise DownloadError(f"{redacted(url)}: the server answered {error.code} {error.reason}.") from error
             failure: Exception = error
         except _FAULTS as error:
+            redact_error(error)  # urllib repeats the path and query of a URL it cannot use
             failure = error
         if attempt == ATTEMPTS:
             have = part.stat().st_size if part.exists() else 0
             if not have or not _validator_file(part).exists():
                 _forget(part)
             raise DownloadError(
-                f"{shown(url)}: failed {ATTEMPTS} times, {have:,} bytes received so far ({failure}). "
+                f"{redacted(url)}: failed {ATTEMPTS} times, {have:,} bytes received so far ({failure}). "
                 "Check the network and try again."
             ) from failure
-        logger.warning("%s: %s; attempt %d of %d failed, going on.", shown(url), failure, attempt, ATTEMPTS)
+        logger.warning("%s: %s; attempt %d of %d failed, going on.", redacted(url), failure, attempt, ATTEMPTS)
         time.sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
     try:
-        check_file(part, expected, shown(url))
+        check_file(part, expected, redacted(url))
     except IntegrityError:
         _forget(part)
         raise
@@ -152,7 +146,7 @@ def _transfer(url: str, part: Path, progress: Progress) -> None:
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)
                 have += len(chunk)
-                progress(f"downloading {shown(url)}", have, total)
+                progress(f"downloading {redacted(url)}", have, total)
     if total is not None and have < total:
         raise http.client.IncompleteRead(b"", total - have)
 

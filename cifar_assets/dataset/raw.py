@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.consistency import Known, check_source
-from cifar_assets.dataset.download import shown
 from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.landing import LandingReport, join_landed
@@ -22,6 +21,7 @@ from cifar_assets.dataset.splits import splits_filled
 from cifar_assets.digests import canonical_json, sha256_json
 from cifar_assets.errors import ConfigError, DataError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
+from cifar_assets.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def build_raw_version(
     manifest = RawManifest(resize=resize, objects=(*sources, *landed))
     publish(raw, manifest, source, names)
     write_record(raw, landing_report.read)
-    report = RawReport(shown(source), left_out, landing_report)
+    report = RawReport(redacted(source), left_out, landing_report)
     return RawVersion(manifest.digest, manifest, report)
 
 
@@ -128,7 +128,7 @@ def publish(raw: ObjectStore, manifest: RawManifest, source: str, landed_names: 
     digest = manifest.digest
     provenance = {
         "version": 1,
-        "source": shown(source),
+        "source": redacted(source),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "landed": landed_names,
     }

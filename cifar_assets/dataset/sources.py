@@ -19,7 +19,6 @@ from cifar_assets.dataset.download import (
     Expected,
     check_file,
     fetch,
-    shown,
     split_expected,
 )
 from cifar_assets.dataset.formats.binary import pack_records
@@ -31,6 +30,7 @@ from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.digests import sha256_file, sha256_json
 from cifar_assets.errors import ConfigError, DataError
 from cifar_assets.object_store import ObjectStore, open_store
+from cifar_assets.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def import_source(
     address = f"{OFFICIAL_URL}#md5={OFFICIAL_MD5}" if source == "download" else source
     remembered = _remembered(address, raw)
     if remembered:
-        logger.info("%s is already stored; not fetched again.", source)
+        logger.info("%s is already stored; not fetched again.", redacted(source))
         return remembered
     with tempfile.TemporaryDirectory(prefix="cifar-source-") as work:
         try:
@@ -123,7 +123,7 @@ def _source_files(address: str, work: Path, progress: Progress) -> Iterator[Sour
         name = urllib.parse.unquote(urllib.parse.urlsplit(base).path).rpartition("/")[2]
         target = work / "download"
         fetch(base, target, expected, parts=download_folder(), progress=progress)
-        return _one_file(target, name, shown(base))
+        return _one_file(target, name, redacted(base))
     if scheme == "s3":
         return _bucket_files(base, expected, work, progress)
     path = Path(urllib.parse.unquote(urllib.parse.urlsplit(base).path)) if scheme == "file" else Path(base).expanduser()

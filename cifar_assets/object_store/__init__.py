@@ -20,6 +20,11 @@ def open_store(uri: str) -> ObjectStore:
     parts = urlsplit(uri)
     if parts.scheme == "file":
         return FolderStore(Path(unquote(parts.path)))
+    if parts.scheme == "s3" and "@" in parts.netloc:
+        raise ConfigError(
+            f"Cannot open {redacted(uri)}: an s3:// address holds no credentials. Set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY."
+        )
     if parts.scheme == "s3":
         from cifar_assets.object_store.s3 import S3Store
 

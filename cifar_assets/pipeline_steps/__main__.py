@@ -23,7 +23,7 @@ from cifar_assets.pipeline_steps.data import (
 )
 from cifar_assets.pipeline_steps.model import verify_model
 from cifar_assets.pipeline_steps.plan import Plan, parse_plan
-from cifar_assets.training.spec import MlflowTarget
+from cifar_assets.training.spec import MlflowTarget, check_tracking_uri
 
 EXIT_FAILED = 1
 EXIT_BAD_SETTING = 2
@@ -144,7 +144,7 @@ def _fraction(text: str) -> float:
 
 
 def _mlflow(run: str) -> MlflowTarget | None:
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = check_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", ""), "MLFLOW_TRACKING_URI")
     return MlflowTarget(tracking_uri=uri, run_name=run, tags={"pipeline_run": run}) if uri else None
 
 

@@ -3,21 +3,32 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.digests import sha256_json
 from cifar_assets.errors import ConfigError
+from cifar_assets.redaction import has_credentials, redacted
 from cifar_assets.training.recipes import Recipe
 
 ALGORITHM = 1
 """Raised whenever the code changes what weights a recipe, data and seed give: old checkpoints are then not resumed."""
 
 
+def check_tracking_uri(uri: str, name: str = "tracking_uri") -> str:
+    """The URI as it is. ConfigError where it holds credentials: job specs are written into manifests and stores."""
+    if has_credentials(uri):
+        raise ConfigError(
+            f"{name} is {redacted(uri)}: expected an address without user, password or query, which would be stored. "
+            "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead, in pods from a Secret."
+        )
+    return uri
+
+
 class MlflowTarget(BaseModel):
     """Where a training is tracked and under which name its model is registered."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     tracking_uri: str = Field(min_length=1, description="sqlite:///... or http(s)://... URI of the tracking store.")
     experiment: str = Field(default=MODEL_NAME, min_length=1, description="Experiment, made when it does not exist.")
@@ -34,6 +45,14 @@ class MlflowTarget(BaseModel):
     artifact_uri: str | None = Field(
         default=None, description="Artifact root for a new experiment; the tracking store's own when it is empty."
     )
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _without_credentials(cls, value: str) -> str:
+        try:
+            return check_tracking_uri(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
 
 
 class Execution(BaseModel):
@@ -68,7 +87,7 @@ class Execution(BaseModel):
 class JobSpec(BaseModel):
     """One training job, complete: the same spec gives the same weights, wherever it runs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     dataset_uri: str = Field(description="URI of the processed dataset's folder, ending in its digest.")
     dataset_digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="Digest of the processed dataset.")

@@ -111,7 +111,7 @@ def argo_from_environment(environment: Mapping[str, str]) -> ArgoPipeline:
     try:
         further = {str(name): str(value) for name, value in json.loads(text).items()}
     except (AttributeError, ValueError) as error:
-        raise ConfigError(f"ARGO_PARAMETERS is {text!r}: expected a JSON object of parameters. {error}") from error
+        raise ConfigError(f"ARGO_PARAMETERS: expected a JSON object of parameters. {error}") from error
     images = {"trainer-image": environment["TRAINER_IMAGE"]} if "TRAINER_IMAGE" in environment else {}
     return ArgoPipeline(namespace=environment.get("TRAINER_NAMESPACE", "cifar"), parameters={**images, **further})
 

@@ -1,10 +1,45 @@
 """Base of settings."""
 
+import json
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
 import dagster as dg
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
+
+from cifar_assets.errors import ConfigError
+from cifar_assets.redaction import has_credentials
+
+_SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN(?!I)|CREDENTIAL|(ACCESS|API|PRIVATE)_?KEY", re.IGNORECASE)
+S = TypeVar("S", bound="StrictConfig")
 
 
 class StrictConfig(dg.Config):
     """Settings in which an unknown name is an error."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+def without_secrets(env: dict[str, str]) -> dict[str, str]:
+    """The variables as they are. ValueError for one that looks like a credential, which a manifest would show."""
+    for name, value in env.items():
+        if _SECRET_NAME.search(name) or has_credentials(value):
+            raise ValueError(
+                f"{name} looks like a credential, which everybody who may read the manifest would see: put it into a "
+                "Secret and name that in env_secrets."
+            )
+    return env
+
+
+def settings_from_json(
+    kind: type[S], text: str, variable: str, defaults: Mapping[str, object] | None = None, **fields: object
+) -> S:
+    """The settings in a variable that holds JSON, with these fields set. ConfigError shows none of its values."""
+    try:
+        return kind(**{**(defaults or {}), **json.loads(text), **fields})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    except (TypeError, ValueError) as error:
+        problems = str(error)
+    raise ConfigError(f"{variable}: expected fields of {kind.__name__} as JSON. {problems}")

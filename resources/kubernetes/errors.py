@@ -4,8 +4,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cifar_assets.redaction import RedactedError, redacted
 
-class KubernetesError(Exception):
+
+class KubernetesError(RedactedError):
     """Base of the errors of everything that works with a cluster. `permanent`: trying again unchanged fails again."""
 
     permanent = False
@@ -20,13 +22,13 @@ def added_to(first: BaseException, logger: logging.Logger) -> Iterator[None]:
     try:
         yield
     except Exception as second:
-        logger.error("%s", second)
-        first.add_note(f"After that: {second}")
+        logger.error("%s", redacted(second))
+        first.add_note(f"After that: {redacted(second)}")
 
 
 def with_notes(error: BaseException) -> str:
     """The error's text and its notes."""
-    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+    return redacted("\n".join([str(error), *getattr(error, "__notes__", ())]))
 
 
 class SettingsError(KubernetesError, ValueError):

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from resources.kubernetes.config import StrictConfig
+from resources.kubernetes.config import StrictConfig, without_secrets
 
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([munkKMGTPE]|[KMGTPE]i)?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
@@ -174,6 +174,11 @@ class PyTorchJobConfig(StrictConfig):
             if name in _RESERVED_ENV:
                 raise ValueError(f"{name} is set by Dagster Pipes: leave it out.")
         return value
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        return without_secrets(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "PyTorchJobConfig":

@@ -5,9 +5,9 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from kubernetes.utils import parse_quantity
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from resources.kubernetes.config import StrictConfig
+from resources.kubernetes.config import StrictConfig, without_secrets
 
 CONTAINER_NAME = "kserve-container"
 """KServe looks after a container of this name."""
@@ -78,6 +78,11 @@ class InferenceServiceSettings(StrictConfig):
         description="Fields of spec.predictor that have no setting here, such as nodeSelector or tolerations, "
         "unchecked. Knative takes some of them only behind feature flags.",
     )
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        return without_secrets(value)
 
     @property
     def serverless(self) -> bool:

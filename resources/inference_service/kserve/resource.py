@@ -1,6 +1,5 @@
 """The model server as a KServe InferenceService."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from pydantic import Field, model_validator
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, MODEL_NAME
 from cifar_assets.errors import CifarError, ConfigError, DeployError
+from cifar_assets.redaction import has_credentials, redacted
 from resources.inference_service.interface import (
     DeployedService,
     DeployRequest,
@@ -27,6 +27,7 @@ from resources.inference_service.kserve.manifest import (
 )
 from resources.inference_service.kserve.watch import RolloutLimits
 from resources.kubernetes.api import load_configuration
+from resources.kubernetes.config import settings_from_json
 from resources.kubernetes.errors import KubernetesError
 from resources.object_store import ObjectStoreResource
 
@@ -197,19 +198,17 @@ def serving_from_environment(
             f"{IMAGE_VARIABLE} is not set: name the image that serves, such as localhost/cifar-server:dev."
         )
     text = environment.get(SETTINGS_VARIABLE, "{}")
-    try:
-        settings = InferenceServiceSettings(**{**json.loads(text), "image": environment[IMAGE_VARIABLE]})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{SETTINGS_VARIABLE} is {text!r}: expected fields of InferenceServiceSettings as JSON. {error}"
-        ) from error
+    settings = settings_from_json(InferenceServiceSettings, text, SETTINGS_VARIABLE, image=environment[IMAGE_VARIABLE])
+    url = environment.get(URL_VARIABLE)
+    if url and has_credentials(url):
+        raise ConfigError(f"{URL_VARIABLE} is {redacted(url)}: expected an address without user, password or query.")
     try:
         return KServeInferenceService(
             object_store=object_store,
             settings=settings,
             namespace=environment.get(NAMESPACE_VARIABLE, "cifar"),
             name=environment.get(NAME_VARIABLE, MODEL_NAME),
-            base_url=environment.get(URL_VARIABLE),
+            base_url=url,
             host=environment.get(HOST_VARIABLE),
             gateway=environment.get(GATEWAY_VARIABLE, DEFAULT_GATEWAY),
         )

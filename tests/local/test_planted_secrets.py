@@ -1,0 +1,71 @@
+"""A secret in every setting of a whole local run: it is in nothing that the run prints, stores or records."""
+
+import http.server
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.workspace import SMALL_TRAINING, Workspace
+
+SECRET = "hush-0815"
+PLANTED = {
+    "AWS_ACCESS_KEY_ID": f"key-{SECRET}",
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_SESSION_TOKEN": SECRET,
+    "MLFLOW_TRACKING_URI": f"http://user:{SECRET}@127.0.0.1:9/",
+    "MLFLOW_TRACKING_PASSWORD": SECRET,
+    "ACCURACY_THRESHOLD": "0",
+    "TRAINER_JOB": f'{{"env": {{"API_KEY": "{SECRET}"}}}}',
+}
+ONE_EPOCH = {**SMALL_TRAINING, "overrides": {**SMALL_TRAINING["overrides"], "epochs": 1}}
+
+
+@pytest.fixture(scope="module")
+def address(workspace: Workspace) -> Iterator[str]:
+    """Where the workspace's train images are served."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    handler = partial(Handler, directory=workspace.environment["CIFAR10_SOURCE"])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (name,) = [path.name for path in Path(workspace.environment["CIFAR10_SOURCE"]).rglob("*train*.parquet")]
+        yield f"127.0.0.1:{server.server_port}/{name}"
+        server.shutdown()
+
+
+def files_with_the_secret(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+def test_run_from_a_signed_address_keeps_the_signature_to_itself(workspace: Workspace, address: str) -> None:
+    signed = f"http://{address}?X-Amz-Credential=me&X-Amz-Signature={SECRET}"
+    select = "cifar10/raw_dataset,cifar10/processed_dataset,cifar10/trained_model"
+    done = workspace.materialize(select, {"trained_model": ONE_EPOCH}, **PLANTED, CIFAR10_SOURCE=signed)
+    assert done.returncode == 0, done.stdout
+    assert SECRET not in done.stdout
+    assert (workspace.folder / ".cifar/mlflow/mlflow.db").exists()
+    assert files_with_the_secret(workspace.folder) == []
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "http://user:{secret}@{address}",
+        "http://{address}.missing?sig={secret}",
+        "http://{address} x?sig={secret}",
+        "s3://key:{secret}@bucket/x.parquet",
+    ],
+)
+def test_failed_run_keeps_the_secret_of_its_source_to_itself(form: str, workspace: Workspace, address: str) -> None:
+    source = form.format(address=address, secret=SECRET)
+    done = workspace.materialize("cifar10/raw_dataset", **PLANTED, CIFAR10_SOURCE=source)
+    assert done.returncode != 0
+    assert "CIFAR10_SOURCE" in done.stdout or "***" in done.stdout
+    assert SECRET not in done.stdout
+    assert files_with_the_secret(workspace.folder) == []
