@@ -131,14 +131,17 @@ def load_index(raw: ObjectStore, sha256: str, split: str, resize: bool) -> Objec
     return parse_index(raw.read(key)) if raw.exists(key) else None
 
 
-def index_of(raw: ObjectStore, item: RawObject, resize: bool, progress: Progress = quiet) -> ObjectIndex:
-    """The index of a stored object, built again when none is kept."""
+def index_of(
+    raw: ObjectStore, item: RawObject, resize: bool, progress: Progress = quiet, *, keep: bool = True
+) -> ObjectIndex:
+    """The index of a stored object, built again when none is kept, and then kept unless told otherwise."""
     index = load_index(raw, item.sha256, item.split, resize)
     if index is None or len(index) != item.rows:
         with fetched(raw, item.key, item.sha256) as path:
             name = raw.uri(item.key)
             index = read_index(path, item.format, item.split, name, resize=resize, progress=progress)
-        save_index(raw, item.sha256, item.split, resize, index)
+        if keep:
+            save_index(raw, item.sha256, item.split, resize, index)
     return index
 
 

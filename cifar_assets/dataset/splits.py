@@ -50,7 +50,7 @@ def splits_filled(
     """Whether the used rows of the objects give images to train on and images to test with."""
     counts = np.zeros(len(SPLIT_NAMES), np.int64)
     for item in objects:
-        index = index_of(raw, item, resize)
+        index = index_of(raw, item, resize, keep=False)  # the pipelines may only read here
         used = item.used()
         source_splits = np.asarray(SPLITS)[index.splits[used]]
         positions = assign_splits(index.digests[used], source_splits, config or SplitConfig())

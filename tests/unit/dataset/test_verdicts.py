@@ -143,3 +143,13 @@ def test_many_damaged_objects_are_counted(tmp_path: Path, source: str, raw: Fold
 def test_a_version_that_is_not_stored_gives_reasons(tmp_path: Path, raw: FolderStore, processed: FolderStore) -> None:
     assert len(objections(judge_raw(raw, "f" * 64))) == 2
     assert len(objections(judge_processed(raw, processed, "f" * 64))) == 3
+
+
+def test_judging_a_raw_version_writes_nothing(source: str, raw: FolderStore) -> None:
+    """The pipelines' pods may read the raw bucket, and no more."""
+    digest = build_raw_version(raw, source).digest
+    for info in raw.list("index/"):
+        raw.delete(info.key)
+    before = [info.key for info in raw.list()]
+    assert objections(judge_raw(raw, digest)) == []
+    assert [info.key for info in raw.list()] == before
