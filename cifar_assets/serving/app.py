@@ -188,31 +188,24 @@ class App:
         return infer.images, lambda logits: render_infer(infer, logits, self._identity)
 
     def _predict(self, request: Request, parse: Callable[[Request], Parsed]) -> None:
-        if self._num_pending >= self._limits.max_pending_requests:
-            limit = f"at most {self._limits.max_pending_requests} requests at a time"
-            raise BusyError("server", limit, str(self._num_pending), retry_after=self._batcher.retry_after())
+        retry_after = self._batcher.retry_after()
+        _check_room("requests", self._num_pending, self._limits.max_pending_requests, retry_after)
         self._batcher.check_room(1)
         self._num_pending += 1
         self._num_changes += 1
         started = time.monotonic()
         try:
+            parsed = None
             if len(request.body) <= self._limits.small_body_bytes:
-                images, render = parse(request)
+                images, render = parsed = parse(request)
                 if isinstance(images, Pictures) and images.num_pixels <= self._limits.small_pixels:
                     images = images.decode()
                 if not isinstance(images, Pictures):
                     self._submit(request, images, render, started)
                     return
-                parsed = images, render
-            else:
-                parsed = None
+            _check_room("large requests", len(self._tasks), self._limits.max_large_requests, retry_after)
         except Exception as error:
             self._answer(request, _fault_response(request, error))
-            return
-        if len(self._tasks) >= self._limits.max_pending_requests // 2:
-            limit = f"at most {self._limits.max_pending_requests // 2} large requests at a time"
-            busy = BusyError("server", limit, str(len(self._tasks)), retry_after=self._batcher.retry_after())
-            self._answer(request, error_response(busy))
             return
         task = asyncio.get_running_loop().create_task(self._predict_large(request, parse, parsed, started))
         self._tasks.add(task)  # the loop itself keeps none
@@ -230,13 +223,17 @@ class App:
             self._answer(request, _fault_response(request, error))
 
     async def _decode(self, request: Request, pictures: Pictures) -> Images:
+        def decode() -> Images:
+            _wanted(request)
+            return pictures.decode()
+
         num_pixels = pictures.num_pixels
         if self._num_pending_pixels and self._num_pending_pixels + num_pixels > self._limits.max_pending_pixels:
             limit = f"at most {self._limits.max_pending_pixels} pixels that wait to be decoded"
             raise BusyError("server", limit, f"{self._num_pending_pixels} and {num_pixels}", retry_after=1)
         self._num_pending_pixels += num_pixels
         try:
-            return await self._reader.run(num_pixels, lambda: _wanted(request) and pictures.decode())
+            return await self._reader.run(num_pixels, decode)
         finally:
             self._num_pending_pixels -= num_pixels
 
@@ -290,6 +287,11 @@ class _Reader:
 
     def close(self) -> None:
         self._executor.shutdown()
+
+
+def _check_room(what: str, number: int, limit: int, retry_after: int) -> None:
+    if number >= limit:
+        raise BusyError("server", f"at most {limit} {what} at a time", str(number), retry_after=retry_after)
 
 
 def _wanted(request: Request) -> Request:

@@ -45,6 +45,11 @@ class ServingLimits:
     """Between two requests of a connection."""
 
     @property
+    def max_large_requests(self) -> int:
+        """Those of the pending requests that may have a large body or large pictures."""
+        return max(1, self.max_pending_requests // 2)
+
+    @property
     def max_json_items(self) -> int:
         """Numbers, lists and objects in a JSON body: enough for the largest batch of nested arrays."""
         rows_and_lists = IMAGE_SIZE * (IMAGE_SIZE + 1) + 1

@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_the_code():
         f"(`--max-pending-requests`) | {limits.max_pending_requests} |",
         f"beyond the first {limits.small_body_bytes // 2**10} KiB of each | {limits.max_pending_bytes // 2**20} MiB |",
         f"over {limits.small_body_bytes // 2**10} KiB, or more than {limits.small_pixels:,} pixels to decode | "
-        f"{limits.max_pending_requests // 2} |",
+        f"{limits.max_large_requests} |",
         f"| pixels waiting to be decoded | {limits.max_pending_pixels:,} |",
         f"(`--queue-images`) | {limits.queue_images}, a quarter",
         f"(`--max-connections`) | {limits.max_connections} |",
