@@ -12,9 +12,11 @@ import sys
 import threading
 import time
 
+import numpy as np
 import uvloop
 
-from cifar_assets.errors import CifarError, ConfigError
+from cifar_assets.contracts import IMAGE_SHAPE
+from cifar_assets.errors import CifarError, ConfigError, DataError
 from cifar_assets.serving.app import App
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.control import ControlSocket, ServerInfo
@@ -73,6 +75,8 @@ class _Server:
         app = App(self._settings.identity, classifier.run, self._settings.limits, lambda: self._is_ready)
         http = HttpServer(app, self._settings.limits)
         http.sweep()
+        if self._control is not None:
+            await self._check_itself(http)
         server = await loop.create_server(http.connect, sock=self._listener, backlog=2048)
         host, port = self._listener.getsockname()[:2]
         if self._control is not None:
@@ -85,6 +89,18 @@ class _Server:
         await asyncio.wait([leaving, loop.create_task(self._told_to_end.wait())], return_when=asyncio.FIRST_COMPLETED)
         http.abort()
         app.close()
+
+    async def _check_itself(self, http: HttpServer) -> None:
+        """Ask this server over HTTP, where nobody else can, before it takes the place of another."""
+        from cifar_assets.serving.client import InferenceClient
+
+        private = await asyncio.get_running_loop().create_server(http.connect, "127.0.0.1", 0)
+        client = InferenceClient(f"http://127.0.0.1:{private.sockets[0].getsockname()[1]}")
+        black_and_white = np.stack([np.full(IMAGE_SHAPE, value, np.uint8) for value in (0, 255)])
+        answer = await asyncio.to_thread(client.predict_arrays, black_and_white)
+        private.close()
+        if answer.model_digest != self._settings.model_digest:
+            raise DataError(f"Expected an answer of {self._settings.model_digest}, got one of {answer.model_digest}.")
 
     async def _leave(self, http: HttpServer, server: asyncio.Server) -> None:
         if self._settings.drain_delay:

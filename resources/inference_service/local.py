@@ -114,7 +114,7 @@ class LocalInferenceService(InferenceServiceResource):
 
 
 class _NewServer:
-    """A server process on its way into service. It goes by itself when this process ends before `go`."""
+    """A server process on its way into service. It ends by itself when this process ends before `go`."""
 
     def __init__(self, folder: Path, request: DeployRequest, listener: "socket"):
         name = f"server-{time.strftime('%Y%m%d-%H%M%S')}-{request.model_digest[:12]}.log"

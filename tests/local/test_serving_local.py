@@ -25,7 +25,7 @@ from cifar_assets.serving.control import find_server
 from cifar_assets.serving.local import main as local_command
 from resources.inference_service import DeployedService, DeployRequest, LocalInferenceService
 from tests.unit.serving.server_process import ask, ask_on
-from tests.unit.serving.tiny_model import store_tiny_model
+from tests.unit.serving.tiny_model import store_tiny_model, tiny_onnx
 
 PREDICT = "/v1/models/cifar10:predict"
 BODY = json.dumps({"instances": [np.zeros((32, 32, 3), int).tolist()]}).encode()
@@ -264,6 +264,17 @@ def test_a_killed_server_leaves_nothing_that_is_in_the_way(own):
     assert not own.service.delete()
     with pytest.raises(ConnectionRefusedError):
         ask(own.service.port, "GET", "/")
+
+
+def test_a_model_that_cannot_answer_does_not_replace_one_that_can(own):
+    served = own.deploy(0).model_digest
+    uri, digest = store_tiny_model(FolderStore(own.folder / "models"), onnx_bytes=tiny_onnx(breaks_on_white=True))
+    with pytest.raises(
+        DeployError, match=f"{digest} was not put into service: .*not finite.*Model {served} still serves"
+    ):
+        own.service.deploy(DeployRequest(uri, digest, "broken"))
+    assert {own.served_digest() for _ in range(20)} == {served}
+    assert own.service.status().ready
 
 
 def test_two_deployments_at_once_happen_one_after_the_other(own):
