@@ -80,7 +80,7 @@ class _Server:
         server = await loop.create_server(http.connect, sock=self._listener, backlog=2048)
         host, port = self._listener.getsockname()[:2]
         if self._control is not None:
-            self._control.serve(self._info(host, port), self._listener, self._leave_from_thread(loop))
+            self._control.serve(self._info(port), self._listener, self._leave_from_thread(loop))
             await asyncio.to_thread(self._control.take_over)
         _log.info("Serving model %s on http://%s:%d", self._settings.model_digest, host, port)
         _report(self._settings, state="ready", host=host, port=port, pid=os.getpid())
@@ -133,11 +133,11 @@ class _Server:
 
         return leave
 
-    def _info(self, host: str, port: int) -> ServerInfo:
+    def _info(self, port: int) -> ServerInfo:
         settings = self._settings
         return ServerInfo(
             pid=os.getpid(),
-            host=host,
+            host=settings.host,
             port=port,
             model_uri=settings.model_uri,
             model_digest=settings.model_digest,

@@ -99,7 +99,7 @@ class LocalInferenceService(InferenceServiceResource):
         """Start a server beside the old one, which leaves once the new one accepts. DeployError keeps the old one."""
         try:
             with contextlib.closing(_bind(self.host, self.port)) if old is None else old.listener as listener:
-                server = _NewServer(folder, request, listener)
+                server = _NewServer(folder, request, self.host, listener)
                 with server.killed_on_failure():
                     server.wait_for("loaded", self.startup_timeout_seconds)
                     server.go()
@@ -116,7 +116,7 @@ class LocalInferenceService(InferenceServiceResource):
 class _NewServer:
     """A server process on its way into service. It ends by itself when this process ends before `go`."""
 
-    def __init__(self, folder: Path, request: DeployRequest, listener: "socket"):
+    def __init__(self, folder: Path, request: DeployRequest, host: str, listener: "socket"):
         name = f"server-{time.strftime('%Y%m%d-%H%M%S')}-{request.model_digest[:12]}.log"
         self.log_file = folder / name
         report, report_write = os.pipe()
@@ -125,6 +125,7 @@ class _NewServer:
             "model-digest": request.model_digest,
             "model-version": request.model_version,
             "annotations": json.dumps(request.annotations()),
+            "host": host,
             "fd": str(listener.fileno()),
             "report-fd": str(report_write),
             "control-dir": str(folder),

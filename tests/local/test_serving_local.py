@@ -277,6 +277,18 @@ def test_a_model_that_cannot_answer_does_not_replace_one_that_can(own):
     assert own.service.status().ready
 
 
+@pytest.mark.parametrize("host", ["localhost", "::", "::1"])
+def test_the_host_may_be_any_name_of_this_machine(tmp_path, host):
+    own = Deployment(tmp_path)
+    own.service = LocalInferenceService(**{**own.service.model_dump(), "host": host})
+    try:
+        for seed in (0, 1):
+            deployed = own.deploy(seed)
+            assert InferenceClient(deployed.url).served_model().model_digest == own.request(seed).model_digest
+    finally:
+        own.service.delete()
+
+
 def test_two_deployments_at_once_happen_one_after_the_other(own):
     own.deploy(0)
     digests = [own.request(seed).model_digest for seed in (1, 2)]

@@ -92,7 +92,12 @@ def test_a_folder_whose_path_is_longer_than_an_address_works(tmp_path):
 
 @pytest.mark.parametrize(
     ("host", "url"),
-    [("127.0.0.1", "http://127.0.0.1:8080"), ("0.0.0.0", "http://127.0.0.1:8080"), ("::", "http://[::1]:8080")],
+    [
+        ("127.0.0.1", "http://127.0.0.1:8080"),
+        ("0.0.0.0", "http://127.0.0.1:8080"),
+        ("::", "http://localhost:8080"),
+        ("::1", "http://[::1]:8080"),
+    ],
 )
 def test_the_url_is_one_that_this_machine_can_ask(host, url):
     assert ServerInfo(**{**INFO.__dict__, "host": host}).url == url
