@@ -12,13 +12,12 @@ from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
 from cifar_assets.errors import ConfigError
 from cifar_assets.training.spec import JobSpec, check_tracking_uri
 from resources.kubernetes.config import settings_from_json
-from resources.kubernetes.diagnosis import TRANSIENT_CAUSES
 from resources.kubernetes.limits import WatchLimits
+from resources.kubernetes.steps import as_dagster_failure
 from resources.object_store import ObjectStoreResource
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.collector import CollectorTarget, build_pytorch_job_collector
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.errors import JobFailedError
 from resources.pytorch_job.pipes import PipesPyTorchJobClient
 from resources.trainer import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
@@ -85,7 +84,7 @@ class KubernetesTrainer(TrainerResource):
                 messages.relay(delivered)
 
         config = self.job_config(spec, scale, child_environment)
-        with _retried_where_it_helps():
+        with _interrupts_as_such(), as_dagster_failure():
             self.pipes_client().run(
                 context=context,
                 config=config,
@@ -122,12 +121,17 @@ class KubernetesTrainer(TrainerResource):
             message_store=self.object_store.models.at(MESSAGES_PREFIX),
             client=self.connect(),
             namespace=self.namespace,
-            limits=WatchLimits(
-                unschedulable_timeout_seconds=self.unschedulable_timeout_seconds,
-                blocked_timeout_seconds=self.blocked_timeout_seconds,
-                start_timeout_seconds=self.start_timeout_seconds,
-                final_exit_codes=(EXIT_BAD_SPEC,),
-            ),
+            limits=self.limits(),
+        )
+
+    def limits(self) -> WatchLimits:
+        """How long to wait, and after which exit codes another attempt may help: the trainer says so by EXIT_RESUME."""
+        return WatchLimits(
+            unschedulable_timeout_seconds=self.unschedulable_timeout_seconds,
+            blocked_timeout_seconds=self.blocked_timeout_seconds,
+            start_timeout_seconds=self.start_timeout_seconds,
+            final_exit_codes=(EXIT_BAD_SPEC,),
+            retried_exit_codes=(EXIT_RESUME,),
         )
 
     def connect(self) -> PyTorchJobClient:
@@ -176,17 +180,11 @@ def trainer_from_environment(environment: Mapping[str, str], object_store: Objec
 
 
 @contextmanager
-def _retried_where_it_helps() -> Iterator[None]:
-    """Forbids the retry of a training that failed by itself, and hands an interrupt on as such."""
+def _interrupts_as_such() -> Iterator[None]:
+    """Hands an interrupt on that the client replaced with a failure: the step's other owners clean up after it too."""
     try:
         yield
     except dg.Failure as failure:
-        cause = failure.__cause__
-        if isinstance(cause, dg.DagsterExecutionInterruptedError | KeyboardInterrupt):
-            raise cause from None
-        if isinstance(cause, JobFailedError):
-            diagnosis = cause.diagnosis
-            again = diagnosis.cause in TRANSIENT_CAUSES or diagnosis.exit_code == EXIT_RESUME
-            refused = diagnosis.exit_code == EXIT_BAD_SPEC
-            raise dg.Failure(failure.description, failure.metadata, allow_retries=again and not refused) from cause
+        if isinstance(failure.__cause__, dg.DagsterExecutionInterruptedError | KeyboardInterrupt):
+            raise failure.__cause__ from None
         raise

@@ -22,7 +22,7 @@ from cifar_assets.errors import ConfigError
 from cifar_assets.gate import Verdict
 from cifar_assets.mlflow_refusal import why_refused
 from cifar_assets.training.spec import MlflowTarget, check_tracking_uri
-from resources.kubernetes.interrupts import is_being_cancelled
+from resources.kubernetes.steps import is_being_cancelled
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

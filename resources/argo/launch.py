@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from resources.argo.client import GROUP, VERSION, WorkflowClient
-from resources.argo.errors import WorkflowConflictError, WorkflowError
 from resources.argo.naming import MANAGED_BY
 from resources.argo.status import Workflow
 from resources.argo.template import WORKFLOW_LABEL
-from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceConflictError, ResourceStuckError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, step_digest
 from resources.kubernetes.outage import Outage
 
@@ -78,8 +77,8 @@ class WorkflowLauncher:
     def submit(self, request: WorkflowRequest) -> Workflow:
         """The step's workflow: the one that is there, or a new one. One that failed is replaced.
 
-        WorkflowConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without
-        an answer; WorkflowError when what is left of an earlier one does not go away.
+        ResourceConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without
+        an answer; ResourceStuckError when what is left of an earlier one does not go away.
         """
         began = self._clock()
         outage = Outage(
@@ -98,7 +97,7 @@ class WorkflowLauncher:
                     return created
                 outage.end()
                 if self._clock() - began > self._outage_seconds + _REMOVAL_SECONDS:
-                    raise WorkflowError(
+                    raise ResourceStuckError(
                         f"Workflow {request.namespace}/{request.name} could not be submitted: "
                         f"{left or 'its name was taken each time, and then free again'}. See kubectl."
                     )
@@ -109,8 +108,8 @@ class WorkflowLauncher:
     def remove(self, request: WorkflowRequest, *, timeout_seconds: float) -> None:
         """Terminate and delete the step's workflow, and wait until it and its PyTorchJob are gone.
 
-        WorkflowError if they stay. A create call without an answer may still take effect: after one it looks again for
-        as long as a call may take.
+        ResourceStuckError if they stay. A create call without an answer may still take effect: after one it looks again
+        for as long as a call may take.
         """
         start = self._clock()
         workflow: Workflow | None = None
@@ -131,7 +130,7 @@ class WorkflowLauncher:
                     self._client.delete(workflow)  # it may be termination alone that is refused
                 raise
             self._sleep(_PAUSE_SECONDS / 2)
-        raise WorkflowError(
+        raise ResourceStuckError(
             f"Workflow {request.namespace}/{request.name} and what it owns could not be removed within "
             f"{timeout_seconds:.0f} s."
         )
@@ -139,7 +138,7 @@ class WorkflowLauncher:
     def _existing(self, request: WorkflowRequest) -> Workflow | None:
         existing = self._client.get(request.namespace, request.name)
         if existing and not request.owns(existing):
-            raise WorkflowConflictError(
+            raise ResourceConflictError(
                 f"{existing} exists and is not this step's: its labels are {dict(existing.labels)}. "
                 "Delete it, or use another name_prefix."
             )

@@ -7,14 +7,24 @@ from resources.argo.status import Step, Workflow
 from resources.argo.template import JOB_NAME_PREFIX
 from resources.kubernetes.diagnosis import PodHistory
 from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.limits import WatchLimits
 from resources.kubernetes.logs import TAIL_LINES
 from resources.kubernetes.pods import Pod
 from resources.pytorch_job.client import PyTorchJobClient
-from resources.pytorch_job.config import CONTAINER_NAME
 from resources.pytorch_job.diagnosis import diagnose_failure
+from resources.pytorch_job.pod_template import CONTAINER_NAME
 from resources.pytorch_job.status import JobState
 
 TRAIN_TEMPLATES = ("train", "train-replicas")
+
+
+class WorkflowFailedError(KubernetesError):
+    """The workflow ended without success. `step` is the one that failed, or None where it ended before any."""
+
+    def __init__(self, report: str, step: str | None):
+        super().__init__(report)
+        self.step = step
+        self.transient = step is None  # Argo itself has retried what a retry can cure
 
 
 def job_name_of(workflow: Workflow) -> str:
@@ -76,7 +86,7 @@ def _about_job(jobs: PyTorchJobClient, workflow: Workflow, tails: Mapping[str, S
     known = {pod.replica: _tail(jobs, workflow.namespace, pod, CONTAINER_NAME) for pod in pods}
     seen = {replica: lines for replica, lines in {**tails, **known}.items() if lines}
     events = [event for pod in pods for event in jobs.warnings(workflow.namespace, pod.name)]
-    return diagnose_failure(str(job), job.status, history, seen, events).report().splitlines()
+    return diagnose_failure(str(job), job.status, history, seen, events, WatchLimits()).report().splitlines()
 
 
 def is_argos_own(line: str) -> bool:

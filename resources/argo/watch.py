@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from resources.argo.client import WorkflowClient
-from resources.argo.errors import WorkflowDeletedError, WorkflowFailedError, WorkflowTimeoutError
-from resources.argo.report import TRAIN_TEMPLATES, explain, is_argos_own, job_name_of
+from resources.argo.report import TRAIN_TEMPLATES, WorkflowFailedError, explain, is_argos_own, job_name_of
 from resources.argo.status import Workflow
+from resources.kubernetes.errors import ResourceDeletedError, ResourceStuckError
 from resources.kubernetes.limits import WatchLimits
 from resources.kubernetes.logs import LogLine
 from resources.kubernetes.pods import Pod
@@ -48,7 +48,7 @@ class WorkflowWatcher(Watcher[Workflow, WorkflowLimits]):
     def _read(self) -> Workflow:
         workflow = self._client.get(self._workflow.namespace, self._workflow.name)
         if workflow is None or workflow.uid != self._workflow.uid or workflow.deleting:
-            raise WorkflowDeletedError(
+            raise ResourceDeletedError(
                 f"{self._workflow} was deleted by someone else while this step waited for it. "
                 "Run the step again to start a new one."
             )
@@ -70,12 +70,12 @@ class WorkflowWatcher(Watcher[Workflow, WorkflowLimits]):
     def _give_up_if_stuck(self, current: Workflow, pods: Sequence[Pod] | None) -> None:
         waited = self._clock() - self._start
         if current.phase == "Pending" and waited >= self._limits.pending_timeout_seconds:
-            raise WorkflowTimeoutError(
+            raise ResourceStuckError(
                 f"{current} is still {current.phase} after {waited:.0f} s ({current.message or 'no message'}): "
                 "check that Argo's workflow controller runs and watches this namespace."
             )
         if waited >= self._limits.total_timeout_seconds:
-            raise WorkflowTimeoutError(
+            raise ResourceStuckError(
                 f"{current} is still {current.phase} after {waited:.0f} s: check Argo's workflow controller, which "
                 "should have ended it at its deadline."
             )

@@ -2,12 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import dagster as dg
-from dagster._core.errors import DagsterExecutionInterruptedError
-from dagster._utils.interrupts import capture_interrupts
 from pydantic import Field
 
 from cifar_assets.errors import ConfigError
@@ -17,9 +14,8 @@ from resources.argo.launch import WorkflowLauncher, WorkflowRequest
 from resources.argo.naming import workflow_name
 from resources.argo.status import Workflow
 from resources.argo.watch import WorkflowLimits, WorkflowWatcher
-from resources.kubernetes.errors import KubernetesError, added_to, with_notes
-from resources.kubernetes.interrupts import interrupts_after, is_being_cancelled
 from resources.kubernetes.logs import show_line
+from resources.kubernetes.steps import as_dagster_failure, interrupts_after, removing
 
 MODEL_STEP = "verify-model"
 _CANCEL_TIMEOUT_SECONDS = 25.0
@@ -51,7 +47,7 @@ class ArgoPipeline(PipelineResource):
     )
 
     def run(self, context: dg.AssetExecutionContext, request: PipelineRequest) -> PipelineResult:
-        with _as_dagster_failure():
+        with as_dagster_failure():
             return self.follow(context, request, self.connect())
 
     def connect(self) -> WorkflowClient:
@@ -66,7 +62,11 @@ class ArgoPipeline(PipelineResource):
         launcher = WorkflowLauncher(
             client, clock=time.monotonic, sleeper=time.sleep, logger=context.log, shield=interrupts_after
         )
-        with _removing_when_cancelled(context, launcher, wanted):
+
+        def remove() -> None:
+            launcher.remove(wanted, timeout_seconds=_CANCEL_TIMEOUT_SECONDS)
+
+        with removing(context, f"Workflow {wanted.namespace}/{wanted.name}", remove):
             workflow = launcher.submit(wanted)
             context.log.info(f"Following {workflow}.")
             watcher = WorkflowWatcher(
@@ -124,30 +124,3 @@ def _only_refused(workflow: Workflow) -> bool:
     except ValueError:
         return False
     return bool(step and step.name == MODEL_STEP and isinstance(report, dict) and report.get("passed") is False)
-
-
-@contextmanager
-def _removing_when_cancelled(
-    context: dg.AssetExecutionContext, launcher: WorkflowLauncher, wanted: WorkflowRequest
-) -> Iterator[None]:
-    try:
-        yield
-    except (DagsterExecutionInterruptedError, KeyboardInterrupt) as interrupt:
-        with capture_interrupts(), added_to(interrupt, context.log):  # a second signal must not stop the clean-up
-            if not is_being_cancelled(context):
-                context.log.info(
-                    f"This process was told to stop, but nobody cancelled the run: workflow {wanted.namespace}/"
-                    f"{wanted.name} continues, and the step's next attempt finds it."
-                )
-            else:
-                launcher.remove(wanted, timeout_seconds=_CANCEL_TIMEOUT_SECONDS)
-                context.log.info(f"Workflow {wanted.namespace}/{wanted.name} and its PyTorchJob are gone.")
-        raise
-
-
-@contextmanager
-def _as_dagster_failure() -> Iterator[None]:
-    try:
-        yield
-    except KubernetesError as error:
-        raise dg.Failure(with_notes(error), allow_retries=not error.permanent) from error

@@ -1,7 +1,7 @@
-"""What keeps pods from starting, and how they ended: from their state as it was seen over time. Pure."""
+"""Why something failed or does not start: from the state of its pods as it was seen over time. Pure."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from resources.kubernetes.pods import Container, ContainerExit, Pod
@@ -25,19 +25,58 @@ class Cause(StrEnum):
     UNKNOWN = "unknown"
 
 
-TRANSIENT_CAUSES = (
-    Cause.KILLED,
-    Cause.EVICTED,
-    Cause.UNSCHEDULABLE,
-    Cause.NO_PODS,
-    Cause.SLOW_START,
-    Cause.OPERATOR_AWAY,
-)
-"""Those that may go away by themselves."""
-
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 _CONFIGURATION_REASONS = ("CreateContainerConfigError", "CreateContainerError")
+_SIGKILL, _SIGTERM = 137, 143
 NOT_STARTED_REASONS = ("RunContainerError", "StartError", "ContainerCannotRun", "CreateContainerError")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The first thing that went wrong, what else was seen, and what to do."""
+
+    cause: str
+    """A Cause, or a word of the kind's own."""
+    summary: str
+    advice: str
+    transient: bool
+    """Whether trying again may help."""
+    subject: str = ""
+    """The object, where the reader is not told otherwise."""
+    exit_code: int | None = None
+    details: tuple[str, ...] = ()
+    log_tails: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Last lines of the pod that failed, or of every pod where none stands out."""
+    remove: bool = False
+    """The object was given up and has to be removed."""
+
+    def report(self) -> str:
+        """All of it, as the text of an error."""
+        head = f"{self.subject} failed ({self.cause}): " if self.subject else f"({self.cause}) "
+        lines = [head + self.summary, f"What to do: {self.advice}", *(f"- {detail}" for detail in self.details)]
+        for where, tail in self.log_tails.items():
+            lines += [f"Last lines of {where}:", *(f"    {line}" for line in tail)]
+        return "\n".join(lines)
+
+
+def exit_cause(end: ContainerExit) -> Cause:
+    """What the end of a container that failed means."""
+    if end.out_of_memory:
+        return Cause.OUT_OF_MEMORY
+    if end.reason in NOT_STARTED_REASONS:
+        return Cause.NOT_STARTED
+    return Cause.KILLED if end.exit_code in (_SIGKILL, _SIGTERM) else Cause.EXIT_CODE
+
+
+def exit_line(end: ContainerExit) -> str:
+    """One end of a container, for a person to read."""
+    words = ": ".join(part for part in (end.reason, end.message) if part and part != "Error")
+    return f"{end.replica}/{end.container} ended with exit code {end.exit_code}" + (f" ({words})" if words else "")
+
+
+def event_lines(events: Sequence[str]) -> tuple[str, ...]:
+    """The newest warnings, as details of a diagnosis."""
+    return tuple(f"event {event}" for event in events[-5:])
 
 
 class PodHistory:

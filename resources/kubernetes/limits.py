@@ -5,6 +5,17 @@ from dataclasses import dataclass
 
 from resources.kubernetes.diagnosis import Cause, Obstacle
 
+_TRANSIENT_CAUSES = (
+    Cause.KILLED,
+    Cause.EVICTED,
+    Cause.UNSCHEDULABLE,
+    Cause.NO_PODS,
+    Cause.SLOW_START,
+    Cause.OPERATOR_AWAY,
+    Cause.UNKNOWN,
+)
+"""Those that may go away by themselves. A deadline is not one of them: it says how long the work may take."""
+
 
 @dataclass(frozen=True)
 class WatchLimits:
@@ -21,8 +32,17 @@ class WatchLimits:
     """No answer from the API server."""
     final_exit_codes: tuple[int, ...] = ()
     """Exit codes after which a restart cannot help: the work is given up at the first one."""
+    retried_exit_codes: tuple[int, ...] | None = None
+    """The only exit codes after which another attempt may help; None: all that are not final."""
     calm_seconds: float = 600.0
     """How long all pods have to run before what kept them from starting earlier is forgotten."""
+
+    def is_worth_retrying(self, cause: Cause, exit_code: int | None = None) -> bool:
+        """Whether the same work, tried again, may end otherwise. Errors carry this answer, and Dagster's retries."""
+        if cause == Cause.EXIT_CODE:
+            is_known = self.retried_exit_codes is None or exit_code in self.retried_exit_codes
+            return is_known and exit_code not in self.final_exit_codes
+        return cause in _TRANSIENT_CAUSES
 
     def of(self, cause: Cause) -> float:
         if cause == Cause.UNSCHEDULABLE:

@@ -4,19 +4,17 @@
 `messages`, `pipes` and `collector` do.
 """
 
-from resources.kubernetes.errors import KubernetesError, SettingsError
+from resources.kubernetes.errors import KubernetesError, ResourceFailedError, SettingsError
 from resources.kubernetes.limits import WatchLimits
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.collector import build_pytorch_job_collector
 from resources.pytorch_job.config import ElasticPolicy, PodTemplate, PyTorchJobConfig, RunPolicy, SecretKey, Toleration
-from resources.pytorch_job.errors import JobFailedError, PyTorchJobError
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 from resources.pytorch_job.pipes import PipesPyTorchJobClient
 from resources.pytorch_job.status import JobState, JobStatus, read_status
 
 __all__ = [
     "ElasticPolicy",
-    "JobFailedError",
     "JobState",
     "JobStatus",
     "KubernetesError",
@@ -25,7 +23,7 @@ __all__ = [
     "PyTorchJob",
     "PyTorchJobClient",
     "PyTorchJobConfig",
-    "PyTorchJobError",
+    "ResourceFailedError",
     "RunPolicy",
     "SecretKey",
     "SettingsError",

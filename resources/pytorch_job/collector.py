@@ -13,7 +13,6 @@ from cifar_assets.object_store import ObjectStore
 from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, selector
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
-from resources.pytorch_job.errors import PyTorchJobError
 from resources.pytorch_job.labels import MANAGED_BY
 from resources.pytorch_job.messages import MARKS_FOLDER, MESSAGES_FOLDER
 
@@ -166,7 +165,7 @@ def build_pytorch_job_collector(
         names = ", ".join(leftover.job.name for leftover in leftovers) or "none"
         done = f"Leftover PyTorchJobs deleted: {names}. Old message objects deleted: {num_deleted}."
         if problems:
-            raise PyTorchJobError("\n".join([done, *(f"Not deleted: {problem}" for problem in problems)]))
+            raise KubernetesError("\n".join([done, *(f"Not deleted: {problem}" for problem in problems)]))
         return dg.SkipReason(done)
 
     return collector

@@ -6,12 +6,11 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from resources.kubernetes.config import StrictConfig, without_secrets
+from resources.pytorch_job.pod_template import PodTemplate
 
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([munkKMGTPE]|[KMGTPE]i)?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _RESERVED_ENV = ("DAGSTER_PIPES_CONTEXT", "DAGSTER_PIPES_MESSAGES")
-CONTAINER_NAME = "pytorch"
-"""The operator looks for a container of this name and ignores every other."""
 
 
 def _checked_quantity(value: str | None, what: str) -> None:
@@ -82,31 +81,6 @@ class RunPolicy(StrictConfig):
     clean_pod_policy: Literal["All", "Running", "None"] = Field(
         default="Running", description="Which pods are deleted when the job finishes; finished pods keep their logs."
     )
-
-
-class PodTemplate(StrictConfig):
-    """Raw Kubernetes config laid over the pods, with the keys and the merging of dagster-k8s' run_k8s_config.
-
-    Field names may be in snake_case or camelCase. DEEP merges mappings and appends to lists; SHALLOW replaces.
-    """
-
-    container_config: dict[str, Any] = Field(default={}, description="Fields of the container `pytorch` (V1Container).")
-    pod_spec_config: dict[str, Any] = Field(
-        default={}, description="Fields of the pod spec (V1PodSpec); `containers` adds sidecars."
-    )
-    pod_template_spec_metadata: dict[str, Any] = Field(
-        default={}, description="Fields of the pod's metadata (V1ObjectMeta)."
-    )
-    merge_behavior: Literal["DEEP", "SHALLOW"] = Field(
-        default="DEEP", description="How these fields join those that the typed settings made."
-    )
-
-    @model_validator(mode="after")
-    def _known_to_kubernetes(self) -> "PodTemplate":
-        from resources.pytorch_job.manifest import user_pod_config
-
-        user_pod_config(self)
-        return self
 
 
 class PyTorchJobConfig(StrictConfig):

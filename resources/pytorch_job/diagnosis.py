@@ -1,13 +1,19 @@
 """Why a job failed, or will never start: from its condition, its pods as they were seen over time, and their logs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
-from resources.kubernetes.diagnosis import NOT_STARTED_REASONS, Cause, Obstacle, PodHistory
-from resources.kubernetes.pods import ContainerExit, Pod
+from resources.kubernetes.diagnosis import (
+    Cause,
+    Diagnosis,
+    Obstacle,
+    PodHistory,
+    event_lines,
+    exit_cause,
+    exit_line,
+)
+from resources.kubernetes.limits import WatchLimits
+from resources.kubernetes.pods import Pod
 from resources.pytorch_job.status import JobStatus
-
-_PERMANENT = (Cause.OUT_OF_MEMORY, Cause.NOT_STARTED, Cause.IMAGE, Cause.CONFIGURATION)
 
 _ADVICE: Mapping[Cause, str] = {
     Cause.OUT_OF_MEMORY: "Raise `memory`, or let the process use less.",
@@ -25,80 +31,69 @@ _ADVICE: Mapping[Cause, str] = {
     Cause.UNKNOWN: "Look at the job's pods and events with kubectl describe.",
 }
 
-_SIGKILL, _SIGTERM = 137, 143
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """The first thing that went wrong, what else was seen, and what to do."""
-
-    job: str
-    cause: Cause
-    summary: str
-    exit_code: int | None = None
-    details: tuple[str, ...] = ()
-    log_tails: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Last lines of the replica that failed, or of every replica where none stands out."""
-    job_finished: bool = True
-    """False when the job was given up and has to be removed."""
-
-    @property
-    def permanent(self) -> bool:
-        """Whether the same job would end the same way again."""
-        return self.cause in _PERMANENT
-
-    def report(self) -> str:
-        """All of it, as the text of an error."""
-        lines = [f"{self.job} failed ({self.cause}): {self.summary}", f"What to do: {_ADVICE[self.cause]}"]
-        lines += [f"- {detail}" for detail in self.details]
-        for replica, tail in self.log_tails.items():
-            lines.append(f"Last lines of {replica}:")
-            lines += [f"    {line}" for line in tail]
-        return "\n".join(lines)
-
 
 def diagnose_failure(
-    job: str, status: JobStatus, history: PodHistory, tails: Mapping[str, Sequence[str]], events: Sequence[str]
+    job: str,
+    status: JobStatus,
+    history: PodHistory,
+    tails: Mapping[str, Sequence[str]],
+    events: Sequence[str],
+    limits: WatchLimits,
+    *,
+    remove: bool = False,
 ) -> Diagnosis:
     """Why the operator declared the job failed. `tails` are the last log lines of each replica."""
     failures = history.failures()
-    details = [status.message] if status.message else []
-    details += [_exit_line(end) for end in failures]
-    details += [f"event {event}" for event in events[-5:]]
     first = failures[0] if failures else None
+    cause = exit_cause(first) if first else Cause.UNKNOWN
     evicted = history.evicted()
-    if "longer than specified deadline" in status.message and not (first and first.out_of_memory):
-        return Diagnosis(job, Cause.DEADLINE, status.message, None, tuple(details), dict(tails))
-    if evicted and (first is None or first.exit_code in (_SIGKILL, _SIGTERM)):
-        pod = evicted[0]
-        return Diagnosis(
-            job, Cause.EVICTED, f"{pod.replica} was evicted: {pod.message}", None, tuple(details), dict(tails)
-        )
-    if first:
-        tail = {first.replica: tails[first.replica]} if tails.get(first.replica) else dict(tails)
-        return Diagnosis(job, _exit_cause(first), _exit_line(first), first.exit_code, tuple(details), tail)
-    return Diagnosis(job, Cause.UNKNOWN, status.message or "no reason given", None, tuple(details), dict(tails))
+    if "longer than specified deadline" in status.message and cause != Cause.OUT_OF_MEMORY:
+        first, cause, summary = None, Cause.DEADLINE, status.message
+    elif evicted and cause in (Cause.KILLED, Cause.UNKNOWN):
+        first, cause, summary = None, Cause.EVICTED, f"{evicted[0].replica} was evicted: {evicted[0].message}"
+    else:
+        summary = exit_line(first) if first else status.message or "no reason given"
+    exit_code = first.exit_code if first else None
+    return Diagnosis(
+        cause,
+        summary,
+        _ADVICE[cause],
+        limits.is_worth_retrying(cause, exit_code),
+        job,
+        exit_code,
+        (*([status.message] if status.message else []), *map(exit_line, failures), *event_lines(events)),
+        {first.replica: tails[first.replica]} if first and tails.get(first.replica) else dict(tails),
+        remove,
+    )
 
 
 def diagnose_obstacle(
-    job: str, obstacle: Obstacle, waited_seconds: float, pods: Sequence[Pod], events: Sequence[str]
+    job: str,
+    obstacle: Obstacle,
+    waited_seconds: float,
+    pods: Sequence[Pod],
+    events: Sequence[str],
+    limits: WatchLimits,
 ) -> Diagnosis:
     """Why a job is given up before its pods ran, or though they ended."""
-    summary = f"{obstacle} (for {waited_seconds:.0f} s)"
-    details = [f"{pod.replica}: {pod.phase}" for pod in pods] + [f"event {event}" for event in events[-5:]]
-    finished = obstacle.cause == Cause.OPERATOR_AWAY
-    return Diagnosis(job, obstacle.cause, summary, details=tuple(details), job_finished=finished)
+    return Diagnosis(
+        obstacle.cause,
+        f"{obstacle} (for {waited_seconds:.0f} s)",
+        _ADVICE[obstacle.cause],
+        limits.is_worth_retrying(obstacle.cause),
+        job,
+        details=(*(f"{pod.replica}: {pod.phase}" for pod in pods), *event_lines(events)),
+        remove=obstacle.cause != Cause.OPERATOR_AWAY,
+    )
 
 
-def _exit_cause(end: ContainerExit) -> Cause:
-    if end.out_of_memory:
-        return Cause.OUT_OF_MEMORY
-    if end.reason in NOT_STARTED_REASONS:
-        return Cause.NOT_STARTED
-    return Cause.KILLED if end.exit_code in (_SIGKILL, _SIGTERM) else Cause.EXIT_CODE
-
-
-def _exit_line(end: ContainerExit) -> str:
-    words = ": ".join(part for part in (end.reason, end.message) if part)
-    at = f" at {end.finished_at}" if end.finished_at else ""
-    return f"{end.replica}/{end.container} ended with exit code {end.exit_code}{at}" + (f" ({words})" if words else "")
+def diagnose_overdue(job: str, status: JobStatus, waited_seconds: float, deadline_seconds: float) -> Diagnosis:
+    """Why a job is given up that nobody ended at its deadline."""
+    return Diagnosis(
+        Cause.DEADLINE,
+        f"still {status.state} after {waited_seconds:.0f} s, though its deadline is {deadline_seconds} s",
+        "Check that the training operator runs: neither it nor the kubelet ended the job.",
+        transient=False,
+        subject=job,
+        remove=True,
+    )

@@ -12,11 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceConflictError, ResourceStuckError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, selector, step_digest
 from resources.kubernetes.outage import Outage
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
-from resources.pytorch_job.errors import JobConflictError, PyTorchJobError
 from resources.pytorch_job.labels import LAUNCH_ANNOTATION, MANAGED_BY, WORK_ANNOTATION
 from resources.pytorch_job.status import JobState
 
@@ -100,14 +99,14 @@ class JobLauncher:
         self._shield = shield
         self._outage_seconds = outage_seconds
         self._removal_seconds = removal_seconds
-        self.create_in_doubt = False
+        self._create_in_doubt = False
         """Whether a create call was sent that may still take effect though no answer came."""
 
     def start(self, request: JobRequest, manifest: Mapping[str, Any]) -> Started:
         """The step's job, running or finished, adopted or new. Never leaves two.
 
-        JobConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without an
-        answer; PyTorchJobError when the name stays taken, or what is to be replaced does not go away.
+        ResourceConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without
+        an answer; ResourceStuckError when the name stays taken, or what is to be replaced does not go away.
         """
         deadline = self._clock() + self._outage_seconds + self._removal_seconds
         outage = Outage(
@@ -122,19 +121,20 @@ class JobLauncher:
             except ApiUnavailableError as error:
                 outage.endure(error)
             if self._clock() > deadline:
-                raise PyTorchJobError(
+                raise ResourceStuckError(
                     f"PyTorchJob {request.namespace}/{request.name} could be neither created nor adopted: its name was "
                     "taken each time, and then free again. See whether another process runs the same step."
                 )
             self._sleep(_PAUSE_SECONDS)
 
-    def remove(self, request: JobRequest, *, grace_seconds: int, timeout_seconds: float, settle_seconds: float) -> bool:
-        """Delete every job of the step and wait until they and their pods are gone; False when time ran out.
+    def remove(self, request: JobRequest, *, grace_seconds: int, timeout_seconds: float) -> None:
+        """Delete every job of the step and wait until they and their pods are gone. ResourceStuckError if they stay.
 
-        Looks again until `settle_seconds` have passed: a create call that was cut off may still take effect. A refusal
-        to do something about the pods is raised only after the jobs were deleted.
+        After a create call without an answer, which may still take effect, it looks again for as long as a call may
+        take. A refusal to do something about the pods is raised only after the jobs were deleted.
         """
         start = self._clock()
+        settle_seconds = self._client.request_timeout_seconds if self._create_in_doubt else 0.0
         names = {request.name}
         asked: set[str] = set()
         jobs: list[PyTorchJob] = []
@@ -146,7 +146,7 @@ class JobLauncher:
                 if not self._clear(request.namespace, jobs, names, asked, grace_seconds) and (
                     self._clock() - start >= settle_seconds
                 ):
-                    return True
+                    return
             except ApiUnavailableError as error:
                 self._log.warning("Still removing the job of step %s: %s", request.step_key, error)
             except ApiRefusedError:
@@ -154,7 +154,10 @@ class JobLauncher:
                     self._client.delete(job)
                 raise
             self._sleep(_PAUSE_SECONDS / 2)
-        return False
+        raise ResourceStuckError(
+            f"PyTorchJob {request.namespace}/{request.name} and its pods could not be removed within "
+            f"{timeout_seconds:.0f} s. The collector sensor tries again; the job's deadline ends it in any case."
+        )
 
     def _try_to_start(self, request: JobRequest, manifest: Mapping[str, Any]) -> Started | None:
         kept = self._settle(request)
@@ -209,10 +212,10 @@ class JobLauncher:
 
     def _create(self, request: JobRequest, manifest: Mapping[str, Any]) -> PyTorchJob | None:
         """The created job; None when something else has to be settled first."""
-        self.create_in_doubt = True
+        self._create_in_doubt = True
         with self._shield():
             created = self._client.create(manifest)
-            self.create_in_doubt = False
+            self._create_in_doubt = False
         if created:
             return created
         existing = self._client.get(request.namespace, request.name)
@@ -221,7 +224,7 @@ class JobLauncher:
         if existing.launch_id == request.launch_id:
             return existing  # our own create call, whose answer was lost
         if not request.owns(existing):
-            raise JobConflictError(
+            raise ResourceConflictError(
                 f"{existing} exists and is not this step's: it carries run id {existing.run_id!r}. "
                 "Delete it, or use another name_prefix."
             )
@@ -233,7 +236,7 @@ class JobLauncher:
         deadline = self._clock() + self._removal_seconds
         while self._clear(namespace, jobs, names, asked, _REPLACE_GRACE_SECONDS):
             if self._clock() > deadline:
-                raise PyTorchJobError(
+                raise ResourceStuckError(
                     f"PyTorchJob {namespace}/{', '.join(sorted(names))} was deleted {self._removal_seconds:.0f} s ago "
                     "and still has pods. A second job beside them could spoil their work: look at the pods' finalizers."
                 )

@@ -6,13 +6,13 @@ from typing import Any
 
 import kubernetes.client
 from dagster_k8s.container_context import K8sContainerContext
-from dagster_k8s.job import K8sConfigMergeBehavior, UserDefinedDagsterK8sConfig
+from dagster_k8s.job import UserDefinedDagsterK8sConfig
 from dagster_k8s.models import k8s_model_from_dict
 from kubernetes.client import ApiClient
 
-from resources.kubernetes.errors import SettingsError
-from resources.pytorch_job.config import CONTAINER_NAME, PodTemplate, PyTorchJobConfig
+from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.naming import check_job_name
+from resources.pytorch_job.pod_template import CONTAINER_NAME
 
 GROUP = "kubeflow.org"
 VERSION = "v1"
@@ -43,31 +43,6 @@ def build_pytorch_job_manifest(
         metadata["annotations"] = all_annotations
     spec = _deep_merged(_job_spec(config, template), config.extra_spec)
     return {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "metadata": metadata, "spec": spec}
-
-
-def user_pod_config(template: PodTemplate) -> UserDefinedDagsterK8sConfig:
-    """The overrides as dagster-k8s reads them; SettingsError for a field that Kubernetes does not have."""
-    try:
-        user_config = UserDefinedDagsterK8sConfig(
-            container_config=template.container_config,
-            pod_spec_config=template.pod_spec_config,
-            pod_template_spec_metadata=template.pod_template_spec_metadata,
-            merge_behavior=K8sConfigMergeBehavior(template.merge_behavior),
-        )
-        k8s_model_from_dict(kubernetes.client.V1PodSpec, {**user_config.pod_spec_config, "containers": []})
-        k8s_model_from_dict(kubernetes.client.V1Container, {**user_config.container_config, "name": CONTAINER_NAME})
-    except Exception as error:  # dagster-k8s raises plain Exception for unknown fields
-        raise SettingsError(f"pod_template is not what Kubernetes takes: {error}") from error
-    name = user_config.container_config.get("name", CONTAINER_NAME)
-    if name != CONTAINER_NAME:
-        raise SettingsError(
-            f"pod_template names the container {name!r}: the training operator only knows one named {CONTAINER_NAME!r}."
-        )
-    if user_config.pod_spec_config.get("restart_policy"):
-        raise SettingsError(
-            "pod_template sets the pods' restartPolicy, which the training operator replaces: use restart_policy."
-        )
-    return user_config
 
 
 def _job_spec(config: PyTorchJobConfig, template: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +93,7 @@ def _pod_template(
             pod_template_spec_metadata=_without_empty({"labels": dict(labels), "annotations": dict(annotations)}),
         )
     )
-    overrides = K8sContainerContext(run_k8s_config=user_pod_config(config.pod_template))
+    overrides = K8sContainerContext(run_k8s_config=config.pod_template.user_config())
     merged = base.merge(overrides).run_k8s_config
     pod_spec = dict(merged.pod_spec_config)
     sidecars = pod_spec.pop("containers", [])

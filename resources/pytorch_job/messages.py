@@ -16,7 +16,7 @@ from dagster_pipes import PipesParams
 from cifar_assets.errors import ObjectNotFoundError, StoreError
 from cifar_assets.object_store import ObjectStore
 from cifar_assets.pipes_store import STORE_URI_PARAM
-from resources.pytorch_job.errors import MessagesLostError
+from resources.kubernetes.errors import KubernetesError
 
 MESSAGES_FOLDER = "messages"
 MARKS_FOLDER = "read"
@@ -25,6 +25,10 @@ OnMessage = Callable[[Any, bool], None]
 """Takes a custom message, and whether this Dagster run was given it before, by an earlier attempt."""
 
 _SHOWN_ONCE = ("log", "log_external_stream")
+
+
+class MessagesLostError(KubernetesError):
+    """The job's Pipes messages could not be read to their end."""
 
 
 class PipesStoreMessageReader(dg.PipesMessageReader):

@@ -3,31 +3,35 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import dagster as dg
-from dagster._core.definitions.resource_annotation import TreatAsResourceParam
-from dagster._core.errors import DagsterExecutionInterruptedError
-from dagster._core.pipes.client import PipesClientCompletedInvocation
-from dagster._core.pipes.reattach import find_latest_launch_handle as find_handle
-from dagster._core.pipes.reattach import record_external_launch, record_external_reattach
-from dagster._core.pipes.utils import PipesEnvContextInjector, open_pipes_session
-from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
-from dagster._utils.interrupts import capture_interrupts
 from dagster_k8s.utils import detect_current_namespace, get_common_labels, sanitize_k8s_label
 from dagster_pipes import PipesExtras
 
 from cifar_assets.object_store import ObjectStore
-from resources.kubernetes.errors import KubernetesError, added_to, with_notes
-from resources.kubernetes.interrupts import StepContext, interrupts_after, is_being_cancelled
+from resources.dagster_private import (
+    ASSET_RESUME_RETRY_TAG,
+    RESUME_RETRY_TAG,
+    TreatAsResourceParam,
+    find_latest_launch_handle,
+    record_external_launch,
+    record_external_reattach,
+)
+from resources.kubernetes.errors import ResourceFailedError, added_to
 from resources.kubernetes.limits import WatchLimits
 from resources.kubernetes.logs import LogLine, show_line
+from resources.kubernetes.steps import (
+    StepContext,
+    as_dagster_failure,
+    cancelled_failure,
+    interrupts_after,
+    is_being_cancelled,
+    removing,
+)
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.diagnosis import Diagnosis
-from resources.pytorch_job.errors import JobFailedError, PyTorchJobError
 from resources.pytorch_job.labels import JOB_LABEL, OP_LABEL
 from resources.pytorch_job.launch import JobLauncher, JobRequest, Started
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
@@ -86,7 +90,7 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
         work: str | None = None,
         on_message: OnMessage | None = None,
         on_log_line: Callable[[LogLine], None] | None = None,
-    ) -> PipesClientCompletedInvocation:
+    ) -> dg.PipesClientCompletedInvocation:
         """The finished invocation, with every result and custom message of the job and its name as metadata.
 
         `work` identifies what the job computes, so that a retry adopts only a job that computes the same; by default a
@@ -105,11 +109,11 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
             on_message=on_message,
         )
         with (
-            _as_dagster_failure(),
-            open_pipes_session(
+            as_dagster_failure(),
+            dg.open_pipes_session(
                 context=context,
                 extras=extras,
-                context_injector=PipesEnvContextInjector(),
+                context_injector=dg.PipesEnvContextInjector(),
                 message_reader=reader,
             ) as session,
         ):
@@ -130,13 +134,19 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
                 outage_seconds=self._limits.outage_timeout_seconds,
             )
             if is_being_cancelled(context):
-                raise _cancelled()
-            with self._cleaning_up(context, client, launcher, request):
+                raise cancelled_failure()
+
+            def remove() -> None:
+                launcher.remove(
+                    request, grace_seconds=self._cancel_grace_seconds, timeout_seconds=self._cancel_timeout_seconds
+                )
+
+            with removing(context, f"PyTorchJob {request.namespace}/{request.name}", remove):
                 started = launcher.start(request, manifest)
                 self._record(context, started)
                 reader.attach(started.job.launch_id or request.launch_id)
                 self._watch(context, client, started.job, reader, on_log_line or show_line)
-        return PipesClientCompletedInvocation(session, metadata=_metadata(started))
+        return dg.PipesClientCompletedInvocation(session, metadata=_metadata(started))
 
     def _request(
         self,
@@ -181,71 +191,16 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
         )
         try:
             watcher.wait_until_finished()
-        except JobFailedError as error:
+        except ResourceFailedError as error:
             with added_to(error, context.log):
                 reader.poll()  # what it said last may explain the failure
             raise
         reader.drain(timeout_seconds=self._drain_timeout_seconds, clock=self._clock, sleeper=self._sleeper)
 
-    @contextmanager
-    def _cleaning_up(
-        self, context: StepContext, client: PyTorchJobClient, launcher: JobLauncher, request: JobRequest
-    ) -> Iterator[None]:
-        """Removes the job when the run was cancelled, from before the create call on, or when it never started."""
-        try:
-            yield
-        except (DagsterExecutionInterruptedError, KeyboardInterrupt) as interrupt:
-            cancelled = False
-            with capture_interrupts(), added_to(interrupt, context.log):  # a second signal must not stop the clean-up
-                cancelled = is_being_cancelled(context)
-                self._after_interrupt(context, client, launcher, request, cancelled)
-            if cancelled and context.get_step_execution_context().op_retry_policy:
-                raise _cancelled() from interrupt  # Dagster would answer the interrupt itself with a retry
-            raise
-        except JobFailedError as error:
-            if not error.diagnosis.job_finished:
-                with added_to(error, context.log):
-                    self._remove(context, launcher, request, settle_seconds=0)
-            raise
-
-    def _after_interrupt(
-        self,
-        context: StepContext,
-        client: PyTorchJobClient,
-        launcher: JobLauncher,
-        request: JobRequest,
-        cancelled: bool,
-    ) -> None:
-        if not cancelled:
-            context.log.info(
-                f"This process was told to stop, but nobody cancelled the run: PyTorchJob {request.namespace}/"
-                f"{request.name} continues, and the step's next attempt adopts it."
-            )
-            return
-        settle_seconds = client.request_timeout_seconds if launcher.create_in_doubt else 0.0
-        self._remove(context, launcher, request, settle_seconds=settle_seconds)
-
-    def _remove(
-        self, context: StepContext, launcher: JobLauncher, request: JobRequest, *, settle_seconds: float
-    ) -> None:
-        removed = launcher.remove(
-            request,
-            grace_seconds=self._cancel_grace_seconds,
-            timeout_seconds=self._cancel_timeout_seconds,
-            settle_seconds=settle_seconds,
-        )
-        where = f"PyTorchJob {request.namespace}/{request.name} and its pods"
-        if not removed:
-            raise PyTorchJobError(
-                f"{where} could not be removed within {self._cancel_timeout_seconds:.0f} s. The collector sensor tries "
-                "again; the job's deadline ends it in any case."
-            )
-        context.log.info(f"{where} are gone.")
-
     def _record(self, context: StepContext, started: Started) -> None:
         """Write to the event log which job belongs to the step, as Dagster's own re-attaching clients do."""
         job = started.job
-        handle = find_handle(context, client_name=CLIENT_NAME)
+        handle = find_latest_launch_handle(context, client_name=CLIENT_NAME)
         if started.adopted and handle and handle.external_run_id == job.name:
             record_external_reattach(context, handle)
             return
@@ -279,10 +234,6 @@ def _retried_runs(context: StepContext) -> tuple[str, ...]:
     return tuple(runs)
 
 
-def _cancelled() -> dg.Failure:
-    return dg.Failure("The run was cancelled: this step starts no PyTorchJob and leaves none.", allow_retries=False)
-
-
 def _dagster_labels(context: StepContext) -> dict[str, str]:
     return {
         **get_common_labels(),
@@ -294,22 +245,3 @@ def _dagster_labels(context: StepContext) -> dict[str, str]:
 def _metadata(started: Started) -> dict[str, Any]:
     job = started.job
     return {"pytorch_job": f"{job.namespace}/{job.name}", "pytorch_job_adopted": started.adopted}
-
-
-@contextmanager
-def _as_dagster_failure() -> Iterator[None]:
-    """Turns what goes wrong with the job or the cluster into dg.Failure, with what is known as metadata."""
-    try:
-        yield
-    except KubernetesError as error:
-        metadata = _failure_metadata(error.diagnosis) if isinstance(error, JobFailedError) else {}
-        raise dg.Failure(description=with_notes(error), metadata=metadata, allow_retries=not error.permanent) from error
-
-
-def _failure_metadata(diagnosis: Diagnosis) -> Mapping[str, Any]:
-    logs = {
-        f"log of {replica}": dg.MetadataValue.md("```\n" + "\n".join(tail) + "\n```")
-        for replica, tail in diagnosis.log_tails.items()
-    }
-    exit_code = {} if diagnosis.exit_code is None else {"exit_code": diagnosis.exit_code}
-    return {"cause": str(diagnosis.cause), "summary": diagnosis.summary, **exit_code, **logs}

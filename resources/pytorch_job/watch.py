@@ -1,16 +1,15 @@
 """Waiting for a PyTorchJob to end. No Dagster; clock and sleeper are given."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from resources.kubernetes.diagnosis import Cause, Obstacle, find_obstacle
+from resources.kubernetes.diagnosis import Cause, Diagnosis, Obstacle, find_obstacle
+from resources.kubernetes.errors import ResourceDeletedError, ResourceFailedError
 from resources.kubernetes.limits import Patience, WatchLimits
 from resources.kubernetes.pods import Pod
 from resources.kubernetes.watch import Watcher
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
-from resources.pytorch_job.diagnosis import Diagnosis, diagnose_failure, diagnose_obstacle
-from resources.pytorch_job.errors import JobDeletedError, JobFailedError
+from resources.pytorch_job.diagnosis import diagnose_failure, diagnose_obstacle, diagnose_overdue
 from resources.pytorch_job.status import JobState
 
 
@@ -27,16 +26,16 @@ class JobWatcher(Watcher[PyTorchJob, WatchLimits]):
         self._active_since = self._clock()
 
     def wait_until_finished(self) -> PyTorchJob:
-        """The succeeded job. JobFailedError, JobDeletedError, or ApiError after too long an outage."""
+        """The succeeded job. ResourceFailedError, ResourceDeletedError, or ApiError after too long an outage."""
         job = super().wait_until_finished()
         if job.status.state == JobState.FAILED:
-            raise JobFailedError(self._diagnosis(job))
+            raise ResourceFailedError(self._diagnosis(job))
         return job
 
     def _read(self) -> PyTorchJob:
         job = self._client.get(self._job.namespace, self._job.name)
         if job is None or job.uid != self._job.uid or job.deleting:
-            raise JobDeletedError(
+            raise ResourceDeletedError(
                 f"{self._job} was deleted by someone else while this step waited for it. Its last state was "
                 f"{self._state or 'unknown'}. Run the step again to start a new job."
             )
@@ -53,7 +52,7 @@ class JobWatcher(Watcher[PyTorchJob, WatchLimits]):
 
     def _give_up_if_stuck(self, current: PyTorchJob, pods: Sequence[Pod] | None) -> None:
         if any(end.exit_code in self._limits.final_exit_codes for end in self._history.failures()):
-            raise JobFailedError(replace(self._diagnosis(current), job_finished=False))
+            raise ResourceFailedError(self._diagnosis(current, remove=True))
         self._give_up_if_overdue(current)
         if pods is None:
             return
@@ -68,7 +67,8 @@ class JobWatcher(Watcher[PyTorchJob, WatchLimits]):
             self._log.warning("%s waits: %s. It is given up after %.0f s.", current, obstacle, left)
         self._cause = obstacle.cause
         if waited >= allowed:
-            raise JobFailedError(diagnose_obstacle(str(current), obstacle, waited, pods, self._events()))
+            events = self._events()
+            raise ResourceFailedError(diagnose_obstacle(str(current), obstacle, waited, pods, events, self._limits))
 
     def _give_up_if_overdue(self, job: PyTorchJob) -> None:
         """Give up what its own deadline should have ended, which the operator and the kubelet keep."""
@@ -76,14 +76,13 @@ class JobWatcher(Watcher[PyTorchJob, WatchLimits]):
         if job.status.state == JobState.SUSPENDED:
             self._active_since = now
         waited = now - self._active_since
-        if job.deadline_seconds is None or waited < job.deadline_seconds + self._limits.start_timeout_seconds:
-            return
-        summary = f"still {job.status.state} after {waited:.0f} s, though its deadline is {job.deadline_seconds} s"
-        details = (f"Nobody ended it: check that the training operator runs ({job.status})",)
-        raise JobFailedError(Diagnosis(str(job), Cause.DEADLINE, summary, details=details, job_finished=False))
+        deadline = job.deadline_seconds
+        if deadline is not None and waited >= deadline + self._limits.start_timeout_seconds:
+            raise ResourceFailedError(diagnose_overdue(str(job), job.status, waited, deadline))
 
-    def _diagnosis(self, job: PyTorchJob) -> Diagnosis:
-        return diagnose_failure(str(job), job.status, self._history, self._logs.tails, self._events())
+    def _diagnosis(self, job: PyTorchJob, *, remove: bool = False) -> Diagnosis:
+        tails, events = self._logs.tails, self._events()
+        return diagnose_failure(str(job), job.status, self._history, tails, events, self._limits, remove=remove)
 
     def _events(self) -> list[str]:
         """Warnings of the job and of its pods."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from cifar_assets.errors import CifarError, DeployError, StoreError
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
+from resources.inference_service.kserve.diagnosis import diagnose_canary
 from resources.inference_service.kserve.manifest import (
     DEPLOYMENT_ANNOTATION,
     DIGEST_ANNOTATION,
@@ -28,11 +29,10 @@ from resources.inference_service.kserve.watch import (
     DEPLOY_FAILED,
     DEPLOYED,
     Endpoint,
-    NotServingError,
     RevisionWatcher,
     RolloutLimits,
 )
-from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, KubernetesError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, KubernetesError, ResourceFailedError
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class ServiceDeployer:
         earlier, previous_digest = self._earlier(before, written)
         try:
             service = self._roll_out(manifest, request, found)
-        except NotServingError as error:
+        except ResourceFailedError as error:
             raise self._failure(request, error, earlier) from error
         except DeployError:
             raise
@@ -155,11 +155,10 @@ class ServiceDeployer:
                 fault = self._judge.find_fault(service, request)
             except CifarError as error:
                 transient = isinstance(error, StoreError | DeployError) and error.transient
-                raise NotServingError.canary(
-                    percent, f"it could not be judged: {error}", transient=transient
-                ) from error
+                text = f"it could not be judged: {error}"
+                raise ResourceFailedError(diagnose_canary(percent, text, transient=transient)) from error
             if fault:
-                raise NotServingError.canary(percent, fault)
+                raise ResourceFailedError(diagnose_canary(percent, fault))
         return self._watcher.wait_until_serving(self._write(with_traffic(manifest, None)), request)
 
     def _refuse_foreign(self, service: InferenceService) -> None:
@@ -246,7 +245,7 @@ class ServiceDeployer:
             self._sleep(self._limits.poll_interval_seconds)
 
     def _failure(
-        self, request: DeployRequest, error: NotServingError, earlier: Mapping[str, Any] | None
+        self, request: DeployRequest, error: ResourceFailedError, earlier: Mapping[str, Any] | None
     ) -> DeployError:
         """The error of a deployment that is given up, after putting back what was there."""
         head = f"Model {request.model_digest} version {request.model_version} was not deployed to {self._label}"
@@ -256,7 +255,7 @@ class ServiceDeployer:
         except (DeployError, KubernetesError) as problem:
             end = f"What was there before could not be put back: {problem} Deploy the earlier model again."
         self._record(DEPLOY_FAILED, f"{head}: {error}", warning=True)
-        return DeployError(f"{head}: {error}\n{end}", transient=error.diagnosis.transient)
+        return DeployError(f"{head}: {error}\n{end}", transient=error.transient)
 
     def _put_back(self, earlier: Mapping[str, Any] | None) -> str:
         """Restore what was there, wait until it alone has pods, and say so."""

@@ -92,7 +92,7 @@ class KServeInferenceService(InferenceServiceResource):
         except KubernetesError as error:
             raise DeployError(
                 f"Model {request.model_digest} was not deployed to {self._label}: {error}",
-                transient=not error.permanent,
+                transient=error.transient,
             ) from error
         return DeployedService(
             url=address.url,
@@ -114,7 +114,7 @@ class KServeInferenceService(InferenceServiceResource):
         try:
             return self._deployer(self._endpoint()).delete()
         except KubernetesError as error:
-            raise DeployError(f"{self._label} was not deleted: {error}", transient=not error.permanent) from error
+            raise DeployError(f"{self._label} was not deleted: {error}", transient=error.transient) from error
 
     @property
     def _label(self) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cifar_assets.errors import DeployError
@@ -10,17 +10,11 @@ from cifar_assets.serving.client import ServedModel, ServerError
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.config import CONTAINER_NAME
-from resources.inference_service.kserve.diagnosis import (
-    Diagnosis,
-    diagnose_obstacle,
-    diagnose_timeout,
-    find_crash,
-    find_serving_obstacle,
-)
+from resources.inference_service.kserve.diagnosis import diagnose_obstacle, find_crash, find_serving_obstacle
 from resources.inference_service.kserve.pods import ServingPod
 from resources.inference_service.kserve.settled import find_missing
-from resources.kubernetes.diagnosis import Cause, PodHistory
-from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.diagnosis import Cause, Diagnosis, PodHistory, event_lines
+from resources.kubernetes.errors import ApiError, KubernetesError, ResourceFailedError
 from resources.kubernetes.limits import Patience, WatchLimits
 from resources.kubernetes.outage import Outage
 
@@ -56,26 +50,6 @@ class RolloutLimits(WatchLimits):
 
     def of(self, cause: Cause) -> float:
         return self.no_pods_timeout_seconds if cause == Cause.NO_PODS else super().of(cause)
-
-
-class NotServingError(Exception):
-    """The revision was given up."""
-
-    def __init__(self, diagnosis: Diagnosis):
-        super().__init__(diagnosis.report())
-        self.diagnosis = diagnosis
-
-    @classmethod
-    def canary(cls, percent: int, fault: str, *, transient: bool = False) -> "NotServingError":
-        """A model that came up, got a share of the requests, and did not convince."""
-        return cls(
-            Diagnosis(
-                "canary",
-                f"with {percent} % of the requests it was refused: {fault}",
-                transient=transient,
-                advice="See that the server prepares images as training does; deploy another model meanwhile.",
-            )
-        )
 
 
 @dataclass
@@ -122,8 +96,8 @@ class RevisionWatcher:
     def wait_until_serving(self, stored: InferenceService, request: DeployRequest) -> InferenceService:
         """The service, once the stored revision answers and has what is meant for it.
 
-        NotServingError for one that does not come up; DeployError for a service that others changed, or an API server
-        that does not answer.
+        ResourceFailedError for one that does not come up; DeployError for a service that others changed, or an API
+        server that does not answer.
         """
         outage = Outage(
             self._clock,
@@ -136,14 +110,16 @@ class RevisionWatcher:
             waited = self._clock() - watch.began
             if waited > self._limits.start_timeout_seconds:
                 pods = self._pods_of(stored)
-                complaints, warnings = self._words(pods)
-                raise NotServingError(self._with_log(diagnose_timeout(watch.seen, waited, pods, complaints, warnings)))
+                summary = f"not serving after {waited:.0f} s; last seen: {watch.seen}"
+                found = diagnose_obstacle(Cause.SLOW_START, summary, self._details(pods), self._limits)
+                unready = [pod.pod.name for pod in pods if not pod.ready]
+                raise ResourceFailedError(self._with_log(found, unready[0]) if unready else found)
             self._sleep(self._limits.poll_interval_seconds)
         self._log.info("%s serves model %s", self._label, request.model_digest)
         return serving
 
     def _look(self, watch: _Watch, stored: InferenceService, request: DeployRequest) -> InferenceService | None:
-        """The service if it serves. Raises NotServingError for a revision that is given up."""
+        """The service if it serves. Raises ResourceFailedError for a revision that is given up."""
         try:
             service = self._client.get(self._namespace, self._name)
             if service is None or service.deleting or not service.is_as_written(stored):
@@ -159,15 +135,15 @@ class RevisionWatcher:
             self._give_up_if_stuck(watch, ours)
             problem = find_missing(service, pods) or self._problem(service, request)
             watch.outage.end()
-        except KubernetesError as error:
+        except ApiError as error:
             service, problem = None, str(error)
             try:
                 watch.outage.endure(error)
-            except KubernetesError:
+            except ApiError:
                 raise DeployError(
                     f"Model {request.model_digest} was written to {self._label}, but the API server has given no "
                     f"usable answer since, so it is not known whether the model serves: {error}",
-                    transient=not error.permanent,
+                    transient=error.transient,
                 ) from error
         if problem and problem != watch.seen:
             watch.seen = problem
@@ -188,21 +164,16 @@ class RevisionWatcher:
         return f"the endpoint answers with model {served.model_digest} version {served.model_version}"
 
     def _give_up_if_broken(self, watch: _Watch, pods: Sequence[ServingPod]) -> None:
-        crash = find_crash(
-            watch.history,
-            pods,
-            final_exit_codes=self._limits.final_exit_codes,
-            max_restarts=self._limits.max_restarts,
-        )
+        crash = find_crash(watch.history, pods, self._limits, max_restarts=self._limits.max_restarts)
         if crash:
-            raise NotServingError(self._with_log(crash))
+            raise ResourceFailedError(self._with_log(*crash))
 
     def _give_up_if_stuck(self, watch: _Watch, pods: Sequence[ServingPod]) -> None:
         obstacle = find_serving_obstacle(pods)
         waited = watch.patience.spend(obstacle)
         if obstacle and waited >= self._limits.of(obstacle.cause):
-            complaints, warnings = self._words(pods)
-            raise NotServingError(diagnose_obstacle(obstacle, waited, complaints, warnings))
+            summary = f"{obstacle} (for {waited:.0f} s)"
+            raise ResourceFailedError(diagnose_obstacle(obstacle.cause, summary, self._details(pods), self._limits))
 
     def _pods_of(self, service: InferenceService) -> list[ServingPod]:
         """None where they cannot be listed: they only add to an error."""
@@ -211,7 +182,7 @@ class RevisionWatcher:
         except KubernetesError:
             return []
 
-    def _words(self, pods: Sequence[ServingPod]) -> tuple[list[str], list[str]]:
+    def _details(self, pods: Sequence[ServingPod]) -> list[str]:
         """Complaints of the service's conditions, warnings about its pods, or about itself where it has none.
 
         They only add to an error.
@@ -221,22 +192,19 @@ class RevisionWatcher:
             names = [pod.pod.name for pod in pods] or [self._name]
             warnings = [text for name in names for text in self._client.warnings(self._namespace, name)]
             warnings = [text for text in warnings if not text.startswith(DEPLOY_FAILED)]
-            return (service.complaints if service else []), warnings
+            return [*(service.complaints if service else []), *event_lines(warnings)]
         except KubernetesError:
-            return [], []
+            return []
 
-    def _with_log(self, diagnosis: Diagnosis) -> Diagnosis:
+    def _with_log(self, diagnosis: Diagnosis, pod: str) -> Diagnosis:
         """The last lines of the container that ended, or of the one that does not get ready."""
-        if not diagnosis.where:
-            return diagnosis
+        text: str | None = None
         try:
             for previous in (True, False):
-                text = self._client.log(
-                    self._namespace, diagnosis.where, CONTAINER_NAME, tail_lines=_LOG_LINES, previous=previous
+                text = text or self._client.log(
+                    self._namespace, pod, CONTAINER_NAME, tail_lines=_LOG_LINES, previous=previous
                 )
-                if text:
-                    lines = [line.partition(" ")[2] for line in text.splitlines()]
-                    return diagnosis.with_log(diagnosis.where, lines)
         except KubernetesError as error:
-            return diagnosis.with_log(diagnosis.where, [f"(not read: {error})"])
-        return diagnosis
+            return replace(diagnosis, log_tails={pod: [f"(not read: {error})"]})
+        lines = [line.partition(" ")[2] for line in (text or "").splitlines()]
+        return replace(diagnosis, log_tails={pod: lines}) if lines else diagnosis

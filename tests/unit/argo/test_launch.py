@@ -6,10 +6,9 @@ import logging
 import pytest
 
 from resources.argo.client import WorkflowClient
-from resources.argo.errors import WorkflowConflictError, WorkflowError
 from resources.argo.launch import WorkflowLauncher, WorkflowRequest
 from resources.argo.naming import workflow_name
-from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceConflictError, ResourceStuckError
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.pytorch_job.fake_cluster import api_error, pod_body
 
@@ -67,7 +66,7 @@ def test_a_failed_one_is_replaced(argo: FakeArgo, launcher: WorkflowLauncher, ph
 @pytest.mark.parametrize("change", [{"run_id": "run-2"}, {"step_key": "other"}])
 def test_somebody_elses_is_left_alone(argo: FakeArgo, launcher: WorkflowLauncher, change: dict[str, str]) -> None:
     launcher.submit(request(**change))
-    with pytest.raises(WorkflowConflictError, match=NAME):
+    with pytest.raises(ResourceConflictError, match=NAME):
         launcher.submit(request())
     launcher.remove(request(), timeout_seconds=5)
     assert NAME in argo.workflows
@@ -106,7 +105,7 @@ def test_removing_gives_up_in_time(argo: FakeArgo, launcher: WorkflowLauncher) -
     launcher.submit(request())
     argo.seconds_to_delete = 1000
     before = argo.clock.now
-    with pytest.raises(WorkflowError, match=r"could not be removed within 10 s"):
+    with pytest.raises(ResourceStuckError, match=r"could not be removed within 10 s"):
         launcher.remove(request(), timeout_seconds=10)
     assert argo.clock.now - before < 12
 
@@ -172,7 +171,7 @@ def test_removal_takes_what_outlived_its_workflow(argo: FakeArgo, launcher: Work
 def test_what_does_not_go_away_is_named(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
     orphans(argo, job=False)
     argo.delete_namespaced_pod = lambda *_, **__: None
-    with pytest.raises(WorkflowError, match=r"pod step.* of an earlier workflow of this name did not go away"):
+    with pytest.raises(ResourceStuckError, match=r"pod step.* of an earlier workflow of this name did not go away"):
         launcher.submit(request())
 
 
@@ -182,7 +181,7 @@ def test_name_that_stays_taken_is_not_tried_for_ever(argo: FakeArgo, launcher: W
             raise api_error(409, "Operation cannot be fulfilled on resourcequotas")
 
     argo.failing = conflict
-    with pytest.raises(WorkflowError, match="its name was taken each time"):
+    with pytest.raises(ResourceStuckError, match="its name was taken each time"):
         launcher.submit(request())
 
 

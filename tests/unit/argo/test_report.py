@@ -5,12 +5,11 @@ import logging
 import pytest
 
 from resources.argo.client import WorkflowClient
-from resources.argo.errors import WorkflowDeletedError, WorkflowTimeoutError
 from resources.argo.launch import WorkflowLauncher
 from resources.argo.report import explain
 from resources.argo.status import Workflow
 from resources.argo.watch import WorkflowLimits, WorkflowWatcher
-from resources.kubernetes.errors import ApiUnavailableError
+from resources.kubernetes.errors import ApiUnavailableError, ResourceDeletedError, ResourceStuckError
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.argo.test_launch import NAME, request
 from tests.unit.pytorch_job.fake_cluster import api_error, container_status, pod_body, terminated
@@ -109,25 +108,25 @@ def test_watching_shows_lines_once_and_without_argos_own(argo: FakeArgo, client:
     assert finished.failed_step
     error = watcher(argo, client, workflow, lines).failure(finished)
     assert error.step == "verify-data"
-    assert error.permanent
+    assert not error.transient
 
 
 def test_a_workflow_that_vanishes_is_an_error(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
     argo.clock.after(5, lambda: argo.workflows.pop(NAME))
-    with pytest.raises(WorkflowDeletedError, match=NAME):
+    with pytest.raises(ResourceDeletedError, match=NAME):
         watcher(argo, client, workflow, []).wait_until_finished()
 
 
 def test_a_controller_that_is_away_is_waited_for_so_long(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
     start = argo.clock.now
-    with pytest.raises(WorkflowTimeoutError, match="controller runs and watches this namespace"):
+    with pytest.raises(ResourceStuckError, match="controller runs and watches this namespace"):
         watcher(argo, client, workflow, []).wait_until_finished()
     assert 60 <= argo.clock.now - start < 65
 
 
 def test_a_workflow_past_its_deadline_is_not_waited_for(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
     argo.ends(NAME, "Running")
-    with pytest.raises(WorkflowTimeoutError, match="should have ended it"):
+    with pytest.raises(ResourceStuckError, match="should have ended it"):
         watcher(argo, client, workflow, []).wait_until_finished()
 
 

@@ -80,7 +80,7 @@ def test_refusals_say_what_to_do(client: PyTorchJobClient, cluster: FakeCluster,
     with pytest.raises(ApiRefusedError, match=message) as caught:
         client.create(MANIFEST)
     assert "create PyTorchJob space/job" in str(caught.value)
-    assert caught.value.permanent
+    assert not caught.value.transient
 
 
 def test_missing_kind_is_an_error_also_when_reading(client: PyTorchJobClient, cluster: FakeCluster):

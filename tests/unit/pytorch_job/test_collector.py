@@ -11,6 +11,7 @@ import pytest
 
 from cifar_assets.errors import StoreError
 from cifar_assets.object_store import FolderStore
+from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.collector import (
@@ -20,7 +21,6 @@ from resources.pytorch_job.collector import (
     collect_leftovers,
     collect_messages,
 )
-from resources.pytorch_job.errors import PyTorchJobError
 from resources.pytorch_job.labels import LAUNCH_ANNOTATION, MANAGED_BY
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error
 
@@ -136,7 +136,7 @@ def test_job_that_cannot_be_deleted_does_not_keep_the_others_and_is_named(
         instance.report_run_failed(failed)
         for name in ("first", "second", "third"):
             create(client, name, failed.run_id)
-        with pytest.raises(PyTorchJobError) as caught:
+        with pytest.raises(KubernetesError) as caught:
             sensor(dg.build_sensor_context(instance=instance))
     assert list(cluster.jobs) == ["first"]
     for text in ("deleted: second, third", "Could not delete PyTorchJob space/first", "the store is away"):

@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from cifar_assets.contracts import EXIT_RESUME
 from cifar_assets.errors import ConfigError, TrainingError
 from cifar_assets.pipes_store import STORE_URI_PARAM
 from cifar_assets.training.recipes import RECIPES
@@ -52,6 +53,7 @@ def trainer(tmp_path: Path, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatc
             message_store=trainer.object_store.models.at("pipes/"),
             client=PyTorchJobClient(cluster, cluster),
             namespace="space",
+            limits=trainer.limits(),
             clock=cluster.clock,
             sleeper=cluster.clock.sleep,
         )
@@ -119,7 +121,7 @@ def test_job_that_says_no_result_is_an_error(train: Callable[..., dg.ExecuteInPr
     assert TrainingError.__name__ in str(failure.step_failure_data.error)
 
 
-@pytest.mark.parametrize(("exit_code", "allowed"), [(1, False), (2, False), (143, True), (137, True)])
+@pytest.mark.parametrize(("exit_code", "allowed"), [(1, False), (2, False), (EXIT_RESUME, True), (143, True)])
 def test_retry_is_allowed_only_where_the_training_was_ended_from_outside(
     train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster, exit_code: int, allowed: bool
 ):
@@ -131,6 +133,25 @@ def test_retry_is_allowed_only_where_the_training_was_ended_from_outside(
     assert data
     assert data.metadata["exit_code"].value == exit_code
     assert "RuntimeError: broken" in str(data.description)
+
+
+def test_cluster_that_is_not_configured_is_a_failure_without_a_retry(tmp_path: Path):
+    @dg.asset(retry_policy=dg.RetryPolicy(max_retries=3))
+    def trained(context: dg.AssetExecutionContext, trainer: KubernetesTrainer) -> None:
+        trainer.train(context, SPEC, TrainingScale(), STORE)
+
+    trainer = KubernetesTrainer(
+        object_store=LocalObjectStore(path=str(tmp_path)),
+        job=PyTorchJobConfig(image="trainer:1", env_secrets=["object-store"]),
+        namespace="space",
+        kubeconfig_file=str(tmp_path / "missing"),
+    )
+    result = dg.materialize([trained], resources={"trainer": trainer}, raise_on_error=False)
+    assert not [event for event in result.all_node_events if event.event_type == dg.DagsterEventType.STEP_UP_FOR_RETRY]
+    (failure,) = [event for event in result.all_node_events if event.is_step_failure]
+    data = failure.step_failure_data.user_failure_data
+    assert data
+    assert "Set KUBECONFIG" in str(data.description)
 
 
 def test_cancelled_training_ends_as_an_interrupt_so_that_others_clean_up_too(

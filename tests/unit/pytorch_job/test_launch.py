@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceConflictError, ResourceStuckError
 from resources.kubernetes.labels import RUN_ID_LABEL
 from resources.pytorch_job.client import PyTorchJobClient
-from resources.pytorch_job.errors import JobConflictError, PyTorchJobError
 from resources.pytorch_job.launch import JobLauncher, JobRequest
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error, pod_body
 
@@ -139,7 +138,7 @@ def test_foreign_job_of_the_same_name_is_left_alone(
     launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient
 ):
     client.create({"metadata": {"name": "job-0", "namespace": "space", "labels": {RUN_ID_LABEL: "someone"}}})
-    with pytest.raises(JobConflictError, match=r"space/job-0 exists and is not this step's.*'someone'"):
+    with pytest.raises(ResourceConflictError, match=r"space/job-0 exists and is not this step's.*'someone'"):
         start(launcher)
     assert list(cluster.jobs) == ["job-0"]
 
@@ -186,7 +185,7 @@ def test_pods_that_do_not_go_away_stop_the_replacement(launcher: JobLauncher, cl
     cluster.pods["job-0"] = [pod_body("job-0")]
     cluster._remove_pods = lambda job: None
     cluster.delete_namespaced_pod = lambda *_, **__: None
-    with pytest.raises(PyTorchJobError, match="still has pods"):
+    with pytest.raises(ResourceStuckError, match="still has pods"):
         start(launcher, retry())
     assert cluster.num_created == 1
 
@@ -195,7 +194,7 @@ def test_removal_takes_job_and_pods_within_the_short_grace_time(launcher: JobLau
     start(launcher)
     cluster.pods["job-0"] = [pod_body("job-0")]
     begin = cluster.clock()
-    assert launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
     assert (cluster.jobs, cluster.pods) == ({}, {})
     assert cluster.clock() - begin < 10
     assert cluster.deleted_pod_graces == [5]
@@ -208,7 +207,7 @@ def test_pods_are_asked_before_the_garbage_collector_asks_them_with_their_own_gr
     cluster.pods["job-0"] = [pod_body("job-0")]
     calls: list[str] = []
     cluster.failing = calls.append
-    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
     assert calls.index("delete pod") < calls.index("delete")
 
 
@@ -217,13 +216,27 @@ def test_removal_leaves_a_foreign_job_of_the_same_name_and_its_pods_alone(
 ):
     client.create({"metadata": {"name": "job-0", "namespace": "space", "labels": {RUN_ID_LABEL: "someone"}}})
     cluster.pods["job-0"] = [pod_body("job-0")]
-    assert launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
     assert (list(cluster.jobs), list(cluster.pods)) == (["job-0"], ["job-0"])
 
 
 def test_removal_catches_a_job_that_appears_late(launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient):
-    cluster.clock.after(4, lambda: client.create(manifest(REQUEST)))
-    assert launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=10)
+    """The create call times out, the step is cancelled before it tries again, and the job is stored after that."""
+
+    def lose(call: str) -> None:
+        if call == "create":
+            cluster.failing = lambda call: None
+            cluster.clock.after(0.5, cancel)
+            cluster.clock.after(6, lambda: client.create(manifest(REQUEST)))
+            raise TimeoutError("no answer in 10 s")
+
+    def cancel() -> None:
+        raise KeyboardInterrupt
+
+    cluster.failing = lose
+    with pytest.raises(KeyboardInterrupt):
+        start(launcher)
+    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
     assert cluster.num_created == 1
     assert cluster.jobs == {}
 
@@ -233,7 +246,8 @@ def test_removal_says_when_it_ran_out_of_time(launcher: JobLauncher, cluster: Fa
         raise api_error(503)
 
     cluster.failing = fail
-    assert not launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+    with pytest.raises(ResourceStuckError, match="could not be removed within 25 s"):
+        launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
 
 
 def orphaned_pod(cluster: FakeCluster, request: JobRequest, phase: str = "Running") -> None:
@@ -275,7 +289,7 @@ def test_pods_of_another_run_or_step_are_left_alone(launcher: JobLauncher, clust
 
 def test_removal_takes_pods_whose_job_vanished(launcher: JobLauncher, cluster: FakeCluster):
     orphaned_pod(cluster, replace(REQUEST, name="job-9"))
-    assert launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
     assert cluster.pods == {}
 
 
@@ -287,7 +301,7 @@ def test_name_that_stays_taken_is_not_tried_for_ever(launcher: JobLauncher, clus
             raise api_error(409, "Operation cannot be fulfilled on resourcequotas")
 
     cluster.failing = conflict
-    with pytest.raises(PyTorchJobError, match="neither created nor adopted"):
+    with pytest.raises(ResourceStuckError, match="neither created nor adopted"):
         start(launcher)
 
 
@@ -302,5 +316,5 @@ def test_refused_pods_do_not_keep_the_job(launcher: JobLauncher, cluster: FakeCl
 
     cluster.failing = refuse
     with pytest.raises(ApiRefusedError, match="forbidden"):
-        launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25, settle_seconds=0)
+        launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
     assert cluster.jobs == {}

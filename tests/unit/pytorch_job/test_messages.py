@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 from cifar_assets.errors import StoreError
 from cifar_assets.object_store import FolderStore
 from cifar_assets.pipes_store import PipesStoreMessageWriter
-from resources.pytorch_job.errors import MessagesLostError
-from resources.pytorch_job.messages import PipesStoreMessageReader
+from resources.pytorch_job.messages import MessagesLostError, PipesStoreMessageReader
 from tests.unit.pytorch_job.fake_cluster import FakeClock
 
 CONTEXT = {

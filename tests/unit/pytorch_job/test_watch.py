@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from resources.kubernetes.diagnosis import Cause
-from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError
+from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceDeletedError, ResourceFailedError
 from resources.kubernetes.limits import WatchLimits
 from resources.pytorch_job.client import PyTorchJobClient
-from resources.pytorch_job.errors import JobDeletedError, JobFailedError
 from resources.pytorch_job.status import JobState
 from resources.pytorch_job.watch import JobWatcher
 from tests.unit.pytorch_job.fake_cluster import (
@@ -60,8 +59,8 @@ class Watched:
             logger=logging.getLogger("test"),
         ).wait_until_finished()
 
-    def fails(self, cause: Cause, *texts: str) -> JobFailedError:
-        with pytest.raises(JobFailedError) as caught:
+    def fails(self, cause: Cause, *texts: str) -> ResourceFailedError:
+        with pytest.raises(ResourceFailedError) as caught:
             self.wait()
         assert caught.value.diagnosis.cause == cause
         for text in ("PyTorchJob space/job", *texts):
@@ -102,7 +101,7 @@ def test_failing_exit_code_with_the_lines_that_matter(watched: Watched, cluster:
     cluster.clock.after(3, lambda: cluster.condition("job", "Failed", "1 Master replica(s) failed"))
     error = watched.fails(Cause.EXIT_CODE, "exit code 3", "ValueError: no such column", "Master replica(s) failed")
     assert error.diagnosis.exit_code == 3
-    assert not error.permanent
+    assert error.transient
 
 
 def test_final_exit_code_is_not_restarted_in_vain(watched: Watched, cluster: FakeCluster):
@@ -110,7 +109,7 @@ def test_final_exit_code_is_not_restarted_in_vain(watched: Watched, cluster: Fak
     watched.create(pods_at(0, pod_body("job", container_statuses=[crashed])))
     cluster.logs["job-master-0/previous"] = cluster.logs["job-master-0"] = "2026-01-01T00:00:00Z bad spec\n"
     error = watched.fails(Cause.EXIT_CODE, "exit code 2", "bad spec")
-    assert not error.diagnosis.job_finished
+    assert error.diagnosis.remove
     assert cluster.clock() < 1005
 
 
@@ -128,7 +127,7 @@ def test_first_of_several_failures_is_the_cause(watched: Watched, cluster: FakeC
     cluster.logs["job-master-0"] = "2026-01-01T00:00:12Z connection closed by peer\n"
     cluster.clock.after(1, lambda: cluster.condition("job", "Failed"))
     error = watched.fails(Cause.OUT_OF_MEMORY, "worker-0/pytorch ended with exit code 137", "Raise `memory`")
-    assert error.permanent
+    assert not error.transient
     assert "master-0/pytorch ended with exit code 1" in str(error)
 
 
@@ -185,7 +184,7 @@ def test_pod_that_cannot_start_is_given_up_after_its_own_limit(
     begin = cluster.clock()
     error = watched.fails(cause, text, "FailedMount: secret not found")
     assert LIMITS.of(cause) <= cluster.clock() - begin <= LIMITS.of(cause) + 3
-    assert not error.diagnosis.job_finished
+    assert error.diagnosis.remove
 
 
 def test_no_pods_at_all_shows_the_events_of_the_job(watched: Watched, cluster: FakeCluster):
@@ -222,7 +221,7 @@ def test_evicted_pod_is_named(watched: Watched, cluster: FakeCluster):
     watched.create(pods_at(0, pod))
     cluster.clock.after(2, lambda: cluster.condition("job", "Failed"))
     error = watched.fails(Cause.EVICTED, "low on resource: memory")
-    assert not error.permanent
+    assert error.transient
 
 
 def test_failure_without_a_trace_still_gives_the_operators_words(watched: Watched, cluster: FakeCluster):
@@ -242,7 +241,7 @@ def test_job_deleted_by_someone_else(watched: Watched, cluster: FakeCluster, rec
             cluster.jobs["job"] = body
 
     cluster.clock.after(5, delete)
-    with pytest.raises(JobDeletedError, match=r"space/job was deleted by someone else.*Running"):
+    with pytest.raises(ResourceDeletedError, match=r"space/job was deleted by someone else.*Running"):
         watched.wait()
 
 
@@ -341,8 +340,8 @@ def test_pods_that_ended_while_the_operator_is_away_end_the_watch(watched: Watch
     watched.create(succeeds_without_the_operator)
     error = watched.fails(Cause.OPERATOR_AWAY, "master-0: it ended as Succeeded", "training operator", "adopts it")
     assert LIMITS.start_timeout_seconds <= cluster.clock() - 1000 <= LIMITS.start_timeout_seconds + 3
-    assert error.diagnosis.job_finished, "the job is not removed"
-    assert not error.permanent
+    assert not error.diagnosis.remove, "the job is not removed"
+    assert error.transient
 
 
 def test_operator_that_comes_back_in_time_is_waited_for(watched: Watched, cluster: FakeCluster):
@@ -408,4 +407,4 @@ def test_job_that_outlives_its_deadline_is_given_up(watched: Watched, cluster: F
     cluster.clock.after(5000, lambda: cluster.condition("job", "Running"))
     error = watched.fails(Cause.DEADLINE, "still Running", "its deadline is 1000 s")
     assert 6298 <= cluster.clock() - 1000 <= 6310, "the time for which it was suspended does not count"
-    assert not error.diagnosis.job_finished
+    assert error.diagnosis.remove

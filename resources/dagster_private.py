@@ -1,0 +1,17 @@
+"""What Dagster does not publish and the clients of a cluster need: the one place to check at an upgrade."""
+
+from dagster._core.definitions.resource_annotation import TreatAsResourceParam
+from dagster._core.pipes.reattach import find_latest_launch_handle, record_external_launch, record_external_reattach
+from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
+from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt
+
+__all__ = [
+    "ASSET_RESUME_RETRY_TAG",
+    "RESUME_RETRY_TAG",
+    "TreatAsResourceParam",
+    "capture_interrupts",
+    "check_captured_interrupt",
+    "find_latest_launch_handle",
+    "record_external_launch",
+    "record_external_reattach",
+]
