@@ -55,6 +55,7 @@ def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
         "num_landed_duplicates": sum(landing.duplicates.values()),
         "num_landed_rejected": landing.rejected_rows,
         "num_landed_unread": landing.unread,
+        "num_source_unread": len(report.unread),
         "objects": table(
             {
                 "key": item.key,
@@ -72,14 +73,15 @@ def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
         metadata["left_out_of_source"] = table(
             {"reason": reason, "rows": count} for reason, count in report.left_out.items()
         )
+    for name, unread in (("unread_of_source", report.unread), ("skipped", landing.skipped)):
+        if unread:
+            metadata[name] = table(
+                {"name": key, "reason": reason} for key, reason in list(unread.items())[:_MAX_REJECTED_SHOWN]
+            )
     if landing.rejected:
         metadata["rejected"] = table(
             {"key": item.key, "rows": len(item.rows) or None, "reason": item.reason, "moved_to": item.moved_to or ""}
             for item in landing.rejected[:_MAX_REJECTED_SHOWN]
-        )
-    if landing.skipped:
-        metadata["skipped"] = table(
-            {"key": key, "reason": reason} for key, reason in list(landing.skipped.items())[:_MAX_REJECTED_SHOWN]
         )
     return metadata
 

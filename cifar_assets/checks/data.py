@@ -25,8 +25,8 @@ RAW_CHECKS = [
     spec(
         RAW_DATASET,
         "splits_filled",
-        "There are images to train on and images to test with. When it fails the version before it stays current: "
-        "complete the source and materialize raw_dataset again.",
+        "There are images to train on, images to test with and images of every class. When it fails the version before "
+        "it stays current: complete the source and materialize raw_dataset again.",
         blocking=True,
     ),
     spec(

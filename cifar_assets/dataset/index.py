@@ -7,7 +7,7 @@ goes stale. It makes validating an unchanged object cheap and is derived data: d
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,8 @@ class ObjectIndex:
     splits: NDArray[np.uint8]
     """Positions in SPLITS."""
     refused: dict[int, str]
+    unread: dict[str, str] = field(default_factory=dict)
+    """Parts of the object that hold no rows, and why, by name."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,7 +83,7 @@ def dump_index(index: ObjectIndex) -> bytes:
     """The index as bytes."""
     tensors = {"digests": index.digests, "labels": index.labels, "splits": index.splits}
     refused = json.dumps({str(row): reason for row, reason in index.refused.items()})
-    return save(tensors, {"refused": refused, "version": _VERSION})
+    return save(tensors, {"refused": refused, "unread": json.dumps(index.unread), "version": _VERSION})
 
 
 def parse_index(data: bytes) -> ObjectIndex | None:
@@ -91,6 +93,7 @@ def parse_index(data: bytes) -> ObjectIndex | None:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         if header["__metadata__"].get("version", _VERSION) != _VERSION:  # the first indexes had none
             return None
+        unread = dict(json.loads(header["__metadata__"].get("unread", "{}")))
         refused = {int(row): str(why) for row, why in json.loads(header["__metadata__"]["refused"]).items()}
         digests, labels, splits = (tensors[name] for name in ("digests", "labels", "splits"))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
@@ -99,7 +102,7 @@ def parse_index(data: bytes) -> ObjectIndex | None:
     rows = len(labels) if labels.ndim else -1
     if shapes != [("uint8", (rows, 32)), ("int64", (rows,)), ("uint8", (rows,))]:
         return None
-    return ObjectIndex(digests, labels, splits, refused)
+    return ObjectIndex(digests, labels, splits, refused, unread)
 
 
 def read_index(

@@ -7,6 +7,7 @@ import select
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ _Progress = Callable[[int], None]
 def index_file(arguments: dict[str, Any], payload: bytes, progress: _Progress) -> tuple[Any, bytes]:
     """The index of a file's rows."""
     path, kind, split, name = Path(arguments["path"]), arguments["format"], arguments["split"], arguments["name"]
-    rows = read_rows(path, kind, split, name, resize=arguments["resize"])
-    return None, dump_index(build_index(rows, name, lambda what, done, total: progress(done)))
+    unread: dict[str, str] = {}
+    rows = read_rows(path, kind, split, name, resize=arguments["resize"], unread=unread)
+    index = build_index(rows, name, lambda what, done, total: progress(done))
+    return None, dump_index(replace(index, unread=unread))
 
 
 def digest_picture(arguments: dict[str, Any], payload: bytes, progress: _Progress) -> tuple[Any, bytes]:

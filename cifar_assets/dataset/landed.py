@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.images import PICTURE_SUFFIXES, check_size
 from cifar_assets.dataset.index import PREPARATION, ObjectIndex, load_index, read_index, save_index
 from cifar_assets.dataset.isolated import ReaderFailedError, ask
-from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, is_test_name, suffix_of
+from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, in_test_folder, is_test_file, suffix_of
 from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, is_present, store_object
 from cifar_assets.dataset.rows import SPLITS
 from cifar_assets.digests import sha256_file, sha256_stream
@@ -188,14 +188,13 @@ def _image(key: str, sha256: str, pixels: str) -> LandedImage:
     label = class_of(key.removeprefix(LANDING_PREFIX))
     if label is None:
         raise DataError(f"{key} is in no class folder.")
-    folders = PurePosixPath(key.removeprefix(LANDING_PREFIX)).parts[:-1]
-    return LandedImage(key, sha256, label, "test" in (part.lower() for part in folders), pixels)
+    return LandedImage(key, sha256, label, in_test_folder(key.removeprefix(LANDING_PREFIX)), pixels)
 
 
 def _table_kind(key: str) -> tuple[ObjectFormat, str]:
     if suffix_of(key) in ARCHIVE_SUFFIXES:
         return "archive", "mixed"
-    return "parquet", "test" if is_test_name(key.removeprefix(LANDING_PREFIX)) else "train"
+    return "parquet", "test" if is_test_file(key.removeprefix(LANDING_PREFIX)) else "train"
 
 
 def _suffix(path: Path, kind: ObjectFormat) -> str:

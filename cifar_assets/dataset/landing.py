@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
-from cifar_assets.dataset.completeness import why_not_ready
+from cifar_assets.dataset.completeness import Budget, unlisted, why_not_ready
 from cifar_assets.dataset.consistency import Known, check_landed
 from cifar_assets.dataset.formats.image_tar import class_of
 from cifar_assets.dataset.images import PICTURE_SUFFIXES
@@ -61,6 +61,8 @@ def classify_landing_object(key: str, size: int) -> str | None:
     base = name.rpartition("/")[2]
     if not base:
         return "a folder marker" if size == 0 else f"has no name: expected {_EXPECTED}"
+    if not key.isascii() and key != key.encode(errors="replace").decode():
+        return "its name is not UTF-8"
     if base.startswith(".") or any(part.startswith(".") for part in name.split("/")):
         return "a hidden or placeholder file"
     if base.lower().endswith(UNFINISHED_SUFFIXES):
@@ -85,13 +87,13 @@ _EXPECTED = "a .parquet file, an official archive (.tar.gz), or images in class 
 def scan_landing(raw: ObjectStore) -> LandingScan:
     """List the landing zone and sort out what is no data yet. Cheap: one listing, and a look at files just written."""
     ready: list[ObjectInfo] = []
-    skipped: dict[str, str] = {}
+    skipped, budget = unlisted(raw), Budget()
     for info in raw.list(LANDING_PREFIX):
-        reason = classify_landing_object(info.key, info.size) or why_not_ready(raw, info)
+        reason = classify_landing_object(info.key, info.size) or why_not_ready(raw, info, budget)
         if reason is None:
             ready.append(info)
         else:
-            skipped[info.key] = reason
+            skipped[info.key.encode(errors="backslashreplace").decode()] = reason
     return LandingScan(tuple(ready), skipped)
 
 
@@ -128,6 +130,7 @@ def join_landed(
             refuse(info.key, found.sha256, found.reason, hostile=found.hostile)
         elif isinstance(found, LandedTable):
             tables[found.item.sha256, found.item.split] = found
+            skipped.update({f"{info.key}, member {name}": why for name, why in found.index.unread.items()})
             names[f"{found.item.sha256}:{found.item.split}"].append(info.key)
         else:
             images[found.identity] = found

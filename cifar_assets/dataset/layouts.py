@@ -1,6 +1,5 @@
 """Recognizing what a source folder (local or a bucket prefix) holds, and turning it into files of known format."""
 
-import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from cifar_assets.dataset.progress import Progress
 from cifar_assets.dataset.rows import Split
 from cifar_assets.errors import DataError
 
-logger = logging.getLogger(__name__)
-
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 PACK_IMAGES = 20_000
 """Images per packed object, so that one object stays easy to move."""
 
-_TEST_NAME = re.compile(r"(^|[^a-z])test([^a-z]|$)")
+_TEST_FILE = re.compile(r"test([-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16})?)?")
+_TEST_WORDS = ("test", "tests", "testing")
 
 
 @dataclass(frozen=True)
@@ -50,55 +48,78 @@ def suffix_of(name: str) -> str:
     return next((suffix for suffix in ARCHIVE_SUFFIXES if lower.endswith(suffix)), PurePosixPath(lower).suffix)
 
 
-def recognize(entries: list[Entry], name: str, work: Path, progress: Progress) -> Iterator[SourceFile]:
-    """The files that make up a source, one at a time. DataError when the layout is none of those known."""
-    entries = sorted(
-        (entry for entry in entries if not any(part.startswith(".") for part in entry.name.split("/"))),
-        key=lambda entry: entry.name,
-    )
+def in_test_folder(name: str) -> bool:
+    """Whether one of the folders in a path is named test."""
+    return "test" in name.lower().split("/")[:-1]
+
+
+def is_test_file(name: str) -> bool:
+    """Whether a Parquet file is named test data: `test.parquet`, `test-00000-of-00001.parquet`, or below `test/`."""
+    base = name.lower().rpartition("/")[2]
+    return in_test_folder(name) or bool(_TEST_FILE.fullmatch(base.removesuffix(suffix_of(base))))
+
+
+def recognize(
+    entries: list[Entry], name: str, work: Path, progress: Progress, unread: dict[str, str]
+) -> Iterator[SourceFile]:
+    """The files that make up a source, one at a time. DataError when the layout is none of those known.
+
+    `unread` gets every entry that is not part of the layout, and why.
+    """
+    hidden = [entry for entry in entries if any(part.startswith(".") for part in entry.name.split("/"))]
+    unread.update({entry.name: "hidden" for entry in hidden})
+    entries = sorted((entry for entry in entries if entry.name not in unread), key=lambda entry: entry.name)
     parquet = [entry for entry in entries if suffix_of(entry.name) == ".parquet"]
     archives = [entry for entry in entries if suffix_of(entry.name) in ARCHIVE_SUFFIXES]
-    batches = [entry for entry in entries if _base(entry).removesuffix(".bin") in BATCHES]
+    batches = [entry for entry in entries if _base(entry).startswith(("data_batch_", "test_batch", "batches.meta"))]
     images = [
         entry for entry in entries if suffix_of(entry.name) in PICTURE_SUFFIXES and class_of(entry.name) is not None
     ]
     if parquet:
-        yield from _parquet_shards(parquet)
+        used, files = parquet, _parquet_shards(parquet, name)
     elif len(archives) == 1:
-        yield SourceFile(archives[0].fetch(), archives[0].name, "archive", "mixed", suffix_of(archives[0].name))
+        used = archives
+        files = iter(
+            [SourceFile(archives[0].fetch(), archives[0].name, "archive", "mixed", suffix_of(archives[0].name))]
+        )
     elif archives:
         found = ", ".join(entry.name for entry in archives)
         raise DataError(f"{name} holds several archives ({found}): name the one to use.")
-    elif batches:
-        yield _pack_batches(entries, name, work)
+    elif any(_base(entry).removesuffix(".bin") in BATCHES for entry in batches):
+        used, files = batches, iter([_pack_batches(batches, name, work)])
     elif images:
-        skipped = len(entries) - len(images)
-        if skipped:
-            logger.warning("%s: %d files are no images in a class folder and were left out.", name, skipped)
-        yield from _pack_class_folders(images, name, work, progress)
+        used, files = images, _pack_class_folders(images, name, work, progress)
     else:
         shown = ", ".join(entry.name for entry in entries[:5]) or "nothing"
         raise DataError(
-            f"{name} is no dataset known here: found {shown}. Expected the official archive (.tar.gz) or its batches, "
-            f"Parquet files in the Hugging Face layout, or folders named {', '.join(CLASSES[:3])}, ... with images, "
-            "with or without train/ and test/ above them."
+            f"{name} is not a dataset known here: found {shown}. Expected the official archive (.tar.gz) or its "
+            f"batches, Parquet files in the Hugging Face layout, or folders named {', '.join(CLASSES[:3])}, ... with "
+            "images, with or without train/ and test/ above them."
         )
+    kind = "images in class folders" if used is images else f"the {'Parquet files' if used is parquet else 'archive'}"
+    names = {entry.name for entry in used}
+    unread.update({entry.name: f"only {kind} are read" for entry in entries if entry.name not in names})
+    yield from files
 
 
-def _parquet_shards(entries: list[Entry]) -> Iterator[SourceFile]:
-    has_test = any(_is_test(entry) for entry in entries)
+def _parquet_shards(entries: list[Entry], name: str) -> Iterator[SourceFile]:
+    has_test = any(is_test_file(entry.name) for entry in entries)
     for entry in entries:
-        split = "test" if _is_test(entry) else "train" if has_test else "any"
+        if not is_test_file(entry.name):
+            _check_clear(entry.name, suffix_of(entry.name), name)
+        split = "test" if is_test_file(entry.name) else "train" if has_test else "any"
         yield SourceFile(entry.fetch(), entry.name, "parquet", split, ".parquet")
 
 
-def is_test_name(name: str) -> bool:
-    """Whether a path says by a folder or by its file name that it belongs to the test split."""
-    return bool(_TEST_NAME.search(name.lower()))
-
-
-def _is_test(entry: Entry) -> bool:
-    return is_test_name(entry.name)
+def _check_clear(path: str, suffix: str, name: str) -> None:
+    """Refuse a name that may be meant to say test split, but does not say it as documented: nothing is guessed."""
+    for part in path.lower().removesuffix(suffix).split("/"):
+        words = [word for word in re.findall("[a-z]+", part) if word != "of"]
+        if words and (words[0] in _TEST_WORDS or words[-1] in _TEST_WORDS):
+            raise DataError(
+                f"{name}: it is not clear whether {path} belongs to a test split. Put test data into a folder named "
+                "test, or name a Parquet file test.parquet or test-00000.parquet; rename what is not test data."
+            )
 
 
 def _base(entry: Entry) -> str:
@@ -106,20 +127,18 @@ def _base(entry: Entry) -> str:
 
 
 def _pack_batches(entries: list[Entry], name: str, work: Path) -> SourceFile:
-    wanted = {
-        entry.name: entry for entry in entries if _base(entry).startswith(("data_batch_", "test_batch", "batches.meta"))
-    }
     target = work / "batches.tar"
-    pack_images(target, ((key, entry.fetch().read_bytes()) for key, entry in sorted(wanted.items())))
+    pack_images(target, ((entry.name, entry.fetch().read_bytes()) for entry in entries))
     return SourceFile(target, name, "archive", "mixed", ".tar")
 
 
 def _pack_class_folders(entries: list[Entry], name: str, work: Path, progress: Progress) -> Iterator[SourceFile]:
-    has_test = any("test" in entry.name.lower().split("/")[:-1] for entry in entries)
+    has_test = any(in_test_folder(entry.name) for entry in entries)
     groups: dict[Split, list[Entry]] = {"train": [], "test": [], "any": []}
     for entry in entries:
-        in_test = "test" in entry.name.lower().split("/")[:-1]
-        groups["test" if in_test else "train" if has_test else "any"].append(entry)
+        if not in_test_folder(entry.name):
+            _check_clear(entry.name.rpartition("/")[0], "", name)
+        groups["test" if in_test_folder(entry.name) else "train" if has_test else "any"].append(entry)
     done = 0
     for split, group in groups.items():
         for start in range(0, len(group), PACK_IMAGES):

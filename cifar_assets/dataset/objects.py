@@ -73,11 +73,13 @@ def ranges_of(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
-def read_rows(path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool) -> Iterator[RowBatch]:
-    """The rows of a file in one of the formats; `name` is what errors call it."""
+def read_rows(
+    path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool, unread: dict[str, str] | None = None
+) -> Iterator[RowBatch]:
+    """The rows of a file in one of the formats; `name` is what errors call it, `unread` gets what is left aside."""
     only: Split = "test" if split == "test" else "any" if split == "any" else "train"
     if kind == "archive":
-        return read_archive(path, name)
+        return read_archive(path, name, unread)
     if kind == "parquet":
         return read_parquet(path, only, name, resize=resize)
     if kind == "images":

@@ -61,6 +61,8 @@ class RawReport:
     source: str
     left_out: dict[str, int] = field(default_factory=dict)
     """Source rows not used, by reason."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """Folders and files of the source that were not read, and why, by name."""
     landing: LandingReport = field(default_factory=LandingReport)
 
 
@@ -109,7 +111,9 @@ def build_raw_version(
         return RawVersion(digest, read_raw(raw, digest), RawReport(source=f"version {digest}"))
     imported = import_source(source, raw, resize=resize, progress=progress)
     known = Known()
-    sources, left_out = check_source([(item, index_of(raw, item, resize, progress)) for item in imported], known)
+    sources, left_out = check_source(
+        [(item, index_of(raw, item, resize, progress)) for item in imported.objects], known
+    )
     landed, landing_report, names = join_landed(raw, known, resize=resize, progress=progress)
     if landing_report.hostile:
         first = landing_report.hostile[0]
@@ -119,7 +123,7 @@ def build_raw_version(
     manifest = RawManifest(resize=resize, objects=(*sources, *landed))
     publish(raw, manifest, source, names)
     write_record(raw, landing_report.read)
-    report = RawReport(redacted(source), left_out, landing_report)
+    report = RawReport(redacted(source), left_out, imported.unread, landing_report)
     return RawVersion(manifest.digest, manifest, report)
 
 

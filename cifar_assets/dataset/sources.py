@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from cifar_assets.dataset import synthetic
 from cifar_assets.dataset.download import (
@@ -46,15 +46,14 @@ _SHOWN_REFUSALS = 5
 
 
 class Imports(BaseModel):
-    """Objects that an address with a known digest was imported as, so that it is not fetched again."""
+    """What a source was imported as. Kept for an address with a known digest, so that it is not fetched again."""
 
     version: Literal[1] = 1
     objects: tuple[RawObject, ...]
+    unread: dict[str, str] = Field(default={}, description="Folders and files that were not read, and why, by name.")
 
 
-def import_source(
-    source: str, raw: ObjectStore, *, resize: bool = False, progress: Progress = quiet
-) -> list[RawObject]:
+def import_source(source: str, raw: ObjectStore, *, resize: bool = False, progress: Progress = quiet) -> Imports:
     """Validate the source and store its objects under their digests; nothing of an invalid file is stored.
 
     `source` is 'download', 'synthetic' or 'synthetic:<seed>', a path, or a file://, s3:// or http(s):// address. A
@@ -67,18 +66,22 @@ def import_source(
     if remembered:
         logger.info("%s is already stored; not fetched again.", redacted(source))
         return remembered
+    unread: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="cifar-source-") as work:
         try:
-            files = _source_files(address, Path(work), progress)
-            objects = [_import_file(file, raw, resize, progress) for file in files]
+            files = _source_files(address, Path(work), progress, unread)
+            objects = [_import_file(file, raw, resize, progress, unread) for file in files]
         except DownloadError as error:
             raise DownloadError(f"Cannot fetch the raw data: {error} {CHOICES}") from error
+    imported = Imports(objects=tuple(objects), unread=unread)
     if _is_pinned_url(address):
-        raw.write(_import_key(address), Imports(objects=tuple(objects)).model_dump_json().encode())
-    return objects
+        raw.write(_import_key(address), imported.model_dump_json().encode())
+    return imported
 
 
-def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, progress: Progress) -> RawObject:
+def _import_file(
+    file: SourceFile, raw: ObjectStore, resize: bool, progress: Progress, unread: dict[str, str]
+) -> RawObject:
     sha256 = sha256_file(file.path)
     known = index = load_index(raw, sha256, file.split, resize)
     if index is None:
@@ -87,6 +90,7 @@ def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, progress: Pro
         raise DataError(_refusal_message(file, index.refused, len(index)))
     if not len(index):
         raise DataError(f"{file.name} holds no images.")
+    unread.update({f"{file.name}, member {member}": reason for member, reason in index.unread.items()})
     key = store_object(raw, file.path, sha256, file.suffix)
     if known is None:
         save_index(raw, sha256, file.split, resize, index)
@@ -114,53 +118,88 @@ def _refusal_message(file: SourceFile, refused: dict[int, str], rows: int) -> st
     )
 
 
-def _source_files(address: str, work: Path, progress: Progress) -> Iterator[SourceFile]:
+def _source_files(address: str, work: Path, progress: Progress, unread: dict[str, str]) -> Iterator[SourceFile]:
     if address == "synthetic" or address.startswith("synthetic:"):
         return _synthetic_files(address, work)
     base, expected = split_expected(address)
-    scheme = urllib.parse.urlsplit(base).scheme
+    scheme = base.partition("://")[0].lower()
     if scheme in ("http", "https"):
-        name = urllib.parse.unquote(urllib.parse.urlsplit(base).path).rpartition("/")[2]
         target = work / "download"
         fetch(base, target, expected, parts=download_folder(), progress=progress)
+        name = urllib.parse.unquote(urllib.parse.urlsplit(base).path.rpartition("/")[2])
         return _one_file(target, name, redacted(base))
     if scheme == "s3":
-        return _bucket_files(base, expected, work, progress)
-    path = Path(urllib.parse.unquote(urllib.parse.urlsplit(base).path)) if scheme == "file" else Path(base).expanduser()
-    return _local_files(path, expected, work, progress)
+        return _bucket_files(base, expected, work, progress, unread)
+    path = _file_path(base) if scheme == "file" else Path(base).expanduser()
+    return _local_files(path, expected, work, progress, unread)
 
 
-def _local_files(path: Path, expected: Expected, work: Path, progress: Progress) -> Iterator[SourceFile]:
+def _file_path(address: str) -> Path:
+    """The path of a file:// address, whose percent signs are decoded; nothing of it is dropped."""
+    host, slash, path = address.partition("://")[2].partition("/")
+    if host not in ("", "localhost") or not slash or {"?", "#"} & set(path):
+        raise ConfigError(
+            f"Source {address!r}: expected file:///folder/name, with %3F for ? and %23 for #. A plain path needs no "
+            f"such care. {CHOICES}"
+        )
+    return Path(urllib.parse.unquote(slash + path))
+
+
+def _local_files(
+    path: Path, expected: Expected, work: Path, progress: Progress, unread: dict[str, str]
+) -> Iterator[SourceFile]:
     if path.is_file():
         check_file(path, expected, str(path))
         return _one_file(path, path.name, str(path))
     if not path.is_dir():
         raise ConfigError(f"Source {str(path)!r} is neither a file nor a folder here. {CHOICES}")
     _refuse_digest_of_many(expected, str(path))
-    entries = [
-        Entry(
-            Path(folder, name).relative_to(path).as_posix(),
-            Path(folder, name).stat().st_size,
-            lambda p=Path(folder, name): p,
-        )
-        for folder, _, names in os.walk(path)
-        for name in names
-        if Path(folder, name).is_file()
-    ]
-    return recognize(entries, str(path), work, progress)
+    try:
+        entries = list(_walk(path, path, frozenset(), unread))
+    except OSError as error:
+        raise ConfigError(f"Source {str(path)!r}: {error.filename} cannot be read: {error.strerror}.") from error
+    return recognize(entries, str(path), work, progress, unread)
 
 
-def _bucket_files(address: str, expected: Expected, work: Path, progress: Progress) -> Iterator[SourceFile]:
+def _walk(folder: Path, root: Path, above: frozenset[Path], unread: dict[str, str]) -> Iterator[Entry]:
+    """The files below a folder, through links as well. What is not a file is noted in `unread`."""
+    above |= {folder.resolve()}
+    for path in sorted(folder.iterdir()):
+        name = path.relative_to(root).as_posix()
+        if not name.isascii() and name != name.encode(errors="replace").decode():
+            unread[name.encode(errors="backslashreplace").decode()] = "the name is not UTF-8"
+        elif path.is_dir() and path.name.startswith("."):
+            unread[name] = "hidden"
+        elif path.is_dir() and path.resolve() in above:
+            unread[name] = "a link to a folder above it"
+        elif path.is_dir():
+            yield from _walk(path, root, above, unread)
+        elif path.is_file():
+            yield Entry(name, path.stat().st_size, lambda path=path: path)
+        else:
+            unread[name] = "a link that leads nowhere" if path.is_symlink() else "not a file"
+
+
+def _open_literally(address: str) -> ObjectStore:
+    """The store at an s3:// address whose key is meant as it is written, as the tools of S3 do."""
+    return open_store("s3://" + urllib.parse.quote(address.partition("://")[2]))
+
+
+def _bucket_files(
+    address: str, expected: Expected, work: Path, progress: Progress, unread: dict[str, str]
+) -> Iterator[SourceFile]:
     parent, _, name = address.rstrip("/").rpartition("/")
-    if parent != "s3:/":
-        store = open_store(parent)
+    if {".", ".."} & set(address.split("/")):
+        raise ConfigError(f"Source {address!r}: a key with . or .. between slashes cannot be asked for over HTTP.")
+    if parent.count("/") > 1:
+        store = _open_literally(parent)
         if not address.endswith("/") and store.exists(name):
             target = work / "download"
             store.download(name, target, partial(progress, f"downloading {address}"))
             check_file(target, expected, address)
             return _one_file(target, name, address)
     _refuse_digest_of_many(expected, address)
-    store = open_store(address.rstrip("/"))
+    store = _open_literally(address.rstrip("/"))
 
     def fetch_object(key: str) -> Path:
         # One object at a time lies here: what was fetched before has been stored by now.
@@ -168,10 +207,14 @@ def _bucket_files(address: str, expected: Expected, work: Path, progress: Progre
         store.download(key, target, partial(progress, f"downloading {store.uri(key)}"))
         return target
 
-    entries = [Entry(info.key, info.size, lambda key=info.key: fetch_object(key)) for info in store.list() if info.size]
+    entries = [
+        Entry(info.key, info.size, lambda key=info.key: fetch_object(key))
+        for info in store.list()
+        if not info.key.endswith("/")
+    ]
     if not entries:
         raise ConfigError(f"Source {address!r}: no object has this key or prefix. {CHOICES}")
-    return recognize(entries, address, work, progress)
+    return recognize(entries, address, work, progress, unread)
 
 
 def _refuse_digest_of_many(expected: Expected, address: str) -> None:
@@ -210,10 +253,10 @@ def _import_key(address: str) -> str:
     return f"{IMPORTS_PREFIX}{sha256_json(address)}.json"
 
 
-def _remembered(address: str, raw: ObjectStore) -> list[RawObject]:
+def _remembered(address: str, raw: ObjectStore) -> Imports | None:
     imports = read_state(raw, _import_key(address), Imports) if _is_pinned_url(address) else None
-    objects = list(imports.objects) if imports else []
-    return objects if all(is_stored(raw, item.key, item.sha256, item.size) for item in objects) else []
+    objects = imports.objects if imports else ()
+    return imports if all(is_stored(raw, item.key, item.sha256, item.size) for item in objects) else None
 
 
 def download_folder() -> Path:

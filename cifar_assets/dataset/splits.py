@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.rows import SPLITS
@@ -47,17 +48,22 @@ def assign_splits(
 def splits_filled(
     raw: ObjectStore, objects: Sequence[RawObject], resize: bool, config: SplitConfig | None = None
 ) -> Finding:
-    """Whether the used rows of the objects give images to train on and images to test with."""
+    """Whether the used rows of the objects give images to train on, images to test with, and images of every class."""
     counts = np.zeros(len(SPLIT_NAMES), np.int64)
+    per_class = np.zeros(len(CLASSES), np.int64)
     for item in objects:
         index = index_of(raw, item, resize, keep=False)  # the pipelines may only read here
         used = item.used()
         source_splits = np.asarray(SPLITS)[index.splits[used]]
         positions = assign_splits(index.digests[used], source_splits, config or SplitConfig())
         counts += np.bincount(positions, minlength=len(SPLIT_NAMES))
+        per_class += np.bincount(index.labels[used], minlength=len(CLASSES))
     by_name = dict(zip(SPLIT_NAMES, counts.tolist(), strict=True))
     empty = [name for name in NEEDED_SPLITS if not by_name[name]]
     text = ", ".join(f"{count:,} {name}" for name, count in by_name.items())
     if empty:
         text += f": no images for the {' and '.join(empty)} split. Add data to the source, or change the fractions"
-    return Finding(not empty, f"{text}.", {f"num_{name}": count for name, count in by_name.items()})
+    lost = [name for name, count in zip(CLASSES, per_class.tolist(), strict=True) if not count]
+    if lost:
+        text += f"; no images of {', '.join(lost)}: see what was not read of the source in the asset's metadata"
+    return Finding(not empty and not lost, f"{text}.", {f"num_{name}": count for name, count in by_name.items()})

@@ -24,19 +24,21 @@ MAX_UNPACKED_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 20
 """Bounds against archives that unpack to far more than CIFAR-10 (186 MB, 31 MB per batch), or hold it in memory."""
 
+_MAX_UNREAD = 1000
 _IMAGE_BYTES = int(np.prod(IMAGE_SHAPE))
 _READABLE_ERRORS = (EOFError, OSError, ValueError, tarfile.TarError, zlib.error)
 
 
-def read_archive(path: Path, name: str) -> Iterator[RowBatch]:
+def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) -> Iterator[RowBatch]:
     """Rows of a `.tar`, `.tar.gz` or `.tgz` in the official layout, in the order of its members.
 
-    `name` is what errors call the archive. Raises DataError when it is cut off, not an archive, lacks a batch or holds
-    one twice; HostileDataError naming the member when a member's path leaves the folder, is a link or a device, or a
-    batch asks for code to be run.
+    `name` is what errors call the archive; `unread` gets the members that are not read, and why. Raises DataError when
+    the archive is cut off, not an archive, lacks a batch, has an empty one, one twice or one that is not official;
+    HostileDataError naming the member when a member's path leaves the folder, is a link or a device, or a batch asks
+    for code to be run.
     """
     with path.open("rb") as file:
-        yield from _read_stream(_unpacked(file, name), name, path.stat().st_size)
+        yield from _read_stream(_unpacked(file, name), name, path.stat().st_size, {} if unread is None else unread)
 
 
 def _unpacked(file: BinaryIO, name: str) -> BinaryIO:
@@ -54,7 +56,7 @@ def _unpacked(file: BinaryIO, name: str) -> BinaryIO:
     )
 
 
-def _read_stream(stream: BinaryIO, name: str, size: int) -> Iterator[RowBatch]:
+def _read_stream(stream: BinaryIO, name: str, size: int, unread: dict[str, str]) -> Iterator[RowBatch]:
     bounded = _Bounded(stream, MAX_HEADER_BYTES, name)
     first_row = 0
     seen: set[str] = set()
@@ -65,6 +67,8 @@ def _read_stream(stream: BinaryIO, name: str, size: int) -> Iterator[RowBatch]:
                 bounded.limit = min(bounded.count + member.size + MAX_HEADER_BYTES, MAX_UNPACKED_BYTES)
                 batch_name = _checked_member(member, name)
                 if batch_name is None:
+                    if member.isreg() and len(unread) < _MAX_UNREAD:
+                        unread[member.name] = "not a batch"
                     continue
                 data = _member_bytes(archive, member, name)
                 if batch_name.startswith("batches.meta"):
@@ -113,6 +117,11 @@ def _checked_member(member: tarfile.TarInfo, name: str) -> str | None:
         )
     base = parts[-1]
     wanted = base.removesuffix(".bin") in BATCHES or base in ("batches.meta", "batches.meta.txt")
+    if not wanted and base.startswith(("data_batch", "test_batch")):
+        raise DataError(
+            f"{name}: member {member.name!r} is not a batch of the official archive, which has {', '.join(BATCHES)}. "
+            "Remove or rename it."
+        )
     if wanted and member.size > MAX_MEMBER_BYTES:
         raise DataError(
             f"{name}: member {member.name!r} claims {member.size:,} bytes; at most {MAX_MEMBER_BYTES:,} are read."
@@ -132,11 +141,15 @@ def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) 
 
 def _parse_batch(batch_name: str, data: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     if batch_name.endswith(".bin"):
+        if not data:
+            raise DataError(f"{where} holds no images. Fetch or upload the archive again.")
         return parse_records(data, where)
     fields = load_fields(data, where)
     pixels, labels = fields.get("data"), fields.get("labels")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (_IMAGE_BYTES,):
         raise DataError(f"{where}: expected data as a uint8 array N x {_IMAGE_BYTES}, got {_kind(pixels)}.")
+    if not len(pixels):
+        raise DataError(f"{where} holds no images. Fetch or upload the archive again.")
     if isinstance(labels, list) and all(type(label) is int for label in labels):
         labels = np.asarray(labels)
     if not isinstance(labels, np.ndarray) or labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":

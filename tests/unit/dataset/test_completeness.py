@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cifar_assets.dataset.completeness import SETTLED_SECONDS
+from cifar_assets.dataset.completeness import SETTLED_SECONDS, Budget
 from cifar_assets.dataset.landing import scan_landing
 from cifar_assets.object_store import FolderStore
 
@@ -106,6 +106,48 @@ def test_links_are_followed_and_one_to_nothing_is_left_alone(tmp_path: Path) -> 
     (folder / "dangling.png").symlink_to(tmp_path / "nothing.png")
     (folder / "itself.png").symlink_to(folder / "itself.png")
     (folder / "through a file.png").symlink_to(elsewhere / "no folder")
-    assert [info.key for info in scan_landing(store).ready] == ["landing/cat/linked.png"]
+    scan = scan_landing(store)
+    assert [info.key for info in scan.ready] == ["landing/cat/linked.png"]
+    assert scan.skipped == {
+        f"landing/cat/{name}.png": "a link that leads nowhere" for name in ("dangling", "itself", "through a file")
+    }
     store.delete("landing/cat/linked.png")
     assert elsewhere.exists()
+
+
+def test_class_folder_that_is_a_link_is_named(raw: FolderStore, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    put(raw, "cat/one.png", picture("PNG"))
+    (raw.root / "landing" / "dog").symlink_to(tmp_path / "elsewhere")
+    assert scan_landing(raw).skipped == {"landing/dog": "a link to a folder: copy the folder, or link its files"}
+
+
+def test_name_that_is_not_utf8_is_named(raw: FolderStore) -> None:
+    path = put(raw, "cat/one.png", picture("PNG"))
+    os.rename(path, os.fsencode(path.parent) + b"/\xff.png")
+    scan = scan_landing(raw)
+    assert scan.ready == ()
+    assert scan.skipped == {"landing/cat/\\udcff.png": "its name is not UTF-8"}
+
+
+def test_one_look_unpacks_no_more_than_its_budget(raw: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = gzip.compress(bytes(3 << 20))
+    for number in range(5):
+        put(raw, f"{number}.tar.gz", whole)
+    monkeypatch.setattr(Budget, "__init__", lambda self: setattr(self, "num_bytes", 8 << 20))
+    scan = scan_landing(raw)
+    assert len(scan.ready) == 2
+    assert set(scan.skipped.values()) == {"still being written"}
+    for number in range(5):
+        put(raw, f"{number}.tar.gz", whole, age_seconds=SETTLED_SECONDS + 5)
+    assert len(scan_landing(raw).ready) == 5
+
+
+def test_nothing_is_decoded_by_a_look(raw: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.Image.open", fail)
+    put(raw, "cat/one.png", WHOLE["cat/one.png"])
+    put(raw, "cat/one.jpg", WHOLE["cat/one.jpg"])
+    assert len(scan_landing(raw).ready) == 2

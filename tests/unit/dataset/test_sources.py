@@ -1,4 +1,8 @@
 import json
+import os
+import pickle
+import urllib.parse
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +12,16 @@ import pytest
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset import synthetic
 from cifar_assets.dataset.index import index_of, pixel_digests
+from cifar_assets.dataset.layouts import is_test_file
 from cifar_assets.dataset.objects import RawObject
-from cifar_assets.dataset.raw import build_raw_version
+from cifar_assets.dataset.raw import build_raw_version, current_raw_digest, make_current
 from cifar_assets.dataset.rows import SPLITS
 from cifar_assets.dataset.sources import import_source
 from cifar_assets.errors import ConfigError, DataError
-from cifar_assets.object_store import FolderStore
+from cifar_assets.object_store import FolderStore, ObjectInfo
 
 
-def by_split(raw: FolderStore, objects: list[RawObject]) -> dict[str, dict[bytes, int]]:
+def by_split(raw: FolderStore, objects: Iterable[RawObject]) -> dict[str, dict[bytes, int]]:
     """Label by pixel digest, per split."""
     found: dict[str, dict[bytes, int]] = {}
     for item in objects:
@@ -43,12 +48,12 @@ def test_official_layouts_give_the_same_images(kind: str, make, raw: FolderStore
     else:
         path = tmp_path / f"cifar-10-{kind}"
         path.write_bytes(make.tar(members))
-    found = by_split(raw, import_source(str(path), raw))
+    found = by_split(raw, import_source(str(path), raw).objects)
     assert found == {"train": expected_batches(make, range(5)), "test": expected_batches(make, range(5, 6))}
 
 
 def test_parquet_shards_take_their_split_from_their_names(make, raw: FolderStore, source: str) -> None:
-    objects = import_source(source, raw)
+    objects = import_source(source, raw).objects
     assert [(item.split, item.rows) for item in objects] == [("test", 20), ("train", 60)]
     found = by_split(raw, objects)
     assert list(found["train"]) == [row.tobytes() for row in pixel_digests(make.images(60))]
@@ -60,7 +65,7 @@ def test_symlinked_shards_are_read(make, raw: FolderStore, source: str, tmp_path
     linked.mkdir()
     for file in Path(source).iterdir():
         (linked / file.name).symlink_to(file)
-    assert sum(item.rows for item in import_source(str(linked), raw)) == 80
+    assert sum(item.rows for item in import_source(str(linked), raw).objects) == 80
 
 
 @pytest.mark.parametrize("with_split", [True, False])
@@ -74,7 +79,9 @@ def test_class_folders(with_split: bool, make, raw: FolderStore, tmp_path: Path)
         path.write_bytes(make.png(image))
     folder.joinpath("notes.txt").write_text("not data")
     folder.joinpath(".DS_Store").write_bytes(b"x")
-    found = by_split(raw, import_source(str(folder), raw))
+    imported = import_source(str(folder), raw)
+    assert imported.unread == {".DS_Store": "hidden", "notes.txt": "only images in class folders are read"}
+    found = by_split(raw, imported.objects)
     digests = [row.tobytes() for row in pixel_digests(images)]
     expected = {digest: number % 10 for number, digest in enumerate(digests)}
     if with_split:
@@ -211,13 +218,13 @@ def test_an_archive_with_other_label_names_is_refused(make, raw: FolderStore, tm
 
 
 def test_importing_again_stores_nothing_and_repairs_a_damaged_copy(raw: FolderStore, source: str) -> None:
-    first = import_source(source, raw)
+    first = import_source(source, raw).objects
     etags = {info.key: info.etag for info in raw.list("objects/")}
-    assert import_source(source, raw) == first
+    assert import_source(source, raw).objects == first
     assert {info.key: info.etag for info in raw.list("objects/")} == etags
     good = raw.read(first[0].key)
     raw.write(first[0].key, good[:-1] + b"?")
-    assert import_source(source, raw) == first
+    assert import_source(source, raw).objects == first
     assert raw.read(first[0].key) == good
 
 
@@ -233,3 +240,155 @@ def test_a_repeated_image_in_a_source_is_used_once(make, raw: FolderStore, tmp_p
     assert train.excluded == ((30, 34),)
     assert version.manifest.rows == 40
     assert sorted(version.report.left_out.values()) == [1, 1, 2]
+
+
+def write_classes(make, folder: Path, names: Iterable[str] = CLASSES) -> Path:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for copy in range(2):
+            seed = 10 * CLASSES.index(name) + copy
+            (folder / name / f"{copy}.png").write_bytes(make.png(make.images(1, seed)[0]))
+    return folder
+
+
+def test_class_folder_that_is_a_link_is_read(make, raw: FolderStore, tmp_path: Path) -> None:
+    folder = write_classes(make, tmp_path / "pictures", CLASSES[:9])
+    write_classes(make, tmp_path / "elsewhere", CLASSES[9:])
+    (folder / "truck").symlink_to(tmp_path / "elsewhere" / "truck")
+    version = build_raw_version(raw, str(folder))
+    assert version.manifest.rows == 20
+    assert version.report.unread == {}
+
+
+def test_everything_that_is_not_read_is_named(make, raw: FolderStore, tmp_path: Path) -> None:
+    folder = write_classes(make, tmp_path / "pictures")
+    (folder / "cat" / "up").symlink_to(folder)
+    (folder / "cat" / "gone.png").symlink_to(tmp_path / "nothing")
+    (folder / "cat" / "notes.txt").write_text("x")
+    (folder / "cats").mkdir()
+    (folder / "cats" / "a.png").write_bytes(b"x")
+    (folder / ".cache" / "dog").mkdir(parents=True)
+    os.mkfifo(folder / "pipe")
+    os.mkdir(os.fsencode(folder) + b"/\xff")
+    only = "only images in class folders are read"
+    assert build_raw_version(raw, str(folder)).report.unread == {
+        "cat/up": "a link to a folder above it",
+        "cat/gone.png": "a link that leads nowhere",
+        "cat/notes.txt": only,
+        "cats/a.png": only,
+        ".cache": "hidden",
+        "pipe": "not a file",
+        "\\udcff": "the name is not UTF-8",
+    }
+
+
+def test_members_of_an_archive_that_are_not_read_are_named(make, raw: FolderStore, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(make.tar({**make.python_members(), "cifar-10-batches-py/readme.html": b"x"}))
+    for _ in range(2):  # the second time from the index
+        unread = build_raw_version(raw, str(path)).report.unread
+        assert unread == {f"{path}, member cifar-10-batches-py/readme.html": "not a batch"}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [("test_batch", 0, "test_batch' holds no images"), ("data_batch_6", 5, "'x/data_batch_6' is not a batch")],
+)
+def test_archive_with_an_empty_or_unknown_batch_is_refused(
+    name: str, rows: int, message: str, make, raw: FolderStore, tmp_path: Path
+) -> None:
+    batch = {"data": np.zeros((rows, 3072), np.uint8), "labels": [0] * rows}
+    members = {key: data for key, data in make.python_members().items() if not key.endswith(name)}
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(make.tar({**members, f"x/{name}": pickle.dumps(batch)}))
+    with pytest.raises(DataError, match=message):
+        build_raw_version(raw, str(path))
+    assert list(raw.list()) == []
+
+
+def test_version_without_a_class_does_not_become_current(make, raw: FolderStore, tmp_path: Path) -> None:
+    whole = build_raw_version(raw, str(write_classes(make, tmp_path / "ten")))
+    nine = build_raw_version(raw, str(write_classes(make, tmp_path / "nine", CLASSES[:9])))
+    assert current_raw_digest(raw) == whole.digest
+    with pytest.raises(DataError, match="no images of truck"):
+        make_current(raw, nine.digest)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("test.parquet", True),
+        ("TEST-00000-of-00001.parquet", True),
+        ("test-00000-of-00001-a09b74b3ef9c3b56.parquet", True),
+        ("plain_text/test/0000.parquet", True),
+        ("field_test_may/batch1.parquet", False),
+        ("contest/latest.parquet", False),
+        ("test_drive.parquet", False),
+        ("train-00000-of-00001.parquet", False),
+    ],
+)
+def test_parquet_file_is_test_data_only_by_the_documented_names(name: str, expected: bool) -> None:
+    assert is_test_file(name) == expected
+
+
+def test_rows_below_a_folder_with_test_in_its_name_are_training_data(make, raw: FolderStore, source: str) -> None:
+    raw.write("landing/field_test_may/batch1.parquet", make.parquet(make.images(3, 7), [0, 1, 2]))
+    version = build_raw_version(raw, source)
+    assert version.report.landing.accepted == {"landing/field_test_may/batch1.parquet": 3}
+
+
+@pytest.mark.parametrize("name", ["cifar10-test.parquet", "test_images/a.parquet", "testing-0.parquet"])
+def test_unclear_name_in_a_source_is_refused(name: str, make, raw: FolderStore, tmp_path: Path) -> None:
+    path = tmp_path / "data" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(make.parquet(make.images(3), [0, 1, 2]))
+    with pytest.raises(DataError, match=f"not clear whether {name} belongs to a test split"):
+        import_source(str(tmp_path / "data"), raw)
+
+
+NAMES = ["50%25off", "50%off", "a b", "a+b", "a#b", "a?b", "caf\u00e9", "cafe\u0301", "A", "x" * 200, "%2e%2e", "a&b=c"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_addresses_name_exactly_the_file(name: str, make, raw: FolderStore, tmp_path: Path) -> None:
+    path = make.parquet_source(tmp_path / name, train=20, test=10)
+    decoy = tmp_path / urllib.parse.unquote(name).partition("#")[0].partition("?")[0]
+    if decoy != path:
+        decoy.mkdir(exist_ok=True)
+    for address in (str(path), path.as_uri(), f"file://localhost{urllib.parse.quote(str(path))}"):
+        assert sum(item.rows for item in import_source(address, raw).objects) == 30
+
+
+@pytest.mark.parametrize("address", ["file://data/x", "file:///data#1/x", "file:///data?x", "file://", "file://x"])
+def test_file_address_that_would_lose_a_part_is_refused(address: str, raw: FolderStore) -> None:
+    with pytest.raises(ConfigError, match="expected file:///folder/name"):
+        import_source(address, raw)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "/a", "a//b"])
+def test_s3_addresses_name_exactly_the_key(name: str, make, raw: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Fake:
+        def __init__(self, path: str):
+            self.path = path
+
+        def exists(self, key: str) -> bool:
+            asked.append(f"{self.path}/{key}")
+            return False
+
+        def list(self) -> list[ObjectInfo]:
+            asked.append(self.path)
+            return []
+
+    monkeypatch.setattr(
+        "cifar_assets.object_store.s3.S3Store.from_environment", lambda path: Fake(urllib.parse.unquote(path))
+    )
+    with pytest.raises(ConfigError, match="no object has this key"):
+        import_source(f"s3://bucket/{name}/x", raw)
+    assert asked == [f"bucket/{name}/x"] * 2
+
+
+def test_s3_address_with_dots_is_refused(raw: FolderStore) -> None:
+    with pytest.raises(ConfigError, match=r"a key with \. or \.\."):
+        import_source("s3://bucket/a/../b", raw)
