@@ -1,11 +1,9 @@
 """What blocks a version: Dagster's checks and the pipelines' steps say the same, and nothing refused is current."""
 
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
-import numpy as np
 import pytest
 
 from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
@@ -25,17 +23,13 @@ from cifar_assets.object_store import FolderStore
 from cifar_assets.pipeline_steps import __main__ as steps
 from resources.object_store import LocalObjectStore
 
-TEST_BATCH = "cifar-10-batches-py/test_batch"
-
 
 @pytest.fixture
-def no_test_images(make, tmp_path: Path) -> str:
-    """An official archive whose test batch has no rows."""
-    empty = {b"data": np.empty((0, 3072), np.uint8), b"labels": np.empty(0, np.int64)}
-    members = {**make.python_members(), TEST_BATCH: pickle.dumps(empty, protocol=2)}
-    path = tmp_path / "empty" / "cifar-10-python.tar.gz"
+def nine_classes(make, tmp_path: Path) -> str:
+    """A source without a picture of the last class."""
+    path = tmp_path / "nine" / "train.parquet"
     path.parent.mkdir()
-    path.write_bytes(make.tar(members))
+    path.write_bytes(make.parquet(make.images(90), make.labels(90) % 9))
     return str(path)
 
 
@@ -68,26 +62,26 @@ def plan(root: Path, folder: Path, dataset: str = "current") -> int:
     return steps.main(["--store", str(root), "data", "--run=r", f"--dataset={dataset}", f"--outputs={folder}"])
 
 
-def test_data_without_test_images_is_refused_by_both_and_the_old_version_stays_current(
-    tmp_path: Path, source: str, no_test_images: str, instance: dg.DagsterInstance, capsys: pytest.CaptureFixture[str]
+def test_data_without_a_class_is_refused_by_both_and_the_old_version_stays_current(
+    tmp_path: Path, source: str, nine_classes: str, instance: dg.DagsterInstance, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "store"
     assert materialize(root, instance, source).success
     good = previous_digests(instance, RAW_DATASET)[0]
-    result = materialize(root, instance, no_test_images)
+    result = materialize(root, instance, nine_classes)
     assert not result.success
     bad = previous_digests(instance, RAW_DATASET)[0]
     assert bad != good
     found = {each.check_name: each for each in result.get_asset_check_evaluations()}
     assert not found["splits_filled"].passed
-    assert "no images for the test split" in str(found["splits_filled"].description)
+    assert "no images of truck" in str(found["splits_filled"].description)
     assert found["objects_intact"].passed
     assert len(previous_digests(instance, PROCESSED_DATASET)) == 1
 
     raw = FolderStore(root / "raw-data")
     assert current_raw_digest(raw) == good
     assert plan(root, tmp_path / "outputs") == 0
-    with pytest.raises(DataError, match="no images for the test split"):
+    with pytest.raises(DataError, match="no images of truck"):
         make_current(raw, bad)
     assert current_raw_digest(raw) == good
     assert objections(judge_raw(raw, bad)) == [f"splits_filled: {found['splits_filled'].description}"]
