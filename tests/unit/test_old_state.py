@@ -18,7 +18,7 @@ from cifar_assets.dataset.index import dump_index, index_of, parse_index
 from cifar_assets.dataset.landing import join_landed
 from cifar_assets.dataset.lineage import changes_since, images_of, model_lineage
 from cifar_assets.dataset.processed import build_processed, read_processed
-from cifar_assets.dataset.raw import build_raw_version, current_raw_digest, list_raw_versions, read_provenance, read_raw
+from cifar_assets.dataset.raw import current_raw_digest, list_raw_versions, read_provenance, read_raw
 from cifar_assets.dataset.reader import open_split
 from cifar_assets.dataset.splits import SPLIT_NAMES
 from cifar_assets.dataset.stores import Stores, stores_below
