@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cifar_assets.errors import DeployError
+from cifar_assets.serving.ports import http_url
 
 PROTOCOL = 1
 """Version of what is said over the socket."""
@@ -41,8 +42,7 @@ class ServerInfo:
 
     @property
     def url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return http_url({"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(self.host, self.host), self.port)
 
 
 class RunningServer:

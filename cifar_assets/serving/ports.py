@@ -33,6 +33,11 @@ def bind_address(host: str, port: int) -> socket.socket:
     return listener
 
 
+def http_url(host: str, port: int) -> str:
+    """The address of a server, with an IPv6 host in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def _has_ipv6() -> bool:
     """Whether this machine or pod has IPv6 switched on, which a build of Python does not say."""
     try:

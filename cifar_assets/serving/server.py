@@ -21,7 +21,7 @@ from cifar_assets.serving.app import App
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.control import ControlSocket, ServerInfo
 from cifar_assets.serving.http import HttpServer
-from cifar_assets.serving.ports import bind_address
+from cifar_assets.serving.ports import bind_address, http_url
 from cifar_assets.serving.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class _Server:
         if self._control is not None:
             self._control.serve(self._info(port), self._listener, self._leave_from_thread(loop))
             await asyncio.to_thread(self._control.take_over)
-        _log.info("Serving model %s on http://%s:%d", self._settings.model_digest, host, port)
+        _log.info("Serving model %s on %s", self._settings.model_digest, http_url(host, port))
         _report(self._settings, state="ready", host=host, port=port, pid=os.getpid())
         await self._told_to_leave.wait()
         leaving = loop.create_task(self._leave(http, server))
