@@ -79,7 +79,7 @@ def starting_with(program: str) -> list[Any]:
 
 
 def test_commands_are_found():
-    assert all(starting_with(program) for program in ("dagster", "python", "make"))
+    assert all(starting_with(program) for program in ("dg", "python", "make"))
     assert not starting_with("uv"), "the docs print commands as an activated environment takes them, without `uv run`"
 
 
