@@ -19,7 +19,7 @@ from cifar_assets.dataset.isolated import ask
 from cifar_assets.dataset.objects import ObjectFormat, RawObject, fetched
 from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.dataset.rows import SPLITS, RowBatch
-from cifar_assets.errors import DataError
+from cifar_assets.errors import DataError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
 
 PREPARATION = 2
@@ -130,8 +130,10 @@ def save_index(raw: ObjectStore, sha256: str, split: str, resize: bool, index: O
 
 def load_index(raw: ObjectStore, sha256: str, split: str, resize: bool) -> ObjectIndex | None:
     """The index kept for an object, or None when there is no readable one."""
-    key = _key(sha256, split, resize)
-    return parse_index(raw.read(key)) if raw.exists(key) else None
+    try:
+        return parse_index(raw.read(_key(sha256, split, resize)))
+    except ObjectNotFoundError:
+        return None
 
 
 def index_of(

@@ -136,8 +136,7 @@ def publish(raw: ObjectStore, manifest: RawManifest, source: str, landed_names: 
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "landed": landed_names,
     }
-    if not raw.exists(_provenance_key(digest)):
-        raw.write(_provenance_key(digest), json.dumps(provenance, indent=1).encode())
+    raw.create(_provenance_key(digest), json.dumps(provenance, indent=1).encode())  # or stays as first written
     raw.write(_manifest_key(digest), canonical_json(manifest.model_dump(mode="json")))
     try:
         make_current(raw, digest)

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from cifar_assets.prune.policy import Policy
+from cifar_assets.prune.tracking import Tracking
 from cifar_assets.training.spec import MlflowTarget
 from cifar_assets.training.tracking import Tracker
+from resources.mlflow import MlflowServer
 from tests.fixtures.workspace import free_port, wait_until
 
 FILES = {"model.onnx": b"o" * 100_000, "metrics.json": b"{}"}
@@ -137,3 +140,22 @@ def test_a_run_whose_end_was_lost_is_reported(proxy: Proxy, caplog: pytest.LogCa
     proxy.fault, proxy.hits = "swallow", "/runs/update"
     _, unsent = train(proxy, "unfinished", patience_seconds=8)
     assert unsent == ["end of the run as FINISHED"]
+
+
+def test_prune_removes_the_artifacts_of_a_run_deleted_on_the_server(proxy: Proxy) -> None:
+    tracker, unsent = train(proxy, "pruned", 60)
+    assert unsent == []
+    run_id = str(tracker.run_id)
+    mlflow = MlflowServer(tracking_uri=proxy.url, experiment="pruned", registered_model="pruned")
+    tracking = Tracking(mlflow, Policy(min_age_hours=0))
+    client = MlflowClient(proxy.url)
+    assert list(tracking.registered()) == ["d" * 64]
+    assert list(tracking.removals({})) == []
+    client.delete_run(run_id)
+    assert list(tracking.removals({})) == [], "a registered version names it"
+    client.delete_model_version("pruned", "1")
+    (removal,) = tracking.removals({})
+    assert (removal.name, removal.size) == (run_id, sum(len(data) for data in FILES.values()))
+    removal.remove()
+    assert list(tracking.removals({})) == []
+    assert tracking.registered() == {}
