@@ -1,4 +1,4 @@
-"""Micro-batching: requests gather while the model runs, and the next run takes what has gathered.
+"""Micro-batching: requests queue up while the model runs, and the next run takes what is in the queue.
 
 Everything but the run itself happens on the event loop, so that a batch costs one wake-up of each side, however many
 requests are in it, and needs no lock.

@@ -1,7 +1,7 @@
 """HTTP/1.1 on asyncio: reads requests within limits, hands them to the application, answers them in order.
 
 The bytes are parsed by httptools (llhttp, the parser of Node). What is added is what a server that strangers reach
-needs: limits from the first byte of a header on, time limits, and a rule for who goes when there is no room.
+needs: limits from the first byte of a header on, time limits, and a rule for what is closed when there is no room.
 """
 
 import asyncio
@@ -93,7 +93,7 @@ class HttpServer:
         return True
 
     def hold(self, connection: "Connection", num_bytes: int) -> bool:
-        """Make room for more of a large body. Others that have been sending for long have to give way."""
+        """Make room for more of a large body, if need be by closing the oldest slow upload. False where that fails."""
         while self.num_held + num_bytes > self.limits.max_pending_bytes:
             latest = time.monotonic() - _YOUNG_BODY_SECONDS
             slow = [
@@ -108,7 +108,7 @@ class HttpServer:
         return True
 
     def sweep(self) -> None:
-        """Close what has run out of time. Calls itself again and again."""
+        """Close connections that have run out of time, and schedule the next sweep."""
         now = time.monotonic()
         self.date = formatdate(usegmt=True)
         for connection in [other for other in self.connections if other.deadline < now]:
@@ -408,7 +408,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(encoded if is_head else encoded + response.body)
 
     def _close(self, *, discard: bool = False) -> None:
-        """Close once all is sent. A client that is still sending is heard out, or it would not see the answer."""
+        """Close once all is sent. `discard` reads on for a while: a client that is still sending would get a reset."""
         self._is_done_reading = self._is_closing = True
         self.since = time.monotonic()
         self.deadline = self.since + (_DISCARD_SECONDS if discard else self._limits.body_timeout)
