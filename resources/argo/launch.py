@@ -1,8 +1,6 @@
-"""Bringing exactly one workflow into being for a step, and removing it again. No Dagster."""
+"""Exactly one workflow for a step of a run, whatever was left by earlier attempts. No Dagster."""
 
-import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +8,9 @@ from resources.argo.client import GROUP, VERSION, WorkflowClient
 from resources.argo.naming import MANAGED_BY
 from resources.argo.status import Workflow
 from resources.argo.template import WORKFLOW_LABEL
-from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceConflictError, ResourceStuckError
+from resources.kubernetes.errors import ResourceConflictError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, step_digest
-from resources.kubernetes.outage import Outage
-
-_PAUSE_SECONDS = 1.0
-_REMOVAL_SECONDS = 120.0
-_GRACE_SECONDS = 10
+from resources.kubernetes.launch import Launcher
 
 
 @dataclass(frozen=True)
@@ -51,125 +45,60 @@ class WorkflowRequest:
             "spec": {"workflowTemplateRef": {"name": self.template}, "arguments": {"parameters": parameters}},
         }
 
+    def __str__(self) -> str:
+        return f"Workflow {self.namespace}/{self.name}"
 
-class WorkflowLauncher:
-    """Submits a workflow once, and removes it. `shield` wraps the create call, so that an interrupt waits for it."""
 
-    def __init__(
-        self,
-        client: WorkflowClient,
-        *,
-        clock: Callable[[], float],
-        sleeper: Callable[[float], None],
-        logger: logging.Logger,
-        shield: Callable[[], AbstractContextManager[None]] = nullcontext,
-        outage_seconds: float = 300.0,
-    ):
+class WorkflowLauncher(Launcher[WorkflowRequest, Workflow]):
+    """Submits a workflow once, and removes it."""
+
+    def __init__(self, client: WorkflowClient, **options: Any):
+        super().__init__(request_timeout_seconds=client.request_timeout_seconds, **options)
         self._client = client
-        self._clock = clock
-        self._sleep = sleeper
-        self._log = logger
-        self._shield = shield
-        self._outage_seconds = outage_seconds
-        self._create_in_doubt = False
-        """Whether a create call was sent that may still take effect though no answer came."""
 
     def submit(self, request: WorkflowRequest) -> Workflow:
-        """The step's workflow: the one that is there, or a new one. One that failed is replaced.
+        """The step's workflow: the one that is there, or a new one. One that failed is replaced."""
+        return self.start(request, request.manifest()).found
 
-        ResourceConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without
-        an answer; ResourceStuckError when what is left of an earlier one does not go away.
-        """
-        began = self._clock()
-        outage = Outage(
-            self._clock,
-            self._outage_seconds,
-            logger=self._log,
-            meanwhile="the workflow is submitted when there is one",
-        )
-        while True:
-            try:
-                existing = self._existing(request)
-                if existing and not existing.deleting and existing.phase not in ("Failed", "Error"):
-                    return existing
-                left = self._clear(request, existing)
-                if not left and (created := self._create(request)):
-                    return created
-                outage.end()
-                if self._clock() - began > self._outage_seconds + _REMOVAL_SECONDS:
-                    raise ResourceStuckError(
-                        f"Workflow {request.namespace}/{request.name} could not be submitted: "
-                        f"{left or 'its name was taken each time, and then free again'}. See kubectl."
-                    )
-            except ApiUnavailableError as error:
-                outage.endure(error)
-            self._sleep(_PAUSE_SECONDS)
-
-    def remove(self, request: WorkflowRequest, *, timeout_seconds: float) -> None:
-        """Terminate and delete the step's workflow, and wait until it and its PyTorchJob are gone.
-
-        ResourceStuckError if they stay. A create call without an answer may still take effect: after one it looks again
-        for as long as a call may take.
-        """
-        start = self._clock()
-        workflow: Workflow | None = None
-        settle_seconds = self._client.request_timeout_seconds if self._create_in_doubt else 0.0
-        while self._clock() - start <= timeout_seconds:
-            try:
-                workflow = self._client.get(request.namespace, request.name)
-                if workflow and request.owns(workflow):
-                    if not workflow.deleting:
-                        self._client.terminate(workflow)
-                        self._client.delete(workflow)
-                elif not (workflow is None and self._clear(request, None)) and self._clock() - start >= settle_seconds:
-                    return
-            except ApiUnavailableError as error:
-                self._log.warning("Still removing workflow %s: %s", request.name, error)
-            except ApiRefusedError:
-                if workflow and request.owns(workflow):
-                    self._client.delete(workflow)  # it may be termination alone that is refused
-                raise
-            self._sleep(_PAUSE_SECONDS / 2)
-        raise ResourceStuckError(
-            f"Workflow {request.namespace}/{request.name} and what it owns could not be removed within "
-            f"{timeout_seconds:.0f} s."
-        )
-
-    def _existing(self, request: WorkflowRequest) -> Workflow | None:
+    def _own(self, request: WorkflowRequest) -> Sequence[Workflow]:
         existing = self._client.get(request.namespace, request.name)
         if existing and not request.owns(existing):
             raise ResourceConflictError(
                 f"{existing} exists and is not this step's: its labels are {dict(existing.labels)}. "
                 "Delete it, or use another name_prefix."
             )
-        return existing
+        return [existing] if existing else []
 
-    def _create(self, request: WorkflowRequest) -> Workflow | None:
-        self._create_in_doubt = True
-        with self._shield():
-            created = self._client.create(request.manifest())
-            self._create_in_doubt = False
-        return created
+    def _why_not(self, request: WorkflowRequest, found: Workflow) -> str | None:
+        if found.deleting:
+            return "it is being deleted"
+        return f"it ended as {found.phase}" if found.phase in ("Failed", "Error") else None
 
-    def _clear(self, request: WorkflowRequest, existing: Workflow | None) -> str | None:
-        """Remove what is left of an earlier workflow of the step, and say what is still there.
+    def _create(self, manifest: Mapping[str, Any]) -> Workflow | None:
+        return self._client.create(manifest)
 
-        A workflow may be gone while its pods and its PyTorchJob live on: a second one must not run beside them.
-        """
-        if existing:
-            if not existing.deleting:
-                self._log.info("Replacing %s: it ended as %s.", existing, existing.phase)
-                self._client.delete(existing)
-            return f"{existing} was deleted and is still there"
+    def _delete(self, found: Workflow) -> None:
+        self._client.delete(found)
+
+    def _clear(
+        self, request: WorkflowRequest, own: Sequence[Workflow], unwanted: Sequence[Workflow], grace_seconds: int
+    ) -> list[str]:
+        for workflow in unwanted:
+            if not workflow.deleting and not workflow.finished:
+                self._client.terminate(workflow)
+            if not workflow.deleting:
+                self._client.delete(workflow)
+        if own:
+            return [str(workflow) for workflow in unwanted]
+        jobs = self._client.jobs
         label_selector = f"{WORKFLOW_LABEL}={request.name}"
-        jobs = self._client.jobs.find(request.namespace, label_selector)
-        for job in jobs:
-            self._client.jobs.delete(job)
+        found = jobs.find(request.namespace, label_selector)
+        for job in found:
+            jobs.delete(job)
         pods = self._client.working_pods(request.namespace, request.name)
-        for name, _ in self._client.jobs.owners_of_pods(request.namespace, label_selector):
-            pods += self._client.jobs.pods(request.namespace, name)
+        for name, _ in jobs.owners_of_pods(request.namespace, label_selector):
+            pods += jobs.pods(request.namespace, name)
         for pod in pods:
             if not pod.deleting:
-                self._client.jobs.delete_pod(request.namespace, pod, _GRACE_SECONDS)
-        left = [str(job) for job in jobs] + [f"pod {pod.name}" for pod in pods]
-        return f"{', '.join(left)} of an earlier workflow of this name did not go away" if left else None
+                jobs.delete_pod(request.namespace, pod, grace_seconds)
+        return [*map(str, found), *(f"pod {pod.name}" for pod in pods)]

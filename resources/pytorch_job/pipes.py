@@ -20,6 +20,7 @@ from resources.dagster_private import (
     record_external_reattach,
 )
 from resources.kubernetes.errors import ResourceFailedError, added_to
+from resources.kubernetes.launch import Started
 from resources.kubernetes.limits import WatchLimits
 from resources.kubernetes.logs import LogLine, show_line
 from resources.kubernetes.steps import (
@@ -33,7 +34,7 @@ from resources.kubernetes.steps import (
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.labels import JOB_LABEL, OP_LABEL
-from resources.pytorch_job.launch import JobLauncher, JobRequest, Started
+from resources.pytorch_job.launch import JobLauncher, JobRequest
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 from resources.pytorch_job.messages import OnMessage, PipesStoreMessageReader
 from resources.pytorch_job.naming import check_job_name, job_name
@@ -144,8 +145,8 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
             with removing(context, f"PyTorchJob {request.namespace}/{request.name}", remove):
                 started = launcher.start(request, manifest)
                 self._record(context, started)
-                reader.attach(started.job.launch_id or request.launch_id)
-                self._watch(context, client, started.job, reader, on_log_line or show_line)
+                reader.attach(started.found.launch_id or request.launch_id)
+                self._watch(context, client, started.found, reader, on_log_line or show_line)
         return dg.PipesClientCompletedInvocation(session, metadata=_metadata(started))
 
     def _request(
@@ -197,9 +198,9 @@ class PipesPyTorchJobClient(dg.PipesClient, TreatAsResourceParam):
             raise
         reader.drain(timeout_seconds=self._drain_timeout_seconds, clock=self._clock, sleeper=self._sleeper)
 
-    def _record(self, context: StepContext, started: Started) -> None:
+    def _record(self, context: StepContext, started: Started[PyTorchJob]) -> None:
         """Write to the event log which job belongs to the step, as Dagster's own re-attaching clients do."""
-        job = started.job
+        job = started.found
         handle = find_latest_launch_handle(context, client_name=CLIENT_NAME)
         if started.adopted and handle and handle.external_run_id == job.name:
             record_external_reattach(context, handle)
@@ -242,6 +243,6 @@ def _dagster_labels(context: StepContext) -> dict[str, str]:
     }
 
 
-def _metadata(started: Started) -> dict[str, Any]:
-    job = started.job
+def _metadata(started: Started[PyTorchJob]) -> dict[str, Any]:
+    job = started.found
     return {"pytorch_job": f"{job.namespace}/{job.name}", "pytorch_job_adopted": started.adopted}

@@ -171,7 +171,7 @@ def test_removal_takes_what_outlived_its_workflow(argo: FakeArgo, launcher: Work
 def test_what_does_not_go_away_is_named(argo: FakeArgo, launcher: WorkflowLauncher) -> None:
     orphans(argo, job=False)
     argo.delete_namespaced_pod = lambda *_, **__: None
-    with pytest.raises(ResourceStuckError, match=r"pod step.* of an earlier workflow of this name did not go away"):
+    with pytest.raises(ResourceStuckError, match=r"pod step.* did not go away"):
         launcher.submit(request())
 
 

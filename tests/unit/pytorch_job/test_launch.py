@@ -52,7 +52,7 @@ def retry(request: JobRequest = REQUEST, **changes: Any) -> JobRequest:
 def test_creates_where_there_is_nothing(launcher: JobLauncher, cluster: FakeCluster):
     started = start(launcher)
     assert not started.adopted
-    assert started.job.name == "job-0"
+    assert started.found.name == "job-0"
     assert cluster.num_created == 1
 
 
@@ -63,7 +63,7 @@ def test_retry_adopts_a_job_that_runs_or_succeeded(launcher: JobLauncher, cluste
         cluster.condition("job-0", condition)
     again = start(launcher, retry())
     assert again.adopted
-    assert (again.job.uid, again.job.launch_id) == (first.job.uid, "1st")
+    assert (again.found.uid, again.found.launch_id) == (first.found.uid, "1st")
     assert cluster.num_created == 1
 
 
@@ -85,7 +85,7 @@ def test_failed_job_of_the_same_attempt_is_replaced_under_the_same_name(launcher
     cluster.condition("job-0", "Failed")
     again = start(launcher, replace(REQUEST, launch_id="2nd"))
     assert not again.adopted
-    assert again.job.launch_id == "2nd"
+    assert again.found.launch_id == "2nd"
     assert cluster.num_created == 2
 
 
@@ -102,7 +102,7 @@ def test_job_that_is_being_deleted_is_waited_for(launcher: JobLauncher, cluster:
     start(launcher)
     cluster.jobs["job-0"]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     again = start(launcher, retry())
-    assert again.job.name == "job-1"
+    assert again.found.name == "job-1"
     assert cluster.most_active == 1
 
 
@@ -111,7 +111,7 @@ def test_retried_run_adopts_its_parents_job_and_takes_it_over(launcher: JobLaunc
     child = retry(run_id="run-2", ancestor_run_ids=("run-1",))
     again = start(launcher, child)
     assert again.adopted
-    assert again.job.run_id == "run-2"
+    assert again.found.run_id == "run-2"
     grandchild = retry(run_id="run-3", ancestor_run_ids=("run-2", "run-1"))
     assert start(launcher, grandchild).adopted
     assert cluster.num_created == 1
@@ -130,7 +130,7 @@ def test_of_two_jobs_the_newer_stays(launcher: JobLauncher, cluster: FakeCluster
     cluster.clock.sleep(5)
     client.create(manifest(retry()))
     again = start(launcher, retry(name="job-2", launch_id="3rd"))
-    assert again.job.name == "job-1"
+    assert again.found.name == "job-1"
     assert list(cluster.jobs) == ["job-1"]
 
 
@@ -150,7 +150,7 @@ def test_create_whose_answer_was_lost_makes_one_job(launcher: JobLauncher, clust
 
     cluster.after_create = lose_answer
     started = start(launcher)
-    assert started.job.launch_id == "1st"
+    assert started.found.launch_id == "1st"
     assert cluster.num_created == 1
 
 
@@ -185,7 +185,7 @@ def test_pods_that_do_not_go_away_stop_the_replacement(launcher: JobLauncher, cl
     cluster.pods["job-0"] = [pod_body("job-0")]
     cluster._remove_pods = lambda job: None
     cluster.delete_namespaced_pod = lambda *_, **__: None
-    with pytest.raises(ResourceStuckError, match="still has pods"):
+    with pytest.raises(ResourceStuckError, match=r"pod job-0-master-0.* did not go away"):
         start(launcher, retry())
     assert cluster.num_created == 1
 
@@ -301,7 +301,7 @@ def test_name_that_stays_taken_is_not_tried_for_ever(launcher: JobLauncher, clus
             raise api_error(409, "Operation cannot be fulfilled on resourcequotas")
 
     cluster.failing = conflict
-    with pytest.raises(ResourceStuckError, match="neither created nor adopted"):
+    with pytest.raises(ResourceStuckError, match="its name was taken each time"):
         start(launcher)
 
 
