@@ -1,5 +1,6 @@
 """Fetching a file over HTTP: resumed where it broke off, verified before anyone sees it."""
 
+import errno
 import hashlib
 import http.client
 import logging
@@ -27,6 +28,9 @@ ATTEMPTS = 5
 _TIMEOUT_SECONDS = 30
 _CHUNK_BYTES = 1 << 20
 _FAULTS = (OSError, http.client.HTTPException)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~"
+"""Kept as they are in an address; anything else, such as a space, is sent percent-encoded."""
 
 
 class DownloadError(DataError):
@@ -93,7 +97,14 @@ def fetch(
                 _forget(part)
                 raise DownloadError(f"{redacted(url)}: the server answered {error.code} {error.reason}.") from error
             failure: Exception = error
+        except (http.client.InvalidURL, ValueError) as error:
+            raise DownloadError(
+                f"{redacted(url)} is not an address that can be asked for: {redacted(error)}."
+            ) from None
         except _FAULTS as error:
+            if isinstance(error, OSError) and error.errno in FULL_DISK:
+                error.filename = str(part)
+                raise
             redact_error(error)  # urllib repeats the path and query of a URL it cannot use
             failure = error
         if attempt == ATTEMPTS:
@@ -120,7 +131,10 @@ def _transfer(url: str, part: Path, progress: Progress) -> None:
     """Append what is missing to the part; http.client.IncompleteRead when the body ends early."""
     validator_file = _validator_file(part)
     have = part.stat().st_size if part.exists() and validator_file.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "cifar-assets", "Accept-Encoding": "identity"})
+    request = urllib.request.Request(
+        urllib.parse.quote(url, safe=_URL_CHARACTERS),
+        headers={"User-Agent": "cifar-assets", "Accept-Encoding": "identity"},
+    )
     if have:
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", validator_file.read_text())
@@ -137,7 +151,7 @@ def _transfer(url: str, part: Path, progress: Progress) -> None:
         resumed = response.status == 206
         have = have if resumed else 0
         length = response.headers.get("Content-Length")
-        total = have + int(length) if length is not None else None
+        total = have + int(length) if length is not None and length.isdecimal() else None
         validator_file.unlink(missing_ok=True)
         with part.open("ab" if resumed else "wb") as file:
             validator = _validator(response.headers)

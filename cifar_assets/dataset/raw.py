@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.consistency import Known, check_source
+from cifar_assets.dataset.download import FULL_DISK
 from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.landing import LandingReport, join_landed
@@ -19,7 +21,7 @@ from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.dataset.sources import import_source
 from cifar_assets.dataset.splits import splits_filled
 from cifar_assets.digests import canonical_json, sha256_json
-from cifar_assets.errors import ConfigError, DataError, ObjectNotFoundError
+from cifar_assets.errors import ConfigError, DataError, ObjectNotFoundError, StoreError
 from cifar_assets.object_store import ObjectStore
 from cifar_assets.redaction import redacted
 
@@ -109,6 +111,19 @@ def build_raw_version(
     if digest is not None:
         make_current(raw, digest)
         return RawVersion(digest, read_raw(raw, digest), RawReport(source=f"version {digest}"))
+    try:
+        return _build(raw, source, resize, progress)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise StoreError(
+            f"No space is left for {error.filename or tempfile.gettempdir()}. Free space there, or point TMPDIR and "
+            "CIFAR_DOWNLOADS to another disk, and run again. No version was published; a download continues where it "
+            "stopped."
+        ) from error
+
+
+def _build(raw: ObjectStore, source: str, resize: bool, progress: Progress) -> RawVersion:
     imported = import_source(source, raw, resize=resize, progress=progress)
     known = Known()
     sources, left_out = check_source(

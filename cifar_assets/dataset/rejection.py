@@ -11,11 +11,14 @@ from cifar_assets.contracts import LANDING_PREFIX, REJECTED_PREFIX
 from cifar_assets.dataset.isolated import ReaderFailedError, ask
 from cifar_assets.dataset.layouts import suffix_of
 from cifar_assets.dataset.objects import RawObject, fetched
+from cifar_assets.digests import sha256_bytes
 from cifar_assets.errors import DataError, ObjectChangedError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
 
 REASON_SUFFIX = ".reason.json"
 _SHOWN_ROWS = 1000
+_MAX_NAME_BYTES, _MAX_KEY_BYTES, _MAX_SUFFIX = 200, 900, 8
+"""With a piece of a digest and the reason's suffix a name stays below the 255 bytes of a file and 1,024 of a key."""
 _log = logging.getLogger(__name__)
 
 
@@ -95,6 +98,8 @@ def _claim(raw: ObjectStore, key: str, sha256: str, reason: str, rows: dict[int,
     data = json.dumps(content, indent=1, ensure_ascii=True).encode()
     plain = REJECTED_PREFIX + key.removeprefix(LANDING_PREFIX)
     suffix = suffix_of(plain)
+    if len(plain.rpartition("/")[2].encode()) > _MAX_NAME_BYTES or len(plain.encode()) > _MAX_KEY_BYTES:
+        plain = f"{REJECTED_PREFIX}{sha256_bytes(key.encode())[:32]}{suffix[-_MAX_SUFFIX:]}"
     for target in (plain, f"{plain[: len(plain) - len(suffix)]}-{sha256[:12]}{suffix}"):
         reason_key = target + REASON_SUFFIX
         is_foreign = not raw.exists(reason_key) and raw.exists(target) and target == plain

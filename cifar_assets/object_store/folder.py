@@ -17,6 +17,7 @@ from cifar_assets.object_store.base import ObjectInfo, ObjectStore, Transferred
 
 _TEMPORARY_PREFIX = ".writing-"
 _REMOVING_PREFIX = ".removing-"
+_MAX_NAME_BYTES = 255
 _swept: set[Path] = set()
 
 
@@ -155,6 +156,9 @@ def _remove_unchanged(path: Path, etag: str) -> bool:
     try:
         if _etag(path.stat()) != etag:
             return False
+        if len(os.fsencode(aside.name)) > _MAX_NAME_BYTES:
+            path.unlink()
+            return True
         path.rename(aside)
         if _etag(aside.stat()) == etag:
             aside.unlink()

@@ -61,7 +61,8 @@ class _Dtype:
 
     def __init__(self, kind: Any, *_: Any):
         if not isinstance(kind, str) or not re.fullmatch("[iu][1248]", kind):
-            raise HostileDataError(f"the pickle holds an array of {kind!r:.50}; only arrays of integers are read")
+            error = DataError if isinstance(kind, str) and re.fullmatch("[bfcSU][0-9]+", kind) else HostileDataError
+            raise error(f"the pickle holds an array of {kind!r:.50}; only arrays of integers are read")
         self.kind, self.byte_order = kind, "="
 
     def set_state(self, state: Any) -> None:

@@ -209,6 +209,19 @@ def test_without_a_network_the_error_names_the_other_sources(
     assert_nothing_left(raw, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a b.parquet", "caf\u00e9.parquet", "50%25.parquet", "a+b;c='d'.parquet"])
+def test_address_is_sent_encoded_and_otherwise_as_it_is(name: str, make, raw: FolderStore, server: Server) -> None:
+    server.body = make.parquet(make.images(20), make.labels(20))
+    base = server.url.rpartition("/")[0]
+    assert build_raw_version(raw, f"{base}/{name}").manifest.rows == 20
+
+
+@pytest.mark.parametrize("address", ["http://[::1/a.parquet", "http://host:port/a.parquet", "http:///a.parquet"])
+def test_invalid_address_is_an_error_at_once(address: str, raw: FolderStore) -> None:
+    with pytest.raises(DataError, match=r"not an address that can be asked for|no host given"):
+        build_raw_version(raw, address)
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.2, 0.6, 0.99])
 def test_a_local_archive_that_is_cut_is_refused(keep: float, make, raw: FolderStore, tmp_path: Path) -> None:
     good = make.archive()

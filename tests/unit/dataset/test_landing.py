@@ -258,6 +258,16 @@ def test_landed_picture_of_a_refused_format_is_rejected_by_name(kind, make, raw:
     assert rejection.reason.lower().startswith(f"expected a png or jpeg image, got a {kind.lower()} image")
 
 
+@pytest.mark.parametrize("name", ["x" * 240, "\u00e9" * 110, "x" * 249])
+def test_long_name_is_rejected_under_a_shorter_one(name: str, raw: FolderStore, source: str) -> None:
+    raw.write(f"landing/cat/{name}.png", b"bad")
+    (rejection,) = build_raw_version(raw, source).report.landing.rejected
+    assert rejection.moved_to is not None
+    assert raw.read(rejection.moved_to) == b"bad"
+    assert reason_of(raw, rejection.moved_to)["object"] == f"landing/cat/{name}.png"
+    assert landing_keys(raw) == []
+
+
 def test_test_data_does_not_land(make, raw: FolderStore, source: str) -> None:
     raw.write("landing/test/cat/a.png", make.png(make.images(1, 5)[0]))
     raw.write("landing/test-00000.parquet", make.parquet(make.images(2, 6), [0, 1]))
