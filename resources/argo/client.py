@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kubernetes import client as k8s
-
 from resources.argo.status import Workflow, read_workflow
-from resources.kubernetes.api import REQUEST_TIMEOUT_SECONDS, CustomResourceClient, load_configuration
+from resources.kubernetes.api import REQUEST_TIMEOUT_SECONDS, CustomResourceClient
 from resources.kubernetes.pods import Pod, read_pod
 from resources.pytorch_job.client import Core, CustomObjects, PyTorchJobClient
 
@@ -19,7 +17,7 @@ _WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
 _NODE_ID_ANNOTATION = "workflows.argoproj.io/node-id"
 
 
-class WorkflowClient(CustomResourceClient):
+class WorkflowClient(CustomResourceClient[Workflow]):
     """Reads and writes workflows through injected API objects. `jobs` does the same for their PyTorchJobs."""
 
     kind, group, version, plural = "Workflow", GROUP, VERSION, PLURAL
@@ -32,22 +30,8 @@ class WorkflowClient(CustomResourceClient):
         self._custom = custom
         self.jobs = PyTorchJobClient(custom, core, request_timeout_seconds)
 
-    @classmethod
-    def production(cls, kubeconfig_file: str | None = None, context: str | None = None) -> "WorkflowClient":
-        """Client of the cluster that `load_configuration` finds. SettingsError when there is none."""
-        configuration, _ = load_configuration(kubeconfig_file, context)
-        api = k8s.ApiClient(configuration)
-        return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
-
-    def create(self, manifest: Mapping[str, Any]) -> Workflow | None:
-        """The stored workflow, or None when its name is taken."""
-        body = self._create(manifest)
-        return read_workflow(body) if body else None
-
-    def get(self, namespace: str, name: str) -> Workflow | None:
-        """The workflow, or None where there is none of that name."""
-        body = self._read(namespace, name)
-        return read_workflow(body) if body else None
+    def parse(self, body: Mapping[str, Any]) -> Workflow:
+        return read_workflow(body)
 
     def terminate(self, workflow: Workflow) -> None:
         """Ask the controller to start nothing more of it, the exit handler included, and to end its pods."""
@@ -66,10 +50,6 @@ class WorkflowClient(CustomResourceClient):
             absent_is_none=True,
             conflict_is_none=True,
         )
-
-    def delete(self, workflow: Workflow) -> None:
-        """Ask for the deletion of exactly this workflow and, after it, of its pods and its PyTorchJob."""
-        self._delete(workflow.namespace, workflow.name, workflow.uid)
 
     def working_pods(self, namespace: str, name: str) -> list[Pod]:
         """Pods of the steps of a workflow of that name that have not ended, whether or not it exists itself."""

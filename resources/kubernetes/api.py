@@ -5,8 +5,9 @@ ApiRefusedError; both name the object and chain the original.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import urllib3.exceptions
 from kubernetes import client as k8s
@@ -174,23 +175,45 @@ class CustomResources(Protocol):
     def delete_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class CustomResourceClient(KubernetesClient):
-    """Creates, reads and deletes objects of one custom resource as the API gives them: mappings."""
+class Stored(Protocol):
+    """What is known of every stored object."""
+
+    @property
+    def namespace(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def uid(self) -> str: ...
+
+
+S = TypeVar("S", bound=Stored)
+
+
+class CustomResourceClient(KubernetesClient, ABC, Generic[S]):
+    """Creates, reads and deletes objects of one custom resource through injected API objects. `parse` reads them."""
 
     group = ""
     version = ""
     plural = ""
 
-    def __init__(
-        self, resources: CustomResources, core: CorePods, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS
-    ):
+    def __init__(self, resources: Any, core: Any, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
         super().__init__(core, request_timeout_seconds)
-        self._resources = resources
+        self._resources: CustomResources = resources
 
-    def _create(self, manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    @classmethod
+    def production(cls, kubeconfig_file: str | None = None, context: str | None = None) -> Self:
+        """Client of the cluster that `load_configuration` finds. SettingsError when there is none."""
+        api = k8s.ApiClient(load_configuration(kubeconfig_file, context)[0])
+        return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
+
+    @abstractmethod
+    def parse(self, body: Mapping[str, Any]) -> S:
+        """The object from the API server's answer."""
+
+    def create(self, manifest: Mapping[str, Any]) -> S | None:
         """The stored object, or None when its name is taken."""
         namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
-        return self._ask_or_none(
+        body = self._ask_or_none(
             f"create {self.kind} {namespace}/{name}",
             lambda: self._resources.create_namespaced_custom_object(
                 self.group,
@@ -202,28 +225,30 @@ class CustomResourceClient(KubernetesClient):
             ),
             conflict_is_none=True,
         )
+        return self.parse(body) if body else None
 
-    def _read(self, namespace: str, name: str) -> Mapping[str, Any] | None:
+    def get(self, namespace: str, name: str) -> S | None:
         """The object, or None where there is none of that name."""
-        return self._ask_or_none(
+        body = self._ask_or_none(
             f"read {self.kind} {namespace}/{name}",
             lambda: self._resources.get_namespaced_custom_object(
                 self.group, self.version, namespace, self.plural, name, _request_timeout=self.request_timeout_seconds
             ),
             absent_is_none=True,
         )
+        return self.parse(body) if body else None
 
-    def _delete(self, namespace: str, name: str, uid: str) -> None:
+    def delete(self, found: S) -> None:
         """Ask for the deletion of exactly this object and, after it, of what it owns. One that is gone is no error."""
         self._ask_or_none(
-            f"delete {self.kind} {namespace}/{name}",
+            f"delete {self.kind} {found.namespace}/{found.name}",
             lambda: self._resources.delete_namespaced_custom_object(
                 self.group,
                 self.version,
-                namespace,
+                found.namespace,
                 self.plural,
-                name,
-                body={"propagationPolicy": "Background", "preconditions": {"uid": uid}},
+                found.name,
+                body={"propagationPolicy": "Background", "preconditions": {"uid": found.uid}},
                 _request_timeout=self.request_timeout_seconds,
             ),
             absent_is_none=True,

@@ -15,7 +15,6 @@ from resources.kubernetes.api import (
     CorePods,
     CustomResourceClient,
     CustomResources,
-    load_configuration,
 )
 from resources.kubernetes.labels import RUN_ID_LABEL
 from resources.kubernetes.pods import Pod, read_pod
@@ -74,7 +73,7 @@ class PyTorchJob:
         return f"PyTorchJob {self.namespace}/{self.name}"
 
 
-class PyTorchJobClient(CustomResourceClient):
+class PyTorchJobClient(CustomResourceClient[PyTorchJob]):
     """Reads and writes PyTorchJobs through injected API objects."""
 
     kind, group, version, plural = KIND, GROUP, VERSION, PLURAL
@@ -87,28 +86,8 @@ class PyTorchJobClient(CustomResourceClient):
         self._custom = custom
         self._core = core
 
-    @classmethod
-    def production(
-        cls,
-        *,
-        kubeconfig_file: str | None = None,
-        context: str | None = None,
-        request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
-    ) -> "PyTorchJobClient":
-        """Client of the cluster that `load_configuration` finds. SettingsError when there is none."""
-        configuration, _ = load_configuration(kubeconfig_file, context)
-        api = k8s.ApiClient(configuration)
-        return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api), request_timeout_seconds)
-
-    def create(self, manifest: Mapping[str, Any]) -> PyTorchJob | None:
-        """The stored job, or None when its name is taken."""
-        body = self._create(manifest)
-        return _job(body) if body else None
-
-    def get(self, namespace: str, name: str) -> PyTorchJob | None:
-        """The job, or None where there is none of that name."""
-        body = self._read(namespace, name)
-        return _job(body) if body else None
+    def parse(self, body: Mapping[str, Any]) -> PyTorchJob:
+        return _job(body)
 
     def find(self, namespace: str, label_selector: str = "") -> list[PyTorchJob]:
         """Jobs with the given labels, oldest first."""
@@ -137,10 +116,6 @@ class PyTorchJobClient(CustomResourceClient):
             conflict_is_none=True,
         )
         return _job(body) if body else None
-
-    def delete(self, job: PyTorchJob) -> None:
-        """Ask for the deletion of exactly this job and, after it, of its pods. One that is gone already is no error."""
-        self._delete(job.namespace, job.name, job.uid)
 
     def pods(self, namespace: str, name: str) -> list[Pod]:
         """Pods of the job of that name, the master first; also those that outlive a deleted job for a moment."""

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from kubernetes import client as k8s
-
 from resources.inference_service.kserve.manifest import (
     DEPLOYMENT_ANNOTATION,
     DIGEST_ANNOTATION,
@@ -152,7 +150,7 @@ class Event:
     """ISO time in UTC, so that text order is time order."""
 
 
-class InferenceServiceClient(CustomResourceClient):
+class InferenceServiceClient(CustomResourceClient[InferenceService]):
     """Reads and writes InferenceServices through injected API objects."""
 
     kind = KIND
@@ -168,20 +166,8 @@ class InferenceServiceClient(CustomResourceClient):
         self._custom = custom
         self._core = core
 
-    @classmethod
-    def of(cls, configuration: k8s.Configuration) -> "InferenceServiceClient":
-        api = k8s.ApiClient(configuration)
-        return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
-
-    def get(self, namespace: str, name: str) -> InferenceService | None:
-        """The service, or None where there is none of that name."""
-        body = self._read(namespace, name)
-        return InferenceService(body) if body else None
-
-    def create(self, manifest: Mapping[str, Any]) -> InferenceService | None:
-        """The stored service, or None when its name is taken."""
-        body = self._create(manifest)
-        return InferenceService(body) if body else None
+    def parse(self, body: Mapping[str, Any]) -> InferenceService:
+        return InferenceService(body)
 
     def replace(
         self, current: InferenceService, manifest: Mapping[str, Any], *, dry_run: bool = False
@@ -213,10 +199,6 @@ class InferenceServiceClient(CustomResourceClient):
             conflict_is_none=True,
         )
         return InferenceService(answer) if answer else None
-
-    def delete(self, service: InferenceService) -> None:
-        """Ask for the deletion of exactly this service and, after it, of what belongs to it."""
-        self._delete(service.namespace, service.name, service.uid)
 
     def pods(self, namespace: str, name: str) -> list[ServingPod]:
         """Pods of the service of that name by name, also those that are ending."""

@@ -157,8 +157,7 @@ class KServeInferenceService(InferenceServiceResource):
         return build_inference_service_manifest(self.settings, request, name=self.name, namespace=self.namespace)
 
     def _client(self) -> InferenceServiceClient:
-        configuration, _ = load_configuration(self.kubeconfig_file, self.kube_context)
-        return InferenceServiceClient.of(configuration)
+        return InferenceServiceClient.production(self.kubeconfig_file, self.kube_context)
 
     def _endpoint(self) -> ServiceEndpoint:
         configuration, in_cluster = load_configuration(self.kubeconfig_file, self.kube_context)

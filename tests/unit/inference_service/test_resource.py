@@ -119,7 +119,7 @@ def kubeconfig(tmp_path: Path) -> str:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeKServe:
     """A cluster behind the resource, with time that passes at once."""
     found = FakeKServe()
-    monkeypatch.setattr(InferenceServiceClient, "of", lambda configuration: InferenceServiceClient(found, found))
+    monkeypatch.setattr(InferenceServiceClient, "production", lambda *_: InferenceServiceClient(found, found))
     original = module.ServiceDeployer
 
     def build(*arguments: Any, **options: Any):
