@@ -61,7 +61,7 @@ class KubernetesTrainer(TrainerResource):
         default=600.0, gt=0, description="How long a pod may wait for a node that has room for it."
     )
     blocked_timeout_seconds: float = Field(
-        default=180.0, gt=0, description="How long an image that cannot be pulled, or a missing Secret, is put up with."
+        default=180.0, gt=0, description="How long to wait for an image that cannot be pulled, or a missing Secret."
     )
     start_timeout_seconds: float = Field(
         default=1800.0, gt=0, description="How long a pod may take to start while nothing is wrong."

@@ -25,7 +25,7 @@ class ArgoPipeline(PipelineResource):
     """Submits the WorkflowTemplate of k8s/argo with the request's parameters, and follows it.
 
     A run worker that dies leaves the workflow; the step's next attempt in the same run finds it by its name. A failed
-    workflow is dg.Failure, which forbids a retry: Argo itself has retried what a retry can mend.
+    workflow is dg.Failure, which forbids a retry: Argo itself has retried what a retry can cure.
     """
 
     namespace: str = Field(description="Namespace of the workflows; k8s/argo is applied there.")

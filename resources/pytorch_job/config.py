@@ -26,7 +26,7 @@ class SecretKey(StrictConfig):
 
 
 class Toleration(StrictConfig):
-    """A node taint that the pods put up with."""
+    """A node taint that the pods tolerate."""
 
     key: str | None = Field(default=None, description="Taint key; none matches every key.")
     operator: Literal["Equal", "Exists"] = Field(default="Exists", description="How key and value are compared.")
@@ -34,7 +34,7 @@ class Toleration(StrictConfig):
     effect: Literal["Any", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field(
         default="Any", description="Taint effect."
     )
-    toleration_seconds: int | None = Field(default=None, ge=0, description="How long NoExecute is put up with.")
+    toleration_seconds: int | None = Field(default=None, ge=0, description="How long NoExecute is tolerated.")
 
     @model_validator(mode="after")
     def _value_needs_equal(self) -> "Toleration":
@@ -118,7 +118,7 @@ class PyTorchJobConfig(StrictConfig):
     scratch: str | None = Field(default="2Gi", description="Size limit of a writable /tmp; none mounts nothing there.")
 
     node_selector: dict[str, str] = Field(default={}, description="Labels a node must have.")
-    tolerations: list[Toleration] = Field(default=[], description="Taints the pods put up with.")
+    tolerations: list[Toleration] = Field(default=[], description="Taints that the pods tolerate.")
     priority_class_name: str | None = Field(default=None, description="Priority class of the pods.")
     scheduler_name: str | None = Field(default=None, description="Scheduler of the pods; none is the cluster's own.")
     service_account_name: str | None = Field(

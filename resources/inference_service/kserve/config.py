@@ -64,7 +64,7 @@ class InferenceServiceSettings(StrictConfig):
     linger_seconds: float = Field(default=2.0, ge=0, description="Then: how long open connections are still served.")
     grace_seconds: float = Field(default=20.0, ge=1, description="Then: how long requests that were begun may take.")
     startup_seconds: int = Field(
-        default=120, ge=5, description="How long a server may load, verify and warm up before it is started anew."
+        default=120, ge=5, description="How long a server may load, verify and warm up before it is restarted."
     )
 
     service_account_name: str | None = Field(

@@ -293,6 +293,8 @@ class ServiceDeployer:
             if current is None or current.deleting or not self._may_replace(current):
                 return
             if earlier is not None:
+                if current.mark == InferenceService(earlier).mark:
+                    return  # nothing was written
                 # A serverless one keeps what it had: all requests would go to the latest revision that is ready.
                 self._write(with_traffic(earlier, 0 if _is_serverless(earlier) else None))
             elif self._is_created_here(current):

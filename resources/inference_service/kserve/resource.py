@@ -73,7 +73,7 @@ class KServeInferenceService(InferenceServiceResource):
         default=120.0, gt=0, description="How long a pod may wait for a node that has room for it."
     )
     blocked_timeout_seconds: float = Field(
-        default=45.0, gt=0, description="How long an image that cannot be pulled, or a missing Secret, is put up with."
+        default=45.0, gt=0, description="How long to wait for an image that cannot be pulled, or a missing Secret."
     )
     canary_images: int = Field(
         default=256, ge=1, le=10_000, description="Held-out images that a canary has to answer as it was evaluated."

@@ -12,8 +12,10 @@ from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.deployer import ServiceDeployer
 from resources.inference_service.kserve.manifest import build_inference_service_manifest, with_traffic
 from resources.inference_service.kserve.watch import RolloutLimits
+from resources.kubernetes.errors import ApiRefusedError
 from tests.unit.inference_service import fake_kserve as fake
 from tests.unit.inference_service.fake_kserve import FakeKnative
+from tests.unit.pytorch_job.fake_cluster import api_error
 
 A = DeployRequest("s3://models/a/", "a" * 64, "1", "run-a")
 B = DeployRequest("s3://models/b/", "b" * 64, "2", "run-b")
@@ -211,3 +213,17 @@ def test_refused_canary_is_not_promoted_when_the_next_model_fails(serving_a: Fak
         deployer(serving_a).deploy(c)
     assert serving_a.shares[-1] == {B.model_digest: 0, A.model_digest: 100}
     assert max(share.get(B.model_digest, 0) for share in serving_a.shares) == 0
+
+
+def test_refused_write_leaves_the_share_of_the_one_that_serves(serving_a: FakeKnative):
+    def refuse(call: str) -> None:
+        if call == "replace":
+            serving_a.failing = lambda call: None
+            raise api_error(403, "denied")
+
+    serving_a.failing = refuse
+    with pytest.raises(ApiRefusedError, match="denied"):
+        deployer(serving_a).deploy(B)
+    serving_a.clock.sleep(30)
+    assert len(serving_a.writes) == 1
+    assert serving_a.shares == [{A.model_digest: 100}]
