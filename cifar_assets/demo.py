@@ -51,13 +51,16 @@ def main() -> int:
 
 # Few small images need few steps of small batches, half of them at half the size.
 _SYNTHETIC_TRAINING = {
+    "recipe": "resnet18",
     "overrides": {
         "network": "resnet18",
+        "optimizer": "sgd",
+        "warmup": 0.25,
         "epochs": 4,
         "batch_size": 64,
         "learning_rate": 0.05,
         "resolutions": [{"start": 0.0, "size": 16.0}, {"start": 0.75, "size": 32.0}],
-    }
+    },
 }
 _SYNTHETIC_NOTE = (
     " (ten classes drawn from a seed, so that the demo needs no download; "

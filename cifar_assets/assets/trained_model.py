@@ -14,7 +14,7 @@ from cifar_assets.errors import ConfigError
 from cifar_assets.gate import check_made_by
 from cifar_assets.model_package import is_whole
 from cifar_assets.object_store import ObjectStore
-from cifar_assets.training.recipes import RECIPES, Recipe, get_recipe
+from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe, get_recipe
 from cifar_assets.training.spec import Execution, JobSpec, MlflowTarget
 from resources.gate import AccuracyGate
 from resources.mlflow import RUN_METADATA, MlflowResource
@@ -54,7 +54,7 @@ ExecutionOverrides = _optional_fields(Execution, "ExecutionOverrides")
 class TrainedModelConfig(dg.Config):
     """Which dataset, by which recipe, on how many processes."""
 
-    recipe: str = Field(default="resnet18", description=f"One of {', '.join(sorted(RECIPES))}.")
+    recipe: str = Field(default=DEFAULT_RECIPE, description=f"One of {', '.join(sorted(RECIPES))}.")
     overrides: RecipeOverrides = Field(  # pyright: ignore[reportInvalidTypeForm]: made from Recipe at import
         default_factory=RecipeOverrides, description="Fields of the recipe to change for this run."
     )

@@ -23,6 +23,7 @@ from cifar_assets.pipeline_steps.data import (
 )
 from cifar_assets.pipeline_steps.model import verify_model
 from cifar_assets.pipeline_steps.plan import Plan, parse_plan
+from cifar_assets.training.recipes import DEFAULT_RECIPE
 from cifar_assets.training.spec import MlflowTarget, check_tracking_uri
 
 EXIT_FAILED = 1
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     step = steps.add_parser("data", help="name the data by digest, compare every raw object, and plan the run")
     step.add_argument("--run", required=True, help="name of the run; no two share one")
     step.add_argument("--dataset", default=CURRENT, help="digest of a processed version (default: %(default)s)")
-    step.add_argument("--recipe", default="resnet18", help="what to train (default: %(default)s)")
+    step.add_argument("--recipe", default=DEFAULT_RECIPE, help="what to train (default: %(default)s)")
     step.add_argument("--overrides", default="{}", help="fields of the recipe to change, as JSON")
     step.add_argument("--execution", default="{}", help="how to train where it runs, such as threads, as JSON")
     step.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")

@@ -56,13 +56,13 @@ def score(classify: Callable[[Tensor], Tensor], split: Split, processor: Process
     return Score(loss, accuracy)
 
 
-def predict(classifier: nn.Module, split: Split, device: torch.device) -> NDArray[np.float32]:
-    """Logits (N, 10) of a classifier that takes uint8 images, in full precision. Raises DivergedError for NaN."""
+def predict(classifier: nn.Module, split: Split, processor: Processor) -> NDArray[np.float32]:
+    """Logits (N, 10) of a classifier that takes uint8 images. Raises DivergedError for NaN."""
     parts = []
     for start in range(0, len(split), _BATCH):
         indices = np.arange(start, min(start + _BATCH, len(split)))
-        with torch.inference_mode():
-            parts.append(classifier(split.images(indices).to(device)).float().cpu().numpy())
+        with torch.inference_mode(), processor.autocast():
+            parts.append(classifier(split.images(indices)).float().cpu().numpy())
     logits = np.concatenate(parts)
     if not np.isfinite(logits).all():
         raise DivergedError("the output of the network", f"for some of {len(split)} images")

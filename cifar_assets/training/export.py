@@ -9,12 +9,13 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load, save
+from torch.jit._trace import TracerWarning
 
 from cifar_assets.contracts import IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
 from cifar_assets.errors import DataError
 from cifar_assets.model_package import RECIPE_FILE, WEIGHTS_FILE, ModelManifest, read_file
 from cifar_assets.object_store import ObjectStore
-from cifar_assets.training.networks import Classifier, build_network
+from cifar_assets.training.networks import Classifier, ResNet18, build_network
 from cifar_assets.training.recipes import Recipe
 
 _OPSET = 18
@@ -28,9 +29,14 @@ def weights_bytes(classifier: Classifier) -> bytes:
 
 
 def seed_copy_bytes(classifier: Classifier) -> bytes:
-    """The network's state dict as `torch.save` writes it: what readers of the old pipeline load."""
+    """The network's state dict as `torch.save` writes it: what readers of the old pipeline load.
+
+    A ResNet's is torchvision's.
+    """
+    network = classifier.network
+    tensors = network.torchvision_state_dict() if isinstance(network, ResNet18) else network.state_dict()
     buffer = io.BytesIO()
-    torch.save({name: value.cpu().contiguous() for name, value in classifier.network.state_dict().items()}, buffer)
+    torch.save({name: value.cpu().contiguous() for name, value in tensors.items()}, buffer)
     return buffer.getvalue()
 
 
@@ -44,6 +50,9 @@ def onnx_bytes(classifier: Classifier) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        # a map's size decides which taps are used, and is the same for every image
+        warnings.simplefilter("ignore", TracerWarning)
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
         torch.onnx.export(
             model,
             (torch.zeros((2, *IMAGE_SHAPE), dtype=torch.uint8),),
@@ -84,7 +93,7 @@ def load_classifier(package: ObjectStore, manifest: ModelManifest) -> Classifier
     recipe = Recipe.model_validate_json(read_file(package, manifest, RECIPE_FILE))
     tensors = load(read_file(package, manifest, WEIGHTS_FILE))
     mean, std = (tuple(tensors[name].flatten().tolist()) for name in ("mean", "std"))
-    classifier = Classifier(build_network(recipe), mean, std, recipe.test_time_flip)
+    classifier = Classifier(build_network(recipe), mean, std, recipe.views)
     try:
         classifier.load_state_dict(tensors)
     except RuntimeError as error:

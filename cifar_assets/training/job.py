@@ -151,7 +151,7 @@ class _Job:
         if not self._processes.is_first:
             return None
         recipe = self._spec.recipe
-        classifier = Classifier(network, data.manifest.mean, data.manifest.std, recipe.test_time_flip).eval()
+        classifier = Classifier(network, data.manifest.mean, data.manifest.std, recipe.views).eval()
         files, manifest = self._package(trainer, data, classifier.to(self._processor.device))
         return self._publish(models, manifest, files, classifier)
 
@@ -184,13 +184,11 @@ class _Job:
     def _tell_epoch(self, record: EpochRecord) -> None:
         epochs = self._spec.recipe.epochs
         _LOG.info(
-            "Epoch %d/%d: train loss %.4f, validation loss %.4f, validation accuracy %.2f %%, "
-            "%.0f images/s at %d pixels, %.1f s",
+            "Epoch %d/%d: train loss %.4f%s, %.0f images/s at %d pixels, %.1f s",
             record.epoch + 1,
             epochs,
             record.train_loss,
-            record.validation_loss,
-            100 * record.validation_accuracy,
+            _validation(record),
             record.images_per_second,
             record.resolution,
             record.seconds,
@@ -199,43 +197,32 @@ class _Job:
             "epoch",
             epoch=record.epoch + 1,
             epochs=epochs,
-            train_loss=record.train_loss,
-            validation_loss=record.validation_loss,
-            validation_accuracy=record.validation_accuracy,
-            images_per_second=record.images_per_second,
             seconds=record.seconds,
-            learning_rate=record.learning_rate,
+            **_measured(record),
         )
         self._track_epoch(record)
 
     def _track_epoch(self, record: EpochRecord) -> None:
-        values = {
-            "train_loss": record.train_loss,
-            "validation_loss": record.validation_loss,
-            "validation_accuracy": record.validation_accuracy,
-            "images_per_second": record.images_per_second,
-            "learning_rate": record.learning_rate,
-        }
-        self._tracker.log_metrics(values, record.epoch + 1)
+        self._tracker.log_metrics(_measured(record), record.epoch + 1)
 
     def _package(
         self, trainer: Trainer, data: TrainingData, classifier: Classifier
     ) -> tuple[dict[str, bytes], ModelManifest]:
         """The files of the model package and the manifest that names it."""
         before = time.perf_counter()
-        device = self._processor.device
-        test = measure(predict(classifier, data.test, device), data.test.labels.cpu().numpy())
-        validation_logits = predict(classifier, data.validation, device)
+        test = measure(predict(classifier, data.test, self._processor), data.test.labels.cpu().numpy())
+        validation_logits = predict(classifier, data.validation, self._processor)
         validation = measure(validation_logits, data.validation.labels.cpu().numpy())
         before = trainer.phases.add("test", before)
         held_out = np.arange(min(_ONNX_IMAGES, len(data.validation)))
-        images = data.validation.images(held_out).cpu().numpy()
-        logits = validation_logits[: len(held_out)]
+        images = data.validation.images(held_out)
+        with torch.inference_mode():
+            logits = classifier(images).cpu().numpy()
         weights, onnx = weights_bytes(classifier), onnx_bytes(classifier)
         extra = {
             "train_images": len(data.train),
             "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
-            "onnx_max_difference": onnx_difference(onnx, images, logits),
+            "onnx_max_difference": onnx_difference(onnx, images.cpu().numpy(), logits),
             "onnx_largest_logit": float(np.abs(logits).max()),
             "onnx_images": len(held_out),
         }
@@ -302,6 +289,24 @@ class _Job:
             resumed_from=json.loads(files[PERFORMANCE_FILE])["resumed_from_step"],
         )
         return TrainedModel(digest, uri, metrics, unsent)
+
+
+def _measured(record: EpochRecord) -> dict[str, float]:
+    """What a finished epoch measured, by the names of Dagster's and MLflow's metrics."""
+    values = {
+        "train_loss": record.train_loss,
+        "validation_loss": record.validation_loss,
+        "validation_accuracy": record.validation_accuracy,
+        "images_per_second": record.images_per_second,
+        "learning_rate": record.learning_rate,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _validation(record: EpochRecord) -> str:
+    if record.validation_loss is None or record.validation_accuracy is None:
+        return ""
+    return f", validation loss {record.validation_loss:.4f}, validation accuracy {record.validation_accuracy:.2%}"
 
 
 def _parameters(spec: JobSpec) -> dict[str, object]:

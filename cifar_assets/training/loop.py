@@ -23,7 +23,7 @@ from cifar_assets.training.evaluate import Score, resize, score
 from cifar_assets.training.finite import DivergedError, first_not_finite
 from cifar_assets.training.networks import SpeedNet, build_network
 from cifar_assets.training.order import epoch_batches, steps_per_epoch
-from cifar_assets.training.schedule import learning_rate
+from cifar_assets.training.schedule import rate_factor, resolution
 from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.state import EpochRecord, Position, TrainingState
 from cifar_assets.training.stopping import StopSignal, TrainingStopped
@@ -84,7 +84,7 @@ class Trainer:
         torch.manual_seed(spec.seed)
         self._network = self._build()
         self._published = self._build()
-        self.state = TrainingState(self._network, spec.recipe)
+        self.state = TrainingState(self._network, spec.recipe, processor.dtype)
         self._saved_step: int | None = None
         self._resume()
 
@@ -137,12 +137,14 @@ class Trainer:
 
     def step(self, network: nn.Module, batch: NDArray[np.int64], augmentation: EpochAugmentation) -> None:
         """One optimizer step on this process's share of the batch, weighted so that every image counts the same."""
-        rate = learning_rate(self._recipe, self.global_step, self._steps)
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = rate
+        factor = rate_factor(self._recipe, self.global_step, self._steps)
+        for optimizer in self.state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["initial_lr"]
+            optimizer.zero_grad()
         indices = self._processes.share(batch)
         pixels = augmentation.shift_and_flip(self._data.train.images(indices), indices)
-        pixels = self._normalize(pixels, self._recipe.resolution(self.state.position.epoch))
+        pixels = self._normalize(pixels, resolution(self._recipe, self.global_step, self._steps))
         pixels = augmentation.cut_out(pixels, indices)
         with self._processor.autocast():
             logits = network(pixels.contiguous(memory_format=torch.channels_last))
@@ -152,10 +154,10 @@ class Trainer:
             label_smoothing=self._recipe.label_smoothing,
             reduction="sum",
         )
-        self.state.optimizer.zero_grad()
         # DistributedDataParallel takes the mean over processes of what each brings
         (loss * (self._processes.count / len(batch))).backward()
-        self.state.optimizer.step()
+        for optimizer in self.state.optimizers:
+            optimizer.step()
         # a sum in float64 of this many float32 terms is exact, so that it is the same however a run is cut
         self.state.loss_sum += loss.detach()
 
@@ -164,16 +166,16 @@ class Trainer:
         loss_sum = self._processes.sum(self.state.loss_sum.clone()).item()
         self._check_finite({"the training loss": torch.tensor(loss_sum), **self.state.tensors()})
         before = time.perf_counter()
-        validation = self._validate(position.epoch)
-        self._check_finite({"the validation loss": torch.tensor(validation.loss)})
+        size = resolution(self._recipe, self.global_step - 1, self._steps)
+        validation = self._validate(size) if self._is_validated(position.epoch) else None
         self.phases.add("validate", before)
         record = EpochRecord(
             epoch=position.epoch,
             train_loss=loss_sum / len(self._data.train),
-            validation_loss=validation.loss,
-            validation_accuracy=validation.accuracy,
-            learning_rate=learning_rate(self._recipe, self.global_step - 1, self._steps),
-            resolution=self._recipe.resolution(position.epoch),
+            validation_loss=validation.loss if validation else None,
+            validation_accuracy=validation.accuracy if validation else None,
+            learning_rate=self._recipe.learning_rate * rate_factor(self._recipe, self.global_step - 1, self._steps),
+            resolution=size,
             seconds=position.epoch_seconds,
             images_per_second=len(self._data.train) / position.epoch_seconds,
         )
@@ -183,15 +185,19 @@ class Trainer:
         self._save()
         return record
 
-    def _validate(self, epoch: int) -> Score:
+    def _is_validated(self, epoch: int) -> bool:
+        return (epoch + 1) % self._recipe.validate_every == 0 or epoch + 1 == self._recipe.epochs
+
+    def _validate(self, size: int) -> Score:
         """Measured at the size trained on: a network says little of pictures twice as large as any it has seen."""
         network = self.published()
-        size = self._recipe.resolution(epoch)
 
         def classify(images: Tensor) -> Tensor:
             return network(self._normalize(images, size).contiguous(memory_format=torch.channels_last))
 
-        return score(classify, self._data.validation, self._processor, self._processes)
+        found = score(classify, self._data.validation, self._processor, self._processes)
+        self._check_finite({"the validation loss": torch.tensor(found.loss)})
+        return found
 
     def _normalize(self, images: Tensor, size: int) -> Tensor:
         return resize((images.to(torch.float32) / 255 - self._mean) / self._std, size)
@@ -238,7 +244,7 @@ class Trainer:
         elif isinstance(self._network, SpeedNet):
             images = self._data.train.images(np.arange(min(_WHITENING_IMAGES, len(self._data.train))))
             self._network.set_whitening(self._normalize(images, images.shape[-1]))
-            self.state = TrainingState(self._network, self._recipe)
+            self.state = TrainingState(self._network, self._recipe, self._processor.dtype)
         self.phases.add("resume", before)
 
     def _load_checkpoint(self) -> int | None:

@@ -12,6 +12,7 @@ Network = Literal["resnet18-imagenet", "resnet18", "speednet"]
 Schedule = Literal["cosine", "triangle", "constant"]
 Flip = Literal["none", "random", "alternating"]
 Padding = Literal["zero", "reflect"]
+Views = Literal["plain", "mirrored", "six"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -21,7 +22,7 @@ class ResolutionPhase(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     start: float = Field(
-        ge=0, lt=1, description="Share of the epochs after which the phase begins; 0 is the first epoch."
+        ge=0, lt=1, description="Fraction of the steps after which the phase begins; 0 is the first step."
     )
     size: int = Field(ge=8, le=IMAGE_SIZE, description="Height and width in pixels that images are scaled down to.")
 
@@ -34,20 +35,44 @@ class Recipe(BaseModel):
     name: str = Field(min_length=1, max_length=60, description="What the recipe is called in records; decides nothing.")
     network: Network = Field(
         description="resnet18-imagenet: torchvision's ResNet-18, 7x7 stride-2 stem and max pooling. resnet18: the same "
-        "18 layers behind a 3x3 stride-2 stem without pooling. speednet: six convolutions behind a whitening layer."
+        "18 layers behind a 3x3 stride-2 stem without pooling. speednet: three stages of convolutions behind a "
+        "whitening layer."
     )
     width: int = Field(
         default=64, ge=4, le=256, description="Channels of the network's first stage; later stages are multiples of it."
     )
+    widening: int = Field(
+        default=4, ge=1, le=8, description="Channels of a speednet's later stages, as a multiple of `width`."
+    )
+    depth: int = Field(default=2, ge=2, le=4, description="Convolutions in each stage of a speednet.")
     epochs: int = Field(ge=1, le=1000, description="Times that every training image is seen.")
     batch_size: int = Field(ge=2, le=8192, description="Images per optimizer step, over all processes together.")
     resolutions: tuple[ResolutionPhase, ...] = Field(
         default=(ResolutionPhase(start=0, size=IMAGE_SIZE),),
         description="Image sizes over the course of the training, in order of their start. Tests always use 32 pixels.",
     )
-    learning_rate: float = Field(
-        gt=0, lt=3e38, description="Peak learning rate of SGD, for the batch size of this recipe."
+    optimizer: Literal["sgd", "muon"] = Field(
+        default="sgd",
+        description="muon: Muon for the convolutions, SGD for a ResNet's stem, the head, biases and batch norm.",
     )
+    learning_rate: float = Field(
+        gt=0,
+        lt=3e38,
+        description="Peak learning rate of Muon or, without it, of SGD, for the batch size of this recipe.",
+    )
+    head_learning_rate: float = Field(
+        default=1e-4,
+        gt=0,
+        lt=3e34,
+        description="With muon, SGD's peak rate for stem and head, divided by the batch size.",
+    )
+    bias_learning_rate: float = Field(
+        default=1e-4,
+        gt=0,
+        lt=3e34,
+        description="With muon, SGD's peak rate for biases and batch norm, divided by the batch size.",
+    )
+    muon_momentum: float = Field(default=0.6, gt=0, lt=1, description="Momentum of Muon.")
     schedule: Schedule = Field(
         default="triangle",
         description="How the rate falls after the warm-up: along half a cosine, in a straight line, or not at all.",
@@ -98,10 +123,23 @@ class Recipe(BaseModel):
         default="auto",
         description="Arithmetic of convolutions while training. auto: bfloat16 where the processor has it in hardware.",
     )
-    test_time_flip: bool = Field(
-        default=False,
-        description="Publish the average over an image and its mirror image. Doubles the cost of a prediction.",
+    views: Views = Field(
+        default="plain",
+        description="Publish the mean of the logits over the plain image, over it and its mirror image, or over six "
+        "views, those two and two shifts of them by a pixel. Multiplies the cost of a prediction.",
     )
+    validate_every: int = Field(
+        default=1, ge=1, description="Epochs between validations; the last is always validated."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_first_form(cls, values: Any) -> Any:
+        """Recipes stored before there were `views` say `test_time_flip`."""
+        if isinstance(values, dict) and "test_time_flip" in values:
+            values = dict(values)
+            values.setdefault("views", "mirrored" if values.pop("test_time_flip") else "plain")
+        return values
 
     @model_validator(mode="after")
     def _check_resolutions(self) -> "Recipe":
@@ -110,10 +148,6 @@ class Recipe(BaseModel):
             raise ValueError(f"resolutions must begin with start 0 and have rising starts, got {starts}")
         return self
 
-    def resolution(self, epoch: int) -> int:
-        """Image size in pixels of an epoch, counted from 0."""
-        return next(phase.size for phase in reversed(self.resolutions) if epoch >= phase.start * self.epochs)
-
     def with_overrides(self, overrides: Mapping[str, Any]) -> "Recipe":
         """The recipe with some fields replaced. Raises ConfigError naming a field that is unknown or out of range."""
         try:
@@ -121,6 +155,30 @@ class Recipe(BaseModel):
         except ValidationError as error:
             raise ConfigError(f"Recipe {self.name!r} with {dict(overrides)} is not valid: {error}") from error
 
+
+def _speed(name: str, epochs: int, **changes: Any) -> Recipe:
+    """A recipe in the manner of airbench (Jordan, arXiv:2404.00498); its rates hold for any length of the training."""
+    values = {
+        "batch_size": 1000,
+        "resolutions": [{"start": 0, "size": 24}, {"start": 0.6, "size": 32}],
+        "optimizer": "muon",
+        "learning_rate": 0.18,
+        "head_learning_rate": 1e-5,
+        "bias_learning_rate": 0.053,
+        "warmup": 0.0,
+        "momentum": 0.85,
+        "weight_decay": 0.2,
+        "label_smoothing": 0.2,
+        "flip": "alternating",
+        "translate": 2,
+        "batch_norm_momentum": 0.4,
+        "views": "mirrored",
+        "validate_every": 4,
+    }
+    return Recipe.model_validate({"name": name, "network": "speednet", "epochs": epochs, **values, **changes})
+
+
+DEFAULT_RECIPE = "fast"
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -146,25 +204,31 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             name="resnet18",
             network="resnet18-imagenet",
-            epochs=6,
-            batch_size=256,
-            learning_rate=0.15,
-            warmup=0.25,
-            label_smoothing=0.05,
-            flip="alternating",
-            test_time_flip=True,
-        ),
-        Recipe(
-            name="fast",
-            network="speednet",
-            epochs=8,
+            epochs=5,
             batch_size=512,
-            learning_rate=0.4,
-            label_smoothing=0.2,
-            ema_decay=0.99,
+            optimizer="muon",
+            learning_rate=0.14,
+            warmup=0.1,
+            weight_decay=5e-4,
+            label_smoothing=0.1,
             flip="alternating",
             translate=2,
-            batch_norm_momentum=0.4,
+            views="mirrored",
+            validate_every=5,
+        ),
+        _speed("quick", epochs=3, batch_size=500, validate_every=3),
+        _speed("fast", epochs=5, batch_size=500, depth=3, learning_rate=0.16, validate_every=5),
+        _speed("good", epochs=8, depth=3),
+        _speed("better", epochs=14, depth=3, learning_rate=0.16),
+        _speed(
+            "best",
+            epochs=14,
+            width=128,
+            widening=3,
+            depth=3,
+            learning_rate=0.16,
+            head_learning_rate=4.5e-6,
+            cutout=8,
         ),
     )
 }

@@ -29,7 +29,7 @@ def build_metrics(
         "per_class_recall": test["per_class_recall"],
         "confusion_matrix": test["confusion_matrix"],
         "expected_calibration_error": test["expected_calibration_error"],
-        "test_time_flip": spec.recipe.test_time_flip,
+        "views": spec.recipe.views,
         "history": [{key: asdict(record)[key] for key in _REPEATABLE} for record in history],
         "dataset_digest": spec.dataset_digest,
         "raw_digest": raw_digest,
@@ -59,7 +59,7 @@ def build_performance(
 def model_card(spec: JobSpec, metrics: dict[str, Any], performance: dict[str, Any], environment: dict[str, Any]) -> str:
     """The model card, in Markdown."""
     recipe = spec.recipe
-    flips = " (average over each image and its mirror image)" if recipe.test_time_flip else ""
+    views = {"plain": "", "mirrored": " (mean over each image and its mirror image)", "six": " (mean over six views)"}
     recalls = "\n".join(f"| {name} | {_percent(metrics['per_class_recall'][name])} |" for name in CLASSES)
     settings = "\n".join(f"| {name} | `{value}` |" for name, value in recipe.model_dump(mode="json").items())
     return f"""# CIFAR-10 classifier, recipe `{recipe.name}`
@@ -72,7 +72,7 @@ It always answers with one of these classes, whatever the picture shows.
 
 | measure | value |
 |---|---|
-| test accuracy{flips} | {_percent(metrics["test_accuracy"])} of {metrics["test_images"]} images |
+| test accuracy{views[recipe.views]} | {_percent(metrics["test_accuracy"])} of {metrics["test_images"]} images |
 | test loss | {metrics["test_loss"]:.4f} |
 | validation accuracy | {_percent(metrics["validation_accuracy"])} of {metrics["validation_images"]} images |
 | expected calibration error | {metrics["expected_calibration_error"]:.4f} |

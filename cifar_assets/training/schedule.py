@@ -1,12 +1,12 @@
-"""Learning rate: a pure function of the step."""
+"""Learning rate and image size: pure functions of the step."""
 
 import math
 
 from cifar_assets.training.recipes import Recipe
 
 
-def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Rate of a step, counted from 0 over the whole training.
+def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step, counted from 0 over the whole training, as a fraction of the peak.
 
     With warm-up the first step already moves, and the last one ends just above the final rate.
     """
@@ -15,9 +15,15 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
         step = step // steps_per_epoch * steps_per_epoch
     warmup = recipe.warmup * total
     if step < warmup:
-        return recipe.learning_rate * (step + 1) / (warmup + 1)
+        return (step + 1) / (warmup + 1)
     progress = (step - warmup) / (total - warmup)
-    return recipe.learning_rate * _decay(recipe, progress)
+    return _decay(recipe, progress)
+
+
+def resolution(recipe: Recipe, step: int, steps_per_epoch: int) -> int:
+    """Image size in pixels at a step, counted from 0 over the whole training."""
+    progress = step / (recipe.epochs * steps_per_epoch)
+    return next(phase.size for phase in reversed(recipe.resolutions) if progress >= phase.start)
 
 
 def _decay(recipe: Recipe, progress: float) -> float:

@@ -11,7 +11,7 @@ from cifar_assets.errors import ConfigError
 from cifar_assets.redaction import has_credentials, redacted
 from cifar_assets.training.recipes import Recipe
 
-ALGORITHM = 1
+ALGORITHM = 2
 """Raised whenever the code changes what weights a recipe, data and seed give: old checkpoints are then not resumed."""
 
 

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from cifar_assets.errors import DataError
 from cifar_assets.training.finite import first_not_finite
+from cifar_assets.training.optimizer import build_optimizers
 from cifar_assets.training.recipes import Recipe
 
 _POSITION_VERSION = 1
@@ -15,12 +17,15 @@ _POSITION_VERSION = 1
 
 @dataclass
 class EpochRecord:
-    """What one finished epoch came to. Losses and accuracy are repeatable; seconds and images/s are not."""
+    """What one finished epoch came to. Losses and accuracy are repeatable; seconds and images/s are not.
+
+    Epochs that are not validated have no validation loss and accuracy. The learning rate is that of the last step.
+    """
 
     epoch: int
     train_loss: float
-    validation_loss: float
-    validation_accuracy: float
+    validation_loss: float | None
+    validation_accuracy: float | None
     learning_rate: float
     resolution: int
     seconds: float
@@ -56,12 +61,13 @@ class TrainingState:
 
     Args:
         network: the network being trained, on its device.
-        recipe: decides optimizer groups and whether there is a moving average.
+        recipe: decides optimizers and whether there is a moving average.
+        dtype: of the processor's matrix products.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe):
+    def __init__(self, network: nn.Module, recipe: Recipe, dtype: torch.dtype):
         self.network = network
-        self.optimizer = build_optimizer(network, recipe)
+        self.optimizers = build_optimizers(network, recipe, dtype)
         self.position = Position()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
         self._recipe = recipe
@@ -91,10 +97,10 @@ class TrainingState:
         """Every tensor a continuation needs, by name."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in (self._average or {}).items()}
-        for index, parameter in enumerate(self._parameters()):
-            momentum = self.optimizer.state[parameter].get("momentum_buffer")
+        for name, optimizer, parameter in self._momenta():
+            momentum = optimizer.state[parameter].get("momentum_buffer")
             if momentum is not None:
-                tensors[f"momentum.{index}"] = momentum
+                tensors[name] = momentum
         tensors["loss_sum"] = self.loss_sum
         tensors["torch_random"] = torch.get_rng_state()
         return tensors
@@ -102,8 +108,7 @@ class TrainingState:
     def load(self, tensors: dict[str, Tensor], position: Position) -> None:
         """Continue from these. Raises DataError, with nothing changed, when they do not fit the recipe."""
         wanted = self.tensors()
-        if self._recipe.momentum:
-            wanted |= {f"momentum.{index}": parameter for index, parameter in enumerate(self._parameters())}
+        wanted |= {name: parameter for name, _, parameter in self._momenta()}
         unfit = sorted(name for name in wanted.keys() | tensors.keys() if _form(wanted, name) != _form(tensors, name))
         if (name := first_not_finite(tensors)) is not None:
             raise DataError(f"{name} holds numbers that are not finite.")
@@ -113,30 +118,17 @@ class TrainingState:
         self.network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for name, value in (self._average or {}).items():
             value.copy_(tensors[f"average.{name}"])
-        for index, parameter in enumerate(self._parameters()):
-            momentum = tensors.get(f"momentum.{index}")
-            if momentum is not None:
-                buffer = torch.empty_like(parameter, requires_grad=False).copy_(momentum)
-                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        for name, optimizer, parameter in self._momenta():
+            buffer = torch.empty_like(parameter, requires_grad=False).copy_(tensors[name])
+            optimizer.state[parameter]["momentum_buffer"] = buffer
         self.loss_sum.copy_(tensors["loss_sum"])
         torch.set_rng_state(tensors["torch_random"])
         self.position = position
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-
-def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD; batch norm parameters and biases in a group of their own, decayed only where the recipe says so."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {
-            "params": [p for p in trained if p.ndim <= 1],
-            "weight_decay": recipe.weight_decay if recipe.decay_norm_and_bias else 0.0,
-        },
-    ]
-    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    def _momenta(self) -> list[tuple[str, Optimizer, nn.Parameter]]:
+        """Every parameter that has a momentum, with the momentum's name in a checkpoint."""
+        owners = [(o, p) for o in self.optimizers for g in o.param_groups if g["momentum"] for p in g["params"]]
+        return [(f"momentum.{index}", optimizer, parameter) for index, (optimizer, parameter) in enumerate(owners)]
 
 
 def _form(tensors: dict[str, Tensor], name: str) -> object:

@@ -77,11 +77,11 @@ def verify_model(store: str, plan: str, threshold: float, outputs: str) -> str:
 @dsl.pipeline(name="cifar10-pipeline", description="CIFAR-10: verify the data, train, verify the model.")
 def cifar10_pipeline(
     dataset: str = "current",
-    recipe: str = "resnet18",
+    recipe: str = "fast",
     overrides: str = "{}",
     execution: str = "{}",
     seed: int = 0,
-    threshold: float = 0.77,
+    threshold: float = 0.85,
     store: str = "s3:///",
     outputs: str = "/tmp/cifar-outputs",
 ) -> str:

@@ -122,6 +122,7 @@ def candidates(bucket: Path) -> dict[str, Callable[[], Steps]]:
     return {
         "seed-style loop": lambda: seed_style(images, split.labels.numpy()),
         "recipe seed": lambda: ours("seed"),
+        "recipe quick": lambda: ours("quick"),
         "recipe resnet18": lambda: ours("resnet18"),
         "recipe fast": lambda: ours("fast"),
     }

@@ -28,12 +28,17 @@ from tests.fixtures.workspace import ROOT, Workspace
 
 DATA = "cifar10/raw_dataset,cifar10/processed_dataset"
 MODEL = "cifar10/trained_model"
-OVERRIDES = {"network": "resnet18", "width": 8, "epochs": 3, "batch_size": 64, "learning_rate": 0.1}
+OVERRIDES = {"network": "resnet18", "optimizer": "sgd", "width": 8, "epochs": 3, "batch_size": 64, "learning_rate": 0.1}
 POD = {"cpu": "200m", "memory": "2Gi"}
 
 
 def training(**changes: Any) -> dict[str, Any]:
-    config = {"overrides": OVERRIDES, "execution": {"threads": 1, "checkpoint_every_steps": 10}, "scale": POD}
+    config = {
+        "recipe": "resnet18",
+        "overrides": OVERRIDES,
+        "execution": {"threads": 1, "checkpoint_every_steps": 10},
+        "scale": POD,
+    }
     return {"trained_model": {**config, **changes}}
 
 

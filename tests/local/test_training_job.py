@@ -21,6 +21,7 @@ from cifar_assets.model_package import (
     read_manifest,
 )
 from cifar_assets.training.data import open_data
+from cifar_assets.training.device import Processor
 from cifar_assets.training.evaluate import measure, predict
 from cifar_assets.training.export import load_classifier
 from tests.unit.training.jobs import Workplace, json_file, run_trainer
@@ -80,13 +81,13 @@ def test_the_metrics_are_those_of_the_stored_model(place: Workplace, finished: o
     package = place.models().at(digest)
     classifier = load_classifier(package, read_manifest(package, digest))
     test = open_data(place.spec(), torch.device("cpu")).test
-    expected = measure(predict(classifier, test, torch.device("cpu")), test.labels.numpy())
+    expected = measure(predict(classifier, test, Processor(torch.device("cpu"), torch.float32)), test.labels.numpy())
     assert metrics["test_accuracy"] == expected["accuracy"]
     assert metrics["test_loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert metrics["confusion_matrix"] == expected["confusion_matrix"]
     assert metrics["test_images"] == 40
     assert metrics["onnx_max_difference"] <= 1e-3 * max(1.0, metrics["onnx_largest_logit"])
-    assert metrics["test_time_flip"] is place.spec().recipe.test_time_flip is True
+    assert metrics["views"] == place.spec().recipe.views == "mirrored"
     assert [record["epoch"] for record in metrics["history"]] == [0, 1, 2, 3]
     assert "seconds" not in metrics["history"][0]
 

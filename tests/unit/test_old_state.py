@@ -98,7 +98,8 @@ def test_a_model_is_judged_and_traced(stores: Stores, digests: dict[str, str]) -
 
 def test_a_plan_is_continued(root: FolderStore, digests: dict[str, str], tmp_path: Path) -> None:
     plan = parse_plan(root.read("plan.json").decode())
-    assert plan.spec.identity == digests["identity"]
+    # the trainer's ALGORITHM was raised since: its training begins again instead of using an earlier result
+    assert plan.spec.identity != digests["identity"]
     path = tmp_path / "store" / "plan.json"
     assert steps.main(["--store", str(tmp_path / "store"), "processed", f"--plan={path}"]) == 0
 

@@ -7,18 +7,24 @@ from pydantic import ValidationError
 from cifar_assets.assets.trained_model import TrainedModelConfig
 from cifar_assets.definitions import defs
 from cifar_assets.errors import ConfigError
-from cifar_assets.training.recipes import Recipe
+from cifar_assets.training.recipes import DEFAULT_RECIPE, Recipe
 from cifar_assets.training.spec import Execution, JobSpec
 from resources.object_store import LocalObjectStore
 
 DIGEST = "a" * 64
 CHANGED = {
-    "network": "speednet",
+    "network": "resnet18",
     "width": 8,
+    "widening": 2,
+    "depth": 3,
     "epochs": 3,
     "batch_size": 17,
     "resolutions": [{"start": 0.0, "size": 16.0}, {"start": 0.5, "size": 32.0}],
+    "optimizer": "sgd",
     "learning_rate": 0.123,
+    "head_learning_rate": 0.0123,
+    "bias_learning_rate": 0.0321,
+    "muon_momentum": 0.55,
     "schedule": "constant",
     "schedule_interval": "epoch",
     "warmup": 0.31,
@@ -36,7 +42,8 @@ CHANGED = {
     "cutout": 9,
     "batch_norm_momentum": 0.33,
     "precision": "float32",
-    "test_time_flip": True,
+    "views": "six",
+    "validate_every": 3,
 }
 
 
@@ -67,7 +74,7 @@ def test_every_field_of_the_execution_can_be_set() -> None:
 
 def test_without_config_the_default_recipe_is_complete() -> None:
     spec = spec_of({})
-    assert spec.recipe.name == "resnet18"
+    assert spec.recipe.name == DEFAULT_RECIPE
     assert spec.dataset_uri.endswith(f"processed-data/{DIGEST}/")
     assert spec.output_uri.endswith("/models/")
 

@@ -3,27 +3,62 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from cifar_assets.training.networks import BasicBlock, Classifier, ResNet18, SpeedNet, build_network
+from cifar_assets.training.networks import BasicBlock, Classifier, ResNet18, SpeedNet, TapConv2d, build_network
 from cifar_assets.training.recipes import get_recipe
 
 
 def test_the_imagenet_resnet_is_that_of_torchvision():
-    ours, theirs = ResNet18(64, imagenet_stem=True).eval(), resnet18(num_classes=10).eval()
-    theirs.load_state_dict(ours.state_dict())
-    images = torch.randn(2, 3, 32, 32)
+    """Though it leaves out the taps that only meet padding: also their gradients are those of torchvision."""
+    torch.manual_seed(0)
+    ours, theirs = ResNet18(64, imagenet_stem=True).double(), resnet18(num_classes=10).double()
+    theirs.load_state_dict(ours.torchvision_state_dict())
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for network in (ours, theirs):
+        network(images).square().sum().backward()
+    conv = ours.layer3[1].conv1
+    assert isinstance(conv, TapConv2d)
+    expected = dict(theirs.named_parameters())["layer3.1.conv1.weight"].grad
+    assert isinstance(conv.weight.grad, torch.Tensor)
+    assert isinstance(expected, torch.Tensor)
+    assert torch.allclose(conv.weight.grad, expected.flatten(2), rtol=1e-6)
     with torch.no_grad():
-        assert torch.allclose(ours(images), theirs(images), atol=1e-5)
+        assert torch.allclose(ours.eval().float()(images.float()), theirs.eval().float()(images.float()), atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "stride", "num_taps"), [(2, 1, 9), (2, 2, 4), (1, 1, 1), (1, 2, 1)])
+def test_a_convolution_by_its_live_taps_is_the_convolution(size: int, stride: int, num_taps: int):
+    torch.manual_seed(0)
+    conv = TapConv2d(3, 5, stride, size)
+    assert conv.weight.shape == (5, 3, num_taps)
+    images = torch.randn(2, 3, size, size)
+    expected = nn.functional.conv2d(images, conv.kernel(), stride=stride, padding=1)
+    assert torch.allclose(conv(images), expected, atol=1e-6)
+
+
+def test_taps_of_a_larger_map_serve_a_smaller_one():
+    conv = TapConv2d(3, 5, 1, 2)
+    images = torch.randn(2, 3, 1, 1)
+    expected = nn.functional.conv2d(images, conv.kernel(), padding=1)
+    assert torch.allclose(conv(images), expected, atol=1e-6)
+
+
+def test_resnet18_keeps_the_weights_that_can_matter():
+    assert (
+        sum(parameter.numel() for parameter in ResNet18(64, imagenet_stem=True).parameters()) == 11_181_642 - 6_946_816
+    )
 
 
 def test_the_small_stem_leaves_the_eighteen_layers_of_a_resnet_18():
     network = build_network(get_recipe("resnet18", {"network": "resnet18"}))
-    weighted = [m for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "down" not in name]
+    kinds = nn.Conv2d | nn.Linear | TapConv2d
+    weighted = [m for name, m in network.named_modules() if isinstance(m, kinds) and "down" not in name]
     assert len(weighted) == 18
     assert sum(isinstance(m, BasicBlock) for m in network.modules()) == 8
     theirs = dict(resnet18(num_classes=10).state_dict())
-    different = [name for name, value in network.state_dict().items() if theirs[name].shape != value.shape]
-    assert different == ["conv1.weight"]
-    assert set(theirs) == set(network.state_dict())
+    assert isinstance(network, ResNet18)
+    ours = network.torchvision_state_dict()
+    assert [name for name, value in ours.items() if theirs[name].shape != value.shape] == ["conv1.weight"]
+    assert set(theirs) == set(ours)
 
 
 def test_initial_weights_are_drawn_from_torchs_generator():
@@ -62,6 +97,11 @@ def test_a_classifier_normalizes_and_averages_over_mirror_images():
     pixels = (images.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.no_grad():
         plain = Classifier(network, mean, std)(images)
-        mirrored = Classifier(network, mean, std, mirror=True)(images)
+        mirrored = Classifier(network, mean, std, "mirrored")(images)
+        six = Classifier(network, mean, std, "six")(images)
         assert torch.allclose(plain, network(pixels), atol=1e-5)
         assert torch.allclose(mirrored, (network(pixels) + network(pixels.flip(3))) / 2, atol=1e-5)
+        padded = nn.functional.pad(pixels, (1, 1, 1, 1), mode="reflect")
+        up, down = padded[:, :, :32, :32], padded[:, :, 2:, 2:]
+        shifted = [network(view) for shift in (up, down) for view in (shift, shift.flip(3))]
+        assert torch.allclose(six, mirrored / 2 + sum(shifted) / 8, atol=1e-5)

@@ -5,7 +5,7 @@ import pytest
 from pydantic import BaseModel
 
 from cifar_assets.errors import ConfigError
-from cifar_assets.training.recipes import RECIPES, Recipe, ResolutionPhase, get_recipe
+from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe, ResolutionPhase, get_recipe
 from cifar_assets.training.spec import Execution, JobSpec, MlflowTarget
 
 
@@ -16,7 +16,7 @@ def test_every_field_says_what_it_is(model: type[BaseModel]):
 
 
 def test_the_recipes_are_found_under_their_names():
-    assert {"seed", "resnet18", "fast"} <= set(RECIPES)
+    assert {"seed", "resnet18", "fast", DEFAULT_RECIPE} <= set(RECIPES)
     assert all(recipe.name == name for name, recipe in RECIPES.items())
 
 
@@ -26,15 +26,16 @@ def test_seed_is_the_configuration_of_the_pipeline_it_comes_from():
     assert (seed.learning_rate, seed.momentum, seed.nesterov, seed.weight_decay) == (0.01, 0.9, False, 5e-4)
     assert (seed.schedule, seed.schedule_interval, seed.warmup, seed.final_learning_rate) == ("cosine", "epoch", 0, 0)
     assert (seed.flip, seed.translate, seed.padding, seed.cutout) == ("random", 4, "zero", 0)
-    assert (seed.precision, seed.ema_decay, seed.label_smoothing, seed.test_time_flip) == ("float32", 0, 0, False)
+    assert (seed.precision, seed.ema_decay, seed.label_smoothing, seed.views) == ("float32", 0, 0, "plain")
+    assert seed.optimizer == "sgd"
     assert seed.decay_norm_and_bias
-    assert {seed.resolution(epoch) for epoch in range(10)} == {32}
+    assert [phase.size for phase in seed.resolutions] == [32]
 
 
 def test_one_field_is_overridden_and_the_rest_stays():
     recipe = get_recipe("resnet18", {"epochs": 3, "resolutions": [{"start": 0, "size": 24}]})
     assert recipe.epochs == 3
-    assert recipe.resolution(2) == 24
+    assert recipe.resolutions == (ResolutionPhase(start=0, size=24),)
     assert recipe.learning_rate == RECIPES["resnet18"].learning_rate
 
 
@@ -64,16 +65,8 @@ def test_a_wrong_override_is_refused_by_name(overrides: dict, named: str):
 
 
 def test_an_unknown_recipe_is_refused_with_the_choices():
-    with pytest.raises(ConfigError, match=r"'resnet50'.*fast.*resnet18.*seed"):
+    with pytest.raises(ConfigError, match=r"'resnet50'.*best.*fast.*resnet18.*seed"):
         get_recipe("resnet50")
-
-
-def test_resolution_phases_keep_their_share_of_any_number_of_epochs():
-    phases = [{"start": 0, "size": 16}, {"start": 0.5, "size": 24}, {"start": 0.75, "size": 32}]
-    for epochs in (4, 8, 40):
-        recipe = get_recipe("resnet18", {"epochs": epochs, "resolutions": phases})
-        sizes = [recipe.resolution(epoch) for epoch in range(epochs)]
-        assert sizes == [16] * (epochs // 2) + [24] * (epochs // 4) + [32] * (epochs // 4)
 
 
 def test_building_a_spec_loads_no_torch():

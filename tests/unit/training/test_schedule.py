@@ -4,11 +4,11 @@ import math
 import pytest
 
 from cifar_assets.training.recipes import Recipe, get_recipe
-from cifar_assets.training.schedule import learning_rate
+from cifar_assets.training.schedule import rate_factor, resolution
 
 
 def rates(recipe: Recipe, steps: int) -> list[float]:
-    return [learning_rate(recipe, step, steps) for step in range(recipe.epochs * steps)]
+    return [recipe.learning_rate * rate_factor(recipe, step, steps) for step in range(recipe.epochs * steps)]
 
 
 def test_cosine_by_epoch_is_the_one_of_torch():
@@ -38,3 +38,10 @@ def test_the_final_rate_is_a_share_of_the_peak():
 def test_constant_stays():
     recipe = get_recipe("fast", {"schedule": "constant", "warmup": 0, "learning_rate": 0.3})
     assert set(rates(recipe, 4)) == {0.3}
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(4, 10), (1, 40), (10, 4)])
+def test_resolution_phases_keep_their_fraction_of_the_steps(epochs: int, steps: int):
+    phases = [{"start": 0, "size": 16}, {"start": 0.5, "size": 24}, {"start": 0.75, "size": 32}]
+    recipe = get_recipe("resnet18", {"epochs": epochs, "resolutions": phases})
+    assert [resolution(recipe, step, steps) for step in range(40)] == [16] * 20 + [24] * 10 + [32] * 10

@@ -1,0 +1,91 @@
+"""Optimizers of a network: SGD for all of it, or Muon for its inner convolutions and SGD for the rest."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from cifar_assets.training.recipes import Recipe
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 3
+
+
+class Muon(Optimizer):
+    """Momentum whose update of each filter bank is made nearly orthogonal (Jordan et al., 2024, the Muon optimizer).
+
+    A bank, of one filter per output channel, is scaled before each step so that its norm is the root of their number.
+
+    Args:
+        parameters: filter banks, of three or more dimensions.
+        lr: learning rate.
+        momentum: in Nesterov's form.
+        dtype: arithmetic of the orthogonalization; bfloat16 is enough.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, dtype: torch.dtype):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] (no closure)
+        for group in self.param_groups:
+            for bank in group["params"]:
+                self._step(bank, group["lr"], group["momentum"])
+
+    def _step(self, bank: nn.Parameter, rate: float, momentum: float) -> None:
+        if bank.grad is None:
+            return
+        state = self.state[bank]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(bank)
+        buffer = state["momentum_buffer"].mul_(momentum).add_(bank.grad)
+        update = bank.grad.add(buffer, alpha=momentum)
+        bank.mul_(len(bank) ** 0.5 / bank.norm())
+        bank.add_(orthogonalize(update.flatten(1).to(self._dtype)).to(bank.dtype).view(bank.shape), alpha=-rate)
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """The matrix with singular values near 1, by Newton-Schulz iterations of fifth order, in its own arithmetic."""
+    a, b, c = _COEFFICIENTS
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    result = matrix.T if is_tall else matrix
+    result = result / (result.norm() + 1e-7)
+    for _ in range(_ITERATIONS):
+        gram = result @ result.T
+        result = a * result + (b * gram + c * gram @ gram) @ result
+    return result.T if is_tall else result
+
+
+def build_optimizers(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> list[Optimizer]:
+    """The recipe's optimizers. Each group's `initial_lr` is its peak rate.
+
+    Batch norm parameters and biases are a group of their own, decayed only where the recipe says so.
+    """
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    matrices = {name: parameter for name, parameter in trained.items() if parameter.ndim > 1}
+    vectors = [parameter for parameter in trained.values() if parameter.ndim <= 1]
+    optimizers: list[Optimizer] = []
+    matrix_rate = vector_rate = recipe.learning_rate
+    if recipe.optimizer == "muon":
+        # the stem, `conv1` of a ResNet, reads pixels and has few inputs: like the head it fares better with SGD
+        banks = [p for name, p in matrices.items() if p.ndim > 2 and not name.startswith("conv1.")]
+        matrices = {name: p for name, p in matrices.items() if p.ndim == 2 or name.startswith("conv1.")}
+        optimizers.append(Muon(banks, recipe.learning_rate, recipe.muon_momentum, dtype))
+        matrix_rate = recipe.head_learning_rate * recipe.batch_size
+        vector_rate = recipe.bias_learning_rate * recipe.batch_size
+    groups: list[dict[str, Any]] = [
+        {"params": list(matrices.values()), "lr": matrix_rate, "weight_decay": recipe.weight_decay},
+        {
+            "params": vectors,
+            "lr": vector_rate,
+            "weight_decay": recipe.weight_decay if recipe.decay_norm_and_bias else 0.0,
+        },
+    ]
+    optimizers.append(SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
