@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
 from cifar_assets.dataset.formats.image_tar import class_of
@@ -16,7 +16,7 @@ from cifar_assets.dataset.images import PICTURE_SUFFIXES, check_size
 from cifar_assets.dataset.index import PREPARATION, ObjectIndex, load_index, read_index, save_index
 from cifar_assets.dataset.isolated import ReaderFailedError, ask
 from cifar_assets.dataset.layouts import ARCHIVE_SUFFIXES, in_test_folder, is_test_file, suffix_of
-from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, is_present, store_object
+from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, is_present, read_state, store_object
 from cifar_assets.dataset.rows import SPLITS
 from cifar_assets.digests import sha256_file, sha256_stream
 from cifar_assets.errors import DataError, ObjectNotFoundError
@@ -223,8 +223,5 @@ def _item(key: str, sha256: str, size: int, kind: ObjectFormat, split: str, rows
 
 def _load_memory(raw: ObjectStore, resize: bool) -> _Memory:
     preparation = f"{PREPARATION}{'r' if resize else 's'}"
-    try:
-        memory = _Memory.model_validate_json(raw.read(_MEMORY_KEY))
-    except (ObjectNotFoundError, ValidationError):
-        return _Memory(preparation=preparation)
-    return memory if memory.preparation == preparation else _Memory(preparation=preparation)
+    memory = read_state(raw, _MEMORY_KEY, _Memory)
+    return memory if memory and memory.preparation == preparation else _Memory(preparation=preparation)
