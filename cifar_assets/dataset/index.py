@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.isolated import ask
 from cifar_assets.dataset.objects import ObjectFormat, RawObject, fetched
 from cifar_assets.dataset.progress import Progress, quiet
-from cifar_assets.dataset.rows import SPLITS, RowBatch
+from cifar_assets.dataset.rows import REFUSED_LABEL, SPLITS, RowBatch
 from cifar_assets.errors import DataError, ObjectNotFoundError
 from cifar_assets.object_store import ObjectStore
 
@@ -101,6 +102,8 @@ def parse_index(data: bytes) -> ObjectIndex | None:
     shapes = [(array.dtype.name, array.shape) for array in (digests, labels, splits)]
     rows = len(labels) if labels.ndim else -1
     if shapes != [("uint8", (rows, 32)), ("int64", (rows,)), ("uint8", (rows,))]:
+        return None
+    if not (np.all((labels >= REFUSED_LABEL) & (labels < len(CLASSES))) and np.all(splits < len(SPLITS))):
         return None
     return ObjectIndex(digests, labels, splits, refused, unread)
 

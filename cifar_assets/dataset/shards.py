@@ -1,6 +1,7 @@
 """Shards: safetensors files that hold images of a split, and where each of them came from."""
 
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -130,11 +131,13 @@ def map_shard(path: Path) -> dict[str, NDArray]:
                 continue
             start, stop = entry["data_offsets"]
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if not 0 <= start <= stop <= len(mapped) or dtype.itemsize * int(np.prod(shape)) != stop - start:
+            if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+                raise ValueError(f"tensor {name} has an impossible size")
+            if not start <= stop <= len(mapped) or dtype.itemsize * math.prod(shape) != stop - start:
                 raise ValueError(f"tensor {name} lies outside the file")
             tensors[name] = mapped[start:stop].view(dtype).reshape(shape)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no complete safetensors file: {error}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is not a complete safetensors file: {error}.") from error
     return tensors
 
 

@@ -88,4 +88,4 @@ def _encoded_rows(file: pq.ParquetFile, column: str) -> Iterator[EncodedRow]:
                     None,
                     f"the image has {data.size:,} bytes: at most {DEFAULT_LIMITS.max_bytes:,} are read",
                 )
-            yield EncodedRow(data and data.to_pybytes(), -1 if refusal else label, refusal)
+            yield EncodedRow(None if data is None else data.to_pybytes(), -1 if refusal else label, refusal)

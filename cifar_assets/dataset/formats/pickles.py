@@ -123,6 +123,8 @@ _REFUSED_OPCODES = [
 
 
 class _PlainUnpickler(_UNPICKLER):
+    stack: Any
+
     def find_class(self, module: str, name: str) -> Any:
         admitted = _ADMITTED.get((module, name))
         if admitted is None:
@@ -146,6 +148,27 @@ class _PlainUnpickler(_UNPICKLER):
             raise HostileDataError("the pickle sets the state of what has none")
         target.set_state(state)
 
+    def load_setitems(self) -> None:
+        # Keys are text, bytes or numbers: the hash of nested tuples may take forever.
+        items = self.pop_mark()
+        target, keys = self.stack[-1], items[::2]
+        if type(target) is not dict or not all(isinstance(key, str | bytes | int) for key in keys):
+            raise ValueError("a dict with keys that are not text, bytes or numbers")
+        target.update(zip(keys, items[1::2], strict=True))
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.load_mark()
+        self.stack += [key, value]
+        self.load_setitems()
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self.load_mark()
+        self.stack += items
+        self.load_setitems()
+
     def load_bytearray8(self) -> None:
         # The original allocates the length that the pickle claims.
         (size,) = struct.unpack("<Q", self.read(8))
@@ -159,5 +182,8 @@ class _PlainUnpickler(_UNPICKLER):
         **dict.fromkeys((opcode[0] for opcode in _REFUSED_OPCODES), load_refused),
         pickle.REDUCE[0]: load_reduce,
         pickle.BUILD[0]: load_build,
+        pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
         pickle.BYTEARRAY8[0]: load_bytearray8,
     }

@@ -389,6 +389,13 @@ def test_s3_addresses_name_exactly_the_key(name: str, make, raw: FolderStore, mo
     assert asked == [f"bucket/{name}/x"] * 2
 
 
+def test_empty_value_of_parquet_is_named(make, raw: FolderStore, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(make.encoded_parquet([b"", make.png(make.images(1)[0])], [0, 1]))
+    with pytest.raises(DataError, match="row 0: Expected a PNG or JPEG image, got an empty file"):
+        import_source(str(path), raw)
+
+
 def test_s3_address_with_dots_is_refused(raw: FolderStore) -> None:
     with pytest.raises(ConfigError, match=r"a key with \. or \.\."):
         import_source("s3://bucket/a/../b", raw)
