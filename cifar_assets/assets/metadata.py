@@ -73,10 +73,12 @@ def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
         metadata["left_out_of_source"] = table(
             {"reason": reason, "rows": count} for reason, count in report.left_out.items()
         )
-    for name, unread in (("unread_of_source", report.unread), ("skipped", landing.skipped)):
-        if unread:
+    duplicates = {key: f"{count} images are in the dataset already" for key, count in landing.duplicates.items()}
+    unused = {"unread_of_source": report.unread, "skipped": landing.skipped, "duplicates": duplicates}
+    for name, reasons in unused.items():
+        if reasons:
             metadata[name] = table(
-                {"name": key, "reason": reason} for key, reason in list(unread.items())[:_MAX_REJECTED_SHOWN]
+                {"name": key, "reason": reason} for key, reason in list(reasons.items())[:_MAX_REJECTED_SHOWN]
             )
     if landing.rejected:
         metadata["rejected"] = table(

@@ -1,5 +1,6 @@
 """Examining landed objects one by one, without reading again what has not changed since."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -161,6 +162,10 @@ def _judge_image(raw: ObjectStore, info: ObjectInfo, resize: bool) -> NotJudged 
 
 def _judge_table(raw: ObjectStore, info: ObjectInfo, resize: bool) -> NotJudged | Refused | LandedTable:
     kind, split = _table_kind(info.key)
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if info.size > free:
+        reason = f"has {info.size:,} bytes, but {tempfile.gettempdir()} has room for {free:,}: set TMPDIR, or remove it"
+        return NotJudged(reason, reader_failed=True)
     with tempfile.TemporaryDirectory(prefix="cifar-landed-") as folder:
         path = Path(folder, "object")
         raw.download(info.key, path)

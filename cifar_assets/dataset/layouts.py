@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.formats.archive import BATCHES
+from cifar_assets.dataset.formats.archive import BATCHES, MAX_MEMBER_BYTES
 from cifar_assets.dataset.formats.image_tar import class_of, pack_images
-from cifar_assets.dataset.images import PICTURE_SUFFIXES
+from cifar_assets.dataset.images import DEFAULT_LIMITS, PICTURE_SUFFIXES
 from cifar_assets.dataset.objects import ObjectFormat
 from cifar_assets.dataset.progress import Progress
 from cifar_assets.dataset.rows import Split
@@ -29,6 +29,14 @@ class Entry:
     name: str
     size: int
     fetch: Callable[[], Path]
+
+    def read(self, max_bytes: int) -> bytes:
+        """The content; DataError, before anything is fetched, where it is longer."""
+        if self.size > max_bytes:
+            raise DataError(
+                f"{self.name} has {self.size:,} bytes; at most {max_bytes:,} are read. Remove or correct it."
+            )
+        return self.fetch().read_bytes()
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ def _base(entry: Entry) -> str:
 
 def _pack_batches(entries: list[Entry], name: str, work: Path) -> SourceFile:
     target = work / "batches.tar"
-    pack_images(target, ((entry.name, entry.fetch().read_bytes()) for entry in entries))
+    pack_images(target, ((entry.name, entry.read(MAX_MEMBER_BYTES)) for entry in entries))
     return SourceFile(target, name, "archive", "mixed", ".tar")
 
 
@@ -144,7 +152,7 @@ def _pack_class_folders(entries: list[Entry], name: str, work: Path, progress: P
         for start in range(0, len(group), PACK_IMAGES):
             part = group[start : start + PACK_IMAGES]
             target = work / f"{split}-{start}.tar"
-            pack_images(target, ((entry.name, entry.fetch().read_bytes()) for entry in part))
+            pack_images(target, ((entry.name, entry.read(DEFAULT_LIMITS.max_bytes)) for entry in part))
             done += len(part)
             progress(f"packing {name}", done, len(entries))
             yield SourceFile(

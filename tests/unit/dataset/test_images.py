@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from typing import Any
 
@@ -326,6 +328,22 @@ class TestLimits:
         for part in (b"\xff\xfe\0\2", b"\xff", b"\xff\0"):
             with pytest.raises(ImageTooLargeError, match="4096 segments"):
                 prepare_image(jpeg[:2] + part * 2_000_000 + jpeg[2:])
+
+    @pytest.mark.parametrize("kind", ["RGBA PNG of 16-bit samples", "progressive JPEG"])
+    def test_memory_of_the_largest_picture(self, kind):
+        if kind == "progressive JPEG":
+            data = encode(Image.new("RGB", (4096, 4096)), "JPEG", progressive=True, subsampling=0)
+        else:
+            data = png(4096, 2048, depth=16, color=6, rows=bytes(2048 * (1 + 8 * 4096)))
+        code = (
+            "import pathlib, resource, sys\n"
+            "from cifar_assets.dataset.images import prepare_image\n"
+            "used = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20),) * 2)\n"
+            "print(prepare_image(sys.stdin.buffer.read()).shape)"
+        )
+        run = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=False)
+        assert run.stdout == b"(3, 32, 32)\n", run.stderr.decode()
 
     def test_scans_of_a_jpeg(self):
         data = encode(SMOOTH, "JPEG", progressive=True)

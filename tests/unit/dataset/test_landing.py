@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -256,6 +257,29 @@ def test_landed_picture_of_a_refused_format_is_rejected_by_name(kind, make, raw:
     (rejection,) = build_raw_version(raw, source).report.landing.rejected
     assert rejection.moved_to == f"rejected/frog/a.{kind.lower()}"
     assert rejection.reason.lower().startswith(f"expected a png or jpeg image, got a {kind.lower()} image")
+
+
+@pytest.mark.parametrize(
+    "name", ["50%25off", "a b", "a+b", "a#b", "a?b", "caf\u00e9", "cafe\u0301", "%2e%2e", "a&b=c", "-", "'"]
+)
+def test_landed_names_stay_as_they_are(name: str, make, raw: FolderStore, source: str) -> None:
+    raw.write(f"landing/{name}/cat/good.png", make.png(make.images(1, 5)[0]))
+    raw.write(f"landing/cat/{name}.png", b"bad")
+    report = build_raw_version(raw, source).report.landing
+    assert report.accepted == {f"landing/{name}/cat/good.png": 1}
+    assert raw.read(f"rejected/cat/{name}.png") == b"bad"
+
+
+def test_landed_object_larger_than_the_disk_stops_no_build(
+    make, raw: FolderStore, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw.write("landing/a.parquet", make.parquet(make.images(2, 5), [0, 1]))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("cifar_assets.dataset.landed.shutil.disk_usage", lambda path: usage._replace(free=100))
+    version = build_raw_version(raw, source)
+    assert version.manifest.rows == 80
+    assert "room for 100: set TMPDIR" in version.report.landing.skipped["landing/a.parquet"]
+    assert version.report.landing.unread == 1
 
 
 @pytest.mark.parametrize("name", ["x" * 240, "\u00e9" * 110, "x" * 249])

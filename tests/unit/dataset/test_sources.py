@@ -389,6 +389,14 @@ def test_s3_addresses_name_exactly_the_key(name: str, make, raw: FolderStore, mo
     assert asked == [f"bucket/{name}/x"] * 2
 
 
+def test_picture_too_large_is_refused_before_it_is_read(make, raw: FolderStore, tmp_path: Path) -> None:
+    folder = write_classes(make, tmp_path / "pictures")
+    with (folder / "cat" / "0.png").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match=r"cat/0\.png has 1,099,511,627,776 bytes; at most 10,485,760 are read"):
+        import_source(str(folder), raw)
+
+
 def test_empty_value_of_parquet_is_named(make, raw: FolderStore, tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(make.encoded_parquet([b"", make.png(make.images(1)[0])], [0, 1]))
