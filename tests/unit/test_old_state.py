@@ -79,7 +79,8 @@ def test_what_landed_and_was_joined_is_joined_again(stores: Stores, digests: dic
 def test_a_processed_version_is_read_and_compared(stores: Stores, digests: dict[str, str]) -> None:
     old = digests["processed"]
     assert sum(read_processed(stores.processed, old).count(split) for split in SPLIT_NAMES) == 10
-    assert objections(judge_processed(stores.raw, stores.processed, old)) == []
+    (objection,) = objections(judge_processed(stores.raw, stores.processed, old))
+    assert "0 validation" in objection  # that commit allowed a split to be empty
     assert sum(len(open_split(stores.processed, old, split)) for split in SPLIT_NAMES) == 10
     new = build_processed(stores.raw, stores.processed, digests["raw"])
     changes = changes_since(stores.processed, new.digest, old)
@@ -96,12 +97,15 @@ def test_a_model_is_judged_and_traced(stores: Stores, digests: dict[str, str]) -
     assert model_lineage(stores, digests["model"]).dataset.raw_digest == digests["raw"]
 
 
-def test_a_plan_is_continued(root: FolderStore, digests: dict[str, str], tmp_path: Path) -> None:
+def test_a_plan_is_continued(
+    root: FolderStore, digests: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = parse_plan(root.read("plan.json").decode())
     # the trainer's ALGORITHM was raised since: its training begins again instead of using an earlier result
     assert plan.spec.identity != digests["identity"]
     path = tmp_path / "store" / "plan.json"
-    assert steps.main(["--store", str(tmp_path / "store"), "processed", f"--plan={path}"]) == 0
+    assert steps.main(["--store", str(tmp_path / "store"), "processed", f"--plan={path}"]) == 1
+    assert f"{digests['processed']} is refused. nothing_lost: 8 train, 0 validation" in capsys.readouterr().err
 
 
 def test_a_cursor_is_read(root: FolderStore) -> None:
