@@ -23,7 +23,7 @@ class HostileDataError(DataError):
 
 
 def load_fields(data: bytes, name: str) -> dict[str, Any]:
-    """The pickled dict: lists, dicts, tuples, numbers, text, bytes, and in its own values arrays of integers.
+    """The pickled dict: lists, dicts, tuples, numbers, text, bytes, and in its own values arrays of numbers and text.
 
     Python 2 strings arrive as latin-1 text. Raises HostileDataError naming `name` when the pickle asks for anything
     else, DataError when it is cut off, not a pickle or not a dict.
@@ -60,9 +60,8 @@ class _Dtype:
     """Stands for numpy.dtype."""
 
     def __init__(self, kind: Any, *_: Any):
-        if not isinstance(kind, str) or not re.fullmatch("[iu][1248]", kind):
-            error = DataError if isinstance(kind, str) and re.fullmatch("[bfcSU][0-9]+", kind) else HostileDataError
-            raise error(f"the pickle holds an array of {kind!r:.50}; only arrays of integers are read")
+        if not isinstance(kind, str) or not re.fullmatch("[biufcSU][0-9]{1,4}", kind):
+            raise HostileDataError(f"the pickle holds an array of {kind!r:.50}; only numbers and text are read")
         self.kind, self.byte_order = kind, "="
 
     def set_state(self, state: Any) -> None:

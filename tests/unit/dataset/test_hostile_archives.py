@@ -139,12 +139,14 @@ def test_arrays_and_plain_values_load(protocol: int) -> None:
         "array": np.arange(12, dtype=np.uint8).reshape(3, 4),
         "big": np.arange(6, dtype=">i4").reshape(2, 3, order="F"),
         "empty": np.zeros((0, 3), np.int64),
+        "float": np.array([0.5, np.pi]),
+        "text": np.array(["a", "bc"]),
         "list": [1, -(2**70), 1.5, True, None, "text \u00e4", b"\x00\xff", (1, [2], {"3": 4})],
     }
     data = pickle.dumps(value, protocol=protocol)
     loaded, trusted = load_fields(data, "batch"), pickle.loads(data)
     assert loaded["list"] == value["list"]
-    for name in ("array", "big", "empty"):
+    for name in ("array", "big", "empty", "float", "text"):
         assert loaded[name].dtype.newbyteorder("=") == trusted[name].dtype.newbyteorder("=")
         assert np.array_equal(loaded[name], value[name])
 
