@@ -64,7 +64,7 @@ def test_run_from_a_signed_address_keeps_the_signature_to_itself(workspace: Work
 )
 def test_failed_run_keeps_the_secret_of_its_source_to_itself(form: str, workspace: Workspace, address: str) -> None:
     source = form.format(address=address, secret=SECRET)
-    done = workspace.materialize("cifar10/raw_dataset", **PLANTED, CIFAR10_SOURCE=source)
+    done = workspace.materialize("cifar10/raw_dataset", None, **PLANTED, CIFAR10_SOURCE=source)
     assert done.returncode != 0
     assert "CIFAR10_SOURCE" in done.stdout or "***" in done.stdout
     assert SECRET not in done.stdout
