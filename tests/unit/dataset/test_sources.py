@@ -17,8 +17,10 @@ from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.raw import build_raw_version, current_raw_digest, make_current
 from cifar_assets.dataset.rows import SPLITS
 from cifar_assets.dataset.sources import import_source
+from cifar_assets.digests import sha256_bytes
 from cifar_assets.errors import ConfigError, DataError
 from cifar_assets.object_store import FolderStore, ObjectInfo
+from tests.fixtures.minio import S3Server
 
 
 def by_split(raw: FolderStore, objects: Iterable[RawObject]) -> dict[str, dict[bytes, int]]:
@@ -402,6 +404,24 @@ def test_empty_value_of_parquet_is_named(make, raw: FolderStore, tmp_path: Path)
     path.write_bytes(make.encoded_parquet([b"", make.png(make.images(1)[0])], [0, 1]))
     with pytest.raises(DataError, match="row 0: Expected a PNG or JPEG image, got an empty file"):
         import_source(str(path), raw)
+
+
+@pytest.mark.s3
+def test_keys_of_a_real_server_are_read_as_they_are_written(
+    make, raw: FolderStore, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in s3_server.environment().items():
+        monkeypatch.setenv(variable, value)
+    bucket = s3_server.new_bucket()
+    store = s3_server.store(bucket)
+    digests = {}
+    for number, name in enumerate(NAMES):
+        data = make.parquet(make.images(10, number), make.labels(10))
+        store.write(f"{name}/{name}.parquet", data)
+        digests[name] = sha256_bytes(data)
+    for name in NAMES:
+        for address in (f"s3://{bucket}/{name}/{name}.parquet", f"s3://{bucket}/{name}", f"s3://{bucket}/{name}/"):
+            assert [item.sha256 for item in import_source(address, raw).objects] == [digests[name]], address
 
 
 def test_s3_address_with_dots_is_refused(raw: FolderStore) -> None:
