@@ -114,7 +114,7 @@ def check_landed(indexes: Sequence[ObjectIndex], known: Known) -> list[Verdict]:
 def _refusal(label: int, is_test: bool, place: Place | None) -> str | None:
     if place is not None and place.label != label:
         return (
-            f"labelled {CLASSES[label]}, but the source has the same pixels as {CLASSES[place.label]} ({place.where}): "
+            f"labeled {CLASSES[label]}, but the source has the same pixels as {CLASSES[place.label]} ({place.where}): "
             "correct the label or leave the image out"
         )
     if is_test and place is None:

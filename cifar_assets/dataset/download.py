@@ -82,7 +82,7 @@ def fetch(
 ) -> None:
     """Write what the URL serves to `target`, which appears whole and verified or not at all.
 
-    A transfer that breaks off goes on where it stopped, now and in a later call (the part lies in the folder `parts`
+    A transfer that breaks off continues where it stopped, now and in a later call (the part lies in the folder `parts`
     until then), as long as the server says that the file is still the same. Raises DownloadError when the server cannot
     be reached or keeps breaking off, IntegrityError when the file is not the one expected.
     """
@@ -115,7 +115,7 @@ def fetch(
                 f"{redacted(url)}: failed {ATTEMPTS} times, {have:,} bytes received so far ({failure}). "
                 "Check the network and try again."
             ) from failure
-        logger.warning("%s: %s; attempt %d of %d failed, going on.", redacted(url), failure, attempt, ATTEMPTS)
+        logger.warning("%s: %s; attempt %d of %d failed, trying again.", redacted(url), failure, attempt, ATTEMPTS)
         time.sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
     try:
         check_file(part, expected, redacted(url))

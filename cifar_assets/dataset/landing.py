@@ -56,7 +56,7 @@ class LandingReport:
 
 
 def classify_landing_object(key: str, size: int) -> str | None:
-    """Why an object under `landing/` is no data to be read, or None when it is to be validated. Reads nothing."""
+    """Why an object under `landing/` is not data to be read, or None when it is to be validated. Reads nothing."""
     name = key.removeprefix(LANDING_PREFIX)
     base = name.rpartition("/")[2]
     if not base:
@@ -85,7 +85,7 @@ _EXPECTED = "a .parquet file, an official archive (.tar.gz), or images in class 
 
 
 def scan_landing(raw: ObjectStore) -> LandingScan:
-    """List the landing zone and sort out what is no data yet. Cheap: one listing, and a look at files just written."""
+    """List the landing zone and sort out what is not data yet. Cheap: one listing, and a look at files just written."""
     ready: list[ObjectInfo] = []
     skipped, budget = unlisted(raw), Budget()
     for info in raw.list(LANDING_PREFIX):

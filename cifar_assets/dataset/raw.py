@@ -171,7 +171,7 @@ def read_raw(raw: ObjectStore, digest: str) -> RawManifest:
     try:
         return RawManifest.model_validate_json(data)
     except ValueError as error:
-        raise DataError(f"{raw.uri(_manifest_key(digest))} is no raw manifest: {error}") from error
+        raise DataError(f"{raw.uri(_manifest_key(digest))} is not a raw manifest: {error}") from error
 
 
 def current_raw_digest(raw: ObjectStore) -> str | None:
@@ -182,7 +182,7 @@ def current_raw_digest(raw: ObjectStore) -> str | None:
         return str(json.loads(raw.read(CURRENT_KEY))["digest"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{raw.uri(CURRENT_KEY)} is no pointer to a raw version: materialize the raw dataset again."
+            f"{raw.uri(CURRENT_KEY)} is not a pointer to a raw version: materialize the raw dataset again."
         ) from error
 
 
@@ -248,4 +248,4 @@ def _provenance_key(digest: str) -> str:
 
 def _check_digest(digest: str) -> None:
     if len(digest) != 64 or any(letter not in "0123456789abcdef" for letter in digest):
-        raise ConfigError(f"{digest!r} is no version digest: expected 64 lower-case hexadecimal digits.")
+        raise ConfigError(f"{digest!r} is not a version digest: expected 64 lower-case hexadecimal digits.")

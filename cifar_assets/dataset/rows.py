@@ -30,7 +30,7 @@ class RowBatch:
     """N x 3 x 32 x 32, RGB."""
     labels: NDArray[np.int64]
     refused: dict[int, str] = field(default_factory=dict)
-    """Why a row is no usable image, by row number in the object."""
+    """Why a row is not a usable image, by row number in the object."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,7 +46,7 @@ class EncodedRow:
 
 
 def label_refusal(label: object) -> str | None:
-    """Why the value is no class label, or None when it is one."""
+    """Why the value is not a class label, or None when it is one."""
     if isinstance(label, bool) or not isinstance(label, int | np.integer):
         return f"label is {label!r}: expected an integer from 0 to {len(CLASSES) - 1}"
     if not 0 <= int(label) < len(CLASSES):

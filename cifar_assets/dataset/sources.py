@@ -260,7 +260,7 @@ def _remembered(address: str, raw: ObjectStore) -> Imports | None:
 
 
 def download_folder() -> Path:
-    """Where an interrupted download waits to be gone on with: CIFAR_DOWNLOADS, or .cifar/downloads."""
+    """Where an interrupted download waits to be continued: CIFAR_DOWNLOADS, or .cifar/downloads."""
     folder = Path(os.environ.get("CIFAR_DOWNLOADS", ".cifar/downloads"))
     try:
         folder.mkdir(parents=True, exist_ok=True)

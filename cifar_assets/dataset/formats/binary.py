@@ -17,7 +17,7 @@ def parse_records(data: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[n
     """Images (N x 3 x 32 x 32) and labels. DataError when the data ends within a record."""
     if len(data) % RECORD_BYTES:
         raise DataError(
-            f"{where}: {len(data):,} bytes are no whole number of records of {RECORD_BYTES} bytes; it is cut off."
+            f"{where}: {len(data):,} bytes are not a whole number of records of {RECORD_BYTES} bytes; it is cut off."
         )
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, RECORD_BYTES)
     return records[:, 1:].reshape(-1, *IMAGE_SHAPE), records[:, 0].astype(np.int64)

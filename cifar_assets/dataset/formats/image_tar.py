@@ -50,7 +50,7 @@ def _encoded_rows(path: Path, name: str) -> Iterator[EncodedRow]:
                 file = archive.extractfile(member)
                 label = class_of(member.name)
                 if file is None or label is None:
-                    raise DataError(f"{name}: member {member.name!r} is no image in a class folder.")
+                    raise DataError(f"{name}: member {member.name!r} is not an image in a class folder.")
                 yield EncodedRow(file.read(), label)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{name} is cut off or damaged: {error}.") from error

@@ -219,7 +219,7 @@ def test_a_conflict_with_the_source_is_rejected(make, raw: FolderStore, source: 
     version = build_with(make, raw, source, images, [3, 4])
     assert version.manifest.rows == 81
     (rejection,) = version.report.landing.rejected
-    assert "labelled cat, but the source has the same pixels as airplane" in rejection.rows[0]
+    assert "labeled cat, but the source has the same pixels as airplane" in rejection.rows[0]
 
 
 def test_a_test_image_never_gets_into_training(make, raw: FolderStore, source: str) -> None:
