@@ -87,7 +87,7 @@ def test_unknown_and_malformed_digests_are_told_apart(raw: FolderStore) -> None:
     with pytest.raises(ObjectNotFoundError, match="dataset versions"):
         read_raw(raw, "0" * 64)
     for bad in ("latest", "../../x", "", "0" * 63):
-        with pytest.raises(ConfigError, match="no version digest"):
+        with pytest.raises(ConfigError, match="not a version digest"):
             read_raw(raw, bad)
     raw.write("current.json", b"{}")
     with pytest.raises(DataError, match="no pointer"):
