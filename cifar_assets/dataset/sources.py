@@ -123,6 +123,11 @@ def _source_files(address: str, work: Path, progress: Progress, unread: dict[str
         return _synthetic_files(address, work)
     base, expected = split_expected(address)
     scheme = base.partition("://")[0].lower()
+    if scheme in ("http", "https", "s3"):
+        try:
+            base.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"Source {address!r}: the address is not Unicode text. {CHOICES}") from error
     if scheme in ("http", "https"):
         target = work / "download"
         fetch(base, target, expected, parts=download_folder(), progress=progress)
@@ -148,10 +153,14 @@ def _file_path(address: str) -> Path:
 def _local_files(
     path: Path, expected: Expected, work: Path, progress: Progress, unread: dict[str, str]
 ) -> Iterator[SourceFile]:
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:
+        raise ConfigError(f"Source {str(path)[:200]!r} cannot be looked at: {error.strerror}. {CHOICES}") from error
+    if is_file:
         check_file(path, expected, str(path))
         return _one_file(path, path.name, str(path))
-    if not path.is_dir():
+    if not is_folder:
         raise ConfigError(f"Source {str(path)!r} is neither a file nor a folder here. {CHOICES}")
     _refuse_digest_of_many(expected, str(path))
     try:

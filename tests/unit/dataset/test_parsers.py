@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import event, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
@@ -429,6 +429,9 @@ def no_network(*arguments: object, **options: object) -> None:
 
 
 @given(_SCHEMES, st.lists(_WORDS | st.text(max_size=5), max_size=5))
+@example("s3://", ["\udcff"])
+@example("https://", ["\udcff"])
+@example("", ["a" * 5000])
 def test_any_source_address(
     tmp_path: Path, raw: FolderStore, monkeypatch: pytest.MonkeyPatch, scheme: str, words: list[str]
 ) -> None:
