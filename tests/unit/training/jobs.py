@@ -38,7 +38,14 @@ class Workplace:
 
     def spec(self, output: str = "models", recipe: str = "resnet18", **changes: Any) -> JobSpec:
         """A job that takes seconds. `recipe_fields` overrides fields of the recipe, the rest fields of the spec."""
-        small = {"width": 4, "epochs": 3, "batch_size": 16, "precision": "float32", "learning_rate": 0.05}
+        small = {
+            "width": 4,
+            "epochs": 3,
+            "batch_size": 16,
+            "precision": "float32",
+            "learning_rate": 0.05,
+            "validate_every": 1,
+        }
         values = {
             "dataset_uri": FolderStore(self.folder / "processed-data").uri(f"{self.digest}/"),
             "dataset_digest": self.digest,
