@@ -19,6 +19,7 @@ from kubernetes import client as k8s
 
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.upstream import data_version
+from cifar_assets.dataset.processed import read_processed
 from cifar_assets.gate import judge
 from resources.argo import PipelineRequest, PipelineResource
 from resources.argo.client import WorkflowClient
@@ -55,7 +56,7 @@ def damaged(argo: ArgoCluster) -> TinyData:
     """A processed version one of whose shards was changed."""
     data = store_tiny_data(argo.store, train=100, test=40)
     processed = argo.store.at("processed-data")
-    key = next(info.key for info in processed.list(data.processed) if info.key.endswith(".safetensors"))
+    key = read_processed(processed, data.processed).shards["train"][0].key(data.processed)
     processed.write(key, processed.read(key)[:-1] + b"?")
     return data
 
