@@ -191,7 +191,8 @@ def _walk(folder: Path, root: Path, above: frozenset[Path], unread: dict[str, st
 
 def _open_literally(address: str) -> ObjectStore:
     """The store at an s3:// address whose key is meant as it is written, as the tools of S3 do."""
-    return open_store("s3://" + urllib.parse.quote(address.partition("://")[2]))
+    bucket, slash, key = address.partition("://")[2].partition("/")
+    return open_store(f"s3://{bucket}{slash}{urllib.parse.quote(key)}")
 
 
 def _bucket_files(

@@ -143,6 +143,7 @@ def test_a_run_whose_end_was_lost_is_reported(proxy: Proxy, caplog: pytest.LogCa
 
 
 def test_prune_removes_the_artifacts_of_a_run_deleted_on_the_server(proxy: Proxy) -> None:
+    proxy.fault = None
     tracker, unsent = train(proxy, "pruned", 60)
     assert unsent == []
     run_id = str(tracker.run_id)

@@ -62,6 +62,7 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
     deployment = Deployment(tmp_path_factory.mktemp("local"))
     request = deployment.request(0)
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # a parent may ignore it
         "from resources.inference_service import *;"
         f"s = LocalInferenceService(state_dir={deployment.service.state_dir!r}, port={deployment.service.port});"
         f"print(s.deploy(DeployRequest({request.model_uri!r}, {request.model_digest!r}, 'v0')).url)"
@@ -236,7 +237,7 @@ def own(tmp_path) -> Iterator[Deployment]:
 def test_a_foreign_process_on_the_port_is_named_and_left_alone(own):
     with http.server.HTTPServer(("127.0.0.1", own.service.port), http.server.SimpleHTTPRequestHandler) as foreign:
         threading.Thread(target=foreign.serve_forever, daemon=True).start()
-        with pytest.raises(DeployError, match=f"held by process {os.getpid()} .*pytest.*another port"):
+        with pytest.raises(DeployError, match=f"held by process {os.getpid()} .*python.*another port"):
             own.deploy(0)
         assert ask(own.service.port, "GET", "/").status == 200
         foreign.shutdown()
