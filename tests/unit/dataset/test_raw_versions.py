@@ -90,5 +90,5 @@ def test_unknown_and_malformed_digests_are_told_apart(raw: FolderStore) -> None:
         with pytest.raises(ConfigError, match="not a version digest"):
             read_raw(raw, bad)
     raw.write("current.json", b"{}")
-    with pytest.raises(DataError, match="no pointer"):
+    with pytest.raises(DataError, match="not a pointer"):
         current_raw_digest(raw)
