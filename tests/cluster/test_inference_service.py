@@ -192,7 +192,7 @@ def test_spec_edited_by_hand_is_put_right(
         wait_for("a pod of the edited spec", lambda: len(pod_names(namespace)) == 2, 30)
         assert serving.deploy(first).changed
         assert not serving.deploy(first).changed
-        assert len(pod_names(namespace)) == 1
+        wait_for("the end of the edited spec's pod", lambda: len(pod_names(namespace)) == 1, 60)
 
 
 def test_without_the_role_the_error_says_so(namespace: str, models: tuple[DeployRequest, DeployRequest]):
