@@ -1,5 +1,7 @@
 """What several kinds of tests share."""
 
+import sys
+
 import pytest
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
@@ -7,6 +9,16 @@ from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
 pytest_plugins = ["tests.fixtures.minio", "tests.fixtures.workspace"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_instance_of_another_module() -> None:
+    """Dagster loads definitions with the instance entered last, and fails where that one is gone."""
+    if "dagster" in sys.modules:
+        from dagster._core.storage.defs_state.base import _current_storage
+
+        _current_storage.set(None)
+
 
 settings.register_profile(
     "ci",

@@ -91,6 +91,7 @@ def runs_newest_first(workspace: Workspace) -> list[dg.DagsterRun]:
 @pytest.mark.usefixtures("data")
 def test_the_command_after_a_killed_one_fails_its_run_and_continues_the_training(workspace: Workspace) -> None:
     process, _log = start_training(workspace, seed=3)
+    wait_until(lambda: mlflow_runs()[-1].info.status == "RUNNING", "the training's run in MLflow")
     time.sleep(1)
     process.kill()
     process.wait()

@@ -147,7 +147,7 @@ def test_a_process_that_lost_another_asks_to_be_started_again(place: Workplace, 
 
 def test_the_launcher_says_whether_the_training_continues(place: Workplace, two: str):
     """A process is killed, then the launcher is told to stop; the third start ends as an undisturbed training."""
-    spec = place.spec("stopped", recipe_fields=RECIPE, execution=EXECUTION)
+    spec = place.spec("stopped", recipe_fields=RECIPE | PLAIN_STEPS, execution=EXECUTION)
     job = start_trainer(spec, *LAUNCHER)
     wait_for_line(job, "Epoch 1/5")
     psutil.Process(job.pid).children()[1].kill()
