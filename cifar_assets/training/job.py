@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cifar_assets.contracts import CLASSES, SEED_MODEL_KEY
-from cifar_assets.digests import canonical_json, sha256_bytes, sha256_json
+from cifar_assets.digests import canonical_json, sha256_bytes
 from cifar_assets.errors import StoreError
 from cifar_assets.model_package import (
     CARD_FILE,
@@ -81,7 +81,7 @@ def run_job(spec: JobSpec, stop: StopSignal, messages: Messages, log: io.StringI
         distributed.join(processes, processor.device)
     # until here there is nothing to save, and a signal may end a process that waits for others
     stop.install()
-    tracker = Tracker(spec.mlflow if processes.is_first else None, sha256_json(spec.model_dump(mode="json")))
+    tracker = Tracker(spec.mlflow if processes.is_first else None, spec.identity)
     status: RunStatus = "FAILED"
     patience: float | None = None
     try:

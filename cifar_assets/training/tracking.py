@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _LOG = logging.getLogger(__name__)
-SPEC_TAG = "cifar.job_spec"
-"""Tag with the digest of the job spec: finds runs that an earlier process of the same job left open."""
+IDENTITY_TAG = "cifar.training"
+"""Tag with the identity of the job spec: finds runs that an earlier attempt at the same training left open."""
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 20.0
 
@@ -50,15 +50,15 @@ class Tracker:
 
     Args:
         target: tracking store, experiment, names and tags; None tracks nothing.
-        spec_digest: digest of the whole job spec.
+        identity: of the job spec.
     """
 
-    def __init__(self, target: MlflowTarget | None, spec_digest: str):
+    def __init__(self, target: MlflowTarget | None, identity: str):
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self.model_version: str | None = None
         self._target = target
-        self._spec_digest = spec_digest
+        self._identity = identity
         self._client: MlflowClient | None = None
         self._run: Run | None = None
         self._tasks: queue.Queue[_Task | None] = queue.Queue()
@@ -183,8 +183,8 @@ class Tracker:
 
         client = MlflowClient(self._target.tracking_uri, self._target.tracking_uri)
         experiment_id = _experiment_id(client, self._target)
-        _close_left_open(client, experiment_id, self._spec_digest)
-        tags = {**self._target.tags, SPEC_TAG: self._spec_digest}
+        _close_left_open(client, experiment_id, self._identity)
+        tags = {**self._target.tags, IDENTITY_TAG: self._identity}
         self._run = client.create_run(experiment_id, tags=tags, run_name=self._target.run_name)
         self._client = client
         self.experiment_id = experiment_id
@@ -272,10 +272,10 @@ def _experiment_id(client: "MlflowClient", target: MlflowTarget) -> str:
         return found.experiment_id
 
 
-def _close_left_open(client: "MlflowClient", experiment_id: str, spec_digest: str) -> None:
-    """Mark runs as failed whose process was killed before it could: the same job is starting again."""
+def _close_left_open(client: "MlflowClient", experiment_id: str, identity: str) -> None:
+    """Mark runs as failed whose process was killed before it could: the same training is starting again."""
     left_open = client.search_runs(
-        [experiment_id], f"tags.`{SPEC_TAG}` = '{spec_digest}' and attributes.status = 'RUNNING'"
+        [experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}' and attributes.status = 'RUNNING'"
     )
     for run in left_open:
         client.set_terminated(run.info.run_id, "FAILED")

@@ -101,7 +101,9 @@ def test_the_command_after_a_killed_one_fails_its_run_and_continues_the_training
     assert f"Run {killed.run_id} was found dead" in done.stdout
     assert "Continuing from the checkpoint" in done.stdout
     assert (killed.status, succeeded.status) == (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS)
-    assert [run.info.status for run in mlflow_runs()[-2:]] == ["KILLED", "FINISHED"]
+    left, finished = (run.info.status for run in mlflow_runs()[-2:])
+    # the trainer has seconds to tell MLflow; where they were too few, the next attempt closes the run
+    assert (left in ("KILLED", "FAILED"), finished) == (True, "FINISHED")
 
 
 @pytest.mark.usefixtures("data")

@@ -37,9 +37,9 @@ def mlflow(made: Path, tmp_path: Path) -> LocalMlflow:
     return LocalMlflow(path=str(tmp_path))
 
 
-def start(uri: str) -> Tracker:
+def start(uri: str, identity: str = "0" * 64) -> Tracker:
     target = MlflowTarget(tracking_uri=uri, experiment=EXPERIMENT, patience_seconds=PATIENCE_SECONDS)
-    tracker = Tracker(target, "0" * 64)
+    tracker = Tracker(target, identity)
     tracker.start({"recipe.epochs": 1})
     tracker.log_metrics({"train_loss": 1.0}, 1)
     return tracker
@@ -74,6 +74,17 @@ def set_schema(mlflow: LocalMlflow, revision: str) -> str:
         (before,) = database.execute("select version_num from alembic_version").fetchone()
         database.execute("update alembic_version set version_num = ?", (revision,))
     return before
+
+
+def test_a_run_left_open_is_failed_by_the_next_attempt_at_the_same_training(mlflow: LocalMlflow):
+    left = {identity: start(mlflow.uri, identity * 64) for identity in "01"}
+    deadline = time.monotonic() + 60
+    while not all(tracker.run_id for tracker in left.values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert start(mlflow.uri).close("FINISHED") == []
+    status = {each.info.run_id: each.info.status for each in mlflow.client().search_runs([experiment_id(mlflow)])}
+    assert [status.pop(left[identity].run_id or "") for identity in "01"] == ["FAILED", "RUNNING"]
+    assert list(status.values()) == ["FINISHED"]
 
 
 def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(
