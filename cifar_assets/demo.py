@@ -14,11 +14,11 @@ from PIL import Image
 from cifar_assets.assets.keys import INFERENCE_SERVICE, TRAINED_MODEL
 from cifar_assets.assets.raw_dataset import SOURCE_VARIABLE
 from cifar_assets.contracts import CLASSES, MODEL_NAME
-from cifar_assets.dataset.reader import open_split
-from cifar_assets.digests import canonical_json
+from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.gate import judge
-from cifar_assets.serving.client import InferenceClient
-from resources.object_store import LocalObjectStore
+from resources.digests import canonical_json
+from resources.inference_service.client import InferenceClient
+from resources.object_store.resource import LocalObjectStore
 
 _log = logging.getLogger("demo")
 _NUM_PICTURES = 20

@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from cifar_assets.errors import ConfigError
+from resources.errors import ConfigError
 from resources.gate import DEFAULT_THRESHOLD, AccuracyGate
 from resources.run_liveness import watched
 
@@ -36,7 +36,7 @@ def sensors_for(environment: Mapping[str, str] = os.environ) -> list[dg.SensorDe
     """Sensors that only this deployment needs: in a cluster, the one that collects what dead runs left behind."""
     if _name(environment) == "local":
         return []
-    from resources.kubernetes_trainer import build_trainer_collector
+    from resources.trainer.kubernetes import build_trainer_collector
 
     return [build_trainer_collector()]
 
@@ -61,9 +61,9 @@ def _gate(environment: Mapping[str, str]) -> AccuracyGate:
 def _local(environment: Mapping[str, str]) -> dict[str, Any]:
     from resources.argo.local import LocalPipeline
     from resources.inference_service.local import LocalInferenceService
-    from resources.local_trainer import LocalTrainer
     from resources.mlflow import LocalMlflow
-    from resources.object_store import LocalObjectStore
+    from resources.object_store.resource import LocalObjectStore
+    from resources.trainer.local import LocalTrainer
 
     return {
         "object_store": LocalObjectStore(),
@@ -84,9 +84,9 @@ def _port(environment: Mapping[str, str]) -> int:
 def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
     from resources.argo.workflows import argo_from_environment
     from resources.inference_service.kserve.resource import serving_from_environment
-    from resources.kubernetes_trainer import trainer_from_environment
     from resources.mlflow import MlflowServer
-    from resources.object_store import object_store_from_environment
+    from resources.object_store.resource import object_store_from_environment
+    from resources.trainer.kubernetes import trainer_from_environment
 
     object_store = object_store_from_environment(environment)
     return {

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from cifar_assets.errors import DataError, ObjectNotFoundError
+from resources.errors import DataError, ObjectNotFoundError
 
 
 @dataclass(frozen=True)

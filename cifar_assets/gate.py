@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from cifar_assets.errors import DataError
 from cifar_assets.finding import Finding, Judges
 from cifar_assets.model_package import METRICS_FILE, RECIPE_FILE, ModelManifest, read_json, read_manifest
-from cifar_assets.object_store import ObjectStore
 from cifar_assets.training.spec import JobSpec
+from resources.errors import DataError
+from resources.object_store import ObjectStore
 
 ACCURACY_CHECK = "accuracy_threshold"
 ONNX_TOLERANCE = 1e-3

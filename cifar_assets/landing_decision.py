@@ -8,9 +8,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cifar_assets.contracts import LANDING_PREFIX
-from cifar_assets.dataset.landing import LandingScan
-from cifar_assets.dataset.landing_record import fingerprint
-from cifar_assets.digests import sha256_json
+from cifar_assets.dataset.landing.record import fingerprint
+from cifar_assets.dataset.landing.zone import LandingScan
+from resources.digests import sha256_json
 
 MAX_ATTEMPTS = 3
 """How often one batch of arrivals is trained on when runs crash or miss some of it, the first time included."""

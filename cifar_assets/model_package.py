@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cifar_assets.digests import canonical_json, sha256_bytes, sha256_json
-from cifar_assets.errors import DataError, ObjectNotFoundError
-from cifar_assets.object_store import ObjectStore
+from resources.digests import canonical_json, sha256_bytes, sha256_json
+from resources.errors import DataError, ObjectNotFoundError
+from resources.object_store import ObjectStore
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -11,13 +11,13 @@ import dagster as dg
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
-from cifar_assets.dataset.landing import scan_landing
-from cifar_assets.dataset.landing_record import read_record
-from cifar_assets.errors import ConfigError
+from cifar_assets.dataset.landing.record import read_record
+from cifar_assets.dataset.landing.zone import scan_landing
 from cifar_assets.jobs import retrain
 from cifar_assets.landing_decision import LandingCursor, LastRun, decide
+from resources.errors import ConfigError
 from resources.mlflow import RUN_METADATA, MlflowResource
-from resources.object_store import ObjectStoreResource
+from resources.object_store.resource import ObjectStoreResource
 
 RETRAIN_CONFIG_VARIABLE = "RETRAIN_CONFIG"
 """Holds, as JSON, the config of trained_model for runs started by the landing sensor: recipe, overrides, scale."""

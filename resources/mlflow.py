@@ -18,10 +18,10 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.contracts import CHAMPION_ALIAS, MODEL_NAME
-from cifar_assets.errors import ConfigError
 from cifar_assets.gate import Verdict
 from cifar_assets.mlflow_refusal import why_refused
 from cifar_assets.training.spec import MlflowTarget, check_tracking_uri
+from resources.errors import ConfigError
 from resources.kubernetes.steps import is_being_cancelled
 
 if TYPE_CHECKING:

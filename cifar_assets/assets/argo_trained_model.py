@@ -11,11 +11,11 @@ from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, TRAINED_MODEL, TRAINING_POOL
 from cifar_assets.assets.upstream import materialized_digest
 from cifar_assets.model_package import ENVIRONMENT_FILE, RECIPE_FILE, read_json, read_manifest
-from cifar_assets.object_store import ObjectStore
 from resources.argo import PipelineRequest, PipelineResource
 from resources.gate import AccuracyGate
 from resources.mlflow import MlflowResource
-from resources.object_store import ObjectStoreResource
+from resources.object_store import ObjectStore
+from resources.object_store.resource import ObjectStoreResource
 
 
 class ArgoTrainedModelConfig(dg.Config):

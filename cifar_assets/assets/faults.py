@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import dagster as dg
 
-from cifar_assets.errors import CifarError, DeployError, StoreError, TrainingError
+from resources.errors import DeployError, ExplainedError, StoreError, TrainingError
 
 MAX_RETRIES = 2
 RETRY_SECONDS = 10.0
@@ -19,7 +19,7 @@ def retrying_infrastructure_faults() -> Iterator[None]:
     """
     try:
         yield
-    except CifarError as error:
+    except ExplainedError as error:
         if _is_transient(error):
             raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from error
         raise dg.Failure(str(error), allow_retries=False) from error
@@ -29,5 +29,5 @@ def retrying_infrastructure_faults() -> Iterator[None]:
         raise
 
 
-def _is_transient(error: CifarError) -> bool:
+def _is_transient(error: ExplainedError) -> bool:
     return isinstance(error, StoreError | TrainingError | DeployError) and error.transient

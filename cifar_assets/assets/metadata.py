@@ -8,13 +8,12 @@ from typing import Any
 import dagster as dg
 
 from cifar_assets.contracts import CLASSES, MODEL_NAME
-from cifar_assets.dataset.lineage import changes_since
-from cifar_assets.dataset.processed import ProcessedVersion
-from cifar_assets.dataset.raw import RawVersion
-from cifar_assets.dataset.reader import open_split
 from cifar_assets.dataset.sheet import sample_sheet
-from cifar_assets.dataset.splits import SPLIT_NAMES
-from cifar_assets.errors import CifarError, ObjectNotFoundError
+from cifar_assets.dataset.versions.lineage import changes_since
+from cifar_assets.dataset.versions.processed import ProcessedVersion
+from cifar_assets.dataset.versions.raw import RawVersion
+from cifar_assets.dataset.versions.reader import open_split
+from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from cifar_assets.gate import Verdict
 from cifar_assets.model_package import (
     CARD_FILE,
@@ -25,11 +24,12 @@ from cifar_assets.model_package import (
     read_json,
     read_manifest,
 )
-from cifar_assets.object_store import ObjectStore
 from cifar_assets.pictures import as_markdown, confusion_matrix, training_curves
+from resources.errors import ExplainedError, ObjectNotFoundError
 from resources.inference_service import DeployedService
 from resources.mlflow import RUN_METADATA, MlflowResource
-from resources.trainer import TrainingResult
+from resources.object_store import ObjectStore
+from resources.trainer.interface import TrainingResult
 
 _MAX_REJECTED_SHOWN = 50
 _NUMBERS = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference")
@@ -117,7 +117,7 @@ def of_processed(processed: ObjectStore, version: ProcessedVersion, previous: st
 def _changes(processed: ObjectStore, digest: str, previous: str) -> Metadata:
     try:
         changes = changes_since(processed, digest, previous)
-    except CifarError as error:  # the earlier version was pruned or damaged; the new one is good all the same
+    except ExplainedError as error:  # the earlier version was pruned or damaged; the new one is good all the same
         return {"changes": f"The previous version cannot be read: {error}"}
     rows = ({"split": split, "added": changes.added[split], "removed": changes.removed[split]} for split in SPLIT_NAMES)
     return {

@@ -7,13 +7,13 @@ from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.upstream import materialized_digest, previous_digests
-from cifar_assets.dataset.processed import build_processed
 from cifar_assets.dataset.progress import logged
-from cifar_assets.dataset.seed_copies import write_seed_processed, write_seed_raw
-from cifar_assets.dataset.splits import SplitConfig
-from cifar_assets.dataset.verdicts import judge_processed
+from cifar_assets.dataset.versions.processed import build_processed
+from cifar_assets.dataset.versions.seed_copies import write_seed_processed, write_seed_raw
+from cifar_assets.dataset.versions.splits import SplitConfig
+from cifar_assets.dataset.versions.verdicts import judge_processed
 from cifar_assets.finding import objections
-from resources.object_store import ObjectStoreResource
+from resources.object_store.resource import ObjectStoreResource
 
 
 class ProcessedDatasetConfig(dg.Config):

@@ -9,10 +9,10 @@ from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX
 from cifar_assets.dataset.progress import logged
-from cifar_assets.dataset.raw import build_raw_version
-from cifar_assets.errors import ConfigError
-from cifar_assets.redaction import has_credentials, redacted
-from resources.object_store import ObjectStoreResource
+from cifar_assets.dataset.versions.raw import build_raw_version
+from resources.errors import ConfigError
+from resources.object_store.resource import ObjectStoreResource
+from resources.redaction import has_credentials, redacted
 
 SOURCE_VARIABLE = "CIFAR10_SOURCE"
 

@@ -10,16 +10,16 @@ from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, TRAINED_MODEL, TRAINING_POOL
 from cifar_assets.assets.record import find_materialization
 from cifar_assets.assets.upstream import RECENT, data_version_of, materialized_digest
-from cifar_assets.errors import ConfigError
 from cifar_assets.gate import check_made_by
 from cifar_assets.model_package import is_whole
-from cifar_assets.object_store import ObjectStore
 from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe, get_recipe
 from cifar_assets.training.spec import Execution, JobSpec, MlflowTarget
+from resources.errors import ConfigError
 from resources.gate import AccuracyGate
 from resources.mlflow import RUN_METADATA, MlflowResource
-from resources.object_store import ObjectStoreResource
-from resources.trainer import TrainerResource, TrainingResult, TrainingScale
+from resources.object_store import ObjectStore
+from resources.object_store.resource import ObjectStoreResource
+from resources.trainer.interface import TrainerResource, TrainingResult, TrainingScale
 
 JOB_METADATA = "job_identity"
 """Metadata: digest of what decides the weights, by which `reuse` finds the model again."""

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from cifar_assets.errors import ConfigError
+from resources.errors import ConfigError
 
 DATA_VERSION_TAG = "dagster/data_version"
 

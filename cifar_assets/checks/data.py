@@ -8,11 +8,11 @@ from pydantic import Field
 from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.upstream import current_materialization, data_version, materialized_digest
 from cifar_assets.checks.results import answers, spec
-from cifar_assets.dataset.processed import ProcessedManifest, read_processed
-from cifar_assets.dataset.splits import SPLIT_NAMES
-from cifar_assets.dataset.verdicts import judge_processed, judge_raw
+from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
+from cifar_assets.dataset.versions.splits import SPLIT_NAMES
+from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
 from cifar_assets.finding import Finding
-from resources.object_store import ObjectStoreResource
+from resources.object_store.resource import ObjectStoreResource
 
 RAW_CHECKS = [
     spec(

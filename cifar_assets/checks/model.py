@@ -13,10 +13,10 @@ from cifar_assets.checks.results import answers, spec
 from cifar_assets.contracts import CLASSES
 from cifar_assets.finding import Finding
 from cifar_assets.gate import ONNX_TOLERANCE, judge_model, number, read_metrics
-from cifar_assets.object_store import ObjectStore
 from resources.gate import AccuracyGate
 from resources.mlflow import MlflowResource
-from resources.object_store import ObjectStoreResource
+from resources.object_store import ObjectStore
+from resources.object_store.resource import ObjectStoreResource
 
 
 class ModelCheckConfig(dg.Config):

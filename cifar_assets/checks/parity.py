@@ -12,7 +12,6 @@ from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.record import find_materialization
 from cifar_assets.assets.upstream import materialized_digest, previous_digests
 from cifar_assets.checks.results import answers, spec
-from cifar_assets.errors import CifarError, DataError
 from cifar_assets.finding import Finding, objections
 from cifar_assets.gate import judge_model
 from cifar_assets.model_package import (
@@ -24,8 +23,9 @@ from cifar_assets.model_package import (
     read_json,
     read_manifest,
 )
-from cifar_assets.object_store import ObjectStore
-from resources.object_store import ObjectStoreResource
+from resources.errors import DataError, ExplainedError
+from resources.object_store import ObjectStore
+from resources.object_store.resource import ObjectStoreResource
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _find_twin(context: dg.AssetCheckExecutionContext, models: ObjectStore, argo
             model = open_model(models, digest)
             if model.inputs == argo.inputs:
                 return model
-        except CifarError as error:
+        except ExplainedError as error:
             context.log.warning(f"Model {digest} cannot be compared with: {error}")
     raise DataError(f"No model of trained_model has the dataset, recipe and seed of {argo.digest}.")
 

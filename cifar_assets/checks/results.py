@@ -7,8 +7,8 @@ import dagster as dg
 from cifar_assets.assets.faults import MAX_RETRIES, RETRY_SECONDS
 from cifar_assets.assets.metadata import shown
 from cifar_assets.assets.record import VERSION_METADATA
-from cifar_assets.errors import StoreError
 from cifar_assets.finding import Finding, Judges
+from resources.errors import StoreError
 
 
 def spec(asset: dg.AssetKey, name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:

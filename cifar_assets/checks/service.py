@@ -11,15 +11,15 @@ from pydantic import Field
 from cifar_assets.assets.keys import INFERENCE_SERVICE
 from cifar_assets.assets.upstream import materialized_digest
 from cifar_assets.checks.results import answers, spec
-from cifar_assets.dataset.reader import SplitReader, open_split
-from cifar_assets.errors import ConfigError
+from cifar_assets.dataset.versions.reader import SplitReader, open_split
 from cifar_assets.finding import Finding
 from cifar_assets.gate import number, read_metrics
 from cifar_assets.model_package import read_manifest
-from cifar_assets.serving.client import InferenceClient, ServerError
 from cifar_assets.serving.comparison import compare_answers
+from resources.errors import ConfigError
 from resources.inference_service import InferenceServiceResource, ServiceStatus
-from resources.object_store import ObjectStoreResource
+from resources.inference_service.client import InferenceClient, ServerError
+from resources.object_store.resource import ObjectStoreResource
 
 LATENCY_CHECK = dg.AssetCheckKey(INFERENCE_SERVICE, "latency")
 

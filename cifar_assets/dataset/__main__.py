@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_assets.dataset.images import pixel_digest, prepare_image
-from cifar_assets.dataset.lineage import (
+from cifar_assets.dataset.formats.images import pixel_digest, prepare_image
+from cifar_assets.dataset.stores import Stores, add_store_option, open_stores
+from cifar_assets.dataset.versions.lineage import (
     DatasetLineage,
     dataset_lineage,
     find_image,
@@ -14,10 +15,9 @@ from cifar_assets.dataset.lineage import (
     images_of,
     model_lineage,
 )
-from cifar_assets.dataset.raw import list_raw_versions, make_current
-from cifar_assets.dataset.splits import SPLIT_NAMES
-from cifar_assets.dataset.stores import Stores, add_store_option, open_stores
-from cifar_assets.errors import CifarError
+from cifar_assets.dataset.versions.raw import list_raw_versions, make_current
+from cifar_assets.dataset.versions.splits import SPLIT_NAMES
+from resources.errors import ExplainedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(open_stores(options.store), options)
-    except (CifarError, OSError) as error:
+    except (ExplainedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
 

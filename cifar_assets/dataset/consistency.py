@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import ObjectIndex
 from cifar_assets.dataset.objects import RawObject, ranges_of
-from cifar_assets.dataset.rows import SPLITS
 
 _TEST = SPLITS.index("test")
 

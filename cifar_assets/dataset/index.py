@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.isolated import ask
+from cifar_assets.dataset.formats.isolated import ask
+from cifar_assets.dataset.formats.rows import REFUSED_LABEL, SPLITS, RowBatch
 from cifar_assets.dataset.objects import ObjectFormat, RawObject, fetched
 from cifar_assets.dataset.progress import Progress, quiet
-from cifar_assets.dataset.rows import REFUSED_LABEL, SPLITS, RowBatch
-from cifar_assets.errors import DataError, ObjectNotFoundError
-from cifar_assets.object_store import ObjectStore
+from resources.errors import DataError, ObjectNotFoundError
+from resources.object_store import ObjectStore
 
 PREPARATION = 2
 """Raised whenever `prepare_image` gives other pixels for an image it accepted before, or refuses it."""

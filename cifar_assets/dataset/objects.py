@@ -16,10 +16,10 @@ from cifar_assets.dataset.formats.archive import read_archive
 from cifar_assets.dataset.formats.binary import read_records
 from cifar_assets.dataset.formats.image_tar import read_image_tar
 from cifar_assets.dataset.formats.parquet import read_parquet
-from cifar_assets.dataset.rows import RowBatch, Split
-from cifar_assets.digests import sha256_file
-from cifar_assets.errors import DataError, IntegrityError, ObjectNotFoundError
-from cifar_assets.object_store import ObjectStore
+from cifar_assets.dataset.formats.rows import RowBatch, Split
+from resources.digests import sha256_file
+from resources.errors import DataError, IntegrityError, ObjectNotFoundError
+from resources.object_store import ObjectStore
 
 ObjectFormat = Literal["archive", "parquet", "images", "records"]
 """Official archive (python or binary), Parquet in the Hugging Face layout, tar of image files, plain binary records."""

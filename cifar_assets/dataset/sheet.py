@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cifar_assets.contracts import CLASSES, IMAGE_SIZE
-from cifar_assets.dataset.reader import SplitReader
+from cifar_assets.dataset.versions.reader import SplitReader
 
 _SCALE = 2
 _GAP = 2

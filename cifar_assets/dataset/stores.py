@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_assets.contracts import MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET
-from cifar_assets.object_store import FolderStore, ObjectStore, open_store
+from resources.object_store import FolderStore, ObjectStore, open_store
 
 
 @dataclass(frozen=True)

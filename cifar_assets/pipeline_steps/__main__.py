@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_assets.dataset.stores import add_store_option, open_stores
-from cifar_assets.errors import CifarError, ConfigError, StoreError
 from cifar_assets.pipeline_steps.data import (
     CURRENT,
     Request,
@@ -25,6 +24,7 @@ from cifar_assets.pipeline_steps.model import verify_model
 from cifar_assets.pipeline_steps.plan import Plan, parse_plan
 from cifar_assets.training.recipes import DEFAULT_RECIPE
 from cifar_assets.training.spec import MlflowTarget, check_tracking_uri
+from resources.errors import ConfigError, ExplainedError, StoreError
 
 EXIT_FAILED = 1
 EXIT_BAD_SETTING = 2
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(str(error), EXIT_BAD_SETTING)
     except StoreError as error:
         return _failed(str(error), EXIT_STORE_AWAY if error.transient else EXIT_FAILED)
-    except CifarError as error:
+    except ExplainedError as error:
         return _failed(str(error), EXIT_FAILED)
 
 

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar_assets.dataset.processed import ProcessedManifest, list_processed_versions, read_processed
-from cifar_assets.dataset.raw import current_raw_digest, read_raw
-from cifar_assets.dataset.reader import open_split
-from cifar_assets.dataset.splits import SPLIT_NAMES, SplitConfig
 from cifar_assets.dataset.stores import Stores
-from cifar_assets.dataset.verdicts import judge_processed, judge_raw
-from cifar_assets.errors import ConfigError, DataError, ObjectNotFoundError
+from cifar_assets.dataset.versions.processed import ProcessedManifest, list_processed_versions, read_processed
+from cifar_assets.dataset.versions.raw import current_raw_digest, read_raw
+from cifar_assets.dataset.versions.reader import open_split
+from cifar_assets.dataset.versions.splits import SPLIT_NAMES, SplitConfig
+from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
 from cifar_assets.finding import Judges, objections
-from cifar_assets.object_store import ObjectStore
 from cifar_assets.pipeline_steps.plan import Plan
 from cifar_assets.training.recipes import get_recipe
 from cifar_assets.training.spec import Execution, JobSpec, MlflowTarget
+from resources.errors import ConfigError, DataError, ObjectNotFoundError
+from resources.object_store import ObjectStore
 
 CURRENT = "current"
 

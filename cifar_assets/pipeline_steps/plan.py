@@ -8,9 +8,9 @@ from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cifar_assets.contracts import JOB_SPEC_VARIABLE
-from cifar_assets.errors import ConfigError
-from cifar_assets.pipes_store import STORE_URI_PARAM
 from cifar_assets.training.spec import JobSpec
+from resources.errors import ConfigError
+from resources.pipes_store import STORE_URI_PARAM
 
 MESSAGES_PREFIX = "pipes/messages/"
 """Where in the models bucket trainings write their messages, those that Dagster starts as well."""

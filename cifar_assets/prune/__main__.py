@@ -11,10 +11,10 @@ from pathlib import Path
 import dagster as dg
 
 from cifar_assets.deployment import resources_for
-from cifar_assets.errors import CifarError, ConfigError
 from cifar_assets.prune.policy import Policy
 from cifar_assets.prune.run import Pruner, Report, readable_size
 from cifar_assets.prune.stores import PINS_PREFIX, find_digests
+from resources.errors import ConfigError, ExplainedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given = {name: value for name, value in vars(options).items() if name in Policy.model_fields}
             pruner = Pruner(Policy(**given), instance, resources.object_store, resources.mlflow, resources.serving)
             report = pruner.run(options.apply, _say)
-    except (CifarError, ValueError, OSError) as error:
+    except (ExplainedError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
     _summarize(report, options.apply)

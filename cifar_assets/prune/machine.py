@@ -11,8 +11,8 @@ from typing import Any
 import dagster as dg
 from dagster._serdes import ConfigurableClass
 
-from cifar_assets.object_store import FolderStore, ObjectStore
 from cifar_assets.prune.policy import Policy, Removal, removal_of
+from resources.object_store import FolderStore, ObjectStore
 
 _TEMPORARY = "cifar-*"
 """What this project makes in the temporary folder is named like this: work folders, shards fetched from a bucket."""

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from cifar_assets.object_store import ObjectInfo, ObjectStore
+from resources.object_store import ObjectInfo, ObjectStore
 
 
 class Policy(dg.Config):

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 
 import dagster as dg
 
-from cifar_assets.dataset.processed import list_processed_versions
-from cifar_assets.dataset.raw import list_raw_digests
-from cifar_assets.dataset.sources import download_folder
+from cifar_assets.dataset.sources.importing import download_folder
 from cifar_assets.dataset.stores import Stores, stores_below
-from cifar_assets.errors import CifarError, ConfigError
+from cifar_assets.dataset.versions.processed import list_processed_versions
+from cifar_assets.dataset.versions.raw import list_raw_digests
 from cifar_assets.prune import machine, roots
 from cifar_assets.prune.policy import Policy, Removal
 from cifar_assets.prune.stores import (
@@ -22,14 +21,15 @@ from cifar_assets.prune.stores import (
     raw_of_processed,
 )
 from cifar_assets.prune.tracking import Tracking
+from resources.errors import ConfigError, ExplainedError
 from resources.inference_service import InferenceServiceResource
 from resources.mlflow import MlflowResource
-from resources.object_store import ObjectStoreResource
+from resources.object_store.resource import ObjectStoreResource
 
 Say = Callable[[str], None]
 
 
-class PruneError(CifarError):
+class PruneError(ExplainedError):
     """It could not be found out what is needed. Nothing was removed."""
 
 

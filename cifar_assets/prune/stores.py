@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from cifar_assets.dataset.index import INDEX_PREFIX
+from cifar_assets.dataset.landing.packs import PACKS_PREFIX, PackState
 from cifar_assets.dataset.objects import OBJECTS_PREFIX, read_state
-from cifar_assets.dataset.packs import PACKS_PREFIX, PackState
-from cifar_assets.dataset.parts import PARTS_PREFIX, Part
-from cifar_assets.dataset.processed import MANIFEST_FILE, read_processed
-from cifar_assets.dataset.raw import VERSIONS_PREFIX, current_raw_digest, read_raw
-from cifar_assets.dataset.shards import SHARDS_PREFIX
-from cifar_assets.dataset.sources import IMPORTS_PREFIX, Imports
+from cifar_assets.dataset.sources.importing import IMPORTS_PREFIX, Imports
 from cifar_assets.dataset.stores import Stores
+from cifar_assets.dataset.versions.parts import PARTS_PREFIX, Part
+from cifar_assets.dataset.versions.processed import MANIFEST_FILE, read_processed
+from cifar_assets.dataset.versions.raw import VERSIONS_PREFIX, current_raw_digest, read_raw
+from cifar_assets.dataset.versions.shards import SHARDS_PREFIX
 from cifar_assets.model_package import read_manifest
-from cifar_assets.object_store import ObjectInfo, ObjectStore
 from cifar_assets.prune.policy import Policy, Removal, removal_of
+from resources.object_store import ObjectInfo, ObjectStore
 
 PINS_PREFIX = "pinned/"
 """In the models bucket: one object per digest of a model or data version that is never removed."""

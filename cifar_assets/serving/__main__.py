@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Sequence
 
 from cifar_assets.contracts import EXIT_BAD_SPEC
-from cifar_assets.errors import CifarError, ConfigError, DataError, ObjectNotFoundError
 from cifar_assets.serving.settings import parse_settings
+from resources.errors import ConfigError, DataError, ExplainedError, ObjectNotFoundError
 
 _log = logging.getLogger("cifar_assets.serving")
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, ObjectNotFoundError) as error:
         _log.error("Not serving: %s", error)
         return EXIT_BAD_SPEC
-    except CifarError as error:
+    except ExplainedError as error:
         _log.error("Not serving: %s", error)
         return 1
     return 0

@@ -18,9 +18,9 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_assets.errors import CifarError
 from cifar_assets.serving.faults import BusyError
 from cifar_assets.serving.metrics import BATCH_IMAGES, QUEUE_IMAGES, RUN_SECONDS
+from resources.errors import ExplainedError
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
 
 
-class NotFiniteError(CifarError):
+class NotFiniteError(ExplainedError):
     """The model answered a picture with values that are not finite: there is no class to name."""
 
 

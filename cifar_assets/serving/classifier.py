@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
 from cifar_assets.cpus import available_cpus
-from cifar_assets.errors import DataError
 from cifar_assets.model_package import ONNX_FILE, read_file, read_manifest
-from cifar_assets.object_store import open_store
+from resources.errors import DataError
+from resources.object_store import open_store
 
 _log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.reader import SplitReader
-from cifar_assets.serving.client import InferenceClient
+from cifar_assets.dataset.versions.reader import SplitReader
+from resources.inference_service.client import InferenceClient
 
 _ALLOWED_ERRORS = 4.0
 """In standard errors of a sample: a sound service fails less than once in ten thousand times."""

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from cifar_assets.errors import DeployError
 from cifar_assets.serving.ports import http_url
+from resources.errors import DeployError
 
 PROTOCOL = 1
 """Version of what is said over the socket."""

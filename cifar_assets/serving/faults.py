@@ -1,9 +1,9 @@
 """Faults of a request, each with the HTTP status and the JSON body that answer it."""
 
-from cifar_assets.errors import CifarError
+from resources.errors import ExplainedError
 
 
-class RequestError(CifarError):
+class RequestError(ExplainedError):
     """A request cannot be answered. `field` names the part of it: `instances[2]`, `image[0]`, `inputs[0].shape`."""
 
     status = 400

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from cifar_assets.contracts import IMAGE_SIZE
-from cifar_assets.dataset.images import ImageLimits
+from cifar_assets.dataset.formats.images import ImageLimits
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cifar_assets.contracts import MODEL_NAME
-from cifar_assets.errors import CifarError
-from cifar_assets.serving.client import InferenceClient
 from cifar_assets.serving.control import ServerInfo, find_server
+from resources.errors import ExplainedError
+from resources.inference_service.client import InferenceClient
 
 DEFAULT_STATE_DIR = Path(".cifar/serving")
 _STOP_SECONDS = 60.0
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         done = stop_server(options.state_dir) if options.command == "stop" else _status(options.state_dir)
-    except CifarError as error:
+    except ExplainedError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     if not done:
@@ -70,7 +70,7 @@ def _describe(info: ServerInfo) -> None:
     try:
         served = InferenceClient(info.url, timeout=5).served_model()
         _write(f"Answers     ready, digest {served.model_digest}")
-    except CifarError as error:
+    except ExplainedError as error:
         _write(f"Answers     no: {error}")
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_assets.dataset.images import (
+from cifar_assets.dataset.formats.images import (
     ImageError,
     ImageTooLargeError,
     Picture,

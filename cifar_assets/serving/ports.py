@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from cifar_assets.errors import ConfigError
+from resources.errors import ConfigError
 
 _LISTENING = "0A"
 

@@ -16,13 +16,13 @@ import numpy as np
 import uvloop
 
 from cifar_assets.contracts import IMAGE_SHAPE
-from cifar_assets.errors import CifarError, ConfigError, DataError
 from cifar_assets.serving.app import App
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.control import ControlSocket, ServerInfo
 from cifar_assets.serving.http import HttpServer
 from cifar_assets.serving.ports import bind_address, http_url
 from cifar_assets.serving.settings import ServerSettings
+from resources.errors import ConfigError, DataError, ExplainedError
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def run_server(settings: ServerSettings) -> None:
         )
         control = ControlSocket(settings.control_dir) if settings.control_dir else None
     except Exception as error:
-        is_own = isinstance(error, CifarError)
+        is_own = isinstance(error, ExplainedError)
         _report(settings, state="failed", reason=str(error) if is_own else f"{type(error).__name__}: {error}")
         raise
     if control is not None:
@@ -92,7 +92,7 @@ class _Server:
 
     async def _check_itself(self, http: HttpServer) -> None:
         """Ask this server over HTTP, where nobody else can, before it takes the place of another."""
-        from cifar_assets.serving.client import InferenceClient
+        from resources.inference_service.client import InferenceClient
 
         private = await asyncio.get_running_loop().create_server(http.connect, "127.0.0.1", 0)
         client = InferenceClient(f"http://127.0.0.1:{private.sockets[0].getsockname()[1]}")

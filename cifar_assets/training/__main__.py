@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
-from cifar_assets.errors import CifarError, ConfigError, DataError, ObjectNotFoundError, StoreError
 from cifar_assets.training.spec import JobSpec, parse_spec, read_spec
 from cifar_assets.training.stopping import StopSignal, TrainingStopped
+from resources.errors import ConfigError, DataError, ExplainedError, ObjectNotFoundError, StoreError
 
 _LOG = logging.getLogger("cifar_assets.training")
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, ObjectNotFoundError) as error:
         _LOG.error("%s", error)
         return EXIT_BAD_SPEC
-    except CifarError as error:
+    except ExplainedError as error:
         _LOG.error("%s", error)
         return EXIT_RESUME if isinstance(error, StoreError) and error.transient else 1
     except Exception:

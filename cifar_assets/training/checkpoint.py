@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cifar_assets.digests import sha256_bytes
-from cifar_assets.errors import DataError, ObjectNotFoundError
-from cifar_assets.object_store import ObjectStore
+from resources.digests import sha256_bytes
+from resources.errors import DataError, ObjectNotFoundError
+from resources.object_store import ObjectStore
 
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{64})\.safetensors")

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cifar_assets.contracts import IMAGE_SHAPE
-from cifar_assets.dataset.processed import ProcessedManifest, read_processed
-from cifar_assets.dataset.reader import SplitReader, open_split
-from cifar_assets.dataset.splits import SplitName
-from cifar_assets.errors import DataError
-from cifar_assets.object_store import open_store
+from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
+from cifar_assets.dataset.versions.reader import SplitReader, open_split
+from cifar_assets.dataset.versions.splits import SplitName
 from cifar_assets.training.spec import JobSpec
+from resources.errors import DataError
+from resources.object_store import open_store
 
 _STREAM_BATCH = 1024
 

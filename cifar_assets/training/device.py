@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from cifar_assets.cpus import available_cpus
-from cifar_assets.errors import ConfigError
 from cifar_assets.training.recipes import Precision
 from cifar_assets.training.spec import Execution
+from resources.errors import ConfigError
 
 
 @dataclass(frozen=True)

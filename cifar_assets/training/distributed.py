@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
 
-from cifar_assets.errors import ConfigError
 from cifar_assets.training.stopping import PeerLostError
+from resources.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
 _TIMEOUT = dt.timedelta(minutes=30)

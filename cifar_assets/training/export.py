@@ -12,11 +12,11 @@ from safetensors.torch import load, save
 from torch.jit._trace import TracerWarning
 
 from cifar_assets.contracts import IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
-from cifar_assets.errors import DataError
 from cifar_assets.model_package import RECIPE_FILE, WEIGHTS_FILE, ModelManifest, read_file
-from cifar_assets.object_store import ObjectStore
 from cifar_assets.training.networks import Classifier, ResNet18, build_network
 from cifar_assets.training.recipes import Recipe
+from resources.errors import DataError
+from resources.object_store import ObjectStore
 
 _OPSET = 18
 _TOLERANCE = 1e-3

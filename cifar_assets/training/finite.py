@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cifar_assets.errors import ConfigError
+from resources.errors import ConfigError
 
 
 class DivergedError(ConfigError):

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 
 from cifar_assets.contracts import CLASSES, SEED_MODEL_KEY
-from cifar_assets.digests import canonical_json, sha256_bytes
-from cifar_assets.errors import StoreError
 from cifar_assets.model_package import (
     CARD_FILE,
     ENVIRONMENT_FILE,
@@ -26,7 +24,6 @@ from cifar_assets.model_package import (
     ModelManifest,
     write_package,
 )
-from cifar_assets.object_store import ObjectStore, open_store
 from cifar_assets.training import distributed
 from cifar_assets.training.checkpoint import CheckpointStore
 from cifar_assets.training.data import TrainingData, open_data
@@ -43,6 +40,9 @@ from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.state import EpochRecord
 from cifar_assets.training.stopping import PeerLostError, StopSignal, TrainingStopped
 from cifar_assets.training.tracking import RunStatus, Tracker
+from resources.digests import canonical_json, sha256_bytes
+from resources.errors import StoreError
+from resources.object_store import ObjectStore, open_store
 
 _LOG = logging.getLogger(__name__)
 _ONNX_IMAGES = 256

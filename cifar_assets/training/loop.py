@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_assets.errors import ConfigError, DataError, StoreError
 from cifar_assets.training.augmentation import EpochAugmentation
 from cifar_assets.training.checkpoint import Checkpoint, CheckpointStore
 from cifar_assets.training.data import TrainingData
@@ -27,6 +26,7 @@ from cifar_assets.training.schedule import rate_factor, resolution
 from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.state import EpochRecord, Position, TrainingState
 from cifar_assets.training.stopping import StopSignal, TrainingStopped
+from resources.errors import ConfigError, DataError, StoreError
 
 _LOG = logging.getLogger(__name__)
 _AGREE_EVERY = 8

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from dagster_pipes import PipesContext, PipesEnvVarParamsLoader, open_dagster_pipes
 
-from cifar_assets.pipes_store import PipesStoreMessageWriter
+from resources.pipes_store import PipesStoreMessageWriter
 
 
 class Messages:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cifar_assets.contracts import IMAGE_SIZE
-from cifar_assets.errors import ConfigError
+from resources.errors import ConfigError
 
 Network = Literal["resnet18-imagenet", "resnet18", "speednet"]
 Schedule = Literal["cosine", "triangle", "constant"]

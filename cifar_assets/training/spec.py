@@ -6,10 +6,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cifar_assets.contracts import MODEL_NAME
-from cifar_assets.digests import sha256_json
-from cifar_assets.errors import ConfigError
-from cifar_assets.redaction import has_credentials, redacted
 from cifar_assets.training.recipes import Recipe
+from resources.digests import sha256_json
+from resources.errors import ConfigError
+from resources.redaction import has_credentials, redacted
 
 ALGORITHM = 2
 """Raised whenever the code changes what weights a recipe, data and seed give: old checkpoints are then not resumed."""

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cifar_assets.errors import DataError
 from cifar_assets.training.finite import first_not_finite
 from cifar_assets.training.optimizer import build_optimizers
 from cifar_assets.training.recipes import Recipe
+from resources.errors import DataError
 
 _POSITION_VERSION = 1
 

@@ -3,10 +3,10 @@
 import signal
 from types import FrameType
 
-from cifar_assets.errors import CifarError
+from resources.errors import ExplainedError
 
 
-class TrainingStopped(CifarError):  # noqa: N818 (it is no error but the way a stop travels)
+class TrainingStopped(ExplainedError):  # noqa: N818 (it is no error but the way a stop travels)
     """The trainer was told to stop. The same spec continues from the last checkpoint."""
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import dagster as dg
 
-from cifar_assets.errors import TrainingError
 from cifar_assets.gate import Verdict
-from resources.trainer import TrainingResult
+from resources.errors import TrainingError
+from resources.trainer.interface import TrainingResult
 
 
 @dataclass(frozen=True)

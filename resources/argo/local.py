@@ -10,10 +10,10 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
-from cifar_assets.errors import TrainingError
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult, parse_result
-from resources.local_trainer import following_parent, own_environment, stop_group
+from resources.errors import TrainingError
 from resources.run_liveness import inherited_locks
+from resources.trainer.local import following_parent, own_environment, stop_group
 
 _TAIL_LINES = 30
 

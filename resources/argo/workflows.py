@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import dagster as dg
 from pydantic import Field
 
-from cifar_assets.errors import ConfigError
 from resources.argo.client import WorkflowClient
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult, parse_result
 from resources.argo.launch import WorkflowLauncher, WorkflowRequest
 from resources.argo.naming import workflow_name
 from resources.argo.status import Workflow
 from resources.argo.watch import WorkflowLimits, WorkflowWatcher
+from resources.errors import ConfigError
 from resources.kubernetes.logs import show_line
 from resources.kubernetes.steps import as_dagster_failure, interrupts_after, removing
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cifar_assets.errors import CifarError, ConfigError, DeployError
+from resources.errors import ConfigError, DeployError, ExplainedError
 from resources.inference_service.interface import (
     DeployedService,
     DeployRequest,
@@ -67,8 +67,8 @@ class LocalInferenceService(InferenceServiceResource):
                 return _deployed(new.info, old.info.model_digest if old else None, changed=True)
 
     def status(self) -> ServiceStatus:
-        from cifar_assets.serving.client import InferenceClient
         from cifar_assets.serving.control import find_server
+        from resources.inference_service.client import InferenceClient
 
         url = None
         try:
@@ -78,7 +78,7 @@ class LocalInferenceService(InferenceServiceResource):
             with contextlib.closing(server):
                 info, url = server.info, server.info.url
             served = InferenceClient(url).served_model()
-        except CifarError as error:
+        except ExplainedError as error:
             return ServiceStatus(False, url, None, None, str(error))
         return ServiceStatus(served.ready, url, served.model_digest, served.model_version, None, _details(info))
 
@@ -104,7 +104,7 @@ class LocalInferenceService(InferenceServiceResource):
                     server.wait_for("loaded", self.startup_timeout_seconds)
                     server.go()
                     server.wait_for("ready", _ANSWER_SECONDS)
-        except (OSError, CifarError) as error:
+        except (OSError, ExplainedError) as error:
             kept = "Nothing was served before, and nothing is now."
             if old is not None:
                 kept = f"Model {old.info.model_digest} still serves."
@@ -218,7 +218,7 @@ def _bind(host: str, port: int) -> "socket":
 
 
 def _wait_for_answer(info: "ServerInfo") -> None:
-    from cifar_assets.serving.client import InferenceClient, ServerError
+    from resources.inference_service.client import InferenceClient, ServerError
 
     client = InferenceClient(info.url, timeout=5)
     deadline = time.monotonic() + _ANSWER_SECONDS

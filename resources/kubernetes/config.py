@@ -8,8 +8,8 @@ from typing import TypeVar
 import dagster as dg
 from pydantic import ConfigDict, ValidationError
 
-from cifar_assets.errors import ConfigError
-from cifar_assets.redaction import has_credentials
+from resources.errors import ConfigError
+from resources.redaction import has_credentials
 
 _SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN(?!I)|CREDENTIAL|(ACCESS|API|PRIVATE)_?KEY", re.IGNORECASE)
 S = TypeVar("S", bound="StrictConfig")

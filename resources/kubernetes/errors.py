@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from cifar_assets.redaction import RedactedError, redacted
+from resources.redaction import RedactedError, redacted
 
 if TYPE_CHECKING:
     from resources.kubernetes.diagnosis import Diagnosis

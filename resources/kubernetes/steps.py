@@ -6,10 +6,10 @@ from typing import Any
 
 import dagster as dg
 
-from cifar_assets.redaction import redacted
 from resources.dagster_private import capture_interrupts, check_captured_interrupt
 from resources.kubernetes.diagnosis import Diagnosis
 from resources.kubernetes.errors import KubernetesError, ResourceFailedError, added_to, with_notes
+from resources.redaction import redacted
 
 StepContext = dg.OpExecutionContext | dg.AssetExecutionContext
 

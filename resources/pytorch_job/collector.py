@@ -8,10 +8,10 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
-from cifar_assets.errors import StoreError
-from cifar_assets.object_store import ObjectStore
+from resources.errors import StoreError
 from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, selector
+from resources.object_store import ObjectStore
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.labels import MANAGED_BY
 from resources.pytorch_job.messages import MARKS_FOLDER, MESSAGES_FOLDER

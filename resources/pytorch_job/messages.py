@@ -1,4 +1,4 @@
-"""Pipes messages through an object store: the reader. Its counterpart in the pod is cifar_assets/pipes_store.py.
+"""Pipes messages through an object store: the reader. Its counterpart in the pod is resources/pipes_store.py.
 
 Read by polling on the caller's thread. Every attachment reads a job's messages from the first one, so that results are
 complete after a re-attach; a mark in the store tells which of them this Dagster run has recorded already.
@@ -13,10 +13,10 @@ from typing import Any
 import dagster as dg
 from dagster_pipes import PipesParams
 
-from cifar_assets.errors import ObjectNotFoundError, StoreError
-from cifar_assets.object_store import ObjectStore
-from cifar_assets.pipes_store import STORE_URI_PARAM
+from resources.errors import ObjectNotFoundError, StoreError
 from resources.kubernetes.errors import KubernetesError
+from resources.object_store import ObjectStore
+from resources.pipes_store import STORE_URI_PARAM
 
 MESSAGES_FOLDER = "messages"
 MARKS_FOLDER = "read"

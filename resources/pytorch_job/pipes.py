@@ -10,7 +10,6 @@ import dagster as dg
 from dagster_k8s.utils import detect_current_namespace, get_common_labels, sanitize_k8s_label
 from dagster_pipes import PipesExtras
 
-from cifar_assets.object_store import ObjectStore
 from resources.dagster_private import (
     ASSET_RESUME_RETRY_TAG,
     RESUME_RETRY_TAG,
@@ -31,6 +30,7 @@ from resources.kubernetes.steps import (
     is_being_cancelled,
     removing,
 )
+from resources.object_store import ObjectStore
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.labels import JOB_LABEL, OP_LABEL

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from cifar_assets.object_store import FolderStore
+from resources.object_store import FolderStore
 from tests.benchmarks.serving_latency import HEADER, HEADERS, PIXELS, add_model_options, model_to_serve, picture
 from tests.unit.serving.server_process import ServerProcess, ask_on, form, run_server
 

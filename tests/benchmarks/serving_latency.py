@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cifar_assets.object_store import FolderStore
+from resources.object_store import FolderStore
 from tests.unit.serving.server_process import ServerProcess, ask_on, form, run_server
 from tests.unit.serving.tiny_model import store_tiny_model
 

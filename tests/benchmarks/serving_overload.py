@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_assets.object_store import FolderStore
+from resources.object_store import FolderStore
 from tests.benchmarks.serving_latency import add_model_options, model_to_serve, picture_request
 from tests.unit.serving.server_process import run_server
 

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_assets.dataset.processed import build_processed
-from cifar_assets.dataset.raw import build_raw_version
-from cifar_assets.object_store import FolderStore
+from cifar_assets.dataset.versions.processed import build_processed
+from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.training.device import choose_processor, use_threads
 from cifar_assets.training.distributed import Processes
 from cifar_assets.training.environment import describe_environment
@@ -28,6 +27,7 @@ from cifar_assets.training.messages import Messages
 from cifar_assets.training.recipes import RECIPES, get_recipe
 from cifar_assets.training.spec import Execution, JobSpec
 from cifar_assets.training.stopping import StopSignal
+from resources.object_store import FolderStore
 from tests.benchmarks.training_throughput import Steps, measure, seed_style
 from tests.unit.training.small_dataset import draw_split
 

@@ -23,7 +23,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models, transforms
 
-from cifar_assets.object_store import FolderStore
 from cifar_assets.training.augmentation import EpochAugmentation
 from cifar_assets.training.checkpoint import CheckpointStore
 from cifar_assets.training.data import open_data
@@ -35,6 +34,7 @@ from cifar_assets.training.order import epoch_batches
 from cifar_assets.training.recipes import get_recipe
 from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.stopping import StopSignal
+from resources.object_store import FolderStore
 from tests.unit.training.small_dataset import store_dataset
 
 NUM_IMAGES = 8192

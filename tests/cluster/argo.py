@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from cifar_assets.object_store.s3 import S3Store
 from resources.argo.client import WorkflowClient
 from resources.argo.report import job_name_of
 from resources.argo.status import Workflow
 from resources.argo.template import build_train_template
+from resources.object_store.s3 import S3Store
 from resources.pytorch_job.config import PyTorchJobConfig
 from tests.cluster.kubectl import kubectl, wait_for
 from tests.fixtures.tiny_data import TINY_RECIPE

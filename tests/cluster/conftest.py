@@ -14,7 +14,7 @@ import yaml
 from kubernetes import client as k8s
 from kubernetes import config as k8s_config
 
-from cifar_assets.object_store.s3 import S3Store
+from resources.object_store.s3 import S3Store
 from resources.pytorch_job.client import PyTorchJobClient
 from tests.cluster.kubectl import forwarded, free_port, kubectl, temporary_namespace, wait_for
 from tests.cluster.platform import Platform, is_kept

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cifar_assets.object_store.s3 import S3Store
+from resources.object_store.s3 import S3Store
 from tests.cluster.kubectl import forwarded, free_port, kubectl
 
 K8S = Path(__file__).parents[2] / "k8s"

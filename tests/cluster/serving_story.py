@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 from kubernetes import client as k8s
 
-from cifar_assets.object_store.s3 import S3Store
 from resources.inference_service import DeployRequest
 from resources.inference_service.kserve.client import InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.resource import KServeInferenceService
 from resources.kubernetes.api import load_configuration
-from resources.object_store import LocalObjectStore
+from resources.object_store.resource import LocalObjectStore
+from resources.object_store.s3 import S3Store
 from tests.cluster.kubectl import kubectl, wait_for
 from tests.unit.serving.tiny_model import store_tiny_model
 
@@ -28,7 +28,7 @@ _ASK = """
 import io, json, pathlib, sys, time
 import numpy as np
 from PIL import Image
-from cifar_assets.serving.client import InferenceClient, ServerError
+from resources.inference_service.client import InferenceClient, ServerError
 pathlib.Path("/tmp/picture.png").write_bytes(b"")
 Image.fromarray(np.full((32, 32, 3), 90, dtype=np.uint8)).save("/tmp/picture.png")
 client = InferenceClient(sys.argv[1], timeout=10)

@@ -12,9 +12,9 @@ from kubernetes import client as k8s
 from PIL import Image
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.errors import DeployError
-from cifar_assets.serving.client import InferenceClient
+from resources.errors import DeployError
 from resources.inference_service import DeployRequest
+from resources.inference_service.client import InferenceClient
 from tests.cluster.conftest import Minio
 from tests.cluster.kubectl import kubectl, wait_for
 from tests.cluster.serving_story import K8S, NAME, asking, grant_access, left_behind, service, store_model

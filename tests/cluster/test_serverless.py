@@ -12,16 +12,16 @@ import pytest
 from kubernetes import client as k8s
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.reader import open_split
-from cifar_assets.digests import sha256_bytes
-from cifar_assets.errors import DeployError
+from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import METRICS_FILE, ONNX_FILE, RECIPE_FILE, WEIGHTS_FILE, ModelManifest, write_package
-from cifar_assets.object_store import ObjectStore
-from cifar_assets.serving.client import InferenceClient
+from resources.digests import sha256_bytes
+from resources.errors import DeployError
 from resources.inference_service import DeployRequest
+from resources.inference_service.client import InferenceClient
 from resources.inference_service.kserve.canary import HeldOutImages
 from resources.inference_service.kserve.client import InferenceService
-from resources.object_store import MinioObjectStore
+from resources.object_store import ObjectStore
+from resources.object_store.resource import MinioObjectStore
 from tests.cluster.conftest import Minio
 from tests.cluster.kubectl import kubectl, wait_for
 from tests.cluster.serving_story import Service, grant_access, left_behind, service

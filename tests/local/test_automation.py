@@ -14,10 +14,10 @@ from PIL import Image
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE, RAW_DATASET, TRAINED_MODEL
 from cifar_assets.assets.upstream import data_version
-from cifar_assets.dataset.raw import read_raw
+from cifar_assets.dataset.versions.raw import read_raw
 from cifar_assets.demo import FOUR_ASSETS
-from cifar_assets.serving.client import InferenceClient
-from resources.object_store import LocalObjectStore
+from resources.inference_service.client import InferenceClient
+from resources.object_store.resource import LocalObjectStore
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
 
 LANDED_KEY = "landing/cameras.parquet"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cifar_assets.gate import judge
-from cifar_assets.object_store import FolderStore
+from resources.object_store import FolderStore
 from tests.fixtures.tiny_data import TINY_RECIPE, TinyData, store_tiny_data
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cifar_assets.contracts import EXIT_BAD_SPEC
-from cifar_assets.object_store import FolderStore
 from cifar_assets.pipeline_steps.__main__ import main
 from cifar_assets.pipeline_steps.plan import parse_plan
+from resources.object_store import FolderStore
 from tests.fixtures.tiny_data import TINY_RECIPE, store_tiny_data
 
 

@@ -9,11 +9,11 @@ import pytest
 from minio.credentials.providers import AssumeRoleProvider
 
 from cifar_assets.dataset.stores import open_stores
-from cifar_assets.errors import ConfigError, StoreError
-from cifar_assets.object_store import open_store
-from cifar_assets.object_store.s3 import S3Store
-from cifar_assets.object_store.s3_settings import CA_VARIABLES, CREDENTIALS, S3Connection
-from resources.object_store import MinioObjectStore, object_store_from_environment
+from resources.errors import ConfigError, StoreError
+from resources.object_store import open_store
+from resources.object_store.resource import MinioObjectStore, object_store_from_environment
+from resources.object_store.s3 import S3Store
+from resources.object_store.s3_settings import CA_VARIABLES, CREDENTIALS, S3Connection
 from tests.fixtures.minio import S3Server, certificates_for_loopback, running_minio
 
 REGION = "eu-central-1"

@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_assets.dataset import synthetic
-from cifar_assets.dataset.images import pixel_digest
-from cifar_assets.dataset.lineage import find_image
-from cifar_assets.dataset.processed import build_processed
-from cifar_assets.dataset.raw import build_raw_version
-from cifar_assets.dataset.reader import open_split
+from cifar_assets.dataset.formats.images import pixel_digest
+from cifar_assets.dataset.sources import synthetic
 from cifar_assets.dataset.stores import Stores
-from cifar_assets.errors import ConfigError, IntegrityError, ObjectChangedError, ObjectNotFoundError, StoreError
-from cifar_assets.object_store import FolderStore, ObjectStore, open_store
-from cifar_assets.object_store.s3 import PART_BYTES, S3Connection, S3Store
+from cifar_assets.dataset.versions.lineage import find_image
+from cifar_assets.dataset.versions.processed import build_processed
+from cifar_assets.dataset.versions.raw import build_raw_version
+from cifar_assets.dataset.versions.reader import open_split
+from resources.errors import ConfigError, IntegrityError, ObjectChangedError, ObjectNotFoundError, StoreError
+from resources.object_store import FolderStore, ObjectStore, open_store
+from resources.object_store.s3 import PART_BYTES, S3Connection, S3Store
 from tests.fixtures.minio import certificates_for_loopback, running_minio
 
 
 @pytest.fixture(autouse=True)
 def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What these tests land was put there a while ago: nobody is still writing it."""
-    monkeypatch.setattr("cifar_assets.dataset.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
 
 
 KEYS = [

@@ -19,9 +19,9 @@ from kserve.protocol.infer_type import RequestedOutput
 from PIL import Image
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.object_store import FolderStore
-from cifar_assets.serving.client import InferenceClient, ServerError
 from cifar_assets.serving.messages import softmax
+from resources.inference_service.client import InferenceClient, ServerError
+from resources.object_store import FolderStore
 from tests.unit.serving.server_process import Answer, ServerProcess, ask, form, run_server
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_logits, tiny_onnx
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from cifar_assets.object_store import FolderStore
+from resources.object_store import FolderStore
 from tests.unit.serving.server_process import Answer, ServerProcess, ask, ask_on, form, run_server
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_onnx
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar_assets.errors import DeployError
-from cifar_assets.object_store import FolderStore
-from cifar_assets.serving.client import InferenceClient
 from cifar_assets.serving.control import find_server
 from cifar_assets.serving.local import main as local_command
+from resources.errors import DeployError
 from resources.inference_service import DeployedService, DeployRequest, LocalInferenceService
+from resources.inference_service.client import InferenceClient
+from resources.object_store import FolderStore
 from tests.unit.serving.server_process import ask, ask_on
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_onnx
 

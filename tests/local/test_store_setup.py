@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cifar_assets.errors import StoreError
-from cifar_assets.object_store.s3 import S3Store
-from cifar_assets.object_store.s3_settings import S3Connection
-from cifar_assets.object_store.setup import ALL_BUCKETS, ROLES, main, user_of
+from resources.errors import StoreError
+from resources.object_store.s3 import S3Store
+from resources.object_store.s3_settings import S3Connection
+from resources.object_store.setup import ALL_BUCKETS, ROLES, main, user_of
 from tests.fixtures.minio import S3Server, running_minio
 
 PREFIX = "team-"

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
-from cifar_assets.object_store import open_store
 from cifar_assets.training import distributed
 from cifar_assets.training.checkpoint import CheckpointStore
 from cifar_assets.training.data import open_data
@@ -24,6 +23,7 @@ from cifar_assets.training.distributed import Processes
 from cifar_assets.training.loop import Trainer
 from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.stopping import StopSignal, TrainingStopped
+from resources.object_store import open_store
 from tests.fixtures.workspace import free_port
 from tests.unit.training.jobs import (
     COMMAND,

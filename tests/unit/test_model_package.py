@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.digests import sha256_bytes
-from cifar_assets.errors import IntegrityError
 from cifar_assets.model_package import (
     MANIFEST_FILE,
     PERFORMANCE_FILE,
@@ -16,7 +14,9 @@ from cifar_assets.model_package import (
     read_manifest,
     write_package,
 )
-from cifar_assets.object_store import FolderStore
+from resources.digests import sha256_bytes
+from resources.errors import IntegrityError
+from resources.object_store import FolderStore
 
 WEIGHTS = b"weights"
 MANIFEST = ModelManifest(

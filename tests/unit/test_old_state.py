@@ -15,23 +15,23 @@ import pytest
 
 from cifar_assets.dataset.consistency import Known, check_source
 from cifar_assets.dataset.index import dump_index, index_of, parse_index
-from cifar_assets.dataset.landing import join_landed
-from cifar_assets.dataset.lineage import changes_since, images_of, model_lineage
-from cifar_assets.dataset.processed import build_processed, read_processed
-from cifar_assets.dataset.raw import current_raw_digest, list_raw_versions, read_provenance, read_raw
-from cifar_assets.dataset.reader import open_split
-from cifar_assets.dataset.splits import SPLIT_NAMES
+from cifar_assets.dataset.landing.zone import join_landed
 from cifar_assets.dataset.stores import Stores, stores_below
-from cifar_assets.dataset.verdicts import judge_processed, judge_raw
-from cifar_assets.digests import canonical_json, sha256_bytes
-from cifar_assets.errors import DataError
+from cifar_assets.dataset.versions.lineage import changes_since, images_of, model_lineage
+from cifar_assets.dataset.versions.processed import build_processed, read_processed
+from cifar_assets.dataset.versions.raw import current_raw_digest, list_raw_versions, read_provenance, read_raw
+from cifar_assets.dataset.versions.reader import open_split
+from cifar_assets.dataset.versions.splits import SPLIT_NAMES
+from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
 from cifar_assets.finding import objections
 from cifar_assets.gate import judge_model
 from cifar_assets.landing_decision import LandingCursor
-from cifar_assets.object_store import FolderStore
 from cifar_assets.pipeline_steps import __main__ as steps
 from cifar_assets.pipeline_steps.plan import parse_plan
 from cifar_assets.training.state import Position
+from resources.digests import canonical_json, sha256_bytes
+from resources.errors import DataError
+from resources.object_store import FolderStore
 
 STATE = Path(__file__).parents[1] / "fixtures" / "state_bb9b3f1.json"
 

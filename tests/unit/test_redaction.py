@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_assets.errors import ConfigError, StoreError
-from cifar_assets.redaction import has_credentials, redact_error, redacted
+from resources.errors import ConfigError, StoreError
 from resources.kubernetes.errors import ApiRefusedError
+from resources.redaction import has_credentials, redact_error, redacted
 
 
 @pytest.mark.parametrize(

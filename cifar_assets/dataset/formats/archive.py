@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
 from cifar_assets.dataset.formats.binary import parse_records
 from cifar_assets.dataset.formats.pickles import HostileDataError, load_fields
-from cifar_assets.dataset.rows import RowBatch, Split, pixel_batches
-from cifar_assets.errors import DataError
+from cifar_assets.dataset.formats.rows import RowBatch, Split, pixel_batches
+from resources.errors import DataError
 
 PYTHON_FOLDER = "cifar-10-batches-py"
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_assets.contracts import IMAGE_SHAPE
-from cifar_assets.dataset.rows import BATCH_ROWS, RowBatch, Split, pixel_batches
-from cifar_assets.errors import DataError
+from cifar_assets.dataset.formats.rows import BATCH_ROWS, RowBatch, Split, pixel_batches
+from resources.errors import DataError
 
 RECORD_BYTES = 1 + int(np.prod(IMAGE_SHAPE))
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.decoding import decode_rows
-from cifar_assets.dataset.rows import EncodedRow, RowBatch, Split
-from cifar_assets.errors import DataError
+from cifar_assets.dataset.formats.decoding import decode_rows
+from cifar_assets.dataset.formats.rows import EncodedRow, RowBatch, Split
+from resources.errors import DataError
 
 
 def pack_images(target: Path, members: Iterable[tuple[str, bytes]]) -> None:

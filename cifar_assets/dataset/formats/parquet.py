@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.decoding import decode_rows
-from cifar_assets.dataset.images import DEFAULT_LIMITS
-from cifar_assets.dataset.rows import EncodedRow, RowBatch, Split, label_refusal
-from cifar_assets.errors import DataError
+from cifar_assets.dataset.formats.decoding import decode_rows
+from cifar_assets.dataset.formats.images import DEFAULT_LIMITS
+from cifar_assets.dataset.formats.rows import EncodedRow, RowBatch, Split, label_refusal
+from resources.errors import DataError
 
 _BATCH_ROWS = 16
 """Rows in memory at a time: a row may be a picture of several megabytes, however small the file is."""

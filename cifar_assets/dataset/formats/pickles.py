@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cifar_assets.errors import DataError
+from resources.errors import DataError
 
 
 class HostileDataError(DataError):

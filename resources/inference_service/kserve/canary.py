@@ -1,13 +1,13 @@
 """Whether a canary answers held-out images as well as the stored model was evaluated."""
 
-from cifar_assets.dataset.reader import open_split
+from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import METRICS_FILE, read_json, read_manifest
-from cifar_assets.serving.client import ServerError
 from cifar_assets.serving.comparison import compare_answers
+from resources.inference_service.client import ServerError
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import InferenceService
 from resources.inference_service.kserve.endpoint import ServiceEndpoint
-from resources.object_store import ObjectStoreResource
+from resources.object_store.resource import ObjectStoreResource
 
 
 class HeldOutImages:

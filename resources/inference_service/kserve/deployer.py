@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from cifar_assets.errors import CifarError, DeployError, StoreError
+from resources.errors import DeployError, ExplainedError, StoreError
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.diagnosis import diagnose_canary
@@ -153,7 +153,7 @@ class ServiceDeployer:
             self._log.info("%s: model %s gets %d %% of the requests", self._label, request.model_digest, percent)
             try:
                 fault = self._judge.find_fault(service, request)
-            except CifarError as error:
+            except ExplainedError as error:
                 transient = isinstance(error, StoreError | DeployError) and error.transient
                 text = f"it could not be judged: {error}"
                 raise ResourceFailedError(diagnose_canary(percent, text, transient=transient)) from error

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from kubernetes import client as k8s
 
-from cifar_assets.serving.client import InferenceClient, ServedModel, ServerError
+from resources.inference_service.client import InferenceClient, ServedModel, ServerError
 from resources.inference_service.kserve.client import InferenceService
 from resources.inference_service.kserve.manifest import predictor_name
 from resources.inference_service.kserve.tunnel import ServiceTunnel

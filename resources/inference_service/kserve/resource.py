@@ -7,8 +7,7 @@ import dagster as dg
 from pydantic import Field, model_validator
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, MODEL_NAME
-from cifar_assets.errors import CifarError, ConfigError, DeployError
-from cifar_assets.redaction import has_credentials, redacted
+from resources.errors import ConfigError, DeployError, ExplainedError
 from resources.inference_service.interface import (
     DeployedService,
     DeployRequest,
@@ -29,7 +28,8 @@ from resources.inference_service.kserve.watch import RolloutLimits
 from resources.kubernetes.api import load_configuration
 from resources.kubernetes.config import settings_from_json
 from resources.kubernetes.errors import KubernetesError
-from resources.object_store import ObjectStoreResource
+from resources.object_store.resource import ObjectStoreResource
+from resources.redaction import has_credentials, redacted
 
 IMAGE_VARIABLE = "SERVER_IMAGE"
 NAMESPACE_VARIABLE = "SERVER_NAMESPACE"
@@ -107,7 +107,7 @@ class KServeInferenceService(InferenceServiceResource):
     def status(self) -> ServiceStatus:
         try:
             return self._status()
-        except (CifarError, KubernetesError) as error:
+        except (ExplainedError, KubernetesError) as error:
             return ServiceStatus(False, None, None, None, str(error))
 
     def delete(self) -> bool:
@@ -131,7 +131,7 @@ class KServeInferenceService(InferenceServiceResource):
         details = self._details(service, address)
         try:
             served = endpoint.served_model(service, canary=False)
-        except CifarError as error:
+        except ExplainedError as error:
             reason = failure or "; ".join(service.complaints) or str(error)
             return ServiceStatus(False, address.url, None, None, reason, details, address.headers)
         return ServiceStatus(

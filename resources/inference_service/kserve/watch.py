@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cifar_assets.errors import DeployError
-from cifar_assets.serving.client import ServedModel, ServerError
+from resources.errors import DeployError
+from resources.inference_service.client import ServedModel, ServerError
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.config import CONTAINER_NAME

@@ -9,7 +9,7 @@ import time
 
 from dagster_pipes import PipesEnvVarParamsLoader, open_dagster_pipes
 
-from cifar_assets.pipes_store import PipesStoreMessageWriter
+from resources.pipes_store import PipesStoreMessageWriter
 
 
 def epochs(count: int) -> None:

@@ -9,10 +9,10 @@ import pytest
 from dagster._core.errors import DagsterExecutionInterruptedError
 
 from cifar_assets.deployment import resources_for
-from cifar_assets.errors import ConfigError
 from resources.argo import PipelineRequest, PipelineResource
 from resources.argo.client import WorkflowClient
 from resources.argo.workflows import ArgoPipeline, argo_from_environment
+from resources.errors import ConfigError
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.orchestration.test_definitions import KUBERNETES_ENVIRONMENT
 from tests.unit.pytorch_job.fake_cluster import api_error

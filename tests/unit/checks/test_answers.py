@@ -9,8 +9,8 @@ from cifar_assets.assets import faults
 from cifar_assets.assets.record import VERSION_METADATA
 from cifar_assets.checks import results
 from cifar_assets.checks.results import answers, spec
-from cifar_assets.errors import DataError, ObjectNotFoundError, StoreError
 from cifar_assets.finding import Finding
+from resources.errors import DataError, ObjectNotFoundError, StoreError
 
 KEY = dg.AssetKey("data")
 CHECKS = [spec(KEY, "first", "blocks", blocking=True), spec(KEY, "second", "warns"), spec(KEY, "third", "warns")]

@@ -9,7 +9,7 @@ from cifar_assets.assets.keys import INFERENCE_SERVICE
 from cifar_assets.assets.upstream import DATA_VERSION_TAG
 from cifar_assets.checks.service import inference_service_checks
 from resources.inference_service import ServiceStatus
-from resources.object_store import LocalObjectStore
+from resources.object_store.resource import LocalObjectStore
 from tests.fixtures.models import store_model
 from tests.fixtures.orchestration import NotingService
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset import isolated
+from cifar_assets.dataset.formats import isolated
 from cifar_assets.dataset.formats.archive import BATCHES
-from cifar_assets.object_store import FolderStore
+from resources.object_store import FolderStore
 
 Images = NDArray[np.uint8]
 
@@ -109,7 +109,7 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
     def start_with(code: str) -> None:
         isolated.stop()
-        script = f"from cifar_assets.dataset import isolated_child as child\n{code}\nchild.main()"
+        script = f"from cifar_assets.dataset.formats import isolated_child as child\n{code}\nchild.main()"
         monkeypatch.setattr(isolated, "_COMMAND", [sys.executable, "-P", "-c", script])
 
     yield start_with

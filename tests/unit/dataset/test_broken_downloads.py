@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cifar_assets.dataset import download
-from cifar_assets.dataset.raw import build_raw_version, current_raw_digest
-from cifar_assets.errors import DataError, StoreError
-from cifar_assets.object_store import FolderStore
+from cifar_assets.dataset.sources import download
+from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest
+from resources.errors import DataError, StoreError
+from resources.object_store import FolderStore
 
 
 @dataclass
@@ -203,7 +203,9 @@ def test_without_a_network_the_error_names_the_other_sources(
     raw: FolderStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(download, "ATTEMPTS", 1)
-    monkeypatch.setattr("cifar_assets.dataset.sources.OFFICIAL_URL", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    monkeypatch.setattr(
+        "cifar_assets.dataset.sources.importing.OFFICIAL_URL", "http://127.0.0.1:9/cifar-10-python.tar.gz"
+    )
     with pytest.raises(DataError, match=r"Cannot fetch.*'synthetic'.*Parquet"):
         build_raw_version(raw, "download")
     assert_nothing_left(raw, tmp_path)

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifar_assets.dataset.formats.archive import read_archive
+from cifar_assets.dataset.formats.images import prepare_image
 from cifar_assets.dataset.formats.parquet import read_parquet
 from cifar_assets.dataset.formats.pickles import load_fields
-from cifar_assets.dataset.images import prepare_image
 from cifar_assets.dataset.index import build_index
 from cifar_assets.dataset.objects import RawObject, ranges_of
-from cifar_assets.errors import DataError
+from resources.errors import DataError
 
 _BATCH = pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 2], "names": ["a", "b"]}, protocol=2)
 

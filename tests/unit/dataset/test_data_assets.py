@@ -9,8 +9,8 @@ from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.processed_dataset import processed_dataset
 from cifar_assets.assets.raw_dataset import raw_dataset
 from cifar_assets.contracts import CLASSES
-from cifar_assets.object_store import FolderStore
-from resources.object_store import LocalObjectStore
+from resources.object_store import FolderStore
+from resources.object_store.resource import LocalObjectStore
 from tests.unit.dataset.test_hostile_archives import extras
 
 ASSETS = [raw_dataset, processed_dataset]
@@ -63,7 +63,7 @@ def test_bad_data_is_a_failed_run_that_records_nothing_and_goes_no_further(kind:
 def test_what_a_version_holds_and_what_changed_is_in_the_metadata(
     make, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cifar_assets.dataset.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
     with dg.DagsterInstance.ephemeral() as instance:
         assert materialize(tmp_path / "store", instance, source).success
         raw = FolderStore(tmp_path / "store" / "raw-data")

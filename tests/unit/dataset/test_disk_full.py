@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar_assets.dataset.raw import build_raw_version, current_raw_digest
-from cifar_assets.errors import StoreError
-from cifar_assets.object_store import FolderStore
+from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest
+from resources.errors import StoreError
+from resources.object_store import FolderStore
 from tests.unit.dataset.test_broken_downloads import Server, server
 
 __all__ = ["server"]
@@ -85,7 +85,7 @@ def test_full_disk_of_temporary_files_publishes_nothing(
 def test_full_disk_of_the_store_loses_nothing_that_landed(
     left: int, disk: Path, make, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cifar_assets.dataset.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
     raw = FolderStore(disk / "store")
     landed = {"landing/cat/bad.png": b"bad", "landing/a.parquet": make.parquet(make.images(40, 5), make.labels(40))}
     for key, data in landed.items():

@@ -10,9 +10,9 @@ import pytest
 
 from cifar_assets.dataset.formats import archive
 from cifar_assets.dataset.formats.pickles import HostileDataError, load_fields
-from cifar_assets.dataset.raw import build_raw_version, current_raw_digest
-from cifar_assets.errors import DataError
-from cifar_assets.object_store import FolderStore
+from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest
+from resources.errors import DataError
+from resources.object_store import FolderStore
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from cifar_assets.dataset.images import (
+from cifar_assets.dataset.formats.images import (
     ImageError,
     ImageLimits,
     ImageTooLargeError,
@@ -20,7 +20,7 @@ from cifar_assets.dataset.images import (
     pixel_digest,
     prepare_image,
 )
-from cifar_assets.digests import sha256_bytes
+from resources.digests import sha256_bytes
 
 RNG = np.random.default_rng(7)
 PIXELS = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -337,7 +337,7 @@ class TestLimits:
             data = png(4096, 2048, depth=16, color=6, rows=bytes(2048 * (1 + 8 * 4096)))
         code = (
             "import pathlib, resource, sys\n"
-            "from cifar_assets.dataset.images import prepare_image\n"
+            "from cifar_assets.dataset.formats.images import prepare_image\n"
             "used = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
             "resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20),) * 2)\n"
             "print(prepare_image(sys.stdin.buffer.read()).shape)"

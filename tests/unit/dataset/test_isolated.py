@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cifar_assets.dataset import isolated
-from cifar_assets.dataset.isolated import ReaderKilledError, ask
-from cifar_assets.dataset.raw import build_raw_version
-from cifar_assets.errors import CifarError
-from cifar_assets.object_store import FolderStore
+from cifar_assets.dataset.formats import isolated
+from cifar_assets.dataset.formats.isolated import ReaderKilledError, ask
+from cifar_assets.dataset.versions.raw import build_raw_version
+from resources.errors import ExplainedError
+from resources.object_store import FolderStore
 
 FAULT = """
 import os, signal
@@ -34,7 +34,7 @@ def fault(code: str, condition: str = "'bad' in seen[-1]") -> str:
 
 @pytest.fixture(autouse=True)
 def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cifar_assets.dataset.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
 
 
 def reason_of(raw: FolderStore, key: str) -> str:
@@ -106,7 +106,7 @@ def test_process_that_does_not_start_is_no_verdict_on_a_file(make, raw: FolderSt
     build_raw_version(raw, source)
     raw.write("landing/good.parquet", make.parquet(make.images(2, 6), make.labels(2)))
     child("raise SystemExit(7)")
-    with pytest.raises(CifarError, match="does not start: it ended its reader with exit status 7"):
+    with pytest.raises(ExplainedError, match="does not start: it ended its reader with exit status 7"):
         build_raw_version(raw, source)
     assert raw.exists("landing/good.parquet")
 

@@ -13,20 +13,20 @@ import pytest
 from PIL import Image
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset import landed, rejection
-from cifar_assets.dataset.images import pixel_digest
-from cifar_assets.dataset.landing import classify_landing_object, scan_landing
-from cifar_assets.dataset.processed import build_processed
-from cifar_assets.dataset.raw import RawVersion, build_raw_version, make_current, read_raw
-from cifar_assets.dataset.reader import open_split
-from cifar_assets.errors import DataError
-from cifar_assets.object_store import FolderStore
+from cifar_assets.dataset.formats.images import pixel_digest
+from cifar_assets.dataset.landing import landed, rejection
+from cifar_assets.dataset.landing.zone import classify_landing_object, scan_landing
+from cifar_assets.dataset.versions.processed import build_processed
+from cifar_assets.dataset.versions.raw import RawVersion, build_raw_version, make_current, read_raw
+from cifar_assets.dataset.versions.reader import open_split
+from resources.errors import DataError
+from resources.object_store import FolderStore
 
 
 @pytest.fixture(autouse=True)
 def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What these tests land was put there a while ago: nobody is still writing it."""
-    monkeypatch.setattr("cifar_assets.dataset.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
 
 
 def reason_of(raw: FolderStore, key: str) -> dict:
@@ -275,7 +275,7 @@ def test_landed_object_larger_than_the_disk_stops_no_build(
 ) -> None:
     raw.write("landing/a.parquet", make.parquet(make.images(2, 5), [0, 1]))
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr("cifar_assets.dataset.landed.shutil.disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr("cifar_assets.dataset.landing.landed.shutil.disk_usage", lambda path: usage._replace(free=100))
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 80
     assert "room for 100: set TMPDIR" in version.report.landing.skipped["landing/a.parquet"]
@@ -444,7 +444,7 @@ def test_an_object_that_another_build_moved_is_no_fault(raw: FolderStore, source
         move(store, *arguments, **options)
         return move(store, *arguments, **options)
 
-    monkeypatch.setattr("cifar_assets.dataset.landing.reject_object", move_twice)
+    monkeypatch.setattr("cifar_assets.dataset.landing.zone.reject_object", move_twice)
     version = build_raw_version(raw, source)
     assert version.report.landing.rejected[0].moved_to == "rejected/cat/x.png"
     assert raw.read("rejected/cat/x.png") == b"bad"

@@ -4,16 +4,16 @@ import pytest
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.__main__ import main
-from cifar_assets.dataset.images import pixel_digest
-from cifar_assets.dataset.lineage import changes_since, find_image, find_object, images_of, model_lineage
-from cifar_assets.dataset.processed import ProcessedVersion, build_processed
-from cifar_assets.dataset.raw import RawVersion, build_raw_version, current_raw_digest
-from cifar_assets.dataset.seed_copies import write_seed_processed, write_seed_raw
-from cifar_assets.dataset.splits import SPLIT_NAMES
+from cifar_assets.dataset.formats.images import pixel_digest
 from cifar_assets.dataset.stores import Stores
-from cifar_assets.digests import sha256_bytes
+from cifar_assets.dataset.versions.lineage import changes_since, find_image, find_object, images_of, model_lineage
+from cifar_assets.dataset.versions.processed import ProcessedVersion, build_processed
+from cifar_assets.dataset.versions.raw import RawVersion, build_raw_version, current_raw_digest
+from cifar_assets.dataset.versions.seed_copies import write_seed_processed, write_seed_raw
+from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from cifar_assets.model_package import IDENTITY_FILES, ModelManifest, write_package
-from cifar_assets.object_store import FolderStore
+from resources.digests import sha256_bytes
+from resources.object_store import FolderStore
 
 
 class World:

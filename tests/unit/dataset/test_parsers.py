@@ -18,21 +18,21 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset import download
 from cifar_assets.dataset.formats.archive import BATCHES, read_archive
 from cifar_assets.dataset.formats.image_tar import pack_images, read_image_tar
+from cifar_assets.dataset.formats.images import ImageError, prepare_image
 from cifar_assets.dataset.formats.pickles import load_fields
-from cifar_assets.dataset.images import ImageError, prepare_image
 from cifar_assets.dataset.index import build_index, dump_index, parse_index, read_index
-from cifar_assets.dataset.landing import classify_landing_object
-from cifar_assets.dataset.processed import ProcessedManifest, read_processed
-from cifar_assets.dataset.raw import RawManifest, current_raw_digest, read_raw
-from cifar_assets.dataset.shards import map_shard
-from cifar_assets.dataset.sources import import_source
-from cifar_assets.digests import sha256_bytes
-from cifar_assets.errors import CifarError, DataError
+from cifar_assets.dataset.landing.zone import classify_landing_object
+from cifar_assets.dataset.sources import download
+from cifar_assets.dataset.sources.importing import import_source
+from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
+from cifar_assets.dataset.versions.raw import RawManifest, current_raw_digest, read_raw
+from cifar_assets.dataset.versions.shards import map_shard
 from cifar_assets.landing_decision import LandingCursor
-from cifar_assets.object_store import FolderStore
+from resources.digests import sha256_bytes
+from resources.errors import DataError, ExplainedError
+from resources.object_store import FolderStore
 from tests.unit.dataset.test_damage import attempt
 from tests.unit.dataset.test_images import chunk
 
@@ -444,7 +444,7 @@ def test_any_source_address(
     monkeypatch.setattr("socket.create_connection", no_network)
     try:
         import_source(address, raw)
-    except CifarError as error:
+    except ExplainedError as error:
         event(type(error).__name__)
 
 

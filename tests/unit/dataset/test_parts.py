@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save
 
-from cifar_assets.dataset import parts
-from cifar_assets.dataset.grouping import GROUP_ROWS, grouped
-from cifar_assets.dataset.processed import MANIFEST_FILE, build_processed, read_processed
-from cifar_assets.dataset.raw import build_raw_version
-from cifar_assets.dataset.reader import open_split
-from cifar_assets.dataset.splits import SPLIT_NAMES, SplitConfig
-from cifar_assets.digests import canonical_json, sha256_bytes
-from cifar_assets.errors import ObjectChangedError, StoreError
-from cifar_assets.object_store import FolderStore
-from cifar_assets.object_store.base import ObjectStore
+from cifar_assets.dataset.versions import parts
+from cifar_assets.dataset.versions.grouping import GROUP_ROWS, grouped
+from cifar_assets.dataset.versions.processed import MANIFEST_FILE, build_processed, read_processed
+from cifar_assets.dataset.versions.raw import build_raw_version
+from cifar_assets.dataset.versions.reader import open_split
+from cifar_assets.dataset.versions.splits import SPLIT_NAMES, SplitConfig
+from resources.digests import canonical_json, sha256_bytes
+from resources.errors import ObjectChangedError, StoreError
+from resources.object_store import FolderStore
+from resources.object_store.base import ObjectStore
 
 
 def png(number: int) -> bytes:

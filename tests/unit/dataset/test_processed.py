@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_assets.dataset.parts import ChannelStatistics
-from cifar_assets.dataset.processed import build_processed, list_processed_versions, read_processed
-from cifar_assets.dataset.raw import build_raw_version
-from cifar_assets.dataset.reader import open_split
 from cifar_assets.dataset.sheet import sample_sheet
-from cifar_assets.dataset.splits import SPLIT_NAMES, SplitConfig
-from cifar_assets.errors import DataError, IntegrityError, ObjectNotFoundError, StoreError
-from cifar_assets.object_store import FolderStore
+from cifar_assets.dataset.versions.parts import ChannelStatistics
+from cifar_assets.dataset.versions.processed import build_processed, list_processed_versions, read_processed
+from cifar_assets.dataset.versions.raw import build_raw_version
+from cifar_assets.dataset.versions.reader import open_split
+from cifar_assets.dataset.versions.splits import SPLIT_NAMES, SplitConfig
+from resources.errors import DataError, IntegrityError, ObjectNotFoundError, StoreError
+from resources.object_store import FolderStore
 
 HALF = SplitConfig(validation_fraction=0.5)
 

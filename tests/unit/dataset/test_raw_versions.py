@@ -2,10 +2,16 @@ import json
 
 import pytest
 
-from cifar_assets.dataset.raw import build_raw_version, current_raw_digest, list_raw_versions, make_current, read_raw
-from cifar_assets.digests import sha256_bytes
-from cifar_assets.errors import ConfigError, DataError, IntegrityError, ObjectNotFoundError
-from cifar_assets.object_store import FolderStore
+from cifar_assets.dataset.versions.raw import (
+    build_raw_version,
+    current_raw_digest,
+    list_raw_versions,
+    make_current,
+    read_raw,
+)
+from resources.digests import sha256_bytes
+from resources.errors import ConfigError, DataError, IntegrityError, ObjectNotFoundError
+from resources.object_store import FolderStore
 
 
 def test_the_digest_is_of_the_manifest_and_free_of_names_and_times(

@@ -10,16 +10,16 @@ import pyarrow as pa
 import pytest
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset import synthetic
+from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import index_of, pixel_digests
-from cifar_assets.dataset.layouts import is_test_file
 from cifar_assets.dataset.objects import RawObject
-from cifar_assets.dataset.raw import build_raw_version, current_raw_digest, make_current
-from cifar_assets.dataset.rows import SPLITS
-from cifar_assets.dataset.sources import import_source
-from cifar_assets.digests import sha256_bytes
-from cifar_assets.errors import ConfigError, DataError
-from cifar_assets.object_store import FolderStore, ObjectInfo
+from cifar_assets.dataset.sources import synthetic
+from cifar_assets.dataset.sources.importing import import_source
+from cifar_assets.dataset.sources.layouts import is_test_file
+from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest, make_current
+from resources.digests import sha256_bytes
+from resources.errors import ConfigError, DataError
+from resources.object_store import FolderStore, ObjectInfo
 from tests.fixtures.minio import S3Server
 
 
@@ -189,7 +189,7 @@ def test_a_digest_is_not_taken_for_that_of_many_files(raw: FolderStore, source: 
 def test_bad_rows_known_from_the_landing_zone_are_refused_in_a_source_too(
     make, raw: FolderStore, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cifar_assets.dataset.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
     data = make.encoded_parquet([make.png(make.images(1, 9)[0]), b"no image"], [0, 1])
     raw.write("landing/train.parquet", data)
     build_raw_version(raw, source)
@@ -384,7 +384,7 @@ def test_s3_addresses_name_exactly_the_key(name: str, make, raw: FolderStore, mo
             return []
 
     monkeypatch.setattr(
-        "cifar_assets.object_store.s3.S3Store.from_environment", lambda path: Fake(urllib.parse.unquote(path))
+        "resources.object_store.s3.S3Store.from_environment", lambda path: Fake(urllib.parse.unquote(path))
     )
     with pytest.raises(ConfigError, match="no object has this key"):
         import_source(f"s3://bucket/{name}/x", raw)

@@ -12,16 +12,16 @@ from cifar_assets.assets.raw_dataset import raw_dataset
 from cifar_assets.assets.upstream import previous_digests
 from cifar_assets.checks.data import classes_balanced, processed_dataset_checks, raw_dataset_checks
 from cifar_assets.contracts import SEED_PROCESSED_KEY
-from cifar_assets.dataset.processed import build_processed, read_processed
-from cifar_assets.dataset.raw import build_raw_version, current_raw_digest, make_current
-from cifar_assets.dataset.splits import SplitConfig
 from cifar_assets.dataset.stores import stores_below
-from cifar_assets.dataset.verdicts import judge_processed, judge_raw
-from cifar_assets.errors import DataError
+from cifar_assets.dataset.versions.processed import build_processed, read_processed
+from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest, make_current
+from cifar_assets.dataset.versions.splits import SplitConfig
+from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
 from cifar_assets.finding import objections
-from cifar_assets.object_store import FolderStore
 from cifar_assets.pipeline_steps import __main__ as steps
-from resources.object_store import LocalObjectStore
+from resources.errors import DataError
+from resources.object_store import FolderStore
+from resources.object_store.resource import LocalObjectStore
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_processed_version_that_its_check_refuses_stops_the_pipelines_too(
     command = ["--store", str(root), "processed", f"--plan={tmp_path / 'outputs' / 'plan'}"]
     assert steps.main(command) == 0
 
-    monkeypatch.setattr("cifar_assets.dataset.verdicts._MEAN_RANGE", (0.9, 0.95))
+    monkeypatch.setattr("cifar_assets.dataset.versions.verdicts._MEAN_RANGE", (0.9, 0.95))
     processed.write(SEED_PROCESSED_KEY, b"the copy before")
     assert not materialize(root, instance, source, copies=True).success
     assert processed.read(SEED_PROCESSED_KEY) == b"the copy before" != before

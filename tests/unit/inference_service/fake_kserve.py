@@ -15,7 +15,7 @@ from typing import Any
 from dagster_k8s.models import k8s_model_from_dict
 from kubernetes import client as k8s
 
-from cifar_assets.serving.client import ServedModel, ServerError
+from resources.inference_service.client import ServedModel, ServerError
 from resources.inference_service.kserve.client import InferenceService
 from tests.unit.pytorch_job.fake_cluster import FakeClock, api_error, not_found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cifar_assets.errors import DeployError
+from resources.errors import DeployError
 from resources.inference_service import DeployRequest
 from resources.inference_service.kserve.client import InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings

@@ -20,7 +20,7 @@ from resources.inference_service.kserve.manifest import (
 )
 from resources.inference_service.kserve.resource import serving_from_environment
 from resources.kubernetes.errors import SettingsError
-from resources.object_store import LocalObjectStore
+from resources.object_store.resource import LocalObjectStore
 
 K8S = Path(__file__).parents[3] / "k8s"
 REQUEST = DeployRequest("s3://models/abc/", "d" * 64, "7", "run-1", "e" * 64, 0.91, 0.77)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cifar_assets.errors import DeployError
+from resources.errors import DeployError
 from resources.inference_service.kserve.client import InferenceServiceClient
 from resources.kubernetes.errors import ApiRefusedError
 from tests.unit.inference_service import fake_kserve as fake

@@ -9,14 +9,14 @@ import yaml
 from kubernetes import client as k8s
 
 from cifar_assets.assets.faults import retrying_infrastructure_faults
-from cifar_assets.errors import ConfigError, DeployError
-from cifar_assets.serving.client import ServerError
+from resources.errors import ConfigError, DeployError
 from resources.inference_service import DeployRequest
+from resources.inference_service.client import ServerError
 from resources.inference_service.kserve import resource as module
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.endpoint import Address, ServiceEndpoint
 from resources.inference_service.kserve.resource import KServeInferenceService, serving_from_environment
-from resources.object_store import LocalObjectStore
+from resources.object_store.resource import LocalObjectStore
 from tests.unit.inference_service.fake_kserve import FakeKServe
 from tests.unit.pytorch_job.fake_cluster import api_error
 

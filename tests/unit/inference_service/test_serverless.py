@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cifar_assets.errors import DeployError, StoreError
+from resources.errors import DeployError, StoreError
 from resources.inference_service import DeployRequest
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings

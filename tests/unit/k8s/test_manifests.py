@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cifar_assets.object_store import FolderStore
-from resources.kubernetes_trainer import trainer_from_environment
-from resources.object_store import LocalObjectStore
+from resources.object_store import FolderStore
+from resources.object_store.resource import LocalObjectStore
 from resources.pytorch_job.config import PyTorchJobConfig
+from resources.trainer.kubernetes import trainer_from_environment
 
 ROOT = Path(__file__).parents[3]
 K8S = ROOT / "k8s"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cifar_assets.object_store.setup import ROLES, policy_of, user_of
 from resources.inference_service.kserve.config import InferenceServiceSettings
-from resources.kubernetes_trainer import trainer_from_environment
-from resources.object_store import LocalObjectStore
+from resources.object_store.resource import LocalObjectStore
+from resources.object_store.setup import ROLES, policy_of, user_of
+from resources.trainer.kubernetes import trainer_from_environment
 
 K8S = Path(__file__).parents[3] / "k8s"
 NAMESPACES = {"platform": "cifar-platform", "access": "cifar", "dagster": "cifar", "argo": "cifar"}

@@ -6,9 +6,9 @@ from typing import BinaryIO
 
 import pytest
 
-from cifar_assets.errors import ConfigError, ObjectNotFoundError, StoreError
-from cifar_assets.object_store import FolderStore
-from cifar_assets.object_store.folder import write_atomically
+from resources.errors import ConfigError, ObjectNotFoundError, StoreError
+from resources.object_store import FolderStore
+from resources.object_store.folder import write_atomically
 from tests.fixtures.workspace import ROOT
 
 
@@ -76,7 +76,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_process_and_a_live_one
     def write_in_a_child(before_the_end: str) -> None:
         code = (
             "import os, signal, sys; from pathlib import Path\n"
-            "from cifar_assets.object_store.folder import write_atomically\n"
+            "from resources.object_store.folder import write_atomically\n"
             f"write_atomically(Path(sys.argv[1]), lambda file: {before_the_end})"
         )
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], cwd=ROOT, check=False)

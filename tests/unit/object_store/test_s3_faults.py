@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar_assets.errors import ConfigError, StoreError
-from cifar_assets.object_store import open_store
-from cifar_assets.object_store.s3 import ATTEMPTS, S3Connection, S3Store
+from resources.errors import ConfigError, StoreError
+from resources.object_store import open_store
+from resources.object_store.s3 import ATTEMPTS, S3Connection, S3Store
 
 Answer = Callable[[BaseHTTPRequestHandler, int], None]
 BODY = bytes(range(256)) * 400

@@ -3,10 +3,10 @@
 import pytest
 import urllib3
 
-from cifar_assets.errors import ConfigError
-from cifar_assets.object_store.s3 import S3Store
-from cifar_assets.object_store.s3_settings import S3Connection
-from resources.object_store import MinioObjectStore, object_store_from_environment
+from resources.errors import ConfigError
+from resources.object_store.resource import MinioObjectStore, object_store_from_environment
+from resources.object_store.s3 import S3Store
+from resources.object_store.s3_settings import S3Connection
 
 KEYS = {"AWS_ENDPOINT_URL": "http://host:9000", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 

@@ -3,11 +3,11 @@
 import pytest
 
 from cifar_assets.deployment import resources_for
-from cifar_assets.errors import CifarError, ConfigError, DataError, IntegrityError
 from cifar_assets.gate import judge
 from cifar_assets.model_package import METRICS_FILE
-from cifar_assets.object_store import ObjectStore, open_store
+from resources.errors import ConfigError, DataError, ExplainedError, IntegrityError
 from resources.gate import DEFAULT_THRESHOLD
+from resources.object_store import ObjectStore, open_store
 from tests.fixtures.models import store_model
 
 
@@ -39,7 +39,7 @@ def test_an_accuracy_that_is_no_fraction_is_refused(models: ObjectStore, accurac
 
 
 def test_a_model_that_is_not_stored_cannot_pass(models: ObjectStore) -> None:
-    with pytest.raises(CifarError, match="f" * 64):
+    with pytest.raises(ExplainedError, match="f" * 64):
         judge(models, "f" * 64, 0.0)
 
 

@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from cifar_assets.dataset.landing import LandingScan
-from cifar_assets.dataset.landing_record import fingerprint
+from cifar_assets.dataset.landing.record import fingerprint
+from cifar_assets.dataset.landing.zone import LandingScan
 from cifar_assets.landing_decision import MAX_ATTEMPTS, Decision, LandingCursor, LastRun, Outcome, decide
-from cifar_assets.object_store import ObjectInfo
+from resources.object_store import ObjectInfo
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

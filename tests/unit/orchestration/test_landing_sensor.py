@@ -12,13 +12,13 @@ from dagster._core.execution.asset_backfill import AssetBackfillData
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
-from cifar_assets.dataset.landing import scan_landing
-from cifar_assets.dataset.landing_record import RECORD_KEY, read_record, write_record
+from cifar_assets.dataset.landing.record import RECORD_KEY, read_record, write_record
+from cifar_assets.dataset.landing.zone import scan_landing
 from cifar_assets.definitions import defs
 from cifar_assets.landing_decision import LandingCursor, Outcome
-from cifar_assets.object_store import FolderStore
 from cifar_assets.sensors import landing_sensor, last_run, training_in_flight
-from resources.object_store import LocalObjectStore
+from resources.object_store import FolderStore
+from resources.object_store.resource import LocalObjectStore
 
 JOBS = defs.get_repository_def()
 

@@ -10,9 +10,9 @@ import pytest
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.upstream import DATA_VERSION_TAG
 from cifar_assets.checks.parity import argo_parity_checks
-from cifar_assets.digests import canonical_json
 from cifar_assets.model_package import ENVIRONMENT_FILE
-from resources.object_store import LocalObjectStore
+from resources.digests import canonical_json
+from resources.object_store.resource import LocalObjectStore
 from tests.fixtures.models import store_model
 
 ENVIRONMENT = {"processes": 1, "threads": 2, "device": "cpu", "precision": "float32", "cpu": "some", "packages": {}}

@@ -171,7 +171,7 @@ def test_rollback_to_a_model_whose_check_failed_since_is_refused(world: World) -
 
 def test_a_model_of_a_dataset_that_failed_its_check_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.data()
-    monkeypatch.setattr("cifar_assets.dataset.verdicts._MEAN_RANGE", (0.9, 0.95))
+    monkeypatch.setattr("cifar_assets.dataset.versions.verdicts._MEAN_RANGE", (0.9, 0.95))
     assert not world.materialize(PROCESSED_DATASET, *BOTH).success
     refused = failure(world.materialize(*BOTH), INFERENCE_SERVICE)  # a later run passes the dataset's checks by
     assert refused is not None

@@ -6,10 +6,10 @@ from pydantic import ValidationError
 
 from cifar_assets.assets.trained_model import TrainedModelConfig
 from cifar_assets.definitions import defs
-from cifar_assets.errors import ConfigError
 from cifar_assets.training.recipes import DEFAULT_RECIPE, Recipe
 from cifar_assets.training.spec import Execution, JobSpec
-from resources.object_store import LocalObjectStore
+from resources.errors import ConfigError
+from resources.object_store.resource import LocalObjectStore
 
 DIGEST = "a" * 64
 CHANGED = {

@@ -7,15 +7,15 @@ import pytest
 from dagster_pipes import PipesMappingParamsLoader
 from yaml import safe_load
 
-from cifar_assets.dataset.processed import read_processed
-from cifar_assets.dataset.raw import build_raw_version
-from cifar_assets.errors import StoreError
+from cifar_assets.dataset.versions.processed import read_processed
+from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.model_package import WEIGHTS_FILE
-from cifar_assets.object_store import FolderStore
 from cifar_assets.pipeline_steps import __main__ as steps
 from cifar_assets.pipeline_steps.plan import Plan, parse_plan
-from cifar_assets.pipes_store import STORE_URI_PARAM
 from cifar_assets.training.spec import parse_spec
+from resources.errors import StoreError
+from resources.object_store import FolderStore
+from resources.pipes_store import STORE_URI_PARAM
 from tests.fixtures.models import store_model
 from tests.fixtures.tiny_data import TINY_RECIPE, TinyData, store_tiny_data
 

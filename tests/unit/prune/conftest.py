@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_assets.dataset.processed import build_processed
-from cifar_assets.dataset.raw import build_raw_version
 from cifar_assets.dataset.stores import Stores, stores_below
-from cifar_assets.object_store import FolderStore
+from cifar_assets.dataset.versions.processed import build_processed
+from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.prune.policy import Policy
 from cifar_assets.prune.run import Pruner, Report
 from resources.inference_service import InferenceServiceResource, ServiceStatus
 from resources.inference_service.local import LocalInferenceService
 from resources.mlflow import LocalMlflow
-from resources.object_store import LocalObjectStore
+from resources.object_store import FolderStore
+from resources.object_store.resource import LocalObjectStore
 from tests.fixtures.models import store_model
 from tests.fixtures.tiny_data import write_drawn_images
 

@@ -10,19 +10,19 @@ import pytest
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
 from cifar_assets.assets.upstream import DATA_VERSION_TAG
-from cifar_assets.dataset.processed import read_processed
-from cifar_assets.dataset.raw import current_raw_digest, make_current, read_raw
-from cifar_assets.dataset.reader import open_split
-from cifar_assets.digests import canonical_json
+from cifar_assets.dataset.versions.processed import read_processed
+from cifar_assets.dataset.versions.raw import current_raw_digest, make_current, read_raw
+from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import read_manifest
-from cifar_assets.object_store import FolderStore
 from cifar_assets.prune import run as prune_run
 from cifar_assets.prune.__main__ import main
 from cifar_assets.prune.job import prune_job
 from cifar_assets.prune.policy import Policy
 from cifar_assets.prune.run import PruneError
+from resources.digests import canonical_json
 from resources.mlflow import LocalMlflow
-from resources.object_store import LocalObjectStore
+from resources.object_store import FolderStore
+from resources.object_store.resource import LocalObjectStore
 from tests.unit.prune.conftest import KEPT, Generation, Serving, World, png
 
 

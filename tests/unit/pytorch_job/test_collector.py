@@ -9,10 +9,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from cifar_assets.errors import StoreError
-from cifar_assets.object_store import FolderStore
+from resources.errors import StoreError
 from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL
+from resources.object_store import FolderStore
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.collector import (
     CollectorTarget,

@@ -9,7 +9,7 @@ import dagster as dg
 import pytest
 from dagster_pipes import PipesContext, PipesMappingParamsLoader, encode_param
 
-from cifar_assets.pipes_store import STORE_URI_PARAM
+from resources.pipes_store import STORE_URI_PARAM
 from resources.pytorch_job.client import PyTorchJobClient
 from tests.unit.pytorch_job.fake_cluster import FakeCluster
 from tests.unit.pytorch_job.test_messages import CONTEXT

@@ -11,21 +11,21 @@ import dagster as dg
 import pytest
 
 from cifar_assets.contracts import EXIT_RESUME
-from cifar_assets.errors import ConfigError, TrainingError
-from cifar_assets.pipes_store import STORE_URI_PARAM
 from cifar_assets.training.recipes import RECIPES
 from cifar_assets.training.spec import JobSpec, MlflowTarget
-from resources.kubernetes_trainer import (
+from resources.errors import ConfigError, TrainingError
+from resources.object_store.resource import LocalObjectStore
+from resources.pipes_store import STORE_URI_PARAM
+from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.config import PyTorchJobConfig
+from resources.pytorch_job.pipes import PipesPyTorchJobClient
+from resources.trainer.interface import TrainingScale
+from resources.trainer.kubernetes import (
     LAUNCHER,
     KubernetesTrainer,
     build_trainer_collector,
     trainer_from_environment,
 )
-from resources.object_store import LocalObjectStore
-from resources.pytorch_job.client import PyTorchJobClient
-from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.pipes import PipesPyTorchJobClient
-from resources.trainer import TrainingScale
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, runs_and_succeeds
 from tests.unit.pytorch_job.test_messages import process
 from tests.unit.pytorch_job.test_pipes import failing

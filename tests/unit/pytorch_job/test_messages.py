@@ -20,9 +20,9 @@ from dagster_pipes import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_assets.errors import StoreError
-from cifar_assets.object_store import FolderStore
-from cifar_assets.pipes_store import PipesStoreMessageWriter
+from resources.errors import StoreError
+from resources.object_store import FolderStore
+from resources.pipes_store import PipesStoreMessageWriter
 from resources.pytorch_job.messages import MessagesLostError, PipesStoreMessageReader
 from tests.unit.pytorch_job.fake_cluster import FakeClock
 

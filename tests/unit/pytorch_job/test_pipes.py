@@ -14,9 +14,9 @@ from dagster._core.execution.job_execution_result import JobExecutionResult
 from dagster._core.pipes.reattach import PIPES_LAUNCH_HANDLE_METADATA_KEY
 from dagster._core.storage.tags import RESUME_RETRY_TAG
 
-from cifar_assets.object_store import FolderStore
-from cifar_assets.pipes_store import STORE_URI_PARAM
 from resources.kubernetes.limits import WatchLimits
+from resources.object_store import FolderStore
+from resources.pipes_store import STORE_URI_PARAM
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.messages import PipesStoreMessageReader

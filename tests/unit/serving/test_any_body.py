@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cifar_assets.object_store import FolderStore
+from resources.object_store import FolderStore
 from tests.unit.serving.server_process import ServerProcess, form, run_server
 from tests.unit.serving.tiny_model import store_tiny_model
 

@@ -8,12 +8,12 @@ import pytest
 from onnx import helper
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.digests import sha256_bytes
-from cifar_assets.errors import DataError, IntegrityError, ObjectNotFoundError
 from cifar_assets.model_package import MANIFEST_FILE, ONNX_FILE, ModelManifest, write_package
-from cifar_assets.object_store import FolderStore
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.limits import ServingLimits
+from resources.digests import sha256_bytes
+from resources.errors import DataError, IntegrityError, ObjectNotFoundError
+from resources.object_store import FolderStore
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_logits, tiny_onnx
 
 

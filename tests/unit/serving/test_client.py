@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar_assets.serving.client import InferenceClient, ServerError
+from resources.inference_service.client import InferenceClient, ServerError
 
 IMAGE = np.zeros((1, 3, 32, 32), np.uint8)
 Answering = Callable[[bytes], int]

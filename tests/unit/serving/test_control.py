@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_assets.errors import DeployError
 from cifar_assets.serving.control import PROTOCOL, ControlSocket, RunningServer, ServerInfo, find_server
+from resources.errors import DeployError
 
 INFO = ServerInfo(pid=os.getpid(), host="127.0.0.1", port=8080, model_uri="u", model_digest="d", model_version="1")
 ANSWERS = st.one_of(

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from cifar_assets.contracts import EXIT_BAD_SPEC
-from cifar_assets.errors import ConfigError
 from cifar_assets.serving.__main__ import main
 from cifar_assets.serving.ports import bind_address, command_line, port_holder
 from cifar_assets.serving.settings import parse_settings
+from resources.errors import ConfigError
 
 REQUIRED = ["--model-uri", "file:///m/", "--model-digest", "abcdef0123456789"]
 

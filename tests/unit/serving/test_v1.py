@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cifar_assets.dataset.images import ImageLimits
+from cifar_assets.dataset.formats.images import ImageLimits
 from cifar_assets.serving.faults import RequestError
 from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.multipart import parse_form

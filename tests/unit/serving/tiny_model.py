@@ -5,9 +5,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.digests import sha256_bytes
 from cifar_assets.model_package import METRICS_FILE, ONNX_FILE, RECIPE_FILE, WEIGHTS_FILE, ModelManifest, write_package
-from cifar_assets.object_store import ObjectStore
+from resources.digests import sha256_bytes
+from resources.object_store import ObjectStore
 
 
 def tiny_weights(seed: int = 0) -> np.ndarray:

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_assets.object_store import FolderStore
 from cifar_assets.training.recipes import get_recipe
 from cifar_assets.training.spec import JobSpec
+from resources.object_store import FolderStore
 from tests.unit.training.small_dataset import store_dataset
 
 SpecMaker = Callable[..., JobSpec]

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cifar_assets.model_package import METRICS_FILE, ModelManifest, read_json, read_manifest
-from cifar_assets.object_store import FolderStore
 from cifar_assets.training.recipes import get_recipe
 from cifar_assets.training.spec import JobSpec
+from resources.object_store import FolderStore
 from tests.unit.training.small_dataset import store_dataset
 
 _FORKSERVER = multiprocessing.get_context("forkserver")

@@ -7,13 +7,13 @@ import numpy as np
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.index import pixel_digests
-from cifar_assets.dataset.parts import ChannelStatistics
-from cifar_assets.dataset.processed import MANIFEST_FILE, ProcessedManifest
-from cifar_assets.dataset.shards import Rows, Shard, ShardWriter
-from cifar_assets.dataset.splits import SPLIT_NAMES, SplitConfig, SplitName
-from cifar_assets.dataset.synthetic import draw_split
-from cifar_assets.digests import canonical_json
-from cifar_assets.object_store import FolderStore
+from cifar_assets.dataset.sources.synthetic import draw_split
+from cifar_assets.dataset.versions.parts import ChannelStatistics
+from cifar_assets.dataset.versions.processed import MANIFEST_FILE, ProcessedManifest
+from cifar_assets.dataset.versions.shards import Rows, Shard, ShardWriter
+from cifar_assets.dataset.versions.splits import SPLIT_NAMES, SplitConfig, SplitName
+from resources.digests import canonical_json
+from resources.object_store import FolderStore
 
 RAW_DIGEST = "0" * 64
 

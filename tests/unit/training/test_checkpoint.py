@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_assets.digests import sha256_bytes
-from cifar_assets.errors import DataError, ObjectNotFoundError
-from cifar_assets.object_store import FolderStore
 from cifar_assets.training.checkpoint import CheckpointStore
+from resources.digests import sha256_bytes
+from resources.errors import DataError, ObjectNotFoundError
+from resources.object_store import FolderStore
 
 
 @pytest.fixture

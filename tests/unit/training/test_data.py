@@ -9,9 +9,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from cifar_assets.dataset.reader import SplitReader
-from cifar_assets.object_store import FolderStore
+from cifar_assets.dataset.versions.reader import SplitReader
 from cifar_assets.training import data
+from resources.object_store import FolderStore
 from tests.unit.training.conftest import SpecMaker
 
 NUM_IMAGES = 30_000

@@ -3,7 +3,6 @@ import os
 import pytest
 import torch
 
-from cifar_assets.errors import ConfigError
 from cifar_assets.training.device import (
     check_compiler,
     choose_device,
@@ -13,6 +12,7 @@ from cifar_assets.training.device import (
 )
 from cifar_assets.training.distributed import read_processes
 from cifar_assets.training.spec import Execution
+from resources.errors import ConfigError
 
 
 def test_processes_of_one_machine_share_its_threads(monkeypatch: pytest.MonkeyPatch):

@@ -9,10 +9,7 @@ import torch
 from torchvision.models import resnet18
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.digests import canonical_json, sha256_bytes
-from cifar_assets.errors import DataError, IntegrityError
 from cifar_assets.model_package import RECIPE_FILE, WEIGHTS_FILE, ModelManifest
-from cifar_assets.object_store import FolderStore
 from cifar_assets.training.export import (
     load_classifier,
     onnx_bytes,
@@ -22,6 +19,9 @@ from cifar_assets.training.export import (
 )
 from cifar_assets.training.networks import Classifier, ResNet18, build_network
 from cifar_assets.training.recipes import RECIPES, Views, get_recipe
+from resources.digests import canonical_json, sha256_bytes
+from resources.errors import DataError, IntegrityError
+from resources.object_store import FolderStore
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (5, 3, 32, 32)).astype(np.uint8)
 

@@ -7,13 +7,13 @@ from torch.distributed import DistNetworkError
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
-from cifar_assets.errors import StoreError
 from cifar_assets.training import __main__ as command
 from cifar_assets.training import job, launch, messages
 from cifar_assets.training.distributed import Processes, noticing_lost_peers
 from cifar_assets.training.launch import exit_code
 from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.stopping import PeerLostError, StopSignal
+from resources.errors import StoreError
 
 KILLED, TOLD = -signal.SIGKILL, -signal.SIGTERM
 

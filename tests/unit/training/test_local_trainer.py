@@ -4,8 +4,8 @@ import dagster as dg
 import pytest
 
 from cifar_assets.training.spec import JobSpec
-from resources.local_trainer import LocalTrainer
-from resources.trainer import TrainingScale
+from resources.trainer.interface import TrainingScale
+from resources.trainer.local import LocalTrainer
 from tests.unit.training.conftest import SpecMaker
 
 

@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cifar_assets.errors import ConfigError, DataError, StoreError
-from cifar_assets.object_store import FolderStore, open_store
 from cifar_assets.training.checkpoint import CheckpointStore
 from cifar_assets.training.data import open_data
 from cifar_assets.training.device import choose_processor
@@ -23,6 +21,8 @@ from cifar_assets.training.recipes import RECIPES
 from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.state import EpochRecord
 from cifar_assets.training.stopping import StopSignal, TrainingStopped
+from resources.errors import ConfigError, DataError, StoreError
+from resources.object_store import FolderStore, open_store
 from tests.unit.training.conftest import SpecMaker
 from tests.unit.training.small_dataset import store_dataset
 

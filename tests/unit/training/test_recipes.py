@@ -4,9 +4,9 @@ import sys
 import pytest
 from pydantic import BaseModel
 
-from cifar_assets.errors import ConfigError
 from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe, ResolutionPhase, get_recipe
 from cifar_assets.training.spec import Execution, JobSpec, MlflowTarget
+from resources.errors import ConfigError
 
 
 @pytest.mark.parametrize("model", [Recipe, ResolutionPhase, JobSpec, Execution, MlflowTarget])

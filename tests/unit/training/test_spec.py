@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from cifar_assets.errors import ConfigError
 from cifar_assets.training.recipes import get_recipe
 from cifar_assets.training.spec import JobSpec, parse_spec
+from resources.errors import ConfigError
 
 DIGEST = "ab" * 32
 

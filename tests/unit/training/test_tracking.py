@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from cifar_assets.errors import ConfigError
 from cifar_assets.mlflow_refusal import why_refused
 from cifar_assets.training.spec import MlflowTarget
 from cifar_assets.training.tracking import Tracker
+from resources.errors import ConfigError
 from resources.mlflow import LocalMlflow, MlflowServer
 
 EXPERIMENT = "cifar10"

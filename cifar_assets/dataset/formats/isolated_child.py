@@ -1,0 +1,99 @@
+"""The process that reads outside bytes for `isolated`: one question at a time on stdin, its answer on stdout."""
+
+import contextlib
+import os
+import resource
+import select
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from cifar_assets.dataset.formats.images import pixel_digest, prepare_image
+from cifar_assets.dataset.formats.isolated import read_frame, write_frame
+from cifar_assets.dataset.formats.parquet import pick_rows
+from cifar_assets.dataset.formats.pickles import HostileDataError
+from cifar_assets.dataset.index import build_index, dump_index
+from cifar_assets.dataset.objects import read_rows
+from resources.errors import DataError
+
+_IDLE_SECONDS = 60
+
+_Progress = Callable[[int], None]
+
+
+def index_file(arguments: dict[str, Any], payload: bytes, progress: _Progress) -> tuple[Any, bytes]:
+    """The index of a file's rows."""
+    path, kind, split, name = Path(arguments["path"]), arguments["format"], arguments["split"], arguments["name"]
+    unread: dict[str, str] = {}
+    rows = read_rows(path, kind, split, name, resize=arguments["resize"], unread=unread)
+    index = build_index(rows, name, lambda what, done, total: progress(done))
+    return None, dump_index(replace(index, unread=unread))
+
+
+def digest_picture(arguments: dict[str, Any], payload: bytes, progress: _Progress) -> tuple[Any, bytes]:
+    """The pixel digest of the picture that the payload is."""
+    return pixel_digest(prepare_image(payload, resize=arguments["resize"])), b""
+
+
+def copy_rows(arguments: dict[str, Any], payload: bytes, progress: _Progress) -> tuple[Any, bytes]:
+    """Copy rows of a Parquet file, given with a reason each, to another."""
+    rows = {int(row): reason for row, reason in arguments["rows"].items()}
+    pick_rows(Path(arguments["path"]), rows, Path(arguments["target"]))
+    return None, b""
+
+
+_OPERATIONS = {function.__name__: function for function in (index_file, digest_picture, copy_rows)}
+
+
+def main() -> None:
+    """Answer until stdin ends or stays silent."""
+    answers = FileIO(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is not an answer
+    _limit_memory()
+    questions = FileIO(0)
+
+    def send(message: dict[str, Any], payload: bytes = b"") -> None:
+        write_frame(answers.write, message, payload)
+
+    send({"ready": True})
+    while select.select([questions], [], [], _IDLE_SECONDS)[0]:
+        try:
+            question, payload = read_frame(questions.read)
+        except EOFError:
+            return
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = int(used.ru_utime + used.ru_stime) + 1 + question["cpu_seconds"]
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        try:
+            operation = _OPERATIONS[question["operation"]]
+            result, data = operation(question["arguments"], payload, lambda rows: send({"rows": rows}))
+        except MemoryError:
+            send({"memory": True})
+            return  # what else failed for want of it is not known
+        except DataError as error:
+            send({"refused": str(error), "hostile": isinstance(error, HostileDataError)})
+        except Exception as error:
+            traceback.print_exc()
+            send({"failed": repr(error)})
+        else:
+            send({"result": result}, data)
+
+
+def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than its parent
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + int(os.environ["CIFAR_READER_MEMORY"])
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+if __name__ == "__main__":
+    main()

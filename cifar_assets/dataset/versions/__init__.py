@@ -1,0 +1,1 @@
+"""Versions of raw and processed data, and what they came from."""

@@ -1,0 +1,251 @@
+"""Raw dataset versions: a source and what is in the landing zone, pinned down by one digest."""
+
+import json
+import logging
+import tempfile
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset.consistency import Known, check_source
+from cifar_assets.dataset.formats.pickles import HostileDataError
+from cifar_assets.dataset.index import index_of
+from cifar_assets.dataset.landing.record import write_record
+from cifar_assets.dataset.landing.zone import LandingReport, join_landed
+from cifar_assets.dataset.objects import RawObject
+from cifar_assets.dataset.progress import Progress, quiet
+from cifar_assets.dataset.sources.download import FULL_DISK
+from cifar_assets.dataset.sources.importing import import_source
+from cifar_assets.dataset.versions.splits import splits_filled
+from resources.digests import canonical_json, sha256_json
+from resources.errors import ConfigError, DataError, ObjectNotFoundError, StoreError
+from resources.object_store import ObjectStore
+from resources.redaction import redacted
+
+logger = logging.getLogger(__name__)
+
+VERSIONS_PREFIX = "versions/"
+CURRENT_KEY = "current.json"
+
+
+class RawManifest(BaseModel):
+    """Every object of a raw version. The sha256 of its canonical JSON is the version's digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["cifar10-raw/1"] = "cifar10-raw/1"
+    classes: tuple[str, ...] = CLASSES
+    resize: bool = Field(description="Whether images of another size were scaled; otherwise they were refused.")
+    objects: tuple[RawObject, ...] = Field(description="The source's objects in its order, then landed ones by digest.")
+
+    @property
+    def digest(self) -> str:
+        return sha256_json(self.model_dump(mode="json"))
+
+    @property
+    def rows(self) -> int:
+        """Images that the version uses."""
+        return sum(item.used_rows for item in self.objects)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its objects."""
+        return sum(item.size for item in self.objects)
+
+
+@dataclass(frozen=True)
+class RawReport:
+    """What building a version found."""
+
+    source: str
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Source rows not used, by reason."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """Folders and files of the source that were not read, and why, by name."""
+    landing: LandingReport = field(default_factory=LandingReport)
+
+
+@dataclass(frozen=True)
+class RawVersion:
+    """A published raw version."""
+
+    digest: str
+    manifest: RawManifest
+    report: RawReport
+
+
+@dataclass(frozen=True)
+class VersionInfo:
+    """One line of the list of versions."""
+
+    digest: str
+    rows: int
+    landed_rows: int
+    source: str
+    created: str
+    is_current: bool
+
+
+def build_raw_version(
+    raw: ObjectStore,
+    source: str,
+    *,
+    digest: str | None = None,
+    resize: bool = True,
+    progress: Progress = quiet,
+) -> RawVersion:
+    """Publish the version made of the source and of what is valid in the landing zone.
+
+    It becomes the current one if it can be split; its blocking checks say so too.
+
+    The digest is a function of the two: the order, names and number of copies in which data landed do not matter. With
+    `digest` given, that earlier version is made current instead and nothing is read from source or landing zone.
+
+    Raises what `import_source` raises. Landed data that is refused is moved to `rejected/` and reported; data
+    that tries to run code or to write elsewhere is moved there too and then raises HostileDataError, and nothing is
+    published.
+    """
+    if digest is not None:
+        make_current(raw, digest)
+        return RawVersion(digest, read_raw(raw, digest), RawReport(source=f"version {digest}"))
+    try:
+        return _build(raw, source, resize, progress)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise StoreError(
+            f"No space is left for {error.filename or tempfile.gettempdir()}. Free space there, or point TMPDIR and "
+            "CIFAR_DOWNLOADS to another disk, and run again. No version was published; a download continues where it "
+            "stopped."
+        ) from error
+
+
+def _build(raw: ObjectStore, source: str, resize: bool, progress: Progress) -> RawVersion:
+    imported = import_source(source, raw, resize=resize, progress=progress)
+    known = Known()
+    sources, left_out = check_source(
+        [(item, index_of(raw, item, resize, progress)) for item in imported.objects], known
+    )
+    landed, landing_report, names = join_landed(raw, known, resize=resize, progress=progress)
+    if landing_report.hostile:
+        first = landing_report.hostile[0]
+        raise HostileDataError(
+            f"{first.reason} It was moved to {raw.uri(first.moved_to or first.key)}; run again without it."
+        )
+    manifest = RawManifest(resize=resize, objects=(*sources, *landed))
+    publish(raw, manifest, source, names)
+    write_record(raw, landing_report.read)
+    report = RawReport(redacted(source), left_out, imported.unread, landing_report)
+    return RawVersion(manifest.digest, manifest, report)
+
+
+def publish(raw: ObjectStore, manifest: RawManifest, source: str, landed_names: dict[str, list[str]]) -> None:
+    """Write the manifest, last of all that the version needs, and make the version current if it can be used."""
+    digest = manifest.digest
+    provenance = {
+        "version": 1,
+        "source": redacted(source),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "landed": landed_names,
+    }
+    raw.create(_provenance_key(digest), json.dumps(provenance, indent=1).encode())  # or stays as first written
+    raw.write(_manifest_key(digest), canonical_json(manifest.model_dump(mode="json")))
+    try:
+        make_current(raw, digest)
+    except DataError as error:
+        logger.warning("The current raw version stays as it is: %s", error)
+
+
+def read_raw(raw: ObjectStore, digest: str) -> RawManifest:
+    """The manifest of a version; ObjectNotFoundError where there is none, IntegrityError when it was changed."""
+    _check_digest(digest)
+    try:
+        data = raw.read_verified(_manifest_key(digest), digest)
+    except ObjectNotFoundError as error:
+        raise ObjectNotFoundError(
+            f"There is no raw version {digest} in {raw.uri()}. `python -m cifar_assets.dataset versions` lists them."
+        ) from error
+    try:
+        return RawManifest.model_validate_json(data)
+    except ValueError as error:
+        raise DataError(f"{raw.uri(_manifest_key(digest))} is not a raw manifest: {error}") from error
+
+
+def current_raw_digest(raw: ObjectStore) -> str | None:
+    """The version that `current.json` points to: for people and sensors; decisions take digests."""
+    if not raw.exists(CURRENT_KEY):
+        return None
+    try:
+        return str(json.loads(raw.read(CURRENT_KEY))["digest"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{raw.uri(CURRENT_KEY)} is not a pointer to a raw version: materialize the raw dataset again."
+        ) from error
+
+
+def make_current(raw: ObjectStore, digest: str) -> None:
+    """Point to a version. DataError, and no change, where an object is missing or a split would be empty."""
+    manifest = read_raw(raw, digest)
+    for item in manifest.objects:
+        info = raw.stat(item.key)
+        if info is None or info.size != item.size:
+            found = "is missing" if info is None else f"has {info.size:,} bytes in place of {item.size:,}"
+            raise DataError(f"Raw version {digest} cannot be used: {raw.uri(item.key)} {found}.")
+    finding = splits_filled(raw, manifest.objects, manifest.resize)
+    if not finding.passed:
+        raise DataError(f"Raw version {digest} cannot be used: {finding.reason}")
+    raw.write(CURRENT_KEY, canonical_json({"version": 1, "digest": digest, "manifest": _manifest_key(digest)}))
+
+
+def list_raw_digests(raw: ObjectStore) -> list[str]:
+    """Digests of the published versions, in order."""
+    return [info.key.split("/")[1] for info in raw.list(VERSIONS_PREFIX) if info.key.endswith("/manifest.json")]
+
+
+def list_raw_versions(raw: ObjectStore) -> list[VersionInfo]:
+    """Every published version, oldest first."""
+    current = current_raw_digest(raw)
+    versions = []
+    for digest in list_raw_digests(raw):
+        try:
+            manifest, provenance = read_raw(raw, digest), read_provenance(raw, digest)
+        except DataError as error:
+            logger.warning("A version is left out: %s", error)
+            continue
+        landed = sum(item.used_rows for item in manifest.objects if item.role == "landed")
+        versions.append(
+            VersionInfo(
+                digest,
+                manifest.rows,
+                landed,
+                str(provenance.get("source", "unknown")),
+                str(provenance.get("created", "unknown")),
+                digest == current,
+            )
+        )
+    return sorted(versions, key=lambda version: version.created)
+
+
+def read_provenance(raw: ObjectStore, digest: str) -> dict[str, object]:
+    """Where a version came from (source, created, landed names by sha256), not covered by the digest; {} if unknown."""
+    try:
+        found = json.loads(raw.read(_provenance_key(digest)))
+    except (ObjectNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.get("version", 1) == 1 else {}
+
+
+def _manifest_key(digest: str) -> str:
+    return f"{VERSIONS_PREFIX}{digest}/manifest.json"
+
+
+def _provenance_key(digest: str) -> str:
+    return f"{VERSIONS_PREFIX}{digest}/provenance.json"
+
+
+def _check_digest(digest: str) -> None:
+    if len(digest) != 64 or any(letter not in "0123456789abcdef" for letter in digest):
+        raise ConfigError(f"{digest!r} is not a version digest: expected 64 lower-case hexadecimal digits.")

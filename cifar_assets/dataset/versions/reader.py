@@ -1,0 +1,124 @@
+"""Reading a split of a processed version: memory-mapped, verified once, several shards behaving as one array."""
+
+import logging
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifar_assets.contracts import IMAGE_SHAPE
+from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
+from cifar_assets.dataset.versions.shards import Shard, check_images, map_shard
+from cifar_assets.dataset.versions.splits import SplitName
+from resources.digests import sha256_file
+from resources.errors import IntegrityError, ObjectNotFoundError
+from resources.object_store import ObjectStore
+
+logger = logging.getLogger(__name__)
+
+_MOST_OPEN = 64
+"""Shards kept mapped at a time: each holds a file open."""
+
+_EMPTY: dict[str, NDArray] = {
+    "labels": np.empty(0, np.int64),
+    "digests": np.empty((0, 32), np.uint8),
+    "objects": np.empty(0, np.int32),
+    "rows": np.empty(0, np.int64),
+}
+
+
+class SplitReader:
+    """The images of one split, in stored order.
+
+    Pixels stay on disk until they are taken, so that a split may be larger than memory. What is known of each image
+    (52 bytes) does not: label, digest, position of its object in the raw version, and row in that object.
+    """
+
+    def __init__(self, manifest: ProcessedManifest, split: SplitName, shards: list[Path], rows: Path | None = None):
+        self.manifest = manifest
+        self.split: SplitName = split
+        self._paths = shards
+        self._map = lru_cache(_MOST_OPEN)(lambda number: map_shard(shards[number])["images"])
+        known = [_EMPTY]
+        for path, shard in zip(shards, manifest.shards[split], strict=True):
+            tensors = map_shard(path)
+            check_images(tensors, shard.rows, str(path))
+            if rows is None:
+                positions = np.asarray(shard.objects, np.int32)
+                known.append({**_copied(tensors), "objects": positions[tensors["objects"]]})
+        if rows is not None:
+            known.append(_copied(map_shard(rows)))
+        self.labels, self.digests, self.objects, self.rows = (
+            np.concatenate([each[name] for each in known]) for name in _EMPTY
+        )
+        self._starts = np.cumsum([0, *(shard.rows for shard in manifest.shards[split])])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """All images, N x 3 x 32 x 32: the memory map itself where there is one shard, otherwise a copy in memory."""
+        return self._map(0) if len(self._paths) == 1 else self.take(np.arange(len(self)))
+
+    def take(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.uint8]:
+        """Copies of the images with the given indices, in that order; IndexError outside 0 to len - 1."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise IndexError(f"{self.split} has {len(self)} images; asked for {wanted.min()} to {wanted.max()}")
+        result = np.empty((len(wanted), *IMAGE_SHAPE), np.uint8)
+        owner = np.searchsorted(self._starts, wanted, side="right") - 1
+        by_owner = np.argsort(owner, kind="stable")
+        for mine in np.split(by_owner, np.flatnonzero(np.diff(owner[by_owner])) + 1):
+            if len(mine):
+                number = int(owner[mine[0]])
+                result[mine] = self._map(number)[wanted[mine] - self._starts[number]]
+        return result
+
+    def digest(self, index: int) -> str:
+        """Pixel digest of one image, hex."""
+        return self.digests[index].tobytes().hex()
+
+
+def open_split(processed: ObjectStore, digest: str, split: SplitName, cache: Path | None = None) -> SplitReader:
+    """Open a split of the version with the given digest.
+
+    `processed` is the store rooted at the processed bucket. Where it is a folder, its files are mapped in place;
+    otherwise shards are copied to `cache` once (a temporary folder by default). Every file's sha256 is checked before
+    it is first used; IntegrityError when one was changed.
+    """
+    manifest = read_processed(processed, digest)
+    folder = cache if cache is not None else Path(tempfile.gettempdir(), f"cifar-shards-{os.getuid()}")
+    shards = [_verified(processed, shard.key(digest), shard, folder) for shard in manifest.shards[split]]
+    old = manifest.rows.get(split)
+    return SplitReader(manifest, split, shards, _verified(processed, old.key(digest), old, folder) if old else None)
+
+
+def _copied(tensors: dict[str, NDArray]) -> dict[str, NDArray]:
+    return {name: np.array(tensors[name]) for name in _EMPTY}
+
+
+def _verified(processed: ObjectStore, key: str, shard: Shard, cache: Path) -> Path:
+    if not processed.exists(key):
+        raise ObjectNotFoundError(f"{processed.uri(key)}: no such object: materialize the processed dataset again.")
+    local = processed.local_path(key)
+    if local is None:
+        local = cache / f"{shard.sha256}.safetensors"
+        if _has_digest(local, shard):
+            os.utime(local)  # what is used is not old
+        else:
+            processed.download_verified(key, shard.sha256, local)
+        return local
+    if not _has_digest(local, shard):
+        raise IntegrityError(
+            f"{processed.uri(key)} does not have sha256 {shard.sha256}: it was changed or cut off. Delete it and "
+            "materialize the processed dataset again."
+        )
+    return local
+
+
+def _has_digest(path: Path, shard: Shard) -> bool:
+    return path.is_file() and path.stat().st_size == shard.size and sha256_file(path) == shard.sha256

@@ -1,0 +1,69 @@
+"""Which split an image belongs to."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset.formats.rows import SPLITS
+from cifar_assets.dataset.index import index_of
+from cifar_assets.dataset.objects import RawObject
+from cifar_assets.finding import Finding
+from resources.object_store import ObjectStore
+
+SplitName = Literal["train", "validation", "test"]
+SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
+NEEDED_SPLITS: tuple[SplitName, ...] = ("train", "test")
+"""A dataset without images in these can be neither trained on nor judged."""
+
+
+class SplitConfig(BaseModel):
+    """How images are divided. A split depends on an image's own digest, so adding images moves none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    validation_fraction: float = Field(default=0.1, ge=0, lt=1, description="Fraction of training images held out.")
+    test_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="Fraction of images used for the test where the source has no test split."
+    )
+    max_shard_rows: int = Field(default=16_384, ge=1, description="Images per shard (3 kB each).")
+
+
+def assign_splits(
+    digests: NDArray[np.uint8], source_splits: NDArray[np.str_], config: SplitConfig
+) -> NDArray[np.int64]:
+    """Position in SPLIT_NAMES of each image, given its pixel digest (N x 32) and the split its source puts it in.
+
+    Bytes 0 to 7 of the digest, as a number from 0 to 1, decide about validation, bytes 8 to 15 about the test.
+    """
+    numbers = digests[:, :16].copy().view(">u8") / 2.0**64
+    in_test = (source_splits == "test") | ((source_splits == "any") & (numbers[:, 1] < config.test_fraction))
+    in_validation = numbers[:, 0] < config.validation_fraction
+    return np.where(in_test, 2, np.where(in_validation, 1, 0))
+
+
+def splits_filled(
+    raw: ObjectStore, objects: Sequence[RawObject], resize: bool, config: SplitConfig | None = None
+) -> Finding:
+    """Whether the used rows of the objects give images to train on, images to test with, and images of every class."""
+    counts = np.zeros(len(SPLIT_NAMES), np.int64)
+    per_class = np.zeros(len(CLASSES), np.int64)
+    for item in objects:
+        index = index_of(raw, item, resize, keep=False)  # the pipelines may only read here
+        used = item.used()
+        source_splits = np.asarray(SPLITS)[index.splits[used]]
+        positions = assign_splits(index.digests[used], source_splits, config or SplitConfig())
+        counts += np.bincount(positions, minlength=len(SPLIT_NAMES))
+        per_class += np.bincount(index.labels[used], minlength=len(CLASSES))
+    by_name = dict(zip(SPLIT_NAMES, counts.tolist(), strict=True))
+    empty = [name for name in NEEDED_SPLITS if not by_name[name]]
+    text = ", ".join(f"{count:,} {name}" for name, count in by_name.items())
+    if empty:
+        text += f": no images for the {' and '.join(empty)} split. Add data to the source, or change the fractions"
+    lost = [name for name, count in zip(CLASSES, per_class.tolist(), strict=True) if not count]
+    if lost:
+        text += f"; no images of {', '.join(lost)}: see what was not read of the source in the asset's metadata"
+    return Finding(not empty and not lost, f"{text}.", {f"num_{name}": count for name, count in by_name.items()})

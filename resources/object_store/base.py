@@ -1,0 +1,117 @@
+"""The one interface behind which a folder and an S3 bucket look alike."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from resources.digests import sha256_bytes, sha256_file
+from resources.errors import IntegrityError
+
+Transferred = Callable[[int, int], None]
+"""Called with the bytes moved so far and the bytes there are."""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a listing tells of an object: key relative to the store's root, size in bytes, content tag, time stored."""
+
+    key: str
+    size: int
+    etag: str
+    last_modified: datetime
+
+
+class ObjectStore(ABC):
+    """Objects under one root. Keys are relative to it, with forward slashes.
+
+    A write is atomic: a reader sees the old object or the whole new one. Missing objects raise ObjectNotFoundError,
+    faults of the store StoreError; both name the object's URI.
+    """
+
+    @abstractmethod
+    def uri(self, key: str = "") -> str:
+        """Absolute address that `open_store` understands."""
+
+    @abstractmethod
+    def at(self, prefix: str) -> "ObjectStore":
+        """The same store rooted at a prefix. At the top of an S3 store the first segment is the bucket."""
+
+    def bucket(self, name: str) -> "ObjectStore":
+        """The bucket of this name; an S3 store may have it under a name with a prefix."""
+        return self.at(name)
+
+    @abstractmethod
+    def read(self, key: str) -> bytes: ...
+
+    @abstractmethod
+    def open(self, key: str) -> BinaryIO:
+        """A stream over the object's bytes; the caller closes it."""
+
+    @abstractmethod
+    def write(self, key: str, data: bytes) -> None: ...
+
+    @abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the object only where there is none yet. Of several that try at once, one is told True."""
+
+    @abstractmethod
+    def upload(self, key: str, path: Path) -> None:
+        """Store a file's content under the key."""
+
+    @abstractmethod
+    def download(self, key: str, path: Path, progress: Transferred | None = None) -> None:
+        """Write the object's content to a file, atomically; parent folders are made."""
+
+    @abstractmethod
+    def stat(self, key: str) -> ObjectInfo | None:
+        """The object's info, or None where there is no such object."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object whose key starts with the prefix, in key order, however many there are."""
+
+    @abstractmethod
+    def delete(self, key: str, etag: str | None = None) -> bool:
+        """Remove the object; a missing one is not an error. With an etag, only an object that still has it.
+
+        False where the object was replaced and therefore stays.
+        """
+
+    @abstractmethod
+    def copy(self, key: str, to_key: str, etag: str | None = None) -> None:
+        """Store the object under another key. With an etag, ObjectChangedError for an object that has another one."""
+
+    @abstractmethod
+    def touch(self, key: str) -> None:
+        """Set the time stored to now, content unchanged."""
+
+    def exists(self, key: str) -> bool:
+        return self.stat(key) is not None
+
+    def local_path(self, key: str) -> Path | None:
+        """The file behind the object where the store is a folder, so that it can be memory-mapped; otherwise None."""
+        return None
+
+    def read_verified(self, key: str, sha256: str) -> bytes:
+        """The object's bytes; IntegrityError when they do not have the given digest."""
+        data = self.read(key)
+        self._check(key, sha256, sha256_bytes(data))
+        return data
+
+    def download_verified(self, key: str, sha256: str, path: Path) -> None:
+        """Like `download`; a file with another digest is removed and IntegrityError raised."""
+        self.download(key, path)
+        found = sha256_file(path)
+        if found != sha256:
+            path.unlink()
+        self._check(key, sha256, found)
+
+    def _check(self, key: str, expected: str, found: str) -> None:
+        if found != expected:
+            raise IntegrityError(
+                f"{self.uri(key)}: expected sha256 {expected}, got {found}. "
+                "The object was changed or cut off after it was written: restore it, or materialize its asset again."
+            )

@@ -1,0 +1,241 @@
+"""An object store in a folder: what a laptop uses in place of MinIO."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from resources.errors import ConfigError, ObjectChangedError, ObjectNotFoundError, StoreError
+from resources.object_store.base import ObjectInfo, ObjectStore, Transferred
+
+_TEMPORARY_PREFIX = ".writing-"
+_REMOVING_PREFIX = ".removing-"
+_MAX_NAME_BYTES = 255
+_swept: set[Path] = set()
+
+
+class FolderStore(ObjectStore):
+    """Keys are paths below `root`. Writes go to a temporary file in the same folder and are renamed into place.
+
+    A link to a file is an object: people put a dataset into the landing zone by `ln -s`.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root.resolve()
+
+    def uri(self, key: str = "") -> str:
+        return (self.root / key).as_uri() + ("/" if key == "" or key.endswith("/") else "")
+
+    def at(self, prefix: str) -> "FolderStore":
+        return FolderStore(self._path(prefix.rstrip("/")))
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def read(self, key: str) -> bytes:
+        with self.open(key) as file:
+            return file.read()
+
+    def open(self, key: str) -> BinaryIO:
+        try:
+            return self._path(key).open("rb")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise ObjectNotFoundError(f"{self.uri(key)}: no such object.") from error
+        except OSError as error:
+            raise StoreError(f"Could not read {self._path(key)}: {error.strerror}. Check its permissions.") from error
+
+    def write(self, key: str, data: bytes) -> None:
+        write_atomically(self._target(key), lambda file: file.write(data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        return write_atomically(self._target(key), lambda file: file.write(data), replace=False)
+
+    def upload(self, key: str, path: Path) -> None:
+        with path.open("rb") as source:
+            write_atomically(self._target(key), lambda file: shutil.copyfileobj(source, file))
+
+    def download(self, key: str, path: Path, progress: Transferred | None = None) -> None:
+        with self.open(key) as source:
+            write_atomically(path, lambda file: shutil.copyfileobj(source, file))
+        if progress:
+            progress(path.stat().st_size, path.stat().st_size)
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        return self._info(key, path)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        base = self._path(prefix.rpartition("/")[0])
+        keys = (
+            str(Path(folder, name).relative_to(self.root)).replace(os.sep, "/")
+            for folder, _, names in os.walk(base)
+            for name in names
+            if not name.startswith((_TEMPORARY_PREFIX, _REMOVING_PREFIX))
+        )
+        for key in sorted(keys):
+            if key.startswith(prefix):
+                try:
+                    yield self._info(key, self.root / key)
+                except OSError as error:
+                    # removed since, or a link to nothing, through a file or to itself
+                    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                        raise StoreError(f"Could not list {self.root / key}: {error.strerror}.") from error
+
+    def delete(self, key: str, etag: str | None = None) -> bool:
+        path = self._path(key)
+        remove_abandoned(path.parent)
+        try:
+            if etag is not None:
+                return _remove_unchanged(path, etag)
+            path.unlink(missing_ok=True)
+        except NotADirectoryError:
+            pass
+        except OSError as error:
+            raise StoreError(f"Could not remove {path}: {error.strerror}. Check its permissions.") from error
+        return True
+
+    def copy(self, key: str, to_key: str, etag: str | None = None) -> None:
+        def check(source: BinaryIO) -> None:
+            if etag is not None and _etag(os.fstat(source.fileno())) != etag:
+                raise ObjectChangedError(f"{self.uri(key)} was replaced while it was being copied.", transient=True)
+
+        def fill(file: BinaryIO) -> None:
+            check(source)
+            shutil.copyfileobj(source, file)
+            check(source)
+
+        with self.open(key) as source:
+            write_atomically(self._target(to_key), fill)
+
+    def touch(self, key: str) -> None:
+        try:
+            os.utime(self._path(key))
+        except FileNotFoundError as error:
+            raise ObjectNotFoundError(f"{self.uri(key)}: no such object.") from error
+
+    def _target(self, key: str) -> Path:
+        if not key or key.endswith("/"):
+            raise ConfigError(
+                f"Key {key!r} names a folder: a folder store keeps objects only, under names of their own."
+            )
+        return self._path(key)
+
+    def _path(self, key: str) -> Path:
+        path = Path(os.path.normpath(self.root / key))
+        if not path.is_relative_to(self.root):
+            raise ConfigError(f"Key {key!r} leaves the store's root {self.root}: use a key without '..'.")
+        return path
+
+    def _info(self, key: str, path: Path) -> ObjectInfo:
+        status = path.stat()
+        return ObjectInfo(
+            key=key,
+            size=status.st_size,
+            etag=_etag(status),
+            last_modified=datetime.fromtimestamp(status.st_mtime, UTC),
+        )
+
+
+def _etag(status: os.stat_result) -> str:
+    tag = hashlib.sha256(f"{status.st_mtime_ns}:{status.st_size}:{status.st_ino}".encode())
+    return tag.hexdigest()[:32]
+
+
+def _remove_unchanged(path: Path, etag: str) -> bool:
+    """Remove a file that still has the etag. It is set aside first, so that what is looked at is what is removed."""
+    aside = path.with_name(_REMOVING_PREFIX + path.name)
+    try:
+        if _etag(path.stat()) != etag:
+            return False
+        if len(os.fsencode(aside.name)) > _MAX_NAME_BYTES:
+            path.unlink()
+            return True
+        path.rename(aside)
+        if _etag(aside.stat()) == etag:
+            aside.unlink()
+            return True
+        _put_back(aside)
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _put_back(aside: Path) -> None:
+    """Give a file its name again, unless a newer one has taken it."""
+    with contextlib.suppress(FileExistsError):
+        os.link(aside, aside.with_name(aside.name.removeprefix(_REMOVING_PREFIX)), follow_symlinks=False)
+    aside.unlink()
+
+
+def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace: bool = True) -> bool:
+    """Let `fill` write a temporary file next to the path and rename it into place; nothing is left when it fails.
+
+    Without `replace` a file that is there already stays, and the result is False. Raises StoreError when the disk
+    refuses; what `fill` raises of this project's own errors passes through.
+    """
+    try:
+        remove_abandoned(path.parent)
+        descriptor, name = _locked_temporary(path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(name, 0o644)
+                return _give_name(name, path, replace)  # before the lock is gone
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StoreError(f"Could not write {path}: {error}. Check free space and permissions.") from error
+
+
+def _give_name(temporary: str, path: Path, replace: bool) -> bool:
+    if replace:
+        os.replace(temporary, path)
+        return True
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    return True
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Tidy what killed processes left in a folder, once per process: half-written and half-removed files."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    for path in folder.glob(f"{_TEMPORARY_PREFIX}*"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    for path in folder.glob(f"{_REMOVING_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):
+            _put_back(path)
+
+
+def _locked_temporary(folder: Path) -> tuple[int, str]:
+    """A new file and its descriptor, locked for as long as that is open."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=folder)
+        except FileNotFoundError:
+            continue  # the folder was empty and somebody removed it
+        with contextlib.suppress(OSError):  # of a file system without locks, where nothing is taken for abandoned
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return descriptor, name
+        os.close(descriptor)  # it was taken for abandoned before it was locked

@@ -1,0 +1,121 @@
+"""Where data and models are kept: a folder on a laptop, MinIO in a cluster, the same keys in both."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import dagster as dg
+from pydantic import Field
+
+from cifar_assets.contracts import DATA_BUCKETS, MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET
+from resources.object_store import FolderStore, ObjectStore
+
+if TYPE_CHECKING:
+    from resources.object_store.s3 import S3Store
+
+
+class ObjectStoreResource(dg.ConfigurableResource):
+    """Gives the stores of the three data buckets, and what a child process or pod needs to open the same ones."""
+
+    @abstractmethod
+    def root(self) -> ObjectStore:
+        """The store above the buckets. Opens no connection."""
+
+    @abstractmethod
+    def child_environment(self) -> dict[str, str]:
+        """Environment variables with which `open_store` reaches this store's URIs from another process."""
+
+    def ensure_buckets(self) -> None:
+        """Create buckets that are missing, where the store has such a thing."""
+
+    @property
+    def raw(self) -> ObjectStore:
+        return self.root().bucket(RAW_BUCKET)
+
+    @property
+    def processed(self) -> ObjectStore:
+        return self.root().bucket(PROCESSED_BUCKET)
+
+    @property
+    def models(self) -> ObjectStore:
+        return self.root().bucket(MODELS_BUCKET)
+
+
+class LocalObjectStore(ObjectStoreResource):
+    """A folder with one subfolder a bucket."""
+
+    path: str = Field(
+        default=".cifar/store", description="Folder that holds the buckets; relative to the working folder."
+    )
+
+    def root(self) -> FolderStore:
+        return FolderStore(Path(self.path))
+
+    def child_environment(self) -> dict[str, str]:
+        return {}
+
+
+class MinioObjectStore(ObjectStoreResource):
+    """MinIO, or any store that speaks S3."""
+
+    endpoint_url: str = Field(description="Scheme, host and port, such as http://minio.cifar.svc:9000; no path.")
+    access_key: str = Field(description="Access key; bind it with EnvVar.")
+    secret_key: str = Field(description="Secret key; bind it with EnvVar.")
+    session_token: str = Field(default="", description="Token of temporary credentials; bind it with EnvVar.")
+    region: str = Field(default="", description="Region that requests are signed for; by default the endpoint's.")
+    addressing: Literal["auto", "path", "virtual"] = Field(
+        default="auto", description="Where the bucket's name goes: into the path or the host. auto: as AWS wants it."
+    )
+    bucket_prefix: str = Field(
+        default="", description="Put before the name of every bucket; names of buckets are unique in all of S3."
+    )
+
+    def root(self) -> "S3Store":
+        from resources.object_store.s3 import S3Store
+        from resources.object_store.s3_settings import S3Connection
+
+        return S3Store(
+            S3Connection(
+                endpoint=self.endpoint_url,
+                access_key=self.access_key,
+                secret_key=self.secret_key,
+                session_token=self.session_token or None,
+                region=self.region or None,
+                addressing=self.addressing,
+                bucket_prefix=self.bucket_prefix,
+            )
+        )
+
+    def child_environment(self) -> dict[str, str]:
+        variables = {
+            "AWS_ENDPOINT_URL": self.endpoint_url,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_SESSION_TOKEN": self.session_token,
+            "AWS_REGION": self.region,
+            "AWS_S3_ADDRESSING_STYLE": self.addressing,
+        }
+        return {name: value for name, value in variables.items() if value}
+
+    def ensure_buckets(self) -> None:
+        self.root().ensure_buckets(self.bucket_prefix + name for name in DATA_BUCKETS)
+
+
+def object_store_from_environment(environment: Mapping[str, str]) -> MinioObjectStore:
+    """The store that the AWS_... variables describe; opens no connection. ConfigError names what is not supported."""
+    from resources.object_store import s3_settings as names
+
+    names.refuse_unsupported(environment)
+    endpoint = names.first_set(environment, names.ENDPOINT_VARIABLES)
+    region = names.first_set(environment, names.REGION_VARIABLES)
+    token = environment.get(names.SESSION_TOKEN_VARIABLE)
+    return MinioObjectStore(
+        endpoint_url=dg.EnvVar(endpoint or "AWS_ENDPOINT_URL"),
+        access_key=dg.EnvVar(names.ACCESS_KEY_VARIABLE),
+        secret_key=dg.EnvVar(names.SECRET_KEY_VARIABLE),
+        session_token=dg.EnvVar(names.SESSION_TOKEN_VARIABLE) if token else "",
+        region=environment[region] if region else "",
+        addressing=names.addressing_style(environment),
+        bucket_prefix=environment.get(names.BUCKET_PREFIX_VARIABLE, ""),
+    )

@@ -1,0 +1,96 @@
+"""Buckets, users and policies of the platform's MinIO: `python -m resources.object_store.setup FOLDER`.
+
+The folder has one file per role with its user's secret key, as a mounted Secret has. Running it again brings keys and
+policies up to date. The AWS_... variables name MinIO and its root user.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minio import MinioAdmin
+from minio.credentials.providers import StaticProvider
+
+from cifar_assets.contracts import DATA_BUCKETS, LOGS_BUCKET, MLFLOW_BUCKET, MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET
+from resources.errors import ConfigError, ExplainedError
+from resources.object_store.s3 import S3Store
+from resources.object_store.s3_settings import S3Connection
+
+ALL_BUCKETS = (*DATA_BUCKETS, MLFLOW_BUCKET, LOGS_BUCKET)
+_LIST = ("s3:ListBucket", "s3:GetBucketLocation", "s3:ListBucketMultipartUploads")
+_READ = ("s3:GetObject",)
+_ADD = (*_READ, "s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts")
+_CHANGE = (*_ADD, "s3:DeleteObject")
+_CHECKPOINTS = f"{MODELS_BUCKET}/checkpoints"
+
+ROLES: dict[str, dict[str, tuple[str, ...]]] = {
+    "dagster": dict.fromkeys((*DATA_BUCKETS, LOGS_BUCKET), _CHANGE),
+    "trainer": {PROCESSED_BUCKET: _READ, MODELS_BUCKET: _ADD, _CHECKPOINTS: _CHANGE},
+    "server": {MODELS_BUCKET: _READ},
+    "pipeline": {RAW_BUCKET: _READ, PROCESSED_BUCKET: _READ, MODELS_BUCKET: _ADD, _CHECKPOINTS: _CHANGE},
+    "mlflow": {MLFLOW_BUCKET: _CHANGE},
+}
+"""What each role may do with the objects of a bucket, or of a prefix in it. It may list each of these buckets."""
+FORBIDDEN = {"trainer": f"{MODELS_BUCKET}/jobs/", "pipeline": f"{MODELS_BUCKET}/jobs/"}
+"""Where a role must not write although the rest of the bucket allows it: what Dagster remembers of finished jobs."""
+
+
+def user_of(role: str) -> str:
+    """The access key of the role's user, and the name of its policy."""
+    return f"cifar-{role}"
+
+
+def policy_of(role: str, bucket_prefix: str = "") -> dict[str, Any]:
+    """The role's policy document."""
+    places = ROLES[role]
+    buckets = sorted({place.partition("/")[0] for place in places})
+    statements = [_statement("Allow", _LIST, [bucket_prefix + bucket for bucket in buckets])]
+    statements += [_statement("Allow", allowed, [f"{bucket_prefix}{place}/*"]) for place, allowed in places.items()]
+    if role in FORBIDDEN:
+        statements.append(_statement("Deny", ("s3:PutObject",), [f"{bucket_prefix}{FORBIDDEN[role]}*"]))
+    return {"Version": "2012-10-17", "Statement": statements}
+
+
+def set_up(connection: S3Connection, secret_keys: dict[str, str], report: Callable[[str], object]) -> None:
+    """Make what is missing, and give every role's user its key and its policy."""
+    S3Store(connection).ensure_buckets(connection.bucket_prefix + name for name in ALL_BUCKETS)
+    report(f"buckets: {', '.join(connection.bucket_prefix + name for name in ALL_BUCKETS)}")
+    admin = MinioAdmin(
+        endpoint=connection.host,
+        credentials=StaticProvider(connection.access_key, connection.secret_key),
+        region=connection.region or "",
+        secure=connection.secure,
+        http_client=connection.pool(),
+    )
+    for role in ROLES:
+        admin.policy_add(user_of(role), policy=policy_of(role, connection.bucket_prefix))
+        admin.user_add(user_of(role), secret_keys[role])
+        admin.policy_set(user_of(role), user=user_of(role))
+        report(f"user {user_of(role)}: {', '.join(ROLES[role])}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Set up the server that the AWS_... variables name."""
+    parser = argparse.ArgumentParser(prog="python -m resources.object_store.setup", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder with a file per role that holds its secret key")
+    folder: Path = parser.parse_args(arguments).folder
+    try:
+        missing = [role for role in ROLES if not (folder / role).is_file()]
+        if missing:
+            raise ConfigError(f"{folder} has no file {', '.join(missing)}: each holds the secret key of a role's user.")
+        keys = {role: (folder / role).read_text().strip() for role in ROLES}
+        set_up(S3Connection.from_environment(), keys, lambda line: sys.stdout.write(f"{line}\n"))
+    except ExplainedError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+def _statement(effect: str, actions: tuple[str, ...], resources: list[str]) -> dict[str, Any]:
+    return {"Effect": effect, "Action": list(actions), "Resource": [f"arn:aws:s3:::{name}" for name in resources]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

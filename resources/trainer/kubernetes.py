@@ -1,0 +1,190 @@
+"""Training as a PyTorchJob: the same spec, command and messages as the local trainer's process."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+from pydantic import Field, ValidationError
+
+from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
+from cifar_assets.training.spec import JobSpec, check_tracking_uri
+from resources.errors import ConfigError
+from resources.kubernetes.config import settings_from_json
+from resources.kubernetes.limits import WatchLimits
+from resources.kubernetes.steps import as_dagster_failure
+from resources.object_store.resource import ObjectStoreResource
+from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.collector import CollectorTarget, build_pytorch_job_collector
+from resources.pytorch_job.config import PyTorchJobConfig
+from resources.pytorch_job.pipes import PipesPyTorchJobClient
+from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
+
+MESSAGES_PREFIX = "pipes/"
+"""Where in the models bucket the jobs' Pipes messages are."""
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+LAUNCHER = ["python", "-m", "cifar_assets.training.launch"]
+"""Used for several processes in a pod; the operator sets what torchrun needs to know in PET_... variables."""
+
+_JOB_DEFAULTS: Mapping[str, Any] = {
+    "env_secrets": ["object-store-trainer"],
+    "service_account_name": "trainer",
+    "scratch": "4Gi",
+    "run_policy": {"backoff_limit": 3},
+}
+
+
+class KubernetesTrainer(TrainerResource):
+    """Runs the trainer image as a PyTorchJob and relays its messages.
+
+    A failed job is dg.Failure with cause, exit code and log tails as metadata; it allows a retry only where the cause
+    lies outside of the training.
+    """
+
+    object_store: dg.ResourceDependency[ObjectStoreResource]
+    job: PyTorchJobConfig = Field(
+        description="What every training's job has in common; the asset's config sets replicas, CPU, memory and GPUs."
+    )
+    namespace: str = Field(description="Namespace of the jobs.")
+    kubeconfig_file: str | None = Field(
+        default=None, description="Kubeconfig; by default the pod's service account, else KUBECONFIG."
+    )
+    kube_context: str | None = Field(default=None, description="Context of the kubeconfig.")
+    store_endpoint_url: str | None = Field(
+        default=None, description="Object store as pods reach it, where that differs from how Dagster does."
+    )
+    mlflow_tracking_uri: str | None = Field(
+        default=None, description="MLflow as pods reach it, where that differs from how Dagster does."
+    )
+    unschedulable_timeout_seconds: float = Field(
+        default=600.0, gt=0, description="How long a pod may wait for a node that has room for it."
+    )
+    blocked_timeout_seconds: float = Field(
+        default=180.0, gt=0, description="How long to wait for an image that cannot be pulled, or a missing Secret."
+    )
+    start_timeout_seconds: float = Field(
+        default=1800.0, gt=0, description="How long a pod may take to start while nothing is wrong."
+    )
+
+    def train(
+        self,
+        context: dg.AssetExecutionContext,
+        spec: JobSpec,
+        scale: TrainingScale,
+        child_environment: Mapping[str, str],
+    ) -> TrainingResult:
+        messages = TrainingMessages(context)
+        delivered: list[Any] = []
+
+        def on_message(payload: Any, replayed: bool) -> None:
+            # An epoch that this Dagster run has recorded already is not observed twice; the result always counts.
+            if not (replayed and isinstance(payload, Mapping) and payload.get("type") == "epoch"):
+                delivered.append(payload)
+                messages.relay(delivered)
+
+        config = self.job_config(spec, scale, child_environment)
+        with _interrupts_as_such(), as_dagster_failure():
+            self.pipes_client().run(
+                context=context,
+                config=config,
+                name_prefix=f"cifar10-{spec.recipe.name}",
+                work=json.dumps([spec.identity, scale.replicas, scale.nproc_per_node, config.image]),
+                on_message=on_message,
+            )
+        return messages.result()
+
+    def job_config(self, spec: JobSpec, scale: TrainingScale, child_environment: Mapping[str, str]) -> PyTorchJobConfig:
+        """Settings of one training's job. ConfigError when the pods would have no credentials for the store."""
+        env = {name: value for name, value in child_environment.items() if name not in CREDENTIALS}
+        if len(env) < len(child_environment) and not self.job.env_secrets:
+            raise ConfigError(
+                "The trainer's job has no Secret with the object store's credentials: name it in job.env_secrets, with "
+                f"the keys {' and '.join(CREDENTIALS[:2])}. They are never written into a manifest."
+            )
+        if self.store_endpoint_url:
+            env["AWS_ENDPOINT_URL"] = self.store_endpoint_url
+        env[JOB_SPEC_VARIABLE] = self._spec_for_pods(spec).model_dump_json()
+        settings = self.job.model_dump()
+        settings |= {"replicas": scale.replicas, "nproc_per_node": scale.nproc_per_node, "gpu": scale.gpu}
+        settings |= {name: value for name in ("cpu", "memory") if (value := getattr(scale, name))}
+        settings["env"] = {**self.job.env, **env}
+        if scale.nproc_per_node > 1 and not self.job.command:
+            settings["command"] = LAUNCHER
+        try:
+            return PyTorchJobConfig(**settings)
+        except ValidationError as error:
+            raise ConfigError(f"The scale of trained_model asks for a job that cannot be: {error}") from error
+
+    def pipes_client(self) -> PipesPyTorchJobClient:
+        return PipesPyTorchJobClient(
+            message_store=self.object_store.models.at(MESSAGES_PREFIX),
+            client=self.connect(),
+            namespace=self.namespace,
+            limits=self.limits(),
+        )
+
+    def limits(self) -> WatchLimits:
+        """How long to wait, and after which exit codes another attempt may help: the trainer says so by EXIT_RESUME."""
+        return WatchLimits(
+            unschedulable_timeout_seconds=self.unschedulable_timeout_seconds,
+            blocked_timeout_seconds=self.blocked_timeout_seconds,
+            start_timeout_seconds=self.start_timeout_seconds,
+            final_exit_codes=(EXIT_BAD_SPEC,),
+            retried_exit_codes=(EXIT_RESUME,),
+        )
+
+    def connect(self) -> PyTorchJobClient:
+        """Client of the cluster's API. SettingsError when no cluster is configured."""
+        return PyTorchJobClient.production(kubeconfig_file=self.kubeconfig_file, context=self.kube_context)
+
+    def collector_target(self) -> CollectorTarget:
+        """Where the collector sensor looks for what ended runs left behind."""
+        return CollectorTarget(self.connect(), self.namespace, self.object_store.models.at(MESSAGES_PREFIX))
+
+    def _spec_for_pods(self, spec: JobSpec) -> JobSpec:
+        if spec.mlflow is None or self.mlflow_tracking_uri is None:
+            return spec
+        target = spec.mlflow.model_copy(update={"tracking_uri": self.mlflow_tracking_uri})
+        return spec.model_copy(update={"mlflow": target})
+
+
+def build_trainer_collector(resource_key: str = "trainer") -> dg.SensorDefinition:
+    """The sensor that collects jobs and messages of the KubernetesTrainer under this resource key."""
+
+    def target(context: dg.SensorEvaluationContext) -> CollectorTarget:
+        return getattr(context.resources, resource_key).collector_target()
+
+    return build_pytorch_job_collector(target, required_resource_keys={resource_key})
+
+
+def trainer_from_environment(environment: Mapping[str, str], object_store: ObjectStoreResource) -> KubernetesTrainer:
+    """The trainer that TRAINER_IMAGE, TRAINER_NAMESPACE and TRAINER_JOB describe; opens no connection.
+
+    TRAINER_JOB holds further fields of PyTorchJobConfig as JSON. TRAINER_STORE_ENDPOINT_URL and
+    TRAINER_MLFLOW_TRACKING_URI say how pods reach the platform where Dagster runs outside of the cluster. ConfigError
+    naming the variable that is missing or wrong.
+    """
+    if "TRAINER_IMAGE" not in environment:
+        raise ConfigError("TRAINER_IMAGE is not set: name the image that trains, such as localhost/cifar-trainer:dev.")
+    text = environment.get("TRAINER_JOB", "{}")
+    job = settings_from_json(PyTorchJobConfig, text, "TRAINER_JOB", _JOB_DEFAULTS, image=environment["TRAINER_IMAGE"])
+    mlflow_uri = environment.get("TRAINER_MLFLOW_TRACKING_URI")
+    return KubernetesTrainer(
+        object_store=object_store,
+        job=job,
+        namespace=environment.get("TRAINER_NAMESPACE", "cifar"),
+        store_endpoint_url=environment.get("TRAINER_STORE_ENDPOINT_URL"),
+        mlflow_tracking_uri=check_tracking_uri(mlflow_uri, "TRAINER_MLFLOW_TRACKING_URI") if mlflow_uri else None,
+    )
+
+
+@contextmanager
+def _interrupts_as_such() -> Iterator[None]:
+    """Hands an interrupt on that the client replaced with a failure: the step's other owners clean up after it too."""
+    try:
+        yield
+    except dg.Failure as failure:
+        if isinstance(failure.__cause__, dg.DagsterExecutionInterruptedError | KeyboardInterrupt):
+            raise failure.__cause__ from None
+        raise
