@@ -17,7 +17,10 @@ def open_store(uri: str) -> ObjectStore:
     S3 takes its settings from the AWS_... variables of docs/kubernetes.md. No connection is opened. Raises ConfigError
     for another scheme.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise ConfigError(f"Cannot open {redacted(uri)!r}: {error}.") from error
     if parts.scheme == "file":
         return FolderStore(Path(unquote(parts.path)))
     if parts.scheme == "s3" and "@" in parts.netloc:

@@ -191,7 +191,10 @@ class S3Connection:
         host = parts.hostname or ""
         if not proxy or _LOOPBACK.fullmatch(host) or urllib.request.proxy_bypass(host):
             return urllib3.PoolManager(**options)
-        user = urlsplit(proxy)
+        try:
+            user = urlsplit(proxy)
+        except ValueError as error:
+            raise ConfigError(f"The proxy for {parts.scheme} is {redacted(proxy)!r}: {error}.") from error
         credentials = f"{user.username}:{user.password or ''}" if user.username else None
         headers = urllib3.make_headers(proxy_basic_auth=credentials) if credentials else None
         return urllib3.ProxyManager(proxy, proxy_headers=headers, **options)

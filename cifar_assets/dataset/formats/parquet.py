@@ -29,7 +29,7 @@ def read_parquet(path: Path, split: Split, name: str, *, resize: bool) -> Iterat
             yield from decode_rows(_encoded_rows(file, column), split, resize=resize)
     except MemoryError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for names of columns
         raise DataError(
             f"{name} is not a readable Parquet file ({path.stat().st_size:,} bytes): {error}. "
             "It is cut off, still being written, or another format: fetch or upload it again."

@@ -126,8 +126,9 @@ def _source_files(address: str, work: Path, progress: Progress, unread: dict[str
     if scheme in ("http", "https", "s3"):
         try:
             base.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"Source {address!r}: the address is not Unicode text. {CHOICES}") from error
+            urllib.parse.urlsplit(base)
+        except ValueError as error:
+            raise ConfigError(f"Source {redacted(address)!r} is not an address: {error}. {CHOICES}") from error
     if scheme in ("http", "https"):
         target = work / "download"
         fetch(base, target, expected, parts=download_folder(), progress=progress)

@@ -223,6 +223,15 @@ def test_parquet_file_of_any_table(tmp_path: Path, data: st.DataObject) -> None:
         assert is_damaged or len(index) == table.num_rows
 
 
+def test_parquet_file_with_a_column_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"img": [{"bytes": b"", "path": ""}], "label": [0]}), path)
+    path.write_bytes(path.read_bytes().replace(b"label", b"\x80abel"))
+    _, error = attempt(lambda: read_index(path, "parquet", "train", "it", resize=True))
+    assert error is not None
+    assert "it is not a readable Parquet file" in error
+
+
 @st.composite
 def damaged(draw: DrawFn, data: bytes) -> bytes:
     return damage(draw, data)
@@ -432,6 +441,10 @@ def no_network(*arguments: object, **options: object) -> None:
 @example("s3://", ["\udcff"])
 @example("https://", ["\udcff"])
 @example("", ["a" * 5000])
+@example("s3://", ["["])
+@example("https://", ["[", "::1", "/x.tar.gz"])
+@example("http://", ["host:port/x.tar.gz"])
+@example("https://", ["a\u2100b/x.tar.gz"])
 def test_any_source_address(
     tmp_path: Path, raw: FolderStore, monkeypatch: pytest.MonkeyPatch, scheme: str, words: list[str]
 ) -> None:
