@@ -14,26 +14,21 @@ PYTHON ?= python:3.11-slim
 LOAD ?=
 IMAGES := trainer server dagster mlflow
 
-.PHONY: images sbom kfp-image test-images story-image postgres-image $(IMAGES:%=image-%)
+.PHONY: images sbom test-images story-image postgres-image $(IMAGES:%=image-%) image-kfp
 
-images: $(IMAGES:%=image-%) ## Build the images of all pods; LOAD puts each into the cluster.
+images: $(IMAGES:%=image-%) ## Build the images of all pods; LOAD puts each into the cluster. image-kfp builds one more.
 
-$(IMAGES:%=image-%): image-%:
-	$(BUILDER) $(BUILD_ARGS) --build-arg PYTHON=$(PYTHON) -t $(REGISTRY)/cifar-$*:$(TAG) -f images/$*/Dockerfile .
+$(IMAGES:%=image-%) image-kfp: image-%:
+	$(BUILDER) $(BUILD_ARGS) --build-arg PYTHON=$(PYTHON) --target $* -t $(REGISTRY)/cifar-$*:$(TAG) -f images/Dockerfile .
 	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-$*:$(TAG))
 
 sbom: $(filter .uv/bin/uv,$(UV)) ## Write what each image holds, by the lock file, to .cifar/sbom as CycloneDX.
 	@mkdir -p .cifar/sbom
 	@for role in $(IMAGES) kfp; do \
-		extras=$$(grep -o -e '--extra [a-z]*' images/$$role/Dockerfile); \
+		extras=$$(sed -n "/ AS $$role$$/,/^RUN/p" images/Dockerfile | grep -o -e '--extra [a-z]*'); \
 		$(UV) export --quiet --frozen --no-dev --no-emit-project $$extras --format cyclonedx1.5 \
 			--output-file .cifar/sbom/$$role.cdx.json || exit 1; \
 	done
-
-kfp-image: image-trainer ## Build the image of the Kubeflow pipeline's steps.
-	$(BUILDER) $(BUILD_ARGS) --build-arg TRAINER=$(REGISTRY)/cifar-trainer:$(TAG) \
-		-t $(REGISTRY)/cifar-kfp:$(TAG) -f images/kfp/Dockerfile .
-	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-kfp:$(TAG))
 
 test-images: story-image postgres-image ## Build what only the cluster tests run.
 

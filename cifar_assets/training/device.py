@@ -74,7 +74,7 @@ def check_compiler() -> None:
     if shutil.which(compiler) is None:
         raise ConfigError(
             f"The job asks for `compile`, which takes a C++ compiler, and {compiler} is not there: set "
-            "execution.compile to false, or install it where the training runs (images/trainer/Dockerfile has none)."
+            "execution.compile to false, or install it where the training runs (our image has none)."
         )
 
 

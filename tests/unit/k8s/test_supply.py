@@ -72,9 +72,12 @@ def test_text_names_only_listed_images(path: Path):
 def test_dockerfile_starts_from_a_listed_image(path: Path):
     text = path.read_text()
     default = dict(re.findall(r"^ARG (\w+)=(\S+)", text, re.MULTILINE))
-    (base,) = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
-    assert default.get(base.removeprefix("$"), base) in LISTED
-    assert str(path.relative_to(ROOT)) in {entry["dockerfile"] for entry in LIST["built"]}
+    bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    targets = set(re.findall(r"^FROM \S+ AS (\w+)", text, re.MULTILINE))
+    assert {default.get(base.removeprefix("$"), base) for base in bases} - targets <= LISTED
+    built = [entry for entry in LIST["built"] if entry["dockerfile"] == str(path.relative_to(ROOT))]
+    assert built
+    assert all(entry.get("target") in targets or not targets for entry in built)
 
 
 def test_every_listed_image_is_used_and_every_digest_is_real_or_unknown():
