@@ -1,11 +1,11 @@
-"""When Argo's resource step ends: the states of `resources.pytorch_job.status`, in the language that the step speaks.
+"""When Argo's resource step ends: the states of `resources.pytorch_job.client`, in the language that the step speaks.
 
 The step takes label selectors whose keys are paths into the job; `status.conditions` is a list, and a path into it can
 only count. Any requirement of the failure condition fails the step, and it is looked at first; all of the success
 condition's have to hold. Pure.
 """
 
-from resources.pytorch_job.status import JobState
+from resources.pytorch_job.client import JobState
 
 _POSITIONS = 8
 """The operator keeps one condition of each of its six types."""

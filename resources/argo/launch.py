@@ -9,8 +9,8 @@ from resources.argo.naming import MANAGED_BY
 from resources.argo.status import Workflow
 from resources.argo.template import WORKFLOW_LABEL
 from resources.kubernetes.errors import ResourceConflictError
-from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, step_digest
 from resources.kubernetes.launch import Launcher
+from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, step_digest
 
 
 @dataclass(frozen=True)

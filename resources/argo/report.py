@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 from resources.argo.client import MAIN_CONTAINER, WorkflowClient
 from resources.argo.status import Step, Workflow
 from resources.argo.template import JOB_NAME_PREFIX
-from resources.kubernetes.diagnosis import PodHistory
+from resources.kubernetes.diagnosis import PodHistory, WatchLimits
 from resources.kubernetes.errors import KubernetesError
-from resources.kubernetes.limits import WatchLimits
 from resources.kubernetes.logs import TAIL_LINES
 from resources.kubernetes.pods import Pod
-from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.client import JobState, PyTorchJobClient
+from resources.pytorch_job.config import CONTAINER_NAME
 from resources.pytorch_job.diagnosis import diagnose_failure
-from resources.pytorch_job.pod_template import CONTAINER_NAME
-from resources.pytorch_job.status import JobState
 
 TRAIN_TEMPLATES = ("train", "train-replicas")
 

@@ -7,8 +7,8 @@ from typing import Any
 from resources.argo.client import WorkflowClient
 from resources.argo.report import TRAIN_TEMPLATES, WorkflowFailedError, explain, is_argos_own, job_name_of
 from resources.argo.status import Workflow
+from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.errors import ResourceDeletedError, ResourceStuckError
-from resources.kubernetes.limits import WatchLimits
 from resources.kubernetes.logs import LogLine
 from resources.kubernetes.pods import Pod
 from resources.kubernetes.watch import Watcher

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.manifest import build_inference_service_manifest
+from resources.kubernetes.config import print_rendered
 from resources.kubernetes.errors import SettingsError
-from resources.kubernetes.rendering import print_rendered
 
 _KEYS = {"name", "namespace", "model", "settings"}
 _MODEL_KEYS = {"uri", "digest", "version"}

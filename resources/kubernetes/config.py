@@ -2,13 +2,16 @@
 
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import dagster as dg
 from pydantic import ConfigDict, ValidationError
 
 from resources.errors import ConfigError
+from resources.kubernetes.errors import SettingsError
 from resources.redaction import has_credentials
 
 _SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN(?!I)|CREDENTIAL|(ACCESS|API|PRIVATE)_?KEY", re.IGNORECASE)
@@ -43,3 +46,16 @@ def settings_from_json(
     except (TypeError, ValueError) as error:
         problems = str(error)
     raise ConfigError(f"{variable}: expected fields of {kind.__name__} as JSON. {problems}")
+
+
+def print_rendered(render: Callable[[Path], str], usage: str, arguments: Sequence[str]) -> int:
+    """Print what `render` makes of the one file named and return 0, or say what is wrong with it and return 2."""
+    if len(arguments) != 1:
+        sys.stderr.write(f"{usage}\n")
+        return 2
+    try:
+        sys.stdout.write(render(Path(arguments[0])))
+    except (SettingsError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0

@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from resources.kubernetes.diagnosis import Outage
 from resources.kubernetes.errors import (
     ApiRefusedError,
     ApiUnavailableError,
     ResourceConflictError,
     ResourceStuckError,
 )
-from resources.kubernetes.outage import Outage
 
 R = TypeVar("R")
 T = TypeVar("T")

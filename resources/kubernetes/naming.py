@@ -1,4 +1,4 @@
-"""Names that hold at every layer: DNS-1035, and short enough for the names and labels derived from them."""
+"""Names and labels of what a step makes in a cluster: DNS-1035, and short enough for what is derived from them."""
 
 import hashlib
 import json
@@ -39,3 +39,21 @@ def check_dns_1035(kind: str, name: str) -> None:
 
 def _clean(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
+
+RUN_ID_LABEL = "dagster/run-id"
+"""Run that is responsible for the object now. It changes when a retried run adopts the object."""
+STEP_LABEL = "dagster/step-digest"
+"""Digest of the whole step key: a label value holds 63 characters, a step key any number."""
+
+
+def step_digest(step_key: str) -> str:
+    """Label value that stands for a step key of any length and spelling."""
+    return hashlib.sha256(step_key.encode()).hexdigest()[:32]
+
+
+def selector(**labels: str) -> str:
+    """Label selector of exact matches, from key=value pairs given as a mapping with `**`."""
+    return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))

@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 from resources.kubernetes.api import KubernetesClient
-from resources.kubernetes.diagnosis import PodHistory
+from resources.kubernetes.diagnosis import Outage, PodHistory, WatchLimits
 from resources.kubernetes.errors import ApiError
-from resources.kubernetes.limits import WatchLimits
 from resources.kubernetes.logs import LogLine, ReplicaLogs
-from resources.kubernetes.outage import Outage
 from resources.kubernetes.pods import Pod
 
 T = TypeVar("T")

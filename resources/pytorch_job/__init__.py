@@ -4,14 +4,13 @@
 `messages`, `pipes` and `collector` do.
 """
 
+from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.errors import KubernetesError, ResourceFailedError, SettingsError
-from resources.kubernetes.limits import WatchLimits
-from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
+from resources.pytorch_job.client import JobState, JobStatus, PyTorchJob, PyTorchJobClient, read_status
 from resources.pytorch_job.collector import build_pytorch_job_collector
 from resources.pytorch_job.config import ElasticPolicy, PodTemplate, PyTorchJobConfig, RunPolicy, SecretKey, Toleration
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 from resources.pytorch_job.pipes import PipesPyTorchJobClient
-from resources.pytorch_job.status import JobState, JobStatus, read_status
 
 __all__ = [
     "ElasticPolicy",

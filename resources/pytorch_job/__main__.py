@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from resources.kubernetes.config import print_rendered
 from resources.kubernetes.errors import SettingsError
-from resources.kubernetes.rendering import print_rendered
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 

@@ -4,8 +4,9 @@ Absence and conflict are values. A fault of the connection or of the server is A
 ApiRefusedError; both name the object and chain the original.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 from kubernetes import client as k8s
@@ -16,17 +17,83 @@ from resources.kubernetes.api import (
     CustomResourceClient,
     CustomResources,
 )
-from resources.kubernetes.labels import RUN_ID_LABEL
+from resources.kubernetes.naming import RUN_ID_LABEL
 from resources.kubernetes.pods import Pod, read_pod
-from resources.pytorch_job.labels import (
-    LAUNCH_ANNOTATION,
-    OPERATOR_JOB_NAME_LABEL,
-    OPERATOR_REPLICA_INDEX_LABEL,
-    OPERATOR_REPLICA_TYPE_LABEL,
-    WORK_ANNOTATION,
-)
 from resources.pytorch_job.manifest import GROUP, KIND, PLURAL, VERSION
-from resources.pytorch_job.status import JobStatus, read_status
+
+MANAGED_BY = "dagster-pytorch-job"
+# As dagster-k8s has them.
+JOB_LABEL = "dagster/job"
+OP_LABEL = "dagster/op"
+
+LAUNCH_ANNOTATION = "dagster/pytorch-job-launch"
+"""Random id of one create call's intent: the stored object shows whose call made it, and where its messages are."""
+WORK_ANNOTATION = "dagster/pytorch-job-work"
+"""Digest of what the job computes: only a job with the same one may be adopted."""
+
+OPERATOR_JOB_NAME_LABEL = "training.kubeflow.org/job-name"
+OPERATOR_REPLICA_TYPE_LABEL = "training.kubeflow.org/replica-type"
+OPERATOR_REPLICA_INDEX_LABEL = "training.kubeflow.org/replica-index"
+
+
+class JobState(StrEnum):
+    """Where a job is on its way. The last two are final."""
+
+    PENDING = "Pending"
+    SUSPENDED = "Suspended"
+    RUNNING = "Running"
+    RESTARTING = "Restarting"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+    @property
+    def finished(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED)
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """State with the operator's own words for it."""
+
+    state: JobState
+    reason: str = ""
+    message: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state} ({self.message})" if self.message else str(self.state)
+
+
+_FINAL = {"Failed": JobState.FAILED, "Succeeded": JobState.SUCCEEDED}
+_PASSING = {
+    "Suspended": JobState.SUSPENDED,
+    "Running": JobState.RUNNING,
+    "Restarting": JobState.RESTARTING,
+    "Created": JobState.PENDING,
+}
+
+
+def read_status(status: Mapping[str, Any] | None) -> JobStatus:
+    """State of a job from its `status`, which the operator fills only some time after the job exists.
+
+    A final condition decides, wherever it stands in the list: the operator leaves an older Running one true beside it.
+    Failed wins over Succeeded, as the operator writes it last when a job exceeds a limit while it ends. Otherwise the
+    condition that changed last decides; conditions that are no longer true do not count.
+    """
+    conditions: Sequence[Mapping[str, Any]] = (status or {}).get("conditions") or []
+    true_ones = [condition for condition in conditions if condition.get("status") == "True"]
+    for kind, state in _FINAL.items():
+        for condition in true_ones:
+            if condition.get("type") == kind:
+                return _job_status(state, condition)
+    known = [condition for condition in true_ones if condition.get("type") in _PASSING]
+    if not known:
+        return JobStatus(JobState.PENDING)
+    position, latest = max(enumerate(known), key=lambda item: (item[1].get("lastTransitionTime") or "", item[0]))
+    return _job_status(_PASSING[known[position]["type"]], latest)
+
+
+def _job_status(state: JobState, condition: Mapping[str, Any]) -> JobStatus:
+    return JobStatus(state, condition.get("reason") or "", condition.get("message") or "")
 
 
 class CustomObjects(CustomResources, Protocol):

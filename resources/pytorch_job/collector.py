@@ -10,10 +10,9 @@ import dagster as dg
 
 from resources.errors import StoreError
 from resources.kubernetes.errors import KubernetesError
-from resources.kubernetes.labels import MANAGED_BY_LABEL, selector
+from resources.kubernetes.naming import MANAGED_BY_LABEL, selector
 from resources.object_store import ObjectStore
-from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
-from resources.pytorch_job.labels import MANAGED_BY
+from resources.pytorch_job.client import MANAGED_BY, PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.messages import MARKS_FOLDER, MESSAGES_FOLDER
 
 _FINISHED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)

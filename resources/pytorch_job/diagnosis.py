@@ -7,13 +7,13 @@ from resources.kubernetes.diagnosis import (
     Diagnosis,
     Obstacle,
     PodHistory,
+    WatchLimits,
     event_lines,
     exit_cause,
     exit_line,
 )
-from resources.kubernetes.limits import WatchLimits
 from resources.kubernetes.pods import Pod
-from resources.pytorch_job.status import JobStatus
+from resources.pytorch_job.client import JobStatus
 
 _ADVICE: Mapping[Cause, str] = {
     Cause.OUT_OF_MEMORY: "Raise `memory`, or let the process use less.",

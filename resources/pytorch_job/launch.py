@@ -10,11 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resources.kubernetes.errors import ResourceConflictError
-from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, selector, step_digest
 from resources.kubernetes.launch import Launcher
-from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
-from resources.pytorch_job.labels import LAUNCH_ANNOTATION, MANAGED_BY, WORK_ANNOTATION
-from resources.pytorch_job.status import JobState
+from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, selector, step_digest
+from resources.pytorch_job.client import (
+    LAUNCH_ANNOTATION,
+    MANAGED_BY,
+    WORK_ANNOTATION,
+    JobState,
+    PyTorchJob,
+    PyTorchJobClient,
+)
 
 
 @dataclass(frozen=True)

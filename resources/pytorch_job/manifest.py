@@ -10,9 +10,28 @@ from dagster_k8s.job import UserDefinedDagsterK8sConfig
 from dagster_k8s.models import k8s_model_from_dict
 from kubernetes.client import ApiClient
 
-from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.naming import check_job_name
-from resources.pytorch_job.pod_template import CONTAINER_NAME
+from resources.kubernetes.errors import SettingsError
+from resources.kubernetes.naming import MAX_LABEL_LENGTH, check_dns_1035, derive_name
+from resources.pytorch_job.config import CONTAINER_NAME, PyTorchJobConfig
+
+_LONGEST_SUFFIX = "-worker-9999"
+
+
+def job_name(prefix: str, *, run_id: str, step_key: str, attempt: int) -> str:
+    """Name of the PyTorchJob of one attempt at one step of one Dagster run."""
+    return derive_name(prefix, run_id, step_key, str(attempt), reserve=len(_LONGEST_SUFFIX))
+
+
+def check_job_name(name: str, replicas: int) -> None:
+    """SettingsError unless the name and everything derived from it is a DNS-1035 label."""
+    check_dns_1035("PyTorchJob", name)
+    longest = f"{name}-worker-{max(replicas - 1, 0)}"
+    if len(longest) > MAX_LABEL_LENGTH:
+        raise SettingsError(
+            f"PyTorchJob name {name!r} is too long: its pod {longest!r} would have {len(longest)} characters, and "
+            f"Kubernetes takes {MAX_LABEL_LENGTH}. Shorten it by {len(longest) - MAX_LABEL_LENGTH}."
+        )
+
 
 GROUP = "kubeflow.org"
 VERSION = "v1"

@@ -18,9 +18,9 @@ from resources.dagster_private import (
     record_external_launch,
     record_external_reattach,
 )
+from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.errors import ResourceFailedError, added_to
 from resources.kubernetes.launch import Started
-from resources.kubernetes.limits import WatchLimits
 from resources.kubernetes.logs import LogLine, show_line
 from resources.kubernetes.steps import (
     StepContext,
@@ -31,13 +31,11 @@ from resources.kubernetes.steps import (
     removing,
 )
 from resources.object_store import ObjectStore
-from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
+from resources.pytorch_job.client import JOB_LABEL, OP_LABEL, PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.labels import JOB_LABEL, OP_LABEL
 from resources.pytorch_job.launch import JobLauncher, JobRequest
-from resources.pytorch_job.manifest import build_pytorch_job_manifest
+from resources.pytorch_job.manifest import build_pytorch_job_manifest, check_job_name, job_name
 from resources.pytorch_job.messages import OnMessage, PipesStoreMessageReader
-from resources.pytorch_job.naming import check_job_name, job_name
 from resources.pytorch_job.watch import JobWatcher
 
 CLIENT_NAME = "PipesPyTorchJobClient"

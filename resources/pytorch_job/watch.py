@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from resources.kubernetes.diagnosis import Cause, Diagnosis, Obstacle, find_obstacle
+from resources.kubernetes.diagnosis import Cause, Diagnosis, Obstacle, Patience, WatchLimits, find_obstacle
 from resources.kubernetes.errors import ResourceDeletedError, ResourceFailedError
-from resources.kubernetes.limits import Patience, WatchLimits
 from resources.kubernetes.pods import Pod
 from resources.kubernetes.watch import Watcher
-from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
+from resources.pytorch_job.client import JobState, PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.diagnosis import diagnose_failure, diagnose_obstacle, diagnose_overdue
-from resources.pytorch_job.status import JobState
 
 
 class JobWatcher(Watcher[PyTorchJob, WatchLimits]):

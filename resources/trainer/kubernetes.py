@@ -12,7 +12,7 @@ from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
 from cifar_assets.training.spec import JobSpec, check_tracking_uri
 from resources.errors import ConfigError
 from resources.kubernetes.config import settings_from_json
-from resources.kubernetes.limits import WatchLimits
+from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.steps import as_dagster_failure
 from resources.object_store.resource import ObjectStoreResource
 from resources.pytorch_job.client import PyTorchJobClient

@@ -15,7 +15,7 @@ from dagster._core.execution.job_execution_result import JobExecutionResult
 from dagster._core.storage.tags import RESUME_RETRY_TAG
 from kubernetes import client as k8s
 
-from resources.kubernetes.limits import WatchLimits
+from resources.kubernetes.diagnosis import WatchLimits
 from resources.object_store.s3 import S3Store
 from resources.pytorch_job import PipesPyTorchJobClient, PyTorchJobClient, PyTorchJobConfig, RunPolicy
 from tests.cluster.conftest import STORY_IMAGE, Minio, pods_of

@@ -17,7 +17,7 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from cifar_assets.contracts import LANDING_PREFIX, RAW_BUCKET
-from resources.kubernetes.labels import RUN_ID_LABEL
+from resources.kubernetes.naming import RUN_ID_LABEL
 from tests.cluster.conftest import dump
 from tests.cluster.kubectl import forwarded, free_port, kubectl, wait_for
 from tests.cluster.platform import Platform

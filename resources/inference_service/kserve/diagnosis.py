@@ -8,11 +8,11 @@ from resources.kubernetes.diagnosis import (
     Diagnosis,
     Obstacle,
     PodHistory,
+    WatchLimits,
     exit_cause,
     exit_line,
     find_obstacle,
 )
-from resources.kubernetes.limits import WatchLimits
 
 _ADVICE: Mapping[Cause, str] = {
     Cause.OUT_OF_MEMORY: "Raise `memory_limit`, or lower what the server holds at a time.",

@@ -9,8 +9,7 @@ from typing import Any
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.config import CONTAINER_NAME, PORT, InferenceServiceSettings
 from resources.kubernetes.errors import SettingsError
-from resources.kubernetes.labels import MANAGED_BY_LABEL
-from resources.kubernetes.naming import MAX_LABEL_LENGTH, check_dns_1035
+from resources.kubernetes.naming import MANAGED_BY_LABEL, MAX_LABEL_LENGTH, check_dns_1035
 
 GROUP = "serving.kserve.io"
 VERSION = "v1beta1"

@@ -13,10 +13,8 @@ from resources.inference_service.kserve.config import CONTAINER_NAME
 from resources.inference_service.kserve.diagnosis import diagnose_obstacle, find_crash, find_serving_obstacle
 from resources.inference_service.kserve.pods import ServingPod
 from resources.inference_service.kserve.settled import find_missing
-from resources.kubernetes.diagnosis import Cause, Diagnosis, PodHistory, event_lines
+from resources.kubernetes.diagnosis import Cause, Diagnosis, Outage, Patience, PodHistory, WatchLimits, event_lines
 from resources.kubernetes.errors import ApiError, KubernetesError, ResourceFailedError
-from resources.kubernetes.limits import Patience, WatchLimits
-from resources.kubernetes.outage import Outage
 
 _LOG_LINES = 12
 DEPLOYED = "Deployed"

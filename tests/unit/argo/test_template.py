@@ -11,7 +11,7 @@ from resources.argo.__main__ import main, render
 from resources.argo.conditions import FAILURE_CONDITION, SUCCESS_CONDITION
 from resources.argo.template import TRAINER_VARIABLES, parameter_of
 from resources.pytorch_job import PyTorchJobConfig, build_pytorch_job_manifest
-from resources.pytorch_job.naming import check_job_name
+from resources.pytorch_job.manifest import check_job_name
 
 FOLDER = Path(__file__).parents[3] / "k8s" / "argo"
 SETTINGS: dict[str, Any] = yaml.safe_load((FOLDER / "train.settings.yaml").read_text())

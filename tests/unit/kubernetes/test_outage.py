@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
+from resources.kubernetes.diagnosis import Outage
 from resources.kubernetes.errors import ApiUnavailableError
-from resources.kubernetes.outage import Outage
 
 
 def test_silence_is_told_once_and_has_its_limit_from_the_first_call_without_an_answer(

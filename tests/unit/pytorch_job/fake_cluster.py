@@ -15,7 +15,7 @@ from dagster_k8s.models import k8s_model_from_dict
 from kubernetes import client as k8s
 from kubernetes.client.exceptions import ApiException
 
-from resources.pytorch_job.labels import OPERATOR_JOB_NAME_LABEL
+from resources.pytorch_job.client import OPERATOR_JOB_NAME_LABEL
 
 
 class FakeClock:

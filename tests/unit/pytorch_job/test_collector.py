@@ -11,9 +11,9 @@ import pytest
 
 from resources.errors import StoreError
 from resources.kubernetes.errors import KubernetesError
-from resources.kubernetes.labels import MANAGED_BY_LABEL, RUN_ID_LABEL
+from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL
 from resources.object_store import FolderStore
-from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.client import LAUNCH_ANNOTATION, MANAGED_BY, PyTorchJobClient
 from resources.pytorch_job.collector import (
     CollectorTarget,
     RunEnd,
@@ -21,7 +21,6 @@ from resources.pytorch_job.collector import (
     collect_leftovers,
     collect_messages,
 )
-from resources.pytorch_job.labels import LAUNCH_ANNOTATION, MANAGED_BY
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error
 
 NOW = 100_000.0

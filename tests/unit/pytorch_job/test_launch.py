@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceConflictError, ResourceStuckError
-from resources.kubernetes.labels import RUN_ID_LABEL
+from resources.kubernetes.naming import RUN_ID_LABEL
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.launch import JobLauncher, JobRequest
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error, pod_body

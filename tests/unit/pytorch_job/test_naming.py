@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from resources.kubernetes.errors import SettingsError
 from resources.kubernetes.naming import derive_name
-from resources.pytorch_job.naming import check_job_name, job_name
+from resources.pytorch_job.manifest import check_job_name, job_name
 
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 RUN = "f81d4fae-7dec-11d0-a765-00a0c91e6bf6"

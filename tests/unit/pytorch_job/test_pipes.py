@@ -14,7 +14,7 @@ from dagster._core.execution.job_execution_result import JobExecutionResult
 from dagster._core.pipes.reattach import PIPES_LAUNCH_HANDLE_METADATA_KEY
 from dagster._core.storage.tags import RESUME_RETRY_TAG
 
-from resources.kubernetes.limits import WatchLimits
+from resources.kubernetes.diagnosis import WatchLimits
 from resources.object_store import FolderStore
 from resources.pipes_store import STORE_URI_PARAM
 from resources.pytorch_job.client import PyTorchJobClient
@@ -229,7 +229,7 @@ def test_cancelled_while_a_create_call_without_an_answer_is_on_its_way(story: St
         story.cluster.create_namespaced_custom_object("", "", "space", "", body)
 
     def late_labels() -> dict[str, str]:
-        from resources.kubernetes.labels import RUN_ID_LABEL, STEP_LABEL, step_digest
+        from resources.kubernetes.naming import RUN_ID_LABEL, STEP_LABEL, step_digest
 
         (run,) = story.instance.get_runs(limit=1)
         return {RUN_ID_LABEL: run.run_id, STEP_LABEL: step_digest("trained")}

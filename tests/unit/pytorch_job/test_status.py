@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from resources.pytorch_job.status import JobState, read_status
+from resources.pytorch_job.client import JobState, read_status
 
 SERIES: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "status_series.yaml").read_text())
 

@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 
-from resources.kubernetes.diagnosis import Cause
+from resources.kubernetes.diagnosis import Cause, WatchLimits
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceDeletedError, ResourceFailedError
-from resources.kubernetes.limits import WatchLimits
-from resources.pytorch_job.client import PyTorchJobClient
-from resources.pytorch_job.status import JobState
+from resources.pytorch_job.client import JobState, PyTorchJobClient
 from resources.pytorch_job.watch import JobWatcher
 from tests.unit.pytorch_job.fake_cluster import (
     RUNNING,
