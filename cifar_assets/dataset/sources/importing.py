@@ -136,7 +136,9 @@ def _source_files(address: str, work: Path, progress: Progress, unread: dict[str
         return _one_file(target, name, redacted(base))
     if scheme == "s3":
         return _bucket_files(base, expected, work, progress, unread)
-    path = _file_path(base) if scheme == "file" else Path(base).expanduser()
+    path = (
+        _file_path(base) if scheme == "file" else Path(os.path.expanduser(base))
+    )  # Path.expanduser fails for an unknown user
     return _local_files(path, expected, work, progress, unread)
 
 

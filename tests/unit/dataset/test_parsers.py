@@ -442,6 +442,7 @@ def no_network(*arguments: object, **options: object) -> None:
 @example("https://", ["\udcff"])
 @example("", ["a" * 5000])
 @example("s3://", ["["])
+@example("", ["~0"])
 @example("https://", ["[", "::1", "/x.tar.gz"])
 @example("http://", ["host:port/x.tar.gz"])
 @example("https://", ["a\u2100b/x.tar.gz"])
