@@ -7,7 +7,6 @@ from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.upstream import materialized_digest, previous_digests
-from cifar_assets.dataset.progress import logged
 from cifar_assets.dataset.versions.processed import build_processed
 from cifar_assets.dataset.versions.seed_copies import write_seed_processed, write_seed_raw
 from cifar_assets.dataset.versions.splits import SplitConfig
@@ -64,7 +63,7 @@ def processed_dataset(
             test_fraction=config.test_fraction,
             max_shard_rows=config.max_shard_rows,
         )
-        version = build_processed(raw, processed, raw_digest, split, progress=logged())
+        version = build_processed(raw, processed, raw_digest, split)
         if reasons := objections(judge_processed(raw, processed, version.digest)):
             context.log.warning(f"The copies for the old pipeline stay as they are: {' '.join(reasons)}")
         elif config.write_seed_copies:

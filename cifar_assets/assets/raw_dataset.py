@@ -8,7 +8,6 @@ from pydantic import Field
 from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX
-from cifar_assets.dataset.progress import logged
 from cifar_assets.dataset.versions.raw import build_raw_version
 from resources.errors import ConfigError
 from resources.object_store.resource import ObjectStoreResource
@@ -58,7 +57,7 @@ def raw_dataset(
     with retrying_infrastructure_faults():
         object_store.ensure_buckets()
         version = build_raw_version(
-            object_store.raw, config.resolved_source(), digest=config.version, resize=config.resize, progress=logged()
+            object_store.raw, config.resolved_source(), digest=config.version, resize=config.resize
         )
         return dg.MaterializeResult(
             data_version=dg.DataVersion(version.digest), metadata=metadata.of_raw(object_store.raw, version)

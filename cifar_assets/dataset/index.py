@@ -6,7 +6,7 @@ goes stale. It makes validating an unchanged object cheap and is derived data: d
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.isolated import ask
 from cifar_assets.dataset.formats.rows import REFUSED_LABEL, SPLITS, RowBatch
 from cifar_assets.dataset.objects import ObjectFormat, RawObject, fetched
-from cifar_assets.dataset.progress import Progress, quiet
 from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
@@ -60,7 +59,9 @@ def pixel_digests(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32)
 
 
-def build_index(batches: Iterable[RowBatch], what: str = "images", progress: Progress = quiet) -> ObjectIndex:
+def build_index(
+    batches: Iterable[RowBatch], what: str = "images", on_rows: Callable[[int], None] = lambda rows: None
+) -> ObjectIndex:
     """The index of the rows that the batches hold."""
     digests, labels, splits = [np.empty((0, 32), np.uint8)], [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
     refused: dict[int, str] = {}
@@ -76,7 +77,7 @@ def build_index(batches: Iterable[RowBatch], what: str = "images", progress: Pro
         if len(refused) > MAX_REFUSED_ROWS:
             first = next(iter(refused.items()))
             raise DataError(f"{what}: over {MAX_REFUSED_ROWS:,} rows cannot be used, row {first[0]} first: {first[1]}.")
-        progress(f"validating {what}", rows, None)
+        on_rows(rows)
     return ObjectIndex(np.concatenate(digests), np.concatenate(labels), np.concatenate(splits), refused)
 
 
@@ -108,18 +109,10 @@ def parse_index(data: bytes) -> ObjectIndex | None:
     return ObjectIndex(digests, labels, splits, refused, unread)
 
 
-def read_index(
-    path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool, progress: Progress = quiet
-) -> ObjectIndex:
+def read_index(path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool) -> ObjectIndex:
     """The index of a file's rows, read in another process: the file is outside data. Raises as `isolated.ask` does."""
     arguments = {"path": str(path), "format": kind, "split": split, "name": name, "resize": resize}
-    _, data = ask(
-        "index_file",
-        arguments,
-        name,
-        num_bytes=path.stat().st_size,
-        on_progress=lambda rows: progress(f"validating {name}", rows, None),
-    )
+    _, data = ask("index_file", arguments, name, num_bytes=path.stat().st_size)
     index = parse_index(data)
     if index is None:
         raise DataError(f"{name}: the process that read it did not answer with an index. Do not use this file.")
@@ -139,15 +132,13 @@ def load_index(raw: ObjectStore, sha256: str, split: str, resize: bool) -> Objec
         return None
 
 
-def index_of(
-    raw: ObjectStore, item: RawObject, resize: bool, progress: Progress = quiet, *, keep: bool = True
-) -> ObjectIndex:
+def index_of(raw: ObjectStore, item: RawObject, resize: bool, *, keep: bool = True) -> ObjectIndex:
     """The index of a stored object, built again when none is kept, and then kept unless told otherwise."""
     index = load_index(raw, item.sha256, item.split, resize)
     if index is None or len(index) != item.rows:
         with fetched(raw, item.key, item.sha256) as path:
             name = raw.uri(item.key)
-            index = read_index(path, item.format, item.split, name, resize=resize, progress=progress)
+            index = read_index(path, item.format, item.split, name, resize=resize)
         if keep:
             save_index(raw, item.sha256, item.split, resize, index)
     return index

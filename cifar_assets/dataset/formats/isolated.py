@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from cifar_assets.dataset.formats.pickles import HostileDataError
+from cifar_assets.dataset.progress import report
 from resources.errors import DataError, ExplainedError
 
 MEMORY_BYTES = 1 << 30
@@ -105,7 +106,6 @@ def ask(
     *,
     payload: bytes = b"",
     num_bytes: int,
-    on_progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[Any, bytes]:
     """Let the child do an operation of `isolated_child` on `num_bytes` of outside data, which errors call `name`.
 
@@ -115,7 +115,7 @@ def ask(
     seconds = CPU_SECONDS + CPU_SECONDS_PER_MIB * (num_bytes >> 20)
     request = {"operation": operation, "arguments": arguments, "cpu_seconds": seconds}
     try:
-        answer, data = _converse(request, payload, seconds, on_progress)
+        answer, data = _converse(request, payload, name, seconds)
     except _ChildEndedError as death:
         raise ReaderKilledError(
             f"{name} {death} (limits: {MEMORY_BYTES >> 20:,} MiB of memory, {seconds:,} s of processor time). "
@@ -161,9 +161,7 @@ def read_frame(read: Callable[[int], bytes]) -> tuple[dict[str, Any], bytes]:
     return json.loads(exactly(text_bytes)), exactly(payload_bytes)
 
 
-def _converse(
-    request: Mapping[str, Any], payload: bytes, seconds: int, on_progress: Callable[[int], None]
-) -> tuple[dict[str, Any], bytes]:
+def _converse(request: Mapping[str, Any], payload: bytes, name: str, seconds: int) -> tuple[dict[str, Any], bytes]:
     """The child's answer. A child that read other data before is not believed to have died of this data."""
     global _child
     with _lock:
@@ -175,7 +173,7 @@ def _converse(
                 child.send(request, payload)
                 deadline = time.monotonic() + seconds * _WALL_SECONDS_PER_CPU_SECOND
                 while "rows" in (found := child.receive(deadline))[0]:
-                    on_progress(found[0]["rows"])
+                    report(f"validating {name}", found[0]["rows"])
                 if "memory" in found[0]:
                     raise _ChildEndedError("needs too much memory")
                 return found

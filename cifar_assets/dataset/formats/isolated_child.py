@@ -30,7 +30,7 @@ def index_file(arguments: dict[str, Any], payload: bytes, progress: _Progress) -
     path, kind, split, name = Path(arguments["path"]), arguments["format"], arguments["split"], arguments["name"]
     unread: dict[str, str] = {}
     rows = read_rows(path, kind, split, name, resize=arguments["resize"], unread=unread)
-    index = build_index(rows, name, lambda what, done, total: progress(done))
+    index = build_index(rows, name, progress)
     return None, dump_index(replace(index, unread=unread))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
+from cifar_assets.dataset import progress
 from cifar_assets.dataset.consistency import Known, check_landed
 from cifar_assets.dataset.formats.image_tar import class_of
 from cifar_assets.dataset.formats.images import PICTURE_SUFFIXES
@@ -14,7 +15,6 @@ from cifar_assets.dataset.landing.landed import LandedImage, LandedTable, NotJud
 from cifar_assets.dataset.landing.packs import pack_landed_images
 from cifar_assets.dataset.landing.rejection import Rejection, reject_object, reject_rows
 from cifar_assets.dataset.objects import RawObject
-from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.dataset.sources.layouts import ARCHIVE_SUFFIXES, suffix_of
 from resources.object_store import ObjectInfo, ObjectStore
 
@@ -98,7 +98,7 @@ def scan_landing(raw: ObjectStore) -> LandingScan:
 
 
 def join_landed(
-    raw: ObjectStore, known: Known, *, resize: bool, progress: Progress = quiet
+    raw: ObjectStore, known: Known, *, resize: bool
 ) -> tuple[list[RawObject], LandingReport, dict[str, list[str]]]:
     """Validate what landed against the images known.
 
@@ -122,7 +122,7 @@ def join_landed(
 
     unread = 0
     for number, (info, found) in enumerate(examine(raw, scan.ready, resize), 1):
-        progress("validating landed objects", number, len(scan.ready))
+        progress.report("validating landed objects", number, len(scan.ready))
         if isinstance(found, NotJudged):
             skipped[info.key] = found.reason
             unread += found.reader_failed

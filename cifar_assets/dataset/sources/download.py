@@ -12,7 +12,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_assets.dataset.progress import Progress, quiet
+from cifar_assets.dataset.progress import report
 from resources.digests import sha256_bytes
 from resources.errors import DataError, IntegrityError
 from resources.object_store.folder import write_atomically
@@ -72,14 +72,7 @@ def check_file(path: Path, expected: Expected, name: str) -> None:
             )
 
 
-def fetch(
-    url: str,
-    target: Path,
-    expected: Expected,
-    *,
-    parts: Path,
-    progress: Progress = quiet,
-) -> None:
+def fetch(url: str, target: Path, expected: Expected, *, parts: Path) -> None:
     """Write what the URL serves to `target`, which appears whole and verified or not at all.
 
     A transfer that breaks off continues where it stopped, now and in a later call (the part lies in the folder `parts`
@@ -90,7 +83,7 @@ def fetch(
     part = parts / f"{sha256_bytes(url.encode())[:16]}.part"
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _transfer(url, part, progress)
+            _transfer(url, part)
             break
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code != 429:
@@ -127,7 +120,7 @@ def fetch(
     _forget(part)
 
 
-def _transfer(url: str, part: Path, progress: Progress) -> None:
+def _transfer(url: str, part: Path) -> None:
     """Append what is missing to the part; http.client.IncompleteRead when the body ends early."""
     validator_file = _validator_file(part)
     have = part.stat().st_size if part.exists() and validator_file.exists() else 0
@@ -160,7 +153,7 @@ def _transfer(url: str, part: Path, progress: Progress) -> None:
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)
                 have += len(chunk)
-                progress(f"downloading {redacted(url)}", have, total)
+                report(f"downloading {redacted(url)}", have, total)
     if total is not None and have < total:
         raise http.client.IncompleteRead(b"", total - have)
 

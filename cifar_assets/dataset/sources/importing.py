@@ -15,7 +15,7 @@ from cifar_assets.dataset.formats.binary import pack_records
 from cifar_assets.dataset.formats.image_tar import member_names
 from cifar_assets.dataset.index import load_index, read_index, save_index
 from cifar_assets.dataset.objects import RawObject, is_stored, read_state, store_object
-from cifar_assets.dataset.progress import Progress, quiet
+from cifar_assets.dataset.progress import report
 from cifar_assets.dataset.sources import synthetic
 from cifar_assets.dataset.sources.download import (
     OFFICIAL_MD5,
@@ -53,7 +53,7 @@ class Imports(BaseModel):
     unread: dict[str, str] = Field(default={}, description="Folders and files that were not read, and why, by name.")
 
 
-def import_source(source: str, raw: ObjectStore, *, resize: bool = False, progress: Progress = quiet) -> Imports:
+def import_source(source: str, raw: ObjectStore, *, resize: bool = False) -> Imports:
     """Validate the source and store its objects under their digests; nothing of an invalid file is stored.
 
     `source` is 'download', 'synthetic' or 'synthetic:<seed>', a path, or a file://, s3:// or http(s):// address. A
@@ -69,8 +69,8 @@ def import_source(source: str, raw: ObjectStore, *, resize: bool = False, progre
     unread: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="cifar-source-") as work:
         try:
-            files = _source_files(address, Path(work), progress, unread)
-            objects = [_import_file(file, raw, resize, progress, unread) for file in files]
+            files = _source_files(address, Path(work), unread)
+            objects = [_import_file(file, raw, resize, unread) for file in files]
         except DownloadError as error:
             raise DownloadError(f"Cannot fetch the raw data: {error} {CHOICES}") from error
     imported = Imports(objects=tuple(objects), unread=unread)
@@ -79,13 +79,11 @@ def import_source(source: str, raw: ObjectStore, *, resize: bool = False, progre
     return imported
 
 
-def _import_file(
-    file: SourceFile, raw: ObjectStore, resize: bool, progress: Progress, unread: dict[str, str]
-) -> RawObject:
+def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, unread: dict[str, str]) -> RawObject:
     sha256 = sha256_file(file.path)
     known = index = load_index(raw, sha256, file.split, resize)
     if index is None:
-        index = read_index(file.path, file.format, file.split, file.name, resize=resize, progress=progress)
+        index = read_index(file.path, file.format, file.split, file.name, resize=resize)
     if index.refused:  # also by an index kept of a landed file of the same bytes
         raise DataError(_refusal_message(file, index.refused, len(index)))
     if not len(index):
@@ -118,7 +116,7 @@ def _refusal_message(file: SourceFile, refused: dict[int, str], rows: int) -> st
     )
 
 
-def _source_files(address: str, work: Path, progress: Progress, unread: dict[str, str]) -> Iterator[SourceFile]:
+def _source_files(address: str, work: Path, unread: dict[str, str]) -> Iterator[SourceFile]:
     if address == "synthetic" or address.startswith("synthetic:"):
         return _synthetic_files(address, work)
     base, expected = split_expected(address)
@@ -131,15 +129,14 @@ def _source_files(address: str, work: Path, progress: Progress, unread: dict[str
             raise ConfigError(f"Source {redacted(address)!r} is not an address: {error}. {CHOICES}") from error
     if scheme in ("http", "https"):
         target = work / "download"
-        fetch(base, target, expected, parts=download_folder(), progress=progress)
+        fetch(base, target, expected, parts=download_folder())
         name = urllib.parse.unquote(urllib.parse.urlsplit(base).path.rpartition("/")[2])
         return _one_file(target, name, redacted(base))
     if scheme == "s3":
-        return _bucket_files(base, expected, work, progress, unread)
-    path = (
-        _file_path(base) if scheme == "file" else Path(os.path.expanduser(base))
-    )  # Path.expanduser fails for an unknown user
-    return _local_files(path, expected, work, progress, unread)
+        return _bucket_files(base, expected, work, unread)
+    # os.path, as Path.expanduser fails for an unknown user.
+    path = _file_path(base) if scheme == "file" else Path(os.path.expanduser(base))
+    return _local_files(path, expected, work, unread)
 
 
 def _file_path(address: str) -> Path:
@@ -153,9 +150,7 @@ def _file_path(address: str) -> Path:
     return Path(urllib.parse.unquote(slash + path))
 
 
-def _local_files(
-    path: Path, expected: Expected, work: Path, progress: Progress, unread: dict[str, str]
-) -> Iterator[SourceFile]:
+def _local_files(path: Path, expected: Expected, work: Path, unread: dict[str, str]) -> Iterator[SourceFile]:
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
     except OSError as error:
@@ -170,7 +165,7 @@ def _local_files(
         entries = list(_walk(path, path, frozenset(), unread))
     except OSError as error:
         raise ConfigError(f"Source {str(path)!r}: {error.filename} cannot be read: {error.strerror}.") from error
-    return recognize(entries, str(path), work, progress, unread)
+    return recognize(entries, str(path), work, unread)
 
 
 def _walk(folder: Path, root: Path, above: frozenset[Path], unread: dict[str, str]) -> Iterator[Entry]:
@@ -198,9 +193,7 @@ def _open_literally(address: str) -> ObjectStore:
     return open_store(f"s3://{bucket}{slash}{urllib.parse.quote(key)}")
 
 
-def _bucket_files(
-    address: str, expected: Expected, work: Path, progress: Progress, unread: dict[str, str]
-) -> Iterator[SourceFile]:
+def _bucket_files(address: str, expected: Expected, work: Path, unread: dict[str, str]) -> Iterator[SourceFile]:
     parent, _, name = address.rstrip("/").rpartition("/")
     if {".", ".."} & set(address.split("/")):
         raise ConfigError(f"Source {address!r}: a key with . or .. between slashes cannot be asked for over HTTP.")
@@ -208,7 +201,7 @@ def _bucket_files(
         store = _open_literally(parent)
         if not address.endswith("/") and store.exists(name):
             target = work / "download"
-            store.download(name, target, partial(progress, f"downloading {address}"))
+            store.download(name, target, partial(report, f"downloading {address}"))
             check_file(target, expected, address)
             return _one_file(target, name, address)
     _refuse_digest_of_many(expected, address)
@@ -217,7 +210,7 @@ def _bucket_files(
     def fetch_object(key: str) -> Path:
         # One object at a time lies here: what was fetched before has been stored by now.
         target = work / "object"
-        store.download(key, target, partial(progress, f"downloading {store.uri(key)}"))
+        store.download(key, target, partial(report, f"downloading {store.uri(key)}"))
         return target
 
     entries = [
@@ -227,7 +220,7 @@ def _bucket_files(
     ]
     if not entries:
         raise ConfigError(f"Source {address!r}: no object has this key or prefix. {CHOICES}")
-    return recognize(entries, address, work, progress, unread)
+    return recognize(entries, address, work, unread)
 
 
 def _refuse_digest_of_many(expected: Expected, address: str) -> None:

@@ -11,7 +11,7 @@ from cifar_assets.dataset.formats.image_tar import class_of, pack_images
 from cifar_assets.dataset.formats.images import DEFAULT_LIMITS, PICTURE_SUFFIXES
 from cifar_assets.dataset.formats.rows import Split
 from cifar_assets.dataset.objects import ObjectFormat
-from cifar_assets.dataset.progress import Progress
+from cifar_assets.dataset.progress import report
 from resources.errors import DataError
 
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
@@ -67,9 +67,7 @@ def is_test_file(name: str) -> bool:
     return in_test_folder(name) or bool(_TEST_FILE.fullmatch(base.removesuffix(suffix_of(base))))
 
 
-def recognize(
-    entries: list[Entry], name: str, work: Path, progress: Progress, unread: dict[str, str]
-) -> Iterator[SourceFile]:
+def recognize(entries: list[Entry], name: str, work: Path, unread: dict[str, str]) -> Iterator[SourceFile]:
     """The files that make up a source, one at a time. DataError when the layout is none of those known.
 
     `unread` gets every entry that is not part of the layout, and why.
@@ -96,7 +94,7 @@ def recognize(
     elif any(_base(entry).removesuffix(".bin") in BATCHES for entry in batches):
         used, files = batches, iter([_pack_batches(batches, name, work)])
     elif images:
-        used, files = images, _pack_class_folders(images, name, work, progress)
+        used, files = images, _pack_class_folders(images, name, work)
     else:
         shown = ", ".join(entry.name for entry in entries[:5]) or "nothing"
         raise DataError(
@@ -140,7 +138,7 @@ def _pack_batches(entries: list[Entry], name: str, work: Path) -> SourceFile:
     return SourceFile(target, name, "archive", "mixed", ".tar")
 
 
-def _pack_class_folders(entries: list[Entry], name: str, work: Path, progress: Progress) -> Iterator[SourceFile]:
+def _pack_class_folders(entries: list[Entry], name: str, work: Path) -> Iterator[SourceFile]:
     has_test = any(in_test_folder(entry.name) for entry in entries)
     groups: dict[Split, list[Entry]] = {"train": [], "test": [], "any": []}
     for entry in entries:
@@ -154,7 +152,7 @@ def _pack_class_folders(entries: list[Entry], name: str, work: Path, progress: P
             target = work / f"{split}-{start}.tar"
             pack_images(target, ((entry.name, entry.read(DEFAULT_LIMITS.max_bytes)) for entry in part))
             done += len(part)
-            progress(f"packing {name}", done, len(entries))
+            report(f"packing {name}", done, len(entries))
             yield SourceFile(
                 target, f"{name} ({split} images {start} to {start + len(part) - 1})", "images", split, ".tar"
             )

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.index import PREPARATION
-from cifar_assets.dataset.progress import Progress, quiet
+from cifar_assets.dataset.progress import report
 from cifar_assets.dataset.versions.parts import ChannelStatistics, Part, find_or_build_part, group_objects
 from cifar_assets.dataset.versions.raw import read_raw
 from cifar_assets.dataset.versions.shards import Shard
@@ -82,11 +82,7 @@ class ProcessedVersion:
 
 
 def build_processed(
-    raw: ObjectStore,
-    processed: ObjectStore,
-    raw_digest: str,
-    config: SplitConfig | None = None,
-    progress: Progress = quiet,
+    raw: ObjectStore, processed: ObjectStore, raw_digest: str, config: SplitConfig | None = None
 ) -> ProcessedVersion:
     """Decode, split and store the images of a raw version; bit-identical for the same raw digest and config.
 
@@ -103,7 +99,7 @@ def build_processed(
         parts.append((numbers, part))
         new_size += part.size if is_new else 0
         done += sum(manifest.objects[number].used_rows for number in numbers)
-        progress("preparing images", done, manifest.rows)
+        report("preparing images", done, manifest.rows)
     result = _assemble(raw_digest, config, parts)
     _check_counts(result.counts, raw_digest)
     key = f"{result.digest}/{MANIFEST_FILE}"

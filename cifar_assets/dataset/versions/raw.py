@@ -16,7 +16,6 @@ from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.landing.record import write_record
 from cifar_assets.dataset.landing.zone import LandingReport, join_landed
 from cifar_assets.dataset.objects import RawObject
-from cifar_assets.dataset.progress import Progress, quiet
 from cifar_assets.dataset.sources.download import FULL_DISK
 from cifar_assets.dataset.sources.importing import import_source
 from cifar_assets.dataset.versions.splits import splits_filled
@@ -89,14 +88,7 @@ class VersionInfo:
     is_current: bool
 
 
-def build_raw_version(
-    raw: ObjectStore,
-    source: str,
-    *,
-    digest: str | None = None,
-    resize: bool = True,
-    progress: Progress = quiet,
-) -> RawVersion:
+def build_raw_version(raw: ObjectStore, source: str, *, digest: str | None = None, resize: bool = True) -> RawVersion:
     """Publish the version made of the source and of what is valid in the landing zone.
 
     It becomes the current one if it can be split; its blocking checks say so too.
@@ -112,7 +104,7 @@ def build_raw_version(
         make_current(raw, digest)
         return RawVersion(digest, read_raw(raw, digest), RawReport(source=f"version {digest}"))
     try:
-        return _build(raw, source, resize, progress)
+        return _build(raw, source, resize)
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
@@ -123,13 +115,11 @@ def build_raw_version(
         ) from error
 
 
-def _build(raw: ObjectStore, source: str, resize: bool, progress: Progress) -> RawVersion:
-    imported = import_source(source, raw, resize=resize, progress=progress)
+def _build(raw: ObjectStore, source: str, resize: bool) -> RawVersion:
+    imported = import_source(source, raw, resize=resize)
     known = Known()
-    sources, left_out = check_source(
-        [(item, index_of(raw, item, resize, progress)) for item in imported.objects], known
-    )
-    landed, landing_report, names = join_landed(raw, known, resize=resize, progress=progress)
+    sources, left_out = check_source([(item, index_of(raw, item, resize)) for item in imported.objects], known)
+    landed, landing_report, names = join_landed(raw, known, resize=resize)
     if landing_report.hostile:
         first = landing_report.hostile[0]
         raise HostileDataError(
