@@ -8,7 +8,7 @@ PATHS := cifar_assets resources tests k8s
 
 export CIFAR10_SOURCE
 
-.PHONY: help setup demo stop dev test lint types check format browser-test cluster-test audit fuzz
+.PHONY: help setup demo stop dev test lint minimal-imports types check format browser-test cluster-test audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the commands.
@@ -44,6 +44,10 @@ lint: setup ## Style, spelling and the lock file.
 	$(RUN) ruff format --check $(PATHS)
 	$(RUN) codespell $(PATHS) docs README.md
 	$(UV) lock --check
+
+minimal-imports: $(filter .uv/bin/uv,$(UV)) ## Import the trainer and the server with only what their images install.
+	$(UV) run --isolated --frozen --no-dev --extra trainer python -c "import cifar_assets.training.__main__"
+	$(UV) run --isolated --frozen --no-dev --extra server python -c "import cifar_assets.serving.app"
 
 types: setup ## Types.
 	$(RUN) basedpyright $(PATHS)
