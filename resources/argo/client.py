@@ -7,7 +7,7 @@ from typing import Any
 from resources.argo.status import Workflow, read_workflow
 from resources.kubernetes.api import REQUEST_TIMEOUT_SECONDS, CustomResourceClient
 from resources.kubernetes.pods import Pod, read_pod
-from resources.pytorch_job.client import Core, CustomObjects, PyTorchJobClient
+from resources.pytorch_job.client import PyTorchJobClient
 
 GROUP = "argoproj.io"
 VERSION = "v1alpha1"
@@ -25,9 +25,8 @@ class WorkflowClient(CustomResourceClient[Workflow]):
     forbidden_advice = "Give the service account the Role of docs/argo.md, or check the namespace's quota."
     invalid_advice = "Correct the workflow's parameters, or apply k8s/argo again."
 
-    def __init__(self, custom: CustomObjects, core: Core, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
+    def __init__(self, custom: Any, core: Any, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
         super().__init__(custom, core, request_timeout_seconds)
-        self._custom = custom
         self.jobs = PyTorchJobClient(custom, core, request_timeout_seconds)
 
     def parse(self, body: Mapping[str, Any]) -> Workflow:
@@ -35,21 +34,7 @@ class WorkflowClient(CustomResourceClient[Workflow]):
 
     def terminate(self, workflow: Workflow) -> None:
         """Ask the controller to start nothing more of it, the exit handler included, and to end its pods."""
-        patch = {"metadata": {"uid": workflow.uid}, "spec": {"shutdown": "Terminate"}}
-        self._ask_or_none(
-            f"terminate {workflow}",
-            lambda: self._custom.patch_namespaced_custom_object(
-                GROUP,
-                VERSION,
-                workflow.namespace,
-                PLURAL,
-                workflow.name,
-                patch,
-                _request_timeout=self.request_timeout_seconds,
-            ),
-            absent_is_none=True,
-            conflict_is_none=True,
-        )
+        self.patch(workflow, {"spec": {"shutdown": "Terminate"}})
 
     def working_pods(self, namespace: str, name: str) -> list[Pod]:
         """Pods of the steps of a workflow of that name that have not ended, whether or not it exists itself."""

@@ -6,7 +6,7 @@ ApiRefusedError; both name the object and chain the original.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import urllib3.exceptions
@@ -16,29 +16,19 @@ from kubernetes.client.exceptions import ApiException
 
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, KubernetesError, SettingsError
 
-T = TypeVar("T")
-
 REQUEST_TIMEOUT_SECONDS = 10.0
 _TRANSIENT = (0, 401, 408, 410, 425, 429)
 """Besides everything from 500 on. 401: clusters answer it while they rotate keys, and dagster-k8s retries it for the
-same reason. 410: the version of the data that the server was to read is gone; the next request gets the present one."""
-
-
-class CorePods(Protocol):
-    """The part of kubernetes.client.CoreV1Api that tells of pods."""
-
-    def list_namespaced_pod(self, *args: Any, **kwargs: Any) -> Any: ...
-    def read_namespaced_pod_log(self, *args: Any, **kwargs: Any) -> Any: ...
-    def list_namespaced_event(self, *args: Any, **kwargs: Any) -> Any: ...
+same reason. 410: the version of the data to read is gone; the next request gets the present one."""
 
 
 def load_configuration(
     kubeconfig_file: str | None = None, context: str | None = None
 ) -> tuple[k8s.Configuration, bool]:
-    """How to reach the cluster, and whether that is from a pod inside of it.
+    """How to reach the cluster, and whether this process runs in one of its pods.
 
-    The pod's service account counts where there is one and nothing is named, else a kubeconfig. SettingsError when
-    neither is there. Global configuration of the kubernetes package is left alone.
+    Without arguments, the pod's service account if there is one, else a kubeconfig. SettingsError when neither exists.
+    The kubernetes package's global configuration is not changed.
     """
     configuration = k8s.Configuration()
     configuration.retries = 0  # pyright: ignore[reportAttributeAccessIssue]  # a repeated create is the caller's decision, not urllib3's
@@ -48,9 +38,8 @@ def load_configuration(
                 k8s_config.load_incluster_config(client_configuration=configuration)
                 return configuration, True
             except k8s_config.ConfigException:
-                k8s_config.load_kube_config(client_configuration=configuration)
-        else:
-            k8s_config.load_kube_config(kubeconfig_file, context=context, client_configuration=configuration)
+                pass
+        k8s_config.load_kube_config(kubeconfig_file, context=context, client_configuration=configuration)
     except (k8s_config.ConfigException, OSError) as error:
         raise SettingsError(
             f"No Kubernetes cluster is configured: {error}. Set KUBECONFIG, or run in a pod with a service account."
@@ -58,125 +47,8 @@ def load_configuration(
     return configuration, False
 
 
-class KubernetesClient:
-    """What clients of one custom resource share. `kind` and each advice complete its errors."""
-
-    kind = "object"
-    missing_kind_advice = "Install its CRD."
-    forbidden_advice = "Give the service account a Role that allows it, or check the namespace's quota."
-    invalid_advice = "Correct the settings."
-
-    def __init__(self, core: CorePods, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
-        self._pods = core
-        self.request_timeout_seconds = request_timeout_seconds
-
-    def log(
-        self,
-        namespace: str,
-        pod: str,
-        container: str,
-        *,
-        since_seconds: int | None = None,
-        tail_lines: int | None = None,
-        previous: bool = False,
-    ) -> str | None:
-        """Time-stamped lines of a container's log, or None when it has none (not started, or gone)."""
-        options: dict[str, Any] = {"since_seconds": since_seconds, "tail_lines": tail_lines, "previous": previous}
-        response = self._ask_or_none(
-            f"read the log of pod {namespace}/{pod}",
-            lambda: self._pods.read_namespaced_pod_log(
-                pod,
-                namespace,
-                container=container,
-                timestamps=True,
-                _preload_content=False,  # the client would otherwise turn lines of JSON into Python reprs
-                _request_timeout=self.request_timeout_seconds,
-                **{key: value for key, value in options.items() if value},
-            ),
-            absent_is_none=True,
-            bad_request_is_none=True,
-        )
-        return None if response is None else response.data.decode(errors="replace")
-
-    def warnings(self, namespace: str, name: str) -> list[str]:
-        """Warning events of one object, oldest first, as `reason: message`; none where events cannot be read."""
-        found = self._events(f"{namespace}/{name}", namespace, name, "type=Warning")
-        events = sorted(found, key=lambda event: str(event.last_timestamp or event.event_time or ""))
-        return [f"{event.reason}: {event.message}" for event in events]
-
-    def _pods_with(self, what: str, namespace: str, label_selector: str) -> list[Any]:
-        """Pods of `what` as the API gives them."""
-        body = self._ask(
-            f"list the pods of {what}",
-            lambda: self._pods.list_namespaced_pod(
-                namespace, label_selector=label_selector, _request_timeout=self.request_timeout_seconds
-            ),
-        )
-        return body.items
-
-    def _events(self, what: str, namespace: str, name: str, selector: str) -> list[Any]:
-        """Events of one object as the API gives them; none where they cannot be read: they only add to a report."""
-        try:
-            body = self._ask(
-                f"read events of {what}",
-                lambda: self._pods.list_namespaced_event(
-                    namespace,
-                    field_selector=f"involvedObject.name={name},{selector}",
-                    _request_timeout=self.request_timeout_seconds,
-                ),
-            )
-        except KubernetesError:
-            return []
-        return body.items
-
-    def _ask(self, what: str, call: Callable[[], T]) -> T:
-        answer = self._ask_or_none(what, call)
-        if answer is None:
-            raise ApiUnavailableError(f"Could not {what}: the API server's answer is empty.")
-        return answer
-
-    def _ask_or_none(
-        self,
-        what: str,
-        call: Callable[[], T],
-        *,
-        absent_is_none: bool = False,
-        conflict_is_none: bool = False,
-        bad_request_is_none: bool = False,
-    ) -> T | None:
-        try:
-            return call()
-        except ApiException as error:
-            code = error.status or 0
-            if code in _TRANSIENT or code >= 500:
-                raise ApiUnavailableError(f"Could not {what}: HTTP {code}: {_message(error)}") from error
-            absent = code == 404 and absent_is_none and not _kind_is_missing(error)
-            if absent or (code == 409 and conflict_is_none) or (code == 400 and bad_request_is_none):
-                return None
-            raise ApiRefusedError(f"Could not {what}: {_message(error)}. {self._advice(error)}") from error
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise ApiUnavailableError(f"Could not {what}: no answer from the API server ({error}).") from error
-
-    def _advice(self, error: ApiException) -> str:
-        if error.status == 403:
-            return self.forbidden_advice
-        if error.status == 404 and "namespaces" in _message(error):
-            return "Create the namespace, or correct its name."
-        if error.status == 404:
-            return f"The cluster has no {self.kind} kind: {self.missing_kind_advice}"
-        return self.invalid_advice
-
-
-class CustomResources(Protocol):
-    """The part of kubernetes.client.CustomObjectsApi that every custom resource needs."""
-
-    def create_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
-    def get_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
-    def delete_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
 class Stored(Protocol):
-    """What is known of every stored object."""
+    """What every stored object has."""
 
     @property
     def namespace(self) -> str: ...
@@ -184,21 +56,28 @@ class Stored(Protocol):
     def name(self) -> str: ...
     @property
     def uid(self) -> str: ...
+    @property
+    def deleting(self) -> bool: ...
 
 
 S = TypeVar("S", bound=Stored)
 
 
-class CustomResourceClient(KubernetesClient, ABC, Generic[S]):
-    """Creates, reads and deletes objects of one custom resource through injected API objects. `parse` reads them."""
+class CustomResourceClient(ABC, Generic[S]):
+    """Reads and writes objects of one custom resource, its pods' logs and its events, through injected API objects.
 
-    group = ""
-    version = ""
-    plural = ""
+    A kind sets the class attributes and says by `parse` how an object is read. No waiting, no policy.
+    """
 
-    def __init__(self, resources: Any, core: Any, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
-        super().__init__(core, request_timeout_seconds)
-        self._resources: CustomResources = resources
+    kind = group = version = plural = ""
+    missing_kind_advice = "install its CRD."
+    forbidden_advice = "Give the service account a Role that allows it, or check the namespace's quota."
+    invalid_advice = "Correct the settings."
+
+    def __init__(self, custom: Any, core: Any, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
+        self._custom = custom
+        self._core = core
+        self.request_timeout_seconds = request_timeout_seconds
 
     @classmethod
     def production(cls, kubeconfig_file: str | None = None, context: str | None = None) -> Self:
@@ -212,48 +91,103 @@ class CustomResourceClient(KubernetesClient, ABC, Generic[S]):
 
     def create(self, manifest: Mapping[str, Any]) -> S | None:
         """The stored object, or None when its name is taken."""
-        namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
-        body = self._ask_or_none(
-            f"create {self.kind} {namespace}/{name}",
-            lambda: self._resources.create_namespaced_custom_object(
-                self.group,
-                self.version,
-                namespace,
-                self.plural,
-                manifest,
-                _request_timeout=self.request_timeout_seconds,
-            ),
-            conflict_is_none=True,
-        )
-        return self.parse(body) if body else None
+        metadata = manifest["metadata"]
+        return self._object("create", metadata["namespace"], metadata["name"], manifest, none_on=(409,))
 
     def get(self, namespace: str, name: str) -> S | None:
-        """The object, or None where there is none of that name."""
-        body = self._ask_or_none(
-            f"read {self.kind} {namespace}/{name}",
-            lambda: self._resources.get_namespaced_custom_object(
-                self.group, self.version, namespace, self.plural, name, _request_timeout=self.request_timeout_seconds
-            ),
-            absent_is_none=True,
-        )
-        return self.parse(body) if body else None
+        """The object, or None when it does not exist."""
+        return self._object("get", namespace, name, none_on=(404,))
+
+    def find(self, namespace: str, label_selector: str = "") -> list[S]:
+        """Objects with the given labels, oldest first."""
+        call = self._custom.list_namespaced_custom_object
+        what = f"list {self.kind}s in namespace {namespace}"
+        body = self._ask(what, call, self.group, self.version, namespace, self.plural, label_selector=label_selector)
+
+        def age(item: Any) -> tuple[str, str]:
+            return item["metadata"].get("creationTimestamp") or "", item["metadata"]["name"]
+
+        return [self.parse(item) for item in sorted(body["items"], key=age)]
+
+    def patch(self, found: S, change: Mapping[str, Any]) -> S | None:
+        """The object with the change merged into it, or None when it is gone."""
+        body = {**change, "metadata": {**change.get("metadata", {}), "uid": found.uid}}
+        return self._object("patch", found.namespace, found.name, body, none_on=(404, 409))
 
     def delete(self, found: S) -> None:
-        """Ask for the deletion of exactly this object and, after it, of what it owns. One that is gone is no error."""
-        self._ask_or_none(
-            f"delete {self.kind} {found.namespace}/{found.name}",
-            lambda: self._resources.delete_namespaced_custom_object(
-                self.group,
-                self.version,
-                found.namespace,
-                self.plural,
-                found.name,
-                body={"propagationPolicy": "Background", "preconditions": {"uid": found.uid}},
-                _request_timeout=self.request_timeout_seconds,
-            ),
-            absent_is_none=True,
-            conflict_is_none=True,  # another object has the name now
+        """Delete exactly this object and then what it owns. Does nothing when it is gone or its name is another's."""
+        options = {"propagationPolicy": "Background", "preconditions": {"uid": found.uid}}
+        self._object("delete", found.namespace, found.name, body=options, none_on=(404, 409))
+
+    def log(self, namespace: str, pod: str, container: str, **options: Any) -> str | None:
+        """Time-stamped lines of a container's log, or None when it has none (not started, or gone).
+
+        `options` are those of the API: since_seconds, tail_lines, previous.
+        """
+        response = self._ask(
+            f"read the log of pod {namespace}/{pod}",
+            self._core.read_namespaced_pod_log,
+            pod,
+            namespace,
+            container=container,
+            timestamps=True,
+            _preload_content=False,  # the client would otherwise turn lines of JSON into Python reprs
+            none_on=(400, 404),
+            **{key: value for key, value in options.items() if value},
         )
+        return None if response is None else response.data.decode(errors="replace")
+
+    def warnings(self, namespace: str, name: str) -> list[str]:
+        """Warning events of one object, oldest first, as `reason: message`; none where events cannot be read."""
+        found = self._events(namespace, name, "type=Warning")
+        events = sorted(found, key=lambda event: str(event.last_timestamp or event.event_time or ""))
+        return [f"{event.reason}: {event.message}" for event in events]
+
+    def _pods_with(self, what: str, namespace: str, label_selector: str) -> list[Any]:
+        """Pods of `what` as the API gives them."""
+        call = self._core.list_namespaced_pod
+        return self._ask(f"list the pods of {what}", call, namespace, label_selector=label_selector).items
+
+    def _events(self, namespace: str, name: str, selector: str) -> list[Any]:
+        """Events of one object as the API gives them; none where they cannot be read: they only add to a report."""
+        call, selector = self._core.list_namespaced_event, f"involvedObject.name={name},{selector}"
+        try:
+            return self._ask(f"read events of {namespace}/{name}", call, namespace, field_selector=selector).items
+        except KubernetesError:
+            return []
+
+    def _object(self, verb: str, namespace: str, name: str, *args: Any, **options: Any) -> S | None:
+        """The object in the answer to a call that creates, gets, patches, replaces or deletes one."""
+        call = getattr(self._custom, f"{verb}_namespaced_custom_object")
+        names = () if verb == "create" else (name,)
+        what = f"{'read' if verb == 'get' else verb} {self.kind} {namespace}/{name}"
+        body = self._ask(what, call, self.group, self.version, namespace, self.plural, *names, *args, **options)
+        return self.parse(body) if body and verb != "delete" else None
+
+    def _ask(
+        self, what: str, call: Callable[..., Any], *args: Any, none_on: Collection[int] = (), **options: Any
+    ) -> Any:
+        """The answer, or None for one of the given status codes. 404 counts only where the kind is known."""
+        try:
+            return call(*args, _request_timeout=self.request_timeout_seconds, **options)
+        except ApiException as error:
+            code = error.status or 0
+            if code in none_on and not _kind_is_missing(error):
+                return None
+            if code in _TRANSIENT or code >= 500:
+                raise ApiUnavailableError(f"Could not {what}: HTTP {code}: {_message(error)}") from error
+            raise ApiRefusedError(f"Could not {what}: {_message(error)}. {self._advice(error)}") from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise ApiUnavailableError(f"Could not {what}: no answer from the API server ({error}).") from error
+
+    def _advice(self, error: ApiException) -> str:
+        if error.status == 403:
+            return self.forbidden_advice
+        if error.status == 404 and "namespaces" in _message(error):
+            return "Create the namespace, or correct its name."
+        if error.status == 404:
+            return f"The cluster has no {self.kind} kind: {self.missing_kind_advice}"
+        return self.invalid_advice
 
 
 def _details(error: ApiException) -> Mapping[str, Any]:

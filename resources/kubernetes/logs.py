@@ -12,8 +12,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from resources.kubernetes.api import KubernetesClient
+from resources.kubernetes.api import CustomResourceClient
 from resources.kubernetes.errors import ApiRefusedError, KubernetesError
 from resources.kubernetes.pods import Container, Pod
 
@@ -60,7 +61,11 @@ class ReplicaLogs:
     """Follows the logs of pods. `tails` keeps the last lines of each replica, also of pods that are gone."""
 
     def __init__(
-        self, client: KubernetesClient, namespace: str, clock: Callable[[], float], logger: logging.Logger | None = None
+        self,
+        client: CustomResourceClient[Any],
+        namespace: str,
+        clock: Callable[[], float],
+        logger: logging.Logger | None = None,
     ):
         self._client = client
         self._namespace = namespace

@@ -7,9 +7,9 @@ A look at the resource that fails, in whatever way, is repeated until an outage 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from resources.kubernetes.api import KubernetesClient
+from resources.kubernetes.api import CustomResourceClient
 from resources.kubernetes.diagnosis import Outage, PodHistory, WatchLimits
 from resources.kubernetes.errors import ApiError
 from resources.kubernetes.logs import LogLine, ReplicaLogs
@@ -24,7 +24,7 @@ class Watcher(ABC, Generic[T, L]):
 
     def __init__(
         self,
-        client: KubernetesClient,
+        client: CustomResourceClient[Any],
         namespace: str,
         *,
         limits: L,

@@ -7,16 +7,11 @@ ApiRefusedError; both name the object and chain the original.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 from kubernetes import client as k8s
 
-from resources.kubernetes.api import (
-    REQUEST_TIMEOUT_SECONDS,
-    CorePods,
-    CustomResourceClient,
-    CustomResources,
-)
+from resources.kubernetes.api import CustomResourceClient
 from resources.kubernetes.naming import RUN_ID_LABEL
 from resources.kubernetes.pods import Pod, read_pod
 from resources.pytorch_job.manifest import GROUP, KIND, PLURAL, VERSION
@@ -96,19 +91,6 @@ def _job_status(state: JobState, condition: Mapping[str, Any]) -> JobStatus:
     return JobStatus(state, condition.get("reason") or "", condition.get("message") or "")
 
 
-class CustomObjects(CustomResources, Protocol):
-    """The part of kubernetes.client.CustomObjectsApi in use."""
-
-    def list_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
-    def patch_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-class Core(CorePods, Protocol):
-    """The part of kubernetes.client.CoreV1Api in use."""
-
-    def delete_namespaced_pod(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
 @dataclass(frozen=True)
 class PyTorchJob:
     """One stored PyTorchJob."""
@@ -148,41 +130,12 @@ class PyTorchJobClient(CustomResourceClient[PyTorchJob]):
     forbidden_advice = "Give the service account the Role of docs/kubernetes.md, or check the namespace's quota."
     invalid_advice = "Correct the job's settings."
 
-    def __init__(self, custom: CustomObjects, core: Core, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
-        super().__init__(custom, core, request_timeout_seconds)
-        self._custom = custom
-        self._core = core
-
     def parse(self, body: Mapping[str, Any]) -> PyTorchJob:
         return _job(body)
 
-    def find(self, namespace: str, label_selector: str = "") -> list[PyTorchJob]:
-        """Jobs with the given labels, oldest first."""
-        body = self._ask(
-            f"list PyTorchJobs in namespace {namespace}",
-            lambda: self._custom.list_namespaced_custom_object(
-                GROUP,
-                VERSION,
-                namespace,
-                PLURAL,
-                label_selector=label_selector,
-                _request_timeout=self.request_timeout_seconds,
-            ),
-        )
-        return sorted((_job(item) for item in body["items"]), key=lambda job: (job.created_at, job.name))
-
     def set_labels(self, job: PyTorchJob, labels: Mapping[str, str]) -> PyTorchJob | None:
         """The job with some labels changed, or None when it is gone."""
-        patch = {"metadata": {"uid": job.uid, "labels": dict(labels)}}
-        body = self._ask_or_none(
-            f"label {job}",
-            lambda: self._custom.patch_namespaced_custom_object(
-                GROUP, VERSION, job.namespace, PLURAL, job.name, patch, _request_timeout=self.request_timeout_seconds
-            ),
-            absent_is_none=True,
-            conflict_is_none=True,
-        )
-        return _job(body) if body else None
+        return self.patch(job, {"metadata": {"labels": dict(labels)}})
 
     def pods(self, namespace: str, name: str) -> list[Pod]:
         """Pods of the job of that name, the master first; also those that outlive a deleted job for a moment."""
@@ -201,19 +154,11 @@ class PyTorchJobClient(CustomResourceClient[PyTorchJob]):
 
     def delete_pod(self, namespace: str, pod: Pod, grace_seconds: int) -> None:
         """Ask a pod to end within the grace time, which may be shorter than the one it was made with."""
-        self._ask_or_none(
-            f"delete pod {namespace}/{pod.name}",
-            lambda: self._core.delete_namespaced_pod(
-                pod.name,
-                namespace,
-                body=k8s.V1DeleteOptions(
-                    grace_period_seconds=grace_seconds, preconditions=k8s.V1Preconditions(uid=pod.uid)
-                ),
-                _request_timeout=self.request_timeout_seconds,
-            ),
-            absent_is_none=True,
-            conflict_is_none=True,
+        options = k8s.V1DeleteOptions(
+            grace_period_seconds=grace_seconds, preconditions=k8s.V1Preconditions(uid=pod.uid)
         )
+        call = self._core.delete_namespaced_pod
+        self._ask(f"delete pod {namespace}/{pod.name}", call, pod.name, namespace, body=options, none_on=(404, 409))
 
 
 def _pod(item: Any) -> Pod:

@@ -141,7 +141,7 @@ def test_no_permission(story: ClusterStory):
 
 
 def test_kind_that_is_not_installed(story: ClusterStory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("resources.pytorch_job.client.PLURAL", "pytorchjobsofanotherversion")
+    monkeypatch.setattr(PyTorchJobClient, "plural", "pytorchjobsofanotherversion")
     error = story.failure(story_config("epochs", "1"))
     assert "install the Kubeflow training operator" in error
 

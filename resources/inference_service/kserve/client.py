@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 from resources.inference_service.kserve.manifest import (
     DEPLOYMENT_ANNOTATION,
@@ -23,23 +23,11 @@ from resources.inference_service.kserve.manifest import (
     VERSION_ANNOTATION,
 )
 from resources.inference_service.kserve.pods import ServingPod, read_serving_pod
-from resources.kubernetes.api import REQUEST_TIMEOUT_SECONDS, CorePods, CustomResourceClient, CustomResources
+from resources.kubernetes.api import CustomResourceClient
 from resources.kubernetes.errors import ApiRefusedError
 
 SERVICE_LABEL = "serving.kserve.io/inferenceservice"
 EVENT_SOURCE = "cifar-dagster"
-
-
-class CustomObjects(CustomResources, Protocol):
-    """The part of kubernetes.client.CustomObjectsApi in use."""
-
-    def replace_namespaced_custom_object(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-class Core(CorePods, Protocol):
-    """The part of kubernetes.client.CoreV1Api in use."""
-
-    def create_namespaced_event(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -161,11 +149,6 @@ class InferenceServiceClient(CustomResourceClient[InferenceService]):
     forbidden_advice = "Give the service account the Role of docs/kubernetes.md, or check the namespace's quota."
     invalid_advice = "Correct the service's settings."
 
-    def __init__(self, custom: CustomObjects, core: Core, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
-        super().__init__(custom, core, request_timeout_seconds)
-        self._custom = custom
-        self._core = core
-
     def parse(self, body: Mapping[str, Any]) -> InferenceService:
         return InferenceService(body)
 
@@ -183,22 +166,8 @@ class InferenceServiceClient(CustomResourceClient[InferenceService]):
         theirs = {key: value for key, value in current.annotations.items() if not _is_ours(key)}
         body["metadata"]["annotations"] = {**theirs, **manifest["metadata"]["annotations"]}
         body["metadata"]["labels"] = {**(body["metadata"].get("labels") or {}), **manifest["metadata"]["labels"]}
-        answer = self._ask_or_none(
-            f"replace {current}",
-            lambda: self._custom.replace_namespaced_custom_object(
-                GROUP,
-                VERSION,
-                current.namespace,
-                PLURAL,
-                current.name,
-                body,
-                _request_timeout=self.request_timeout_seconds,
-                **({"dry_run": "All"} if dry_run else {}),
-            ),
-            absent_is_none=True,
-            conflict_is_none=True,
-        )
-        return InferenceService(answer) if answer else None
+        options = {"dry_run": "All"} if dry_run else {}
+        return self._object("replace", current.namespace, current.name, body, none_on=(404, 409), **options)
 
     def pods(self, namespace: str, name: str) -> list[ServingPod]:
         """Pods of the service of that name by name, also those that are ending."""
@@ -225,19 +194,19 @@ class InferenceServiceClient(CustomResourceClient[InferenceService]):
             "reportingInstance": EVENT_SOURCE,
         }
         try:
-            self._ask_or_none(
+            self._ask(
                 f"record an event of {namespace}/{name}",
-                lambda: self._core.create_namespaced_event(
-                    namespace, event, _request_timeout=self.request_timeout_seconds
-                ),
-                conflict_is_none=True,
+                self._core.create_namespaced_event,
+                namespace,
+                event,
+                none_on=(409,),
             )
         except ApiRefusedError:
             return
 
     def events(self, namespace: str, name: str) -> Sequence[Event]:
         """What `record` said of the service, oldest first, as far as the cluster still knows and may be asked."""
-        found = self._events(f"{KIND} {namespace}/{name}", namespace, name, f"involvedObject.kind={KIND}")
+        found = self._events(namespace, name, f"involvedObject.kind={KIND}")
         ours = [event for event in found if event.reporting_component == EVENT_SOURCE and event.event_time]
         told = [Event(event.reason, event.message, event.event_time.isoformat()) for event in ours]
         return sorted(told, key=lambda event: event.at)
