@@ -61,7 +61,7 @@ def _gate(environment: Mapping[str, str]) -> AccuracyGate:
 def _local(environment: Mapping[str, str]) -> dict[str, Any]:
     from resources.argo.local import LocalPipeline
     from resources.inference_service.local import LocalInferenceService
-    from resources.mlflow import LocalMlflow
+    from resources.mlflow.resource import LocalMlflow
     from resources.object_store.resource import LocalObjectStore
     from resources.trainer.local import LocalTrainer
 
@@ -84,7 +84,7 @@ def _port(environment: Mapping[str, str]) -> int:
 def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
     from resources.argo.workflows import argo_from_environment
     from resources.inference_service.kserve.resource import serving_from_environment
-    from resources.mlflow import MlflowServer
+    from resources.mlflow.resource import MlflowServer
     from resources.object_store.resource import object_store_from_environment
     from resources.trainer.kubernetes import trainer_from_environment
 

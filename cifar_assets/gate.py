@@ -4,7 +4,6 @@ else speaks against it.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,39 +12,12 @@ from cifar_assets.model_package import METRICS_FILE, RECIPE_FILE, ModelManifest,
 from cifar_assets.training.spec import JobSpec
 from resources.errors import DataError
 from resources.object_store import ObjectStore
+from resources.verdict import Verdict
 
 ACCURACY_CHECK = "accuracy_threshold"
 ONNX_TOLERANCE = 1e-3
 """Largest difference between ONNX and PyTorch logits, as a fraction of the largest logit (at least 1)."""
 _REQUIRED = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether one exact model may be served, and why."""
-
-    model_digest: str
-    test_accuracy: float
-    threshold: float
-    objections: tuple[str, ...] = ()
-    """What else speaks against it: checks that failed or never ran. Any refuses the model, however accurate it is."""
-
-    @property
-    def is_accurate(self) -> bool:
-        return self.test_accuracy >= self.threshold
-
-    @property
-    def passed(self) -> bool:
-        return self.is_accurate and not self.objections
-
-    @property
-    def reason(self) -> str:
-        relation = "reaches" if self.is_accurate else "is below"
-        accuracy = (
-            f"test accuracy {self.test_accuracy:.4f} of model {self.model_digest} {relation} "
-            f"the threshold {self.threshold:.4f}"
-        )
-        return "; ".join([accuracy, *self.objections])
 
 
 def judge(models: ObjectStore, model_digest: str, threshold: float) -> tuple[ModelManifest, Verdict]:

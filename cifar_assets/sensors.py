@@ -16,7 +16,7 @@ from cifar_assets.dataset.landing.zone import scan_landing
 from cifar_assets.jobs import retrain
 from cifar_assets.landing_decision import LandingCursor, LastRun, decide
 from resources.errors import ConfigError
-from resources.mlflow import RUN_METADATA, MlflowResource
+from resources.mlflow.resource import RUN_METADATA, MlflowResource
 from resources.object_store.resource import ObjectStoreResource
 
 RETRAIN_CONFIG_VARIABLE = "RETRAIN_CONFIG"

@@ -13,7 +13,7 @@ from cifar_assets.assets.upstream import materialized_digest
 from cifar_assets.model_package import ENVIRONMENT_FILE, RECIPE_FILE, read_json, read_manifest
 from resources.argo import PipelineRequest, PipelineResource
 from resources.gate import AccuracyGate
-from resources.mlflow import MlflowResource
+from resources.mlflow.resource import MlflowResource
 from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource
 

@@ -21,12 +21,13 @@ from cifar_assets.assets.record import why_unproven
 from cifar_assets.assets.upstream import materialized_digest, previous_digests
 from cifar_assets.checks.data import PROCESSED_CHECKS
 from cifar_assets.checks.model import MODEL_CHECKS
-from cifar_assets.gate import Verdict, judge
+from cifar_assets.gate import judge
 from resources.errors import ConfigError
 from resources.gate import AccuracyGate
 from resources.inference_service import DeployRequest, InferenceServiceResource
-from resources.mlflow import MlflowResource
+from resources.mlflow.resource import MlflowResource
 from resources.object_store.resource import ObjectStoreResource
+from resources.verdict import Verdict
 
 MAX_SERVICE_AGE = timedelta(days=30)
 """A served model older than this is shown as stale: data has moved on, or the sensor is off."""

@@ -14,7 +14,6 @@ from cifar_assets.dataset.versions.processed import ProcessedVersion
 from cifar_assets.dataset.versions.raw import RawVersion
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
-from cifar_assets.gate import Verdict
 from cifar_assets.model_package import (
     CARD_FILE,
     METRICS_FILE,
@@ -27,9 +26,10 @@ from cifar_assets.model_package import (
 from cifar_assets.pictures import as_markdown, confusion_matrix, training_curves
 from resources.errors import ExplainedError, ObjectNotFoundError
 from resources.inference_service import DeployedService
-from resources.mlflow import RUN_METADATA, MlflowResource
+from resources.mlflow.resource import RUN_METADATA, MlflowResource
 from resources.object_store import ObjectStore
 from resources.trainer.interface import TrainingResult
+from resources.verdict import Verdict
 
 _MAX_REJECTED_SHOWN = 50
 _NUMBERS = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference")

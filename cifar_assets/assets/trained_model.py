@@ -13,10 +13,11 @@ from cifar_assets.assets.upstream import RECENT, data_version_of, materialized_d
 from cifar_assets.gate import check_made_by
 from cifar_assets.model_package import is_whole
 from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe, get_recipe
-from cifar_assets.training.spec import Execution, JobSpec, MlflowTarget
+from cifar_assets.training.spec import Execution, JobSpec
 from resources.errors import ConfigError
 from resources.gate import AccuracyGate
-from resources.mlflow import RUN_METADATA, MlflowResource
+from resources.mlflow.resource import RUN_METADATA, MlflowResource
+from resources.mlflow.target import MlflowTarget
 from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource
 from resources.trainer.interface import TrainerResource, TrainingResult, TrainingScale

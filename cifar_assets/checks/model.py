@@ -14,7 +14,7 @@ from cifar_assets.contracts import CLASSES
 from cifar_assets.finding import Finding
 from cifar_assets.gate import ONNX_TOLERANCE, judge_model, number, read_metrics
 from resources.gate import AccuracyGate
-from resources.mlflow import MlflowResource
+from resources.mlflow.resource import MlflowResource
 from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource
 

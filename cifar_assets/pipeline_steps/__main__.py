@@ -23,8 +23,8 @@ from cifar_assets.pipeline_steps.data import (
 from cifar_assets.pipeline_steps.model import verify_model
 from cifar_assets.pipeline_steps.plan import Plan, parse_plan
 from cifar_assets.training.recipes import DEFAULT_RECIPE
-from cifar_assets.training.spec import MlflowTarget, check_tracking_uri
 from resources.errors import ConfigError, ExplainedError, StoreError
+from resources.mlflow.target import MlflowTarget, check_tracking_uri
 
 EXIT_FAILED = 1
 EXIT_BAD_SETTING = 2

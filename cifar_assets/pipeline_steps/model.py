@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cifar_assets.finding import objections
-from cifar_assets.gate import ACCURACY_CHECK, Verdict, check_made_by, judge, judge_model
+from cifar_assets.gate import ACCURACY_CHECK, check_made_by, judge, judge_model
 from cifar_assets.model_package import read_file
 from cifar_assets.pipeline_steps.plan import Plan
 from resources.errors import ObjectNotFoundError
 from resources.object_store import ObjectStore
+from resources.verdict import Verdict
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pydantic import Field
 from cifar_assets.prune.policy import Policy
 from cifar_assets.prune.run import Pruner, readable_size
 from resources.inference_service import InferenceServiceResource
-from resources.mlflow import MlflowResource
+from resources.mlflow.resource import MlflowResource
 from resources.object_store.resource import ObjectStoreResource
 
 

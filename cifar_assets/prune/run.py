@@ -23,7 +23,7 @@ from cifar_assets.prune.stores import (
 from cifar_assets.prune.tracking import Tracking
 from resources.errors import ConfigError, ExplainedError
 from resources.inference_service import InferenceServiceResource
-from resources.mlflow import MlflowResource
+from resources.mlflow.resource import MlflowResource
 from resources.object_store.resource import ObjectStoreResource
 
 Say = Callable[[str], None]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_assets.prune.policy import Policy, Removal
-from resources.mlflow import MlflowResource
+from resources.mlflow.resource import MlflowResource
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

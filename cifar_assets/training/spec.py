@@ -3,56 +3,15 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.training.recipes import Recipe
 from resources.digests import sha256_json
 from resources.errors import ConfigError
-from resources.redaction import has_credentials, redacted
+from resources.trainer.contract import TrainingSpec
 
 ALGORITHM = 2
 """Raised whenever the code changes what weights a recipe, data and seed give: old checkpoints are then not resumed."""
-
-
-def check_tracking_uri(uri: str, name: str = "tracking_uri") -> str:
-    """The URI as it is. ConfigError where it holds credentials: job specs are written into manifests and stores."""
-    if has_credentials(uri):
-        raise ConfigError(
-            f"{name} is {redacted(uri)}: expected an address without user, password or query, which would be stored. "
-            "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead, in pods from a Secret."
-        )
-    return uri
-
-
-class MlflowTarget(BaseModel):
-    """Where a training is tracked and under which name its model is registered."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    tracking_uri: str = Field(min_length=1, description="sqlite:///... or http(s)://... URI of the tracking store.")
-    experiment: str = Field(default=MODEL_NAME, min_length=1, description="Experiment, made when it does not exist.")
-    run_name: str | None = Field(
-        default=None, description="Name of the MLflow run; MLflow invents one when it is empty."
-    )
-    tags: dict[str, str] = Field(default_factory=dict, description="Tags put on the run and on the model version.")
-    registered_model: str | None = Field(
-        default=MODEL_NAME, description="Registered model that gets the new version; none registers nothing."
-    )
-    patience_seconds: float = Field(
-        default=60.0, ge=0, description="Seconds the end of a training waits for what could not be sent before."
-    )
-    artifact_uri: str | None = Field(
-        default=None, description="Artifact root for a new experiment; the tracking store's own when it is empty."
-    )
-
-    @field_validator("tracking_uri")
-    @classmethod
-    def _without_credentials(cls, value: str) -> str:
-        try:
-            return check_tracking_uri(value)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
 
 
 class Execution(BaseModel):
@@ -84,7 +43,7 @@ class Execution(BaseModel):
     )
 
 
-class JobSpec(BaseModel):
+class JobSpec(TrainingSpec):
     """One training job, complete: the same spec gives the same weights, wherever it runs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -94,7 +53,6 @@ class JobSpec(BaseModel):
     recipe: Recipe = Field(description="What to train and how, complete.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Decides initial weights, order and augmentation.")
     output_uri: str = Field(description="URI of the models bucket: the model goes to <output_uri>/<model digest>/.")
-    mlflow: MlflowTarget | None = Field(default=None, description="Where to track the training; none tracks nothing.")
     write_seed_copies: bool = Field(
         default=False, description="Also write the weights as resnet18_cifar10.pth, for readers of the old pipeline."
     )
@@ -107,8 +65,11 @@ class JobSpec(BaseModel):
         return self
 
     @property
+    def name(self) -> str:
+        return f"cifar10-{self.recipe.name}"
+
+    @property
     def identity(self) -> str:
-        """Digest of what decides the weights. Checkpoints are found by it, so the same job continues them."""
         return sha256_json(
             {
                 "algorithm": ALGORITHM,

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cifar_assets.mlflow_refusal import first_line, why_refused
-from cifar_assets.training.spec import MlflowTarget
+from resources.mlflow.target import MlflowTarget, first_line, why_refused
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

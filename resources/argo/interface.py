@@ -8,9 +8,9 @@ from typing import Any
 
 import dagster as dg
 
-from cifar_assets.gate import Verdict
 from resources.errors import TrainingError
 from resources.trainer.interface import TrainingResult
+from resources.verdict import Verdict
 
 
 @dataclass(frozen=True)

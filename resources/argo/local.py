@@ -19,8 +19,9 @@ _TAIL_LINES = 30
 
 
 class LocalPipeline(PipelineResource):
-    """Starts `python -m cifar_assets.pipeline_steps` for each step. One process trains, whatever replicas say."""
+    """Starts `python -m <module>` for each step. One process trains, whatever replicas say."""
 
+    module: str = Field(default="cifar_assets.pipeline_steps", description="Python module that runs a step.")
     store_path: str = Field(default=".cifar/store", description="Folder that holds the buckets.")
     stop_grace_seconds: float = Field(
         default=60.0, description="How long a cancelled step may take to write its checkpoint before it is killed."
@@ -45,7 +46,7 @@ class LocalPipeline(PipelineResource):
             return parse_result(f"Local run {run}", report.read_text())
 
     def _step(self, *arguments: str) -> None:
-        command = [*following_parent(), sys.executable, "-m", "cifar_assets.pipeline_steps", "--store", self.store_path]
+        command = [*following_parent(), sys.executable, "-m", self.module, "--store", self.store_path]
         tail: deque[str] = deque(maxlen=_TAIL_LINES)
         with subprocess.Popen(
             [*command, *arguments],

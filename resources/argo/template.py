@@ -5,10 +5,10 @@ from typing import Any
 
 import yaml
 
-from cifar_assets.contracts import JOB_SPEC_VARIABLE
 from resources.argo.conditions import FAILURE_CONDITION, RESOURCE_IS_RETRIED, SUCCESS_CONDITION
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
+from resources.trainer.contract import JOB_SPEC_VARIABLE
 
 API_VERSION = "argoproj.io/v1alpha1"
 WORKFLOW_LABEL = "cifar/argo-workflow"

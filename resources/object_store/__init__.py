@@ -10,6 +10,15 @@ from resources.redaction import redacted
 
 __all__ = ["FolderStore", "ObjectInfo", "ObjectStore", "open_store"]
 
+RAW_BUCKET = "raw-data"
+PROCESSED_BUCKET = "processed-data"
+MODELS_BUCKET = "models"
+DATA_BUCKETS = (RAW_BUCKET, PROCESSED_BUCKET, MODELS_BUCKET)
+MLFLOW_BUCKET = "mlflow"
+"""Used by the tracking server alone."""
+LOGS_BUCKET = "dagster-logs"
+"""Where Dagster in the cluster keeps what steps print."""
+
 
 def open_store(uri: str) -> ObjectStore:
     """The store rooted at a `file:///folder` or `s3://bucket/prefix` URI.

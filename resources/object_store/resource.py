@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import dagster as dg
 from pydantic import Field
 
-from cifar_assets.contracts import DATA_BUCKETS, MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET
-from resources.object_store import FolderStore, ObjectStore
+from resources.object_store import (
+    DATA_BUCKETS,
+    MODELS_BUCKET,
+    PROCESSED_BUCKET,
+    RAW_BUCKET,
+    FolderStore,
+    ObjectStore,
+)
 
 if TYPE_CHECKING:
     from resources.object_store.s3 import S3Store

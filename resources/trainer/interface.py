@@ -8,8 +8,8 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from cifar_assets.training.spec import JobSpec
 from resources.errors import TrainingError
+from resources.trainer.contract import TrainingSpec
 
 
 class TrainingScale(dg.Config):
@@ -89,11 +89,16 @@ class TrainingMessages:
 class TrainerResource(dg.ConfigurableResource):
     """Runs one training job from its spec and waits for it."""
 
+    module: str = Field(
+        default="cifar_assets.training",
+        description="Python module that trains; its submodule `launch` starts several processes that train together.",
+    )
+
     @abstractmethod
     def train(
         self,
         context: dg.AssetExecutionContext,
-        spec: JobSpec,
+        spec: TrainingSpec,
         scale: TrainingScale,
         child_environment: Mapping[str, str],
     ) -> TrainingResult:

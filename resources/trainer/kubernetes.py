@@ -8,24 +8,22 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, ValidationError
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
-from cifar_assets.training.spec import JobSpec, check_tracking_uri
 from resources.errors import ConfigError
 from resources.kubernetes.config import settings_from_json
 from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.steps import as_dagster_failure
+from resources.mlflow.target import check_tracking_uri
 from resources.object_store.resource import ObjectStoreResource
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.collector import CollectorTarget, build_pytorch_job_collector
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.pipes import PipesPyTorchJobClient
+from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE, TrainingSpec
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
 MESSAGES_PREFIX = "pipes/"
 """Where in the models bucket the jobs' Pipes messages are."""
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-LAUNCHER = ["python", "-m", "cifar_assets.training.launch"]
-"""Used for several processes in a pod; the operator sets what torchrun needs to know in PET_... variables."""
 
 _JOB_DEFAULTS: Mapping[str, Any] = {
     "env_secrets": ["object-store-trainer"],
@@ -70,7 +68,7 @@ class KubernetesTrainer(TrainerResource):
     def train(
         self,
         context: dg.AssetExecutionContext,
-        spec: JobSpec,
+        spec: TrainingSpec,
         scale: TrainingScale,
         child_environment: Mapping[str, str],
     ) -> TrainingResult:
@@ -88,13 +86,15 @@ class KubernetesTrainer(TrainerResource):
             self.pipes_client().run(
                 context=context,
                 config=config,
-                name_prefix=f"cifar10-{spec.recipe.name}",
+                name_prefix=spec.name,
                 work=json.dumps([spec.identity, scale.replicas, scale.nproc_per_node, config.image]),
                 on_message=on_message,
             )
         return messages.result()
 
-    def job_config(self, spec: JobSpec, scale: TrainingScale, child_environment: Mapping[str, str]) -> PyTorchJobConfig:
+    def job_config(
+        self, spec: TrainingSpec, scale: TrainingScale, child_environment: Mapping[str, str]
+    ) -> PyTorchJobConfig:
         """Settings of one training's job. ConfigError when the pods would have no credentials for the store."""
         env = {name: value for name, value in child_environment.items() if name not in CREDENTIALS}
         if len(env) < len(child_environment) and not self.job.env_secrets:
@@ -110,7 +110,8 @@ class KubernetesTrainer(TrainerResource):
         settings |= {name: value for name in ("cpu", "memory") if (value := getattr(scale, name))}
         settings["env"] = {**self.job.env, **env}
         if scale.nproc_per_node > 1 and not self.job.command:
-            settings["command"] = LAUNCHER
+            # the operator sets what torchrun needs to know in PET_... variables
+            settings["command"] = ["python", "-m", f"{self.module}.launch"]
         try:
             return PyTorchJobConfig(**settings)
         except ValidationError as error:
@@ -142,7 +143,7 @@ class KubernetesTrainer(TrainerResource):
         """Where the collector sensor looks for what ended runs left behind."""
         return CollectorTarget(self.connect(), self.namespace, self.object_store.models.at(MESSAGES_PREFIX))
 
-    def _spec_for_pods(self, spec: JobSpec) -> JobSpec:
+    def _spec_for_pods(self, spec: TrainingSpec) -> TrainingSpec:
         if spec.mlflow is None or self.mlflow_tracking_uri is None:
             return spec
         target = spec.mlflow.model_copy(update={"tracking_uri": self.mlflow_tracking_uri})

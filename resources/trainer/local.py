@@ -12,10 +12,9 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
-from cifar_assets.training.spec import JobSpec
 from resources.errors import TrainingError
 from resources.run_liveness import inherited_locks
+from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE, TrainingSpec
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
 _POLL_SECONDS = 0.2
@@ -24,7 +23,7 @@ _PLACE_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAS
 
 
 class LocalTrainer(TrainerResource):
-    """Starts `python -m cifar_assets.training` (in more than one process by `.launch`) and relays its messages."""
+    """Starts `python -m <module>` (in more than one process by `<module>.launch`) and relays its messages."""
 
     stop_grace_seconds: float = Field(
         default=60.0,
@@ -34,7 +33,7 @@ class LocalTrainer(TrainerResource):
     def train(
         self,
         context: dg.AssetExecutionContext,
-        spec: JobSpec,
+        spec: TrainingSpec,
         scale: TrainingScale,
         child_environment: Mapping[str, str],
     ) -> TrainingResult:
@@ -45,7 +44,7 @@ class LocalTrainer(TrainerResource):
             message_reader=dg.PipesTempFileMessageReader(),
         ) as session:
             process = subprocess.Popen(
-                _command(scale.num_processes),
+                self._command(scale.num_processes),
                 env={
                     **own_environment(),
                     **child_environment,
@@ -68,6 +67,10 @@ class LocalTrainer(TrainerResource):
             raise TrainingError(_failure(process.returncode), transient=interrupted)
         return messages.result()
 
+    def _command(self, num_processes: int) -> list[str]:
+        several = [f"{self.module}.launch", "--standalone", f"--nproc-per-node={num_processes}"]
+        return [*following_parent(), sys.executable, "-m", *(several if num_processes > 1 else [self.module])]
+
     def _stop(self, context: dg.AssetExecutionContext, process: subprocess.Popen[bytes]) -> None:
         """Have the trainer end; several processes are ended by their launcher. Does nothing once it has ended."""
         if process.poll() is not None:
@@ -89,13 +92,6 @@ def stop_group(process: subprocess.Popen[Any], grace_seconds: float) -> None:
 def following_parent() -> list[str]:
     """Beginning of a command that is told to stop when this process is killed outright, where the kernel offers it."""
     return ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-
-
-def _command(num_processes: int) -> list[str]:
-    if num_processes == 1:
-        return [*following_parent(), sys.executable, "-m", "cifar_assets.training"]
-    launcher = ["-m", "cifar_assets.training.launch", "--standalone", f"--nproc-per-node={num_processes}"]
-    return [*following_parent(), sys.executable, *launcher]
 
 
 def own_environment() -> dict[str, str]:

@@ -20,7 +20,7 @@ from cifar_assets.assets.upstream import data_version
 from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.model_package import METRICS_FILE, PERFORMANCE_FILE, ModelManifest, read_json, read_manifest
 from resources.kubernetes.naming import RUN_ID_LABEL
-from resources.mlflow import RUN_ID_TAG
+from resources.mlflow.resource import RUN_ID_TAG
 from resources.object_store.s3 import S3Store
 from tests.cluster.kubectl import kubectl, wait_for
 from tests.cluster.platform import PLATFORM_NAMESPACE, Platform

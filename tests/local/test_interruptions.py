@@ -12,7 +12,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from cifar_assets.assets.keys import TRAINING_POOL
-from resources.mlflow import ATTEMPT_TAG, RUN_ID_TAG, LocalMlflow
+from resources.mlflow.resource import ATTEMPT_TAG, RUN_ID_TAG, LocalMlflow
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
 
 LONG_TRAINING = {**SMALL_TRAINING, "overrides": {**SMALL_TRAINING["overrides"], "epochs": 6}}

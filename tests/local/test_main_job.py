@@ -7,10 +7,10 @@ from mlflow.tracking import MlflowClient
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
 from cifar_assets.assets.upstream import data_version, previous_digests
-from cifar_assets.contracts import CHAMPION_ALIAS, MODEL_NAME
+from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.dataset.versions.reader import open_split
 from resources.inference_service.client import InferenceClient
-from resources.mlflow import RUN_ID_TAG, LocalMlflow
+from resources.mlflow.resource import CHAMPION_ALIAS, RUN_ID_TAG, LocalMlflow
 from resources.object_store.resource import LocalObjectStore
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace, steady_requests
 

@@ -15,9 +15,9 @@ from mlflow import MlflowClient
 
 from cifar_assets.prune.policy import Policy
 from cifar_assets.prune.tracking import Tracking
-from cifar_assets.training.spec import MlflowTarget
 from cifar_assets.training.tracking import Tracker
-from resources.mlflow import MlflowServer
+from resources.mlflow.resource import MlflowServer
+from resources.mlflow.target import MlflowTarget
 from tests.fixtures.workspace import free_port, wait_until
 
 FILES = {"model.onnx": b"o" * 100_000, "metrics.json": b"{}"}

@@ -15,10 +15,11 @@ from cifar_assets.assets.raw_dataset import RawDatasetConfig
 from cifar_assets.deployment import resources_for
 from cifar_assets.pipeline_steps.__main__ import main as pipeline_step
 from cifar_assets.training.recipes import RECIPES
-from cifar_assets.training.spec import JobSpec, MlflowTarget, parse_spec
+from cifar_assets.training.spec import JobSpec, parse_spec
 from resources.errors import ConfigError
 from resources.inference_service import DeployRequest
 from resources.inference_service.kserve.manifest import build_inference_service_manifest
+from resources.mlflow.target import MlflowTarget
 from resources.object_store import open_store
 from resources.trainer.interface import TrainingScale
 

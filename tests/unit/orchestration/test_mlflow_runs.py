@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from cifar_assets import sensors
-from resources.mlflow import RUN_ID_TAG, RUN_METADATA, LocalMlflow, MlflowResource, MlflowServer
+from resources.mlflow.resource import RUN_ID_TAG, RUN_METADATA, LocalMlflow, MlflowResource, MlflowServer
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from cifar_assets.prune.policy import Policy
 from cifar_assets.prune.run import Pruner, Report
 from resources.inference_service import InferenceServiceResource, ServiceStatus
 from resources.inference_service.local import LocalInferenceService
-from resources.mlflow import LocalMlflow
+from resources.mlflow.resource import LocalMlflow
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
 from tests.fixtures.models import store_model

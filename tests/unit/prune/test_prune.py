@@ -20,7 +20,7 @@ from cifar_assets.prune.job import prune_job
 from cifar_assets.prune.policy import Policy
 from cifar_assets.prune.run import PruneError
 from resources.digests import canonical_json
-from resources.mlflow import LocalMlflow
+from resources.mlflow.resource import LocalMlflow
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
 from tests.unit.prune.conftest import KEPT, Generation, Serving, World, png

@@ -12,8 +12,9 @@ import pytest
 
 from cifar_assets.contracts import EXIT_RESUME
 from cifar_assets.training.recipes import RECIPES
-from cifar_assets.training.spec import JobSpec, MlflowTarget
+from cifar_assets.training.spec import JobSpec
 from resources.errors import ConfigError, TrainingError
+from resources.mlflow.target import MlflowTarget
 from resources.object_store.resource import LocalObjectStore
 from resources.pipes_store import STORE_URI_PARAM
 from resources.pytorch_job.client import PyTorchJobClient
@@ -21,7 +22,6 @@ from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.pipes import PipesPyTorchJobClient
 from resources.trainer.interface import TrainingScale
 from resources.trainer.kubernetes import (
-    LAUNCHER,
     KubernetesTrainer,
     build_trainer_collector,
     trainer_from_environment,
@@ -206,7 +206,7 @@ def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer):
     scale = TrainingScale(replicas=3, nproc_per_node=2, cpu="4", memory="9Gi", gpu=2)
     config = trainer.job_config(SPEC, scale, STORE)
     assert (config.replicas, config.nproc_per_node, config.cpu, config.memory, config.gpu) == (3, 2, "4", "9Gi", 2)
-    assert config.command == LAUNCHER
+    assert config.command == ["python", "-m", "cifar_assets.training.launch"]
     assert trainer.job_config(SPEC, TrainingScale(), STORE).command == []
 
 

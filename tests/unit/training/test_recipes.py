@@ -5,8 +5,9 @@ import pytest
 from pydantic import BaseModel
 
 from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe, ResolutionPhase, get_recipe
-from cifar_assets.training.spec import Execution, JobSpec, MlflowTarget
+from cifar_assets.training.spec import Execution, JobSpec
 from resources.errors import ConfigError
+from resources.mlflow.target import MlflowTarget
 
 
 @pytest.mark.parametrize("model", [Recipe, ResolutionPhase, JobSpec, Execution, MlflowTarget])

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from cifar_assets.mlflow_refusal import why_refused
-from cifar_assets.training.spec import MlflowTarget
 from cifar_assets.training.tracking import Tracker
 from resources.errors import ConfigError
-from resources.mlflow import LocalMlflow, MlflowServer
+from resources.mlflow.resource import LocalMlflow, MlflowServer
+from resources.mlflow.target import MlflowTarget, why_refused
 
 EXPERIMENT = "cifar10"
 PATIENCE_SECONDS = 120.0

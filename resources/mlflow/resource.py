@@ -1,4 +1,4 @@
-"""MLflow: where trainings are tracked and model versions are registered.
+"""MLflow as Dagster uses it.
 
 dagster-mlflow's own resource binds one global MLflow run to a Dagster run and leaves closing it to a hook that asset
 materializations do not run. Here the trainer opens and closes its run, tagged with dagster-mlflow's `dagster_run_id`:
@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import dagster as dg
 from pydantic import Field
 
-from cifar_assets.contracts import CHAMPION_ALIAS, MODEL_NAME
-from cifar_assets.gate import Verdict
-from cifar_assets.mlflow_refusal import why_refused
-from cifar_assets.training.spec import MlflowTarget, check_tracking_uri
 from resources.errors import ConfigError
 from resources.kubernetes.steps import is_being_cancelled
+from resources.mlflow.target import DEFAULT_NAME, MlflowTarget, check_tracking_uri, why_refused
+from resources.verdict import Verdict
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
+CHAMPION_ALIAS = "champion"
 RUN_ID_TAG = "dagster_run_id"
 """The tag dagster-mlflow puts on its runs."""
 ATTEMPT_TAG = "dagster_attempt"
@@ -64,8 +63,8 @@ def _explained(
 class MlflowResource(dg.ConfigurableResource):
     """Tracking server, experiment and registered model of this project."""
 
-    experiment: str = Field(default="cifar10", description="Experiment that trainings are logged to.")
-    registered_model: str = Field(default=MODEL_NAME, description="Name of the registered model.")
+    experiment: str = Field(default=DEFAULT_NAME, description="Experiment that trainings are logged to.")
+    registered_model: str = Field(default=DEFAULT_NAME, description="Name of the registered model.")
 
     @property
     @abstractmethod

@@ -1,6 +1,14 @@
-"""What MLflow refuses until a person acts, as opposed to an outage that passes by itself."""
+"""Where a training is tracked, and what MLflow refuses until a person acts. Needs no Dagster."""
 
 import re
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from resources.errors import ConfigError
+from resources.redaction import has_credentials, redacted
+
+DEFAULT_NAME = "cifar10"
+"""Of the experiment and of the registered model."""
 
 _OWN_STATE = re.compile(r"The (experiment|run) (\S+) must be in the 'active' state")
 _KNOWN = {
@@ -13,6 +21,46 @@ _KNOWN = {
 }
 _FOREIGN = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED")
 _FOREIGN_TEXTS = re.compile(r"not in a valid JSON format|failed with error code (?:30\d|404|405|426|501) ")
+
+
+def check_tracking_uri(uri: str, name: str = "tracking_uri") -> str:
+    """The URI as it is. ConfigError where it holds credentials: job specs are written into manifests and stores."""
+    if has_credentials(uri):
+        raise ConfigError(
+            f"{name} is {redacted(uri)}: expected an address without user, password or query, which would be stored. "
+            "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead, in pods from a Secret."
+        )
+    return uri
+
+
+class MlflowTarget(BaseModel):
+    """Where a training is tracked and under which name its model is registered."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    tracking_uri: str = Field(min_length=1, description="sqlite:///... or http(s)://... URI of the tracking store.")
+    experiment: str = Field(default=DEFAULT_NAME, min_length=1, description="Experiment, made when it does not exist.")
+    run_name: str | None = Field(
+        default=None, description="Name of the MLflow run; MLflow invents one when it is empty."
+    )
+    tags: dict[str, str] = Field(default_factory=dict, description="Tags put on the run and on the model version.")
+    registered_model: str | None = Field(
+        default=DEFAULT_NAME, description="Registered model that gets the new version; none registers nothing."
+    )
+    patience_seconds: float = Field(
+        default=60.0, ge=0, description="Seconds the end of a training waits for what could not be sent before."
+    )
+    artifact_uri: str | None = Field(
+        default=None, description="Artifact root for a new experiment; the tracking store's own when it is empty."
+    )
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _without_credentials(cls, value: str) -> str:
+        try:
+            return check_tracking_uri(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
 
 
 def http_status(error: Exception) -> int | None:

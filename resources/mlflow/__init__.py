@@ -1,0 +1,1 @@
+"""MLflow: where trainings are tracked and model versions are registered."""

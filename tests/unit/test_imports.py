@@ -1,0 +1,41 @@
+"""Who may import whom: resources nothing of the project, images nothing that they are built without."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "resources").rglob("*.py"))
+NOT_YET = ("resources/inference_service/",)
+
+
+def imported(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if not path.startswith(NOT_YET)])
+def test_resources_import_nothing_of_the_project(path: str):
+    assert [name for name in imported((ROOT / path).read_text()) if name.partition(".")[0] == "cifar_assets"] == []
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        (("cifar_assets.training.__main__", "cifar_assets.pipeline_steps.__main__"), ("dagster", "kubernetes")),
+        (("cifar_assets.serving", "cifar_assets.serving.__main__"), ("dagster", "kubernetes", "torch", "mlflow")),
+        (("resources.object_store.s3", "resources.errors", "resources.mlflow.target"), ("dagster", "mlflow")),
+    ],
+    ids=["trainer", "server", "object store"],
+)
+def test_images_do_without_dagster(modules: tuple[str, ...], absent: tuple[str, ...]):
+    code = f"import sys; sys.modules |= dict.fromkeys({absent}); import {', '.join(modules)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
