@@ -23,7 +23,7 @@ from dagster_dg_cli.cli import create_dg_cli
 from cifar_assets.definitions import defs
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("dagster", "dg", "python", "make", "uv", "pytest", "kubectl", "helm")
 OUR_FILES = ("cifar_assets/", "docs/", "images/", "k8s/", "resources/", "tests/")
 PLACEHOLDER = re.compile(r"[A-Z]+\.yaml")
