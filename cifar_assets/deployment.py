@@ -96,6 +96,6 @@ def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
             tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI") if environment.get("MLFLOW_TRACKING_URI") else ""
         ),
         "trainer": trainer_from_environment(environment, object_store),
-        "serving": serving_from_environment(environment, object_store),
+        "serving": serving_from_environment(environment),
         "argo": argo_from_environment(environment),
     }

@@ -22,6 +22,7 @@ from cifar_assets.assets.upstream import materialized_digest, previous_digests
 from cifar_assets.checks.data import PROCESSED_CHECKS
 from cifar_assets.checks.model import MODEL_CHECKS
 from cifar_assets.gate import judge
+from cifar_assets.serving.comparison import find_canary_fault
 from resources.errors import ConfigError
 from resources.gate import AccuracyGate
 from resources.inference_service import DeployRequest, InferenceServiceResource
@@ -104,6 +105,9 @@ def inference_service(
                 dataset_digest=manifest.dataset_digest,
                 test_accuracy=verdict.test_accuracy,
                 accuracy_threshold=verdict.threshold,
+                find_fault=lambda canary: find_canary_fault(
+                    canary, object_store.models, object_store.processed, digest
+                ),
             )
         )
         _record(context, mlflow, verdict)

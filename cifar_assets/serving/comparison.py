@@ -5,8 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.versions.reader import SplitReader
-from resources.inference_service.client import InferenceClient
+from cifar_assets.dataset.versions.reader import open_split
+from cifar_assets.gate import number
+from cifar_assets.model_package import METRICS_FILE, read_json, read_manifest
+from resources.inference_service.client import InferenceClient, ServerError
+from resources.object_store import ObjectStore
 
 _ALLOWED_ERRORS = 4.0
 """In standard errors of a sample: a sound service fails less than once in ten thousand times."""
@@ -36,8 +39,14 @@ class Comparison:
         )
 
 
-def compare_answers(client: InferenceClient, test: SplitReader, expected: float, num_images: int) -> Comparison:
-    """Ask about up to that many test images. ServerError where the service does not answer."""
+def compare_answers(
+    client: InferenceClient, models: ObjectStore, processed: ObjectStore, digest: str, num_images: int
+) -> Comparison:
+    """Ask about up to that many test images of the model's dataset. ServerError where the service does not answer."""
+    package = models.at(digest)
+    manifest = read_manifest(package, digest)
+    expected = number(read_json(package, manifest, METRICS_FILE), "test_accuracy")
+    test = open_split(processed, manifest.dataset_digest, "test")
     # Spread evenly over the split, the same ones each time.
     indices = np.unique(np.linspace(0, len(test) - 1, min(num_images, len(test))).astype(np.int64))
     answers = client.predict_arrays(test.take(indices))
@@ -49,3 +58,16 @@ def compare_answers(client: InferenceClient, test: SplitReader, expected: float,
         allowed=_ALLOWED_ERRORS * float(np.sqrt(max(expected * (1 - expected), 0.01) / len(indices))),
         num_images=len(indices),
     )
+
+
+def find_canary_fault(
+    canary: InferenceClient, models: ObjectStore, processed: ObjectStore, digest: str, num_images: int = 256
+) -> str | None:
+    """Why the model's canary may not get all requests; None when it answers as the stored model was evaluated."""
+    try:
+        found = compare_answers(canary, models, processed, digest, num_images)
+    except ServerError as error:
+        return str(error)
+    if found.model_digest != digest:
+        return f"the canary's address answers with model {found.model_digest}"
+    return None if found.passed else str(found)

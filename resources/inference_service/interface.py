@@ -1,15 +1,17 @@
 """What every deployment of the model server offers, whether a local process or a KServe InferenceService."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import dagster as dg
 
+from resources.inference_service.client import InferenceClient
+
 
 @dataclass(frozen=True)
 class DeployRequest:
-    """A model that passed the gate, and what the deployment should remember of the decision."""
+    """A model that passed the gate, what the deployment records about the decision, and how to judge a canary."""
 
     model_uri: str
     """Root of the model package: file:///... or s3://..."""
@@ -19,6 +21,8 @@ class DeployRequest:
     dataset_digest: str | None = None
     test_accuracy: float | None = None
     accuracy_threshold: float | None = None
+    find_fault: Callable[[InferenceClient], str | None] | None = field(default=None, compare=False, repr=False)
+    """Asks a canary: why it may not get all requests, None when it may. Without it, no canary is tried."""
 
     def annotations(self) -> dict[str, str]:
         """What is known of the decision as text by name, for the deployment to carry."""

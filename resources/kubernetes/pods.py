@@ -1,6 +1,6 @@
 """What there is to know of a pod, read once from the API's object. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -60,6 +60,10 @@ class Pod:
     unschedulable: str
     """The scheduler's words when it found no node; otherwise empty."""
     containers: tuple[Container, ...]
+    ready: bool
+    """It gets requests. A pod that is being deleted is not ready."""
+    labels: Mapping[str, str]
+    annotations: Mapping[str, str]
 
     @property
     def finished(self) -> bool:
@@ -69,6 +73,7 @@ class Pod:
 def read_pod(pod: Any, replica: str) -> Pod:
     """Pod from a V1Pod, to be called `replica` where people read of it."""
     status = pod.status
+    deleting = pod.metadata.deletion_timestamp is not None
     inits = _containers(pod.metadata.name, replica, status.init_container_statuses or (), init=True)
     mains = _containers(pod.metadata.name, replica, status.container_statuses or (), init=False)
     return Pod(
@@ -78,9 +83,12 @@ def read_pod(pod: Any, replica: str) -> Pod:
         phase=status.phase or "Pending",
         reason=status.reason or "",
         message=status.message or "",
-        deleting=pod.metadata.deletion_timestamp is not None,
+        deleting=deleting,
         unschedulable=_unschedulable(status.conditions or ()),
         containers=(*inits, *mains),
+        ready=not deleting and any(c.type == "Ready" and c.status == "True" for c in status.conditions or ()),
+        labels=pod.metadata.labels or {},
+        annotations=pod.metadata.annotations or {},
     )
 
 

@@ -15,7 +15,6 @@ from resources.inference_service.kserve.client import InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.resource import KServeInferenceService
 from resources.kubernetes.api import load_configuration
-from resources.object_store.resource import LocalObjectStore
 from resources.object_store.s3 import S3Store
 from tests.cluster.kubectl import kubectl, wait_for
 from tests.unit.serving.tiny_model import store_tiny_model
@@ -62,7 +61,6 @@ def service(namespace: str, *, account: str = "dagster", patience: float = 60, *
     values: dict[str, Any] = {"image": SERVER_IMAGE, "env_config_maps": [], "env_secrets": ["object-store"]}
     values |= {"cpu": "50m", "max_replicas": 1, **settings}
     return Service(
-        object_store=LocalObjectStore(),
         settings=InferenceServiceSettings(**values),
         namespace=namespace,
         name=NAME,

@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,15 @@ from kubernetes import client as k8s
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import METRICS_FILE, ONNX_FILE, RECIPE_FILE, WEIGHTS_FILE, ModelManifest, write_package
+from cifar_assets.serving.comparison import find_canary_fault
 from resources.digests import sha256_bytes
 from resources.errors import DeployError
 from resources.inference_service import DeployRequest
 from resources.inference_service.client import InferenceClient
-from resources.inference_service.kserve.canary import HeldOutImages
-from resources.inference_service.kserve.client import InferenceService
 from resources.object_store import ObjectStore
-from resources.object_store.resource import MinioObjectStore
 from tests.cluster.conftest import Minio
 from tests.cluster.kubectl import kubectl, wait_for
-from tests.cluster.serving_story import Service, grant_access, left_behind, service
+from tests.cluster.serving_story import grant_access, left_behind, service
 from tests.fixtures.tiny_data import TinyData, store_tiny_data
 from tests.unit.serving.tiny_model import tiny_logits, tiny_onnx, tiny_weights
 
@@ -79,41 +77,28 @@ def nothing_serves(namespace: str) -> Iterator[None]:
     wait_for("removal of the service", lambda: not left_behind(namespace), 120)
 
 
-def serverless(namespace: str, minio: Minio) -> Service:
-    keys = minio.environment()
-    store = MinioObjectStore(
-        endpoint_url=keys["AWS_ENDPOINT_URL"],
-        access_key=keys["AWS_ACCESS_KEY_ID"],
-        secret_key=keys["AWS_SECRET_ACCESS_KEY"],
-    )
-    made = service(namespace, image=IMAGE, mode="Knative", min_replicas=0, max_replicas=2, canary_percent=20)
-    return Service(**{**{name: getattr(made, name) for name in type(made).model_fields}, "object_store": store})
-
-
 def num_pods(namespace: str) -> int:
     selector = ["-l", "serving.kserve.io/inferenceservice", "--field-selector", "status.phase=Running"]
     return len(kubectl("-n", namespace, "get", "pods", *selector, "-o", "name").split())
 
 
-def test_canary_promotion_return_and_sleep(
-    namespace: str, minio: Minio, models: Models, nothing_serves: None, monkeypatch: pytest.MonkeyPatch
-):
-    serving = serverless(namespace, minio)
+def test_canary_promotion_return_and_sleep(namespace: str, minio: Minio, models: Models, nothing_serves: None):
+    serving = service(namespace, image=IMAGE, mode="Knative", min_replicas=0, max_replicas=2, canary_percent=20)
     assert serving.deploy(models.first).previous_digest is None
-
+    root = minio.store()
     shares: Counter[str] = Counter()
-    judged = HeldOutImages.find_fault
 
-    def ask_meanwhile(judge: HeldOutImages, canary: InferenceService, request: DeployRequest) -> str | None:
-        status = serving.status()
-        assert status.url is not None
-        client = InferenceClient(status.url, headers=status.headers)
-        shares.update(client.served_model().model_digest for _ in range(100))
-        return judged(judge, canary, request)
+    def judged(request: DeployRequest) -> DeployRequest:
+        def find_fault(canary: InferenceClient) -> str | None:
+            status = serving.status()
+            assert status.url is not None
+            client = InferenceClient(status.url, headers=status.headers)
+            shares.update(client.served_model().model_digest for _ in range(100))
+            return find_canary_fault(canary, root.at("models"), root.at("processed-data"), request.model_digest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(HeldOutImages, "find_fault", ask_meanwhile)
-        promoted = serving.deploy(models.second)
+        return replace(request, find_fault=find_fault)
+
+    promoted = serving.deploy(judged(models.second))
     assert promoted.previous_digest == models.first.model_digest
     # 20 of 100 expected; five standard deviations either way.
     assert 1 <= shares[models.second.model_digest] <= 40
@@ -121,7 +106,7 @@ def test_canary_promotion_return_and_sleep(
     assert {client.served_model().model_digest for _ in range(20)} == {models.second.model_digest}
 
     with pytest.raises(DeployError, match="test images right"):
-        serving.deploy(models.boastful)
+        serving.deploy(judged(models.boastful))
     assert {client.served_model().model_digest for _ in range(20)} == {models.second.model_digest}
 
     wait_for("scaling to zero", lambda: num_pods(namespace) == 0, 180)

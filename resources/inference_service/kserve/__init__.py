@@ -1,5 +1,4 @@
-"""KServe InferenceServices of the model server, and the parts they are made of. See docs/kserve.md.
+"""KServe InferenceServices of the model server. See docs/kserve.md.
 
-`config`, `manifest`, `pods`, `settled` and `diagnosis` are pure; `client`, `tunnel`, `endpoint`, `watch`, `canary` and
-`deployer` know no Dagster; `resource` does.
+`config` and `manifest` are pure; `client`, `endpoint`, `watch` and `deployer` do not import Dagster; `resource` does.
 """

@@ -1,14 +1,13 @@
-"""A thin typed client of the InferenceService custom resource, its pods and events. No Dagster, no waiting, no policy.
+"""The InferenceService as the API server has it: what its status and its pods say, and how it is read and written.
 
-Absence and conflict are values; everything else is as in `resources.kubernetes.api`.
+No Dagster, no waiting, no policy. Absence and conflict are values; everything else is as in `resources.kubernetes.api`.
 """
 
 import copy
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from resources.inference_service.kserve.manifest import (
     DEPLOYMENT_ANNOTATION,
@@ -20,14 +19,29 @@ from resources.inference_service.kserve.manifest import (
     PREFIX,
     REVISION_ANNOTATION,
     VERSION,
-    VERSION_ANNOTATION,
 )
-from resources.inference_service.kserve.pods import ServingPod, read_serving_pod
 from resources.kubernetes.api import CustomResourceClient
-from resources.kubernetes.errors import ApiRefusedError
+from resources.kubernetes.pods import Pod, read_pod
 
-SERVICE_LABEL = "serving.kserve.io/inferenceservice"
-EVENT_SOURCE = "cifar-dagster"
+DEPLOYED = "Deployed"
+DEPLOY_FAILED = "DeployFailed"
+"""Reasons of the events that record how deployments ended."""
+_EVENT_SOURCE = "cifar-dagster"
+_KNATIVE_REVISION_LABEL = "serving.knative.dev/revision"
+
+
+class Mark(NamedTuple):
+    """What a spec was written for. KServe copies it from the service to its pods, so equal marks mean the same spec."""
+
+    revision: str | None
+    """Digest of settings and model; None on what this package did not write."""
+    deployment: str | None
+    """Id of the deploy call."""
+
+
+def mark_of(annotations: Mapping[str, str]) -> Mark:
+    """The mark in the annotations of a service or a pod."""
+    return Mark(annotations.get(REVISION_ANNOTATION), annotations.get(DEPLOYMENT_ANNOTATION))
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,9 @@ class InferenceService:
 
     body: Mapping[str, Any]
     """As the API server gave it; not to be changed."""
+
+    def __str__(self) -> str:
+        return f"InferenceService {self.namespace}/{self.name}"
 
     @property
     def name(self) -> str:
@@ -58,31 +75,21 @@ class InferenceService:
         return self.body["metadata"].get("annotations") or {}
 
     @property
-    def revision(self) -> str | None:
-        """Mark of the settings and model it was written with; None for one that this package did not write."""
-        return self.annotations.get(REVISION_ANNOTATION)
-
-    @property
-    def deployment_id(self) -> str | None:
-        """Id of the deploy call that wrote its spec."""
-        return self.annotations.get(DEPLOYMENT_ANNOTATION)
-
-    @property
-    def mark(self) -> tuple[str | None, str | None]:
-        """What its pods carry as well: tells them from pods of an earlier spec."""
-        return self.revision, self.deployment_id
+    def mark(self) -> Mark:
+        return mark_of(self.annotations)
 
     @property
     def model_digest(self) -> str | None:
         return self.annotations.get(DIGEST_ANNOTATION)
 
     @property
-    def model_version(self) -> str | None:
-        return self.annotations.get(VERSION_ANNOTATION)
+    def serverless(self) -> bool:
+        return self.annotations.get(MODE_ANNOTATION) == "Knative"
 
-    def is_as_written(self, stored: "InferenceService") -> bool:
-        """Whether it still is what this earlier answer of the API server showed, except for its status."""
-        return (self.uid, self.mark, self.body["spec"]) == (stored.uid, stored.mark, stored.body["spec"])
+    @property
+    def canary_percent(self) -> int | None:
+        """Percentage of the requests meant for its newest revision; None for all."""
+        return self.body["spec"]["predictor"].get("canaryTrafficPercent")
 
     @property
     def status(self) -> Mapping[str, Any]:
@@ -91,7 +98,8 @@ class InferenceService:
     @property
     def ready(self) -> bool:
         """KServe's own word, which may still be about an earlier generation."""
-        return self._condition("Ready").get("status") == "True"
+        conditions = self.status.get("conditions") or ()
+        return any(each.get("type") == "Ready" and each.get("status") == "True" for each in conditions)
 
     @property
     def complaints(self) -> list[str]:
@@ -103,39 +111,46 @@ class InferenceService:
         ]
         return [text for text in found if not text.startswith("Ready:")] or found
 
-    @property
-    def predictor(self) -> Mapping[str, Any]:
-        return self.body["spec"]["predictor"]
+    def is_as_written(self, stored: "InferenceService") -> bool:
+        """Whether nothing but its status differs from this earlier answer of the API server."""
+        return (self.uid, self.mark, self.body["spec"]) == (stored.uid, stored.mark, stored.body["spec"])
 
-    @property
-    def canary_percent(self) -> int | None:
-        """Share of the requests that its newest revision is to get; None for all."""
-        return self.predictor.get("canaryTrafficPercent")
+    def find_missing(self, pods: Sequence[Pod], *, asleep: bool = False) -> str | None:
+        """What is missing until its revision alone gets the requests meant for it; None when nothing is.
 
-    @property
-    def serverless(self) -> bool:
-        return self.annotations.get(MODE_ANNOTATION) == "Knative"
+        With `asleep`, a serverless revision may have no pod. KServe's conditions are not enough: their generation is
+        that of the Deployment or Knative service, so only the mark on the pods tells which spec they are about.
+        """
+        found = self._missing_in_knative(pods, asleep) if self.serverless else self._missing_pods(pods)
+        if found is None and not self.ready:
+            return "; ".join(self.complaints) or "KServe does not call it ready yet"
+        return found
 
-    @property
-    def predictor_status(self) -> Mapping[str, Any]:
-        return (self.status.get("components") or {}).get("predictor") or {}
+    def _missing_pods(self, pods: Sequence[Pod]) -> str | None:
+        num_ready = sum(pod.ready for pod in pods if mark_of(pod.annotations) == self.mark)
+        wanted = max(1, int(self.body["spec"]["predictor"].get("minReplicas") or 1))
+        if num_ready < wanted:
+            return f"{num_ready} of {wanted} new pods are ready"
+        # Those that are ending still answer on open connections.
+        num_others = sum(not pod.finished for pod in pods if mark_of(pod.annotations) != self.mark)
+        return f"{num_others} pods of another version are still there" if num_others else None
 
-    def _condition(self, kind: str) -> Mapping[str, Any]:
-        conditions = self.status.get("conditions") or ()
-        return next((condition for condition in conditions if condition.get("type") == kind), {})
-
-    def __str__(self) -> str:
-        return f"InferenceService {self.namespace}/{self.name}"
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that this package said about an InferenceService."""
-
-    reason: str
-    message: str
-    at: str
-    """ISO time in UTC, so that text order is time order."""
+    def _missing_in_knative(self, pods: Sequence[Pod], asleep: bool) -> str | None:
+        predictor = (self.status.get("components") or {}).get("predictor") or {}
+        created, latest = predictor.get("latestCreatedRevision"), predictor.get("latestReadyRevision")
+        own = [pod for pod in pods if mark_of(pod.annotations) == self.mark]
+        names = {pod.labels[_KNATIVE_REVISION_LABEL] for pod in own if _KNATIVE_REVISION_LABEL in pod.labels}
+        if not names and not asleep:
+            return "the new revision has no pod yet"
+        if latest is None or latest != created or (names and latest not in names):
+            return f"revision {created} is not ready; {latest or 'none'} is the latest that is"
+        percent = sum(
+            target.get("percent") or 0
+            for target in predictor.get("traffic") or ()
+            if target.get("revisionName") == latest and target.get("latestRevision")
+        )
+        wanted = 100 if self.canary_percent is None else self.canary_percent
+        return None if percent == wanted else f"revision {latest} gets {percent} % of the requests, not yet {wanted} %"
 
 
 class InferenceServiceClient(CustomResourceClient[InferenceService]):
@@ -157,60 +172,44 @@ class InferenceServiceClient(CustomResourceClient[InferenceService]):
     ) -> InferenceService | None:
         """The service with the manifest's spec, labels and annotations; None when it changed or was deleted meanwhile.
 
-        Annotations and labels of others stay, ours that the manifest lacks are removed. With `dry_run` nothing is
+        Annotations and labels of others stay; ours that the manifest lacks are removed. With `dry_run` nothing is
         stored, and the answer shows what would be, with the defaults of the API server and of KServe.
         """
-        body = copy.deepcopy(dict(current.body))
-        body.pop("status", None)
+        body = copy.deepcopy({key: value for key, value in current.body.items() if key != "status"})
+        ours = (PREFIX, "serving.kserve.io/enable-tag-routing", "serving.kserve.io/autoscalerClass")
+        theirs = {key: value for key, value in current.annotations.items() if not key.startswith(ours)}
         body["spec"] = copy.deepcopy(manifest["spec"])
-        theirs = {key: value for key, value in current.annotations.items() if not _is_ours(key)}
         body["metadata"]["annotations"] = {**theirs, **manifest["metadata"]["annotations"]}
         body["metadata"]["labels"] = {**(body["metadata"].get("labels") or {}), **manifest["metadata"]["labels"]}
         options = {"dry_run": "All"} if dry_run else {}
         return self._object("replace", current.namespace, current.name, body, none_on=(404, 409), **options)
 
-    def pods(self, namespace: str, name: str) -> list[ServingPod]:
+    def pods(self, namespace: str, name: str) -> list[Pod]:
         """Pods of the service of that name by name, also those that are ending."""
-        found = self._pods_with(f"{KIND} {namespace}/{name}", namespace, f"{SERVICE_LABEL}={name}")
-        return sorted((read_serving_pod(item) for item in found), key=lambda pod: pod.pod.name)
+        label = f"serving.kserve.io/inferenceservice={name}"
+        found = self._pods_with(f"{KIND} {namespace}/{name}", namespace, label)
+        return sorted((read_pod(item, item.metadata.name) for item in found), key=lambda pod: pod.name)
 
-    def record(self, namespace: str, name: str, *, reason: str, message: str, warning: bool, uid: str | None) -> None:
-        """Say something about the service as an Event, for `kubectl describe` and `events`, if that is allowed."""
-        now = datetime.now(UTC)
+    def record(self, namespace: str, name: str, reason: str, message: str) -> None:
+        """Record how a deployment ended as an Event of the service, for `kubectl describe` and `last_failure`."""
+        service = self.get(namespace, name)
         involved = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "namespace": namespace, "name": name}
         event = {
-            "metadata": {"name": f"{name}.{uuid.uuid4().hex[:16]}", "namespace": namespace},
-            "involvedObject": {**involved, **({"uid": uid} if uid else {})},
+            "metadata": {"generateName": f"{name}.", "namespace": namespace},
+            "involvedObject": {**involved, **({"uid": service.uid} if service else {})},
             "reason": reason,
-            "message": message[:1000],
-            "type": "Warning" if warning else "Normal",
-            "source": {"component": EVENT_SOURCE},
-            "eventTime": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
-            "firstTimestamp": now.isoformat(timespec="seconds").replace("+00:00", "Z"),
-            "lastTimestamp": now.isoformat(timespec="seconds").replace("+00:00", "Z"),
-            "count": 1,
             "action": reason,
-            "reportingComponent": EVENT_SOURCE,
-            "reportingInstance": EVENT_SOURCE,
+            "message": message[:1000],
+            "type": "Warning" if reason == DEPLOY_FAILED else "Normal",
+            "eventTime": datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "reportingComponent": _EVENT_SOURCE,
+            "reportingInstance": _EVENT_SOURCE,
         }
-        try:
-            self._ask(
-                f"record an event of {namespace}/{name}",
-                self._core.create_namespaced_event,
-                namespace,
-                event,
-                none_on=(409,),
-            )
-        except ApiRefusedError:
-            return
+        self._ask(f"record an event of {namespace}/{name}", self._core.create_namespaced_event, namespace, event)
 
-    def events(self, namespace: str, name: str) -> Sequence[Event]:
-        """What `record` said of the service, oldest first, as far as the cluster still knows and may be asked."""
+    def last_failure(self, namespace: str, name: str) -> str | None:
+        """Why the last deployment failed, as long as the cluster keeps events; None when it did not."""
         found = self._events(namespace, name, f"involvedObject.kind={KIND}")
-        ours = [event for event in found if event.reporting_component == EVENT_SOURCE and event.event_time]
-        told = [Event(event.reason, event.message, event.event_time.isoformat()) for event in ours]
-        return sorted(told, key=lambda event: event.at)
-
-
-def _is_ours(key: str) -> bool:
-    return key.startswith((PREFIX, "serving.kserve.io/enable-tag-routing", "serving.kserve.io/autoscalerClass"))
+        ours = [event for event in found if event.reporting_component == _EVENT_SOURCE and event.event_time]
+        last = max(ours, key=lambda event: event.event_time, default=None)
+        return last.message if last and last.reason == DEPLOY_FAILED else None

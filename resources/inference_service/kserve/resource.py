@@ -6,29 +6,27 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, model_validator
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, MODEL_NAME
-from resources.errors import ConfigError, DeployError, ExplainedError
+from resources.errors import ConfigError, DeployError
+from resources.inference_service.client import ServerError
 from resources.inference_service.interface import (
     DeployedService,
     DeployRequest,
     InferenceServiceResource,
     ServiceStatus,
 )
-from resources.inference_service.kserve.canary import HeldOutImages
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.deployer import ServiceDeployer
-from resources.inference_service.kserve.endpoint import Address, ServiceEndpoint
+from resources.inference_service.kserve.endpoint import ServiceEndpoint
 from resources.inference_service.kserve.manifest import (
     build_inference_service_manifest,
     check_service_name,
     predictor_name,
 )
-from resources.inference_service.kserve.watch import RolloutLimits
+from resources.inference_service.kserve.watch import RolloutLimits, ServiceView
 from resources.kubernetes.api import load_configuration
 from resources.kubernetes.config import settings_from_json
 from resources.kubernetes.errors import KubernetesError
-from resources.object_store.resource import ObjectStoreResource
 from resources.redaction import has_credentials, redacted
 
 IMAGE_VARIABLE = "SERVER_IMAGE"
@@ -38,20 +36,19 @@ SETTINGS_VARIABLE = "SERVER_SETTINGS"
 URL_VARIABLE = "SERVER_URL"
 HOST_VARIABLE = "SERVER_HOST"
 GATEWAY_VARIABLE = "SERVER_GATEWAY"
+DEFAULT_NAME = "cifar10"
 DEFAULT_GATEWAY = "kourier-system/kourier-internal"
 
 
 class KServeInferenceService(InferenceServiceResource):
     """Serves from the cluster that the pod's service account or KUBECONFIG names, in Standard or serverless mode."""
 
-    object_store: dg.ResourceDependency[ObjectStoreResource]
     settings: InferenceServiceSettings = Field(description="The InferenceService's own settings.")
     namespace: str = Field(description="Namespace of the InferenceService.")
-    name: str = Field(default=MODEL_NAME, description="Name of the InferenceService.")
+    name: str = Field(default=DEFAULT_NAME, description="Name of the InferenceService.")
     kubeconfig_file: str | None = Field(
         default=None, description="Kubeconfig; by default the pod's service account, else KUBECONFIG."
     )
-    kube_context: str | None = Field(default=None, description="Context of the kubeconfig.")
     base_url: str | None = Field(
         default=None,
         description="Where Dagster reaches the service, such as an ingress. By default the cluster's DNS in a pod, and "
@@ -75,9 +72,6 @@ class KServeInferenceService(InferenceServiceResource):
     blocked_timeout_seconds: float = Field(
         default=45.0, gt=0, description="How long to wait for an image that cannot be pulled, or a missing Secret."
     )
-    canary_images: int = Field(
-        default=256, ge=1, le=10_000, description="Held-out images that a canary has to answer as it was evaluated."
-    )
 
     @model_validator(mode="after")
     def _names_hold(self) -> "KServeInferenceService":
@@ -86,33 +80,46 @@ class KServeInferenceService(InferenceServiceResource):
 
     def deploy(self, request: DeployRequest) -> DeployedService:
         try:
-            endpoint = self._endpoint()
-            outcome = self._deployer(endpoint).deploy(request)
-            address = endpoint.address(outcome.service)
+            view = self._view()
+            outcome = ServiceDeployer(view, self._build).deploy(request)
+            client = view.endpoint.client(outcome.service)
         except KubernetesError as error:
             raise DeployError(
-                f"Model {request.model_digest} was not deployed to {self._label}: {error}",
-                transient=error.transient,
+                f"Model {request.model_digest} was not deployed to {self._label}: {error}", transient=error.transient
             ) from error
         return DeployedService(
-            url=address.url,
+            url=client.base_url,
             model_digest=request.model_digest,
             model_version=request.model_version,
             previous_digest=outcome.previous_digest,
             changed=outcome.changed,
-            details=self._details(outcome.service, address),
-            headers=address.headers,
+            details=self._details(outcome.service, client.base_url),
+            headers=client.headers,
         )
 
     def status(self) -> ServiceStatus:
         try:
-            return self._status()
-        except (ExplainedError, KubernetesError) as error:
+            view = self._view()
+            service = view.get()
+            reason = view.client.last_failure(self.namespace, self.name)
+            if service is None:
+                return ServiceStatus(False, None, None, None, reason or f"There is no {self._label}.")
+            client = view.endpoint.client(service)
+            details = self._details(service, client.base_url)
+        except KubernetesError as error:
             return ServiceStatus(False, None, None, None, str(error))
+        try:
+            served = view.endpoint.served_model(service, canary=False)
+        except ServerError as error:
+            reason = reason or "; ".join(service.complaints) or str(error)
+            return ServiceStatus(False, client.base_url, None, None, reason, details, client.headers)
+        return ServiceStatus(
+            served.ready, client.base_url, served.model_digest, served.model_version, reason, details, client.headers
+        )
 
     def delete(self) -> bool:
         try:
-            return self._deployer(self._endpoint()).delete()
+            return ServiceDeployer(self._view(), self._build).delete()
         except KubernetesError as error:
             raise DeployError(f"{self._label} was not deleted: {error}", transient=error.transient) from error
 
@@ -120,25 +127,7 @@ class KServeInferenceService(InferenceServiceResource):
     def _label(self) -> str:
         return f"InferenceService {self.namespace}/{self.name}"
 
-    def _status(self) -> ServiceStatus:
-        endpoint = self._endpoint()
-        deployer = self._deployer(endpoint)
-        service = self._client().get(self.namespace, self.name)
-        failure = deployer.last_failure()
-        if service is None:
-            return ServiceStatus(False, None, None, None, failure or f"There is no {self._label}.")
-        address = endpoint.address(service)
-        details = self._details(service, address)
-        try:
-            served = endpoint.served_model(service, canary=False)
-        except ExplainedError as error:
-            reason = failure or "; ".join(service.complaints) or str(error)
-            return ServiceStatus(False, address.url, None, None, reason, details, address.headers)
-        return ServiceStatus(
-            served.ready, address.url, served.model_digest, served.model_version, failure, details, address.headers
-        )
-
-    def _details(self, service: InferenceService, address: Address) -> dict[str, str]:
+    def _details(self, service: InferenceService, url: str) -> dict[str, str]:
         predictor = predictor_name(self.name)
         details = {
             "deployment": f"KServe, {self.settings.mode} mode",
@@ -147,7 +136,7 @@ class KServeInferenceService(InferenceServiceResource):
         }
         if service.status.get("url"):
             details["kserve_url"] = str(service.status["url"])
-        if address.url.startswith("http://127.0.0.1:") and not self.base_url:
+        if url.startswith("http://127.0.0.1:") and not self.base_url:
             details["url_is"] = "forwarded by this run's process and gone with it"
             if not self.settings.serverless:
                 details["to_reach_it"] = f"kubectl -n {self.namespace} port-forward svc/{predictor} 8080:80"
@@ -157,35 +146,25 @@ class KServeInferenceService(InferenceServiceResource):
         return build_inference_service_manifest(self.settings, request, name=self.name, namespace=self.namespace)
 
     def _client(self) -> InferenceServiceClient:
-        return InferenceServiceClient.production(self.kubeconfig_file, self.kube_context)
+        return InferenceServiceClient.production(self.kubeconfig_file)
 
-    def _endpoint(self) -> ServiceEndpoint:
-        configuration, in_cluster = load_configuration(self.kubeconfig_file, self.kube_context)
-        return ServiceEndpoint(
-            configuration, in_cluster=in_cluster, base_url=self.base_url, host=self.host, gateway=self.gateway
-        )
-
-    def _deployer(self, endpoint: ServiceEndpoint) -> ServiceDeployer:
-        return ServiceDeployer(
-            self._client(),
-            endpoint,
-            self._build,
+    def _view(self) -> ServiceView:
+        configuration, in_cluster = load_configuration(self.kubeconfig_file)
+        return ServiceView(
+            client=self._client(),
+            endpoint=ServiceEndpoint(configuration, in_cluster, self.gateway, self.base_url, self.host),
             namespace=self.namespace,
             name=self.name,
             limits=RolloutLimits(
                 start_timeout_seconds=self.rollout_timeout_seconds,
                 unschedulable_timeout_seconds=self.unschedulable_timeout_seconds,
                 blocked_timeout_seconds=self.blocked_timeout_seconds,
-                final_exit_codes=(EXIT_BAD_SPEC,),
             ),
-            judge=HeldOutImages(endpoint, self.object_store, self.canary_images),
-            logger=dg.get_dagster_logger(),
+            log=dg.get_dagster_logger(),
         )
 
 
-def serving_from_environment(
-    environment: Mapping[str, str], object_store: ObjectStoreResource
-) -> KServeInferenceService:
+def serving_from_environment(environment: Mapping[str, str]) -> KServeInferenceService:
     """The service that SERVER_IMAGE, SERVER_NAMESPACE, SERVER_NAME and SERVER_SETTINGS describe; opens no connection.
 
     SERVER_SETTINGS holds further fields of InferenceServiceSettings as JSON. SERVER_URL and SERVER_HOST say how Dagster
@@ -203,10 +182,9 @@ def serving_from_environment(
         raise ConfigError(f"{URL_VARIABLE} is {redacted(url)}: expected an address without user, password or query.")
     try:
         return KServeInferenceService(
-            object_store=object_store,
             settings=settings,
             namespace=environment.get(NAMESPACE_VARIABLE, "cifar"),
-            name=environment.get(NAME_VARIABLE, MODEL_NAME),
+            name=environment.get(NAME_VARIABLE, DEFAULT_NAME),
             base_url=url,
             host=environment.get(HOST_VARIABLE),
             gateway=environment.get(GATEWAY_VARIABLE, DEFAULT_GATEWAY),

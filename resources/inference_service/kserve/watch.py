@@ -1,33 +1,60 @@
 """Waiting for one revision of an InferenceService to answer. No Dagster; clock and sleeper are given."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from resources.errors import DeployError
-from resources.inference_service.client import ServedModel, ServerError
+from resources.inference_service.client import InferenceClient, ServedModel, ServerError
 from resources.inference_service.interface import DeployRequest
-from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
+from resources.inference_service.kserve.client import DEPLOY_FAILED, InferenceService, InferenceServiceClient, mark_of
 from resources.inference_service.kserve.config import CONTAINER_NAME
-from resources.inference_service.kserve.diagnosis import diagnose_obstacle, find_crash, find_serving_obstacle
-from resources.inference_service.kserve.pods import ServingPod
-from resources.inference_service.kserve.settled import find_missing
-from resources.kubernetes.diagnosis import Cause, Diagnosis, Outage, Patience, PodHistory, WatchLimits, event_lines
-from resources.kubernetes.errors import ApiError, KubernetesError, ResourceFailedError
+from resources.kubernetes.diagnosis import (
+    Cause,
+    Diagnosis,
+    Obstacle,
+    Outage,
+    Patience,
+    PodHistory,
+    WatchLimits,
+    event_lines,
+    exit_cause,
+    exit_line,
+    find_obstacle,
+)
+from resources.kubernetes.errors import ApiError, ApiUnavailableError, KubernetesError, ResourceFailedError
+from resources.kubernetes.pods import Pod
+
+T = TypeVar("T")
 
 _LOG_LINES = 12
-DEPLOYED = "Deployed"
-DEPLOY_FAILED = "DeployFailed"
-"""Reasons of the events that tell how deployments ended."""
+_ADVICE: Mapping[Cause, str] = {
+    Cause.OUT_OF_MEMORY: "Raise `memory_limit`, or lower what the server holds at a time.",
+    Cause.EXIT_CODE: "The last lines of its log say why.",
+    Cause.KILLED: "It was ended from outside, or did not get ready within `startup_seconds`; its log may say why.",
+    Cause.NOT_STARTED: "Check the image: its entry point has to be the model server.",
+    Cause.EVICTED: "The node ran short of memory or disk. Try again, with requests closer to use.",
+    Cause.UNSCHEDULABLE: "Lower `cpu` and `memory`, or add nodes: an update needs room for one more replica.",
+    Cause.IMAGE: "Check the image's name and tag, that the node can reach its registry, and `image_pull_secrets`.",
+    Cause.CONFIGURATION: "Create the Secret or ConfigMap that it names, in the service's namespace, or correct "
+    "`env_secrets` and `env_config_maps`.",
+    Cause.NO_PODS: "Check that KServe's controller runs, its log, and the namespace's quota.",
+    Cause.SLOW_START: "Look at the pods with kubectl describe, or raise `rollout_timeout_seconds`.",
+    Cause.UNKNOWN: "Look at the service and its pods with kubectl describe.",
+}
+
+
+class NotYetError(Exception):
+    """What is waited for is not there yet. The text says what is missing."""
 
 
 class Endpoint(Protocol):
-    """Whoever can ask the service, as its users do."""
+    """Asks the service as its users do."""
 
-    def served_model(self, service: InferenceService) -> ServedModel:
-        """What answers. ServerError where nothing does."""
-        ...
+    def client(self, service: InferenceService, *, canary: bool = False) -> InferenceClient: ...
+    def served_model(self, service: InferenceService, *, canary: bool | None = None) -> ServedModel: ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +66,8 @@ class RolloutLimits(WatchLimits):
     blocked_timeout_seconds: float = 45.0
     start_timeout_seconds: float = 600.0
     outage_timeout_seconds: float = 120.0
+    final_exit_codes: tuple[int, ...] = (2,)
+    """The server ends with 2 for a wrong digest, a missing model or wrong options."""
     no_pods_timeout_seconds: float = 180.0
     """KServe does nothing. Long enough for its controller, which every new pod needs as well, to be started again."""
     removal_timeout_seconds: float = 120.0
@@ -50,159 +79,185 @@ class RolloutLimits(WatchLimits):
         return self.no_pods_timeout_seconds if cause == Cause.NO_PODS else super().of(cause)
 
 
-@dataclass
-class _Watch:
-    """What was seen of one revision so far."""
+@dataclass(frozen=True)
+class ServiceView:
+    """The InferenceService of one name: how it is looked at, and how long."""
 
-    began: float
-    history: PodHistory
-    outage: Outage
-    patience: Patience
-    seen: str = "nothing"
+    client: InferenceServiceClient
+    endpoint: Endpoint
+    namespace: str
+    name: str
+    limits: RolloutLimits
+    log: logging.Logger
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+    def __str__(self) -> str:
+        return f"InferenceService {self.namespace}/{self.name}"
+
+    def get(self) -> InferenceService | None:
+        return self.client.get(self.namespace, self.name)
+
+    def pods(self) -> list[Pod]:
+        return self.client.pods(self.namespace, self.name)
+
+    def until(self, what: str, seconds: float, look: Callable[[], T]) -> T:
+        """What `look` returns, called until it raises neither NotYetError nor ApiUnavailableError.
+
+        DeployError, which is transient, after that many seconds.
+        """
+        deadline = self.clock() + seconds
+        while True:
+            try:
+                return look()
+            except (NotYetError, ApiUnavailableError) as error:
+                if self.clock() > deadline:
+                    text = str(error).rstrip(".")
+                    raise DeployError(
+                        f"{self} was not {what} within {seconds:.0f} s: {text}.", transient=True
+                    ) from error
+            self.sleep(self.limits.poll_interval_seconds)
+
+    def why_not_serving(self, service: InferenceService, request: DeployRequest) -> str | None:
+        """What the endpoint answers instead of the model; None when it is the model."""
+        try:
+            served = self.endpoint.served_model(service)
+        except ServerError as error:
+            return str(error)
+        if served == ServedModel(True, request.model_digest, request.model_version):
+            return None
+        return f"the endpoint answers with model {served.model_digest} version {served.model_version}"
 
 
-class RevisionWatcher:
-    """Watches revisions of one service come up."""
+class RevisionWatch:
+    """Watches one stored revision come up."""
 
-    def __init__(
-        self,
-        client: InferenceServiceClient,
-        endpoint: Endpoint,
-        *,
-        namespace: str,
-        name: str,
-        limits: RolloutLimits,
-        logger: logging.Logger,
-        clock: Callable[[], float],
-        sleeper: Callable[[float], None],
-    ):
-        self._client = client
-        self._endpoint = endpoint
-        self._namespace = namespace
-        self._name = name
-        self._limits = limits
-        self._log = logger
-        self._clock = clock
-        self._sleep = sleeper
-        self._label = f"InferenceService {namespace}/{name}"
+    def __init__(self, view: ServiceView, stored: InferenceService, request: DeployRequest):
+        self._view = view
+        self._stored = self._service = stored
+        self._request = request
+        self._limits = view.limits
+        self._began = view.clock()
+        self._history = PodHistory()
+        self._patience = Patience(view.limits, view.clock)
+        self._pods: Sequence[Pod] = ()
+        self._missing = "nothing"
 
-    def is_serving(self, service: InferenceService, request: DeployRequest) -> bool:
-        """Whether its revision answers already, asleep or awake, and no other does."""
-        pods = self._client.pods(self._namespace, self._name)
-        return find_missing(service, pods, asleep=True) is None and self._problem(service, request) is None
-
-    def wait_until_serving(self, stored: InferenceService, request: DeployRequest) -> InferenceService:
-        """The service, once the stored revision answers and has what is meant for it.
+    def wait_until_serving(self) -> InferenceService:
+        """The service, once the revision answers and has what is meant for it.
 
         ResourceFailedError for one that does not come up; DeployError for a service that others changed, or an API
         server that does not answer.
         """
+        view = self._view
         outage = Outage(
-            self._clock,
-            self._limits.outage_timeout_seconds,
-            logger=self._log,
-            meanwhile=f"{self._label} is not watched",
+            view.clock, self._limits.outage_timeout_seconds, logger=view.log, meanwhile=f"{view} is not watched"
         )
-        watch = _Watch(self._clock(), PodHistory(), outage, Patience(self._limits, self._clock))
-        while not (serving := self._look(watch, stored, request)):
-            waited = self._clock() - watch.began
-            if waited > self._limits.start_timeout_seconds:
-                pods = self._pods_of(stored)
-                summary = f"not serving after {waited:.0f} s; last seen: {watch.seen}"
-                found = diagnose_obstacle(Cause.SLOW_START, summary, self._details(pods), self._limits)
-                unready = [pod.pod.name for pod in pods if not pod.ready]
-                raise ResourceFailedError(self._with_log(found, unready[0]) if unready else found)
-            self._sleep(self._limits.poll_interval_seconds)
-        self._log.info("%s serves model %s", self._label, request.model_digest)
-        return serving
-
-    def _look(self, watch: _Watch, stored: InferenceService, request: DeployRequest) -> InferenceService | None:
-        """The service if it serves. Raises ResourceFailedError for a revision that is given up."""
-        try:
-            service = self._client.get(self._namespace, self._name)
-            if service is None or service.deleting or not service.is_as_written(stored):
-                raise DeployError(
-                    f"{self._label} was deleted or changed by someone else while model {request.model_digest} was "
-                    "being deployed. It was left as it is now."
-                )
-            pods = self._client.pods(self._namespace, self._name)
-            ours = [pod for pod in pods if pod.mark == service.mark]
-            unready = [pod for pod in ours if not pod.ready]  # an older one that is may have a past
-            watch.history.observe(pod.pod for pod in unready)
-            self._give_up_if_broken(watch, unready)
-            self._give_up_if_stuck(watch, ours)
-            problem = find_missing(service, pods) or self._problem(service, request)
-            watch.outage.end()
-        except ApiError as error:
-            service, problem = None, str(error)
+        while True:
             try:
-                watch.outage.endure(error)
-            except ApiError:
-                raise DeployError(
-                    f"Model {request.model_digest} was written to {self._label}, but the API server has given no "
-                    f"usable answer since, so it is not known whether the model serves: {error}",
-                    transient=error.transient,
-                ) from error
-        if problem and problem != watch.seen:
-            watch.seen = problem
-            self._log.info("%s: %s", self._label, problem)
-        return None if problem else service
+                self._look()
+                view.log.info("%s serves model %s", view, self._request.model_digest)
+                return self._service
+            except NotYetError as error:
+                outage.end()
+                self._note(str(error))
+            except ApiError as error:
+                self._note(str(error))
+                self._endure(outage, error)
+            waited = view.clock() - self._began
+            if waited > self._limits.start_timeout_seconds:
+                summary = f"not serving after {waited:.0f} s; last seen: {self._missing}"
+                unready = [pod.name for pod in self._pods if not pod.ready]
+                raise self._failed(Cause.SLOW_START, summary, details=self._details(), log_of=unready[:1])
+            view.sleep(self._limits.poll_interval_seconds)
 
-    def _problem(self, service: InferenceService, request: DeployRequest) -> str | None:
+    def _look(self) -> None:
+        """Returns if it serves, else raises NotYetError, or ResourceFailedError for a revision that is given up."""
+        service = self._view.get()
+        if service is None or service.deleting or not service.is_as_written(self._stored):
+            raise DeployError(
+                f"{self._view} was deleted or changed by someone else while model {self._request.model_digest} was "
+                "being deployed. It was left as it is now."
+            )
+        pods = self._view.pods()
+        self._service = service
+        self._pods = [pod for pod in pods if mark_of(pod.annotations) == service.mark]
+        self._give_up_if_broken()
+        self._give_up_if_stuck()
+        missing = service.find_missing(pods) or self._view.why_not_serving(service, self._request)
+        if missing:
+            raise NotYetError(missing)
+
+    def _note(self, missing: str) -> None:
+        if missing != self._missing:
+            self._missing = missing
+            self._view.log.info("%s: %s", self._view, missing)
+
+    def _endure(self, outage: Outage, error: ApiError) -> None:
         try:
-            served = self._endpoint.served_model(service)
-        except ServerError as error:
-            return str(error)
-        if (served.ready, served.model_digest, served.model_version) == (
-            True,
-            request.model_digest,
-            request.model_version,
-        ):
-            return None
-        return f"the endpoint answers with model {served.model_digest} version {served.model_version}"
+            outage.endure(error)
+        except ApiError:
+            raise DeployError(
+                f"Model {self._request.model_digest} was written to {self._view}, but the API server has given no "
+                f"usable answer since, so it is not known whether the model serves: {error}",
+                transient=error.transient,
+            ) from error
 
-    def _give_up_if_broken(self, watch: _Watch, pods: Sequence[ServingPod]) -> None:
-        crash = find_crash(watch.history, pods, self._limits, max_restarts=self._limits.max_restarts)
-        if crash:
-            raise ResourceFailedError(self._with_log(*crash))
+    def _give_up_if_broken(self) -> None:
+        """An end that no restart cures is enough; of the others it takes several."""
+        unready = [pod for pod in self._pods if not pod.ready]  # an older one that is ready may have a past
+        self._history.observe(unready)
+        failures = self._history.failures()
+        final = [end for end in failures if end.out_of_memory or end.exit_code in self._limits.final_exit_codes]
+        num_restarts = max((container.restarts for pod in unready for container in pod.containers), default=0)
+        if final:
+            end, summary = final[0], exit_line(final[0])
+        elif failures and num_restarts >= self._limits.max_restarts:
+            end, summary = failures[-1], f"{exit_line(failures[-1])}, after {num_restarts} restarts"
+        else:
+            return
+        raise self._failed(exit_cause(end), summary, exit_code=end.exit_code, log_of=[end.pod])
 
-    def _give_up_if_stuck(self, watch: _Watch, pods: Sequence[ServingPod]) -> None:
-        obstacle = find_serving_obstacle(pods)
-        waited = watch.patience.spend(obstacle)
+    def _give_up_if_stuck(self) -> None:
+        if self._pods:
+            obstacle = find_obstacle(self._pods)
+        else:
+            obstacle = Obstacle(Cause.NO_PODS, "service", "KServe has made no pod for this version")
+        waited = self._patience.spend(obstacle)
         if obstacle and waited >= self._limits.of(obstacle.cause):
-            summary = f"{obstacle} (for {waited:.0f} s)"
-            raise ResourceFailedError(diagnose_obstacle(obstacle.cause, summary, self._details(pods), self._limits))
+            raise self._failed(obstacle.cause, f"{obstacle} (for {waited:.0f} s)", details=self._details())
 
-    def _pods_of(self, service: InferenceService) -> list[ServingPod]:
-        """None where they cannot be listed: they only add to an error."""
-        try:
-            return [pod for pod in self._client.pods(self._namespace, self._name) if pod.mark == service.mark]
-        except KubernetesError:
-            return []
+    def _failed(
+        self,
+        cause: Cause,
+        summary: str,
+        *,
+        exit_code: int | None = None,
+        details: Sequence[str] = (),
+        log_of: Sequence[str] = (),
+    ) -> ResourceFailedError:
+        transient = self._limits.is_worth_retrying(cause, exit_code)
+        tails = {pod: lines for pod in log_of if (lines := self._log_tail(pod))}
+        return ResourceFailedError(
+            Diagnosis(cause, summary, _ADVICE[cause], transient, details=tuple(details), log_tails=tails)
+        )
 
-    def _details(self, pods: Sequence[ServingPod]) -> list[str]:
-        """Complaints of the service's conditions, warnings about its pods, or about itself where it has none.
+    def _details(self) -> list[str]:
+        """Complaints of the service's conditions, and warnings about its pods, or about itself where it has none."""
+        view = self._view
+        names = [pod.name for pod in self._pods] or [view.name]
+        warnings = [text for name in names for text in view.client.warnings(view.namespace, name)]
+        warnings = [text for text in warnings if not text.startswith(DEPLOY_FAILED)]
+        return [*self._service.complaints, *event_lines(warnings)]
 
-        They only add to an error.
-        """
-        try:
-            service = self._client.get(self._namespace, self._name)
-            names = [pod.pod.name for pod in pods] or [self._name]
-            warnings = [text for name in names for text in self._client.warnings(self._namespace, name)]
-            warnings = [text for text in warnings if not text.startswith(DEPLOY_FAILED)]
-            return [*(service.complaints if service else []), *event_lines(warnings)]
-        except KubernetesError:
-            return []
-
-    def _with_log(self, diagnosis: Diagnosis, pod: str) -> Diagnosis:
+    def _log_tail(self, pod: str) -> list[str]:
         """The last lines of the container that ended, or of the one that does not get ready."""
-        text: str | None = None
+        view = self._view
         try:
             for previous in (True, False):
-                text = text or self._client.log(
-                    self._namespace, pod, CONTAINER_NAME, tail_lines=_LOG_LINES, previous=previous
-                )
+                text = view.client.log(view.namespace, pod, CONTAINER_NAME, tail_lines=_LOG_LINES, previous=previous)
+                if text:
+                    return [line.partition(" ")[2] for line in text.splitlines()]
         except KubernetesError as error:
-            return replace(diagnosis, log_tails={pod: [f"(not read: {error})"]})
-        lines = [line.partition(" ")[2] for line in (text or "").splitlines()]
-        return replace(diagnosis, log_tails={pod: lines}) if lines else diagnosis
+            return [f"(not read: {error})"]
+        return []

@@ -119,8 +119,12 @@ class FakeKServe:
 
     # Requests
 
-    def served_model(self, service: InferenceService) -> ServedModel:
-        """What a pod answers that is ready or ending: an ending one goes on for open connections."""
+    def client(self, service: InferenceService, *, canary: bool = False) -> Any:
+        assert canary
+        return service
+
+    def served_model(self, service: InferenceService, *, canary: bool | None = None) -> ServedModel:
+        """What a pod answers that is ready or ending: one that is ending still serves open connections."""
         answering = [pod for pod in self.pods if is_ready(pod)]
         if not answering:
             raise ServerError("GET http://cifar10-predictor.space.svc was not answered: connection refused")
@@ -279,7 +283,7 @@ class FakeKnative(FakeKServe):
         self.shares: list[dict[str, int]] = []
         """Share of the requests by digest, after every change of it."""
 
-    def served_model(self, service: InferenceService) -> ServedModel:
+    def served_model(self, service: InferenceService, *, canary: bool | None = None) -> ServedModel:
         """The canary where there is one, as its own address tells; else whoever gets all requests."""
         if not self.ready:
             raise ServerError("no revision is ready")

@@ -14,14 +14,14 @@ from resources.inference_service.kserve.client import InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.deployer import Outcome, ServiceDeployer
 from resources.inference_service.kserve.manifest import build_inference_service_manifest
-from resources.inference_service.kserve.watch import RolloutLimits
+from resources.inference_service.kserve.watch import RolloutLimits, ServiceView
 from resources.kubernetes.errors import ApiRefusedError
 from tests.unit.inference_service import fake_kserve as fake
 from tests.unit.inference_service.fake_kserve import FakeKServe
 from tests.unit.pytorch_job.fake_cluster import api_error
 
 SETTINGS = InferenceServiceSettings(image="server:1")
-LIMITS = RolloutLimits(final_exit_codes=(2,))
+LIMITS = RolloutLimits()
 A = DeployRequest("s3://models/a/", "a" * 64, "1", "run-a")
 B = DeployRequest("s3://models/b/", "b" * 64, "2", "run-b")
 
@@ -30,18 +30,18 @@ def build(request: DeployRequest) -> dict[str, Any]:
     return build_inference_service_manifest(SETTINGS, request, name="cifar10", namespace="space")
 
 
+def view_of(cluster: FakeKServe, limits: RolloutLimits = LIMITS) -> ServiceView:
+    client = InferenceServiceClient(cluster, cluster)
+    log = logging.getLogger("test")
+    return ServiceView(client, cluster, "space", "cifar10", limits, log, cluster.clock, cluster.clock.sleep)
+
+
 def deployer(cluster: FakeKServe, limits: RolloutLimits = LIMITS) -> ServiceDeployer:
-    return ServiceDeployer(
-        InferenceServiceClient(cluster, cluster),
-        cluster,
-        build,
-        namespace="space",
-        name="cifar10",
-        limits=limits,
-        logger=logging.getLogger("test"),
-        clock=cluster.clock,
-        sleeper=cluster.clock.sleep,
-    )
+    return ServiceDeployer(view_of(cluster, limits), build)
+
+
+def last_failure(cluster: FakeKServe) -> str | None:
+    return InferenceServiceClient(cluster, cluster).last_failure("space", "cifar10")
 
 
 @pytest.fixture
@@ -145,17 +145,17 @@ def test_failed_update_is_explained_and_undone(serving_a: FakeKServe, story: str
 def test_reason_of_a_failure_is_known_until_something_else_is_deployed(serving_a: FakeKServe):
     serving_a.behaviours[B.model_digest] = fake.ends(2)
     failure(serving_a, B)
-    assert "ended with exit code 2" in (deployer(serving_a).last_failure() or "")
+    assert "ended with exit code 2" in (last_failure(serving_a) or "")
     del serving_a.behaviours[B.model_digest]
     deployer(serving_a).deploy(B)
-    assert deployer(serving_a).last_failure() is None
+    assert last_failure(serving_a) is None
 
 
 def test_failed_first_deployment_leaves_nothing(cluster: FakeKServe):
     cluster.behaviours[A.model_digest] = fake.ends(2)
     assert "Nothing served before, so the InferenceService was deleted" in str(failure(cluster, A))
     assert (cluster.service, cluster.pods) == (None, [])
-    assert "ended with exit code 2" in (deployer(cluster).last_failure() or "")
+    assert "ended with exit code 2" in (last_failure(cluster) or "")
 
 
 def test_service_of_someone_else_is_left_alone(cluster: FakeKServe):
@@ -215,12 +215,12 @@ def away_from(cluster: FakeKServe, begin: float, seconds: float) -> None:
     cluster.failing = refuse
 
 
-def test_api_server_that_is_away_for_a_while_is_put_up_with(serving_a: FakeKServe):
+def test_outage_of_the_api_server_is_tolerated(serving_a: FakeKServe):
     away_from(serving_a, serving_a.clock.now + 3, 60)
     assert deployer(serving_a).deploy(B).changed
 
 
-def test_api_server_that_stays_away_is_a_transient_error(serving_a: FakeKServe):
+def test_long_outage_of_the_api_server_is_a_transient_error(serving_a: FakeKServe):
     away_from(serving_a, serving_a.clock.now + 3, 10_000)
     error = failure(serving_a, B)
     assert error.transient
@@ -306,6 +306,6 @@ def test_events_are_no_condition(cluster: FakeKServe):
 
     cluster.failing = refuse
     assert deployer(cluster).deploy(A).changed
-    assert deployer(cluster).last_failure() is None
+    assert last_failure(cluster) is None
     cluster.behaviours[B.model_digest] = fake.ends(2)
     assert "ended with exit code 2" in str(failure(cluster, B))

@@ -20,7 +20,6 @@ from resources.inference_service.kserve.manifest import (
 )
 from resources.inference_service.kserve.resource import serving_from_environment
 from resources.kubernetes.errors import SettingsError
-from resources.object_store.resource import LocalObjectStore
 
 K8S = Path(__file__).parents[3] / "k8s"
 REQUEST = DeployRequest("s3://models/abc/", "d" * 64, "7", "run-1", "e" * 64, 0.91, 0.77)
@@ -95,7 +94,7 @@ def test_settings_of_the_overlay_are_valid():
     overlay = yaml.safe_load((K8S / "overlays/serverless/kustomization.yaml").read_text())
     changes = [change for patch in overlay["patches"] for change in yaml.safe_load(patch["patch"])]
     environment = {change["path"].rpartition("/")[2]: change["value"] for change in changes}
-    serving = serving_from_environment(environment, LocalObjectStore())
+    serving = serving_from_environment(environment)
     assert serving.settings.serverless
     assert (serving.settings.min_replicas, serving.settings.canary_percent) == (0, 10)
 

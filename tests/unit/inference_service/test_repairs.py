@@ -12,7 +12,7 @@ from resources.kubernetes.errors import ApiRefusedError
 from tests.unit.inference_service import fake_kserve as fake
 from tests.unit.inference_service import test_deployer
 from tests.unit.inference_service.fake_kserve import FakeKServe
-from tests.unit.inference_service.test_deployer import A, B, build, deployer, digests_of_pods, failure
+from tests.unit.inference_service.test_deployer import A, B, build, deployer, digests_of_pods, failure, last_failure
 from tests.unit.pytorch_job.fake_cluster import api_error
 
 UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "message": "Insufficient cpu"}
@@ -273,14 +273,14 @@ def test_pods_that_outlived_their_service_get_it_back(serving_a: FakeKServe):
 
 def test_events_that_cannot_be_read_or_written_do_not_change_the_outcome(serving_a: FakeKServe):
     fail_on(serving_a, "events", "event", "log", error=api_error(500, "etcdserver: leader changed"))
-    assert deployer(serving_a).last_failure() is None
+    assert last_failure(serving_a) is None
     assert deployer(serving_a).deploy(B).changed
     serving_a.behaviours[A.model_digest] = fake.ends(2)
     assert "ended with exit code 2" in str(failure(serving_a, A))
 
 
 def test_api_that_breaks_after_the_model_served_does_not_change_the_outcome(serving_a: FakeKServe):
-    def fail_after_success(service: Any) -> Any:
+    def fail_after_success(service: Any, *, canary: bool | None = None) -> Any:
         served = original(service)
         if served.model_digest == B.model_digest and digests_of_pods(serving_a) == [B.model_digest]:
             serving_a.failing = lambda call: (_ for _ in ()).throw(api_error(500))

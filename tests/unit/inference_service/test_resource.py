@@ -1,5 +1,7 @@
 """The resource: what the environment says, where it is reached, and what its errors become."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from resources.inference_service import DeployRequest
 from resources.inference_service.client import ServerError
 from resources.inference_service.kserve import resource as module
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
-from resources.inference_service.kserve.endpoint import Address, ServiceEndpoint
+from resources.inference_service.kserve.endpoint import ServiceEndpoint
 from resources.inference_service.kserve.resource import KServeInferenceService, serving_from_environment
-from resources.object_store.resource import LocalObjectStore
+from resources.inference_service.kserve.watch import ServiceView
 from tests.unit.inference_service.fake_kserve import FakeKServe
 from tests.unit.pytorch_job.fake_cluster import api_error
 
@@ -32,7 +34,7 @@ KUBECONFIG = {
 
 
 def serving(**environment: str) -> KServeInferenceService:
-    return serving_from_environment({"SERVER_IMAGE": "server:2", **environment}, LocalObjectStore())
+    return serving_from_environment({"SERVER_IMAGE": "server:2", **environment})
 
 
 def test_settings_come_from_the_environment():
@@ -64,7 +66,7 @@ def test_settings_come_from_the_environment():
 )
 def test_what_is_wrong_with_the_environment(environment: dict[str, str], message: str):
     with pytest.raises(ConfigError, match=message):
-        serving_from_environment(environment, LocalObjectStore())
+        serving_from_environment(environment)
 
 
 def service(mode: str = "Standard", **status: Any) -> InferenceService:
@@ -76,29 +78,33 @@ def endpoint(**options: Any) -> ServiceEndpoint:
     return ServiceEndpoint(k8s.Configuration(), **{"in_cluster": False, "gateway": "gateways/inner", **options})
 
 
+def address(found: ServiceEndpoint, of: InferenceService, *, canary: bool = False) -> tuple[str, Mapping[str, str]]:
+    client = found.client(of, canary=canary)
+    return client.base_url, client.headers
+
+
 def test_address_in_a_pod_is_the_clusters_own():
     found = endpoint(in_cluster=True)
-    assert found.address(service()) == Address("http://cifar10-predictor.space.svc")
-    assert found.address(service("Knative"), canary=True) == Address("http://latest-cifar10-predictor.space.svc")
+    assert address(found, service()) == ("http://cifar10-predictor.space.svc", {})
+    assert address(found, service("Knative"), canary=True) == ("http://latest-cifar10-predictor.space.svc", {})
 
 
 def test_address_by_an_ingress_carries_the_host():
     found = endpoint(base_url="http://ingress.example/")
-    assert found.address(service(url="http://cifar10.example")) == Address(
-        "http://ingress.example", {"Host": "cifar10.example"}
-    )
+    expected = "http://ingress.example", {"Host": "cifar10.example"}
+    assert address(found, service(url="http://cifar10.example")) == expected
     named = endpoint(base_url="http://ingress.example", host="mine.example")
-    assert named.address(service(url="http://cifar10.example")).headers == {"Host": "mine.example"}
+    assert address(named, service(url="http://cifar10.example"))[1] == {"Host": "mine.example"}
 
 
 def test_address_outside_of_the_cluster_is_a_port_of_this_process():
     found = endpoint()
-    plain, again = found.address(service()), found.address(service())
-    assert plain.url.startswith("http://127.0.0.1:")
+    plain, again = address(found, service()), address(found, service())
+    assert plain[0].startswith("http://127.0.0.1:")
     assert plain == again
-    serverless = found.address(service("Knative"))
-    assert serverless.url != plain.url
-    assert serverless.headers == {"Host": "cifar10-predictor.space.svc.cluster.local"}
+    serverless = address(found, service("Knative"))
+    assert serverless[0] != plain[0]
+    assert serverless[1] == {"Host": "cifar10-predictor.space.svc.cluster.local"}
 
 
 def test_port_that_leads_nowhere_is_no_answer_and_says_why():
@@ -120,12 +126,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeKServe:
     """A cluster behind the resource, with time that passes at once."""
     found = FakeKServe()
     monkeypatch.setattr(InferenceServiceClient, "production", lambda *_: InferenceServiceClient(found, found))
-    original = module.ServiceDeployer
-
-    def build(*arguments: Any, **options: Any):
-        return original(*arguments, **options, clock=found.clock, sleeper=found.clock.sleep)
-
-    monkeypatch.setattr(module, "ServiceDeployer", build)
+    in_no_time = partial(ServiceView, clock=found.clock, sleep=found.clock.sleep)
+    monkeypatch.setattr(module, "ServiceView", in_no_time)
     monkeypatch.setattr(ServiceEndpoint, "served_model", lambda self, service, **_: found.served_model(service))
     return found
 

@@ -1,20 +1,20 @@
 """Stories of serverless deployments: who gets which share of the requests, and when."""
 
-import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from resources.errors import DeployError, StoreError
 from resources.inference_service import DeployRequest
-from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
+from resources.inference_service.kserve.client import InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings
-from resources.inference_service.kserve.deployer import ServiceDeployer
+from resources.inference_service.kserve.deployer import Outcome, ServiceDeployer
 from resources.inference_service.kserve.manifest import build_inference_service_manifest, with_traffic
-from resources.inference_service.kserve.watch import RolloutLimits
 from resources.kubernetes.errors import ApiRefusedError
 from tests.unit.inference_service import fake_kserve as fake
 from tests.unit.inference_service.fake_kserve import FakeKnative
+from tests.unit.inference_service.test_deployer import view_of
 from tests.unit.pytorch_job.fake_cluster import api_error
 
 A = DeployRequest("s3://models/a/", "a" * 64, "1", "run-a")
@@ -27,42 +27,45 @@ def build(request: DeployRequest, percent: int | None = 10) -> dict[str, Any]:
 
 
 class Judge:
-    """Finds what it was told to find, and remembers what was asked for."""
+    """Returns or raises what it was given, and remembers which canaries it was asked about."""
 
-    def __init__(self, fault: str | None = None):
+    def __init__(self, fault: str | BaseException | None = None):
         self.fault = fault
-        self.asked: list[tuple[str, int | None]] = []
+        self.asked: list[tuple[str | None, int | None]] = []
 
-    def find_fault(self, service: InferenceService, request: DeployRequest) -> str | None:
-        self.asked.append((request.model_digest, service.canary_percent))
+    def __call__(self, canary: Any) -> str | None:
+        self.asked.append((canary.model_digest, canary.canary_percent))
+        if isinstance(self.fault, BaseException):
+            raise self.fault
         return self.fault
 
 
-def deployer(cluster: FakeKnative, judge: Judge | None = None, percent: int | None = 10) -> ServiceDeployer:
-    return ServiceDeployer(
-        InferenceServiceClient(cluster, cluster),
-        cluster,
-        lambda request: build(request, percent),
-        namespace="space",
-        name="cifar10",
-        limits=RolloutLimits(final_exit_codes=(2,)),
-        judge=judge or Judge(),
-        logger=logging.getLogger("test"),
-        clock=cluster.clock,
-        sleeper=cluster.clock.sleep,
-    )
+def deploy(
+    cluster: FakeKnative, request: DeployRequest, judge: Judge | None = None, percent: int | None = 10
+) -> Outcome:
+    deployer = ServiceDeployer(view_of(cluster), lambda request: build(request, percent))
+    return deployer.deploy(replace(request, find_fault=judge or Judge()))
+
+
+def replace_with(cluster: FakeKnative, manifest: dict[str, Any]) -> None:
+    """Write the manifest as a run does that is cut off right after."""
+    client = InferenceServiceClient(cluster, cluster)
+    service = client.get("space", "cifar10")
+    assert service is not None
+    client.replace(service, manifest)
+    cluster.clock.sleep(10)
 
 
 @pytest.fixture
 def serving_a() -> FakeKnative:
     cluster = FakeKnative()
-    deployer(cluster).deploy(A)
+    deploy(cluster, A)
     return cluster
 
 
 def test_first_model_gets_all_requests_and_is_not_judged():
     cluster, judge = FakeKnative(), Judge("would be refused")
-    assert deployer(cluster, judge).deploy(A).changed
+    assert deploy(cluster, A, judge).changed
     assert judge.asked == []
     assert cluster.shares == [{A.model_digest: 100}]
 
@@ -77,14 +80,14 @@ def test_model_after_a_service_that_is_being_deleted_is_the_first(serving_a: Fak
     serving_a.service["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     serving_a.clock.after(5, collect)
     judge = Judge("would be refused")
-    assert deployer(serving_a, judge).deploy(B).changed
+    assert deploy(serving_a, B, judge).changed
     assert judge.asked == []
     assert serving_a.shares[-1] == {B.model_digest: 100}
 
 
 def test_canary_that_answers_well_is_promoted(serving_a: FakeKnative):
     judge = Judge()
-    outcome = deployer(serving_a, judge).deploy(B)
+    outcome = deploy(serving_a, B, judge)
     assert outcome.previous_digest == A.model_digest
     assert judge.asked == [(B.model_digest, 10)]
     assert serving_a.shares[1:] == [{B.model_digest: 10, A.model_digest: 90}, {B.model_digest: 100}]
@@ -93,7 +96,7 @@ def test_canary_that_answers_well_is_promoted(serving_a: FakeKnative):
 
 def test_canary_that_answers_badly_gives_its_share_back(serving_a: FakeKnative):
     with pytest.raises(DeployError) as caught:
-        deployer(serving_a, Judge("0.1 of 256 right")).deploy(B)
+        deploy(serving_a, B, Judge("0.1 of 256 right"))
     assert "with 10 % of the requests it was refused: 0.1 of 256 right" in str(caught.value)
     assert f"set back to model {A.model_digest}" in str(caught.value)
     assert not caught.value.transient
@@ -103,77 +106,58 @@ def test_canary_that_answers_badly_gives_its_share_back(serving_a: FakeKnative):
 
 @pytest.mark.parametrize("away", [True, False])
 def test_canary_that_cannot_be_judged_gives_its_share_back_and_may_be_tried_again(serving_a: FakeKnative, away: bool):
-    judge = Judge()
-
-    def fail(service: InferenceService, request: DeployRequest) -> str | None:
-        raise StoreError("the store does not answer", transient=away)
-
-    judge.find_fault = fail
+    judge = Judge(StoreError("the store does not answer", transient=away))
     with pytest.raises(DeployError, match="could not be judged: the store does not answer") as caught:
-        deployer(serving_a, judge).deploy(B)
+        deploy(serving_a, B, judge)
     assert caught.value.transient == away
     assert max(share.get(B.model_digest, 0) for share in serving_a.shares) == 10
     assert serving_a.shares[-1] == {A.model_digest: 100}
 
 
 def test_interrupted_canary_gets_no_more_than_its_share(serving_a: FakeKnative):
-    judge = Judge()
-
-    def interrupt(service: InferenceService, request: DeployRequest) -> str | None:
-        raise KeyboardInterrupt
-
-    judge.find_fault = interrupt
     with pytest.raises(KeyboardInterrupt):
-        deployer(serving_a, judge).deploy(B)
+        deploy(serving_a, B, Judge(KeyboardInterrupt()))
     serving_a.clock.sleep(30)
     assert max(share.get(B.model_digest, 0) for share in serving_a.shares) == 10
     assert serving_a.shares[-1] == {A.model_digest: 100}
-    assert deployer(serving_a).deploy(B).changed
+    assert deploy(serving_a, B).changed
     assert serving_a.shares[-1] == {B.model_digest: 100}
 
 
 def test_revision_that_does_not_come_up_never_gets_a_request(serving_a: FakeKnative):
     serving_a.behaviours[B.model_digest] = fake.ends(2)
     with pytest.raises(DeployError, match="ended with exit code 2"):
-        deployer(serving_a).deploy(B)
+        deploy(serving_a, B)
     assert all(B.model_digest not in share for share in serving_a.shares)
     assert serving_a.shares[-1] == {A.model_digest: 100}
 
 
 def test_without_a_canary_the_new_model_gets_all_at_once(serving_a: FakeKnative):
     judge = Judge("would be refused")
-    deployer(serving_a, judge, percent=None).deploy(B)
+    deploy(serving_a, B, judge, percent=None)
     assert judge.asked == []
     assert serving_a.shares == [{A.model_digest: 100}, {B.model_digest: 100}]
 
 
 def test_same_again_while_asleep_writes_nothing(serving_a: FakeKnative):
     serving_a.pods.clear()
-    assert not deployer(serving_a).deploy(A).changed
+    assert not deploy(serving_a, A).changed
     assert len(serving_a.writes) == 1
 
 
 def test_canary_of_a_run_that_was_cut_off_is_judged_by_the_next(serving_a: FakeKnative):
-    client = InferenceServiceClient(serving_a, serving_a)
-    service = client.get("space", "cifar10")
-    assert service is not None
-    client.replace(service, build(B))
-    serving_a.clock.sleep(10)
+    replace_with(serving_a, build(B))
     judge = Judge()
-    deployer(serving_a, judge).deploy(B)
+    deploy(serving_a, B, judge)
     assert judge.asked == [(B.model_digest, 10)]
     assert serving_a.shares[-1] == {B.model_digest: 100}
 
 
 def test_refused_canary_of_a_run_that_was_cut_off_gets_nothing_while_the_other_sleeps(serving_a: FakeKnative):
-    client = InferenceServiceClient(serving_a, serving_a)
-    service = client.get("space", "cifar10")
-    assert service is not None
-    client.replace(service, build(B))
-    serving_a.clock.sleep(10)
+    replace_with(serving_a, build(B))
     serving_a.pods[:] = [pod for pod in serving_a.pods if pod["metadata"]["name"] == "pod-2"]
     with pytest.raises(DeployError, match="All requests go to the revision before it"):
-        deployer(serving_a, Judge("bad")).deploy(B)
+        deploy(serving_a, B, Judge("bad"))
     assert serving_a.shares[-1] == {B.model_digest: 0, A.model_digest: 100}
     assert serving_a.writes[-1]["spec"] == with_traffic(serving_a.writes[-2], 0)["spec"]
     assert serving_a.writes[-1]["metadata"]["annotations"] == serving_a.writes[-2]["metadata"]["annotations"]
@@ -182,35 +166,21 @@ def test_refused_canary_of_a_run_that_was_cut_off_gets_nothing_while_the_other_s
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, TimeoutError])
 def test_interrupted_retry_of_a_canary_deletes_nothing(serving_a: FakeKnative, interrupt: type[BaseException]):
-    client = InferenceServiceClient(serving_a, serving_a)
-    service = client.get("space", "cifar10")
-    assert service is not None
-    client.replace(service, build(B))
-    serving_a.clock.sleep(10)
+    replace_with(serving_a, build(B))
     serving_a.pods[:] = [pod for pod in serving_a.pods if pod["metadata"]["name"] == "pod-2"]
-    judge = Judge()
-
-    def fail(service: InferenceService, request: DeployRequest) -> str | None:
-        raise interrupt
-
-    judge.find_fault = fail
     with pytest.raises(interrupt):
-        deployer(serving_a, judge).deploy(B)
+        deploy(serving_a, B, Judge(interrupt()))
     assert serving_a.deleted == []
     assert serving_a.shares[-1] == {B.model_digest: 10, A.model_digest: 90}
 
 
 def test_refused_canary_is_not_promoted_when_the_next_model_fails(serving_a: FakeKnative):
     serving_a.pods[:] = []
-    client = InferenceServiceClient(serving_a, serving_a)
-    service = client.get("space", "cifar10")
-    assert service is not None
-    client.replace(service, with_traffic(build(B), 0))
-    serving_a.clock.sleep(10)
+    replace_with(serving_a, with_traffic(build(B), 0))
     c = DeployRequest("s3://models/c/", "c" * 64, "2", "run-c")
     serving_a.behaviours[c.model_digest] = fake.ends(2)
     with pytest.raises(DeployError, match="a canary without requests"):
-        deployer(serving_a).deploy(c)
+        deploy(serving_a, c)
     assert serving_a.shares[-1] == {B.model_digest: 0, A.model_digest: 100}
     assert max(share.get(B.model_digest, 0) for share in serving_a.shares) == 0
 
@@ -223,7 +193,7 @@ def test_refused_write_leaves_the_share_of_the_one_that_serves(serving_a: FakeKn
 
     serving_a.failing = refuse
     with pytest.raises(ApiRefusedError, match="denied"):
-        deployer(serving_a).deploy(B)
+        deploy(serving_a, B)
     serving_a.clock.sleep(30)
     assert len(serving_a.writes) == 1
     assert serving_a.shares == [{A.model_digest: 100}]
