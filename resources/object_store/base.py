@@ -43,8 +43,9 @@ class ObjectStore(ABC):
         """The bucket of this name; an S3 store may have it under a name with a prefix."""
         return self.at(name)
 
-    @abstractmethod
-    def read(self, key: str) -> bytes: ...
+    def read(self, key: str) -> bytes:
+        with self.open(key) as file:
+            return file.read()
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +17,8 @@ from resources.errors import ConfigError, ObjectChangedError, ObjectNotFoundErro
 from resources.object_store.base import ObjectInfo, ObjectStore, Transferred
 
 _TEMPORARY_PREFIX = ".writing-"
-_REMOVING_PREFIX = ".removing-"
-_MAX_NAME_BYTES = 255
+_ABANDONED_SECONDS = 60
+"""No younger file is taken for abandoned: its writer may be about to lock it."""
 _swept: set[Path] = set()
 
 
@@ -38,10 +39,6 @@ class FolderStore(ObjectStore):
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
-
-    def read(self, key: str) -> bytes:
-        with self.open(key) as file:
-            return file.read()
 
     def open(self, key: str) -> BinaryIO:
         try:
@@ -69,9 +66,7 @@ class FolderStore(ObjectStore):
 
     def stat(self, key: str) -> ObjectInfo | None:
         path = self._path(key)
-        if not path.is_file():
-            return None
-        return self._info(key, path)
+        return self._info(key, path) if path.is_file() else None
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         base = self._path(prefix.rpartition("/")[0])
@@ -79,7 +74,7 @@ class FolderStore(ObjectStore):
             str(Path(folder, name).relative_to(self.root)).replace(os.sep, "/")
             for folder, _, names in os.walk(base)
             for name in names
-            if not name.startswith((_TEMPORARY_PREFIX, _REMOVING_PREFIX))
+            if not name.startswith(_TEMPORARY_PREFIX)
         )
         for key in sorted(keys):
             if key.startswith(prefix):
@@ -92,10 +87,9 @@ class FolderStore(ObjectStore):
 
     def delete(self, key: str, etag: str | None = None) -> bool:
         path = self._path(key)
-        remove_abandoned(path.parent)
         try:
-            if etag is not None:
-                return _remove_unchanged(path, etag)
+            if etag is not None and path.exists() and _etag(path.stat()) != etag:
+                return False
             path.unlink(missing_ok=True)
         except NotADirectoryError:
             pass
@@ -117,16 +111,12 @@ class FolderStore(ObjectStore):
             write_atomically(self._target(to_key), fill)
 
     def touch(self, key: str) -> None:
-        try:
+        with self.open(key):
             os.utime(self._path(key))
-        except FileNotFoundError as error:
-            raise ObjectNotFoundError(f"{self.uri(key)}: no such object.") from error
 
     def _target(self, key: str) -> Path:
         if not key or key.endswith("/"):
-            raise ConfigError(
-                f"Key {key!r} names a folder: a folder store keeps objects only, under names of their own."
-            )
+            raise ConfigError(f"Key {key!r} names a folder: expected an object's name after the last slash.")
         return self._path(key)
 
     def _path(self, key: str) -> Path:
@@ -137,12 +127,7 @@ class FolderStore(ObjectStore):
 
     def _info(self, key: str, path: Path) -> ObjectInfo:
         status = path.stat()
-        return ObjectInfo(
-            key=key,
-            size=status.st_size,
-            etag=_etag(status),
-            last_modified=datetime.fromtimestamp(status.st_mtime, UTC),
-        )
+        return ObjectInfo(key, status.st_size, _etag(status), datetime.fromtimestamp(status.st_mtime, UTC))
 
 
 def _etag(status: os.stat_result) -> str:
@@ -150,51 +135,27 @@ def _etag(status: os.stat_result) -> str:
     return tag.hexdigest()[:32]
 
 
-def _remove_unchanged(path: Path, etag: str) -> bool:
-    """Remove a file that still has the etag. It is set aside first, so that what is looked at is what is removed."""
-    aside = path.with_name(_REMOVING_PREFIX + path.name)
-    try:
-        if _etag(path.stat()) != etag:
-            return False
-        if len(os.fsencode(aside.name)) > _MAX_NAME_BYTES:
-            path.unlink()
-            return True
-        path.rename(aside)
-        if _etag(aside.stat()) == etag:
-            aside.unlink()
-            return True
-        _put_back(aside)
-    except FileNotFoundError:
-        return True
-    return False
-
-
-def _put_back(aside: Path) -> None:
-    """Give a file its name again, unless a newer one has taken it."""
-    with contextlib.suppress(FileExistsError):
-        os.link(aside, aside.with_name(aside.name.removeprefix(_REMOVING_PREFIX)), follow_symlinks=False)
-    aside.unlink()
-
-
 def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace: bool = True) -> bool:
     """Let `fill` write a temporary file next to the path and rename it into place; nothing is left when it fails.
 
-    Without `replace` a file that is there already stays, and the result is False. Raises StoreError when the disk
-    refuses; what `fill` raises of this project's own errors passes through.
+    Without `replace` a file that exists stays, and the result is False. Raises StoreError when the disk refuses; this
+    project's own errors pass through.
     """
     try:
-        remove_abandoned(path.parent)
-        descriptor, name = _locked_temporary(path.parent)
+        _remove_abandoned(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
+                with contextlib.suppress(OSError):  # of a file system without locks, which keeps abandoned files
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 fill(file)
                 file.flush()
                 os.fsync(file.fileno())
                 os.chmod(name, 0o644)
-                return _give_name(name, path, replace)  # before the lock is gone
-        except BaseException:
+                return _give_name(name, path, replace)  # while the file is locked
+        finally:
             Path(name).unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise StoreError(f"Could not write {path}: {error}. Check free space and permissions.") from error
 
@@ -207,35 +168,16 @@ def _give_name(temporary: str, path: Path, replace: bool) -> bool:
         os.link(temporary, path)
     except FileExistsError:
         return False
-    finally:
-        os.unlink(temporary)
     return True
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Tidy what killed processes left in a folder, once per process: half-written and half-removed files."""
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed writers left in a folder, once per process: their locks are gone."""
     if folder in _swept:
         return
     _swept.add(folder)
     for path in folder.glob(f"{_TEMPORARY_PREFIX}*"):
         with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-    for path in folder.glob(f"{_REMOVING_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError):
-            _put_back(path)
-
-
-def _locked_temporary(folder: Path) -> tuple[int, str]:
-    """A new file and its descriptor, locked for as long as that is open."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=folder)
-        except FileNotFoundError:
-            continue  # the folder was empty and somebody removed it
-        with contextlib.suppress(OSError):  # of a file system without locks, where nothing is taken for abandoned
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.path.exists(name):
-            return descriptor, name
-        os.close(descriptor)  # it was taken for abandoned before it was locked
+            if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED_SECONDS:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import dagster as dg
 from pydantic import Field
@@ -70,8 +70,9 @@ class MinioObjectStore(ObjectStoreResource):
     secret_key: str = Field(description="Secret key; bind it with EnvVar.")
     session_token: str = Field(default="", description="Token of temporary credentials; bind it with EnvVar.")
     region: str = Field(default="", description="Region that requests are signed for; by default the endpoint's.")
-    addressing: Literal["auto", "path", "virtual"] = Field(
-        default="auto", description="Where the bucket's name goes: into the path or the host. auto: as AWS wants it."
+    addressing: str = Field(
+        default="auto",
+        description="Where the bucket is named: path, virtual (in the host) or auto (as AWS wants it).",
     )
     bucket_prefix: str = Field(
         default="", description="Put before the name of every bucket; names of buckets are unique in all of S3."
@@ -82,15 +83,7 @@ class MinioObjectStore(ObjectStoreResource):
         from resources.object_store.s3_settings import S3Connection
 
         return S3Store(
-            S3Connection(
-                endpoint=self.endpoint_url,
-                access_key=self.access_key,
-                secret_key=self.secret_key,
-                session_token=self.session_token or None,
-                region=self.region or None,
-                addressing=self.addressing,
-                bucket_prefix=self.bucket_prefix,
-            )
+            S3Connection.from_environment(self.child_environment() | {"CIFAR_BUCKET_PREFIX": self.bucket_prefix})
         )
 
     def child_environment(self) -> dict[str, str]:
@@ -113,15 +106,13 @@ def object_store_from_environment(environment: Mapping[str, str]) -> MinioObject
     from resources.object_store import s3_settings as names
 
     names.refuse_unsupported(environment)
-    endpoint = names.first_set(environment, names.ENDPOINT_VARIABLES)
-    region = names.first_set(environment, names.REGION_VARIABLES)
-    token = environment.get(names.SESSION_TOKEN_VARIABLE)
+    access_key, secret_key, session_token = names.CREDENTIALS
     return MinioObjectStore(
-        endpoint_url=dg.EnvVar(endpoint or "AWS_ENDPOINT_URL"),
-        access_key=dg.EnvVar(names.ACCESS_KEY_VARIABLE),
-        secret_key=dg.EnvVar(names.SECRET_KEY_VARIABLE),
-        session_token=dg.EnvVar(names.SESSION_TOKEN_VARIABLE) if token else "",
-        region=environment[region] if region else "",
-        addressing=names.addressing_style(environment),
-        bucket_prefix=environment.get(names.BUCKET_PREFIX_VARIABLE, ""),
+        endpoint_url=dg.EnvVar(names.first_set(environment, names.ENDPOINT_VARIABLES) or "AWS_ENDPOINT_URL"),
+        access_key=dg.EnvVar(access_key),
+        secret_key=dg.EnvVar(secret_key),
+        session_token=dg.EnvVar(session_token) if environment.get(session_token) else "",
+        region=environment.get(names.first_set(environment, names.REGION_VARIABLES) or "", ""),
+        addressing=environment.get("AWS_S3_ADDRESSING_STYLE") or "auto",
+        bucket_prefix=environment.get("CIFAR_BUCKET_PREFIX", ""),
     )

@@ -7,7 +7,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import certifi
@@ -18,17 +18,10 @@ from resources.errors import ConfigError
 from resources.redaction import redacted
 
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-ACCESS_KEY_VARIABLE = "AWS_ACCESS_KEY_ID"
-SECRET_KEY_VARIABLE = "AWS_SECRET_ACCESS_KEY"
-SESSION_TOKEN_VARIABLE = "AWS_SESSION_TOKEN"
-CREDENTIALS = (ACCESS_KEY_VARIABLE, SECRET_KEY_VARIABLE, SESSION_TOKEN_VARIABLE)
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 REGION_VARIABLES = ("AWS_REGION", "AWS_DEFAULT_REGION")
-ADDRESSING_VARIABLE = "AWS_S3_ADDRESSING_STYLE"
-BUCKET_PREFIX_VARIABLE = "CIFAR_BUCKET_PREFIX"
 CA_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE")
-DEFAULT_REGION = "us-east-1"
 
-AddressingStyle = Literal["auto", "path", "virtual"]
 _OTHER_CREDENTIALS = (
     "AWS_PROFILE",
     "AWS_DEFAULT_PROFILE",
@@ -39,6 +32,7 @@ _OTHER_CREDENTIALS = (
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )
 _REFUSED_SWITCHES = ("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT")
+_PREFIX = "at most 49 lower-case letters, digits and hyphens, the first not a hyphen, such as my-team-"
 _LOOPBACK = re.compile(r"localhost|127\.[\d.]+|::1")
 
 
@@ -47,29 +41,17 @@ def first_set(environment: Mapping[str, str], names: tuple[str, ...]) -> str | N
     return next((name for name in names if environment.get(name)), None)
 
 
-def addressing_style(environment: Mapping[str, str]) -> AddressingStyle:
-    """Where requests name the bucket. ConfigError for an unknown style."""
-    style = environment.get(ADDRESSING_VARIABLE) or "auto"
-    if style not in ("auto", "path", "virtual"):
-        raise ConfigError(f"{ADDRESSING_VARIABLE} is {style!r}: expected auto, path or virtual.")
-    return style
-
-
 def refuse_unsupported(environment: Mapping[str, str]) -> None:
     """ConfigError for a setting of AWS's tools that would be ignored here."""
     other = first_set(environment, _OTHER_CREDENTIALS)
-    if other and _missing_credentials(environment):
+    if other and not all(environment.get(name) for name in CREDENTIALS[:2]):
         raise ConfigError(
-            f"{other} is set, but credentials are read only from {ACCESS_KEY_VARIABLE}, {SECRET_KEY_VARIABLE} and, "
-            f"for temporary ones, {SESSION_TOKEN_VARIABLE}: `aws configure export-credentials --format env` has them."
+            f"{other} is set, but credentials are read only from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, "
+            "for temporary ones, AWS_SESSION_TOKEN: `aws configure export-credentials --format env` has them."
         )
     for name in _REFUSED_SWITCHES:
         if environment.get(name, "").lower() in ("1", "true"):
             raise ConfigError(f"{name} is not supported: unset it, and name the endpoint in AWS_ENDPOINT_URL.")
-
-
-def _missing_credentials(environment: Mapping[str, str]) -> list[str]:
-    return [name for name in CREDENTIALS[:2] if not environment.get(name)]
 
 
 class S3Client(Minio):
@@ -92,35 +74,33 @@ class S3Connection:
     secret_key: str = field(repr=False)
     region: str | None = None
     session_token: str | None = field(default=None, repr=False)
-    addressing: AddressingStyle = "auto"
+    addressing: str = "auto"
     bucket_prefix: str = ""
     connect_seconds: float = 5.0
     read_seconds: float = 60.0
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
 
     def __post_init__(self) -> None:
+        shown = redacted(self.endpoint)
         try:
             parts = urlsplit(self.endpoint)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-                raise ValueError
+            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:
-            raise ConfigError(
-                f"AWS_ENDPOINT_URL is {redacted(self.endpoint)!r}: expected http://host:port or https://host:port, as "
-                "in http://localhost:9000."
-            ) from None
+            parts, is_address = urlsplit(""), False
+        if not is_address:
+            raise ConfigError(f"AWS_ENDPOINT_URL is {shown!r}: expected http://host:port or https://host:port.")
         if parts.path not in ("", "/") or parts.query or parts.username:
             raise ConfigError(
-                f"AWS_ENDPOINT_URL is {redacted(self.endpoint)}: expected no path, query or user in it. Name the "
-                "bucket in the s3://bucket/prefix address and give credentials in AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY."
+                f"AWS_ENDPOINT_URL is {shown}: expected no path, query or user in it. Name the bucket in the "
+                "s3://bucket/prefix address and give credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             )
-        if self.region and not re.fullmatch(r"[A-Za-z0-9_-]+", self.region):
-            raise ConfigError(f"AWS_REGION is {self.region!r}: expected a region's name, such as eu-central-1.")
-        if self.bucket_prefix and not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,48}", self.bucket_prefix):
-            raise ConfigError(
-                f"{BUCKET_PREFIX_VARIABLE} is {self.bucket_prefix!r}: expected at most 49 lower-case letters, digits "
-                "and hyphens, the first of them not a hyphen, such as my-team-."
-            )
+        for name, value, pattern, expected in (
+            ("AWS_REGION", self.region, r"[A-Za-z0-9_-]+", "a region's name, such as eu-central-1"),
+            ("AWS_S3_ADDRESSING_STYLE", self.addressing, "auto|path|virtual", "auto, path or virtual"),
+            ("CIFAR_BUCKET_PREFIX", self.bucket_prefix, r"[a-z0-9][a-z0-9-]{0,48}", _PREFIX),
+        ):
+            if value and not re.fullmatch(pattern, value):
+                raise ConfigError(f"{name} is {value!r}: expected {expected}.")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "S3Connection":
@@ -129,19 +109,19 @@ class S3Connection:
         ConfigError names the variable that is missing, malformed, or set to something that is not supported here.
         """
         refuse_unsupported(environment)
-        endpoint = first_set(environment, ENDPOINT_VARIABLES)
-        missing = [*([] if endpoint else [ENDPOINT_VARIABLES[1]]), *_missing_credentials(environment)]
-        if missing or not endpoint:
+        endpoint = first_set(environment, ENDPOINT_VARIABLES) or "AWS_ENDPOINT_URL"
+        missing = [name for name in (endpoint, *CREDENTIALS[:2]) if not environment.get(name)]
+        if missing:
             raise ConfigError(f"The object store is not configured: set {', '.join(missing)} in the environment.")
-        region = first_set(environment, REGION_VARIABLES)
+        access_key, secret_key, session_token = (environment.get(name, "") for name in CREDENTIALS)
         return cls(
-            endpoint=environment[endpoint],
-            access_key=environment[ACCESS_KEY_VARIABLE],
-            secret_key=environment[SECRET_KEY_VARIABLE],
-            region=environment[region] if region else None,
-            session_token=environment.get(SESSION_TOKEN_VARIABLE) or None,
-            addressing=addressing_style(environment),
-            bucket_prefix=environment.get(BUCKET_PREFIX_VARIABLE, ""),
+            environment[endpoint],
+            access_key,
+            secret_key,
+            region=environment.get(first_set(environment, REGION_VARIABLES) or "") or None,
+            session_token=session_token or None,
+            addressing=environment.get("AWS_S3_ADDRESSING_STYLE") or "auto",
+            bucket_prefix=environment.get("CIFAR_BUCKET_PREFIX", ""),
         )
 
     @property
@@ -151,10 +131,6 @@ class S3Connection:
     @property
     def secure(self) -> bool:
         return self.endpoint.startswith("https:")
-
-    @property
-    def is_aws(self) -> bool:
-        return ".amazonaws.com" in self.host
 
     def client(self) -> S3Client:
         """A client that leaves retrying to its user; nothing is connected yet."""
@@ -166,20 +142,20 @@ class S3Connection:
                 session_token=self.session_token,
                 secure=self.secure,
                 # AWS's host names hold the region; other servers say which they expect.
-                region=self.region or (None if self.is_aws else DEFAULT_REGION),
+                region=self.region or (None if ".amazonaws.com" in self.host else "us-east-1"),
                 http_client=self.pool(),
             )
         except ValueError as error:
             raise ConfigError(f"AWS_ENDPOINT_URL is {self.endpoint}: {error}.") from error
         if self.addressing == "virtual":
             client.enable_virtual_style_endpoint()
-        elif self.addressing == "path":
+        if self.addressing == "path":
             client.disable_virtual_style_endpoint()
         return client
 
     def pool(self) -> urllib3.PoolManager:
         """Connections that trust AWS_CA_BUNDLE and use the proxy of the environment, except to this machine."""
-        options = {
+        options: dict[str, Any] = {
             "timeout": urllib3.Timeout(connect=self.connect_seconds, read=self.read_seconds),
             "maxsize": 10,
             "retries": False,
@@ -187,28 +163,26 @@ class S3Connection:
             "ca_certs": _ca_bundle() if self.secure else certifi.where(),
         }
         parts = urlsplit(self.endpoint)
-        proxy = urllib.request.getproxies().get(parts.scheme)
         host = parts.hostname or ""
+        proxy = urllib.request.getproxies().get(parts.scheme)
         if not proxy or _LOOPBACK.fullmatch(host) or urllib.request.proxy_bypass(host):
             return urllib3.PoolManager(**options)
         try:
             user = urlsplit(proxy)
         except ValueError as error:
             raise ConfigError(f"The proxy for {parts.scheme} is {redacted(proxy)!r}: {error}.") from error
-        credentials = f"{user.username}:{user.password or ''}" if user.username else None
-        headers = urllib3.make_headers(proxy_basic_auth=credentials) if credentials else None
-        return urllib3.ProxyManager(proxy, proxy_headers=headers, **options)
+        if user.username:
+            credentials = f"{user.username}:{user.password or ''}"
+            options["proxy_headers"] = urllib3.make_headers(proxy_basic_auth=credentials)
+        return urllib3.ProxyManager(proxy, **options)
 
 
 def _ca_bundle() -> str:
     """The certificate authorities to trust. ConfigError for a variable that names no such file."""
     name = first_set(os.environ, CA_VARIABLES)
-    if name is None:
-        return certifi.where()
+    path = os.environ[name] if name else certifi.where()
     try:
-        ssl.create_default_context(cafile=os.environ[name])
+        ssl.create_default_context(cafile=path)
     except OSError as error:
-        raise ConfigError(
-            f"{name} is {os.environ[name]!r}: expected a file of certificates in PEM format ({error})."
-        ) from error
-    return os.environ[name]
+        raise ConfigError(f"{name} is {path!r}: expected a file of certificates in PEM format ({error}).") from error
+    return path
