@@ -12,11 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cifar_assets.dataset.formats.archive import read_archive
-from cifar_assets.dataset.formats.binary import read_records
-from cifar_assets.dataset.formats.image_tar import read_image_tar
-from cifar_assets.dataset.formats.parquet import read_parquet
-from cifar_assets.dataset.formats.rows import RowBatch, Split
+from cifar_assets.dataset.formats.archive import parse_records, read_archive
+from cifar_assets.dataset.formats.encoded import read_image_tar, read_parquet
+from cifar_assets.dataset.formats.rows import RowBatch, Split, pixel_batches
 from resources.digests import sha256_file
 from resources.errors import DataError, IntegrityError, ObjectNotFoundError
 from resources.object_store import ObjectStore
@@ -84,7 +82,7 @@ def read_rows(
         return read_parquet(path, only, name, resize=resize)
     if kind == "images":
         return read_image_tar(path, only, name, resize=resize)
-    return read_records(path, only, name)
+    return pixel_batches(*parse_records(path.read_bytes(), name), only)
 
 
 @contextmanager

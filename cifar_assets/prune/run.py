@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import dagster as dg
 
-from cifar_assets.dataset.sources.importing import download_folder
+from cifar_assets.dataset.sources.download import download_folder
 from cifar_assets.dataset.stores import Stores, stores_below
 from cifar_assets.dataset.versions.processed import list_processed_versions
 from cifar_assets.dataset.versions.raw import list_raw_digests

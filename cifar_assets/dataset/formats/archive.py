@@ -1,4 +1,7 @@
-"""The official CIFAR-10 archives, python and binary. Members are read in place: nothing is ever unpacked to disk."""
+"""The official CIFAR-10 archives, python and binary. Members are read in place: nothing is ever unpacked to disk.
+
+A binary record is one label byte, then 3072 bytes of one image: red, green and blue planes, row by row.
+"""
 
 import gzip
 import io
@@ -6,15 +9,14 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
-from cifar_assets.dataset.formats.binary import parse_records
 from cifar_assets.dataset.formats.pickles import HostileDataError, load_fields
-from cifar_assets.dataset.formats.rows import RowBatch, Split, pixel_batches
+from cifar_assets.dataset.formats.rows import RowBatch, pixel_batches
 from resources.errors import DataError
 
 PYTHON_FOLDER = "cifar-10-batches-py"
@@ -24,9 +26,13 @@ MAX_UNPACKED_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 20
 """Bounds against archives that unpack to far more than CIFAR-10 (186 MB, 31 MB per batch), or hold it in memory."""
 
+_META = ("batches.meta", "batches.meta.txt")
 _MAX_UNREAD = 1000
 _IMAGE_BYTES = int(np.prod(IMAGE_SHAPE))
-_READABLE_ERRORS = (EOFError, OSError, ValueError, tarfile.TarError, zlib.error)
+_READ_ERRORS = (EOFError, OSError, ValueError, tarfile.TarError, zlib.error)
+
+_Rows = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""Images (N x 3 x 32 x 32) and their labels."""
 
 
 def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) -> Iterator[RowBatch]:
@@ -37,15 +43,66 @@ def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) ->
     HostileDataError naming the member when a member's path leaves the folder, is a link or a device, or a batch asks
     for code to be run.
     """
+    first_row, seen = 0, set[str]()
     with path.open("rb") as file:
-        yield from _read_stream(_unpacked(file, name), name, path.stat().st_size, {} if unread is None else unread)
+        stream = _Bounded(_unpacked(file, name), name)
+        try:
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                for member in archive:
+                    # tarfile reads the headers up to the next member in one piece, as long as they claim to be.
+                    stream.limit = min(stream.count + member.size + MAX_HEADER_BYTES, MAX_UNPACKED_BYTES)
+                    base, where = _checked_name(member, name), f"{name}, member {member.name!r}"
+                    stem = base.removesuffix(".bin")
+                    if stem in BATCHES:
+                        if stem in seen:
+                            raise DataError(f"{name} holds {stem} twice: which one counts is not clear.")
+                        seen.add(stem)
+                        images, labels = _parse_batch(base, _content(archive, member, where), where)
+                        yield from pixel_batches(images, labels, "test" if stem == BATCHES[-1] else "train", first_row)
+                        first_row += len(labels)
+                    elif base in _META:
+                        _check_meta(base, _content(archive, member, where), where)
+                    elif member.isreg() and unread is not None and len(unread) < _MAX_UNREAD:
+                        unread[member.name] = "not a batch"
+            # tarfile stops at its end mark; gzip checks length and checksum at its own.
+            stream.limit = MAX_UNPACKED_BYTES
+            while stream.read(1 << 20):
+                pass
+        except _READ_ERRORS as error:
+            raise DataError(
+                f"{name} is cut off or damaged: {path.stat().st_size:,} bytes received, {stream.count:,} bytes "
+                f"unpacked, batches read so far: {', '.join(sorted(seen)) or 'none'} ({error}). "
+                "Fetch or upload it again."
+            ) from error
+    missing = [batch for batch in BATCHES if batch not in seen]
+    if missing:
+        raise DataError(
+            f"{name} is not the official CIFAR-10 layout or is cut off: expected {len(BATCHES)} batches, "
+            f"got {len(seen)}; missing {', '.join(missing)}."
+        )
 
 
-def _unpacked(file: BinaryIO, name: str) -> BinaryIO:
+def parse_records(data: bytes, where: str) -> _Rows:
+    """Images and labels of binary records. DataError when the data ends within a record."""
+    if len(data) % (1 + _IMAGE_BYTES):
+        raise DataError(
+            f"{where}: {len(data):,} bytes are not a whole number of records of {1 + _IMAGE_BYTES} bytes; it is cut "
+            "off."
+        )
+    records = np.frombuffer(data, dtype=np.uint8).reshape(-1, 1 + _IMAGE_BYTES)
+    return records[:, 1:].reshape(-1, *IMAGE_SHAPE), records[:, 0].astype(np.int64)
+
+
+def pack_records(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> bytes:
+    """The inverse of `parse_records`."""
+    return np.concatenate([labels.astype(np.uint8)[:, None], images.reshape(len(images), -1)], axis=1).tobytes()
+
+
+def _unpacked(file: IO[bytes], name: str) -> IO[bytes] | gzip.GzipFile:
     start = file.read(512)
     file.seek(0)
     if start[:2] == b"\x1f\x8b":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+        return gzip.GzipFile(fileobj=file)
     if start[257:262] == b"ustar":
         return file
     if not start:
@@ -56,67 +113,24 @@ def _unpacked(file: BinaryIO, name: str) -> BinaryIO:
     )
 
 
-def _read_stream(stream: BinaryIO, name: str, size: int, unread: dict[str, str]) -> Iterator[RowBatch]:
-    bounded = _Bounded(stream, MAX_HEADER_BYTES, name)
-    first_row = 0
-    seen: set[str] = set()
-    try:
-        with tarfile.open(fileobj=bounded, mode="r|") as archive:
-            for member in archive:
-                # tarfile reads the headers up to the next member in one piece, as long as they claim to be.
-                bounded.limit = min(bounded.count + member.size + MAX_HEADER_BYTES, MAX_UNPACKED_BYTES)
-                batch_name = _checked_member(member, name)
-                if batch_name is None:
-                    if member.isreg() and len(unread) < _MAX_UNREAD:
-                        unread[member.name] = "not a batch"
-                    continue
-                data = _member_bytes(archive, member, name)
-                if batch_name.startswith("batches.meta"):
-                    _check_meta(batch_name, data, f"{name}, member {member.name!r}")
-                    continue
-                stem = batch_name.removesuffix(".bin")
-                if stem in seen:
-                    raise DataError(f"{name} holds {stem} twice: which one counts is not clear.")
-                seen.add(stem)
-                images, labels = _parse_batch(batch_name, data, f"{name}, member {member.name!r}")
-                split: Split = "test" if stem == "test_batch" else "train"
-                yield from pixel_batches(images, labels, split, first_row)
-                first_row += len(labels)
-        # tarfile stops at its end mark; gzip checks length and checksum at its own.
-        bounded.limit = MAX_UNPACKED_BYTES
-        while bounded.read(1 << 20):
-            pass
-    except _READABLE_ERRORS as error:
-        raise DataError(
-            f"{name} is cut off or damaged: {size:,} bytes received, {bounded.count:,} bytes unpacked, "
-            f"batches read so far: {', '.join(sorted(seen)) or 'none'} ({error}). Fetch or upload it again."
-        ) from error
-    missing = [batch for batch in BATCHES if batch not in seen]
-    if missing:
-        raise DataError(
-            f"{name} is not the official CIFAR-10 layout or is cut off: expected {len(BATCHES)} batches, "
-            f"got {len(seen)}; missing {', '.join(missing)}."
-        )
-
-
-def _checked_member(member: tarfile.TarInfo, name: str) -> str | None:
-    """The batch's name, or None for a member of no interest. Refuses what an unpacking tool could be tricked with."""
+def _checked_name(member: tarfile.TarInfo, name: str) -> str:
+    """The last part of a file's name, empty for a folder. Refuses what an unpacking tool could be tricked with."""
     parts = member.name.replace("\\", "/").split("/")
     if member.name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "\0" in member.name:
         raise HostileDataError(
-            f"{name}: member {member.name!r} points outside the archive's folder. The archive was not unpacked; "
-            "do not use it, fetch it from its source again."
+            f"{name}: member {member.name!r} points outside the archive's folder. Nothing was unpacked; do not use the "
+            "archive, fetch it from its source again."
         )
     if member.isdir():
-        return None
+        return ""
     if not member.isreg():
         kind = "link" if member.issym() or member.islnk() else "device or special file"
         raise HostileDataError(
-            f"{name}: member {member.name!r} is a {kind}. The official archive holds plain files only; nothing was "
-            "unpacked, fetch it from its source again."
+            f"{name}: member {member.name!r} is a {kind}. Nothing was unpacked; the official archive holds plain files "
+            "only, fetch it from its source again."
         )
     base = parts[-1]
-    wanted = base.removesuffix(".bin") in BATCHES or base in ("batches.meta", "batches.meta.txt")
+    wanted = base.removesuffix(".bin") in BATCHES or base in _META
     if not wanted and base.startswith(("data_batch", "test_batch")):
         raise DataError(
             f"{name}: member {member.name!r} is not a batch of the official archive, which has {', '.join(BATCHES)}. "
@@ -126,32 +140,31 @@ def _checked_member(member: tarfile.TarInfo, name: str) -> str | None:
         raise DataError(
             f"{name}: member {member.name!r} claims {member.size:,} bytes; at most {MAX_MEMBER_BYTES:,} are read."
         )
-    return base if wanted else None
+    return base
 
 
-def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> bytes:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> bytes:
     file = archive.extractfile(member)
     data = file.read() if file else b""
     if len(data) != member.size:
-        raise DataError(
-            f"{name}: member {member.name!r} is cut off: expected {member.size:,} bytes, got {len(data):,}."
-        )
+        raise DataError(f"{where} is cut off: expected {member.size:,} bytes, got {len(data):,}.")
     return data
 
 
-def _parse_batch(batch_name: str, data: bytes, where: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    if batch_name.endswith(".bin"):
-        if not data:
-            raise DataError(f"{where} holds no images. Fetch or upload the archive again.")
-        return parse_records(data, where)
+def _parse_batch(batch_name: str, data: bytes, where: str) -> _Rows:
+    images, labels = parse_records(data, where) if batch_name.endswith(".bin") else _parse_pickle(data, where)
+    if not len(images):
+        raise DataError(f"{where} holds no images. Fetch or upload the archive again.")
+    return images, labels
+
+
+def _parse_pickle(data: bytes, where: str) -> _Rows:
     fields = load_fields(data, where)
     pixels, labels = fields.get("data"), fields.get("labels")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (_IMAGE_BYTES,):
         raise DataError(f"{where}: expected data as a uint8 array N x {_IMAGE_BYTES}, got {_kind(pixels)}.")
-    if not len(pixels):
-        raise DataError(f"{where} holds no images. Fetch or upload the archive again.")
     if isinstance(labels, list) and all(type(label) is int for label in labels):
-        labels = np.asarray(labels)
+        labels = np.asarray(labels, None if labels else np.int64)
     if not isinstance(labels, np.ndarray) or labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
         raise DataError(f"{where}: expected {len(pixels)} integer labels, got {_kind(labels)}.")
     return pixels.reshape(-1, *IMAGE_SHAPE), labels.astype(np.int64)
@@ -164,8 +177,8 @@ def _kind(value: object) -> str:
     return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, list) else "")
 
 
-def _check_meta(batch_name: str, data: bytes, where: str) -> None:
-    if batch_name == "batches.meta.txt":
+def _check_meta(base: str, data: bytes, where: str) -> None:
+    if base.endswith(".txt"):
         names = data.decode("ascii", "replace").split()
     else:
         label_names = load_fields(data, where).get("label_names")
@@ -177,16 +190,14 @@ def _check_meta(batch_name: str, data: bytes, where: str) -> None:
 
 
 class _Bounded(io.RawIOBase):
-    """A reader that counts what it hands out and stops at a limit, which may be moved."""
+    """A stream that counts what it gives and stops at a limit, which may be moved."""
 
-    def __init__(self, stream: IO[bytes], limit: int, name: str):
-        self._stream, self.limit, self._name, self.count = stream, limit, name, 0
-
-    def readable(self) -> bool:
-        return True
+    def __init__(self, stream: IO[bytes] | gzip.GzipFile, name: str):
+        self._stream, self._name = stream, name
+        self.limit, self.count = MAX_HEADER_BYTES, 0
 
     def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size if size >= 0 else self.limit)
+        data = self._stream.read(size)
         self.count += len(data)
         if self.count > self.limit:
             raise DataError(f"{self._name} unpacks to more than {self.limit:,} bytes where CIFAR-10 has less.")

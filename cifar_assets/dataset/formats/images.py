@@ -11,9 +11,8 @@ previews cost nothing, and Pillow and its decoders cannot disagree about a file'
 """
 
 import io
+import re
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +22,6 @@ from PIL import Image, ImageOps
 from cifar_assets.contracts import IMAGE_SHAPE, IMAGE_SIZE
 from resources.digests import sha256_bytes
 from resources.errors import DataError
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".heic")
-"""File names that promise a picture. Those of refused formats are among them: such a file is an error, not ignored."""
 
 BACKGROUND = (255, 255, 255)
 """RGB shown where a picture is transparent."""
@@ -55,34 +51,35 @@ _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _JPEG_START_OF_SCAN = 0xDA
 _JPEG_WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xD9))
 _JPEG_FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
-_JPEG_TABLES = (0xC4, 0xCC, 0xDB, 0xDD)
-_JPEG_APPLICATION = ((0xE0, b"JFIF\0"), (0xEE, b"Adobe"))
-_JPEG_ROTATION = ((0xE1, b"Exif\0\0"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0"))
+_JPEG_PIXELS = (*_JPEG_FRAMES, 0xC4, 0xCC, 0xDB, 0xDD)
+"""Frames and the tables to decode them with."""
+_JPEG_APPLICATION = {0xE0: b"JFIF\0", 0xEE: b"Adobe"}
+_JPEG_ROTATION = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
 
-_SIGNATURES = (
-    (0, _PNG_SIGNATURE, "a truncated or damaged PNG file"),
-    (0, _JPEG_SIGNATURE, "a truncated or damaged JPEG file"),
-    (8, b"WEBP", "a WebP image"),
-    (0, b"GIF8", "a GIF image"),
-    (0, b"BM", "a BMP image"),
-    (0, b"II*\0", "a TIFF image"),
-    (0, b"MM\0*", "a TIFF image"),
-    (0, b"II+\0", "a TIFF image"),
-    (0, b"MM\0+", "a TIFF image"),
-    (0, b"%PDF", "a PDF document"),
-    (0, b"8BPS", "a Photoshop file"),
-    (0, b"\0\0\x01\0", "an ICO icon"),
-    (0, b"qoif", "a QOI image"),
-    (0, b"PK\x03\x04", "a ZIP archive"),
-    (0, b"\x1f\x8b", "a gzip file"),
-    (0, b"\xff\x0a", "a JPEG XL image"),
-    (4, b"JXL ", "a JPEG XL image"),
-    (4, b"jP  ", "a JPEG 2000 image"),
-    (4, b"ftypavif", "an AVIF image"),
-    (4, b"ftyphei", "a HEIC image"),
-    (4, b"ftypmif1", "a HEIF image"),
-    (4, b"ftyp", "an MP4-like media file"),
-)
+_KINDS = [
+    (re.compile(start, re.DOTALL), kind)
+    for start, kind in (
+        (rb"\x89PNG\r\n\x1a\n", "a truncated or damaged PNG file"),
+        (rb"\xff\xd8\xff", "a truncated or damaged JPEG file"),
+        (rb".{8}WEBP", "a WebP image"),
+        (rb"GIF8", "a GIF image"),
+        (rb"BM", "a BMP image"),
+        (rb"II[*+]\x00|MM\x00[*+]", "a TIFF image"),
+        (rb"%PDF", "a PDF document"),
+        (rb"8BPS", "a Photoshop file"),
+        (rb"\x00\x00\x01\x00", "an ICO icon"),
+        (rb"PK\x03\x04", "a ZIP archive"),
+        (rb"\x1f\x8b", "a gzip file"),
+        (rb"\xff\x0a|.{4}JXL ", "a JPEG XL image"),
+        (rb".{4}jP  ", "a JPEG 2000 image"),
+        (rb".{4}ftypavif", "an AVIF image"),
+        (rb".{4}ftyp(hei|mif1)", "a HEIC image"),
+        (rb"P[1-7]\s", "a Netpbm (PNM) image"),
+        (rb"(?i)\s*<(svg|\?xml)", "an SVG or XML document"),
+        (rb"(?i)\s*<(!doctype html|html)", "an HTML page"),
+    )
+]
+"""What other files begin with."""
 
 
 @dataclass(frozen=True)
@@ -148,18 +145,6 @@ def open_picture(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
         raise ImageError("a complete PNG or JPEG image", _describe(data)) from error
 
 
-def decode_picture(picture: Picture) -> Image.Image:
-    """The upright picture in 8-bit RGB; a large JPEG at a reduced scale."""
-    with _decoding_faults(), Image.open(io.BytesIO(picture.essence), formats=("PNG", "JPEG")) as image:
-        image.draft(None, _DRAFT_SIZE)
-        image.load()
-        if picture.transparent_gray is not None:
-            image.info["transparency"] = picture.transparent_gray
-        if picture.num_colors is not None and np.asarray(image).max() >= picture.num_colors:
-            raise ImageError(f"pixels of the palette's {picture.num_colors} colors", "one that is not among them")
-        return _to_rgb(_upright(image))
-
-
 def prepare_image(data: bytes, *, resize: bool = True, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
     """The picture as a contiguous uint8 array of shape (3, 32, 32): RGB, channels first.
 
@@ -172,8 +157,21 @@ def prepare_image(data: bytes, *, resize: bool = True, limits: ImageLimits = DEF
 
 
 def picture_pixels(picture: Picture) -> NDArray[np.uint8]:
-    """The pixels of an admitted picture, as `prepare_image` gives them."""
-    rgb = decode_picture(picture)
+    """The pixels of an admitted picture, as `prepare_image` gives them. Whatever a decoder raises is an ImageError."""
+    try:
+        with Image.open(io.BytesIO(picture.essence), formats=("PNG", "JPEG")) as image:
+            image.draft(None, _DRAFT_SIZE)  # of a large JPEG only a reduced scale is decoded
+            image.load()
+            if picture.transparent_gray is not None:
+                image.info["transparency"] = picture.transparent_gray
+            if picture.num_colors is not None and np.asarray(image).max() >= picture.num_colors:
+                raise ImageError(f"pixels of the palette's {picture.num_colors} colors", "one that is not among them")
+            rgb = _to_rgb(_upright(image))
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, zlib.error
+        reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
+        raise ImageError("a complete PNG or JPEG image", f"a truncated or damaged one{reason}") from error
     if rgb.size != _SIZE:
         rgb = ImageOps.fit(rgb, _SIZE, Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
@@ -213,9 +211,7 @@ def _open_png(data: bytes, limits: ImageLimits) -> Picture:
             raise ImageError("a PNG with an alpha channel or 8-bit samples", "a transparent color of 16-bit samples")
         if kind == b"tRNS" and color == _PNG_GRAY and depth in (2, 4):
             transparent_gray = struct.unpack_from(">H", data, body)[0] * 255 // (2**depth - 1)
-        if kind in _PNG_TEXTS and not data.startswith(_PNG_ROTATION_TEXTS, body):
-            keep = False
-        elif kind in (b"eXIf", *_PNG_TEXTS):
+        if kind == b"eXIf" or (kind in _PNG_TEXTS and data.startswith(_PNG_ROTATION_TEXTS, body)):
             keep = kind not in seen and length <= _MAX_ROTATION_BYTES
         else:
             keep = kind == b"IDAT" or kind in _PNG_ONCE
@@ -246,13 +242,9 @@ def _open_jpeg(data: bytes, limits: ImageLimits) -> Picture:
             if data.count(b"\xff\xda", position) > limits.max_scans:
                 raise ImageTooLargeError(f"a JPEG image of at most {limits.max_scans} scans", "more")
             return Picture(*size, b"".join([*parts, data[position - 1 :]]))
-        rotation = next((item for item in _JPEG_ROTATION if item[0] == marker and data.startswith(item[1], body)), None)
-        if (
-            marker in _JPEG_FRAMES
-            or marker in _JPEG_TABLES
-            or any(marker == kind and data.startswith(start, body) for kind, start in _JPEG_APPLICATION)
-            or (rotation and rotation not in rotations)
-        ):
+        rotation = next((start for start in _JPEG_ROTATION if marker == 0xE1 and data.startswith(start, body)), None)
+        is_application = marker in _JPEG_APPLICATION and data.startswith(_JPEG_APPLICATION[marker], body)
+        if marker in _JPEG_PIXELS or is_application or (rotation and rotation not in rotations):
             parts.append(data[position - 1 : end])
             rotations.add(rotation)
         position = end
@@ -278,18 +270,6 @@ def _check_pixels(width: int, height: int, max_pixels: int, limits: ImageLimits)
         raise ImageTooLargeError(f"sides of at most {limits.max_side} pixels", f"{width}x{height}")
 
 
-@contextmanager
-def _decoding_faults() -> Iterator[None]:
-    """Turn whatever a decoder throws at hostile bytes into ImageError."""
-    try:
-        yield
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, zlib.error
-        reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
-        raise ImageError("a complete PNG or JPEG image", f"a truncated or damaged one{reason}") from error
-
-
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF rotation. A broken EXIF block is treated as absent, as viewers do."""
     try:
@@ -302,10 +282,15 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB pixels of a picture of any mode."""
-    if image.mode == "RGB" and "transparency" not in image.info:
+    transparent = image.info.get("transparency")
+    if image.mode == "RGB" and transparent is None:
         return image
-    if image.mode.startswith("I"):
-        return _sixteen_bit_to_rgb(image)
+    if image.mode.startswith("I"):  # 16 bits
+        values = np.asarray(image)
+        gray = (values >> 8).astype(np.uint8)
+        if isinstance(transparent, int):
+            gray[values == transparent] = BACKGROUND[0]
+        return Image.fromarray(gray, "L").convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     visible = image.convert("RGBA")
@@ -314,29 +299,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return canvas
 
 
-def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    gray = (values >> 8).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        gray[values == transparent] = BACKGROUND[0]
-    return Image.fromarray(gray, "L").convert("RGB")
-
-
 def _describe(data: bytes) -> str:
     """What bytes that are not a picture look like, in words."""
     if not data:
         return "an empty file"
-    for offset, signature, name in _SIGNATURES:
-        if data.startswith(signature, offset):
-            return f"{name} of {len(data)} bytes"
-    if data[:1] == b"P" and data[1:2] in b"1234567":
-        return f"a Netpbm (PNM) image of {len(data)} bytes"
-    start = data[:512].decode("latin-1").lstrip().lower()
-    if not start.isascii() or not all(letter.isprintable() or letter.isspace() for letter in start):
-        return f"{len(data)} bytes of an unknown kind"
-    if start.startswith(("<svg", "<?xml")):
-        return f"an SVG or XML document of {len(data)} bytes"
-    if start.startswith(("<!doctype html", "<html")):
-        return f"an HTML page of {len(data)} bytes"
-    return f"{len(data)} bytes of text"
+    for start, kind in _KINDS:
+        if start.match(data):
+            return f"{kind} of {len(data)} bytes"
+    is_text = re.fullmatch(rb"[\s -~]*", data[:512])
+    return f"{len(data)} bytes of {'text' if is_text else 'an unknown kind'}"

@@ -1,21 +1,22 @@
 """Outside bytes are read in a process of their own: a file that kills its reader costs nothing but itself.
 
-One child serves this process, one file at a time, and is started again after it died. It has limits on memory and
-processor time, gets none of the environment's credentials, and ends when it is idle or its parent is gone. It protects
-the parent from crashes, memory use and endless loops; it is not a sandbox against code that a file manages to run.
+One child (`isolated_child`) serves this process, one file at a time, and is started again after it died. It has limits
+on memory and processor time, gets none of the environment's credentials, and ends when it is idle or its parent is
+gone. It protects the parent from crashes, memory use and endless loops; it is not a sandbox against code that a file
+manages to run.
 """
 
 import json
 import os
-import select
 import signal
-import struct
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
 
 from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.progress import report
@@ -26,7 +27,6 @@ MEMORY_BYTES = 1 << 30
 CPU_SECONDS, CPU_SECONDS_PER_MIB = 60, 2
 _WALL_SECONDS_PER_CPU_SECOND = 10
 _START_SECONDS = 120
-_HEADER = struct.Struct(">QQ")
 _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
 _COMMAND = [sys.executable, "-P", "-m", "cifar_assets.dataset.formats.isolated_child"]
 
@@ -36,7 +36,7 @@ class ReaderKilledError(DataError):
 
 
 class ReaderFailedError(ExplainedError):
-    """The reader failed on a file for a reason that nobody thought of. Nothing is known of the file."""
+    """The reader failed on a file for an unforeseen reason. Nothing is known of the file."""
 
 
 class _ChildEndedError(Exception):
@@ -50,49 +50,48 @@ class _Child:
         # Each of these would reserve address space far beyond what it uses.
         environment |= {"MALLOC_ARENA_MAX": "2", "ARROW_DEFAULT_MEMORY_POOL": "system"}
         environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "ARROW_IO_THREADS"), "2")
-        self.process = subprocess.Popen(
-            _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
-        )
-        self.owner = os.getpid()
-        self.is_fresh = True
+        self.owner, self.is_fresh = os.getpid(), True
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        with theirs:
+            self.process = subprocess.Popen(_COMMAND, stdin=theirs.fileno(), stdout=2, env=environment)
         try:
-            self.receive(time.monotonic() + _START_SECONDS)
+            self._receive(time.monotonic() + _START_SECONDS)
         except _ChildEndedError as death:
             self.kill()
             raise ExplainedError(f"The process that reads outside data does not start: it {death}.") from death
 
     def kill(self) -> None:
+        self._connection.close()
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
-    def send(self, message: Mapping[str, Any], payload: bytes) -> None:
-        assert self.process.stdin is not None
+    def answer(self, request: Mapping[str, Any], payload: bytes, name: str) -> tuple[dict[str, Any], bytes]:
+        deadline = time.monotonic() + request["cpu_seconds"] * _WALL_SECONDS_PER_CPU_SECOND
+        self.is_fresh = False
         try:
-            write_frame(self.process.stdin.write, message, payload)
-        except BrokenPipeError:
-            self._raise_death()
+            send(self._connection, request, payload)
+        except OSError:
+            raise _ChildEndedError(self._cause_of_death()) from None
+        while "rows" in (found := self._receive(deadline))[0]:
+            report(f"validating {name}", found[0]["rows"])
+        if "memory" in found[0]:
+            raise _ChildEndedError("needs too much memory")
+        return found
 
-    def receive(self, deadline: float) -> tuple[dict[str, Any], bytes]:
-        stdout = self.process.stdout
-        assert stdout is not None
-
-        def read(num_bytes: int) -> bytes:
-            if not select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise _ChildEndedError("took too long to read")
-            return stdout.read(num_bytes)
-
+    def _receive(self, deadline: float) -> tuple[dict[str, Any], bytes]:
+        if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+            raise _ChildEndedError("took too long to read")
         try:
-            return read_frame(read)
-        except EOFError:
-            self._raise_death()
+            return receive(self._connection)
+        except (EOFError, OSError):
+            raise _ChildEndedError(self._cause_of_death()) from None
 
-    def _raise_death(self) -> NoReturn:
+    def _cause_of_death(self) -> str:
         code = self.process.wait()
         if code == -signal.SIGXCPU:
-            raise _ChildEndedError("took too much processor time")
-        if code < 0:
-            raise _ChildEndedError(f"ended its reader with {signal.Signals(-code).name}")
-        raise _ChildEndedError(f"ended its reader with exit status {code}")
+            return "took too much processor time"
+        return f"ended its reader with {signal.Signals(-code).name if code < 0 else f'exit status {code}'}"
 
 
 _lock = threading.Lock()
@@ -100,12 +99,7 @@ _child: _Child | None = None
 
 
 def ask(
-    operation: str,
-    arguments: Mapping[str, Any],
-    name: str,
-    *,
-    payload: bytes = b"",
-    num_bytes: int,
+    operation: str, arguments: Mapping[str, Any], name: str, *, payload: bytes = b"", num_bytes: int
 ) -> tuple[Any, bytes]:
     """Let the child do an operation of `isolated_child` on `num_bytes` of outside data, which errors call `name`.
 
@@ -115,7 +109,7 @@ def ask(
     seconds = CPU_SECONDS + CPU_SECONDS_PER_MIB * (num_bytes >> 20)
     request = {"operation": operation, "arguments": arguments, "cpu_seconds": seconds}
     try:
-        answer, data = _converse(request, payload, name, seconds)
+        answer, data = _answer_of_child(request, payload, name)
     except _ChildEndedError as death:
         raise ReaderKilledError(
             f"{name} {death} (limits: {MEMORY_BYTES >> 20:,} MiB of memory, {seconds:,} s of processor time). "
@@ -136,50 +130,29 @@ def stop() -> None:
     _child = None
 
 
-def write_frame(write: Callable[[memoryview], int | None], message: Mapping[str, Any], payload: bytes = b"") -> None:
-    """Send a message: lengths, JSON, and bytes that belong to it."""
-    text = json.dumps(message).encode()
-    for part in (_HEADER.pack(len(text), len(payload)) + text, payload):
-        left = memoryview(part)
-        while left:
-            left = left[write(left) or 0 :]
+def send(connection: Connection, message: Mapping[str, Any], payload: bytes = b"") -> None:
+    """Send a message: JSON, and bytes that belong to it. Never a pickle: the other end may be in a file's hands."""
+    connection.send_bytes(json.dumps(message).encode())
+    connection.send_bytes(payload)
 
 
-def read_frame(read: Callable[[int], bytes]) -> tuple[dict[str, Any], bytes]:
-    """The next message; EOFError when there is none."""
-
-    def exactly(num_bytes: int) -> bytes:
-        found = bytearray()
-        while len(found) < num_bytes:
-            part = read(min(num_bytes - len(found), 1 << 20))
-            if not part:
-                raise EOFError
-            found += part
-        return bytes(found)
-
-    text_bytes, payload_bytes = _HEADER.unpack(exactly(_HEADER.size))
-    return json.loads(exactly(text_bytes)), exactly(payload_bytes)
+def receive(connection: Connection) -> tuple[dict[str, Any], bytes]:
+    """The next message; EOFError or OSError when there is none."""
+    return json.loads(connection.recv_bytes()), connection.recv_bytes()
 
 
-def _converse(request: Mapping[str, Any], payload: bytes, name: str, seconds: int) -> tuple[dict[str, Any], bytes]:
-    """The child's answer. A child that read other data before is not believed to have died of this data."""
+def _answer_of_child(request: Mapping[str, Any], payload: bytes, name: str) -> tuple[dict[str, Any], bytes]:
     global _child
     with _lock:
         while True:
             if _child is None or _child.owner != os.getpid():
                 _child = _Child()
-            child, was_fresh, _child.is_fresh = _child, _child.is_fresh, False
+            was_fresh = _child.is_fresh
             try:
-                child.send(request, payload)
-                deadline = time.monotonic() + seconds * _WALL_SECONDS_PER_CPU_SECOND
-                while "rows" in (found := child.receive(deadline))[0]:
-                    report(f"validating {name}", found[0]["rows"])
-                if "memory" in found[0]:
-                    raise _ChildEndedError("needs too much memory")
-                return found
+                return _child.answer(request, payload, name)
             except _ChildEndedError:
                 stop()
-                if was_fresh:
+                if was_fresh:  # a child that read other data before may have died of that
                     raise
             except BaseException:
                 stop()  # nobody waits for what it still sends

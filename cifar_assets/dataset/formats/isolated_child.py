@@ -1,20 +1,19 @@
-"""The process that reads outside bytes for `isolated`: one question at a time on stdin, its answer on stdout."""
+"""The process that reads outside bytes for `isolated`: one question at a time on stdin, its answer the same way."""
 
 import contextlib
 import os
 import resource
-import select
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from io import FileIO
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from cifar_assets.dataset.formats.encoded import pick_rows
 from cifar_assets.dataset.formats.images import pixel_digest, prepare_image
-from cifar_assets.dataset.formats.isolated import read_frame, write_frame
-from cifar_assets.dataset.formats.parquet import pick_rows
+from cifar_assets.dataset.formats.isolated import receive, send
 from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.index import build_index, dump_index
 from cifar_assets.dataset.objects import read_rows
@@ -30,8 +29,7 @@ def index_file(arguments: dict[str, Any], payload: bytes, progress: _Progress) -
     path, kind, split, name = Path(arguments["path"]), arguments["format"], arguments["split"], arguments["name"]
     unread: dict[str, str] = {}
     rows = read_rows(path, kind, split, name, resize=arguments["resize"], unread=unread)
-    index = build_index(rows, name, progress)
-    return None, dump_index(replace(index, unread=unread))
+    return None, dump_index(replace(build_index(rows, name, progress), unread=unread))
 
 
 def digest_picture(arguments: dict[str, Any], payload: bytes, progress: _Progress) -> tuple[Any, bytes]:
@@ -50,37 +48,31 @@ _OPERATIONS = {function.__name__: function for function in (index_file, digest_p
 
 
 def main() -> None:
-    """Answer until stdin ends or stays silent."""
-    answers = FileIO(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is not an answer
+    """Answer until the parent closes the connection or stays silent."""
+    parent = Connection(0)
     _limit_memory()
-    questions = FileIO(0)
-
-    def send(message: dict[str, Any], payload: bytes = b"") -> None:
-        write_frame(answers.write, message, payload)
-
-    send({"ready": True})
-    while select.select([questions], [], [], _IDLE_SECONDS)[0]:
+    send(parent, {"ready": True})
+    while parent.poll(_IDLE_SECONDS):
         try:
-            question, payload = read_frame(questions.read)
-        except EOFError:
+            question, payload = receive(parent)
+        except (EOFError, OSError):
             return
         used = resource.getrusage(resource.RUSAGE_SELF)
         seconds = int(used.ru_utime + used.ru_stime) + 1 + question["cpu_seconds"]
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         try:
             operation = _OPERATIONS[question["operation"]]
-            result, data = operation(question["arguments"], payload, lambda rows: send({"rows": rows}))
+            result, data = operation(question["arguments"], payload, lambda rows: send(parent, {"rows": rows}))
         except MemoryError:
-            send({"memory": True})
+            send(parent, {"memory": True})
             return  # what else failed for want of it is not known
         except DataError as error:
-            send({"refused": str(error), "hostile": isinstance(error, HostileDataError)})
+            send(parent, {"refused": str(error), "hostile": isinstance(error, HostileDataError)})
         except Exception as error:
             traceback.print_exc()
-            send({"failed": repr(error)})
+            send(parent, {"failed": repr(error)})
         else:
-            send({"result": result}, data)
+            send(parent, {"result": result}, data)
 
 
 def _limit_memory() -> None:

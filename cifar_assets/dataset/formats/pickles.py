@@ -10,7 +10,6 @@ import pickle
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -49,13 +48,6 @@ def _text(value: object) -> str:
     return value
 
 
-@dataclass(frozen=True)
-class _Function:
-    """Stands for a numpy function: what a pickle may call in its place."""
-
-    call: Callable[..., Any]
-
-
 class _Dtype:
     """Stands for numpy.dtype."""
 
@@ -88,27 +80,40 @@ class _Array:
         return self
 
 
+class _Dict(dict[Any, Any]):
+    """Its keys are text, bytes or numbers: the hash of nested tuples may take forever."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str | bytes | int):
+            raise ValueError("a dict with keys that are not text, bytes or numbers")
+        super().__setitem__(key, value)
+
+
 def _reconstruct(kind: Any, shape: Any, typecode: Any) -> _Array:
-    if kind is not _NDARRAY:
+    if kind is not _new_array:
         raise HostileDataError("the pickle builds an array of a class of its own")
     return _Array()
+
+
+def _new_array(*_: Any) -> None:
+    raise HostileDataError("the pickle builds an array without its bytes")
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1" if encoding == "latin1" else "ascii")
 
 
-_NDARRAY = object()
-_ADMITTED: dict[tuple[str, str], object] = {
-    ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _Function(_Dtype),
-    ("_codecs", "encode"): _Function(_encode),
-    ("__builtin__", "bytes"): _Function(lambda: b""),
+_ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): _new_array,
+    ("numpy", "dtype"): lambda *state: _Dtype(*state),
+    ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): lambda: b"",
 }
+"""What a pickle may name, and what is called in its place. Nothing else that can be called ever is on its stack."""
 for _core in ("numpy.core", "numpy._core"):
     _ADMITTED |= {
-        (f"{_core}.multiarray", "_reconstruct"): _Function(_reconstruct),
-        (f"{_core}.numeric", "_frombuffer"): _Function(lambda *parts: _Array().fill(*parts)),
+        (f"{_core}.multiarray", "_reconstruct"): _reconstruct,
+        (f"{_core}.numeric", "_frombuffer"): lambda *parts: _Array().fill(*parts),
     }
 
 _UNPICKLER: Any = pickle._Unpickler  # noqa: SLF001
@@ -135,38 +140,24 @@ class _PlainUnpickler(_UNPICKLER):
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
-        function = self.stack[-1]
-        if not isinstance(function, _Function):
+        if not callable(self.stack[-1]):
             raise HostileDataError("the pickle calls what is not a function")
-        self.stack[-1] = function.call(*arguments)
+        self.stack[-1] = self.stack[-1](*arguments)
 
     def load_build(self) -> None:
         state = self.stack.pop()
-        target = self.stack[-1]
-        if not isinstance(target, _Array | _Dtype):
+        if not isinstance(self.stack[-1], _Array | _Dtype):
             raise HostileDataError("the pickle sets the state of what has none")
-        target.set_state(state)
+        self.stack[-1].set_state(state)
 
-    def load_setitems(self) -> None:
-        # Keys are text, bytes or numbers: the hash of nested tuples may take forever.
-        items = self.pop_mark()
-        target, keys = self.stack[-1], items[::2]
-        if type(target) is not dict or not all(isinstance(key, str | bytes | int) for key in keys):
-            raise ValueError("a dict with keys that are not text, bytes or numbers")
-        target.update(zip(keys, items[1::2], strict=True))
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.load_mark()
-        self.stack += [key, value]
-        self.load_setitems()
+    def load_empty_dictionary(self) -> None:
+        self.append(_Dict())
 
     def load_dict(self) -> None:
         items = self.pop_mark()
-        self.append({})
-        self.load_mark()
-        self.stack += items
-        self.load_setitems()
+        self.append(_Dict())
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][key] = value
 
     def load_bytearray8(self) -> None:
         # The original allocates the length that the pickle claims.
@@ -181,8 +172,7 @@ class _PlainUnpickler(_UNPICKLER):
         **dict.fromkeys((opcode[0] for opcode in _REFUSED_OPCODES), load_refused),
         pickle.REDUCE[0]: load_reduce,
         pickle.BUILD[0]: load_build,
+        pickle.EMPTY_DICT[0]: load_empty_dictionary,
         pickle.DICT[0]: load_dict,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
         pickle.BYTEARRAY8[0]: load_bytearray8,
     }

@@ -10,13 +10,12 @@ from pathlib import Path
 
 from cifar_assets.contracts import LANDING_PREFIX
 from cifar_assets.dataset.formats.images import (
-    PICTURE_SUFFIXES,
     ImageError,
     ImageTooLargeError,
     check_size,
     open_picture,
 )
-from cifar_assets.dataset.sources.layouts import suffix_of
+from cifar_assets.dataset.formats.names import PICTURE_SUFFIXES, suffix_of
 from resources.object_store import ObjectInfo, ObjectStore
 
 SETTLED_SECONDS = 60.0

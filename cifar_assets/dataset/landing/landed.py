@@ -11,14 +11,20 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
-from cifar_assets.dataset.formats.image_tar import class_of
-from cifar_assets.dataset.formats.images import PICTURE_SUFFIXES, check_size
+from cifar_assets.dataset.formats.images import check_size
 from cifar_assets.dataset.formats.isolated import ReaderFailedError, ask
+from cifar_assets.dataset.formats.names import (
+    ARCHIVE_SUFFIXES,
+    PICTURE_SUFFIXES,
+    class_of,
+    in_test_folder,
+    is_test_file,
+    suffix_of,
+)
 from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import PREPARATION, ObjectIndex, load_index, read_index, save_index
 from cifar_assets.dataset.objects import OBJECTS_PREFIX, ObjectFormat, RawObject, is_present, read_state, store_object
-from cifar_assets.dataset.sources.layouts import ARCHIVE_SUFFIXES, in_test_folder, is_test_file, suffix_of
 from resources.digests import sha256_file, sha256_stream
 from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectInfo, ObjectStore

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel
 
-from cifar_assets.dataset.formats.image_tar import pack_images
+from cifar_assets.dataset.formats.encoded import pack_images
 from cifar_assets.dataset.index import ObjectIndex, save_index
 from cifar_assets.dataset.landing.landed import LandedImage
 from cifar_assets.dataset.objects import RawObject, is_stored, read_state, store_object

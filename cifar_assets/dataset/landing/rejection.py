@@ -9,8 +9,8 @@ from typing import Any
 
 from cifar_assets.contracts import LANDING_PREFIX, REJECTED_PREFIX
 from cifar_assets.dataset.formats.isolated import ReaderFailedError, ask
+from cifar_assets.dataset.formats.names import suffix_of
 from cifar_assets.dataset.objects import RawObject, fetched
-from cifar_assets.dataset.sources.layouts import suffix_of
 from resources.digests import sha256_bytes
 from resources.errors import DataError, ObjectChangedError, ObjectNotFoundError
 from resources.object_store import ObjectStore

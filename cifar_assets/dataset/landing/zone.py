@@ -7,15 +7,13 @@ from typing import Any
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
 from cifar_assets.dataset import progress
 from cifar_assets.dataset.consistency import Known, check_landed
-from cifar_assets.dataset.formats.image_tar import class_of
-from cifar_assets.dataset.formats.images import PICTURE_SUFFIXES
+from cifar_assets.dataset.formats.names import ARCHIVE_SUFFIXES, PICTURE_SUFFIXES, class_of, suffix_of
 from cifar_assets.dataset.index import ObjectIndex
 from cifar_assets.dataset.landing.completeness import Budget, unlisted, why_not_ready
 from cifar_assets.dataset.landing.landed import LandedImage, LandedTable, NotJudged, Refused, examine
 from cifar_assets.dataset.landing.packs import pack_landed_images
 from cifar_assets.dataset.landing.rejection import Rejection, reject_object, reject_rows
 from cifar_assets.dataset.objects import RawObject
-from cifar_assets.dataset.sources.layouts import ARCHIVE_SUFFIXES, suffix_of
 from resources.object_store import ObjectInfo, ObjectStore
 
 UNFINISHED_SUFFIXES = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download", ".swp", "~")

@@ -4,12 +4,13 @@ import errno
 import hashlib
 import http.client
 import logging
+import os
 import shutil
+import tempfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_assets.dataset.progress import report
@@ -25,10 +26,8 @@ OFFICIAL_MD5 = "c58f30108f718f92721af3b95e74349a"
 """As in torchvision.datasets.CIFAR10 (url, tgz_md5) and on https://www.cs.toronto.edu/~kriz/cifar.html."""
 
 ATTEMPTS = 5
-_TIMEOUT_SECONDS = 30
-_CHUNK_BYTES = 1 << 20
-_FAULTS = (OSError, http.client.HTTPException)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_TIMEOUT_SECONDS = 30
 _URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~"
 """Kept as they are in an address; anything else, such as a space, is sent percent-encoded."""
 
@@ -37,81 +36,71 @@ class DownloadError(DataError):
     """The address could not be reached, or kept breaking off."""
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the file must hash to; nothing is checked where both are None."""
-
-    md5: str | None = None
-    sha256: str | None = None
-
-
-def split_expected(address: str) -> tuple[str, Expected]:
-    """Separate an address from the `#md5=...` or `#sha256=...` that may follow it."""
-    base, mark, fragment = address.rpartition("#")
-    name, equals, value = fragment.partition("=")
-    if not (mark and equals) or name not in ("md5", "sha256"):
-        return address, Expected()
-    return base, Expected(**{name: value.lower()})
+def download_folder() -> Path:
+    """Where an interrupted download waits to be continued: CIFAR_DOWNLOADS, or .cifar/downloads."""
+    folder = Path(os.environ.get("CIFAR_DOWNLOADS", ".cifar/downloads"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.gettempdir(), "cifar-downloads")
+        folder.mkdir(exist_ok=True)
+    return folder
 
 
-def check_file(path: Path, expected: Expected, name: str) -> None:
-    """IntegrityError naming expected and received digest when the file is not what was expected."""
-    for kind in ("md5", "sha256"):
-        wanted = getattr(expected, kind)
-        if wanted is None:
-            continue
-        digest = hashlib.new(kind, usedforsecurity=False)
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-        if digest.hexdigest() != wanted:
-            raise IntegrityError(
-                f"{name}: expected {kind} {wanted}, got {digest.hexdigest()} ({path.stat().st_size:,} bytes). "
-                "The file is cut off or another one was served; nothing of it was kept. Try again, or use another "
-                "source."
-            )
+def split_digest(address: str) -> tuple[str, str]:
+    """Separate an address from the `md5=...` or `sha256=...` that may follow it after a #; "" where there is none."""
+    base, _, digest = address.rpartition("#")
+    return (base, digest.lower()) if digest.startswith(("md5=", "sha256=")) and base else (address, "")
 
 
-def fetch(url: str, target: Path, expected: Expected, *, parts: Path) -> None:
+def check_file(path: Path, digest: str, name: str) -> None:
+    """IntegrityError naming both digests when the file does not have the digest; nothing is checked without one."""
+    if not digest:
+        return
+    kind, _, expected = digest.partition("=")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
+    if found != expected:
+        raise IntegrityError(
+            f"{name}: expected {kind} {expected}, got {found} ({path.stat().st_size:,} bytes). The file is cut off or "
+            "another one was served; nothing of it was kept. Try again, or use another source."
+        )
+
+
+def fetch(url: str, target: Path, digest: str) -> None:
     """Write what the URL serves to `target`, which appears whole and verified or not at all.
 
-    A transfer that breaks off continues where it stopped, now and in a later call (the part lies in the folder `parts`
+    A transfer that breaks off continues where it stopped, now and in a later call (the part lies in `download_folder`
     until then), as long as the server says that the file is still the same. Raises DownloadError when the server cannot
     be reached or keeps breaking off, IntegrityError when the file is not the one expected.
     """
-    parts.mkdir(parents=True, exist_ok=True)
-    part = parts / f"{sha256_bytes(url.encode())[:16]}.part"
+    part, name = download_folder() / f"{sha256_bytes(url.encode())[:16]}.part", redacted(url)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _transfer(url, part)
             break
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code != 429:
-                _forget(part)
-                raise DownloadError(f"{redacted(url)}: the server answered {error.code} {error.reason}.") from error
-            failure: Exception = error
         except (http.client.InvalidURL, ValueError) as error:
-            raise DownloadError(
-                f"{redacted(url)} is not an address that can be asked for: {redacted(error)}."
-            ) from None
-        except _FAULTS as error:
+            raise DownloadError(f"{name} is not an address that can be asked for: {redacted(error)}.") from None
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
+                _forget(part)
+                raise DownloadError(f"{name}: the server answered {error.code} {error.reason}.") from error
             if isinstance(error, OSError) and error.errno in FULL_DISK:
                 error.filename = str(part)
                 raise
             redact_error(error)  # urllib repeats the path and query of a URL it cannot use
-            failure = error
-        if attempt == ATTEMPTS:
-            have = part.stat().st_size if part.exists() else 0
-            if not have or not _validator_file(part).exists():
-                _forget(part)
-            raise DownloadError(
-                f"{redacted(url)}: failed {ATTEMPTS} times, {have:,} bytes received so far ({failure}). "
-                "Check the network and try again."
-            ) from failure
-        logger.warning("%s: %s; attempt %d of %d failed, trying again.", redacted(url), failure, attempt, ATTEMPTS)
-        time.sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
+            if attempt == ATTEMPTS:
+                have = _size_of(part)
+                if not have:
+                    _forget(part)
+                raise DownloadError(
+                    f"{name}: failed {ATTEMPTS} times, {have:,} bytes received so far ({error}). Check the network and "
+                    "try again."
+                ) from error
+            logger.warning("%s: %s; attempt %d of %d failed, trying again.", name, error, attempt, ATTEMPTS)
+            time.sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
     try:
-        check_file(part, expected, redacted(url))
+        check_file(part, digest, name)
     except IntegrityError:
         _forget(part)
         raise
@@ -122,35 +111,33 @@ def fetch(url: str, target: Path, expected: Expected, *, parts: Path) -> None:
 
 def _transfer(url: str, part: Path) -> None:
     """Append what is missing to the part; http.client.IncompleteRead when the body ends early."""
-    validator_file = _validator_file(part)
-    have = part.stat().st_size if part.exists() and validator_file.exists() else 0
-    request = urllib.request.Request(
-        urllib.parse.quote(url, safe=_URL_CHARACTERS),
-        headers={"User-Agent": "cifar-assets", "Accept-Encoding": "identity"},
-    )
+    have, validator_file = _size_of(part), _validator_file(part)
+    headers = {"User-Agent": "cifar-assets", "Accept-Encoding": "identity"}
     if have:
-        request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", validator_file.read_text())
+        headers |= {"Range": f"bytes={have}-", "If-Range": validator_file.read_text()}
+    request = urllib.request.Request(urllib.parse.quote(url, safe=_URL_CHARACTERS), headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code == 416:
-            if error.headers.get("Content-Range") == f"bytes */{have}":
-                return  # all of it is here: what failed last time came after the transfer
-            _forget(part)
-            raise http.client.IncompleteRead(b"") from error
-        raise
+        if error.code != 416:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return  # all of it is here: what failed last time came after the transfer
+        _forget(part)
+        raise http.client.IncompleteRead(b"") from error
     with response:
-        resumed = response.status == 206
-        have = have if resumed else 0
+        is_resumed = response.status == 206
+        have = have if is_resumed else 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length is not None and length.isdecimal() else None
         validator_file.unlink(missing_ok=True)
-        with part.open("ab" if resumed else "wb") as file:
-            validator = _validator(response.headers)
+        with part.open("ab" if is_resumed else "wb") as file:
+            # What identifies the served file in If-Range: a strong entity tag, or else its date.
+            tag = response.headers.get("ETag")
+            validator = tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
             if validator:
                 validator_file.write_text(validator)
-            while chunk := response.read(_CHUNK_BYTES):
+            while chunk := response.read(1 << 20):
                 file.write(chunk)
                 have += len(chunk)
                 report(f"downloading {redacted(url)}", have, total)
@@ -158,12 +145,9 @@ def _transfer(url: str, part: Path) -> None:
         raise http.client.IncompleteRead(b"", total - have)
 
 
-def _validator(headers: http.client.HTTPMessage) -> str | None:
-    """What identifies the served file in If-Range: a strong entity tag, or else its date."""
-    tag = headers.get("ETag")
-    if tag and not tag.startswith("W/"):
-        return tag
-    return headers.get("Last-Modified")
+def _size_of(part: Path) -> int:
+    """The bytes that can be continued: without a validator nobody knows what they are part of."""
+    return part.stat().st_size if part.exists() and _validator_file(part).exists() else 0
 
 
 def _validator_file(part: Path) -> Path:

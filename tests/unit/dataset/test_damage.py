@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifar_assets.dataset.formats.archive import read_archive
+from cifar_assets.dataset.formats.encoded import read_parquet
 from cifar_assets.dataset.formats.images import prepare_image
-from cifar_assets.dataset.formats.parquet import read_parquet
 from cifar_assets.dataset.formats.pickles import load_fields
 from cifar_assets.dataset.index import build_index
 from cifar_assets.dataset.objects import RawObject, ranges_of

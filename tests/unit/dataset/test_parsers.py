@@ -19,7 +19,7 @@ from hypothesis.strategies import DrawFn
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.archive import BATCHES, read_archive
-from cifar_assets.dataset.formats.image_tar import pack_images, read_image_tar
+from cifar_assets.dataset.formats.encoded import pack_images, read_image_tar
 from cifar_assets.dataset.formats.images import ImageError, prepare_image
 from cifar_assets.dataset.formats.pickles import load_fields
 from cifar_assets.dataset.index import build_index, dump_index, parse_index, read_index

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 
 from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset.formats.names import is_test_file
 from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import index_of, pixel_digests
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.sources import synthetic
 from cifar_assets.dataset.sources.importing import import_source
-from cifar_assets.dataset.sources.layouts import is_test_file
 from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest, make_current
 from resources.digests import sha256_bytes
 from resources.errors import ConfigError, DataError

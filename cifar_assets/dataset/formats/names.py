@@ -1,0 +1,34 @@
+"""What the name of a file says about it: its kind, its class and its split."""
+
+import re
+from pathlib import PurePosixPath
+
+from cifar_assets.contracts import CLASSES
+
+ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".heic")
+"""File names that promise a picture. Those of refused formats are among them: such a file is an error, not ignored."""
+
+_TEST_FILE = re.compile(r"test([-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16})?)?")
+
+
+def suffix_of(name: str) -> str:
+    """The file name's suffix in lower case, `.tar.gz` as one."""
+    lower = name.lower()
+    return next((suffix for suffix in ARCHIVE_SUFFIXES if lower.endswith(suffix)), PurePosixPath(lower).suffix)
+
+
+def in_test_folder(name: str) -> bool:
+    """Whether one of the folders in a path is named test."""
+    return "test" in name.lower().split("/")[:-1]
+
+
+def is_test_file(name: str) -> bool:
+    """Whether a Parquet file is named test data: `test.parquet`, `test-00000-of-00001.parquet`, or below `test/`."""
+    base = name.lower().rpartition("/")[2]
+    return in_test_folder(name) or bool(_TEST_FILE.fullmatch(base.removesuffix(suffix_of(base))))
+
+
+def class_of(name: str) -> int | None:
+    """The label that the nearest folder named like a class gives a path, or None."""
+    return next((CLASSES.index(part) for part in reversed(name.lower().split("/")[:-1]) if part in CLASSES), None)
