@@ -26,7 +26,7 @@ demo: setup ## Images to served model. CIFAR10_SOURCE chooses other images than 
 	@$(RUN) python -m cifar_assets.demo
 
 stop: setup ## End the local inference service.
-	@$(RUN) python -m cifar_assets.serving.local stop
+	@$(RUN) python -m resources.inference_service.local stop
 
 dev: setup ## Open the Dagster UI and daemon on this checkout.
 	$(RUN) dg dev

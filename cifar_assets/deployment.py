@@ -60,7 +60,7 @@ def _gate(environment: Mapping[str, str]) -> AccuracyGate:
 
 def _local(environment: Mapping[str, str]) -> dict[str, Any]:
     from resources.argo.local import LocalPipeline
-    from resources.inference_service.local import LocalInferenceService
+    from resources.inference_service import LocalInferenceService
     from resources.mlflow.resource import LocalMlflow
     from resources.object_store.resource import LocalObjectStore
     from resources.trainer.local import LocalTrainer
@@ -69,7 +69,7 @@ def _local(environment: Mapping[str, str]) -> dict[str, Any]:
         "object_store": LocalObjectStore(),
         "mlflow": LocalMlflow(),
         "trainer": LocalTrainer(),
-        "serving": LocalInferenceService(port=_port(environment)),
+        "serving": LocalInferenceService(server_module="cifar_assets.serving", port=_port(environment)),
         "argo": LocalPipeline(),
     }
 

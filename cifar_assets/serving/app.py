@@ -21,11 +21,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from cifar_assets.serving.batcher import Images, Logits, MicroBatcher, NotFiniteError
 from cifar_assets.serving.faults import BusyError, RequestError, shorten
 from cifar_assets.serving.http import Request
-from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.messages import ModelIdentity, Response, error_response, json_response, predictions
 from cifar_assets.serving.metrics import PENDING_REQUESTS, PREDICT_SECONDS, READ_SECONDS, REGISTRY, RENDER_SECONDS
 from cifar_assets.serving.multipart import parse_form
 from cifar_assets.serving.pictures import Pictures
+from cifar_assets.serving.settings import ServingLimits
 from cifar_assets.serving.v1 import parse_predict
 from cifar_assets.serving.v2 import HEADER_LENGTH, INPUT_METADATA, OUTPUT_METADATA, parse_infer, render_infer
 

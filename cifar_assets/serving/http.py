@@ -21,9 +21,9 @@ import httptools
 from prometheus_client import Counter
 
 from cifar_assets.serving.faults import BusyError, RequestError, shorten
-from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.messages import Response, error_response
 from cifar_assets.serving.metrics import CONNECTIONS, PENDING_BYTES, RESPONSES
+from cifar_assets.serving.settings import ServingLimits
 
 _log = logging.getLogger(__name__)
 

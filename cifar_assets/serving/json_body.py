@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from cifar_assets.serving.faults import RequestError, shorten
-from cifar_assets.serving.limits import ServingLimits
+from cifar_assets.serving.settings import ServingLimits
 
 
 def parse_json_object(body: bytes | memoryview, limits: ServingLimits) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 import re
 
 from cifar_assets.serving.faults import RequestError, shorten
-from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.pictures import Pictures, check_count
+from cifar_assets.serving.settings import ServingLimits
 
 PART_NAME = "image"
 

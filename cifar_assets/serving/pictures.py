@@ -12,7 +12,7 @@ from cifar_assets.dataset.formats.images import (
     picture_pixels,
 )
 from cifar_assets.serving.faults import RequestError
-from cifar_assets.serving.limits import ServingLimits
+from cifar_assets.serving.settings import ServingLimits
 
 
 class Pictures:

@@ -1,45 +1,104 @@
 """What a server process is told: command line options, each with an environment variable of the same name."""
 
 import argparse
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from cifar_assets.contracts import MODEL_NAME
-from cifar_assets.serving.limits import ServingLimits
+from pydantic import BaseModel, Field, ValidationError
+
+from cifar_assets.contracts import IMAGE_SIZE, MODEL_NAME
+from cifar_assets.dataset.formats.images import ImageLimits
 from cifar_assets.serving.messages import ModelIdentity
 
 ENVIRONMENT_PREFIX = "CIFAR_SERVING_"
-_DEFAULTS = ServingLimits()
-_LIMIT_OPTIONS = ("batch_images", "queue_images", "max_pending_requests", "max_connections")
 
 
 @dataclass(frozen=True)
-class ServerSettings:
-    """Options of one server process, explained by `--help`. Times are seconds."""
+class ServingLimits:
+    """How much one request, one connection and all of them together may cost.
 
-    model_uri: str
-    model_digest: str
-    model_version: str
-    host: str
-    port: int
-    threads: int | None
-    drain_delay: float
-    linger: float
-    grace: float
-    fd: int | None
-    report_fd: int | None
-    control_dir: Path | None
-    annotations: dict[str, str]
-    log_file: str
-    limits: ServingLimits
+    Sizes are bytes, times are seconds. What counts is what came and what it costs, not what was declared.
+    """
+
+    image: ImageLimits = field(default_factory=ImageLimits)
+    max_header_bytes: int = 16 * 1024
+    """Request line and headers, and trailers after a chunked body."""
+    max_headers: int = 100
+    max_body_bytes: int = 16 * 1024 * 1024
+    max_images: int = 64
+    """Images in one request."""
+    max_pixels: int = 16 * 1024 * 1024
+    """Pixels of all pictures in one request, before they are scaled down."""
+    small_pixels: int = 128 * 128
+    """Pictures up to this size are decoded on the event loop: it takes about as long as the rest of a request."""
+    max_connections: int = 512
+    """One more takes the place of the connection that has waited longest for its client."""
+    max_pending_requests: int = 256
+    """Complete requests that are being answered at the same time."""
+    small_body_bytes: int = 64 * 1024
+    """Every connection may hold this much of a body; only what is beyond it counts as pending."""
+    max_pending_bytes: int = 32 * 1024 * 1024
+    """Large bodies together; this keeps a pod within its memory."""
+    max_pending_pixels: int = 4 * 16 * 1024 * 1024
+    """Pixels of large pictures that wait to be decoded."""
+    queue_images: int = 512
+    """Images waiting for the model."""
+    batch_images: int = 16
+    """Images in one run of the model."""
+    header_timeout: float = 10.0
+    """From the first byte of a request to the end of its headers."""
+    body_timeout: float = 30.0
+    """From the end of the headers to the end of the body."""
+    stall_timeout: float = 10.0
+    """Without a byte of a body, or without a client that reads its answer."""
+    idle_timeout: float = 65.0
+    """Between two requests of a connection."""
+
+    @property
+    def max_large_requests(self) -> int:
+        """Those of the pending requests that may have a large body or large pictures."""
+        return max(1, self.max_pending_requests // 2)
+
+    @property
+    def max_json_items(self) -> int:
+        """Numbers, lists and objects in a JSON body: enough for the largest batch of nested arrays."""
+        rows_and_lists = IMAGE_SIZE * (IMAGE_SIZE + 1) + 1
+        return self.max_images * (IMAGE_SIZE * IMAGE_SIZE * 3 + rows_and_lists) + 1000
+
+
+class ServerSettings(BaseModel, frozen=True):
+    """Options of one server process. Times are seconds."""
+
+    model_uri: str = Field(description="where the model package is: file:///... or s3://...")
+    model_digest: str = Field(description="the digest the package must have")
+    model_version: str = Field("", description="version to report; by default the start of the digest")
+    host: str = Field("127.0.0.1", description="address to listen on; a pod passes ::")
+    port: int = Field(8080, ge=0, le=65535, description="port to listen on; PORT of the environment is a default")
+    threads: int | None = Field(None, ge=1, description="threads of one run of the model; by default one per CPU")
+    batch_images: int = Field(ServingLimits.batch_images, ge=1, description="images in one run of the model")
+    queue_images: int = Field(ServingLimits.queue_images, ge=1, description="images that may wait")
+    max_pending_requests: int = Field(
+        ServingLimits.max_pending_requests, ge=1, description="requests answered at a time"
+    )
+    max_connections: int = Field(ServingLimits.max_connections, ge=1, description="open connections")
+    drain_delay: float = Field(
+        0, ge=0, le=86400, description="seconds to accept after SIGTERM, with readiness saying no"
+    )
+    linger: float = Field(2, ge=0, le=86400, description="seconds that open connections may then bring requests")
+    grace: float = Field(30, ge=0, le=86400, description="seconds that requests in progress may then take")
+    fd: int | None = Field(None, description="descriptor of a listening socket, in place of host and port")
+    control_fd: int | None = Field(None, description="descriptor of a local deployment's listening Unix socket")
+    control_info: str = Field("{}", description="what to answer on that socket, a JSON object")
 
     @property
     def identity(self) -> ModelIdentity:
         return ModelIdentity(MODEL_NAME, self.model_version, self.model_digest)
+
+    @property
+    def limits(self) -> ServingLimits:
+        names = ("batch_images", "queue_images", "max_pending_requests", "max_connections")
+        return ServingLimits(**{name: getattr(self, name) for name in names})
 
 
 def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, str] = os.environ) -> ServerSettings:
@@ -47,75 +106,23 @@ def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, st
 
     Exits with a usage message for what is missing or malformed.
     """
-    parser = _Parser(environment)
-    parser.option("model-uri", "where the model package is: file:///... or s3://...", required=True)
-    parser.option("model-digest", "the digest the package must have", required=True)
-    parser.option("model-version", "version to report; by default the start of the digest")
-    parser.option("host", "address to listen on; a pod passes ::", default="127.0.0.1")
-    parser.option("port", "port to listen on", kind=_port, default=environment.get("PORT", "8080"))
-    parser.option("threads", "threads of one run of the model; by default one per CPU", kind=_positive)
-    parser.option("batch-images", "images in one run of the model", kind=_positive, default=str(_DEFAULTS.batch_images))
-    parser.option("queue-images", "images that may wait", kind=_positive, default=str(_DEFAULTS.queue_images))
-    pending, connections = str(_DEFAULTS.max_pending_requests), str(_DEFAULTS.max_connections)
-    parser.option("max-pending-requests", "requests answered at a time", kind=_positive, default=pending)
-    parser.option("max-connections", "open connections", kind=_positive, default=connections)
-    parser.option(
-        "drain-delay", "seconds to accept after SIGTERM, with readiness saying no", kind=_seconds, default="0"
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar_assets.serving",
+        description="Serve one CIFAR-10 model over HTTP.",
+        epilog=f"Each option may come from the environment: --model-uri as {ENVIRONMENT_PREFIX}MODEL_URI.",
+        allow_abbrev=False,
     )
-    parser.option("linger", "seconds that open connections may then bring requests", kind=_seconds, default="2")
-    parser.option("grace", "seconds that requests in progress may then take", kind=_seconds, default="30")
-    parser.option("fd", "descriptor of a listening socket, in place of host and port", kind=int)
-    parser.option("report-fd", "descriptor to report state to, one JSON object a line", kind=int)
-    parser.option("control-dir", "folder of a local deployment: wait for a line on stdin, then take over", kind=Path)
-    parser.option(
-        "annotations", "what the local deployment remembers of the decision, as JSON", kind=json.loads, default="{}"
-    )
-    parser.option("log-file", "where the output goes, for the local deployment to say", default="")
-    values = vars(parser.parse_args(arguments))
-    values["model_version"] = values["model_version"] or values["model_digest"][:12]
-    limits = ServingLimits(**{name: values.pop(name) for name in _LIMIT_OPTIONS})
-    return ServerSettings(**values, limits=limits)
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, environment: Mapping[str, str]):
-        super().__init__(
-            prog="python -m cifar_assets.serving",
-            description="Serve one CIFAR-10 model over HTTP.",
-            epilog=f"Each option may come from the environment: --model-uri as {ENVIRONMENT_PREFIX}MODEL_URI.",
-            allow_abbrev=False,
-        )
-        self._environment = environment
-
-    def option(
-        self,
-        name: str,
-        text: str,
-        *,
-        kind: Callable[[str], Any] = str,
-        default: str | None = None,
-        required: bool = False,
-    ) -> None:
-        value = self._environment.get(ENVIRONMENT_PREFIX + name.upper().replace("-", "_"), default)
-        self.add_argument(f"--{name}", type=kind, default=value, required=required and value is None, help=text)
-
-
-def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise ValueError(text)
-    return port
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds <= 86400:
-        raise ValueError(text)
-    return seconds
+    values: dict[str, str] = {"port": environment["PORT"]} if "PORT" in environment else {}
+    for name, option in ServerSettings.model_fields.items():
+        default = "" if option.is_required() or option.default in (None, "") else f" (default: {option.default})"
+        help_text = f"{option.description}{default}".replace("%", "%%")
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=help_text)
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        if variable in environment:
+            values[name] = environment[variable]
+    values |= vars(parser.parse_args(arguments))
+    values.setdefault("model_version", values.get("model_digest", "")[:12])
+    try:
+        return ServerSettings(**values)  # pyright: ignore[reportArgumentType] - pydantic converts and checks the texts
+    except ValidationError as error:
+        parser.error("; ".join(f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors()))

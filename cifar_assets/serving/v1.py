@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from cifar_assets.contracts import IMAGE_SHAPE, IMAGE_SIZE
 from cifar_assets.serving.faults import RequestError, shorten
 from cifar_assets.serving.json_body import kind_of, nested_shape, parse_json_object
-from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.pictures import Pictures, check_count
+from cifar_assets.serving.settings import ServingLimits
 
 _SHAPES = ((IMAGE_SIZE, IMAGE_SIZE, 3), IMAGE_SHAPE)
 _SHAPE_NAMES = " or ".join(str(list(shape)) for shape in _SHAPES)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT
 from cifar_assets.serving.faults import RequestError, shorten
 from cifar_assets.serving.json_body import kind_of, nested_shape, parse_json_object
-from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.messages import ModelIdentity, Response, softmax
 from cifar_assets.serving.pictures import check_count
+from cifar_assets.serving.settings import ServingLimits
 from cifar_assets.serving.v1 import whole_pixels
 
 HEADER_LENGTH = b"inference-header-content-length"

@@ -6,7 +6,7 @@ from resources.inference_service.interface import (
     InferenceServiceResource,
     ServiceStatus,
 )
-from resources.inference_service.local import LocalInferenceService
+from resources.inference_service.local.resource import LocalInferenceService
 
 __all__ = [
     "DeployRequest",

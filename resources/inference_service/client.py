@@ -1,23 +1,21 @@
-"""A small client of the server, on the standard library, for checks and tools."""
+"""A client of a server that speaks the V1 and V2 protocols, on the standard library, for checks and tools."""
 
 import http.client
-import io
 import json
 import secrets
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_NAME
 from resources.errors import ExplainedError
-
-_BINARY = {"binary_data": True}
 
 
 class ServerError(ExplainedError):
@@ -41,18 +39,24 @@ class ServedModel:
 class Predictions:
     """Answers in the order of the images, and the model that gave them."""
 
-    classes: tuple[str, ...]
     probabilities: NDArray[np.float64]
-    """Shape (N, 10), columns in the order of contracts.CLASSES."""
+    """One row for each image, one column for each class."""
     model_digest: str
     model_version: str
+    classes: tuple[str, ...] = ()
+    """Names of the most probable classes; the answers to arrays have none."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Columns of the most probable classes."""
+        return self.probabilities.argmax(axis=1)
 
 
 @dataclass(frozen=True)
 class InferenceClient:
-    """Talks to one server. `headers` go with every request, `Host` for an ingress among them.
+    """Talks to one server of one model. `headers` go with every request, `Host` for an ingress among them.
 
-    ServerError where nothing answers, or something that is not a server of ours.
+    ServerError where nothing answers, or something that is not such a server.
     """
 
     base_url: str
@@ -60,71 +64,80 @@ class InferenceClient:
     """Seconds for one answer."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def model_name(self) -> str:
+        """The name in the addresses of the model."""
+        body, _ = self._ask("GET", "/v1/models")
+        with self._reading(body):
+            return str(json.loads(body)["models"][0])
+
+    @cached_property
+    def _input(self) -> dict[str, Any]:
+        """Name and shape of the model's input, as its metadata declare them."""
+        body, _ = self._ask("GET", f"/v2/models/{self.model_name}")
+        with self._reading(body):
+            (found,) = json.loads(body)["inputs"]
+            return {"name": str(found["name"]), "shape": tuple(map(int, found["shape"]))}
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image."""
+        return self._input["shape"][1:]
+
     def served_model(self) -> ServedModel:
         """Which model answers now. Raises ServerError where none does, or it is not ready."""
-        body, _ = self._ask("GET", f"/v1/models/{MODEL_NAME}")
+        body, _ = self._ask("GET", f"/v1/models/{self.model_name}")
         with self._reading(body):
             answer = json.loads(body)
             return ServedModel(bool(answer["ready"]), str(answer["model_digest"]), str(answer["model_version"]))
 
     def predict_arrays(self, images: NDArray[np.uint8]) -> Predictions:
-        """Classify uint8 images of shape (N, 3, 32, 32), any number, in requests of 64."""
-        if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or not len(images):
-            shape = ", ".join(map(str, IMAGE_SHAPE))
+        """Classify uint8 images, any number, in requests of 64."""
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or not len(images):
+            shape = ", ".join(map(str, self.image_shape))
             raise ValueError(f"expected uint8 images of shape (N, {shape}), got {images.dtype} {images.shape}")
         answers = [self._infer(images[start : start + 64]) for start in range(0, len(images), 64)]
-        probabilities = np.concatenate([answer[0] for answer in answers])
-        digests = {answer[1] for answer in answers}
+        digests = {answer.model_digest for answer in answers}
         if len(digests) > 1:
             raise ServerError(f"The model changed between two requests: {sorted(digests)}. Ask again.")
-        return Predictions(_names(probabilities), probabilities, answers[0][1], answers[0][2])
+        return replace(answers[0], probabilities=np.concatenate([answer.probabilities for answer in answers]))
 
     def predict_files(self, paths: Sequence[Path]) -> Predictions:
         """Classify picture files in one multipart request."""
         boundary = secrets.token_hex(16)
-        body = io.BytesIO()
+        body = b""
         for index, path in enumerate(paths):
-            body.write(
-                f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{index}"\r\n\r\n'.encode()
-            )
-            body.write(path.read_bytes())
-            body.write(b"\r\n")
-        body.write(f"--{boundary}--\r\n".encode())
-        content_type = f"multipart/form-data; boundary={boundary}"
-        text, _ = self._ask("POST", f"/v1/models/{MODEL_NAME}:predict", body.getvalue(), {"Content-Type": content_type})
+            disposition = f'Content-Disposition: form-data; name="image"; filename="{index}"'
+            body += f"--{boundary}\r\n{disposition}\r\n\r\n".encode() + path.read_bytes() + b"\r\n"
+        body += f"--{boundary}--\r\n".encode()
+        headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+        text, _ = self._ask("POST", f"/v1/models/{self.model_name}:predict", body, headers)
         with self._reading(text):
             answer = json.loads(text)
-            rows = [[prediction["probabilities"][name] for name in CLASSES] for prediction in answer["predictions"]]
-            probabilities = np.array(rows, dtype=np.float64).reshape(len(paths), len(CLASSES))
-            model = str(answer["model_digest"]), str(answer["model_version"])
-        return Predictions(_names(probabilities), probabilities, *model)
+            found = answer["predictions"]
+            rows = [list(prediction["probabilities"].values()) for prediction in found]
+            probabilities = np.array(rows, dtype=np.float64).reshape(len(paths), -1)
+            classes = tuple(str(prediction["class"]) for prediction in found)
+            return Predictions(probabilities, str(answer["model_digest"]), str(answer["model_version"]), classes)
 
-    def _infer(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float64], str, str]:
+    def _infer(self, images: NDArray[np.uint8]) -> Predictions:
         pixels = np.ascontiguousarray(images).tobytes()
-        header = json.dumps(
-            {
-                "inputs": [
-                    {
-                        "name": MODEL_INPUT,
-                        "datatype": "UINT8",
-                        "shape": list(images.shape),
-                        "parameters": {"binary_data_size": len(pixels)},
-                    }
-                ],
-                "outputs": [{"name": "probabilities", "parameters": _BINARY}],
-            }
-        ).encode()
+        tensor = {"name": self._input["name"], "datatype": "UINT8", "shape": images.shape}
+        request = {
+            "inputs": [{**tensor, "parameters": {"binary_data_size": len(pixels)}}],
+            "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}],
+        }
+        header = json.dumps(request).encode()
         headers = {
             "Content-Type": "application/octet-stream",
             "Inference-Header-Content-Length": str(len(header)),
         }
-        body, answer_headers = self._ask("POST", f"/v2/models/{MODEL_NAME}/infer", header + pixels, headers)
+        body, answer_headers = self._ask("POST", f"/v2/models/{self.model_name}/infer", header + pixels, headers)
         with self._reading(body):
             header_length = int(answer_headers["Inference-Header-Content-Length"])
             answer = json.loads(body[:header_length])
-            values = np.frombuffer(body[header_length:], dtype="<f4").reshape(len(images), len(CLASSES))
-            model = str(answer["parameters"]["model_digest"]), str(answer["model_version"])
-        return values.astype(np.float64), *model
+            values = np.frombuffer(body[header_length:], dtype="<f4").reshape(len(images), -1).astype(np.float64)
+            return Predictions(values, str(answer["parameters"]["model_digest"]), str(answer["model_version"]))
 
     def _ask(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
@@ -148,12 +161,8 @@ class InferenceClient:
     def _reading(self, body: bytes) -> Iterator[None]:
         try:
             yield
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ServerError(
-                f"{self.base_url} answers, but not as a server of ours does: {body[:100]!r} "
+                f"{self.base_url} answers, but not as a model server does: {body[:100]!r} "
                 f"({type(error).__name__}: {error})"
             ) from error
-
-
-def _names(probabilities: NDArray[np.float64]) -> tuple[str, ...]:
-    return tuple(CLASSES[index] for index in probabilities.argmax(axis=1))

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.serving.limits import ServingLimits
-from cifar_assets.serving.settings import parse_settings
+from cifar_assets.serving.settings import ServingLimits, parse_settings
 from resources.object_store import FolderStore
 from tests.unit.serving.server_process import run_server
 from tests.unit.serving.tiny_model import store_tiny_model

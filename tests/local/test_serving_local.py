@@ -18,15 +18,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar_assets.serving.control import find_server
-from cifar_assets.serving.local import main as local_command
 from resources.errors import DeployError
 from resources.inference_service import DeployedService, DeployRequest, LocalInferenceService
 from resources.inference_service.client import InferenceClient
+from resources.inference_service.local.__main__ import main as local_command
+from resources.inference_service.local.process import find_server
 from resources.object_store import FolderStore
 from tests.unit.serving.server_process import ask, ask_on
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_onnx
 
+SERVER = "cifar_assets.serving"
 PREDICT = "/v1/models/cifar10:predict"
 BODY = json.dumps({"instances": [np.zeros((32, 32, 3), int).tolist()]}).encode()
 
@@ -37,7 +38,7 @@ class Deployment:
     def __init__(self, folder: Path):
         self.folder = folder
         self.service = LocalInferenceService(
-            state_dir=str(folder / "serving"), port=free_port(), startup_timeout_seconds=400
+            server_module=SERVER, state_dir=str(folder / "serving"), port=free_port(), startup_timeout_seconds=400
         )
 
     def request(self, seed: int) -> DeployRequest:
@@ -64,7 +65,7 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # a parent may ignore it
         "from resources.inference_service import *;"
-        f"s = LocalInferenceService(state_dir={deployment.service.state_dir!r}, port={deployment.service.port});"
+        f"s = LocalInferenceService(**{deployment.service.model_dump()!r});"
         f"print(s.deploy(DeployRequest({request.model_uri!r}, {request.model_digest!r}, 'v0')).url)"
     )
     try:
@@ -141,7 +142,7 @@ def test_swaps_and_a_swap_that_fails_lose_no_request(running):
     assert set(load.digests[-20:]) == {second}
     status = running.service.status()
     assert (status.ready, status.model_digest) == (True, second)
-    assert not list(Path(running.service.state_dir).glob("serving-*.sock"))
+    assert not list(Path(running.service.state_dir).glob("starting.sock"))
 
 
 def test_deploying_what_serves_changes_nothing(running):
@@ -160,7 +161,7 @@ def test_a_deployment_whose_run_dies_meanwhile_does_not_happen(running, number):
     folder = Path(running.service.state_dir)
     code = (
         "from resources.inference_service import *;"
-        f"s = LocalInferenceService(state_dir={str(folder)!r}, port={running.service.port});"
+        f"s = LocalInferenceService(**{running.service.model_dump()!r});"
         f"s.deploy(DeployRequest({request.model_uri!r}, {request.model_digest!r}, 'v2'))"
     )
     logs = set(folder.glob("server-*.log"))
@@ -208,7 +209,7 @@ def test_status_says_what_serves_in_words(running, capsys):
 
 
 def test_another_address_for_the_same_deployment_is_refused(running):
-    other = LocalInferenceService(state_dir=running.service.state_dir, port=free_port(), startup_timeout_seconds=400)
+    other = LocalInferenceService(**{**running.service.model_dump(), "port": free_port()})
     with pytest.raises(DeployError, match=f"serves on 127.0.0.1:{running.service.port}, not on"):
         other.deploy(running.request(1))
 
@@ -301,15 +302,6 @@ def test_two_deployments_at_once_happen_one_after_the_other(own):
     (other,) = set(digests) - {last}
     assert next(service for service in deployed if service.model_digest == last).previous_digest == other
     assert {service.model_digest for service in deployed} == set(digests)
-
-
-def test_a_server_of_another_version_of_the_protocol_is_reported(own, monkeypatch):
-    own.deploy(0)
-    monkeypatch.setattr("cifar_assets.serving.control.PROTOCOL", 2)
-    with pytest.raises(DeployError, match=r"another version of this project \(protocol 1, not 2\).*`kill \d+`"):
-        own.deploy(1)
-    monkeypatch.undo()
-    assert own.served_digest() == own.request(0).model_digest
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")

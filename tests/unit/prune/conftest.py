@@ -31,6 +31,7 @@ KEPT = 2
 class Serving(LocalInferenceService):
     """The service as far as pruning asks: what answers now."""
 
+    server_module: str = "none"
     digest: str | None = None
 
     def status(self) -> ServiceStatus:

@@ -3,9 +3,10 @@
 import contextlib
 import http.client
 import json
-import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,18 +78,16 @@ def ask_on(
 @contextlib.contextmanager
 def run_server(model_uri: str, digest: str, folder: Path, *options: str) -> Iterator[ServerProcess]:
     """A server on a free port, ready when the block begins and gone when it ends."""
-    report_read, report_write = os.pipe()
     log_file = folder / "server.log"
     command = [sys.executable, "-m", "cifar_assets.serving", "--model-uri", model_uri, "--model-digest", digest]
-    command += ["--port", "0", "--threads", "1", "--linger", "0.2", "--report-fd", str(report_write), *options]
+    command += ["--port", "0", "--threads", "1", "--linger", "0.2", *options]
     with log_file.open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=(report_write,))
-    os.close(report_write)
+        process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        with open(report_read) as reports:
-            report = json.loads(reports.readline() or '{"state": "ended"}')
-            assert report["state"] == "ready", (report, log_file.read_text())
-            yield ServerProcess(process, report["port"], log_file)
+        while not (found := re.search(r"Serving model \w+ on http://.*:(\d+)\n", log_file.read_text())):
+            assert process.poll() is None, log_file.read_text()
+            time.sleep(0.02)
+        yield ServerProcess(process, int(found[1]), log_file)
     finally:
         process.terminate()
         try:

@@ -10,7 +10,7 @@ from onnx import helper
 from cifar_assets.contracts import CLASSES
 from cifar_assets.model_package import MANIFEST_FILE, ONNX_FILE, ModelManifest, write_package
 from cifar_assets.serving.classifier import Classifier, load_classifier
-from cifar_assets.serving.limits import ServingLimits
+from cifar_assets.serving.settings import ServingLimits
 from resources.digests import sha256_bytes
 from resources.errors import DataError, IntegrityError, ObjectNotFoundError
 from resources.object_store import FolderStore

@@ -13,8 +13,8 @@ from PIL import Image
 
 from cifar_assets.dataset.formats.images import ImageLimits
 from cifar_assets.serving.faults import RequestError
-from cifar_assets.serving.limits import ServingLimits
 from cifar_assets.serving.multipart import parse_form
+from cifar_assets.serving.settings import ServingLimits
 from cifar_assets.serving.v1 import parse_predict
 
 LIMITS = ServingLimits()
