@@ -5,7 +5,7 @@ only count. Any requirement of the failure condition fails the step, and it is l
 condition's have to hold. Pure.
 """
 
-from resources.pytorch_job.client import JobState
+from resources.kubernetes.job import JobState
 
 _POSITIONS = 8
 """The operator keeps one condition of each of its six types."""

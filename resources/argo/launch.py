@@ -53,15 +53,15 @@ class WorkflowLauncher(Launcher[WorkflowRequest, Workflow]):
     """Submits a workflow once, and removes it."""
 
     def __init__(self, client: WorkflowClient, **options: Any):
-        super().__init__(request_timeout_seconds=client.request_timeout_seconds, **options)
-        self._client = client
+        super().__init__(client, **options)
+        self._workflows = client
 
     def submit(self, request: WorkflowRequest) -> Workflow:
         """The step's workflow: the one that is there, or a new one. One that failed is replaced."""
         return self.start(request, request.manifest()).found
 
     def _own(self, request: WorkflowRequest) -> Sequence[Workflow]:
-        existing = self._client.get(request.namespace, request.name)
+        existing = self._workflows.get(request.namespace, request.name)
         if existing and not request.owns(existing):
             raise ResourceConflictError(
                 f"{existing} exists and is not this step's: its labels are {dict(existing.labels)}. "
@@ -74,28 +74,22 @@ class WorkflowLauncher(Launcher[WorkflowRequest, Workflow]):
             return "it is being deleted"
         return f"it ended as {found.phase}" if found.phase in ("Failed", "Error") else None
 
-    def _create(self, manifest: Mapping[str, Any]) -> Workflow | None:
-        return self._client.create(manifest)
-
-    def _delete(self, found: Workflow) -> None:
-        self._client.delete(found)
-
     def _clear(
         self, request: WorkflowRequest, own: Sequence[Workflow], unwanted: Sequence[Workflow], grace_seconds: int
     ) -> list[str]:
         for workflow in unwanted:
             if not workflow.deleting and not workflow.finished:
-                self._client.terminate(workflow)
+                self._workflows.terminate(workflow)
             if not workflow.deleting:
-                self._client.delete(workflow)
+                self._workflows.delete(workflow)
         if own:
             return [str(workflow) for workflow in unwanted]
-        jobs = self._client.jobs
+        jobs = self._workflows.jobs
         label_selector = f"{WORKFLOW_LABEL}={request.name}"
         found = jobs.find(request.namespace, label_selector)
         for job in found:
             jobs.delete(job)
-        pods = self._client.working_pods(request.namespace, request.name)
+        pods = self._workflows.working_pods(request.namespace, request.name)
         for name, _ in jobs.owners_of_pods(request.namespace, label_selector):
             pods += jobs.pods(request.namespace, name)
         for pod in pods:

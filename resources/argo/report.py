@@ -7,11 +7,11 @@ from resources.argo.status import Step, Workflow
 from resources.argo.template import JOB_NAME_PREFIX
 from resources.kubernetes.diagnosis import PodHistory, WatchLimits
 from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.job import JobState, diagnose_failure
 from resources.kubernetes.logs import TAIL_LINES
 from resources.kubernetes.pods import Pod
-from resources.pytorch_job.client import JobState, PyTorchJobClient
+from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.config import CONTAINER_NAME
-from resources.pytorch_job.diagnosis import diagnose_failure
 
 TRAIN_TEMPLATES = ("train", "train-replicas")
 
@@ -84,7 +84,7 @@ def _about_job(jobs: PyTorchJobClient, workflow: Workflow, tails: Mapping[str, S
     known = {pod.replica: _tail(jobs, workflow.namespace, pod, CONTAINER_NAME) for pod in pods}
     seen = {replica: lines for replica, lines in {**tails, **known}.items() if lines}
     events = [event for pod in pods for event in jobs.warnings(workflow.namespace, pod.name)]
-    return diagnose_failure(str(job), job.status, history, seen, events, WatchLimits()).report().splitlines()
+    return diagnose_failure(job, jobs.advice, history, seen, events, WatchLimits()).report().splitlines()
 
 
 def is_argos_own(line: str) -> bool:

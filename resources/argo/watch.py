@@ -8,7 +8,7 @@ from resources.argo.client import WorkflowClient
 from resources.argo.report import TRAIN_TEMPLATES, WorkflowFailedError, explain, is_argos_own, job_name_of
 from resources.argo.status import Workflow
 from resources.kubernetes.diagnosis import WatchLimits
-from resources.kubernetes.errors import ResourceDeletedError, ResourceStuckError
+from resources.kubernetes.errors import ResourceStuckError
 from resources.kubernetes.logs import LogLine
 from resources.kubernetes.pods import Pod
 from resources.kubernetes.watch import Watcher
@@ -34,38 +34,28 @@ class WorkflowWatcher(Watcher[Workflow, WorkflowLimits]):
             if not is_argos_own(line.text):
                 on_log_line(line)
 
-        super().__init__(client.jobs, workflow.namespace, on_log_line=show, **options)
-        self._client = client
-        self._workflow = workflow
+        super().__init__(client, workflow, on_log_line=show, **options)
+        self._workflows = client
         self._start = self._clock()
         self._reported: dict[str, str] = {}
 
     def failure(self, workflow: Workflow) -> WorkflowFailedError:
         """Why a finished workflow failed, with the last lines that were seen."""
         step = workflow.failed_step
-        return WorkflowFailedError(explain(self._client, workflow, self._logs.tails), step.name if step else None)
+        return WorkflowFailedError(explain(self._workflows, workflow, self._logs.tails), step.name if step else None)
 
-    def _read(self) -> Workflow:
-        workflow = self._client.get(self._workflow.namespace, self._workflow.name)
-        if workflow is None or workflow.uid != self._workflow.uid or workflow.deleting:
-            raise ResourceDeletedError(
-                f"{self._workflow} was deleted by someone else while this step waited for it. "
-                "Run the step again to start a new one."
-            )
-        for step in workflow.steps:
+    def _report(self, current: Workflow) -> str:
+        for step in current.steps:
             if self._reported.get(step.node_id) != step.phase:
                 self._reported[step.node_id] = step.phase
-                self._log.info("%s, step %s: %s %s", workflow, step.name, step.phase, step.message)
-        return workflow
+                self._log.info("%s, step %s: %s %s", current, step.name, step.phase, step.message)
+        return current.phase
 
     def _pods_of(self, current: Workflow) -> Sequence[Pod]:
         """Pods of the steps and of the PyTorchJob; what Argo says while it waits for the job is of no use."""
         waiting = {step.name for step in current.steps if step.template in TRAIN_TEMPLATES}
-        steps = [pod for pod in self._client.pods(current) if pod.replica not in waiting]
-        return [*steps, *self._client.jobs.pods(current.namespace, job_name_of(current))]
-
-    def _is_finished(self, current: Workflow) -> bool:
-        return current.finished
+        steps = [pod for pod in self._workflows.pods(current) if pod.replica not in waiting]
+        return [*steps, *self._workflows.jobs.pods(current.namespace, job_name_of(current))]
 
     def _give_up_if_stuck(self, current: Workflow, pods: Sequence[Pod] | None) -> None:
         waited = self._clock() - self._start

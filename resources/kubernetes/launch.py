@@ -6,12 +6,14 @@ are deterministic.
 """
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from resources.kubernetes.api import CustomResourceClient, Stored
 from resources.kubernetes.diagnosis import Outage
 from resources.kubernetes.errors import (
     ApiRefusedError,
@@ -21,10 +23,11 @@ from resources.kubernetes.errors import (
 )
 
 R = TypeVar("R")
-T = TypeVar("T")
+T = TypeVar("T", bound=Stored)
 
 _PAUSE_SECONDS = 1.0
 _REPLACE_GRACE_SECONDS = 10
+_REPLACE_TIMEOUT_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
@@ -45,25 +48,23 @@ class Launcher(ABC, Generic[R, T]):
 
     def __init__(
         self,
+        client: CustomResourceClient[T],
         *,
-        request_timeout_seconds: float,
-        clock: Callable[[], float],
-        sleeper: Callable[[float], None],
+        clock: Callable[[], float] = time.monotonic,
+        sleeper: Callable[[float], None] = time.sleep,
         logger: logging.Logger,
         shield: Callable[[], AbstractContextManager[None]] = nullcontext,
         outage_seconds: float = 300.0,
-        removal_seconds: float = 180.0,
     ):
-        self._request_timeout_seconds = request_timeout_seconds
+        self._client = client
         self._clock = clock
         self._sleep = sleeper
         self._log = logger
         self._shield = shield
         self._outage_seconds = outage_seconds
-        self._removal_seconds = removal_seconds
         self._create_in_doubt = False
         """Whether a create call was sent that may still take effect though no answer came."""
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def start(self, request: R, manifest: Mapping[str, Any]) -> Started[T]:
         """The step's object, at work or finished, adopted or new. Never leaves two.
@@ -84,20 +85,20 @@ class Launcher(ABC, Generic[R, T]):
                 since = self._clock() if since is None else since
             except ApiUnavailableError as error:
                 outage.endure(error)
-            if since is not None and self._clock() - since > self._removal_seconds:
+            if since is not None and self._clock() - since > _REPLACE_TIMEOUT_SECONDS:
                 raise ResourceStuckError(
-                    f"{request} could not be started for {self._removal_seconds:.0f} s: {_why(left)}"
+                    f"{request} could not be started for {_REPLACE_TIMEOUT_SECONDS:.0f} s: {_why(left)}"
                 )
             self._sleep(_PAUSE_SECONDS)
 
     def remove(self, request: R, *, timeout_seconds: float, grace_seconds: int = _REPLACE_GRACE_SECONDS) -> None:
         """Delete the step's objects and wait until they and what they own are gone. ResourceStuckError if they stay.
 
-        After a create call without an answer, which may still take effect, it looks again for as long as a call may
-        take. Where more than the deletion is refused, the refusal is raised only after the deletion.
+        A create call without an answer may still take effect, so after one it looks again for as long as a call may
+        take. When only the objects may be deleted, the refusal of the rest is raised after their deletion.
         """
         began = self._clock()
-        settle_seconds = self._request_timeout_seconds if self._create_in_doubt else 0.0
+        settle_seconds = self._client.request_timeout_seconds if self._create_in_doubt else 0.0
         own: Sequence[T] = ()
         while self._clock() - began <= timeout_seconds:
             try:
@@ -110,7 +111,7 @@ class Launcher(ABC, Generic[R, T]):
                 self._log.warning("Still removing %s: %s", request, error)
             except ApiRefusedError:
                 for each in own:
-                    self._delete(each)
+                    self._client.delete(each)
                 raise
             self._sleep(_PAUSE_SECONDS / 2)
         raise ResourceStuckError(
@@ -126,15 +127,8 @@ class Launcher(ABC, Generic[R, T]):
         """Why the object may not be adopted; None when it may."""
 
     @abstractmethod
-    def _create(self, manifest: Mapping[str, Any]) -> T | None:
-        """The stored object, or None when its name is taken."""
-
-    @abstractmethod
-    def _delete(self, found: T) -> None: ...
-
-    @abstractmethod
     def _clear(self, request: R, own: Sequence[T], unwanted: Sequence[T], grace_seconds: int) -> list[str]:
-        """Ask for the deletion of what may not stay: objects, their pods, what outlived one. What is still there."""
+        """Delete what may not stay: objects, their pods, what outlived one. Returns what is still there."""
 
     def _take_over(self, request: R, found: T) -> T | None:
         """The object, marked as this run's; None when it is gone."""
@@ -151,8 +145,8 @@ class Launcher(ABC, Generic[R, T]):
         unwanted = [each for each in own if each is not kept]
         for each in unwanted:
             text = f"Replacing {each}: {self._why_not(request, each) or 'a newer one of the step is kept'}."
-            if text not in self._said:
-                self._said.add(text)
+            if text not in self._logged:
+                self._logged.add(text)
                 self._log.info(text)
         return kept, self._clear(request, own, unwanted, _REPLACE_GRACE_SECONDS)
 
@@ -162,7 +156,7 @@ class Launcher(ABC, Generic[R, T]):
             return None if kept is None else Started(kept, adopted=True)
         self._create_in_doubt = True
         with self._shield():
-            created = self._create(manifest)
+            created = self._client.create(manifest)
             self._create_in_doubt = False
         created = created or self._after_conflict(request)
         return None if created is None else Started(created, adopted=False)

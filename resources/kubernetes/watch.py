@@ -5,35 +5,46 @@ A look at the resource that fails, in whatever way, is repeated until an outage 
 """
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from resources.kubernetes.api import CustomResourceClient
+from resources.kubernetes.api import CustomResourceClient, Stored
 from resources.kubernetes.diagnosis import Outage, PodHistory, WatchLimits
-from resources.kubernetes.errors import ApiError
-from resources.kubernetes.logs import LogLine, ReplicaLogs
+from resources.kubernetes.errors import ApiError, ResourceDeletedError
+from resources.kubernetes.logs import LogLine, ReplicaLogs, show_line
 from resources.kubernetes.pods import Pod
 
-T = TypeVar("T")
+
+class Ending(Stored, Protocol):
+    """An object that ends by itself."""
+
+    @property
+    def finished(self) -> bool: ...
+
+
+T = TypeVar("T", bound=Ending)
 L = TypeVar("L", bound=WatchLimits)
 
 
 class Watcher(ABC, Generic[T, L]):
-    """Watches one object to its end. A kind says how it is read, which pods are its own, and when it is given up."""
+    """Watches one object to its end. A kind says which pods are its own, what to log, and when it is given up."""
 
     def __init__(
         self,
-        client: CustomResourceClient[Any],
-        namespace: str,
+        client: CustomResourceClient[T],
+        found: T,
         *,
         limits: L,
-        on_log_line: Callable[[LogLine], None],
+        on_log_line: Callable[[LogLine], None] = show_line,
         on_tick: Callable[[], None] = lambda: None,
-        clock: Callable[[], float],
-        sleeper: Callable[[float], None],
+        clock: Callable[[], float] = time.monotonic,
+        sleeper: Callable[[float], None] = time.sleep,
         logger: logging.Logger,
     ):
+        self._client = client
+        self._found = found
         self._limits = limits
         self._on_log_line = on_log_line
         self._on_tick = on_tick
@@ -41,11 +52,12 @@ class Watcher(ABC, Generic[T, L]):
         self._sleep = sleeper
         self._log = logger
         self._history = PodHistory()
-        self._logs = ReplicaLogs(client, namespace, clock, logger)
+        self._logs = ReplicaLogs(client, found.namespace, clock, logger)
         self._outage = Outage(
             clock, limits.outage_timeout_seconds, logger=logger, meanwhile="the work continues without being watched"
         )
-        self._seen: Sequence[Pod] = ()
+        self._state = "unknown"
+        self._pods: Sequence[Pod] = ()
         self._pods_are_read = True
 
     def wait_until_finished(self) -> T:
@@ -63,15 +75,12 @@ class Watcher(ABC, Generic[T, L]):
             self._sleep(self._limits.poll_interval_seconds)
 
     @abstractmethod
-    def _read(self) -> T:
-        """The object as it is now. Raises an error of the kind for one that was deleted."""
+    def _report(self, current: T) -> str:
+        """Log what changed since the last look, and return the object's state in a word."""
 
     @abstractmethod
     def _pods_of(self, current: T) -> Sequence[Pod]:
         """Pods whose logs are shown."""
-
-    @abstractmethod
-    def _is_finished(self, current: T) -> bool: ...
 
     @abstractmethod
     def _give_up_if_stuck(self, current: T, pods: Sequence[Pod] | None) -> None:
@@ -79,10 +88,16 @@ class Watcher(ABC, Generic[T, L]):
 
     def _look(self) -> T | None:
         """One look; the object when it has finished."""
-        current = self._read()
+        current = self._client.get(self._found.namespace, self._found.name)
+        if current is None or current.uid != self._found.uid or current.deleting:
+            raise ResourceDeletedError(
+                f"{self._found} was deleted by someone else while this step waited for it. Its last state was "
+                f"{self._state}. Run the step again to start a new one."
+            )
+        self._state = self._report(current)
         pods = self._list_pods(current)
-        if self._is_finished(current):
-            self._show(self._logs.drain(self._seen, self._sleep))
+        if current.finished:
+            self._show(self._logs.drain(self._pods, self._sleep))
             return current
         self._show(self._logs.poll(pods or ()))
         self._give_up_if_stuck(current, pods)
@@ -90,15 +105,15 @@ class Watcher(ABC, Generic[T, L]):
 
     def _list_pods(self, current: T) -> Sequence[Pod] | None:
         try:
-            self._seen = self._pods_of(current)
+            self._pods = self._pods_of(current)
         except ApiError as error:
             if self._pods_are_read:
-                self._log.warning("The pods are not seen for now: %s", error)
+                self._log.warning("The pods cannot be listed for now: %s", error)
             self._pods_are_read = False
             return None
         self._pods_are_read = True
-        self._history.observe(self._seen)
-        return self._seen
+        self._history.observe(self._pods)
+        return self._pods
 
     def _show(self, lines: Iterable[LogLine]) -> None:
         for line in lines:

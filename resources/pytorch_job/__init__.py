@@ -4,18 +4,19 @@
 `messages`, `pipes` and `collector` do.
 """
 
+from resources.kubernetes.collector import CollectorTarget
 from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.errors import KubernetesError, ResourceFailedError, SettingsError
-from resources.pytorch_job.client import JobState, JobStatus, PyTorchJob, PyTorchJobClient, read_status
-from resources.pytorch_job.collector import build_pytorch_job_collector
+from resources.kubernetes.job import JobState
+from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from resources.pytorch_job.config import ElasticPolicy, PodTemplate, PyTorchJobConfig, RunPolicy, SecretKey, Toleration
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
-from resources.pytorch_job.pipes import PipesPyTorchJobClient
+from resources.pytorch_job.pipes import PipesPyTorchJobClient, build_pytorch_job_collector
 
 __all__ = [
+    "CollectorTarget",
     "ElasticPolicy",
     "JobState",
-    "JobStatus",
     "KubernetesError",
     "PipesPyTorchJobClient",
     "PodTemplate",
@@ -30,5 +31,4 @@ __all__ = [
     "WatchLimits",
     "build_pytorch_job_collector",
     "build_pytorch_job_manifest",
-    "read_status",
 ]

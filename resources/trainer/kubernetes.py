@@ -9,15 +9,15 @@ import dagster as dg
 from pydantic import Field, ValidationError
 
 from resources.errors import ConfigError
+from resources.kubernetes.collector import CollectorTarget
 from resources.kubernetes.config import settings_from_json
 from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.steps import as_dagster_failure
 from resources.mlflow.target import check_tracking_uri
 from resources.object_store.resource import ObjectStoreResource
 from resources.pytorch_job.client import PyTorchJobClient
-from resources.pytorch_job.collector import CollectorTarget, build_pytorch_job_collector
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.pipes import PipesPyTorchJobClient
+from resources.pytorch_job.pipes import PipesPyTorchJobClient, build_pytorch_job_collector
 from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE, TrainingSpec
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 

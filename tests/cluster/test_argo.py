@@ -29,7 +29,8 @@ from resources.argo.report import explain, job_name_of
 from resources.argo.status import Workflow
 from resources.argo.template import WORKFLOW_LABEL
 from resources.argo.workflows import ArgoPipeline
-from resources.pytorch_job.client import JobState, read_status
+from resources.kubernetes.job import JobState
+from resources.pytorch_job.client import read_status
 from resources.pytorch_job.manifest import GROUP, KIND, PLURAL, VERSION
 from tests.cluster.argo import IMAGES, ArgoCluster
 from tests.cluster.kubectl import kubectl, wait_for

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from resources.argo.conditions import FAILURE_CONDITION, RESOURCE_IS_RETRIED, SUCCESS_CONDITION
-from resources.pytorch_job.client import JobState, read_status
+from resources.kubernetes.job import JobState
+from resources.pytorch_job.client import read_status
 
 SERIES: dict[str, list[dict[str, Any]]] = yaml.safe_load(
     (Path(__file__).parents[1] / "pytorch_job" / "status_series.yaml").read_text()

@@ -26,7 +26,7 @@ def test_absence_and_conflict_are_values(client: PyTorchJobClient, job: PyTorchJ
     client.delete(job)
     client.delete(job)
     assert client.get("space", "job") is None
-    assert client.set_labels(job, {"a": "2"}) is None
+    assert client.patch(job, {"metadata": {"labels": {"a": "2"}}}) is None
 
 
 def test_deletes_exactly_the_job_it_was_given(client: PyTorchJobClient, job: PyTorchJob):

@@ -10,17 +10,11 @@ import dagster as dg
 import pytest
 
 from resources.errors import StoreError
+from resources.kubernetes.collector import CollectorTarget, RunEnd, collect_leftovers, collect_messages
 from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL
 from resources.object_store import FolderStore
-from resources.pytorch_job.client import LAUNCH_ANNOTATION, MANAGED_BY, PyTorchJobClient
-from resources.pytorch_job.collector import (
-    CollectorTarget,
-    RunEnd,
-    build_pytorch_job_collector,
-    collect_leftovers,
-    collect_messages,
-)
+from resources.pytorch_job import PyTorchJob, PyTorchJobClient, build_pytorch_job_collector
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error
 
 NOW = 100_000.0
@@ -32,8 +26,13 @@ FAILURE, CANCELED, SUCCESS = (
 
 
 def create(client: PyTorchJobClient, name: str, run_id: str, *, managed: bool = True, launch: str = "launch") -> None:
-    labels = {RUN_ID_LABEL: run_id} | ({MANAGED_BY_LABEL: MANAGED_BY} if managed else {})
-    metadata = {"name": name, "namespace": "space", "labels": labels, "annotations": {LAUNCH_ANNOTATION: launch}}
+    labels = {RUN_ID_LABEL: run_id} | ({MANAGED_BY_LABEL: PyTorchJob.managed_by()} if managed else {})
+    metadata = {
+        "name": name,
+        "namespace": "space",
+        "labels": labels,
+        "annotations": {PyTorchJob.launch_annotation(): launch},
+    }
     client.create({"metadata": metadata})
 
 
@@ -54,7 +53,7 @@ def test_active_job_is_collected_when_its_run_ended_long_enough_ago(
 ):
     create(client, "job", "run")
     found = collect_leftovers(client, "space", lambda run_id: end, now=NOW, failure_grace_seconds=900, problems=[])
-    assert [leftover.job.name for leftover in found] == (["job"] if collected else [])
+    assert [job.name for job, _ in found] == (["job"] if collected else [])
     assert ("job" in cluster.jobs) != collected
 
 

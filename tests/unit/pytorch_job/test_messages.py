@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resources.errors import StoreError
+from resources.kubernetes.messages import MessagesLostError, PipesStoreMessageReader
 from resources.object_store import FolderStore
 from resources.pipes_store import PipesStoreMessageWriter
-from resources.pytorch_job.messages import MessagesLostError, PipesStoreMessageReader
 from tests.unit.pytorch_job.fake_cluster import FakeClock
 
 CONTEXT = {

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from resources.pytorch_job.client import JobState, read_status
+from resources.kubernetes.job import JobState
+from resources.pytorch_job.client import read_status
 
 SERIES: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "status_series.yaml").read_text())
 

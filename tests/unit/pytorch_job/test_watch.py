@@ -8,8 +8,8 @@ import pytest
 
 from resources.kubernetes.diagnosis import Cause, WatchLimits
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceDeletedError, ResourceFailedError
+from resources.kubernetes.job import JobWatcher
 from resources.pytorch_job.client import JobState, PyTorchJobClient
-from resources.pytorch_job.watch import JobWatcher
 from tests.unit.pytorch_job.fake_cluster import (
     RUNNING,
     FakeCluster,
