@@ -15,7 +15,7 @@ from cifar_assets.checks.model import trained_model_checks
 from cifar_assets.checks.parity import argo_parity_checks
 from cifar_assets.checks.service import inference_service_checks
 from cifar_assets.deployment import executor_for, resources_for, sensors_for
-from cifar_assets.prune.job import prune_job, prune_weekly
+from cifar_assets.prune.run import prune_job, prune_weekly
 
 # Parts of Dagster used here on purpose are marked as beta or preview; each would warn in every process of every run.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)

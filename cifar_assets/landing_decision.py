@@ -8,8 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cifar_assets.contracts import LANDING_PREFIX
-from cifar_assets.dataset.landing.record import fingerprint
-from cifar_assets.dataset.landing.zone import LandingScan
+from cifar_assets.dataset.landing.zone import LandingScan, fingerprint
 from resources.digests import sha256_json
 
 MAX_ATTEMPTS = 3

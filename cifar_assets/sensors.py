@@ -11,8 +11,7 @@ import dagster as dg
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
-from cifar_assets.dataset.landing.record import read_record
-from cifar_assets.dataset.landing.zone import scan_landing
+from cifar_assets.dataset.landing.zone import read_record, scan_landing
 from cifar_assets.jobs import retrain
 from cifar_assets.landing_decision import LandingCursor, LastRun, decide
 from resources.errors import ConfigError

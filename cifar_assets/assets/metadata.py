@@ -44,10 +44,10 @@ def table(rows: Iterable[Mapping[str, str | int | float | bool | None]]) -> dg.M
 
 def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
     """Size, objects, and what became of everything that landed."""
-    report, landing = version.report, version.report.landing
+    landing = version.landing
     metadata: Metadata = {
         "dagster/row_count": version.manifest.rows,
-        "source": report.source,
+        "source": version.source,
         "uri": raw.uri(f"versions/{version.digest}/manifest.json"),
         "size_bytes": version.manifest.size,
         "num_objects": len(version.manifest.objects),
@@ -55,7 +55,7 @@ def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
         "num_landed_duplicates": sum(landing.duplicates.values()),
         "num_landed_rejected": landing.rejected_rows,
         "num_landed_unread": landing.unread,
-        "num_source_unread": len(report.unread),
+        "num_source_unread": len(version.unread),
         "objects": table(
             {
                 "key": item.key,
@@ -69,12 +69,12 @@ def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
             for item in version.manifest.objects
         ),
     }
-    if report.left_out:
+    if version.left_out:
         metadata["left_out_of_source"] = table(
-            {"reason": reason, "rows": count} for reason, count in report.left_out.items()
+            {"reason": reason, "rows": count} for reason, count in version.left_out.items()
         )
     duplicates = {key: f"{count} images are in the dataset already" for key, count in landing.duplicates.items()}
-    unused = {"unread_of_source": report.unread, "skipped": landing.skipped, "duplicates": duplicates}
+    unused = {"unread_of_source": version.unread, "skipped": landing.skipped, "duplicates": duplicates}
     for name, reasons in unused.items():
         if reasons:
             metadata[name] = table(
@@ -95,8 +95,8 @@ def of_processed(processed: ObjectStore, version: ProcessedVersion, previous: st
         "dagster/row_count": sum(manifest.count(split) for split in SPLIT_NAMES),
         **{f"num_{split}": manifest.count(split) for split in SPLIT_NAMES},
         "uri": processed.uri(f"{version.digest}/"),
-        "size_bytes": version.report.size,
-        "built_before": version.report.reused,
+        "size_bytes": manifest.size,
+        "built_before": version.reused,
         "raw_digest": manifest.raw_digest,
         "counts": table(
             {"class": name, **{split: manifest.counts[split][name] for split in SPLIT_NAMES}} for name in CLASSES

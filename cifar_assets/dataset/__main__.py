@@ -14,6 +14,7 @@ from cifar_assets.dataset.versions.lineage import (
     find_object,
     images_of,
     model_lineage,
+    models_by_dataset,
 )
 from cifar_assets.dataset.versions.raw import list_raw_versions, make_current
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
@@ -82,9 +83,9 @@ def _use(stores: Stores, options: argparse.Namespace) -> int:
 
 
 def _model(stores: Stores, options: argparse.Namespace) -> int:
-    lineage = model_lineage(stores, options.digest)
-    _say(f"model      {lineage.model_digest} (seed {lineage.seed})")
-    _show_dataset(stores, lineage.dataset, options.images)
+    manifest, lineage = model_lineage(stores, options.digest)
+    _say(f"model      {options.digest} (seed {manifest.seed})")
+    _show_dataset(stores, lineage, options.images)
     return 0
 
 
@@ -111,12 +112,12 @@ def _show_dataset(stores: Stores, lineage: DatasetLineage, images: bool) -> None
 def _where(stores: Stores, options: argparse.Namespace) -> int:
     path = Path(options.image)
     digest = pixel_digest(prepare_image(path.read_bytes())) if path.is_file() else options.image
-    uses = find_image(stores, digest)
-    _say(f"image {digest}: used in {len(uses)} places")
-    for use in uses:
-        origin = use.origin
-        _say(f"  {origin.split} of processed {use.processed_digest} as {origin.label}")
-        _say(f"    from {origin.object_key} row {origin.row}; models: {', '.join(use.models) or 'none'}")
+    found, models = find_image(stores, digest), models_by_dataset(stores.models)
+    _say(f"image {digest}: used in {len(found)} places")
+    for image in found:
+        trained = ", ".join(models.get(image.processed_digest, ())) or "none"
+        _say(f"  {image.split} of processed {image.processed_digest} as {image.label}")
+        _say(f"    from {image.object_key} row {image.row}; models: {trained}")
     return 0
 
 

@@ -1,46 +1,25 @@
 """Which rows may be used together: no image twice, no image with two labels, no test image in training."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import ObjectIndex
 from cifar_assets.dataset.objects import RawObject, ranges_of
 
-_TEST = SPLITS.index("test")
 
-DUPLICATE = "an image of the same pixels is used already"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an image is already used. One is kept per image of the source, so it is small."""
+class Place(NamedTuple):
+    """Where an image is already used. There is one for each image of the source, so it is small."""
 
     label: int
     is_test: bool
     key: str
     row: int
 
-    @property
-    def where(self) -> str:
-        return f"row {self.row} of {self.key}"
-
 
 class Known(dict[bytes, Place]):
     """Images that a version uses, by binary pixel digest."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one landed object's rows."""
-
-    duplicates: tuple[int, ...]
-    rejected: dict[int, str]
-
-    def excluded(self) -> tuple[tuple[int, int], ...]:
-        return ranges_of([*self.duplicates, *self.rejected])
 
 
 def check_source(
@@ -50,75 +29,83 @@ def check_source(
 
     The test split is taken as the source gives it. Fills `known`.
     """
-    left_out: Counter[str] = Counter()
     for item, index in items:
-        for row, key in enumerate(index.keys()):
-            if index.splits[row] == _TEST:
-                known.setdefault(key, Place(int(index.labels[row]), True, item.key, row))
-    labels_of: dict[bytes, int] = {}
-    conflicting = set()
-    for _, index in items:
-        for key, label, split in zip(index.keys(), index.labels.tolist(), index.splits.tolist(), strict=True):
-            if split != _TEST and labels_of.setdefault(key, label) != label:
-                conflicting.add(key)
+        for row, (pixels, label, is_test) in enumerate(index.images()):
+            if is_test:
+                known.setdefault(pixels, Place(label, True, item.key, row))
+    conflicting = _labeled_twice(
+        (pixels, label) for _, index in items for pixels, label, is_test in index.images() if not is_test
+    )
+    left_out: Counter[str] = Counter()
     checked = []
     for item, index in items:
         excluded = []
-        for row, (key, split) in enumerate(zip(index.keys(), index.splits.tolist(), strict=True)):
-            if split == _TEST:
+        for row, (pixels, label, is_test) in enumerate(index.images()):
+            if is_test:
                 continue
-            reason = None
-            if key in conflicting:
+            if pixels in conflicting:
                 reason = "the source gives the same pixels two labels"
-            elif key in known:
-                reason = "test image in the training data" if known[key].is_test else DUPLICATE
+            elif pixels in known:
+                is_leak = known[pixels].is_test
+                reason = "test image in the training data" if is_leak else "an image of the same pixels is used already"
             else:
-                known[key] = Place(labels_of[key], False, item.key, row)
-            if reason:
-                left_out[reason] += 1
-                excluded.append(row)
+                known[pixels] = Place(label, False, item.key, row)
+                continue
+            left_out[reason] += 1
+            excluded.append(row)
         checked.append(item.model_copy(update={"excluded": ranges_of(excluded)}))
     return checked, dict(left_out)
 
 
-def check_landed(indexes: Sequence[ObjectIndex], known: Known) -> list[Verdict]:
-    """A verdict per landed object, in the order given (by content, so that names and times do not matter)."""
-    labels_of: dict[bytes, int] = {}
-    conflicting = set()
-    for index in indexes:
-        for row, (key, label) in enumerate(zip(index.keys(), index.labels.tolist(), strict=True)):
-            if row not in index.refused and labels_of.setdefault(key, label) != label:
-                conflicting.add(key)
+def check_landed(indexes: Sequence[ObjectIndex], known: Known) -> list[tuple[list[int], dict[int, str]]]:
+    """Per landed object: its rows that repeat an image in use, and its rejected rows with reasons.
+
+    The order given decides which of several copies is used; it is by content, so that names and times do not matter.
+    """
+    conflicting = _labeled_twice(
+        (pixels, label)
+        for index in indexes
+        for row, (pixels, label, _) in enumerate(index.images())
+        if row not in index.refused
+    )
     taken: set[bytes] = set()
-    verdicts = []
+    checked = []
     for index in indexes:
         duplicates: list[int] = []
         rejected = dict(index.refused)
-        for row, (key, label) in enumerate(zip(index.keys(), index.labels.tolist(), strict=True)):
+        for row, (pixels, label, is_test) in enumerate(index.images()):
             if row in rejected:
                 continue
-            place = known.get(key)
-            reason = _refusal(label, bool(index.splits[row] == _TEST), place)
-            if reason is None and place is None and key in conflicting:
+            place = known.get(pixels)
+            reason = _refusal(label, is_test, place)
+            if reason is None and place is None and pixels in conflicting:
                 reason = "the same pixels landed with another label too: decide on one and land it alone"
             if reason is not None:
                 rejected[row] = reason
-            elif place is not None or key in taken:
+            elif place is not None or pixels in taken:
                 duplicates.append(row)
             else:
-                taken.add(key)
-        verdicts.append(Verdict(tuple(duplicates), dict(sorted(rejected.items()))))
-    return verdicts
+                taken.add(pixels)
+        checked.append((duplicates, dict(sorted(rejected.items()))))
+    return checked
+
+
+def _labeled_twice(images: Iterable[tuple[bytes, int]]) -> set[bytes]:
+    labels: dict[bytes, int] = {}
+    return {pixels for pixels, label in images if labels.setdefault(pixels, label) != label}
 
 
 def _refusal(label: int, is_test: bool, place: Place | None) -> str | None:
-    if place is not None and place.label != label:
+    if place is None:
+        if is_test:
+            return "belongs to a test split: the source alone defines the test images; land it as training data"
+        return None
+    where = f"row {place.row} of {place.key}"
+    if place.label != label:
         return (
-            f"labeled {CLASSES[label]}, but the source has the same pixels as {CLASSES[place.label]} ({place.where}): "
+            f"labeled {CLASSES[label]}, but the source has the same pixels as {CLASSES[place.label]} ({where}): "
             "correct the label or leave the image out"
         )
-    if is_test and place is None:
-        return "belongs to a test split: the source alone defines the test images; land it as training data"
-    if not is_test and place is not None and place.is_test:
-        return f"is a test image ({place.where}): training on it would make the test accuracy meaningless"
+    if place.is_test and not is_test:
+        return f"is a test image ({where}): training on it would make the test accuracy meaningless"
     return None

@@ -6,7 +6,7 @@ goes stale. It makes validating an unchanged object cheap and is derived data: d
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,10 +47,11 @@ class ObjectIndex:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def keys(self) -> list[bytes]:
-        """The pixel digests as 32-byte strings."""
+    def images(self) -> Iterator[tuple[bytes, int, bool]]:
+        """Pixel digest, label, and whether it is a test image, of each row."""
         data = self.digests.tobytes()
-        return [data[i : i + 32] for i in range(0, len(data), 32)]
+        pixels = (data[i : i + 32] for i in range(0, len(data), 32))
+        return zip(pixels, self.labels.tolist(), (self.splits == SPLITS.index("test")).tolist(), strict=True)
 
 
 def pixel_digests(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,7 +27,11 @@ OBJECTS_PREFIX = "objects/"
 YOUNG = timedelta(hours=12)
 """An object that was written or found in use within this time is not renewed when it is used again."""
 
+GROUP_ROWS = 64
+"""Most rows of a group: the most that one more image makes to be written again, however many there are."""
+
 State = TypeVar("State", bound=BaseModel)
+T = TypeVar("T")
 
 
 class RawObject(BaseModel):
@@ -69,6 +73,24 @@ def ranges_of(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
         else:
             ranges.append((row, row + 1))
     return tuple(ranges)
+
+
+def grouped(items: Sequence[T], digest: Callable[[T], str], rows: Callable[[T], int]) -> list[list[T]]:
+    """Small items in groups of up to GROUP_ROWS rows that share one stored object, in the order of their sha256.
+
+    A group holds the items whose digests begin with the same bits, as many as it takes. So the groups are a function of
+    the items, whatever the order in which they came, and an item more or less changes its own group alone.
+    """
+
+    def split(part: list[T], bit: int) -> list[list[T]]:
+        if len(part) < 2 or bit == 256 or sum(rows(item) for item in part) <= GROUP_ROWS:
+            return [part] if part else []
+        halves: tuple[list[T], list[T]] = ([], [])
+        for item in part:
+            halves[int(digest(item)[bit // 4], 16) >> (3 - bit % 4) & 1].append(item)
+        return split(halves[0], bit + 1) + split(halves[1], bit + 1)
+
+    return split(sorted(items, key=digest), 0)
 
 
 def read_rows(

@@ -1,4 +1,4 @@
-"""Remove what nothing needs any more: `python -m cifar_assets.prune --help`. It only lists, unless told --apply."""
+"""Remove what nothing needs any more: `python -m cifar_assets.prune --help`. Without --apply it only lists."""
 
 import argparse
 import json
@@ -11,20 +11,17 @@ from pathlib import Path
 import dagster as dg
 
 from cifar_assets.deployment import resources_for
-from cifar_assets.prune.policy import Policy
-from cifar_assets.prune.run import Pruner, Report, readable_size
-from cifar_assets.prune.stores import PINS_PREFIX, find_digests
+from cifar_assets.prune.rules import PINS_PREFIX, Policy, find_digests
+from cifar_assets.prune.run import Pruner
 from resources.errors import ConfigError, ExplainedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """List or remove; 0, or 1 with one line on stderr."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     logging.getLogger("cifar_assets").setLevel(logging.WARNING)
     try:
-        needed = ("object_store", "mlflow", "serving")
-        chosen = {name: resource for name, resource in resources_for().items() if name in needed}
+        chosen = {name: resources_for()[name] for name in ("object_store", "mlflow", "serving")}
         with find_instance() as instance, dg.build_resources(chosen, instance=instance) as resources:
             if options.pin or options.unpin:
                 models = resources.object_store.models
@@ -33,13 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for digest in options.unpin:
                     models.delete(_pin_key(digest))
                 return 0
-            given = {name: value for name, value in vars(options).items() if name in Policy.model_fields}
-            pruner = Pruner(Policy(**given), instance, resources.object_store, resources.mlflow, resources.serving)
+            policy = Policy(**{name: getattr(options, name) for name in Policy.model_fields})
+            pruner = Pruner(policy, instance, resources.object_store, resources.mlflow, resources.serving)
             report = pruner.run(options.apply, _say)
     except (ExplainedError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    _summarize(report, options.apply)
+    for kind, text in report.by_kind().items():
+        _say(f"{kind}: {text}")
+    _say(f"{'Removed' if options.apply else 'Nothing was removed. With --apply, this removes'} {report.total}.")
     return 0
 
 
@@ -66,13 +65,6 @@ def _pin_key(digest: str) -> str:
     if find_digests(digest) != {digest}:
         raise ConfigError(f"{digest!r} is not a digest: expected 64 lower-case hexadecimal digits.")
     return f"{PINS_PREFIX}{digest}"
-
-
-def _summarize(report: Report, applied: bool) -> None:
-    for kind, (number, size) in sorted(report.by_kind().items()):
-        _say(f"{number:6,} x {kind}: {readable_size(size)}")
-    verb = "Removed" if applied else "Nothing was removed. With --apply, this removes"
-    _say(f"{verb} {len(report.removals):,} things, {readable_size(report.size)}.")
 
 
 def _say(line: str) -> None:

@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cifar_assets.dataset.objects import GROUP_ROWS
 from cifar_assets.dataset.sources import synthetic
 from cifar_assets.dataset.stores import Stores, stores_below
-from cifar_assets.dataset.versions.grouping import GROUP_ROWS
 from cifar_assets.dataset.versions.processed import build_processed, list_processed_versions
 from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest, list_raw_digests
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
-from cifar_assets.prune.policy import Policy
-from cifar_assets.prune.stores import orphans, prune_processed, prune_raw, raw_of_processed
+from cifar_assets.prune.rules import Policy, orphans, prune_processed, prune_raw, raw_of_processed
 from resources.errors import StoreError
 from resources.object_store import FolderStore, ObjectStore
 from tests.fixtures.workspace import ROOT
@@ -38,7 +37,7 @@ BYTES_PER_VERSION = 64 << 10
 
 @pytest.fixture(autouse=True)
 def _small_and_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
     monkeypatch.setattr(synthetic, "TRAIN_ROWS", 2000)
     monkeypatch.setattr(synthetic, "TEST_ROWS", 200)
 
@@ -116,7 +115,7 @@ def test_thirty_small_arrivals_cost_what_they_bring(root: ObjectStore, monkeypat
     assert bound < NUM_ARRIVALS * first / 10
 
     policy = Policy(keep_versions=1, min_age_hours=0)
-    processed = prune_processed(stores.processed, {}, policy)
+    processed = prune_processed(stores.processed, set(), policy)
     raw = prune_raw(stores.raw, raw_of_processed(stores.processed, processed.kept), policy)
     for removal in (*processed.removals, *raw.removals):
         removal.remove()
@@ -249,13 +248,13 @@ def test_two_builds_at_once_end_alike(tmp_path: Path) -> None:
         """
         import sys
         from pathlib import Path
-        from cifar_assets.dataset.landing import completeness
+        from cifar_assets.dataset.landing import zone
         from cifar_assets.dataset.sources import synthetic
         from cifar_assets.dataset.versions.processed import build_processed
         from cifar_assets.dataset.versions.raw import build_raw_version
         from cifar_assets.dataset.stores import stores_below
         from resources.object_store import FolderStore
-        completeness.SETTLED_SECONDS = -1.0
+        zone.SETTLED_SECONDS = -1.0
         synthetic.TRAIN_ROWS, synthetic.TEST_ROWS = 2000, 200
         stores = stores_below(FolderStore(Path(sys.argv[1])))
         print("ready", flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from cifar_assets.prune.policy import Policy
+from cifar_assets.prune.rules import Policy
 from cifar_assets.prune.tracking import Tracking
 from cifar_assets.training.tracking import Tracker
 from resources.mlflow.resource import MlflowServer
@@ -150,13 +150,13 @@ def test_prune_removes_the_artifacts_of_a_run_deleted_on_the_server(proxy: Proxy
     mlflow = MlflowServer(tracking_uri=proxy.url, experiment="pruned", registered_model="pruned")
     tracking = Tracking(mlflow, Policy(min_age_hours=0))
     client = MlflowClient(proxy.url)
-    assert list(tracking.registered()) == ["d" * 64]
-    assert list(tracking.removals({})) == []
+    assert tracking.registered() == {"d" * 64}
+    assert list(tracking.removals(set())) == []
     client.delete_run(run_id)
-    assert list(tracking.removals({})) == [], "a registered version names it"
+    assert list(tracking.removals(set())) == [], "a registered version names it"
     client.delete_model_version("pruned", "1")
-    (removal,) = tracking.removals({})
+    (removal,) = tracking.removals(set())
     assert (removal.name, removal.size) == (run_id, sum(len(data) for data in FILES.values()))
     removal.remove()
-    assert list(tracking.removals({})) == []
-    assert tracking.registered() == {}
+    assert list(tracking.removals(set())) == []
+    assert tracking.registered() == set()

@@ -27,7 +27,7 @@ from tests.fixtures.minio import certificates_for_loopback, running_minio
 @pytest.fixture(autouse=True)
 def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What these tests land was put there a while ago: nobody is still writing it."""
-    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
 
 
 KEYS = [
@@ -190,7 +190,7 @@ def test_a_landed_object_replaced_while_it_is_rejected_is_not_lost(
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "copy", replaced)
-        report = build_raw_version(store, "synthetic:4").report.landing
+        report = build_raw_version(store, "synthetic:4").landing
     assert store.read("landing/cat/x.png") == b"newer"
     if moment == "before the copy":
         assert list(store.list("rejected/")) == []
@@ -302,7 +302,7 @@ def test_a_dataset_in_s3_is_the_one_in_a_folder(s3_server, tmp_path: Path, monke
         version = build_raw_version(raw, "synthetic:4")
         built = build_processed(raw, processed, version.digest)
         again = build_processed(raw, processed, build_raw_version(raw, "synthetic:4").digest)
-        assert again.report.reused
+        assert again.reused
         reader = open_split(processed, built.digest, "train", tmp_path / "cache")
         results.append((version.digest, built.digest, reader.images.tobytes(), reader.labels.tolist()))
         assert raw.exists("rejected/dog/bad.png")

@@ -15,7 +15,7 @@ import pytest
 
 from cifar_assets.dataset.consistency import Known, check_source
 from cifar_assets.dataset.index import dump_index, index_of, parse_index
-from cifar_assets.dataset.landing.zone import join_landed
+from cifar_assets.dataset.landing.join import join_landed
 from cifar_assets.dataset.stores import Stores, stores_below
 from cifar_assets.dataset.versions.lineage import changes_since, images_of, model_lineage
 from cifar_assets.dataset.versions.processed import build_processed, read_processed
@@ -71,9 +71,9 @@ def test_what_landed_and_was_joined_is_joined_again(stores: Stores, digests: dic
         [(item, index_of(stores.raw, item, manifest.resize)) for item in manifest.objects if item.role == "source"],
         known,
     )
-    objects, report, _ = join_landed(stores.raw, known, resize=manifest.resize)
+    objects, report = join_landed(stores.raw, known, resize=manifest.resize)
     assert sum(item.used_rows for item in objects) == 2
-    assert report.rejected == ()
+    assert report.rejected == []
 
 
 def test_a_processed_version_is_read_and_compared(stores: Stores, digests: dict[str, str]) -> None:
@@ -94,7 +94,7 @@ def test_a_processed_version_is_read_and_compared(stores: Stores, digests: dict[
 
 def test_a_model_is_judged_and_traced(stores: Stores, digests: dict[str, str]) -> None:
     assert objections(judge_model(stores.models, digests["model"], 0.5)) == []
-    assert model_lineage(stores, digests["model"]).dataset.raw_digest == digests["raw"]
+    assert model_lineage(stores, digests["model"])[1].raw_digest == digests["raw"]
 
 
 def test_a_plan_is_continued(
@@ -132,8 +132,8 @@ def test_derived_state_of_another_release_is_made_again(
     for store, names in ((stores.raw, keys), (stores.models, [info.key for info in stores.models.list("jobs/")])):
         for key in names:
             store.write(key, change(store.read(key)))
-    objects, report, _ = join_landed(stores.raw, Known(), resize=True)
-    assert (sum(item.used_rows for item in objects), report.rejected) == (2, ())
+    objects, report = join_landed(stores.raw, Known(), resize=True)
+    assert (sum(item.used_rows for item in objects), report.rejected) == (2, [])
     assert read_provenance(stores.raw, digests["raw"]).get("version", 1) == 1
     assert len(list_raw_versions(stores.raw)) == 1
 

@@ -36,20 +36,14 @@ class Rejection:
 
 
 def reject_object(
-    raw: ObjectStore,
-    key: str,
-    etag: str,
-    sha256: str,
-    reason: str,
-    *,
-    rows: dict[int, str] | None = None,
-    hostile: bool = False,
+    raw: ObjectStore, key: str, etag: str, sha256: str, reason: str, rows: dict[int, str], hostile: bool
 ) -> Rejection | None:
     """Move a landed object to `rejected/` under the same name, with the reason next to it.
 
     None where the object no longer has the etag it had when it was judged: it stays, to be judged again.
     """
-    target, is_new = _claim(raw, key, sha256, reason, rows or {})
+    target, is_new = _claim(raw, key, sha256, reason, rows)
+    moved_to: str | None = target
     try:
         raw.copy(key, target, etag)
         raw.delete(key, etag)  # an object put there since the copy stays as well
@@ -59,8 +53,8 @@ def reject_object(
         if isinstance(error, ObjectChangedError):
             return None
         # Another build moved it in the meantime, or its owner took it back.
-        return Rejection(key, reason, target if raw.exists(target) else None, rows or {}, hostile)
-    return Rejection(key, reason, target, rows or {}, hostile)
+        moved_to = target if raw.exists(target) else None
+    return Rejection(key, reason, moved_to, rows, hostile)
 
 
 def reject_rows(raw: ObjectStore, key: str, item: RawObject, rows: dict[int, str]) -> Rejection:

@@ -1,23 +1,35 @@
-"""The landing zone: whatever people put under `landing/` is validated, joined into the next version, or rejected."""
+"""The landing zone as it lies: which objects are ready to be read, and which of them the last build read."""
 
-from collections import defaultdict
-from dataclasses import dataclass, field
-from typing import Any
+import gzip
+import os
+import time
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
 
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
-from cifar_assets.dataset import progress
-from cifar_assets.dataset.consistency import Known, check_landed
+from cifar_assets.dataset.formats.images import ImageError, ImageTooLargeError, check_size, open_picture
 from cifar_assets.dataset.formats.names import ARCHIVE_SUFFIXES, PICTURE_SUFFIXES, class_of, suffix_of
-from cifar_assets.dataset.index import ObjectIndex
-from cifar_assets.dataset.landing.completeness import Budget, unlisted, why_not_ready
-from cifar_assets.dataset.landing.landed import LandedImage, LandedTable, NotJudged, Refused, examine
-from cifar_assets.dataset.landing.packs import pack_landed_images
-from cifar_assets.dataset.landing.rejection import Rejection, reject_object, reject_rows
-from cifar_assets.dataset.objects import RawObject
+from cifar_assets.dataset.objects import read_state
+from resources.digests import canonical_json, sha256_json
 from resources.object_store import ObjectInfo, ObjectStore
 
-UNFINISHED_SUFFIXES = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download", ".swp", "~")
-TABLE_SUFFIXES = (*ARCHIVE_SUFFIXES, ".parquet")
+RECORD_KEY = "landing-read.json"
+
+SETTLED_SECONDS = 60.0
+"""A file untouched for this long is taken as it is: validation then says what is wrong with it."""
+
+_UNFINISHED_SUFFIXES = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download", ".swp", "~")
+_EXPECTED = "a .parquet file, an official archive (.tar.gz), or images in class folders"
+_PARQUET_MAGIC = b"PAR1"
+_TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
+_TAR_END_BYTES = 1024
+_JPEG_END = b"\xff\xd9"
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -29,28 +41,47 @@ class LandingScan:
     """Why an object is not looked at, by key."""
 
 
-@dataclass(frozen=True)
-class LandingReport:
-    """What became of the landing zone's objects, by key in the raw bucket."""
+@dataclass
+class Budget:
+    """Bytes that one scan may unpack. A gzip file may hold a thousand times its size."""
 
-    accepted: dict[str, int] = field(default_factory=dict)
-    """Rows that joined the version."""
-    duplicates: dict[str, int] = field(default_factory=dict)
-    """Rows not used because the same pixels are in the version already. They stay where they are."""
-    rejected: tuple[Rejection, ...] = ()
-    skipped: dict[str, str] = field(default_factory=dict)
-    unread: int = 0
-    """Skipped objects that a reader failed on."""
-    read: tuple[ObjectInfo, ...] = ()
-    """Objects that were read and judged."""
+    num_bytes: int = 256 << 20
 
-    @property
-    def hostile(self) -> tuple[Rejection, ...]:
-        return tuple(rejection for rejection in self.rejected if rejection.hostile)
 
-    @property
-    def rejected_rows(self) -> int:
-        return sum(len(rejection.rows) or 1 for rejection in self.rejected)
+class LandingRecord(BaseModel):
+    """Fingerprints of the objects that the last build of the raw dataset read."""
+
+    version: Literal[1] = 1
+    read: frozenset[str]
+
+
+def fingerprint(info: ObjectInfo) -> str:
+    """Identity of one state of an object. Time stamps are left out: stores disagree on them."""
+    return sha256_json([info.key, info.etag, info.size])[:16]
+
+
+def write_record(raw: ObjectStore, infos: Iterable[ObjectInfo]) -> None:
+    """Note the objects that a build has read, for the sensor that requests the next one."""
+    raw.write(RECORD_KEY, canonical_json({"version": 1, "read": sorted(fingerprint(info) for info in infos)}))
+
+
+def read_record(raw: ObjectStore) -> frozenset[str] | None:
+    """Fingerprints of what the last build read; None without a record that this release understands."""
+    record = read_state(raw, RECORD_KEY, LandingRecord)
+    return record.read if record else None
+
+
+def scan_landing(raw: ObjectStore) -> LandingScan:
+    """List the landing zone and skip what is not ready. Cheap: one listing, and a look at files just written."""
+    ready: list[ObjectInfo] = []
+    skipped, budget = _unlisted(raw), Budget()
+    for info in raw.list(LANDING_PREFIX):
+        reason = classify_landing_object(info.key, info.size) or _why_not_ready(raw, info, budget)
+        if reason is None:
+            ready.append(info)
+        else:
+            skipped[_printable(info.key)] = reason
+    return LandingScan(tuple(ready), skipped)
 
 
 def classify_landing_object(key: str, size: int) -> str | None:
@@ -59,129 +90,97 @@ def classify_landing_object(key: str, size: int) -> str | None:
     base = name.rpartition("/")[2]
     if not base:
         return "a folder marker" if size == 0 else f"has no name: expected {_EXPECTED}"
-    if not key.isascii() and key != key.encode(errors="replace").decode():
+    if key != key.encode(errors="replace").decode():
         return "its name is not UTF-8"
-    if base.startswith(".") or any(part.startswith(".") for part in name.split("/")):
+    if any(part.startswith(".") for part in name.split("/")):
         return "a hidden or placeholder file"
-    if base.lower().endswith(UNFINISHED_SUFFIXES):
+    if base.lower().endswith(_UNFINISHED_SUFFIXES):
         return "an unfinished upload"
     if size == 0:
         return "empty (0 bytes)"
-    suffix = suffix_of(base)
-    if suffix in TABLE_SUFFIXES:
+    if suffix_of(base) in (*ARCHIVE_SUFFIXES, ".parquet"):
         return None
-    if suffix in PICTURE_SUFFIXES:
-        if class_of(name) is not None:
-            return None
+    if suffix_of(base) not in PICTURE_SUFFIXES:
+        return f"not a kind of data that is read here: expected {_EXPECTED}"
+    if class_of(name) is None:
         return (
             f"an image outside a class folder: put it under {LANDING_PREFIX}<class>/, class one of {', '.join(CLASSES)}"
         )
-    return f"not a kind of data that is read here: expected {_EXPECTED}"
+    return None
 
 
-_EXPECTED = "a .parquet file, an official archive (.tar.gz), or images in class folders"
+def _printable(key: str) -> str:
+    return key.encode(errors="backslashreplace").decode()
 
 
-def scan_landing(raw: ObjectStore) -> LandingScan:
-    """List the landing zone and sort out what is not data yet. Cheap: one listing, and a look at files just written."""
-    ready: list[ObjectInfo] = []
-    skipped, budget = unlisted(raw), Budget()
-    for info in raw.list(LANDING_PREFIX):
-        reason = classify_landing_object(info.key, info.size) or why_not_ready(raw, info, budget)
-        if reason is None:
-            ready.append(info)
-        else:
-            skipped[info.key.encode(errors="backslashreplace").decode()] = reason
-    return LandingScan(tuple(ready), skipped)
+def _unlisted(store: ObjectStore) -> dict[str, str]:
+    """Why parts of a landing zone that is a folder are not among its objects, by key."""
+    root = store.local_path("")
+    if root is None or not (root / LANDING_PREFIX).is_dir():
+        return {}
+    reasons: dict[Path, str] = {}
+
+    def unreadable(error: OSError) -> None:
+        reasons[Path(error.filename)] = f"not readable: {error.strerror}"
+
+    for folder, folders, files in os.walk(root / LANDING_PREFIX, onerror=unreadable):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            if path.is_symlink() and path.is_dir():
+                reasons[path] = "a link to a folder: copy the folder, or link its files"
+            elif path.is_symlink() and not path.exists():
+                reasons[path] = "a link that leads nowhere"
+    return {_printable(path.relative_to(root).as_posix()): reason for path, reason in reasons.items()}
 
 
-def join_landed(
-    raw: ObjectStore, known: Known, *, resize: bool
-) -> tuple[list[RawObject], LandingReport, dict[str, list[str]]]:
-    """Validate what landed against the images known.
-
-    Gives the objects to join, in an order given by their content; the report; and the landed names of each sha256.
-    What is refused is moved, or its rows copied, to `rejected/` with a reason.
-    """
-    scan = scan_landing(raw)
-    skipped = dict(scan.skipped)
-    tables: dict[tuple[str, str], LandedTable] = {}
-    images: dict[str, LandedImage] = {}
-    names: defaultdict[str, list[str]] = defaultdict(list)
-    rejected: list[Rejection] = []
-    etags = {info.key: info.etag for info in scan.ready}
-
-    def refuse(key: str, sha256: str, reason: str, **more: Any) -> None:
-        rejection = reject_object(raw, key, etags[key], sha256, reason, **more)
-        if rejection is None:
-            skipped[key] = "replaced while it was being judged: looked at again next time"
-        else:
-            rejected.append(rejection)
-
-    unread = 0
-    for number, (info, found) in enumerate(examine(raw, scan.ready, resize), 1):
-        progress.report("validating landed objects", number, len(scan.ready))
-        if isinstance(found, NotJudged):
-            skipped[info.key] = found.reason
-            unread += found.reader_failed
-        elif isinstance(found, Refused):
-            refuse(info.key, found.sha256, found.reason, hostile=found.hostile)
-        elif isinstance(found, LandedTable):
-            tables[found.item.sha256, found.item.split] = found
-            skipped.update({f"{info.key}, member {name}": why for name, why in found.index.unread.items()})
-            names[f"{found.item.sha256}:{found.item.split}"].append(info.key)
-        else:
-            images[found.identity] = found
-            names[found.identity].append(info.key)
-    table_list = [tables[identity] for identity in sorted(tables)]
-    image_list = [images[identity] for identity in sorted(images)]
-    indexes: list[ObjectIndex] = [*(table.index for table in table_list), *(image.index() for image in image_list)]
-    verdicts = check_landed(indexes, known)
-    report = LandingReport({}, {}, (), skipped)
-    objects = []
-    for table, verdict in zip(table_list, verdicts, strict=False):
-        keys = names.pop(f"{table.item.sha256}:{table.item.split}")
-        item = table.item.model_copy(update={"excluded": verdict.excluded()})
-        if verdict.rejected and len(verdict.rejected) == item.rows:
-            first = next(iter(verdict.rejected.values()))
-            for key in keys:
-                reason = f"all {item.rows} rows are refused; the first one: {first}"
-                refuse(key, item.sha256, reason, rows=verdict.rejected)
-            continue
-        _count(report, keys, item.used_rows, len(verdict.duplicates))
-        if verdict.rejected:
-            rejected.append(reject_rows(raw, keys[0], item, verdict.rejected))
-        if item.used_rows:
-            objects.append(item)
-            names[item.sha256] += keys
-    good = []
-    for image, verdict in zip(image_list, verdicts[len(table_list) :], strict=True):
-        keys = names.pop(image.identity)
-        if verdict.rejected:
-            for key in keys:
-                refuse(key, image.sha256, verdict.rejected[0])
-            continue
-        _count(report, keys, 0 if verdict.duplicates else 1, len(verdict.duplicates))
-        if not verdict.duplicates:
-            good.append(image)
-            names[image.sha256] += keys
-    if good:
-        objects += pack_landed_images(raw, good, resize)
-    used = {item.sha256 for item in objects} | {image.sha256 for image in good}
-    read = tuple(info for info in scan.ready if info.key not in skipped)
-    final = LandingReport(report.accepted, report.duplicates, tuple(rejected), skipped, unread, read)
-    return (
-        sorted(objects, key=lambda item: item.sha256),
-        final,
-        {key: sorted(names[key]) for key in sorted(used & names.keys())},
-    )
+def _why_not_ready(store: ObjectStore, info: ObjectInfo, budget: Budget) -> str | None:
+    """Why a landed file cannot be read yet, or None. In S3 an object appears all at once; in a folder it grows."""
+    path = store.local_path(info.key)
+    if path is None:
+        return None
+    if not os.access(path, os.R_OK):
+        return "not readable: give this process's user permission to read it"
+    if abs(time.time() - info.last_modified.timestamp()) > SETTLED_SECONDS:
+        return None
+    try:
+        whole = _is_whole(path, budget)
+    except OSError:
+        whole = False
+    return None if whole else "still being written"
 
 
-def _count(report: LandingReport, keys: list[str], used: int, duplicates: int) -> None:
-    first, *copies = keys
-    if used:
-        report.accepted[first] = used
-    if duplicates:
-        report.duplicates[first] = duplicates
-    for copy in copies:
-        report.duplicates[copy] = used + duplicates
+def _is_whole(path: Path, budget: Budget) -> bool:
+    """Looks for what a cut-off file lacks, such as gzip's checksum. Any other file counts as whole."""
+    suffix = suffix_of(path.name)
+    if suffix in PICTURE_SUFFIXES:
+        return _is_whole_picture(path)
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        if suffix == ".parquet":
+            file.seek(-min(len(_PARQUET_MAGIC), size), os.SEEK_END)
+            return file.read() == _PARQUET_MAGIC
+        if file.read(_TAR_MAGIC_AT + len(_TAR_MAGIC))[_TAR_MAGIC_AT:] == _TAR_MAGIC:
+            file.seek(-min(_TAR_END_BYTES, size), os.SEEK_END)
+            return not any(file.read())
+    try:
+        with gzip.open(path) as file:
+            while data := file.read(_CHUNK_BYTES):
+                budget.num_bytes -= len(data)
+                if budget.num_bytes < 0:
+                    return False
+    except gzip.BadGzipFile:
+        return True
+    except (EOFError, zlib.error):
+        return False
+    return True
+
+
+def _is_whole_picture(path: Path) -> bool:
+    """Looks at the structure only: decoding is for the process that validates."""
+    try:
+        check_size(path.stat().st_size)
+        picture = open_picture(path.read_bytes())
+    except ImageTooLargeError:
+        return True  # for validation to refuse
+    except ImageError:
+        return False
+    return not picture.essence.startswith(_JPEG_END[:1]) or picture.essence.endswith(_JPEG_END)

@@ -1,6 +1,7 @@
 """Which data made a model, and where an image or an object is used: answered from stored manifests alone."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +10,10 @@ from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.stores import Stores
 from cifar_assets.dataset.versions.processed import list_processed_versions, read_processed
-from cifar_assets.dataset.versions.raw import list_raw_versions, read_provenance, read_raw
+from cifar_assets.dataset.versions.raw import list_raw_digests, read_provenance, read_raw
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES, SplitName
-from cifar_assets.model_package import MANIFEST_FILE, read_manifest
+from cifar_assets.model_package import MANIFEST_FILE, ModelManifest, read_manifest
 from resources.errors import ConfigError
 from resources.object_store import ObjectStore
 
@@ -37,33 +38,16 @@ class DatasetLineage:
 
 
 @dataclass(frozen=True)
-class ModelLineage:
-    """A model and the data that made it."""
-
-    model_digest: str
-    seed: int
-    dataset: DatasetLineage
-
-
-@dataclass(frozen=True)
 class ImageOrigin:
     """One image of a processed version: label, and the object and row it came from."""
 
+    processed_digest: str
     split: SplitName
     position: int
     pixel_digest: str
     label: str
     object_key: str
     row: int
-
-
-@dataclass(frozen=True)
-class ImageUse:
-    """One place where an image is used."""
-
-    processed_digest: str
-    origin: ImageOrigin
-    models: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -86,112 +70,112 @@ class Changes:
     relabelled: int
 
 
-def model_lineage(stores: Stores, model_digest: str) -> ModelLineage:
-    """Which data made the model. Raises ObjectNotFoundError naming the first link that is not stored any more."""
+def model_lineage(stores: Stores, model_digest: str) -> tuple[ModelManifest, DatasetLineage]:
+    """The model's manifest and the data that made it."""
     manifest = read_manifest(stores.models.at(model_digest), model_digest)
-    return ModelLineage(model_digest, manifest.seed, dataset_lineage(stores, manifest.dataset_digest))
+    return manifest, dataset_lineage(stores, manifest.dataset_digest)
 
 
 def dataset_lineage(stores: Stores, processed_digest: str) -> DatasetLineage:
-    """Which objects a processed version was made from, and how many images of each went into which split."""
+    """Which objects a processed version was made from, and how many images of each went into which split.
+
+    Raises ObjectNotFoundError that names the first link that is not stored any more.
+    """
     manifest = read_processed(stores.processed, processed_digest)
     raw = read_raw(stores.raw, manifest.raw_digest)
-    provenance = read_provenance(stores.raw, manifest.raw_digest)
-    landed = provenance.get("landed")
-    names: dict[str, list[str]] = landed if isinstance(landed, dict) else {}
+    names = _landed_names(stores.raw, manifest.raw_digest)
     counts = {
         split: np.bincount(open_split(stores.processed, processed_digest, split).objects, minlength=len(raw.objects))
         for split in SPLIT_NAMES
     }
     objects = tuple(
         UsedObject(
-            item,
-            tuple(names.get(item.sha256, ())),
-            {split: int(counts[split][number]) for split in SPLIT_NAMES},
+            item, tuple(names.get(item.sha256, ())), {split: int(counts[split][number]) for split in SPLIT_NAMES}
         )
         for number, item in enumerate(raw.objects)
     )
-    source = str(provenance.get("source", "unknown"))
+    source = str(read_provenance(stores.raw, manifest.raw_digest).get("source", "unknown"))
     return DatasetLineage(processed_digest, manifest.raw_digest, source, objects)
 
 
-def images_of(stores: Stores, processed_digest: str, split: SplitName) -> Iterator[ImageOrigin]:
-    """Every image of a split in stored order, with the exact object and row it came from."""
-    objects = read_raw(stores.raw, read_processed(stores.processed, processed_digest).raw_digest).objects
+def images_of(
+    stores: Stores, processed_digest: str, split: SplitName, pixel_digest: str | None = None
+) -> Iterator[ImageOrigin]:
+    """The images of a split in stored order, or those of one pixel digest, with their exact object and row."""
     rows = open_split(stores.processed, processed_digest, split)
-    for position in range(len(rows.labels)):
+    positions: Iterable[int] = range(len(rows))
+    if pixel_digest is not None:
+        positions = np.flatnonzero((rows.digests == _binary(pixel_digest)).all(axis=1)).tolist()
+        if not positions:
+            return
+    objects = read_raw(stores.raw, read_processed(stores.processed, processed_digest).raw_digest).objects
+    for position in positions:
         yield ImageOrigin(
+            processed_digest,
             split,
             position,
-            rows.digests[position].tobytes().hex(),
+            rows.digest(position),
             CLASSES[int(rows.labels[position])],
             objects[int(rows.objects[position])].key,
             int(rows.rows[position]),
         )
 
 
-def find_image(stores: Stores, pixel_digest: str) -> list[ImageUse]:
-    """Every processed version that uses the image, in which split, and the models trained on these versions."""
-    wanted = _binary(pixel_digest)
-    models = _models_by_dataset(stores.models)
-    uses = []
-    for digest in list_processed_versions(stores.processed):
-        objects = None
-        for split in SPLIT_NAMES:
-            rows = open_split(stores.processed, digest, split)
-            for position in np.flatnonzero((rows.digests == wanted).all(axis=1)):
-                if objects is None:
-                    objects = read_raw(stores.raw, read_processed(stores.processed, digest).raw_digest).objects
-                origin = ImageOrigin(
-                    split,
-                    int(position),
-                    pixel_digest,
-                    CLASSES[int(rows.labels[position])],
-                    objects[int(rows.objects[position])].key,
-                    int(rows.rows[position]),
-                )
-                uses.append(ImageUse(digest, origin, tuple(models.get(digest, ()))))
-    return uses
+def find_image(stores: Stores, pixel_digest: str) -> list[ImageOrigin]:
+    """Every place where a processed version uses the image."""
+    _binary(pixel_digest)
+    return [
+        origin
+        for digest in list_processed_versions(stores.processed)
+        for split in SPLIT_NAMES
+        for origin in images_of(stores, digest, split, pixel_digest)
+    ]
 
 
 def find_object(stores: Stores, sha256: str) -> ObjectUse:
     """Where a raw object is used. The sha256 is of the object, or of one image file landed on its own."""
-    raw_versions = []
-    for version in list_raw_versions(stores.raw):
-        landed = read_provenance(stores.raw, version.digest).get("landed")
-        manifest = read_raw(stores.raw, version.digest)
-        if any(item.sha256 == sha256 for item in manifest.objects) or (isinstance(landed, dict) and sha256 in landed):
-            raw_versions.append(version.digest)
-    processed = [
+    raw_versions = tuple(
+        digest
+        for digest in list_raw_digests(stores.raw)
+        if any(item.sha256 == sha256 for item in read_raw(stores.raw, digest).objects)
+        or sha256 in _landed_names(stores.raw, digest)
+    )
+    processed = tuple(
         digest
         for digest in list_processed_versions(stores.processed)
         if read_processed(stores.processed, digest).raw_digest in raw_versions
-    ]
-    models = _models_by_dataset(stores.models)
+    )
+    models = models_by_dataset(stores.models)
     trained = sorted(model for digest in processed for model in models.get(digest, ()))
-    return ObjectUse(tuple(raw_versions), tuple(processed), tuple(trained))
+    return ObjectUse(raw_versions, processed, tuple(trained))
+
+
+def models_by_dataset(models: ObjectStore) -> dict[str, list[str]]:
+    """Digests of the models that were trained on each processed version."""
+    found: dict[str, list[str]] = {}
+    for info in models.list():
+        digest, _, file = info.key.partition("/")
+        if file == MANIFEST_FILE:
+            found.setdefault(read_manifest(models.at(digest), digest).dataset_digest, []).append(digest)
+    return found
 
 
 def changes_since(processed: ObjectStore, digest: str, previous: str) -> Changes:
     """What changed from the previous processed version to this one, image by image."""
     now, before = _placed(processed, digest), _placed(processed, previous)
-    added: dict[SplitName, int] = dict.fromkeys(SPLIT_NAMES, 0)
-    removed: dict[SplitName, int] = dict.fromkeys(SPLIT_NAMES, 0)
-    moved = relabelled = 0
-    for key, (split, label) in now.items():
-        if key not in before:
-            added[split] += 1
-            continue
-        old_split, old_label = before[key]
-        moved += split != old_split
-        relabelled += label != old_label
-    for key, (split, _) in before.items():
-        if key not in now:
-            removed[split] += 1
-    return Changes(added, removed, moved, relabelled)
+    both = now.keys() & before.keys()
+    added = Counter(now[key][0] for key in now.keys() - both)
+    removed = Counter(before[key][0] for key in before.keys() - both)
+    return Changes(
+        {split: added[split] for split in SPLIT_NAMES},
+        {split: removed[split] for split in SPLIT_NAMES},
+        moved=sum(now[key][0] != before[key][0] for key in both),
+        relabelled=sum(now[key][1] != before[key][1] for key in both),
+    )
 
 
 def _placed(processed: ObjectStore, digest: str) -> dict[bytes, tuple[SplitName, int]]:
+    """Split and label by pixel digest."""
     placed: dict[bytes, tuple[SplitName, int]] = {}
     for split in SPLIT_NAMES:
         rows = open_split(processed, digest, split)
@@ -201,16 +185,12 @@ def _placed(processed: ObjectStore, digest: str) -> dict[bytes, tuple[SplitName,
     return placed
 
 
-def _models_by_dataset(models: ObjectStore) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for info in models.list():
-        digest, _, file = info.key.partition("/")
-        if file == MANIFEST_FILE:
-            found.setdefault(read_manifest(models.at(digest), digest).dataset_digest, []).append(digest)
-    return found
+def _landed_names(raw: ObjectStore, digest: str) -> dict[str, list[str]]:
+    landed = read_provenance(raw, digest).get("landed")
+    return landed if isinstance(landed, dict) else {}
 
 
 def _binary(pixel_digest: str) -> np.ndarray:
     if len(pixel_digest) != 64 or set(pixel_digest) - set("0123456789abcdef"):
-        raise ConfigError(f"{pixel_digest!r} is no pixel digest: expected 64 hexadecimal digits, or an image file.")
+        raise ConfigError(f"{pixel_digest!r} is not a pixel digest: expected 64 hexadecimal digits, or an image file.")
     return np.frombuffer(bytes.fromhex(pixel_digest), np.uint8)

@@ -1,32 +1,39 @@
-"""Processed dataset versions: prepared pixels in shards, split by image digest, under one digest."""
+"""Processed dataset versions: prepared pixels in shards, split by image digest, under one digest.
+
+A version consists of parts: the shards of one raw object, or of a few small ones. What a part holds depends on its
+objects and the split alone, so versions share parts, and a new version builds parts only for what is new in it.
+"""
 
 import logging
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.index import PREPARATION
+from cifar_assets.dataset.index import PREPARATION, pixel_digests
+from cifar_assets.dataset.objects import GROUP_ROWS, RawObject, fetched, grouped, is_stored, read_rows, read_state
 from cifar_assets.dataset.progress import report
-from cifar_assets.dataset.versions.parts import ChannelStatistics, Part, find_or_build_part, group_objects
-from cifar_assets.dataset.versions.raw import read_raw
-from cifar_assets.dataset.versions.shards import Shard
-from cifar_assets.dataset.versions.splits import NEEDED_SPLITS, SPLIT_NAMES, SplitConfig, SplitName
-from resources.digests import canonical_json, sha256_json
-from resources.errors import DataError, ObjectNotFoundError, StoreError
+from cifar_assets.dataset.versions.manifest import Manifest
+from cifar_assets.dataset.versions.raw import RawManifest, read_raw
+from cifar_assets.dataset.versions.shards import Shard, ShardWriter, Tensors, channel_totals, mean_and_std
+from cifar_assets.dataset.versions.splits import NEEDED_SPLITS, SPLIT_NAMES, SplitConfig, SplitName, assign_splits
+from resources.digests import sha256_json
+from resources.errors import DataError, IntegrityError, StoreError
 from resources.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
+PARTS_PREFIX = "parts/"
 
 
-class ProcessedManifest(BaseModel):
-    """What a processed version holds. The sha256 of its canonical JSON is the version's digest."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class ProcessedManifest(Manifest):
+    """What a processed version holds."""
 
     kind: Literal["cifar10-processed/2", "cifar10-processed/1"] = "cifar10-processed/2"
     raw_digest: str
@@ -42,17 +49,13 @@ class ProcessedManifest(BaseModel):
     )
 
     @property
-    def digest(self) -> str:
-        return sha256_json(self.model_dump(mode="json"))
-
-    @property
     def files(self) -> list[Shard]:
         """Every stored file but the manifest."""
         return [shard for shards in self.shards.values() for shard in shards] + list(self.rows.values())
 
     @property
     def size(self) -> int:
-        """Bytes of its shards, those that it shares with other versions included."""
+        """Bytes of its shards, including those that it shares with other versions."""
         return sum(shard.size for shards in self.shards.values() for shard in shards)
 
     def count(self, split: SplitName) -> int:
@@ -61,24 +64,28 @@ class ProcessedManifest(BaseModel):
 
 
 @dataclass(frozen=True)
-class ProcessedReport:
-    """How a version was obtained."""
-
-    reused: bool
-    """Whether it was there already and nothing was built."""
-    size: int
-    """Bytes of its shards, those that it shares with other versions included."""
-    new_size: int = 0
-    """Bytes of the shards that were built for it."""
-
-
-@dataclass(frozen=True)
 class ProcessedVersion:
     """A published processed version."""
 
     digest: str
     manifest: ProcessedManifest
-    report: ProcessedReport
+    reused: bool
+    """Whether it existed already and nothing was built."""
+
+
+class Part(BaseModel):
+    """The shards of a few objects, whose numbers in the shards are those within the part."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    shards: dict[SplitName, tuple[Shard, ...]]
+    labels: dict[SplitName, tuple[int, ...]] = Field(description="Images by label.")
+    channels: tuple[tuple[int, int, int], ...] = Field(description="The channel totals of the train split.")
+
+    @property
+    def all_shards(self) -> list[Shard]:
+        return [shard for shards in self.shards.values() for shard in shards]
 
 
 def build_processed(
@@ -91,61 +98,50 @@ def build_processed(
     be empty, IntegrityError when an object is not what the raw version says.
     """
     config = config or SplitConfig()
-    manifest = read_raw(raw, raw_digest)
-    parts: list[tuple[tuple[int, ...], Part]] = []
-    done = new_size = 0
-    for numbers in group_objects(manifest.objects):
-        part, is_new = find_or_build_part(raw, processed, manifest, numbers, config)
-        parts.append((numbers, part))
-        new_size += part.size if is_new else 0
-        done += sum(manifest.objects[number].used_rows for number in numbers)
-        report("preparing images", done, manifest.rows)
-    result = _assemble(raw_digest, config, parts)
-    _check_counts(result.counts, raw_digest)
-    key = f"{result.digest}/{MANIFEST_FILE}"
-    reused = not new_size and processed.exists(key)
-    processed.write(key, canonical_json(result.model_dump(mode="json")))
-    missing = next((shard for shard in result.files if not processed.exists(shard.file)), None)
+    source = read_raw(raw, raw_digest)
+    totals = np.zeros((3, 3), np.int64)
+    labels = {split: np.zeros(len(CLASSES), np.int64) for split in SPLIT_NAMES}
+    shards: dict[SplitName, list[Shard]] = {split: [] for split in SPLIT_NAMES}
+    num_done, reused = 0, True
+    for numbers in _group_objects(source.objects):
+        part, is_new = _find_or_build_part(raw, processed, source, numbers, config)
+        reused = reused and not is_new
+        totals += np.asarray(part.channels, np.int64)
+        for split in SPLIT_NAMES:
+            labels[split] += np.asarray(part.labels[split])
+            shards[split] += [shard.model_copy(update={"objects": numbers}) for shard in part.shards[split]]
+        num_done += sum(source.objects[number].used_rows for number in numbers)
+        report("preparing images", num_done, source.rows)
+    for split in NEEDED_SPLITS:
+        if not labels[split].any():
+            raise DataError(
+                f"Raw version {raw_digest} has no images for the {split} split: add data, or change the fractions."
+            )
+    mean, std = mean_and_std(totals)
+    manifest = ProcessedManifest(
+        raw_digest=raw_digest,
+        config=config,
+        counts={split: dict(zip(CLASSES, labels[split].tolist(), strict=True)) for split in SPLIT_NAMES},
+        mean=mean,
+        std=std,
+        shards={split: tuple(shards[split]) for split in SPLIT_NAMES},
+    )
+    key = f"{manifest.digest}/{MANIFEST_FILE}"
+    reused = reused and processed.exists(key)
+    manifest.write(processed, key)
+    missing = next((shard for shard in manifest.files if not processed.exists(shard.file)), None)
     if missing:
         raise StoreError(
             f"{processed.uri(missing.file)} was removed while a version with it was built: build it again.",
             transient=True,
         )
-    return ProcessedVersion(result.digest, result, ProcessedReport(reused, result.size, new_size))
-
-
-def _assemble(raw_digest: str, config: SplitConfig, parts: list[tuple[tuple[int, ...], Part]]) -> ProcessedManifest:
-    statistics = ChannelStatistics()
-    labels = {split: np.zeros(len(CLASSES), np.int64) for split in SPLIT_NAMES}
-    shards: dict[SplitName, list[Shard]] = {split: [] for split in SPLIT_NAMES}
-    for numbers, part in parts:
-        statistics.merge(part.channels)
-        for split in SPLIT_NAMES:
-            labels[split] += np.asarray(part.labels[split])
-            shards[split] += [shard.model_copy(update={"objects": numbers}) for shard in part.shards[split]]
-    return ProcessedManifest(
-        raw_digest=raw_digest,
-        config=config,
-        counts={split: dict(zip(CLASSES, labels[split].tolist(), strict=True)) for split in SPLIT_NAMES},
-        mean=statistics.mean(),
-        std=statistics.std(),
-        shards={split: tuple(shards[split]) for split in SPLIT_NAMES},
-    )
+    return ProcessedVersion(manifest.digest, manifest, reused)
 
 
 def read_processed(processed: ObjectStore, digest: str) -> ProcessedManifest:
     """The manifest of a version; ObjectNotFoundError where there is none, IntegrityError when it was changed."""
-    key = f"{digest}/{MANIFEST_FILE}"
-    try:
-        data = processed.read_verified(key, digest)
-    except ObjectNotFoundError as error:
-        raise ObjectNotFoundError(
-            f"There is no processed version {digest} in {processed.uri()}: materialize the processed dataset."
-        ) from error
-    try:
-        return ProcessedManifest.model_validate_json(data)
-    except ValueError as error:
-        raise DataError(f"{processed.uri(key)} is no processed manifest: {error}") from error
+    missing = f"There is no processed version {digest} in {processed.uri()}: materialize the processed dataset."
+    return ProcessedManifest.read(processed, f"{digest}/{MANIFEST_FILE}", digest, missing)
 
 
 def list_processed_versions(processed: ObjectStore) -> list[str]:
@@ -154,9 +150,77 @@ def list_processed_versions(processed: ObjectStore) -> list[str]:
     return [key.split("/")[0] for key in keys if key.count("/") == 1 and key.endswith(f"/{MANIFEST_FILE}")]
 
 
-def _check_counts(counts: dict[SplitName, dict[str, int]], raw_digest: str) -> None:
-    for split in NEEDED_SPLITS:
-        if not sum(counts[split].values()):
-            raise DataError(
-                f"Raw version {raw_digest} has no images for the {split} split: add data, or change the fractions."
-            )
+def _group_objects(objects: Sequence[RawObject]) -> list[tuple[int, ...]]:
+    """Numbers of the objects of each part: large and source objects alone, in order; then small landed ones."""
+    small = [n for n, item in enumerate(objects) if item.role == "landed" and item.used_rows < GROUP_ROWS]
+    alone = [(n,) for n in sorted(set(range(len(objects))) - set(small))]
+    groups = grouped(small, lambda n: objects[n].sha256, lambda n: objects[n].used_rows)
+    return [*alone, *(tuple(group) for group in groups)]
+
+
+def _find_or_build_part(
+    raw: ObjectStore, processed: ObjectStore, manifest: RawManifest, numbers: Sequence[int], config: SplitConfig
+) -> tuple[Part, bool]:
+    """The part of the objects with these numbers, and whether it had to be built. A damaged one is built again."""
+    items = [manifest.objects[number] for number in numbers]
+    identity = {
+        "objects": [[item.sha256, item.format, item.split, item.excluded] for item in items],
+        "config": config.model_dump(mode="json"),
+        "preparation": [PREPARATION, manifest.resize],
+    }
+    key = f"{PARTS_PREFIX}{sha256_json(identity)}.json"
+    part = read_state(processed, key, Part)
+    if part and all(is_stored(processed, shard.file, shard.sha256, shard.size) for shard in part.all_shards):
+        return part, False
+    if part:
+        logger.warning("A shard is missing or was changed; building %s again.", processed.uri(key))
+    part = _build_part(raw, processed, manifest, items, config)
+    processed.write(key, part.model_dump_json().encode())
+    return part, True
+
+
+def _build_part(
+    raw: ObjectStore, processed: ObjectStore, manifest: RawManifest, items: Sequence[RawObject], config: SplitConfig
+) -> Part:
+    totals = np.zeros((3, 3), np.int64)
+    with tempfile.TemporaryDirectory(prefix="cifar-part-") as work:
+        writers: dict[SplitName, ShardWriter] = {
+            split: ShardWriter(processed, Path(work), config.max_shard_rows) for split in SPLIT_NAMES
+        }
+        for number, item in enumerate(items):
+            for rows, source_split in _used_rows(raw, manifest, item, number):
+                positions = assign_splits(rows["digests"], source_split, config)
+                for position, split in enumerate(SPLIT_NAMES):
+                    taken = {name: tensor[positions == position] for name, tensor in rows.items()}
+                    writers[split].add(taken)
+                    if split == "train":
+                        totals += channel_totals(taken["images"])
+        return Part(
+            shards={split: writer.finish() for split, writer in writers.items()},
+            labels={split: tuple(writer.label_counts.tolist()) for split, writer in writers.items()},
+            channels=tuple((count, first, second) for count, first, second in totals.tolist()),
+        )
+
+
+def _used_rows(
+    raw: ObjectStore, manifest: RawManifest, item: RawObject, number: int
+) -> Iterator[tuple[Tensors, np.ndarray]]:
+    """The rows of an object that the version uses, and the split that the source puts each of them in."""
+    used = item.used()
+    name = raw.uri(item.key)
+    with fetched(raw, item.key, item.sha256) as path:
+        for batch in read_rows(path, item.format, item.split, name, resize=manifest.resize):
+            count, first = len(batch), batch.first_row
+            keep = used[first : first + count]
+            if len(keep) != count or any(used[row] for row in batch.refused):
+                raise IntegrityError(
+                    f"{name} gives other rows than raw version {manifest.digest} lists: build it again."
+                )
+            rows: Tensors = {
+                "images": batch.images,
+                "labels": batch.labels,
+                "digests": pixel_digests(batch.images),
+                "objects": np.full(count, number, np.int32),
+                "rows": np.arange(first, first + count, dtype=np.int64),
+            }
+            yield {key: tensor[keep] for key, tensor in rows.items()}, np.full(int(keep.sum()), batch.split)

@@ -7,19 +7,20 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.consistency import Known, check_source
 from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.index import index_of
-from cifar_assets.dataset.landing.record import write_record
-from cifar_assets.dataset.landing.zone import LandingReport, join_landed
+from cifar_assets.dataset.landing.join import LandingReport, join_landed
+from cifar_assets.dataset.landing.zone import write_record
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.sources.download import FULL_DISK
 from cifar_assets.dataset.sources.importing import import_source
+from cifar_assets.dataset.versions.manifest import Manifest
 from cifar_assets.dataset.versions.splits import splits_filled
-from resources.digests import canonical_json, sha256_json
+from resources.digests import canonical_json
 from resources.errors import ConfigError, DataError, ObjectNotFoundError, StoreError
 from resources.object_store import ObjectStore
 from resources.redaction import redacted
@@ -30,19 +31,13 @@ VERSIONS_PREFIX = "versions/"
 CURRENT_KEY = "current.json"
 
 
-class RawManifest(BaseModel):
-    """Every object of a raw version. The sha256 of its canonical JSON is the version's digest."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class RawManifest(Manifest):
+    """Every object of a raw version."""
 
     kind: Literal["cifar10-raw/1"] = "cifar10-raw/1"
     classes: tuple[str, ...] = CLASSES
     resize: bool = Field(description="Whether images of another size were scaled; otherwise they were refused.")
     objects: tuple[RawObject, ...] = Field(description="The source's objects in its order, then landed ones by digest.")
-
-    @property
-    def digest(self) -> str:
-        return sha256_json(self.model_dump(mode="json"))
 
     @property
     def rows(self) -> int:
@@ -56,24 +51,17 @@ class RawManifest(BaseModel):
 
 
 @dataclass(frozen=True)
-class RawReport:
-    """What building a version found."""
+class RawVersion:
+    """A published raw version, and what building it found."""
 
+    digest: str
+    manifest: RawManifest
     source: str
     left_out: dict[str, int] = field(default_factory=dict)
     """Source rows not used, by reason."""
     unread: dict[str, str] = field(default_factory=dict)
     """Folders and files of the source that were not read, and why, by name."""
     landing: LandingReport = field(default_factory=LandingReport)
-
-
-@dataclass(frozen=True)
-class RawVersion:
-    """A published raw version."""
-
-    digest: str
-    manifest: RawManifest
-    report: RawReport
 
 
 @dataclass(frozen=True)
@@ -102,7 +90,7 @@ def build_raw_version(raw: ObjectStore, source: str, *, digest: str | None = Non
     """
     if digest is not None:
         make_current(raw, digest)
-        return RawVersion(digest, read_raw(raw, digest), RawReport(source=f"version {digest}"))
+        return RawVersion(digest, read_raw(raw, digest), f"version {digest}")
     try:
         return _build(raw, source, resize)
     except OSError as error:
@@ -119,49 +107,36 @@ def _build(raw: ObjectStore, source: str, resize: bool) -> RawVersion:
     imported = import_source(source, raw, resize=resize)
     known = Known()
     sources, left_out = check_source([(item, index_of(raw, item, resize)) for item in imported.objects], known)
-    landed, landing_report, names = join_landed(raw, known, resize=resize)
-    if landing_report.hostile:
-        first = landing_report.hostile[0]
+    landed, landing = join_landed(raw, known, resize=resize)
+    if landing.hostile:
+        first = landing.hostile[0]
         raise HostileDataError(
             f"{first.reason} It was moved to {raw.uri(first.moved_to or first.key)}; run again without it."
         )
     manifest = RawManifest(resize=resize, objects=(*sources, *landed))
-    publish(raw, manifest, source, names)
-    write_record(raw, landing_report.read)
-    report = RawReport(redacted(source), left_out, imported.unread, landing_report)
-    return RawVersion(manifest.digest, manifest, report)
-
-
-def publish(raw: ObjectStore, manifest: RawManifest, source: str, landed_names: dict[str, list[str]]) -> None:
-    """Write the manifest, last of all that the version needs, and make the version current if it can be used."""
     digest = manifest.digest
     provenance = {
         "version": 1,
         "source": redacted(source),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "landed": landed_names,
+        "landed": {sha256: sorted(landing.names[sha256]) for sha256 in sorted(landing.names)},
     }
-    raw.create(_provenance_key(digest), json.dumps(provenance, indent=1).encode())  # or stays as first written
-    raw.write(_manifest_key(digest), canonical_json(manifest.model_dump(mode="json")))
+    raw.create(_key(digest, "provenance"), json.dumps(provenance, indent=1).encode())  # or stays as first written
+    manifest.write(raw, _key(digest, "manifest"))
     try:
         make_current(raw, digest)
     except DataError as error:
         logger.warning("The current raw version stays as it is: %s", error)
+    write_record(raw, landing.read)
+    return RawVersion(digest, manifest, redacted(source), left_out, imported.unread, landing)
 
 
 def read_raw(raw: ObjectStore, digest: str) -> RawManifest:
     """The manifest of a version; ObjectNotFoundError where there is none, IntegrityError when it was changed."""
-    _check_digest(digest)
-    try:
-        data = raw.read_verified(_manifest_key(digest), digest)
-    except ObjectNotFoundError as error:
-        raise ObjectNotFoundError(
-            f"There is no raw version {digest} in {raw.uri()}. `python -m cifar_assets.dataset versions` lists them."
-        ) from error
-    try:
-        return RawManifest.model_validate_json(data)
-    except ValueError as error:
-        raise DataError(f"{raw.uri(_manifest_key(digest))} is not a raw manifest: {error}") from error
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise ConfigError(f"{digest!r} is not a version digest: expected 64 lower-case hexadecimal digits.")
+    missing = f"There is no raw version {digest} in {raw.uri()}. `python -m cifar_assets.dataset versions` lists them."
+    return RawManifest.read(raw, _key(digest, "manifest"), digest, missing)
 
 
 def current_raw_digest(raw: ObjectStore) -> str | None:
@@ -182,12 +157,12 @@ def make_current(raw: ObjectStore, digest: str) -> None:
     for item in manifest.objects:
         info = raw.stat(item.key)
         if info is None or info.size != item.size:
-            found = "is missing" if info is None else f"has {info.size:,} bytes in place of {item.size:,}"
+            found = "is missing" if info is None else f"has {info.size:,} bytes instead of {item.size:,}"
             raise DataError(f"Raw version {digest} cannot be used: {raw.uri(item.key)} {found}.")
     finding = splits_filled(raw, manifest.objects, manifest.resize)
     if not finding.passed:
         raise DataError(f"Raw version {digest} cannot be used: {finding.reason}")
-    raw.write(CURRENT_KEY, canonical_json({"version": 1, "digest": digest, "manifest": _manifest_key(digest)}))
+    raw.write(CURRENT_KEY, canonical_json({"version": 1, "digest": digest, "manifest": _key(digest, "manifest")}))
 
 
 def list_raw_digests(raw: ObjectStore) -> list[str]:
@@ -206,36 +181,19 @@ def list_raw_versions(raw: ObjectStore) -> list[VersionInfo]:
             logger.warning("A version is left out: %s", error)
             continue
         landed = sum(item.used_rows for item in manifest.objects if item.role == "landed")
-        versions.append(
-            VersionInfo(
-                digest,
-                manifest.rows,
-                landed,
-                str(provenance.get("source", "unknown")),
-                str(provenance.get("created", "unknown")),
-                digest == current,
-            )
-        )
+        source, created = (str(provenance.get(name, "unknown")) for name in ("source", "created"))
+        versions.append(VersionInfo(digest, manifest.rows, landed, source, created, digest == current))
     return sorted(versions, key=lambda version: version.created)
 
 
 def read_provenance(raw: ObjectStore, digest: str) -> dict[str, object]:
     """Where a version came from (source, created, landed names by sha256), not covered by the digest; {} if unknown."""
     try:
-        found = json.loads(raw.read(_provenance_key(digest)))
+        found = json.loads(raw.read(_key(digest, "provenance")))
     except (ObjectNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) and found.get("version", 1) == 1 else {}
 
 
-def _manifest_key(digest: str) -> str:
-    return f"{VERSIONS_PREFIX}{digest}/manifest.json"
-
-
-def _provenance_key(digest: str) -> str:
-    return f"{VERSIONS_PREFIX}{digest}/provenance.json"
-
-
-def _check_digest(digest: str) -> None:
-    if len(digest) != 64 or any(letter not in "0123456789abcdef" for letter in digest):
-        raise ConfigError(f"{digest!r} is not a version digest: expected 64 lower-case hexadecimal digits.")
+def _key(digest: str, name: str) -> str:
+    return f"{VERSIONS_PREFIX}{digest}/{name}.json"

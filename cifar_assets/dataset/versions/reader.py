@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from cifar_assets.contracts import IMAGE_SHAPE
 from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
-from cifar_assets.dataset.versions.shards import Shard, check_images, map_shard
+from cifar_assets.dataset.versions.shards import Shard, Tensors, map_shard
 from cifar_assets.dataset.versions.splits import SplitName
 from resources.digests import sha256_file
-from resources.errors import IntegrityError, ObjectNotFoundError
+from resources.errors import DataError, IntegrityError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _MOST_OPEN = 64
 """Shards kept mapped at a time: each holds a file open."""
 
-_EMPTY: dict[str, NDArray] = {
+_EMPTY: Tensors = {
     "labels": np.empty(0, np.int64),
     "digests": np.empty((0, 32), np.uint8),
     "objects": np.empty(0, np.int32),
@@ -45,7 +45,7 @@ class SplitReader:
         known = [_EMPTY]
         for path, shard in zip(shards, manifest.shards[split], strict=True):
             tensors = map_shard(path)
-            check_images(tensors, shard.rows, str(path))
+            _check_images(tensors, shard.rows, path)
             if rows is None:
                 positions = np.asarray(shard.objects, np.int32)
                 known.append({**_copied(tensors), "objects": positions[tensors["objects"]]})
@@ -97,7 +97,14 @@ def open_split(processed: ObjectStore, digest: str, split: SplitName, cache: Pat
     return SplitReader(manifest, split, shards, _verified(processed, old.key(digest), old, folder) if old else None)
 
 
-def _copied(tensors: dict[str, NDArray]) -> dict[str, NDArray]:
+def _check_images(tensors: Tensors, rows: int, path: Path) -> None:
+    images, labels = tensors.get("images"), tensors.get("labels")
+    if images is None or labels is None or images.shape != (rows, *IMAGE_SHAPE) or labels.shape != (rows,):
+        found = {key: value.shape for key, value in tensors.items()}
+        raise DataError(f"{path}: expected {rows} images and labels, got {found}.")
+
+
+def _copied(tensors: Tensors) -> Tensors:
     return {name: np.array(tensors[name]) for name in _EMPTY}
 
 
@@ -111,8 +118,7 @@ def _verified(processed: ObjectStore, key: str, shard: Shard, cache: Path) -> Pa
             os.utime(local)  # what is used is not old
         else:
             processed.download_verified(key, shard.sha256, local)
-        return local
-    if not _has_digest(local, shard):
+    elif not _has_digest(local, shard):
         raise IntegrityError(
             f"{processed.uri(key)} does not have sha256 {shard.sha256}: it was changed or cut off. Delete it and "
             "materialize the processed dataset again."

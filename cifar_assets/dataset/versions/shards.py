@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +10,23 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import save_file
 
-from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
+from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.objects import store_object
 from resources.digests import sha256_file
 from resources.errors import DataError
 from resources.object_store import ObjectStore
 
 SHARDS_PREFIX = "shards/"
-TENSORS = ("images", "labels", "digests", "objects", "rows")
 _DTYPES = {"U8": np.dtype("u1"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+_TENSORS = ("images", "labels", "digests", "objects", "rows")
+
+Channels = tuple[float, float, float]
+Tensors = dict[str, NDArray]
+"""Prepared images and where they came from, in arrays of equal length.
+
+`images` (N x 3 x 32 x 32), `labels`, `digests` (N x 32: sha256 of the pixels), `objects` (number of the object in its
+part) and `rows` (row in that object).
+"""
 
 
 class Shard(BaseModel):
@@ -39,83 +47,65 @@ class Shard(BaseModel):
         return self.file if self.file.startswith(SHARDS_PREFIX) else f"{digest}/{self.file}"
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Prepared images and where they came from; equal lengths."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    digests: NDArray[np.uint8]
-    """N x 32: sha256 of the pixels."""
-    objects: NDArray[np.int32]
-    """Number of the object in its part."""
-    rows: NDArray[np.int64]
-    """Row in that object."""
-    source_splits: NDArray[np.str_]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, which: NDArray[np.bool_] | slice) -> "Rows":
-        """The rows flagged, or in the slice."""
-        return Rows(**{item.name: getattr(self, item.name)[which] for item in fields(self)})
-
-    @staticmethod
-    def join(parts: "list[Rows]") -> "Rows":
-        """All rows, in order."""
-        names = [item.name for item in fields(Rows)]
-        return Rows(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
-
-
-@dataclass
 class ShardWriter:
     """Collects rows of one split, and stores a shard under its digest whenever enough are there."""
 
-    store: ObjectStore
-    folder: Path
-    """For the file being written."""
-    max_rows: int
-    label_counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(CLASSES), np.int64))
-    _waiting: list[Rows] = field(default_factory=list)
-    _count: int = 0
-    _shards: list[Shard] = field(default_factory=list)
+    def __init__(self, store: ObjectStore, folder: Path, max_rows: int) -> None:
+        """The folder is for the file being written."""
+        self._store, self._path, self._max_rows = store, folder / "shard", max_rows
+        self._waiting: list[Tensors] = []
+        self._shards: list[Shard] = []
+        self.label_counts = np.zeros(len(CLASSES), np.int64)
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: Tensors) -> None:
         """Append rows to the split."""
-        if not len(rows):
-            return
-        self.label_counts += np.bincount(rows.labels, minlength=len(CLASSES))
+        self.label_counts += np.bincount(rows["labels"], minlength=len(CLASSES))
         self._waiting.append(rows)
-        self._count += len(rows)
-        if self._count >= self.max_rows:
-            self._write(rest=self._count % self.max_rows)
+        if sum(len(each["labels"]) for each in self._waiting) >= self._max_rows:
+            self._write(whole_only=True)
 
     def finish(self) -> tuple[Shard, ...]:
         """Store what is left and give all shards."""
-        if self._count:
-            self._write(rest=0)
+        if self._waiting:
+            self._write(whole_only=False)
         return tuple(self._shards)
 
-    def _write(self, rest: int) -> None:
-        """Store all that waits but for the last `rest` rows."""
-        rows = Rows.join(self._waiting)
-        end = len(rows) - rest
-        path = self.folder / "shard"
-        for start in range(0, end, self.max_rows):
-            part = rows.take(slice(start, min(start + self.max_rows, end)))
-            save_file({name: np.ascontiguousarray(getattr(part, name)) for name in TENSORS}, path)
-            sha256 = sha256_file(path)
-            key = store_object(self.store, path, sha256, ".safetensors", SHARDS_PREFIX)
-            self._shards.append(Shard(file=key, sha256=sha256, size=path.stat().st_size, rows=len(part)))
-            path.unlink()
-        self._waiting, self._count = [rows.take(slice(end, None))] if rest else [], rest
+    def _write(self, whole_only: bool) -> None:
+        tensors = {name: np.concatenate([rows[name] for rows in self._waiting]) for name in _TENSORS}
+        num_rows = len(tensors["labels"])
+        end = num_rows - num_rows % self._max_rows if whole_only else num_rows
+        for start in range(0, end, self._max_rows):
+            part = {name: tensor[start : min(start + self._max_rows, end)] for name, tensor in tensors.items()}
+            save_file({name: np.ascontiguousarray(tensor) for name, tensor in part.items()}, self._path)
+            sha256 = sha256_file(self._path)
+            key = store_object(self._store, self._path, sha256, ".safetensors", SHARDS_PREFIX)
+            size = self._path.stat().st_size
+            self._shards.append(Shard(file=key, sha256=sha256, size=size, rows=len(part["labels"])))
+            self._path.unlink()
+        self._waiting = [{name: tensor[end:] for name, tensor in tensors.items()}] if end < num_rows else []
 
 
-def map_shard(path: Path) -> dict[str, NDArray]:
+def channel_totals(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Per channel of N x 3 x 32 x 32 images: number of pixels, their sum, and the sum of their squares."""
+    values = np.arange(256, dtype=np.int64)
+    counts = [np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(3)]
+    return np.array([[count.sum(), count @ values, count @ values**2] for count in counts])
+
+
+def mean_and_std(totals: Iterable[Iterable[int]]) -> tuple[Channels, Channels]:
+    """Mean and standard deviation per channel, in units of 0 to 1."""
+    # Python integers: exact, and rounded once, so that every machine gets the same.
+    sums = [(max(int(count), 1), int(first), int(second)) for count, first, second in totals]
+    mean = [round(first / count / 255, 9) for count, first, _ in sums]
+    std = [round(((second * count - first * first) / count**2) ** 0.5 / 255, 9) for count, first, second in sums]
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def map_shard(path: Path) -> Tensors:
     """The tensors of a safetensors file, read-only, in one memory map: nothing is read until it is used.
 
     Format: https://huggingface.co/docs/safetensors (8 bytes header length, JSON header, data). Raises DataError when
-    the file is no such file or shorter than its header says.
+    the file is not such a file or is shorter than its header says.
     """
     size = path.stat().st_size
     try:
@@ -125,10 +115,9 @@ def map_shard(path: Path) -> dict[str, NDArray]:
                 raise ValueError(f"header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
         mapped = np.memmap(path, np.uint8, "r", 8 + length) if size > 8 + length else np.empty(0, np.uint8)
+        header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
-            if name == "__metadata__":
-                continue
             start, stop = entry["data_offsets"]
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
@@ -139,11 +128,3 @@ def map_shard(path: Path) -> dict[str, NDArray]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is not a complete safetensors file: {error}.") from error
     return tensors
-
-
-def check_images(tensors: dict[str, NDArray], rows: int, name: str) -> None:
-    """DataError when a shard's tensors are not `rows` images and labels."""
-    images, labels = tensors.get("images"), tensors.get("labels")
-    if images is None or labels is None or images.shape != (rows, *IMAGE_SHAPE) or labels.shape != (rows,):
-        found = {key: value.shape for key, value in tensors.items()}
-        raise DataError(f"{name}: expected {rows} images and labels, got {found}.")

@@ -45,25 +45,21 @@ def assign_splits(
     return np.where(in_test, 2, np.where(in_validation, 1, 0))
 
 
-def splits_filled(
-    raw: ObjectStore, objects: Sequence[RawObject], resize: bool, config: SplitConfig | None = None
-) -> Finding:
+def splits_filled(raw: ObjectStore, objects: Sequence[RawObject], resize: bool) -> Finding:
     """Whether the used rows of the objects give images to train on, images to test with, and images of every class."""
-    counts = np.zeros(len(SPLIT_NAMES), np.int64)
-    per_class = np.zeros(len(CLASSES), np.int64)
+    per_split, per_class = np.zeros(len(SPLIT_NAMES), np.int64), np.zeros(len(CLASSES), np.int64)
     for item in objects:
         index = index_of(raw, item, resize, keep=False)  # the pipelines may only read here
         used = item.used()
-        source_splits = np.asarray(SPLITS)[index.splits[used]]
-        positions = assign_splits(index.digests[used], source_splits, config or SplitConfig())
-        counts += np.bincount(positions, minlength=len(SPLIT_NAMES))
+        positions = assign_splits(index.digests[used], np.asarray(SPLITS)[index.splits[used]], SplitConfig())
+        per_split += np.bincount(positions, minlength=len(SPLIT_NAMES))
         per_class += np.bincount(index.labels[used], minlength=len(CLASSES))
-    by_name = dict(zip(SPLIT_NAMES, counts.tolist(), strict=True))
-    empty = [name for name in NEEDED_SPLITS if not by_name[name]]
-    text = ", ".join(f"{count:,} {name}" for name, count in by_name.items())
+    counts = dict(zip(SPLIT_NAMES, per_split.tolist(), strict=True))
+    empty = [name for name in NEEDED_SPLITS if not counts[name]]
+    lost = [CLASSES[label] for label in np.flatnonzero(per_class == 0)]
+    text = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     if empty:
         text += f": no images for the {' and '.join(empty)} split. Add data to the source, or change the fractions"
-    lost = [name for name, count in zip(CLASSES, per_class.tolist(), strict=True) if not count]
     if lost:
         text += f"; no images of {', '.join(lost)}: see what was not read of the source in the asset's metadata"
-    return Finding(not empty and not lost, f"{text}.", {f"num_{name}": count for name, count in by_name.items()})
+    return Finding(not empty and not lost, f"{text}.", {f"num_{name}": count for name, count in counts.items()})

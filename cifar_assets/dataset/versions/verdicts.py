@@ -1,6 +1,5 @@
 """What blocks a raw or a processed version: one function for each blocking check."""
 
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -41,20 +40,17 @@ def judge_processed(raw: ObjectStore, processed: ObjectStore, digest: str) -> Ju
 
 def objects_intact(raw: ObjectStore, manifest: RawManifest) -> Finding:
     """Every object has the bytes its manifest names. Reads all of them."""
-    broken = list(_broken_objects(raw, manifest))
-    if not broken:
-        return Finding(True, f"All {len(manifest.objects)} objects have the digests of the manifest.")
-    more = f"; {len(broken) - _MAX_NAMED} more" if len(broken) > _MAX_NAMED else ""
-    return Finding(False, "; ".join(broken[:_MAX_NAMED]) + more, {"num_broken": len(broken)})
-
-
-def _broken_objects(raw: ObjectStore, manifest: RawManifest) -> Iterator[str]:
+    broken = []
     for item in manifest.objects:
         try:
             with fetched(raw, item.key, item.sha256):
                 pass
         except (IntegrityError, ObjectNotFoundError) as error:
-            yield str(error)
+            broken.append(str(error))
+    if not broken:
+        return Finding(True, f"All {len(manifest.objects)} objects have the digests of the manifest.")
+    more = f"; {len(broken) - _MAX_NAMED} more" if len(broken) > _MAX_NAMED else ""
+    return Finding(False, "; ".join(broken[:_MAX_NAMED]) + more, {"num_broken": len(broken)})
 
 
 def nothing_lost(manifest: ProcessedManifest, raw: RawManifest) -> Finding:

@@ -267,7 +267,7 @@ def test_secrets_in_an_address_are_not_shown(make, raw: FolderStore, server: Ser
     address = f"{server.url}?signature=hush"
     version = build_raw_version(raw, address)
     stored = b"".join(raw.read(info.key) for info in raw.list("versions/"))
-    assert "hush" not in version.report.source
+    assert "hush" not in version.source
     assert b"hush" not in stored
     server.status, server.body = 403, b"denied"
     with pytest.raises(DataError, match="403") as caught:

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cifar_assets.dataset.landing.completeness import SETTLED_SECONDS, Budget
-from cifar_assets.dataset.landing.zone import scan_landing
+from cifar_assets.dataset.landing.zone import SETTLED_SECONDS, Budget, scan_landing
 from resources.object_store import FolderStore
 
 
@@ -90,7 +89,7 @@ def test_a_picture_too_large_to_be_used_is_left_to_validation_unread(raw: Folder
 
 def test_a_file_that_may_not_be_read_waits_and_says_so(raw: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     put(raw, "cat/one.png", picture("PNG"), age_seconds=SETTLED_SECONDS + 5)
-    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.os.access", lambda path, mode: False)
+    monkeypatch.setattr("cifar_assets.dataset.landing.zone.os.access", lambda path, mode: False)
     scan = scan_landing(raw)
     assert scan.ready == ()
     assert "permission" in scan.skipped["landing/cat/one.png"]

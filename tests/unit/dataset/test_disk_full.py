@@ -85,7 +85,7 @@ def test_full_disk_of_temporary_files_publishes_nothing(
 def test_full_disk_of_the_store_loses_nothing_that_landed(
     left: int, disk: Path, make, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
     raw = FolderStore(disk / "store")
     landed = {"landing/cat/bad.png": b"bad", "landing/a.parquet": make.parquet(make.images(40, 5), make.labels(40))}
     for key, data in landed.items():

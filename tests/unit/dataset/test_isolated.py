@@ -34,7 +34,7 @@ def fault(code: str, condition: str = "'bad' in seen[-1]") -> str:
 
 @pytest.fixture(autouse=True)
 def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
 
 
 def reason_of(raw: FolderStore, key: str) -> str:
@@ -59,7 +59,7 @@ def test_landed_file_that_kills_its_reader_is_rejected(
     child(fault(code))
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 82
-    (rejected,) = version.report.landing.rejected
+    (rejected,) = version.landing.rejected
     assert rejected.moved_to == "rejected/bad.parquet"
     assert cause in reason_of(raw, "rejected/bad.parquet")
 
@@ -97,7 +97,7 @@ def test_reader_that_fails_in_an_unforeseen_way_stops_no_build(make, raw: Folder
     child(fault("1 / 0"))
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 80
-    assert "ZeroDivisionError" in version.report.landing.skipped["landing/bad.parquet"]
+    assert "ZeroDivisionError" in version.landing.skipped["landing/bad.parquet"]
     child("")
     assert build_raw_version(raw, source).manifest.rows == 82
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.images import pixel_digest
-from cifar_assets.dataset.landing import landed, rejection
+from cifar_assets.dataset.landing import join, rejection
 from cifar_assets.dataset.landing.zone import classify_landing_object, scan_landing
 from cifar_assets.dataset.versions.processed import build_processed
 from cifar_assets.dataset.versions.raw import RawVersion, build_raw_version, make_current, read_raw
@@ -26,7 +26,7 @@ from resources.object_store import FolderStore
 @pytest.fixture(autouse=True)
 def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What these tests land was put there a while ago: nobody is still writing it."""
-    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
 
 
 def reason_of(raw: FolderStore, key: str) -> dict:
@@ -51,8 +51,8 @@ def test_good_rows_join_and_bad_rows_are_rejected_with_reasons(make, raw: Folder
     raw.write("landing/week 1.parquet", data)
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 80 + 500
-    assert version.report.landing.accepted == {"landing/week 1.parquet": 500}
-    assert version.report.landing.rejected_rows == 20
+    assert version.landing.accepted == {"landing/week 1.parquet": 500}
+    assert version.landing.rejected_rows == 20
     # The object stays: it is part of the next version as well.
     assert landing_keys(raw) == ["landing/week 1.parquet"]
     table = pq.read_table(io.BytesIO(raw.read("rejected/week 1.parquet"))).to_pylist()
@@ -75,7 +75,7 @@ def test_names_copies_and_removal_give_the_digest_one_expects(name: str, make, r
     raw.write("landing/copy.parquet", data)
     twice = build_raw_version(raw, source)
     assert twice.digest == landed_once
-    assert sum(twice.report.landing.duplicates.values()) == 10
+    assert sum(twice.landing.duplicates.values()) == 10
     raw.delete(f"landing/{name}")
     assert build_raw_version(raw, source).digest == landed_once
     raw.delete("landing/copy.parquet")
@@ -102,8 +102,8 @@ def test_single_images_join_under_their_class_folder(
     raw.write("landing/2024/Dog/b.png", make.png(images[1]))
     raw.write("landing/cat/again.png", make.png(images[0]))
     version = build_raw_version(raw, source)
-    assert version.report.landing.accepted == {"landing/2024/Dog/b.png": 1, "landing/cat/a.png": 1}
-    assert version.report.landing.duplicates == {"landing/cat/again.png": 1}
+    assert version.landing.accepted == {"landing/2024/Dog/b.png": 1, "landing/cat/a.png": 1}
+    assert version.landing.duplicates == {"landing/cat/again.png": 1}
     assert [(item.format, item.rows) for item in version.manifest.objects if item.role == "landed"] == [("images", 2)]
     built = build_processed(raw, processed, version.digest)
     readers = [open_split(processed, built.digest, split) for split in ("train", "validation")]
@@ -120,7 +120,7 @@ def test_a_bad_single_image_moves_to_rejected(make, raw: FolderStore, source: st
     assert landing_keys(raw) == []
     assert raw.read("rejected/cat/cut.png") == cut
     assert reason_of(raw, "rejected/cat/cut.png")["object"] == "landing/cat/cut.png"
-    assert version.report.landing.rejected[0].moved_to == "rejected/cat/cut.png"
+    assert version.landing.rejected[0].moved_to == "rejected/cat/cut.png"
 
 
 def test_other_content_under_a_rejected_name_loses_nothing(raw: FolderStore, source: str) -> None:
@@ -171,7 +171,7 @@ def test_the_split_of_a_picture_is_that_of_its_own_folder(make, raw: FolderStore
     raw.write("landing/cat/b.png", data)
     raw.write("landing/test/cat/a.png", data)
     raw.write("landing/test/cat/c.png", data)
-    report = build_raw_version(raw, source).report.landing
+    report = build_raw_version(raw, source).landing
     assert {rejection.key for rejection in report.rejected} == {"landing/test/cat/a.png", "landing/test/cat/c.png"}
     assert report.accepted == {"landing/cat/b.png": 1}
 
@@ -210,15 +210,15 @@ def test_duplicates_of_the_source_are_not_trained_twice(make, raw: FolderStore, 
     before = build_raw_version(raw, source).digest
     version = build_with(make, raw, source, make.images(5), list(range(5)))
     assert version.digest == before
-    assert version.report.landing.duplicates == {"landing/x.parquet": 5}
-    assert version.report.landing.rejected == ()
+    assert version.landing.duplicates == {"landing/x.parquet": 5}
+    assert version.landing.rejected == []
 
 
 def test_a_conflict_with_the_source_is_rejected(make, raw: FolderStore, source: str) -> None:
     images = np.stack([make.images(1)[0], make.images(1, 5)[0]])
     version = build_with(make, raw, source, images, [3, 4])
     assert version.manifest.rows == 81
-    (rejection,) = version.report.landing.rejected
+    (rejection,) = version.landing.rejected
     assert "labeled cat, but the source has the same pixels as airplane" in rejection.rows[0]
 
 
@@ -226,7 +226,7 @@ def test_a_test_image_never_gets_into_training(make, raw: FolderStore, source: s
     images = np.stack([make.images(1, 1)[0], make.images(1, 5)[0]])
     version = build_with(make, raw, source, images, [0, 4])
     assert version.manifest.rows == 81
-    assert "is a test image" in version.report.landing.rejected[0].rows[0]
+    assert "is a test image" in version.landing.rejected[0].rows[0]
 
 
 def test_a_conflict_between_landed_images_rejects_all_of_them(make, raw: FolderStore, source: str) -> None:
@@ -235,7 +235,7 @@ def test_a_conflict_between_landed_images_rejects_all_of_them(make, raw: FolderS
     raw.write("landing/b.parquet", make.parquet(images[1:], [3, 4]))
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 82
-    assert sorted(rejection.key for rejection in version.report.landing.rejected) == [
+    assert sorted(rejection.key for rejection in version.landing.rejected) == [
         "landing/a.parquet",
         "landing/b.parquet",
     ]
@@ -254,7 +254,7 @@ def test_landed_picture_of_a_refused_format_is_rejected_by_name(kind, make, raw:
     buffer = io.BytesIO()
     Image.fromarray(make.images(1, 5)[0].transpose(1, 2, 0).copy()).save(buffer, kind)
     raw.write(f"landing/frog/a.{kind.lower()}", buffer.getvalue())
-    (rejection,) = build_raw_version(raw, source).report.landing.rejected
+    (rejection,) = build_raw_version(raw, source).landing.rejected
     assert rejection.moved_to == f"rejected/frog/a.{kind.lower()}"
     assert rejection.reason.lower().startswith(f"expected a png or jpeg image, got a {kind.lower()} image")
 
@@ -265,7 +265,7 @@ def test_landed_picture_of_a_refused_format_is_rejected_by_name(kind, make, raw:
 def test_landed_names_stay_as_they_are(name: str, make, raw: FolderStore, source: str) -> None:
     raw.write(f"landing/{name}/cat/good.png", make.png(make.images(1, 5)[0]))
     raw.write(f"landing/cat/{name}.png", b"bad")
-    report = build_raw_version(raw, source).report.landing
+    report = build_raw_version(raw, source).landing
     assert report.accepted == {f"landing/{name}/cat/good.png": 1}
     assert raw.read(f"rejected/cat/{name}.png") == b"bad"
 
@@ -275,17 +275,17 @@ def test_landed_object_larger_than_the_disk_stops_no_build(
 ) -> None:
     raw.write("landing/a.parquet", make.parquet(make.images(2, 5), [0, 1]))
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr("cifar_assets.dataset.landing.landed.shutil.disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr("cifar_assets.dataset.landing.join.shutil.disk_usage", lambda path: usage._replace(free=100))
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 80
-    assert "room for 100: set TMPDIR" in version.report.landing.skipped["landing/a.parquet"]
-    assert version.report.landing.unread == 1
+    assert "room for 100: set TMPDIR" in version.landing.skipped["landing/a.parquet"]
+    assert version.landing.unread == 1
 
 
 @pytest.mark.parametrize("name", ["x" * 240, "\u00e9" * 110, "x" * 249])
 def test_long_name_is_rejected_under_a_shorter_one(name: str, raw: FolderStore, source: str) -> None:
     raw.write(f"landing/cat/{name}.png", b"bad")
-    (rejection,) = build_raw_version(raw, source).report.landing.rejected
+    (rejection,) = build_raw_version(raw, source).landing.rejected
     assert rejection.moved_to is not None
     assert raw.read(rejection.moved_to) == b"bad"
     assert reason_of(raw, rejection.moved_to)["object"] == f"landing/cat/{name}.png"
@@ -297,14 +297,14 @@ def test_test_data_does_not_land(make, raw: FolderStore, source: str) -> None:
     raw.write("landing/test-00000.parquet", make.parquet(make.images(2, 6), [0, 1]))
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 80
-    assert all("test split" in rejection.reason for rejection in version.report.landing.rejected)
+    assert all("test split" in rejection.reason for rejection in version.landing.rejected)
 
 
 def test_a_landed_archive_adds_its_training_rows_only(make, raw: FolderStore, source: str) -> None:
     raw.write("landing/more.tar.gz", make.archive(8))
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 80 + 100
-    assert version.report.landing.rejected_rows == 20
+    assert version.landing.rejected_rows == 20
     raw.write("landing/more.tgz", make.archive(8))
     raw.delete("landing/more.tar.gz")
     assert build_raw_version(raw, source).digest == version.digest
@@ -330,8 +330,8 @@ def test_unchanged_objects_are_not_read_again(make, raw: FolderStore, source: st
     def fail(*arguments: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(landed, "_judge_table", fail)
-    monkeypatch.setattr(landed, "_judge_image", fail)
+    monkeypatch.setattr(join, "_judge_table", fail)
+    monkeypatch.setattr(join, "_judge_image", fail)
     assert build_raw_version(raw, source).digest == first.digest
 
 
@@ -345,16 +345,16 @@ def test_an_object_replaced_under_its_name_is_read_again(make, raw: FolderStore,
 
 def test_an_object_that_changes_while_it_is_read_waits(make, raw: FolderStore, source: str, monkeypatch) -> None:
     raw.write("landing/a.parquet", b"half of it")
-    judge = landed._judge_table
+    judge = join._judge_table
 
     def judge_and_grow(store: FolderStore, info, resize: bool):
         found = judge(store, info, resize)
         raw.write("landing/a.parquet", make.parquet(make.images(10, 5), make.labels(10)))
         return found
 
-    monkeypatch.setattr(landed, "_judge_table", judge_and_grow)
+    monkeypatch.setattr(join, "_judge_table", judge_and_grow)
     version = build_raw_version(raw, source)
-    assert "changed while it was being read" in version.report.landing.skipped["landing/a.parquet"]
+    assert "changed while it was being read" in version.landing.skipped["landing/a.parquet"]
     monkeypatch.undo()
     assert build_raw_version(raw, source).manifest.rows == 90
 
@@ -415,7 +415,7 @@ def test_things_that_are_no_data_are_left_alone(make, raw: FolderStore, source: 
     assert sorted(scan.skipped) == listed
     version = build_raw_version(raw, source)
     assert version.digest == before
-    assert version.report.landing.skipped == scan.skipped
+    assert version.landing.skipped == scan.skipped
     assert landing_keys(raw) == listed
     raw.write("landing/complete.tar.gz", make.archive(8))
     assert [info.key for info in scan_landing(raw).ready] == ["landing/complete.tar.gz"]
@@ -444,7 +444,7 @@ def test_an_object_that_another_build_moved_is_no_fault(raw: FolderStore, source
         move(store, *arguments, **options)
         return move(store, *arguments, **options)
 
-    monkeypatch.setattr("cifar_assets.dataset.landing.zone.reject_object", move_twice)
+    monkeypatch.setattr("cifar_assets.dataset.landing.join.reject_object", move_twice)
     version = build_raw_version(raw, source)
-    assert version.report.landing.rejected[0].moved_to == "rejected/cat/x.png"
+    assert version.landing.rejected[0].moved_to == "rejected/cat/x.png"
     assert raw.read("rejected/cat/x.png") == b"bad"

@@ -6,7 +6,14 @@ from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.__main__ import main
 from cifar_assets.dataset.formats.images import pixel_digest
 from cifar_assets.dataset.stores import Stores
-from cifar_assets.dataset.versions.lineage import changes_since, find_image, find_object, images_of, model_lineage
+from cifar_assets.dataset.versions.lineage import (
+    changes_since,
+    find_image,
+    find_object,
+    images_of,
+    model_lineage,
+    models_by_dataset,
+)
 from cifar_assets.dataset.versions.processed import ProcessedVersion, build_processed
 from cifar_assets.dataset.versions.raw import RawVersion, build_raw_version, current_raw_digest
 from cifar_assets.dataset.versions.seed_copies import write_seed_processed, write_seed_raw
@@ -52,25 +59,27 @@ def world(make, raw: FolderStore, processed: FolderStore, source: str) -> World:
 
 
 def test_from_a_model_to_objects_and_images(world: World) -> None:
-    lineage = model_lineage(world.stores, world.second_model)
+    manifest, lineage = model_lineage(world.stores, world.second_model)
+    assert manifest.digest == world.second_model
     raw, built = world.second
-    assert (lineage.dataset.processed_digest, lineage.dataset.raw_digest) == (built.digest, raw.digest)
-    assert [used.item for used in lineage.dataset.objects] == list(raw.manifest.objects)
-    landed = {name for used in lineage.dataset.objects for name in used.landed_as}
+    assert (lineage.processed_digest, lineage.raw_digest) == (built.digest, raw.digest)
+    assert [used.item for used in lineage.objects] == list(raw.manifest.objects)
+    landed = {name for used in lineage.objects for name in used.landed_as}
     assert landed == {"landing/more.parquet"}
-    assert sum(sum(used.images.values()) for used in lineage.dataset.objects) == 91
+    assert sum(sum(used.images.values()) for used in lineage.objects) == 91
     images = [image for split in SPLIT_NAMES for image in images_of(world.stores, built.digest, split)]
     assert len({image.pixel_digest for image in images}) == 91
     assert {image.object_key for image in images} == {item.key for item in raw.manifest.objects}
 
 
 def test_from_an_image_and_an_object_to_models(make, world: World) -> None:
+    models = models_by_dataset(world.models)
     (use,) = find_image(world.stores, pixel_digest(world.landed_image))
     assert use.processed_digest == world.second[1].digest
-    assert use.models == (world.second_model,)
-    assert use.origin.label == "cat"
+    assert models[use.processed_digest] == [world.second_model]
+    assert use.label == "cat"
     both = find_image(world.stores, pixel_digest(make.images(1)[0]))
-    assert {use.models[0] for use in both} == {world.first_model, world.second_model}
+    assert {models[use.processed_digest][0] for use in both} == {world.first_model, world.second_model}
     assert find_image(world.stores, "0" * 64) == []
     source_object = find_object(world.stores, world.first[0].manifest.objects[0].sha256)
     assert set(source_object.models) == {world.first_model, world.second_model}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save
 
-from cifar_assets.dataset.versions import parts
-from cifar_assets.dataset.versions.grouping import GROUP_ROWS, grouped
+from cifar_assets.dataset.objects import GROUP_ROWS, grouped
+from cifar_assets.dataset.versions import processed as processed_module
 from cifar_assets.dataset.versions.processed import MANIFEST_FILE, build_processed, read_processed
 from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.dataset.versions.reader import open_split
@@ -64,9 +64,11 @@ def test_an_arrival_leaves_the_other_shards_and_objects_alone(
     raw.write("landing/dog/new.png", png(1000))
     second = build_raw_version(raw, source)
     read: list[str] = []
-    read_rows = parts.read_rows
+    read_rows = processed_module.read_rows
     monkeypatch.setattr(
-        parts, "read_rows", lambda path, *rest, **more: [read.append(path.name), read_rows(path, *rest, **more)][1]
+        processed_module,
+        "read_rows",
+        lambda path, *rest, **more: [read.append(path.name), read_rows(path, *rest, **more)][1],
     )
     after = build_processed(raw, processed, second.digest).manifest
     new = {item.key for item in second.manifest.objects} - {item.key for item in first.manifest.objects}

@@ -28,7 +28,7 @@ def by_split(raw: FolderStore, objects: Iterable[RawObject]) -> dict[str, dict[b
     found: dict[str, dict[bytes, int]] = {}
     for item in objects:
         index = index_of(raw, item, resize=False)
-        for digest, label, split in zip(index.keys(), index.labels.tolist(), index.splits, strict=True):
+        for (digest, label, _), split in zip(index.images(), index.splits, strict=True):
             found.setdefault(SPLITS[split], {})[digest] = label
     return found
 
@@ -189,7 +189,7 @@ def test_a_digest_is_not_taken_for_that_of_many_files(raw: FolderStore, source: 
 def test_bad_rows_known_from_the_landing_zone_are_refused_in_a_source_too(
     make, raw: FolderStore, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cifar_assets.dataset.landing.completeness.SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
     data = make.encoded_parquet([make.png(make.images(1, 9)[0]), b"no image"], [0, 1])
     raw.write("landing/train.parquet", data)
     build_raw_version(raw, source)
@@ -241,7 +241,7 @@ def test_a_repeated_image_in_a_source_is_used_once(make, raw: FolderStore, tmp_p
     train = next(item for item in version.manifest.objects if item.split == "train")
     assert train.excluded == ((30, 34),)
     assert version.manifest.rows == 40
-    assert sorted(version.report.left_out.values()) == [1, 1, 2]
+    assert sorted(version.left_out.values()) == [1, 1, 2]
 
 
 def write_classes(make, folder: Path, names: Iterable[str] = CLASSES) -> Path:
@@ -259,7 +259,7 @@ def test_class_folder_that_is_a_link_is_read(make, raw: FolderStore, tmp_path: P
     (folder / "truck").symlink_to(tmp_path / "elsewhere" / "truck")
     version = build_raw_version(raw, str(folder))
     assert version.manifest.rows == 20
-    assert version.report.unread == {}
+    assert version.unread == {}
 
 
 def test_everything_that_is_not_read_is_named(make, raw: FolderStore, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_everything_that_is_not_read_is_named(make, raw: FolderStore, tmp_path: 
     os.mkfifo(folder / "pipe")
     os.mkdir(os.fsencode(folder) + b"/\xff")
     only = "only images in class folders are read"
-    assert build_raw_version(raw, str(folder)).report.unread == {
+    assert build_raw_version(raw, str(folder)).unread == {
         "cat/up": "a link to a folder above it",
         "cat/gone.png": "a link that leads nowhere",
         "cat/notes.txt": only,
@@ -288,7 +288,7 @@ def test_members_of_an_archive_that_are_not_read_are_named(make, raw: FolderStor
     path = tmp_path / "a.tar.gz"
     path.write_bytes(make.tar({**make.python_members(), "cifar-10-batches-py/readme.html": b"x"}))
     for _ in range(2):  # the second time from the index
-        unread = build_raw_version(raw, str(path)).report.unread
+        unread = build_raw_version(raw, str(path)).unread
         assert unread == {f"{path}, member cifar-10-batches-py/readme.html": "not a batch"}
 
 
@@ -336,7 +336,7 @@ def test_parquet_file_is_test_data_only_by_the_documented_names(name: str, expec
 def test_rows_below_a_folder_with_test_in_its_name_are_training_data(make, raw: FolderStore, source: str) -> None:
     raw.write("landing/field_test_may/batch1.parquet", make.parquet(make.images(3, 7), [0, 1, 2]))
     version = build_raw_version(raw, source)
-    assert version.report.landing.accepted == {"landing/field_test_may/batch1.parquet": 3}
+    assert version.landing.accepted == {"landing/field_test_may/batch1.parquet": 3}
 
 
 @pytest.mark.parametrize("name", ["cifar10-test.parquet", "test_images/a.parquet", "testing-0.parquet"])

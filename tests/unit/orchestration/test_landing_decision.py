@@ -7,8 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from cifar_assets.dataset.landing.record import fingerprint
-from cifar_assets.dataset.landing.zone import LandingScan
+from cifar_assets.dataset.landing.zone import LandingScan, fingerprint
 from cifar_assets.landing_decision import MAX_ATTEMPTS, Decision, LandingCursor, LastRun, Outcome, decide
 from resources.object_store import ObjectInfo
 

@@ -12,8 +12,7 @@ from dagster._core.execution.asset_backfill import AssetBackfillData
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
-from cifar_assets.dataset.landing.record import RECORD_KEY, read_record, write_record
-from cifar_assets.dataset.landing.zone import scan_landing
+from cifar_assets.dataset.landing.zone import RECORD_KEY, read_record, scan_landing, write_record
 from cifar_assets.definitions import defs
 from cifar_assets.landing_decision import LandingCursor, Outcome
 from cifar_assets.sensors import landing_sensor, last_run, training_in_flight

@@ -14,7 +14,7 @@ from PIL import Image
 from cifar_assets.dataset.stores import Stores, stores_below
 from cifar_assets.dataset.versions.processed import build_processed
 from cifar_assets.dataset.versions.raw import build_raw_version
-from cifar_assets.prune.policy import Policy
+from cifar_assets.prune.rules import Policy
 from cifar_assets.prune.run import Pruner, Report
 from resources.inference_service import InferenceServiceResource, ServiceStatus
 from resources.inference_service.local import LocalInferenceService

@@ -16,9 +16,8 @@ from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import read_manifest
 from cifar_assets.prune import run as prune_run
 from cifar_assets.prune.__main__ import main
-from cifar_assets.prune.job import prune_job
-from cifar_assets.prune.policy import Policy
-from cifar_assets.prune.run import PruneError
+from cifar_assets.prune.rules import Policy
+from cifar_assets.prune.run import PruneError, prune_job
 from resources.digests import canonical_json
 from resources.mlflow.resource import LocalMlflow
 from resources.object_store import FolderStore

@@ -8,9 +8,8 @@ import numpy as np
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.index import pixel_digests
 from cifar_assets.dataset.sources.synthetic import draw_split
-from cifar_assets.dataset.versions.parts import ChannelStatistics
 from cifar_assets.dataset.versions.processed import MANIFEST_FILE, ProcessedManifest
-from cifar_assets.dataset.versions.shards import Rows, Shard, ShardWriter
+from cifar_assets.dataset.versions.shards import Shard, ShardWriter, Tensors, channel_totals, mean_and_std
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES, SplitConfig, SplitName
 from resources.digests import canonical_json
 from resources.object_store import FolderStore
@@ -25,18 +24,18 @@ def store_dataset(bucket: Path, train: int = 96, validation: int = 40, test: int
         writers: dict[SplitName, ShardWriter] = {
             split: ShardWriter(store, Path(name), shard_rows) for split in SPLIT_NAMES
         }
-        statistics = ChannelStatistics()
+        totals = []
         for number, (split, count) in enumerate(zip(SPLIT_NAMES, (train, validation, test), strict=True)):
             rows = _drawn_rows(number, count)
             writers[split].add(rows)
-            if split == "train":
-                statistics.add(rows.images)
+            totals.append(channel_totals(rows["images"]))
+        mean, std = mean_and_std(totals[0])
         manifest = ProcessedManifest(
             raw_digest=RAW_DIGEST,
             config=SplitConfig(max_shard_rows=shard_rows),
             counts={split: _counts(writer) for split, writer in writers.items()},
-            mean=statistics.mean(),
-            std=statistics.std(),
+            mean=mean,
+            std=std,
             shards={split: _with_object(writer.finish()) for split, writer in writers.items()},
         )
         store.write(f"{manifest.digest}/{MANIFEST_FILE}", canonical_json(manifest.model_dump(mode="json")))
@@ -47,16 +46,15 @@ def _with_object(shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
     return tuple(shard.model_copy(update={"objects": (0,)}) for shard in shards)
 
 
-def _drawn_rows(seed: int, count: int) -> Rows:
+def _drawn_rows(seed: int, count: int) -> Tensors:
     images, labels = draw_split(seed, "train", count)
-    return Rows(
-        images=images,
-        labels=labels,
-        digests=pixel_digests(images),
-        objects=np.zeros(count, np.int32),
-        rows=np.arange(count, dtype=np.int64),
-        source_splits=np.full(count, "any"),
-    )
+    return {
+        "images": images,
+        "labels": labels,
+        "digests": pixel_digests(images),
+        "objects": np.zeros(count, np.int32),
+        "rows": np.arange(count, dtype=np.int64),
+    }
 
 
 def _counts(writer: ShardWriter) -> dict[str, int]:

@@ -1,0 +1,37 @@
+"""A content-addressed version: a manifest named by the sha256 of its canonical JSON."""
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+from resources.digests import canonical_json, sha256_json
+from resources.errors import DataError, ObjectNotFoundError
+from resources.object_store import ObjectStore
+
+
+class Manifest(BaseModel):
+    """What a version is made of. The sha256 of its canonical JSON is the version's digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def digest(self) -> str:
+        return sha256_json(self.model_dump(mode="json"))
+
+    def write(self, store: ObjectStore, key: str) -> None:
+        """Publish the version: without its manifest it does not exist."""
+        store.write(key, canonical_json(self.model_dump(mode="json")))
+
+    @classmethod
+    def read(cls, store: ObjectStore, key: str, digest: str, missing: str) -> Self:
+        """The manifest with this digest.
+
+        ObjectNotFoundError with the text `missing` where there is none, IntegrityError where it was changed, DataError
+        for a kind that is not known here.
+        """
+        try:
+            return cls.model_validate_json(store.read_verified(key, digest))
+        except ObjectNotFoundError as error:
+            raise ObjectNotFoundError(missing) from error
+        except ValueError as error:
+            raise DataError(f"{store.uri(key)} is not a {cls.__name__}: {error}") from error
