@@ -1,11 +1,11 @@
 """When landed objects start a run: the landing sensor's decision, without Dagster."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cifar_assets.contracts import LANDING_PREFIX
 from cifar_assets.dataset.landing.zone import LandingScan, fingerprint
@@ -20,6 +20,16 @@ _BY_HAND = "To try again, start the job retrain by hand or reset the cursor of t
 Outcome = Literal["succeeded", "crashed", "refused", "canceled", "unfinished"]
 """`refused` is a run that a blocking check ended: the same objects would give the same verdict."""
 
+_STATES: dict[Outcome | None, str] = {
+    None: "No new data: a build has read {objects}.",
+    "succeeded": "No new data: run {run} has used {objects}.",
+    "unfinished": "No new data: run {run} works on {objects}.",
+    "canceled": f"Run {{run}} for {{objects}} was canceled. {_BY_HAND}",
+    "refused": "Run {run} for {objects} was ended by a blocking check, and would be again. Land other data, or change "
+    "what the check asks for and start the job retrain by hand.",
+}
+"""What became of objects none of which is new."""
+
 
 class LandingCursor(BaseModel):
     """What the sensor remembers: fingerprints of the objects that the last requested run was asked for, and its key.
@@ -29,17 +39,11 @@ class LandingCursor(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    version: Literal[2] = 2
+    version: Literal[2] = 2  # the first form had none, and the same fields
     covered: list[str] = []
     sequence: int = 0
     attempt: int = 0
     run_key: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _migrate(cls, data: Any) -> Any:
-        """The first form had the same fields and no version."""
-        return {"version": 2} | data if isinstance(data, dict) else data
 
     @classmethod
     def load(cls, text: str | None) -> tuple["LandingCursor", str]:
@@ -97,11 +101,17 @@ def decide(
     if not ready:
         return Decision(cursor, None, f"No data under {LANDING_PREFIX}.{notes}")
     if not new and not missed:
-        return Decision(cursor, None, _state(len(ready), last) + notes)
+        state = _STATES[last.outcome if last else None]
+        objects = f"the {_objects(len(ready))} under {LANDING_PREFIX}"
+        return Decision(cursor, None, state.format(objects=objects, run=last and last.run_id) + notes)
     what = _objects(len(new), "new ")
     if not new:
-        names = _shown(sorted(ready[each] for each in missed))
-        what = f"{_objects(len(missed))} ({names}), as {_why_missed(last)}"
+        keys = sorted(ready[each] for each in missed)
+        more = f" and {len(keys) - _NAMES_SHOWN} more" if len(keys) > _NAMES_SHOWN else ""
+        why = "their run is no longer in Dagster"
+        if last:
+            why = f"run {last.run_id} {'failed' if last.outcome == 'crashed' else 'did not read them'}"
+        what = f"{_objects(len(keys))} ({', '.join(keys[:_NAMES_SHOWN])}{more}), as {why}"
         if cursor.attempt >= MAX_ATTEMPTS:
             gave_up = f"Given up after {cursor.attempt} runs: {what}. Its log says why. {_BY_HAND}"
             return Decision(cursor, None, gave_up + notes)
@@ -124,33 +134,5 @@ def _missed(ready: Collection[str], last: LastRun | None, read: Collection[str] 
     return set(ready) - set(read)
 
 
-def _state(num_ready: int, last: LastRun | None) -> str:
-    """What became of objects none of which is new."""
-    objects = f"the {_objects(num_ready)} under {LANDING_PREFIX}"
-    if last is None:
-        return f"No new data: a build has read {objects}."
-    if last.outcome == "unfinished":
-        return f"No new data: run {last.run_id} works on {objects}."
-    if last.outcome == "canceled":
-        return f"Run {last.run_id} for {objects} was canceled. {_BY_HAND}"
-    if last.outcome == "refused":
-        return (
-            f"Run {last.run_id} for {objects} was ended by a blocking check, and would be again. Land other data, or "
-            "change what the check asks for and start the job retrain by hand."
-        )
-    return f"No new data: run {last.run_id} has used {objects}."
-
-
-def _why_missed(last: LastRun | None) -> str:
-    if last is None:
-        return "their run is no longer in Dagster"
-    return f"run {last.run_id} {'failed' if last.outcome == 'crashed' else 'did not read them'}"
-
-
 def _objects(count: int, kind: str = "") -> str:
     return f"{count} {kind}object{'' if count == 1 else 's'}"
-
-
-def _shown(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - _NAMES_SHOWN} more" if len(keys) > _NAMES_SHOWN else ""
-    return ", ".join(keys[:_NAMES_SHOWN]) + more

@@ -13,7 +13,7 @@ from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.dataset.landing.zone import read_record, scan_landing
 from cifar_assets.jobs import retrain
-from cifar_assets.landing_decision import LandingCursor, LastRun, decide
+from cifar_assets.landing_decision import LandingCursor, LastRun, Outcome, decide
 from resources.errors import ConfigError
 from resources.mlflow.resource import RUN_METADATA, MlflowResource
 from resources.object_store.resource import ObjectStoreResource
@@ -22,22 +22,16 @@ RETRAIN_CONFIG_VARIABLE = "RETRAIN_CONFIG"
 """Holds, as JSON, the config of trained_model for runs started by the landing sensor: recipe, overrides, scale."""
 
 ADOPTION_SECONDS = 1200.0
-"""How long a failed run's training may go on for a retry to adopt it: until the job's collector, after 15 minutes, has
-deleted it. An evicted run worker fails its run, for one."""
+"""How long a failed run's training may continue for a retry to adopt it, such as after an evicted run worker: until the
+job's collector, after 15 minutes, has deleted it."""
 
 RETRY_SECONDS = 600.0
 """How long after a run's failure its automatic retry is waited for: the daemon starts it in seconds, if it runs."""
 
 _RUN_KEY_TAG = "dagster/run_key"
 _ROOT_RUN_TAG = "dagster/root_run_id"
-_UNFINISHED = [
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.SUSPENDED,
-    dg.DagsterRunStatus.CANCELING,
-]
+_ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+_UNFINISHED = [status for status in dg.DagsterRunStatus if status not in _ENDED]
 _UNFINISHED_BACKFILLS = [BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING, BulkActionStatus.FAILING]
 _TRAINED = {TRAINED_MODEL, ARGO_TRAINED_MODEL}
 
@@ -64,11 +58,11 @@ def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStor
     after, run_key = decision.cursor, decision.run_key
     skipped = 0
     while (known := last_run(instance, run_key)) is not None:
-        # Dagster runs no key twice, and says nothing.
+        # Dagster does not run a key twice, and does not say so.
         if cursor.sequence:
             reason = f"Run {known.run_id} was started for these objects by a tick that could not be recorded."
             return dg.SensorResult(skip_reason=reason, cursor=after.model_dump_json())
-        skipped += 1  # the cursor was reset: that is a wish for another run
+        skipped += 1  # the cursor was reset: another run is wanted
         run_key = after.run_key_after(skipped)
     after = after.model_copy(update={"sequence": after.sequence + skipped, "run_key": run_key})
     context.log.info(decision.reason + note)
@@ -121,12 +115,12 @@ def last_run(instance: dg.DagsterInstance, run_key: str | None) -> LastRun | Non
     if not runs:
         return None
     run = runs[0]
-    if not run.is_finished:
-        return LastRun(run.run_id, "unfinished")
-    if run.status == dg.DagsterRunStatus.SUCCESS:
-        return LastRun(run.run_id, "succeeded")
-    if run.status == dg.DagsterRunStatus.CANCELED:
-        return LastRun(run.run_id, "canceled")
+    outcomes: dict[dg.DagsterRunStatus, Outcome] = {
+        dg.DagsterRunStatus.SUCCESS: "succeeded",
+        dg.DagsterRunStatus.CANCELED: "canceled",
+    }
+    if run.status != dg.DagsterRunStatus.FAILURE:
+        return LastRun(run.run_id, outcomes.get(run.status, "unfinished"))
     evaluations = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
     verdicts = [entry.get_dagster_event().asset_check_evaluation_data for entry in evaluations]
     refused = any(verdict.blocking and not verdict.passed for verdict in verdicts)
@@ -139,9 +133,9 @@ def mlflow_end(
     """How and when a training ended that MLflow shows as RUNNING, by what Dagster knows of its run.
 
     A materialization that names the MLflow run says that it finished, whatever became of the Dagster run after it; one
-    that names another says that this was an attempt before. None while the Dagster run goes on, or a retry of it, which
-    may have adopted the training, or may soon after a failure; and for a run that this instance does not know, as it
-    may be another instance's.
+    that names another says that this was an earlier attempt. None while the Dagster run continues, or a retry of it,
+    which may have adopted the training, or may soon after a failure; and for a run that this instance does not know, as
+    it may belong to another instance.
     """
     record = instance.get_run_record_by_id(dagster_run_id)
     if record is None:
@@ -174,7 +168,7 @@ def mlflow_end(
     description="Ends MLflow runs that are still RUNNING though the Dagster run of their training has ended.",
 )
 def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResource) -> dg.SkipReason:
-    """Nothing stays RUNNING in MLflow: what a tick cannot close, as MLflow is away, the next one finds again."""
+    """Nothing stays RUNNING in MLflow: what one tick cannot close while MLflow is down, the next one finds again."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -193,7 +187,7 @@ def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResourc
             except (MlflowException, ConfigError) as error:
                 refused.append(f"{run_id} ({error})")
                 if isinstance(error, MlflowException) and error.get_http_status_code() >= 500:
-                    break  # away, and not only unwilling: each further call would take its time to fail
+                    break  # it is down, rather than refusing: each further call would take its time to fail
     num_left = len(running) - len(closed) - len(refused)
     reason = f"Still RUNNING, as their Dagster runs go on, failed just now or are not known here: {num_left}."
     if refused:
