@@ -82,7 +82,7 @@ def _port(environment: Mapping[str, str]) -> int:
 
 
 def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
-    from resources.argo.workflows import argo_from_environment
+    from resources.argo.resource import argo_from_environment
     from resources.inference_service.kserve.resource import serving_from_environment
     from resources.mlflow.resource import MlflowServer
     from resources.object_store.resource import object_store_from_environment

@@ -1,7 +1,6 @@
 """The pipeline's four steps apart from Dagster: as an Argo workflow, or on this machine. See docs/argo.md.
 
-`conditions`, `template`, `naming` and `status` are pure; `client`, `launch`, `watch` and `report` know no Dagster;
-`workflows` and `local` are the two resources behind `interface`.
+`template` is pure; `client` and `report` need no Dagster; `resource` and `local` implement `interface`.
 """
 
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from resources.argo.client import MAIN_CONTAINER, WorkflowClient
-from resources.argo.status import Step, Workflow
+from resources.argo.client import MAIN_CONTAINER, Step, Workflow, WorkflowClient
 from resources.argo.template import JOB_NAME_PREFIX
 from resources.kubernetes.diagnosis import PodHistory, WatchLimits
 from resources.kubernetes.errors import KubernetesError
@@ -17,12 +16,12 @@ TRAIN_TEMPLATES = ("train", "train-replicas")
 
 
 class WorkflowFailedError(KubernetesError):
-    """The workflow ended without success. `step` is the one that failed, or None where it ended before any."""
+    """The workflow ended without success, at a step or, where that is None, before any."""
 
-    def __init__(self, report: str, step: str | None):
+    def __init__(self, report: str, step: Step | None):
         super().__init__(report)
         self.step = step
-        self.transient = step is None  # Argo itself has retried what a retry can cure
+        self.transient = step is None  # Argo itself has retried what a retry can fix
 
 
 def job_name_of(workflow: Workflow) -> str:

@@ -5,12 +5,12 @@ from typing import Any
 
 import yaml
 
-from resources.argo.conditions import FAILURE_CONDITION, RESOURCE_IS_RETRIED, SUCCESS_CONDITION
+from resources.argo.client import GROUP, VERSION
+from resources.kubernetes.job import JobState
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 from resources.trainer.contract import JOB_SPEC_VARIABLE
 
-API_VERSION = "argoproj.io/v1alpha1"
 WORKFLOW_LABEL = "cifar/argo-workflow"
 """On a PyTorchJob: the workflow that it belongs to. Argo's own label would make Argo take its pods for a step's."""
 JOB_NAME_PREFIX = "cifar10-"
@@ -19,6 +19,18 @@ _STAND_IN = "00000000-0000-0000-0000-000000000000"
 """As long as the workflow's uid, so that the builder judges the name that the job will have."""
 _STEP_MARGIN_SECONDS = 600
 """How much longer the step may take than the job it waits for."""
+_POSITIONS = 8
+"""The operator keeps one condition of each of its six types."""
+
+FAILURE_CONDITION = ",".join(f"status.conditions.{n}.type=={JobState.FAILED}" for n in range(_POSITIONS))
+SUCCESS_CONDITION = "status.completionTime"
+"""Written by the operator in one update with the final condition; a failed job was caught before."""
+
+RESOURCE_IS_RETRIED = (
+    'lastRetry.status == "Error" || '
+    "!(lastRetry.message matches 'failure condition|has been deleted|specified deadline|exceeded its deadline')"
+)
+"""The step's pod was lost or told to stop, or the API server did not answer. `apply` finds the job that is there."""
 
 
 def build_train_template(name: str, config: PyTorchJobConfig) -> dict[str, Any]:
@@ -27,13 +39,8 @@ def build_train_template(name: str, config: PyTorchJobConfig) -> dict[str, Any]:
     The PyTorchJob is named after the workflow's uid and applied, so that a second submission finds the first.
     """
     templates = [_step("train", config, workers=False), _step("train-replicas", config, workers=True)]
-    metadata = {"name": name}
-    return {
-        "apiVersion": API_VERSION,
-        "kind": "WorkflowTemplate",
-        "metadata": metadata,
-        "spec": {"templates": templates},
-    }
+    kind = {"apiVersion": f"{GROUP}/{VERSION}", "kind": "WorkflowTemplate"}
+    return {**kind, "metadata": {"name": name}, "spec": {"templates": templates}}
 
 
 def _step(name: str, config: PyTorchJobConfig, *, workers: bool) -> dict[str, Any]:
@@ -59,25 +66,22 @@ def _step(name: str, config: PyTorchJobConfig, *, workers: bool) -> dict[str, An
     }
 
 
-_RESOURCE_POD = yaml.safe_dump(
-    {
-        "containers": [
-            {
-                "name": "main",
-                "resources": {
-                    "requests": {"cpu": "20m", "memory": "64Mi"},
-                    "limits": {"memory": "256Mi"},
-                },
-                "securityContext": {
-                    "allowPrivilegeEscalation": False,
-                    "capabilities": {"drop": ["ALL"]},
-                    "readOnlyRootFilesystem": True,
-                },
-            }
-        ]
-    },
-    sort_keys=False,
-)
+_RESOURCE_POD = """\
+containers:
+- name: main
+  resources:
+    requests:
+      cpu: 20m
+      memory: 64Mi
+    limits:
+      memory: 256Mi
+  securityContext:
+    allowPrivilegeEscalation: false
+    capabilities:
+      drop:
+      - ALL
+    readOnlyRootFilesystem: true
+"""
 
 
 def parameter_of(variable: str) -> str:

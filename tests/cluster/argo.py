@@ -10,9 +10,8 @@ from typing import Any
 
 import yaml
 
-from resources.argo.client import WorkflowClient
+from resources.argo.client import Workflow, WorkflowClient
 from resources.argo.report import job_name_of
-from resources.argo.status import Workflow
 from resources.argo.template import build_train_template
 from resources.object_store.s3 import S3Store
 from resources.pytorch_job.config import PyTorchJobConfig

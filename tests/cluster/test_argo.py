@@ -22,13 +22,10 @@ from cifar_assets.assets.upstream import data_version
 from cifar_assets.dataset.versions.processed import read_processed
 from cifar_assets.gate import judge
 from resources.argo import PipelineRequest, PipelineResource
-from resources.argo.client import WorkflowClient
-from resources.argo.conditions import FAILURE_CONDITION, SUCCESS_CONDITION
-from resources.argo.naming import workflow_name
+from resources.argo.client import Workflow, WorkflowClient, workflow_name
 from resources.argo.report import explain, job_name_of
-from resources.argo.status import Workflow
-from resources.argo.template import WORKFLOW_LABEL
-from resources.argo.workflows import ArgoPipeline
+from resources.argo.resource import ArgoPipeline
+from resources.argo.template import FAILURE_CONDITION, SUCCESS_CONDITION, WORKFLOW_LABEL
 from resources.kubernetes.job import JobState
 from resources.pytorch_job.client import read_status
 from resources.pytorch_job.manifest import GROUP, KIND, PLURAL, VERSION

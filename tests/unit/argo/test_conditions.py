@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from resources.argo.conditions import FAILURE_CONDITION, RESOURCE_IS_RETRIED, SUCCESS_CONDITION
+from resources.argo.template import FAILURE_CONDITION, RESOURCE_IS_RETRIED, SUCCESS_CONDITION
 from resources.kubernetes.job import JobState
 from resources.pytorch_job.client import read_status
 

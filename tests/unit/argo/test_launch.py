@@ -5,9 +5,8 @@ import logging
 
 import pytest
 
-from resources.argo.client import WorkflowClient
-from resources.argo.launch import WorkflowLauncher, WorkflowRequest
-from resources.argo.naming import workflow_name
+from resources.argo.client import WorkflowClient, workflow_name
+from resources.argo.resource import WorkflowLauncher, WorkflowRequest
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceConflictError, ResourceStuckError
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.pytorch_job.fake_cluster import api_error, pod_body

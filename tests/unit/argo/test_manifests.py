@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cifar_assets.pipeline_steps.__main__ import main
-from resources.argo.conditions import RESOURCE_IS_RETRIED
+from resources.argo.template import RESOURCE_IS_RETRIED
 from resources.gate import DEFAULT_THRESHOLD
 
 ROOT = Path(__file__).parents[3]

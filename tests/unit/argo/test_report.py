@@ -4,11 +4,9 @@ import logging
 
 import pytest
 
-from resources.argo.client import WorkflowClient
-from resources.argo.launch import WorkflowLauncher
+from resources.argo.client import Workflow, WorkflowClient
 from resources.argo.report import explain
-from resources.argo.status import Workflow
-from resources.argo.watch import WorkflowLimits, WorkflowWatcher
+from resources.argo.resource import WorkflowLauncher, WorkflowLimits, WorkflowWatcher
 from resources.kubernetes.errors import ApiUnavailableError, ResourceDeletedError, ResourceStuckError
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.argo.test_launch import NAME, request
@@ -107,7 +105,8 @@ def test_watching_shows_lines_once_and_without_argos_own(argo: FakeArgo, client:
     assert lines == ["verify-data: error: objects/abc is missing"]
     assert finished.failed_step
     error = watcher(argo, client, workflow, lines).failure(finished)
-    assert error.step == "verify-data"
+    assert error.step
+    assert error.step.name == "verify-data"
     assert not error.transient
 
 

@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from resources.argo.__main__ import main, render
-from resources.argo.conditions import FAILURE_CONDITION, SUCCESS_CONDITION
-from resources.argo.template import TRAINER_VARIABLES, parameter_of
+from resources.argo.template import FAILURE_CONDITION, SUCCESS_CONDITION, TRAINER_VARIABLES, parameter_of
 from resources.pytorch_job import PyTorchJobConfig, build_pytorch_job_manifest
 from resources.pytorch_job.manifest import check_job_name
 

@@ -11,7 +11,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from cifar_assets.deployment import resources_for
 from resources.argo import PipelineRequest, PipelineResource
 from resources.argo.client import WorkflowClient
-from resources.argo.workflows import ArgoPipeline, argo_from_environment
+from resources.argo.resource import ArgoPipeline, argo_from_environment
 from resources.errors import ConfigError
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.orchestration.test_definitions import KUBERNETES_ENVIRONMENT
