@@ -4,7 +4,7 @@ FUZZ_MINUTES ?= 60
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RUN := $(UV) run --frozen --all-extras
-PATHS := cifar_assets resources tests k8s
+PATHS := cifar_assets resources examples tests k8s
 
 export CIFAR10_SOURCE
 
