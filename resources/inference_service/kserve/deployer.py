@@ -14,7 +14,6 @@ from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import DEPLOY_FAILED, DEPLOYED, InferenceService, Mark, mark_of
 from resources.inference_service.kserve.manifest import (
     DEPLOYMENT_ANNOTATION,
-    DIGEST_ANNOTATION,
     REVISION_ANNOTATION,
     VERSION_ANNOTATION,
     request_of,
@@ -100,7 +99,7 @@ class ServiceDeployer:
         if percent is not None and found and request.find_fault:
             service = self._write_and_wait(manifest, request)
             self._log.info("%s: model %s gets %d %% of the requests", self._view, request.model_digest, percent)
-            fault, transient = None, False
+            transient = False
             try:
                 fault = request.find_fault(self._view.endpoint.client(service, canary=True))
             except ExplainedError as error:
@@ -151,43 +150,46 @@ class ServiceDeployer:
 
     def _write(self, manifest: Mapping[str, Any]) -> InferenceService:
         """The stored service with the manifest's content, written again where no answer came."""
-
-        def attempt() -> InferenceService:
-            stored = self._try_to_write(manifest)
-            if stored is None:
-                raise NotYetError("it is being deleted, or changed by someone else at the same time")
-            return stored
-
-        stored = self._view.until("written", self._view.limits.outage_timeout_seconds, attempt)
+        seconds = self._view.limits.outage_timeout_seconds
+        stored = self._view.until("written", seconds, lambda: self._try_to_write(manifest))
         self._expected.add(stored.mark)
         return stored
 
-    def _try_to_write(self, manifest: Mapping[str, Any]) -> InferenceService | None:
+    def _try_to_write(self, manifest: Mapping[str, Any]) -> InferenceService:
         current = self._view.get()
-        if current is None:
-            return self._client.create(manifest)
-        if current.mark.deployment != self._id:
+        if current and current.mark.deployment != self._id:
             self._found.add(current.uid)
-        if current.deleting:
-            return None
-        if not self._may_replace(current):
+        if current is None:
+            stored = self._client.create(manifest)
+        elif current.deleting:
+            stored = None
+        elif not self._may_replace(current):
             raise DeployError(
                 f"{self._view} was changed by someone else at the same time, and left as it is: it is to serve model "
                 f"{current.model_digest}.",
                 transient=True,
             )
-        if self._is_made_by(current, manifest):
+        elif self._is_made_by(current, manifest):
             percent = manifest["spec"]["predictor"].get("canaryTrafficPercent")
             if current.canary_percent == percent:
                 return current
             # Its annotations stay: they are in its pods, and a change would make new ones.
-            return self._client.replace(current, with_traffic(current.body, percent))
-        if current.mark.revision == _revision(manifest) and current.mark.deployment != self._id:
-            self._log.warning("%s: its spec was edited by hand; it is written again", self._view)
-        return self._client.replace(current, manifest)
+            stored = self._client.replace(current, with_traffic(current.body, percent))
+        else:
+            if current.mark.revision == _revision(manifest) and current.mark.deployment != self._id:
+                self._log.warning("%s: its spec was edited by hand; it is written again", self._view)
+            stored = self._client.replace(current, manifest)
+        if stored is None:
+            raise NotYetError("it is being deleted, or changed by someone else at the same time")
+        return stored
 
     def _may_replace(self, current: InferenceService) -> bool:
         return current.mark.deployment == self._id or current.mark in self._expected
+
+    def _get_own(self) -> InferenceService | None:
+        """The service as it is now, unless it is gone or someone else changed it."""
+        current = self._view.get()
+        return current if current and not current.deleting and self._may_replace(current) else None
 
     def _is_created_here(self, current: InferenceService) -> bool:
         return current.mark.deployment == self._id and current.uid not in self._found
@@ -207,8 +209,8 @@ class ServiceDeployer:
 
     def _put_back(self, earlier: Mapping[str, Any] | None) -> str:
         """Restore what was there, wait until it alone has pods, and say so."""
-        current = self._view.until("read", self._view.limits.outage_timeout_seconds, self._view.get)
-        if current is None or current.deleting or not self._may_replace(current):
+        current = self._view.until("read", self._view.limits.outage_timeout_seconds, self._get_own)
+        if current is None:
             return "The InferenceService was deleted or changed by someone else meanwhile, and left as it is now."
         if earlier is not None:
             return self._set_back(earlier)
@@ -221,11 +223,10 @@ class ServiceDeployer:
         return "The InferenceService was there before this deployment and was left as it is."
 
     def _set_back(self, earlier: Mapping[str, Any]) -> str:
-        annotations = earlier["metadata"]["annotations"]
-        name = f"model {annotations.get(DIGEST_ANNOTATION)} version {annotations.get(VERSION_ANNOTATION)}"
+        service = InferenceService(earlier)
+        name = f"model {service.model_digest} version {service.annotations.get(VERSION_ANNOTATION)}"
         # Knative sends requests to the latest revision that is ready. While the earlier one is made again, that may be
         # the refused one, so it gets none until then. One that was a canary itself stays without requests.
-        service = InferenceService(earlier)
         was_canary = service.canary_percent is not None
         for percent in (0,) if was_canary else (0, None) if service.serverless else (None,):
             if not self._is_settled(self._write(with_traffic(earlier, percent))):
@@ -237,8 +238,8 @@ class ServiceDeployer:
     def _put_back_at_once(self, earlier: Mapping[str, Any] | None) -> None:
         """What an interrupt leaves no time to wait for: write what was there, and nothing else."""
         try:
-            current = self._view.get()
-            if current is None or current.deleting or not self._may_replace(current):
+            current = self._get_own()
+            if current is None:
                 return
             if earlier is None:
                 if self._is_created_here(current):

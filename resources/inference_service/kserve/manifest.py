@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.config import CONTAINER_NAME, PORT, InferenceServiceSettings
 from resources.kubernetes.errors import SettingsError
@@ -29,7 +31,7 @@ REVISION_ANNOTATION = f"{PREFIX}revision"
 """Digest of all that makes a difference to what is served: equal ones need no new deployment."""
 DEPLOYMENT_ANNOTATION = f"{PREFIX}deployment"
 """Random id of the deploy call that wrote the spec."""
-MANAGED_BY = "dagster-inference-service"
+_REQUEST = TypeAdapter(DeployRequest)
 
 
 def predictor_name(name: str) -> str:
@@ -58,11 +60,10 @@ def build_inference_service_manifest(
 ) -> dict[str, Any]:
     """The whole custom resource. SettingsError for a name that something derived from it would not take."""
     check_service_name(name, namespace, settings)
-    spec = {"predictor": _predictor(settings, request)}
+    predictor = _predictor(settings, request)
     annotations = {**settings.annotations, MODE_ANNOTATION: settings.mode, **_scaling_annotations(settings)}
-    labels = {**settings.labels, MANAGED_BY_LABEL: MANAGED_BY}
-    predictor = {key: value for key, value in spec["predictor"].items() if key != "canaryTrafficPercent"}
-    identity = {"predictor": predictor, "annotations": annotations, "labels": labels}
+    labels = {**settings.labels, MANAGED_BY_LABEL: "dagster-inference-service"}
+    identity = {"predictor": _without_traffic(predictor), "annotations": annotations, "labels": labels}
     annotations |= {
         REVISION_ANNOTATION: hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
         URI_ANNOTATION: request.model_uri,
@@ -71,38 +72,35 @@ def build_inference_service_manifest(
         **{f"{PREFIX}{key}": value for key, value in request.annotations().items()},
     }
     metadata = {"name": name, "namespace": namespace, "labels": labels, "annotations": annotations}
-    return {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "metadata": metadata, "spec": spec}
+    return _document(metadata, predictor)
 
 
 def with_traffic(manifest: Mapping[str, Any], percent: int | None) -> dict[str, Any]:
-    """The same with another share of the requests for its newest revision; None for all of them.
+    """The same with another percentage of the requests for its newest revision; None for all of them.
 
     Of a stored service, only what a new one could be made from is kept.
     """
     metadata = {key: manifest["metadata"].get(key) or {} for key in ("name", "namespace", "labels", "annotations")}
-    predictor = {key: value for key, value in manifest["spec"]["predictor"].items() if key != "canaryTrafficPercent"}
-    if percent is not None:
-        predictor["canaryTrafficPercent"] = percent
-    head = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND}
-    return copy.deepcopy({**head, "metadata": metadata, "spec": {**manifest["spec"], "predictor": predictor}})
+    share = {} if percent is None else {"canaryTrafficPercent": percent}
+    return copy.deepcopy(_document(metadata, {**_without_traffic(manifest["spec"]["predictor"]), **share}))
 
 
 def request_of(annotations: Mapping[str, str]) -> DeployRequest | None:
     """The decision that a service or a pod carries; None where it is not one of ours."""
-    known = {key.removeprefix(PREFIX): value for key, value in annotations.items() if key.startswith(PREFIX)}
+    known = {key.removeprefix(PREFIX).replace("-", "_"): value for key, value in annotations.items()}
     try:
-        accuracy, threshold = known.get("test-accuracy"), known.get("accuracy-threshold")
-        return DeployRequest(
-            model_uri=known["model-uri"],
-            model_digest=known["model-digest"],
-            model_version=known["model-version"],
-            dagster_run_id=known.get("dagster-run-id"),
-            dataset_digest=known.get("dataset-digest"),
-            test_accuracy=float(accuracy) if accuracy else None,
-            accuracy_threshold=float(threshold) if threshold else None,
-        )
-    except (KeyError, ValueError):
+        return _REQUEST.validate_python(known)
+    except ValidationError:
         return None
+
+
+def _document(metadata: Mapping[str, Any], predictor: Mapping[str, Any]) -> dict[str, Any]:
+    head = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND}
+    return {**head, "metadata": metadata, "spec": {"predictor": predictor}}
+
+
+def _without_traffic(predictor: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in predictor.items() if key != "canaryTrafficPercent"}
 
 
 def _scaling_annotations(settings: InferenceServiceSettings) -> dict[str, str]:
@@ -116,13 +114,9 @@ def _predictor(settings: InferenceServiceSettings, request: DeployRequest) -> di
     predictor = {
         "minReplicas": settings.min_replicas,
         "maxReplicas": settings.max_replicas,
-        **(_knative_scaling(settings) if settings.serverless else _standard_scaling(settings)),
-        **_without_empty(
-            {
-                "imagePullSecrets": [{"name": secret} for secret in settings.image_pull_secrets],
-                "serviceAccountName": settings.service_account_name,
-            }
-        ),
+        **_scaling(settings),
+        "imagePullSecrets": [{"name": secret} for secret in settings.image_pull_secrets],
+        "serviceAccountName": settings.service_account_name,
         "automountServiceAccountToken": False,
         "containers": [_container(settings, request)],
         "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": settings.scratch}}],
@@ -130,16 +124,14 @@ def _predictor(settings: InferenceServiceSettings, request: DeployRequest) -> di
     both = sorted(set(predictor) & set(settings.extra_predictor))
     if both:
         raise SettingsError(f"extra_predictor sets {', '.join(both)}, which other settings make: use those.")
-    return {**predictor, **copy.deepcopy(settings.extra_predictor)}
+    return {**_without_empty(predictor), **copy.deepcopy(settings.extra_predictor)}
 
 
-def _knative_scaling(settings: InferenceServiceSettings) -> dict[str, Any]:
-    # Knative keeps its own grace time: requests are drained by its queue proxy before the server is told to end.
-    canary = {"canaryTrafficPercent": settings.canary_percent} if settings.canary_percent else {}
-    return {"scaleMetric": "concurrency", "scaleTarget": settings.target_concurrency, **canary}
-
-
-def _standard_scaling(settings: InferenceServiceSettings) -> dict[str, Any]:
+def _scaling(settings: InferenceServiceSettings) -> dict[str, Any]:
+    if settings.serverless:
+        # Knative keeps its own grace time: requests are drained by its queue proxy before the server is told to end.
+        canary = {"canaryTrafficPercent": settings.canary_percent} if settings.canary_percent else {}
+        return {"scaleMetric": "concurrency", "scaleTarget": settings.target_concurrency, **canary}
     return {
         "scaleMetric": "cpu",
         "scaleTarget": settings.target_cpu_percent,
@@ -152,7 +144,7 @@ def _standard_scaling(settings: InferenceServiceSettings) -> dict[str, Any]:
 def _container(settings: InferenceServiceSettings, request: DeployRequest) -> dict[str, Any]:
     sources = [{"configMapRef": {"name": name}} for name in settings.env_config_maps]
     sources += [{"secretRef": {"name": name}} for name in settings.env_secrets]
-    return {
+    container = {
         "name": CONTAINER_NAME,
         "image": settings.image,
         "imagePullPolicy": settings.image_pull_policy,
@@ -167,8 +159,8 @@ def _container(settings: InferenceServiceSettings, request: DeployRequest) -> di
             f"--linger={settings.linger_seconds:g}",
             f"--grace={settings.grace_seconds:g}",
         ],
-        **_without_empty({"env": [{"name": key, "value": value} for key, value in settings.env.items()]}),
-        **_without_empty({"envFrom": sources}),
+        "env": [{"name": key, "value": value} for key, value in settings.env.items()],
+        "envFrom": sources,
         "ports": [{"containerPort": PORT, "protocol": "TCP"}],
         "resources": {
             "requests": {"cpu": settings.cpu, "memory": settings.memory},
@@ -189,16 +181,13 @@ def _container(settings: InferenceServiceSettings, request: DeployRequest) -> di
         },
         "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
     }
+    return _without_empty(container)
 
 
 def _probe(path: str, *, period: int, failures: int) -> dict[str, Any]:
-    return {
-        "httpGet": {"path": path, "port": PORT},
-        "periodSeconds": period,
-        "timeoutSeconds": 3,
-        "failureThreshold": failures,
-    }
+    asked = {"path": path, "port": PORT}
+    return {"httpGet": asked, "periodSeconds": period, "timeoutSeconds": 3, "failureThreshold": failures}
 
 
 def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value}
+    return {key: value for key, value in values.items() if value not in (None, [])}

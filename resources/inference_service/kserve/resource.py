@@ -29,13 +29,6 @@ from resources.kubernetes.config import settings_from_json
 from resources.kubernetes.errors import KubernetesError
 from resources.redaction import has_credentials, redacted
 
-IMAGE_VARIABLE = "SERVER_IMAGE"
-NAMESPACE_VARIABLE = "SERVER_NAMESPACE"
-NAME_VARIABLE = "SERVER_NAME"
-SETTINGS_VARIABLE = "SERVER_SETTINGS"
-URL_VARIABLE = "SERVER_URL"
-HOST_VARIABLE = "SERVER_HOST"
-GATEWAY_VARIABLE = "SERVER_GATEWAY"
 DEFAULT_NAME = "cifar10"
 DEFAULT_GATEWAY = "kourier-system/kourier-internal"
 
@@ -171,23 +164,21 @@ def serving_from_environment(environment: Mapping[str, str]) -> KServeInferenceS
     reaches it where neither the cluster's DNS nor a forwarded port will do, SERVER_GATEWAY where Knative's gateway is.
     ConfigError naming the variable that is missing or wrong.
     """
-    if IMAGE_VARIABLE not in environment:
-        raise ConfigError(
-            f"{IMAGE_VARIABLE} is not set: name the image that serves, such as localhost/cifar-server:dev."
-        )
-    text = environment.get(SETTINGS_VARIABLE, "{}")
-    settings = settings_from_json(InferenceServiceSettings, text, SETTINGS_VARIABLE, image=environment[IMAGE_VARIABLE])
-    url = environment.get(URL_VARIABLE)
+    if "SERVER_IMAGE" not in environment:
+        raise ConfigError("SERVER_IMAGE is not set: name the image that serves, such as localhost/cifar-server:dev.")
+    text = environment.get("SERVER_SETTINGS", "{}")
+    settings = settings_from_json(InferenceServiceSettings, text, "SERVER_SETTINGS", image=environment["SERVER_IMAGE"])
+    url = environment.get("SERVER_URL")
     if url and has_credentials(url):
-        raise ConfigError(f"{URL_VARIABLE} is {redacted(url)}: expected an address without user, password or query.")
+        raise ConfigError(f"SERVER_URL is {redacted(url)}: expected an address without user, password or query.")
     try:
         return KServeInferenceService(
             settings=settings,
-            namespace=environment.get(NAMESPACE_VARIABLE, "cifar"),
-            name=environment.get(NAME_VARIABLE, DEFAULT_NAME),
+            namespace=environment.get("SERVER_NAMESPACE", "cifar"),
+            name=environment.get("SERVER_NAME", DEFAULT_NAME),
             base_url=url,
-            host=environment.get(HOST_VARIABLE),
-            gateway=environment.get(GATEWAY_VARIABLE, DEFAULT_GATEWAY),
+            host=environment.get("SERVER_HOST"),
+            gateway=environment.get("SERVER_GATEWAY", DEFAULT_GATEWAY),
         )
     except ValueError as error:
-        raise ConfigError(f"{NAME_VARIABLE} or {NAMESPACE_VARIABLE} will not do: {error}") from error
+        raise ConfigError(f"SERVER_NAME or SERVER_NAMESPACE is not valid: {error}") from error

@@ -141,7 +141,6 @@ class RevisionWatch:
         self._history = PodHistory()
         self._patience = Patience(view.limits, view.clock)
         self._pods: Sequence[Pod] = ()
-        self._missing = "nothing"
 
     def wait_until_serving(self) -> InferenceService:
         """The service, once the revision answers and has what is meant for it.
@@ -153,6 +152,7 @@ class RevisionWatch:
         outage = Outage(
             view.clock, self._limits.outage_timeout_seconds, logger=view.log, meanwhile=f"{view} is not watched"
         )
+        seen = "nothing"
         while True:
             try:
                 self._look()
@@ -160,13 +160,16 @@ class RevisionWatch:
                 return self._service
             except NotYetError as error:
                 outage.end()
-                self._note(str(error))
+                missing = str(error)
             except ApiError as error:
-                self._note(str(error))
                 self._endure(outage, error)
+                missing = str(error)
+            if missing != seen:
+                seen = missing
+                view.log.info("%s: %s", view, missing)
             waited = view.clock() - self._began
             if waited > self._limits.start_timeout_seconds:
-                summary = f"not serving after {waited:.0f} s; last seen: {self._missing}"
+                summary = f"not serving after {waited:.0f} s; last seen: {seen}"
                 unready = [pod.name for pod in self._pods if not pod.ready]
                 raise self._failed(Cause.SLOW_START, summary, details=self._details(), log_of=unready[:1])
             view.sleep(self._limits.poll_interval_seconds)
@@ -187,11 +190,6 @@ class RevisionWatch:
         missing = service.find_missing(pods) or self._view.why_not_serving(service, self._request)
         if missing:
             raise NotYetError(missing)
-
-    def _note(self, missing: str) -> None:
-        if missing != self._missing:
-            self._missing = missing
-            self._view.log.info("%s: %s", self._view, missing)
 
     def _endure(self, outage: Outage, error: ApiError) -> None:
         try:
