@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.serving.comparison import find_canary_fault
 from resources.inference_service.client import Predictions, ServerError
@@ -23,8 +22,7 @@ class Canary:
         self.digest = digest
 
     def predict_arrays(self, images: np.ndarray) -> Predictions:
-        classes = tuple(CLASSES[label] for label in self.labels)
-        return Predictions(classes, np.zeros((len(images), len(CLASSES))), self.digest, "1")
+        return Predictions(np.eye(10)[self.labels], self.digest, "1")
 
 
 class Silent:
