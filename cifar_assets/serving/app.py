@@ -8,30 +8,36 @@ import asyncio
 import heapq
 import itertools
 import logging
-import math
 import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from cifar_assets.serving.answers import (
+    BusyError,
+    ModelIdentity,
+    RequestError,
+    Response,
+    error_response,
+    json_response,
+    predictions,
+    shorten,
+)
 from cifar_assets.serving.batcher import Images, Logits, MicroBatcher, NotFiniteError
-from cifar_assets.serving.faults import BusyError, RequestError, shorten
 from cifar_assets.serving.http import Request
-from cifar_assets.serving.messages import ModelIdentity, Response, error_response, json_response, predictions
 from cifar_assets.serving.metrics import PENDING_REQUESTS, PREDICT_SECONDS, READ_SECONDS, REGISTRY, RENDER_SECONDS
-from cifar_assets.serving.multipart import parse_form
-from cifar_assets.serving.pictures import Pictures
 from cifar_assets.serving.settings import ServingLimits
-from cifar_assets.serving.v1 import parse_predict
+from cifar_assets.serving.v1 import Pictures, parse_form, parse_predict
 from cifar_assets.serving.v2 import HEADER_LENGTH, INPUT_METADATA, OUTPUT_METADATA, parse_infer, render_infer
 
 _log = logging.getLogger(__name__)
 
-_METRICS_SECONDS = 0.25
+_OPENAPI = Path(__file__).with_name("openapi.json")
 _SECONDS_PER_PIXEL = 50e-9
 """How much later a picture's turn comes for each of its pixels."""
 _JSON_TYPES = (b"", b"application/json", b"text/plain", b"application/x-www-form-urlencoded")
@@ -57,9 +63,6 @@ class App:
         self._is_ready = is_ready
         self._num_pending = 0
         self._num_pending_pixels = 0
-        self._num_changes = self._num_changes_in_metrics = 0
-        self._metrics_made_at = -math.inf
-        self._metrics_text = b""
         self._tasks: set[asyncio.Task[None]] = set()
         self._reader = _Reader()
         self._batcher = MicroBatcher(run, batch_images=limits.batch_images, queue_images=limits.queue_images)
@@ -101,8 +104,8 @@ class App:
             ),
             "/v2/health/live": partial(json_response, {"live": True}),
             "/v2/health/ready": self._ready,
-            "/metrics": self._metrics,
-            "/openapi.json": self._openapi,
+            "/metrics": lambda: Response(200, generate_latest(REGISTRY), CONTENT_TYPE_LATEST),
+            "/openapi.json": partial(Response, 200, _OPENAPI.read_bytes()),
         }
         posts: dict[str, Callable[[Request], Parsed]] = {}
         for suffix in ("", f"/versions/{version}"):
@@ -112,14 +115,6 @@ class App:
             posts[f"/v1/models/{name}{suffix}:predict"] = self._parse_v1
             posts[f"/v2/models/{name}{suffix}/infer"] = self._parse_v2
         return gets, posts
-
-    def _metrics(self) -> Response:
-        """The metrics, gathered again at most every quarter of a second while no prediction comes or goes."""
-        now, made_at = time.monotonic(), self._metrics_made_at
-        if now > made_at + _METRICS_SECONDS or self._num_changes != self._num_changes_in_metrics:
-            self._metrics_made_at, self._num_changes_in_metrics = now, self._num_changes
-            self._metrics_text = generate_latest(REGISTRY)
-        return Response(200, self._metrics_text, CONTENT_TYPE_LATEST)
 
     def _ready(self) -> Response:
         ready = self._is_ready()
@@ -147,11 +142,6 @@ class App:
                 "picture_formats": ["PNG", "JPEG"],
             }
         )
-
-    def _openapi(self) -> Response:
-        from cifar_assets.serving.openapi import describe
-
-        return json_response(describe(self._identity, self._gets, self._posts))
 
     def _not_here(self, request: Request) -> Response:
         path = request.path
@@ -192,7 +182,6 @@ class App:
         _check_room("requests", self._num_pending, self._limits.max_pending_requests, retry_after)
         self._batcher.check_room(1)
         self._num_pending += 1
-        self._num_changes += 1
         started = time.monotonic()
         try:
             parsed = None
@@ -257,7 +246,6 @@ class App:
 
     def _answer(self, request: Request, response: Response) -> None:
         self._num_pending -= 1
-        self._num_changes += 1
         request.answer(response)
 
 

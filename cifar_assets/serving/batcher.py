@@ -18,7 +18,7 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_assets.serving.faults import BusyError
+from cifar_assets.serving.answers import BusyError
 from cifar_assets.serving.metrics import BATCH_IMAGES, QUEUE_IMAGES, RUN_SECONDS
 from resources.errors import ExplainedError
 

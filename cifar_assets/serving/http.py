@@ -20,8 +20,7 @@ from urllib.parse import unquote
 import httptools
 from prometheus_client import Counter
 
-from cifar_assets.serving.faults import BusyError, RequestError, shorten
-from cifar_assets.serving.messages import Response, error_response
+from cifar_assets.serving.answers import BusyError, RequestError, Response, error_response, shorten
 from cifar_assets.serving.metrics import CONNECTIONS, PENDING_BYTES, RESPONSES
 from cifar_assets.serving.settings import ServingLimits
 

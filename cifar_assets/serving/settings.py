@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cifar_assets.contracts import IMAGE_SIZE, MODEL_NAME
 from cifar_assets.dataset.formats.images import ImageLimits
-from cifar_assets.serving.messages import ModelIdentity
+from cifar_assets.serving.answers import ModelIdentity
 
 ENVIRONMENT_PREFIX = "CIFAR_SERVING_"
 

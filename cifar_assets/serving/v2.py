@@ -13,12 +13,9 @@ import orjson
 from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT
-from cifar_assets.serving.faults import RequestError, shorten
-from cifar_assets.serving.json_body import kind_of, nested_shape, parse_json_object
-from cifar_assets.serving.messages import ModelIdentity, Response, softmax
-from cifar_assets.serving.pictures import check_count
+from cifar_assets.serving.answers import ModelIdentity, RequestError, Response, shorten, softmax
+from cifar_assets.serving.json_body import check_count, kind_of, nested_shape, parse_json_object, typed, whole_pixels
 from cifar_assets.serving.settings import ServingLimits
-from cifar_assets.serving.v1 import whole_pixels
 
 HEADER_LENGTH = b"inference-header-content-length"
 DATATYPE = "UINT8"
@@ -49,9 +46,7 @@ def parse_infer(body: bytes, header_length: bytes | None, limits: ServingLimits)
     view = memoryview(body)
     num_json_bytes = len(body) if header_length is None else _header_length(header_length, len(body))
     request = parse_json_object(view[:num_json_bytes], limits)
-    tensor = _single_input(request)
-    num_images = _num_images(tensor, limits)
-    images = _tensor_data(tensor, num_images, view[num_json_bytes:], binary=header_length is not None)
+    images = _images(_single_input(request), view[num_json_bytes:], limits, binary=header_length is not None)
     request_id = request.get("id")
     if request_id is not None and not (isinstance(request_id, str) and len(request_id) <= _MAX_ID_CHARACTERS):
         raise RequestError("id", f"a text of at most {_MAX_ID_CHARACTERS} characters", kind_of(request_id))
@@ -100,8 +95,7 @@ def _single_input(request: dict[str, Any]) -> dict[str, Any]:
         received = kind_of(inputs) if "inputs" in request else f"a body with the keys {shorten(sorted(request))}"
         raise RequestError("inputs", f"a list with the one input {MODEL_INPUT!r}", received)
     for index, tensor in enumerate(inputs):
-        if not isinstance(tensor, dict):
-            raise RequestError(f"inputs[{index}]", "an object with name, shape, datatype and data", kind_of(tensor))
+        typed(dict, tensor, f"inputs[{index}]", "an object with name, shape, datatype and data")
         if tensor.get("name") != MODEL_INPUT:
             raise RequestError(f"inputs[{index}].name", repr(MODEL_INPUT), kind_of(tensor.get("name")))
     if len(inputs) > 1:
@@ -109,35 +103,25 @@ def _single_input(request: dict[str, Any]) -> dict[str, Any]:
     return inputs[0]
 
 
-def _num_images(tensor: dict[str, Any], limits: ServingLimits) -> int:
+def _images(
+    tensor: dict[str, Any], binary_part: memoryview, limits: ServingLimits, *, binary: bool
+) -> NDArray[np.uint8]:
     datatype = tensor.get("datatype")
     if datatype != DATATYPE:
         raise RequestError(f"inputs[0].datatype of {MODEL_INPUT!r}", repr(DATATYPE), kind_of(datatype))
     field = f"inputs[0].shape of {MODEL_INPUT!r}"
-    shape = tensor.get("shape")
-    if not isinstance(shape, list):
-        raise RequestError(field, _SHAPE_NAME, kind_of(shape))
+    shape = typed(list, tensor.get("shape"), field, _SHAPE_NAME)
     is_positive = [type(size) is int and size > 0 for size in shape]
     if not all(is_positive) or len(shape) != 1 + len(IMAGE_SHAPE) or tuple(shape[1:]) != IMAGE_SHAPE:
         raise RequestError(field, f"{_SHAPE_NAME} with N of at least 1", shorten(shape))
     check_count(field, shape[0], limits)
-    return shape[0]
-
-
-def _tensor_data(
-    tensor: dict[str, Any], num_images: int, binary_part: memoryview, *, binary: bool
-) -> NDArray[np.uint8]:
-    num_expected = num_images * _PIXELS
     size = _parameters("inputs[0].parameters", tensor).get("binary_data_size")
-    if size is None:
-        if len(binary_part):
-            raise RequestError(
-                "inputs[0].parameters.binary_data_size", f"{num_expected}, for the bytes after the JSON", "none"
-            )
-        flat = _json_numbers(tensor, num_images, num_expected)
-    else:
-        flat = _binary_numbers(tensor, size, num_expected, binary_part, binary=binary)
-    return flat.reshape(num_images, *IMAGE_SHAPE)
+    if size is not None:
+        return _binary_numbers(tensor, size, shape[0] * _PIXELS, binary_part, binary=binary).reshape(shape)
+    if len(binary_part):
+        expected = f"{shape[0] * _PIXELS}, for the bytes after the JSON"
+        raise RequestError("inputs[0].parameters.binary_data_size", expected, "none")
+    return _json_numbers(tensor, tuple(shape)).reshape(shape)
 
 
 def _binary_numbers(
@@ -155,18 +139,17 @@ def _binary_numbers(
     return np.frombuffer(binary_part, dtype=np.uint8)
 
 
-def _json_numbers(tensor: dict[str, Any], num_images: int, num_expected: int) -> NDArray[np.uint8]:
+def _json_numbers(tensor: dict[str, Any], shape: tuple[int, ...]) -> NDArray[np.uint8]:
     field = f"inputs[0].data of {MODEL_INPUT!r}"
-    data = tensor.get("data")
-    if not isinstance(data, list):
-        raise RequestError(field, f"a list of {num_expected} numbers, flat or nested", kind_of(data))
+    num_expected = shape[0] * _PIXELS
+    data = typed(list, tensor.get("data"), field, f"a list of {num_expected} numbers, flat or nested")
     expected = f"{num_expected} numbers, flat or nested as the shape says"
-    shape = nested_shape(field, data, expected, max_depth=1 + len(IMAGE_SHAPE))
-    if shape == (num_images, *IMAGE_SHAPE):
+    found = nested_shape(field, data, expected, max_depth=len(shape))
+    if found == shape:
         for _ in IMAGE_SHAPE:
             data = list(chain.from_iterable(data))
-    elif shape != (num_expected,):
-        raise RequestError(field, expected, f"shape {list(shape)}")
+    elif found != (num_expected,):
+        raise RequestError(field, expected, f"shape {list(found)}")
     if set(map(type, data)) != {int}:
         stranger = next(value for value in data if type(value) is not int)
         raise RequestError(field, f"whole numbers, for {DATATYPE}", kind_of(stranger))
@@ -174,37 +157,27 @@ def _json_numbers(tensor: dict[str, Any], num_images: int, num_expected: int) ->
 
 
 def _outputs(request: dict[str, Any]) -> dict[str, bool]:
-    parameters = _parameters("parameters", request)
-    default = _flag("parameters.binary_data_output", parameters.get("binary_data_output"), default=False)
+    default = _flag("parameters.binary_data_output", _parameters("parameters", request), default=False)
     wanted = request.get("outputs")
     if wanted is None or wanted == []:
         return dict.fromkeys(OUTPUT_NAMES, default)
-    if not isinstance(wanted, list):
-        raise RequestError("outputs", "a list", kind_of(wanted))
     outputs: dict[str, bool] = {}
-    for index, output in enumerate(wanted):
+    for index, output in enumerate(typed(list, wanted, "outputs", "a list")):
         field = f"outputs[{index}]"
         name = output.get("name") if isinstance(output, dict) else output
         if not isinstance(output, dict) or name not in OUTPUT_NAMES:
             raise RequestError(f"{field}.name", f"one of {list(OUTPUT_NAMES)}", kind_of(name))
         own = _parameters(f"{field}.parameters", output)
-        outputs[name] = _flag(f"{field}.parameters.binary_data", own.get("binary_data"), default=default)
+        outputs[name] = _flag(f"{field}.parameters.binary_data", own, default=default)
     return outputs
 
 
 def _parameters(field: str, parent: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a request, input or output; null is the same as absent."""
     parameters = parent.get("parameters")
-    if parameters is None:
-        return {}
-    if not isinstance(parameters, dict):
-        raise RequestError(field, "an object", kind_of(parameters))
-    return parameters
+    return {} if parameters is None else typed(dict, parameters, field, "an object")
 
 
-def _flag(field: str, value: Any, *, default: bool) -> bool:
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise RequestError(field, "true or false", kind_of(value))
-    return value
+def _flag(field: str, parameters: dict[str, Any], *, default: bool) -> bool:
+    value = parameters.get(field.rpartition(".")[2])
+    return default if value is None else typed(bool, value, field, "true or false")

@@ -19,7 +19,7 @@ from kserve.protocol.infer_type import RequestedOutput
 from PIL import Image
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.serving.messages import softmax
+from cifar_assets.serving.answers import softmax
 from resources.inference_service.client import InferenceClient, ServerError
 from resources.object_store import FolderStore
 from tests.unit.serving.server_process import Answer, ServerProcess, ask, form, run_server
@@ -472,6 +472,9 @@ class TestSurface:
         assert {"200", "400", "413", "429"} <= set(predict["responses"])
         assert "/v2/models/{model_name}/infer" in api["paths"]
         assert not [path for path in api["paths"] if "repository" in path or "explain" in path]
+        versioned = {path.replace("/versions/{model_version}", "") for path in api["paths"] if "version}" in path}
+        assert versioned == {path for path in api["paths"] if "{model_name}" in path and "version}" not in path}
+        assert len(api["paths"]) == 8 + 2 * len(versioned) == 18
         for path, methods in api["paths"].items():
             for method in methods:
                 named = path.replace("{model_name}", "cifar10").replace("{model_version}", "7")

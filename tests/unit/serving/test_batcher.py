@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
+from cifar_assets.serving.answers import BusyError
 from cifar_assets.serving.batcher import Logits, MicroBatcher, NotFiniteError
-from cifar_assets.serving.faults import BusyError
 from cifar_assets.serving.metrics import REGISTRY
 
 

@@ -12,8 +12,8 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cifar_assets.serving.answers import json_response
 from cifar_assets.serving.http import HttpServer, Request
-from cifar_assets.serving.messages import json_response
 from cifar_assets.serving.settings import ServingLimits
 
 GET = b"GET /a?b=c HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifar_assets.dataset.formats.images import ImageLimits
-from cifar_assets.serving.faults import RequestError
-from cifar_assets.serving.multipart import parse_form
+from cifar_assets.serving.answers import RequestError
 from cifar_assets.serving.settings import ServingLimits
-from cifar_assets.serving.v1 import parse_predict
+from cifar_assets.serving.v1 import parse_form, parse_predict
 
 LIMITS = ServingLimits()
 PIXELS = np.random.default_rng(3).integers(0, 256, (32, 32, 3), dtype=np.uint8)

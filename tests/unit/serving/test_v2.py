@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_assets.serving.faults import RequestError
-from cifar_assets.serving.messages import ModelIdentity, Response, softmax
+from cifar_assets.serving.answers import ModelIdentity, RequestError, Response, softmax
 from cifar_assets.serving.settings import ServingLimits
 from cifar_assets.serving.v2 import InferRequest, parse_infer, render_infer
 
