@@ -37,7 +37,7 @@ REJECTED_PREFIX = "rejected/"
 
 SEED_RAW_KEY = "cifar10-dataset.tar.gz"
 SEED_PROCESSED_KEY = "cifar10-processed.tar.gz"
-SEED_MODEL_KEY = "resnet18_cifar10.pth"
+BASELINE_MODEL_KEY = "resnet18_cifar10.pth"
 """Well-known objects of the pipeline this project replaces, kept as copies of the current version."""
 
 MODEL_NAME = DEFAULT_NAME

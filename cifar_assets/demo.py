@@ -53,7 +53,6 @@ def main() -> int:
 _SYNTHETIC_TRAINING = {
     "recipe": "resnet18",
     "overrides": {
-        "network": "resnet18",
         "optimizer": "sgd",
         "warmup": 0.25,
         "epochs": 4,

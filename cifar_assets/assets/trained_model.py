@@ -92,7 +92,7 @@ class TrainedModelConfig(dg.Config):
                 seed=self.seed,
                 output_uri=object_store.models.uri(),
                 mlflow=mlflow,
-                write_seed_copies=True,
+                write_baseline_copies=True,
                 execution=Execution(**_given(self.execution)),
             )
         except ValidationError as error:

@@ -55,7 +55,7 @@ def make_plan(stores: Stores, request: Request) -> Plan:
             seed=request.seed,
             output_uri=stores.models.uri(),
             mlflow=request.mlflow,
-            write_seed_copies=True,
+            write_baseline_copies=True,
             execution=Execution(**request.execution),
         )
         return Plan(run=request.run, raw_digest=manifest.raw_digest, replicas=request.replicas, spec=spec)

@@ -1,23 +1,128 @@
-"""Checkpoints in the object store: one object each, written atomically, named by its digest, verified when read."""
+"""What a training changes as it runs, and its checkpoints in the object store.
+
+A checkpoint is one object, written atomically, named by its step and digest, and verified when read.
+"""
 
 import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from cifar_assets.training.optimizer import build_optimizers
+from cifar_assets.training.recipes import Recipe
 from resources.digests import sha256_bytes
 from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
 _LOG = logging.getLogger(__name__)
-_NAME = re.compile(r"step-(\d{9})-([0-9a-f]{64})\.safetensors")
+_NAME = re.compile(r"step-\d{9}-[0-9a-f]{64}\.safetensors")
 _METADATA_KEY = "checkpoint"
+_POSITION_VERSION = 1
+
+
+@dataclass
+class EpochRecord:
+    """Result of one finished epoch. Losses and accuracy are repeatable; seconds and images/s are not.
+
+    Epochs that are not validated have no validation loss and accuracy. The learning rate is that of the last step.
+    """
+
+    epoch: int
+    train_loss: float
+    validation_loss: float | None
+    validation_accuracy: float | None
+    learning_rate: float
+    resolution: int
+    seconds: float
+    images_per_second: float
+
+
+@dataclass
+class Position:
+    """Where a training stands: the next step is `step` of epoch `epoch`, both counted from 0."""
+
+    epoch: int = 0
+    step: int = 0
+    epoch_seconds: float = 0.0
+    history: list[EpochRecord] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": _POSITION_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Position":
+        """The position that `to_json` gave; the first form had no version. DataError for anything else."""
+        if (version := value.get("version", _POSITION_VERSION)) != _POSITION_VERSION:
+            raise DataError(f"Its position has version {version}, expected {_POSITION_VERSION}: train again.")
+        try:
+            history = [EpochRecord(**record) for record in value["history"]]
+            return cls(value["epoch"], value["step"], value["epoch_seconds"], history)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"There is no position in it: {error!r}.") from error
+
+
+class TrainingState:
+    """Network, optimizers and position of one training.
+
+    Args:
+        network: the network being trained, on its device.
+        recipe: decides the optimizers.
+        dtype: of the processor's matrix products.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe, dtype: torch.dtype):
+        self.network = network
+        self.optimizers = build_optimizers(network, recipe, dtype)
+        self.position = Position()
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor a continuation needs, by name."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        for name, optimizer, parameter in self._momenta():
+            momentum = optimizer.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                tensors[name] = momentum
+        return {**tensors, "loss_sum": self.loss_sum, "torch_random": torch.get_rng_state()}
+
+    def load(self, tensors: dict[str, Tensor], position: Position) -> None:
+        """Continue from these. Raises DataError, with nothing changed, when they do not fit the recipe."""
+        expected = self.tensors() | {name: parameter for name, _, parameter in self._momenta()}
+        unfit = sorted(n for n in expected.keys() | tensors.keys() if _form(expected, n) != _form(tensors, n))
+        if (name := first_not_finite(tensors)) is not None:
+            raise DataError(f"{name} holds numbers that are not finite.")
+        if unfit:
+            raise DataError(f"{len(unfit)} tensors are missing, unknown or of another shape or type: {unfit[:3]}.")
+        prefix = "network."
+        self.network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for name, optimizer, parameter in self._momenta():
+            buffer = torch.empty_like(parameter, requires_grad=False).copy_(tensors[name])
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+        self.loss_sum.copy_(tensors["loss_sum"])
+        torch.set_rng_state(tensors["torch_random"])
+        self.position = position
+
+    def _momenta(self) -> list[tuple[str, Optimizer, nn.Parameter]]:
+        """Every parameter that has a momentum, with the momentum's name in a checkpoint."""
+        owners = [(o, p) for o in self.optimizers for g in o.param_groups if g["momentum"] for p in g["params"]]
+        return [(f"momentum.{index}", optimizer, parameter) for index, (optimizer, parameter) in enumerate(owners)]
+
+
+def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds an infinity or NaN, if there is one."""
+    return next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
+
+
+def _form(tensors: dict[str, Tensor], name: str) -> object:
+    return (tensors[name].shape, tensors[name].dtype) if name in tensors else None
 
 
 @dataclass(frozen=True)
@@ -42,8 +147,8 @@ class CheckpointStore:
         self._store = store
         self._keep = keep
 
-    def save(self, step: int, tensors: dict[str, Tensor], position: dict[str, Any]) -> str:
-        """Store a checkpoint, remove those beyond the newest `keep`, and return its URI."""
+    def save(self, step: int, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
+        """Store a checkpoint and remove those beyond the newest `keep`."""
         data = save(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             metadata={_METADATA_KEY: json.dumps(position)},
@@ -53,10 +158,9 @@ class CheckpointStore:
         for old in self._keys()[self._keep :]:
             if old != key:
                 self._store.delete(old)
-        return self._store.uri(key)
 
     def load_newest(self, use: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
-        """The newest whole checkpoint that `use` took, or None. `use` raises DataError for one that does not fit.
+        """The newest whole checkpoint that `use` accepted, or None. `use` raises DataError for one that does not fit.
 
         One that is damaged or does not fit is reported, removed and passed over.
         """
@@ -90,14 +194,11 @@ class CheckpointStore:
         return sorted(keys, reverse=True)
 
     def _load(self, key: str) -> Checkpoint:
-        match = _NAME.fullmatch(key)
-        if match is None:
-            raise DataError(f"{self._store.uri(key)} is not named like a checkpoint.")
-        data = self._store.read_verified(key, match[2])
+        _, step, digest = key.removesuffix(".safetensors").split("-")
+        data = self._store.read_verified(key, digest)
         try:
-            header_size = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + header_size])
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             position = json.loads(header["__metadata__"][_METADATA_KEY])
-            return Checkpoint(int(match[1]), load(data), position, self._store.uri(key))
+            return Checkpoint(int(step), load(data), position, self._store.uri(key))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self._store.uri(key)} is not a checkpoint of this project: {error}") from error

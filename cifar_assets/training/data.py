@@ -1,17 +1,23 @@
-"""Splits of a processed dataset as tensors on the training device."""
+"""What a training sees: the splits of a processed dataset as tensors, the order of their images, and augmentation.
 
+Order and augmentation are functions of (seed, epoch, image) alone, whatever the number of processes.
+"""
+
+import enum
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
-from cifar_assets.contracts import IMAGE_SHAPE
+from cifar_assets.contracts import IMAGE_SHAPE, IMAGE_SIZE
 from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
 from cifar_assets.dataset.versions.reader import SplitReader, open_split
 from cifar_assets.dataset.versions.splits import SplitName
+from cifar_assets.training.recipes import Recipe
 from cifar_assets.training.spec import JobSpec
 from resources.errors import DataError
 from resources.object_store import open_store
@@ -19,7 +25,7 @@ from resources.object_store import open_store
 _STREAM_BATCH = 1024
 
 
-class Split:
+class TensorSplit:
     """One split's images and labels. Small ones lie on the device whole, larger ones are read batch by batch.
 
     Args:
@@ -32,7 +38,7 @@ class Split:
         self._reader = reader
         self._device = device
         self.labels = torch.from_numpy(np.asarray(reader.labels, dtype=np.int64)).to(device)
-        fits = len(reader) * 3 * 32 * 32 <= resident_bytes
+        fits = len(reader) * math.prod(IMAGE_SHAPE) <= resident_bytes
         self._resident = self._read(np.arange(len(reader))) if fits else None
 
     def __len__(self) -> int:
@@ -61,22 +67,130 @@ class TrainingData:
     """A processed dataset, opened."""
 
     manifest: ProcessedManifest
-    train: Split
-    validation: Split
-    test: Split
+    train: TensorSplit
+    validation: TensorSplit
+    test: TensorSplit
 
 
 def open_data(spec: JobSpec, device: torch.device) -> TrainingData:
     """The spec's dataset, every shard verified by digest. Raises DataError when a split the training needs is empty."""
     processed = open_store(spec.processed_uri)
     manifest = read_processed(processed, spec.dataset_digest)
-    cache = Path(spec.execution.cache_folder) if spec.execution.cache_folder else None
     resident_bytes = spec.execution.resident_megabytes << 20
 
-    def split(name: SplitName) -> Split:
-        opened = Split(open_split(processed, spec.dataset_digest, name, cache), device, resident_bytes)
+    def split(name: SplitName) -> TensorSplit:
+        opened = TensorSplit(open_split(processed, spec.dataset_digest, name), device, resident_bytes)
         if not len(opened):
             raise DataError(f"{spec.dataset_uri}: its {name} split is empty: a training needs all three splits.")
         return opened
 
     return TrainingData(manifest, split("train"), split("validation"), split("test"))
+
+
+class Stream(enum.IntEnum):
+    """What random numbers are drawn for. Numbers of different streams are independent."""
+
+    ORDER = 1
+    SHIFT = 2
+    FLIP = 3
+    CUTOUT = 4
+
+
+def generator(seed: int, stream: Stream, epoch: int = 0) -> np.random.Generator:
+    """A counter-based generator that depends on its three arguments alone."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, int(stream), epoch))))
+
+
+def epoch_batches(seed: int, epoch: int, num_images: int, batch_size: int) -> list[NDArray[np.int64]]:
+    """Indices of each step's images: every image once, in batches that differ in size by at most one.
+
+    Even batches leave no small rest, whose batch norm statistics would be noise, and drop nothing.
+    """
+    order = generator(seed, Stream.ORDER, epoch).permutation(num_images)
+    return np.array_split(order, steps_per_epoch(num_images, batch_size))
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Optimizer steps in which every image is seen once."""
+    return -(-num_images // batch_size)
+
+
+def resolution(recipe: Recipe, step: int, steps_per_epoch: int) -> int:
+    """Image size in pixels at a step, counted from 0 over the whole training."""
+    progress = step / (recipe.epochs * steps_per_epoch)
+    return next(phase.size for phase in reversed(recipe.resolutions) if progress >= phase.start)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Float images scaled down to `size` pixels with antialiasing; unchanged where they have that size."""
+    if images.shape[-1] == size:
+        return images
+    if IMAGE_SIZE % size == 0:
+        return functional.avg_pool2d(images, images.shape[-1] // size)
+    return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+class EpochAugmentation:
+    """One epoch's draws for every image of the split; any process applies them to any part of it.
+
+    Args:
+        recipe: which augmentations to apply, and how strongly.
+        seed: the training's seed.
+        epoch: counted from 0.
+        num_images: size of the split; draws are indexed by position in it.
+    """
+
+    def __init__(self, recipe: Recipe, seed: int, epoch: int, num_images: int):
+        self._recipe = recipe
+        self._flips = _draw_flips(recipe, seed, epoch, num_images)
+        reach = 2 * recipe.translate + 1
+        self._shifts = generator(seed, Stream.SHIFT, epoch).integers(0, reach, size=(num_images, 2))
+        self._holes = generator(seed, Stream.CUTOUT, epoch).random(size=(num_images, 2))
+
+    def shift_and_flip(self, images: Tensor, indices: NDArray[np.int64]) -> Tensor:
+        """uint8 images (N, 3, 32, 32) shifted and mirrored; `indices` are their positions in the split."""
+        if self._recipe.translate:
+            images = _shift(images, torch.from_numpy(self._shifts[indices]), self._recipe)
+        if self._flips is not None:
+            flipped = torch.from_numpy(self._flips[indices]).to(images.device).view(-1, 1, 1, 1)
+            images = torch.where(flipped, images.flip(3), images)
+        return images
+
+    def cut_out(self, images: Tensor, indices: NDArray[np.int64]) -> Tensor:
+        """Normalized images (N, 3, size, size) with a square set to 0, the mean, around a random pixel."""
+        if not self._recipe.cutout:
+            return images
+        size = images.shape[-1]
+        side = max(1, round(self._recipe.cutout * size / IMAGE_SIZE))
+        corner = torch.from_numpy((self._holes[indices] * size).astype(np.int64)).to(images.device) - side // 2
+        pixels = torch.arange(size, device=images.device)
+        inside = (pixels >= corner.unsqueeze(2)) & (pixels < corner.unsqueeze(2) + side)
+        hole = inside[:, 0, :, None] & inside[:, 1, None, :]
+        return images.masked_fill(hole.unsqueeze(1), 0.0)
+
+
+def _draw_flips(recipe: Recipe, seed: int, epoch: int, num_images: int) -> NDArray[np.bool_] | None:
+    """Alternating flips show each image both ways in any two epochs (Jordan, airbench, arXiv:2404.00498)."""
+    if recipe.flip == "none":
+        return None
+    if recipe.flip == "random":
+        return generator(seed, Stream.FLIP, epoch).integers(0, 2, size=num_images).astype(bool)
+    first = generator(seed, Stream.FLIP).integers(0, 2, size=num_images)
+    return (first + epoch) % 2 == 1
+
+
+def _shift(images: Tensor, shifts: Tensor, recipe: Recipe) -> Tensor:
+    reach = recipe.translate
+    padding = (reach, reach, reach, reach)
+    if recipe.padding == "reflect":
+        # reflection has no kernel for uint8
+        padded = functional.pad(images.to(torch.float32), padding, mode="reflect").to(torch.uint8)
+    else:
+        padded = functional.pad(images, padding)
+    shifts = shifts.to(images.device)
+    steps = torch.arange(IMAGE_SIZE, device=images.device)
+    rows = (shifts[:, :1] + steps).view(-1, 1, IMAGE_SIZE, 1)
+    columns = (shifts[:, 1:] + steps).view(-1, 1, 1, IMAGE_SIZE)
+    which = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
+    channels = torch.arange(images.shape[1], device=images.device).view(1, -1, 1, 1)
+    return padded[which, channels, rows, columns]

@@ -1,9 +1,12 @@
-"""The processor a training runs on, and what it is good at."""
+"""The device a training runs on, its arithmetic and threads, and what is recorded about them."""
 
+import importlib.metadata
 import os
-import shutil
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +15,8 @@ from cifar_assets.training.recipes import Precision
 from cifar_assets.training.spec import Execution
 from resources.errors import ConfigError
 
+_PACKAGES = ("torch", "numpy", "safetensors", "onnx", "onnxruntime", "mlflow-skinny", "dagster-pipes", "cifar-assets")
+
 
 @dataclass(frozen=True)
 class Processor:
@@ -19,6 +24,11 @@ class Processor:
 
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def precision(self) -> str:
+        """Name of the arithmetic, as in `float32`."""
+        return str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context in which convolutions and matrix products run in `dtype`."""
@@ -30,11 +40,8 @@ class Processor:
 def choose_processor(execution: Execution, precision: Precision, local_rank: int = 0) -> Processor:
     """The device and precision asked for. Raises ConfigError when there is no such device."""
     device = choose_device(execution.device, local_rank)
-    if precision == "auto":
-        dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-    else:
-        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return Processor(device, dtype)
+    is_bfloat16 = precision == "bfloat16" or (precision == "auto" and _has_fast_bfloat16(device))
+    return Processor(device, torch.bfloat16 if is_bfloat16 else torch.float32)
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
@@ -48,7 +55,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
-        # nccl would refuse two processes of one GPU by an error that looks like a process lost
+        # nccl would reject two processes on one GPU with an error that looks like a lost process
         raise ConfigError(
             f"Process {local_rank + 1} of this machine has no GPU of its own, there are {num_gpus}: set nproc_per_node "
             "to that number or less, ask for more GPUs, or for device cpu."
@@ -56,8 +63,16 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is done in hardware: emulated it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    abilities = torch.cpu.get_capabilities()
+    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+
+
 def use_repeatable_kernels(device: torch.device) -> None:
-    """Have the same arithmetic give the same bits each time on this device; a CPU does so by itself."""
+    """Make the same arithmetic give the same bits each time on a GPU; a CPU does so by itself."""
     if device.type != "cuda":
         return
     torch.backends.cudnn.allow_tf32 = False
@@ -68,34 +83,41 @@ def use_repeatable_kernels(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def check_compiler() -> None:
-    """Raise ConfigError where torch.compile would find no compiler, minutes into a training."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise ConfigError(
-            f"The job asks for `compile`, which takes a C++ compiler, and {compiler} is not there: set "
-            "execution.compile to false, or install it where the training runs (our image has none)."
-        )
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is done in hardware: emulated it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    abilities = torch.cpu.get_capabilities()
-    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
-
-
-def use_threads(execution: Execution) -> int:
-    """Set torch's CPU threads for this process and return their number."""
+def use_threads(execution: Execution) -> None:
+    """Set torch's CPU threads for this process."""
     torch.set_num_threads(execution.threads or default_threads())
-    return torch.get_num_threads()
 
 
 def default_threads() -> int:
-    """This process's share of the CPUs it may use. torchrun's own default of one thread is not taken over."""
+    """This process's fraction of the CPUs it may use, where torchrun's own default is one thread."""
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     wanted = os.environ.get("OMP_NUM_THREADS")
     if wanted and wanted.isdigit() and local_processes == 1:
         return max(1, int(wanted))
     return max(1, int(available_cpus()) // local_processes)
+
+
+def describe_environment(processor: Processor, world_size: int) -> dict[str, Any]:
+    """Versions of what matters to the result, and the hardware."""
+    device = processor.device
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    return {
+        "python": platform.python_version(),
+        "packages": {name: installed[name] for name in _PACKAGES if name in installed},
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "host": platform.node(),
+        "cpu": _cpu_model(),
+        "cpus": available_cpus(),
+        "threads": torch.get_num_threads(),
+        "memory_gigabytes": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "processes": world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": processor.precision,
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or "unknown"

@@ -10,41 +10,34 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cifar_assets.contracts import CLASSES, IMAGE_SIZE
-from cifar_assets.training.data import Split
+from cifar_assets.contracts import CLASSES
+from cifar_assets.training.data import TensorSplit
 from cifar_assets.training.device import Processor
 from cifar_assets.training.distributed import Processes
-from cifar_assets.training.finite import DivergedError
+from cifar_assets.training.stopping import DivergedError
 
 _BATCH = 500
 _CALIBRATION_BINS = 15
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Float images scaled down to `size` pixels with antialiasing; unchanged where they have that size."""
-    if images.shape[-1] == size:
-        return images
-    if IMAGE_SIZE % size == 0:
-        return functional.avg_pool2d(images, images.shape[-1] // size)
-    return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-
-
 @dataclass(frozen=True)
 class Score:
-    """Mean cross-entropy in nats and share of right answers on a split."""
+    """Mean cross-entropy in nats and fraction of right answers on a split."""
 
     loss: float
     accuracy: float
 
 
-def score(classify: Callable[[Tensor], Tensor], split: Split, processor: Processor, processes: Processes) -> Score:
+def score(
+    classify: Callable[[Tensor], Tensor], split: TensorSplit, processor: Processor, processes: Processes
+) -> Score:
     """Loss and accuracy of a function from uint8 images to logits.
 
-    Each process measures its share; over all of them every image counts once.
+    Each process measures its part; over all of them every image counts once.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=processor.device)
-    for start in range(0, len(split), _BATCH * processes.count):
-        indices = processes.share(np.arange(start, min(start + _BATCH * processes.count, len(split))))
+    for start in range(0, len(split), _BATCH * processes.world_size):
+        indices = processes.part_of(np.arange(start, min(start + _BATCH * processes.world_size, len(split))))
         if not len(indices):
             continue
         labels = split.labels_at(indices)
@@ -52,11 +45,11 @@ def score(classify: Callable[[Tensor], Tensor], split: Split, processor: Process
             logits = classify(split.images(indices)).float()
         sums[0] += functional.cross_entropy(logits, labels, reduction="sum")
         sums[1] += (logits.argmax(1) == labels).sum()
-    loss, accuracy = (processes.sum(sums) / len(split)).tolist()
+    loss, accuracy = (processes.all_reduce(sums) / len(split)).tolist()
     return Score(loss, accuracy)
 
 
-def predict(classifier: nn.Module, split: Split, processor: Processor) -> NDArray[np.float32]:
+def predict(classifier: nn.Module, split: TensorSplit, processor: Processor) -> NDArray[np.float32]:
     """Logits (N, 10) of a classifier that takes uint8 images. Raises DivergedError for NaN."""
     parts = []
     for start in range(0, len(split), _BATCH):
@@ -70,7 +63,7 @@ def predict(classifier: nn.Module, split: Split, processor: Processor) -> NDArra
 
 
 def measure(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, Any]:
-    """Everything the metrics say of one split: accuracy, loss, recall per class, confusion matrix, calibration error.
+    """Metrics of one split: accuracy, loss, recall per class, confusion matrix, calibration error.
 
     The confusion matrix has the true class by row, the predicted one by column. A class without images has no recall.
     """

@@ -10,67 +10,38 @@ from cifar_assets.contracts import CLASSES, IMAGE_SIZE
 from cifar_assets.training.recipes import Recipe, Views
 
 
-class TapConv2d(nn.Module):
-    """A 3x3 convolution with padding 1 on a map of at most 2x2 pixels, as one matrix product.
+class TrimmedConv2d(nn.Conv2d):
+    """A 3x3 convolution with padding 1 on a map of at most 2x2 pixels, without the taps that only ever meet padding.
 
-    Holds only the taps that meet the map; the others of the kernel would only meet padding. On a map of 1x1 that is one
-    of nine.
+    On a map of 1x1 that leaves one tap of nine, with stride 2 on a map of 2x2 four.
 
     Args:
         inputs: channels.
         outputs: channels.
         stride: of the convolution.
-        size: of the input map at 32-pixel images, in pixels; smaller maps use fewer of the taps.
+        size: of the input map at 32-pixel images, in pixels; a map of 1x1 is filled up with padding.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, size: int):
-        super().__init__()
-        self._stride = stride
-        self._taps = sorted({tap for row in _taps(size, stride) for tap in row if tap is not None})
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, len(self._taps)))
-        nn.init.normal_(self.weight, std=_kaiming_std(outputs))
+        super().__init__(inputs, outputs, size, stride, bias=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        size = int(images.shape[-1])
-        table = _taps(size, self._stride)
-        absent = len(self._taps)
-        places = [self._taps.index(tap) if tap in self._taps else absent for row in table for tap in row]
-        outputs, inputs, _ = self.weight.shape
-        taps = functional.pad(self.weight, (0, 1))[:, :, torch.tensor(places, device=images.device)]
-        matrix = taps.view(outputs, inputs, len(table), -1).permute(2, 0, 3, 1).reshape(len(table) * outputs, -1)
-        flat = functional.linear(images.permute(0, 2, 3, 1).flatten(1), matrix)
-        edge = -(-size // self._stride)
-        return flat.view(-1, edge, edge, outputs).permute(0, 3, 1, 2)
+    def reset_parameters(self) -> None:
+        # He initialization by fan-out of the 3x3 kernel, as torchvision's ResNets have it
+        nn.init.normal_(self.weight, std=math.sqrt(2 / (9 * self.out_channels)))
 
-    def kernel(self) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        missing = max(0, self.kernel_size[0] - int(input.shape[-1]))
+        return super().forward(functional.pad(input, (0, missing, 0, missing)) if missing else input)
+
+    def full_kernel(self) -> Tensor:
         """The weights as those of a 3x3 convolution, zero in the taps that are not here."""
-        kernel = self.weight.new_zeros((*self.weight.shape[:2], 9))
-        kernel[:, :, self._taps] = self.weight.detach()
-        return kernel.unflatten(2, (3, 3))
+        after = 2 - self.kernel_size[0]
+        return functional.pad(self.weight.detach(), (1, after, 1, after))
 
 
-def _taps(size: int, stride: int) -> list[list[int | None]]:
-    """For each pixel of the output map the tap of a 3x3 kernel that meets each pixel of the input map, if one does."""
-    edge = -(-size // stride)
-
-    def tap(row: int, column: int) -> int | None:
-        return 3 * row + column if 0 <= row < 3 and 0 <= column < 3 else None
-
-    return [
-        [tap(i - stride * y + 1, j - stride * x + 1) for i in range(size) for j in range(size)]
-        for y in range(edge)
-        for x in range(edge)
-    ]
-
-
-def _kaiming_std(outputs: int) -> float:
-    """Of He initialization by fan-out of a 3x3 kernel, as torchvision's ResNets have it."""
-    return math.sqrt(2 / (9 * outputs))
-
-
-def _conv3x3(inputs: int, outputs: int, stride: int, size: int) -> nn.Module:
-    if size <= 2:
-        return TapConv2d(inputs, outputs, stride, size)
+def _conv3x3(inputs: int, outputs: int, stride: int, size: int) -> nn.Conv2d:
+    if size == 1 or size == stride == 2:
+        return TrimmedConv2d(inputs, outputs, stride, size)
     return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
 
 
@@ -100,24 +71,21 @@ class ResNet18(nn.Module):
 
     Args:
         width: channels of the first stage; 64 is the original.
-        imagenet_stem: 7x7 stride-2 convolution and max pooling in place of a 3x3 stride-2 convolution.
     """
 
-    def __init__(self, width: int = 64, imagenet_stem: bool = False):
+    def __init__(self, width: int = 64):
         super().__init__()
-        self.conv1 = (
-            nn.Conv2d(3, width, 7, 2, 3, bias=False) if imagenet_stem else nn.Conv2d(3, width, 3, 2, 1, bias=False)
-        )
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.MaxPool2d(3, 2, 1) if imagenet_stem else nn.Identity()
-        size = IMAGE_SIZE // (4 if imagenet_stem else 2)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        size = IMAGE_SIZE // 4
         self.layer1 = _stage(width, width, 1, size)
         self.layer2 = _stage(width, 2 * width, 2, size)
         self.layer3 = _stage(2 * width, 4 * width, 2, size // 2)
         self.layer4 = _stage(4 * width, 8 * width, 2, size // 4)
         self.fc = nn.Linear(8 * width, len(CLASSES))
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not isinstance(module, TrimmedConv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -126,9 +94,9 @@ class ResNet18(nn.Module):
         return self.fc(hidden.mean((2, 3)))
 
     def torchvision_state_dict(self) -> dict[str, Tensor]:
-        """State dict for torchvision's ResNet-18 of this width and stem."""
-        kernels = {f"{name}.weight": m.kernel() for name, m in self.named_modules() if isinstance(m, TapConv2d)}
-        return {**self.state_dict(), **kernels}
+        """State dict for torchvision's ResNet-18 of this width."""
+        trimmed = {name: module for name, module in self.named_modules() if isinstance(module, TrimmedConv2d)}
+        return {**self.state_dict(), **{f"{name}.weight": module.full_kernel() for name, module in trimmed.items()}}
 
 
 def _stage(inputs: int, outputs: int, stride: int, size: int) -> nn.Sequential:
@@ -199,16 +167,17 @@ class SpeedNet(nn.Module):
 
 def build_network(recipe: Recipe) -> ResNet18 | SpeedNet:
     """The recipe's network, its weights drawn from torch's global generator."""
-    match recipe.network:
-        case "resnet18-imagenet":
-            return ResNet18(recipe.width, imagenet_stem=True)
-        case "resnet18":
-            return ResNet18(recipe.width)
-        case "speednet":
-            return SpeedNet(recipe.width, recipe.widening, recipe.depth)
+    if recipe.network == "resnet18":
+        network = ResNet18(recipe.width)
+    else:
+        network = SpeedNet(recipe.width, recipe.widening, recipe.depth)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = recipe.batch_norm_momentum
+    return network
 
 
-class Classifier(nn.Module):
+class PublishedNetwork(nn.Module):
     """What is published: uint8 images (N, 3, 32, 32) to logits (N, 10), normalization included.
 
     Args:
@@ -232,12 +201,4 @@ class Classifier(nn.Module):
         pixels = ((images.to(torch.float32) / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if self.views == "plain":
             return self.network(pixels)
-        logits = self._mirrored(pixels)
-        if self.views == "six":
-            padded = functional.pad(pixels, (1, 1, 1, 1), mode="reflect")
-            shifted = self._mirrored(padded[:, :, :-2, :-2]) + self._mirrored(padded[:, :, 2:, 2:])
-            logits = logits / 2 + shifted / 4
-        return logits
-
-    def _mirrored(self, pixels: Tensor) -> Tensor:
         return (self.network(pixels) + self.network(pixels.flip(3))) / 2

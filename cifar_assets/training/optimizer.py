@@ -1,5 +1,6 @@
-"""Optimizers of a network: SGD for all of it, or Muon for its inner convolutions and SGD for the rest."""
+"""Optimizers of a network: SGD for all of it, or Muon for its inner convolutions and SGD for the rest; their rates."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from cifar_assets.training.recipes import Recipe
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 3
+_MUON_MOMENTUM = 0.6
 
 
 class Muon(Optimizer):
@@ -73,7 +75,7 @@ def build_optimizers(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> 
         # the stem, `conv1` of a ResNet, reads pixels and has few inputs: like the head it fares better with SGD
         banks = [p for name, p in matrices.items() if p.ndim > 2 and not name.startswith("conv1.")]
         matrices = {name: p for name, p in matrices.items() if p.ndim == 2 or name.startswith("conv1.")}
-        optimizers.append(Muon(banks, recipe.learning_rate, recipe.muon_momentum, dtype))
+        optimizers.append(Muon(banks, recipe.learning_rate, _MUON_MOMENTUM, dtype))
         matrix_rate = recipe.head_learning_rate * recipe.batch_size
         vector_rate = recipe.bias_learning_rate * recipe.batch_size
     groups: list[dict[str, Any]] = [
@@ -89,3 +91,18 @@ def build_optimizers(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> 
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step, counted from 0 over the whole training, as a fraction of the peak.
+
+    With warm-up the first step already moves, and the last one ends just above 0.
+    """
+    total = recipe.epochs * steps_per_epoch
+    if recipe.schedule_interval == "epoch":
+        step = step // steps_per_epoch * steps_per_epoch
+    warmup = recipe.warmup * total
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / (total - warmup)
+    return (1 + math.cos(math.pi * progress)) / 2 if recipe.schedule == "cosine" else 1 - progress

@@ -1,7 +1,6 @@
 """The job spec: all that a training needs to know, as one JSON document. No torch."""
 
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -10,22 +9,18 @@ from resources.digests import sha256_json
 from resources.errors import ConfigError
 from resources.trainer.contract import TrainingSpec
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Raised whenever the code changes what weights a recipe, data and seed give: old checkpoints are then not resumed."""
 
 
 class Execution(BaseModel):
-    """How a training is run on this machine. Decides nothing about what is trained beyond rounding."""
+    """How a training runs on this machine. Decides nothing about what is trained beyond rounding."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one.")
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads per process; by default this process's share of the CPU limit."
-    )
-    compile: bool = Field(
-        default=False,
-        description="Compile the network with torch.compile: pays on GPUs, and needs a C++ compiler where it runs.",
+        default=None, ge=1, description="CPU threads per process; by default this process's part of the CPU limit."
     )
     resident_megabytes: int = Field(
         default=4096,
@@ -38,9 +33,6 @@ class Execution(BaseModel):
         description="Steps between checkpoints within an epoch; 0 checkpoints at ends of epochs only.",
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept while the training runs.")
-    cache_folder: str | None = Field(
-        default=None, description="Folder for data fetched from a remote store; a temporary one by default."
-    )
 
 
 class JobSpec(TrainingSpec):
@@ -53,10 +45,25 @@ class JobSpec(TrainingSpec):
     recipe: Recipe = Field(description="What to train and how, complete.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Decides initial weights, order and augmentation.")
     output_uri: str = Field(description="URI of the models bucket: the model goes to <output_uri>/<model digest>/.")
-    write_seed_copies: bool = Field(
+    write_baseline_copies: bool = Field(
         default=False, description="Also write the weights as resnet18_cifar10.pth, for readers of the old pipeline."
     )
     execution: Execution = Field(default_factory=Execution, description="How to run it here.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_earlier_form(cls, values: Any) -> Any:
+        """Translate a spec of an earlier release, as in a stored plan. Fields that are gone are dropped."""
+        if not isinstance(values, dict) or "write_seed_copies" not in values:
+            return values
+        values = {**values, "write_baseline_copies": values["write_seed_copies"]}
+        del values["write_seed_copies"]
+        values["execution"] = _known_fields(Execution, values["execution"])
+        recipe = {"views": "mirrored" if values["recipe"].get("test_time_flip") else "plain", **values["recipe"]}
+        if recipe["network"] == "resnet18":
+            raise ValueError("recipe.network: resnet18 with a 3x3 stem is not built any more: train by another recipe")
+        recipe["network"] = recipe["network"].removesuffix("-imagenet")
+        return values | {"recipe": _known_fields(Recipe, recipe)}
 
     @model_validator(mode="after")
     def _check_dataset_uri(self) -> "JobSpec":
@@ -85,6 +92,10 @@ class JobSpec(TrainingSpec):
         return self.dataset_uri.rstrip("/").rpartition("/")[0] + "/"
 
 
+def _known_fields(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in model.model_fields}
+
+
 def parse_spec(text: str | bytes, source: str) -> JobSpec:
     """The job spec in a JSON document. Raises ConfigError naming the source and every field that is wrong."""
     try:
@@ -94,11 +105,3 @@ def parse_spec(text: str | bytes, source: str) -> JobSpec:
             f"{'.'.join(map(str, problem['loc'])) or 'document'}: {problem['msg']}" for problem in error.errors()
         )
         raise ConfigError(f"Job spec from {source} is not valid: {problems}.") from error
-
-
-def read_spec(path: Path) -> JobSpec:
-    """The job spec in a file."""
-    try:
-        return parse_spec(path.read_bytes(), str(path))
-    except OSError as error:
-        raise ConfigError(f"Job spec {path} cannot be read: {error}.") from error

@@ -1,12 +1,12 @@
-"""SIGTERM as a wish: the loop ends at the next step, with a checkpoint."""
+"""How a training ends before its last epoch: stopped, without its peers, or diverged. No torch."""
 
 import signal
 from types import FrameType
 
-from resources.errors import ExplainedError
+from resources.errors import ConfigError, ExplainedError
 
 
-class TrainingStopped(ExplainedError):  # noqa: N818 (it is no error but the way a stop travels)
+class TrainingStopped(ExplainedError):  # noqa: N818 (not an error: the way a stop travels)
     """The trainer was told to stop. The same spec continues from the last checkpoint."""
 
 
@@ -14,14 +14,24 @@ class PeerLostError(TrainingStopped):
     """Another process of the training went away. The same spec continues from the last checkpoint."""
 
 
+class DivergedError(ConfigError):
+    """The training produced infinities or NaN. It repeats its bits, so the same spec fails again."""
+
+    def __init__(self, what: str, when: str):
+        super().__init__(
+            f"The training diverged: {what} is not finite {when}. Lower learning_rate or raise warmup; a checkpoint "
+            "from before is kept but continues to the same end."
+        )
+
+
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT came. A second one has its usual effect."""
+    """Remembers that SIGTERM or SIGINT came: the loop ends at the next step. A second one has its usual effect."""
 
     def __init__(self) -> None:
         self.is_set = False
 
     def install(self) -> None:
-        """Take the signals over from here on."""
+        """Handle the signals from here on."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
 

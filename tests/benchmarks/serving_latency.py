@@ -41,11 +41,11 @@ Request = tuple[str, bytes, dict[str, str]]
 
 def untrained_onnx(recipe: str) -> bytes:
     """The recipe's network with the weights it starts from: as costly to run as a trained one."""
-    from cifar_assets.training.export import onnx_bytes
-    from cifar_assets.training.networks import Classifier, build_network
+    from cifar_assets.training.networks import PublishedNetwork, build_network
+    from cifar_assets.training.package import onnx_bytes
     from cifar_assets.training.recipes import get_recipe
 
-    return onnx_bytes(Classifier(build_network(get_recipe(recipe)), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    return onnx_bytes(PublishedNetwork(build_network(get_recipe(recipe)), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
 
 
 def picture(side: int) -> bytes:
@@ -114,7 +114,7 @@ def two_servers(uri: str, digest: str, folder: Path) -> Iterator[dict[str, Serve
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
-    parser.set_defaults(recipe="seed")
+    parser.set_defaults(recipe="baseline")
     parser.add_argument("--pictures", action="store_true", help="ask with forms of one JPEG each")
     parser.add_argument("--rounds", type=int, default=5, choices=range(1, 51))
     parser.add_argument("--seconds", type=float, default=2.0)

@@ -1,10 +1,10 @@
-"""Images/s of the trainer side by side with a loop as the seed pipeline has it, in turns on one machine.
+"""Images/s of the trainer side by side with a loop as the pipeline it replaces has it, in turns on one machine.
 
     python tests/benchmarks/training_throughput.py [--rounds 5] [--seconds 4]
 
-The seed-style loop decodes nothing: PIL images in memory, torchvision's transforms in a DataLoader's worker, float32,
+The baseline loop decodes nothing: PIL images in memory, torchvision's transforms in a DataLoader's worker, float32,
 batches of 32. Each round runs every candidate for a few seconds, so that what else the machine does hits all alike; the
-ratio of each round is taken to the seed-style loop of the same round. Drawn images: speed does not depend on pictures.
+ratio of each round is taken to the baseline loop of the same round. Drawn images: speed does not depend on pictures.
 """
 
 import argparse
@@ -23,14 +23,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models, transforms
 
-from cifar_assets.training.augmentation import EpochAugmentation
 from cifar_assets.training.checkpoint import CheckpointStore
-from cifar_assets.training.data import open_data
-from cifar_assets.training.device import choose_processor, use_threads
+from cifar_assets.training.data import EpochAugmentation, epoch_batches, open_data
+from cifar_assets.training.device import choose_processor, describe_environment, use_threads
 from cifar_assets.training.distributed import Processes
-from cifar_assets.training.environment import describe_environment
 from cifar_assets.training.loop import Trainer
-from cifar_assets.training.order import epoch_batches
 from cifar_assets.training.recipes import get_recipe
 from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.stopping import StopSignal
@@ -67,7 +64,7 @@ class PilImages(Dataset[tuple[torch.Tensor, int]]):
         return pixels, int(self._labels[index])
 
 
-def seed_style(images: np.ndarray, labels: np.ndarray) -> Steps:
+def baseline_loop(images: np.ndarray, labels: np.ndarray) -> Steps:
     """The loop of the pipeline this project replaces."""
     network = models.resnet18(num_classes=10)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -106,7 +103,7 @@ def measure(steps: Steps, seconds: float) -> float:
 
 
 def candidates(bucket: Path) -> dict[str, Callable[[], Steps]]:
-    """What is compared, by name; the seed-style loop first."""
+    """What is compared, by name; the baseline loop first."""
     digest = store_dataset(bucket, train=NUM_IMAGES)
     base = {
         "dataset_uri": FolderStore(bucket).uri(f"{digest}/"),
@@ -117,11 +114,11 @@ def candidates(bucket: Path) -> dict[str, Callable[[], Steps]]:
     def ours(recipe: str) -> Steps:
         return trainer(JobSpec.model_validate(base | {"recipe": get_recipe(recipe)}))
 
-    split = open_data(JobSpec.model_validate(base | {"recipe": get_recipe("seed")}), torch.device("cpu")).train
+    split = open_data(JobSpec.model_validate(base | {"recipe": get_recipe("baseline")}), torch.device("cpu")).train
     images = split.images(np.arange(NUM_IMAGES)).numpy()
     return {
-        "seed-style loop": lambda: seed_style(images, split.labels.numpy()),
-        "recipe seed": lambda: ours("seed"),
+        "baseline loop": lambda: baseline_loop(images, split.labels.numpy()),
+        "recipe baseline": lambda: ours("baseline"),
         "recipe quick": lambda: ours("quick"),
         "recipe resnet18": lambda: ours("resnet18"),
         "recipe fast": lambda: ours("fast"),
@@ -129,7 +126,7 @@ def candidates(bucket: Path) -> dict[str, Callable[[], Steps]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Images/s of the trainer beside a seed-style loop.")
+    parser = argparse.ArgumentParser(description="Images/s of the trainer beside a baseline loop.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="time of each candidate in each round")
     options = parser.parse_args()
@@ -137,15 +134,15 @@ def main() -> None:
         made = candidates(Path(name))
         spec_execution = JobSpec.model_fields["execution"].get_default(call_default_factory=True)
         use_threads(spec_execution)
-        print(describe_environment(choose_processor(spec_execution, "auto"), Processes()))
+        print(describe_environment(choose_processor(spec_execution, "auto"), 1))
         loops = {label: make() for label, make in made.items()}
         rates: dict[str, list[float]] = {label: [] for label in loops}
         for number in range(1, options.rounds + 1):
             for label, steps in loops.items():
                 rates[label].append(measure(steps, options.seconds))
             print(f"round {number}: " + ", ".join(f"{label} {values[-1]:.0f}" for label, values in rates.items()))
-    base = rates["seed-style loop"]
-    print(f"\n| loop | images/s, median of {options.rounds} | best | ratio to seed-style, median (least - most) |")
+    base = rates["baseline loop"]
+    print(f"\n| loop | images/s, median of {options.rounds} | best | ratio to baseline, median (least - most) |")
     print("|---|---|---|---|")
     for label, values in rates.items():
         ratios = [value / other for value, other in zip(values, base, strict=True)]

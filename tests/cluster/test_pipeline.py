@@ -29,11 +29,10 @@ from tests.fixtures.workspace import ROOT, Workspace
 DATA = "cifar10/raw_dataset,cifar10/processed_dataset"
 MODEL = "cifar10/trained_model"
 OVERRIDES = {
-    "network": "resnet18",
     "optimizer": "sgd",
     "width": 8,
-    "epochs": 3,
-    "batch_size": 64,
+    "epochs": 4,
+    "batch_size": 32,
     "learning_rate": 0.1,
     "validate_every": 1,
 }

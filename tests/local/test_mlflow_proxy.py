@@ -103,8 +103,7 @@ def train(proxy: Proxy, experiment: str, patience_seconds: float) -> tuple[Track
     tracker = Tracker(target, "0" * 64)
     tracker.start({})
     wait_until(lambda: tracker.run_id, "the run to be opened")
-    tracker.log_files(FILES, "model")
-    tracker.register("model", {"model_digest": "d" * 64})
+    tracker.log_model(FILES, {"model_digest": "d" * 64})
     return tracker, tracker.close("FINISHED", patience_seconds)
 
 

@@ -44,7 +44,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 
 RECIPE = {
-    "network": "resnet18",
     "epochs": 5,
     "width": 8,
     "batch_size": 31,
@@ -117,13 +116,13 @@ def train_whole_and_in_parts(rank: int, port: str, whole: JobSpec, parts: JobSpe
         return Trainer(spec, open_data(spec, processor.device), processor, processes, checkpoints, stop)
 
     undisturbed, stop = make(whole, StopSignal()), StopSignal()
-    undisturbed.train(lambda: None, lambda record: None)
+    undisturbed.train(lambda record: None)
     stop.is_set = True
     with pytest.raises(TrainingStopped):
-        make(parts, stop).train(lambda: None, lambda record: None)
+        make(parts, stop).train(lambda record: None)
     continued = make(parts, StopSignal())
     assert continued.resumed_from
-    continued.train(lambda: None, lambda record: None)
+    continued.train(lambda record: None)
     expected = undisturbed.state.tensors()
     distributed.leave(processes)
     sys.exit(any(not torch.equal(value, expected[name]) for name, value in continued.state.tensors().items()))

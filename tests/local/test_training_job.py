@@ -11,7 +11,7 @@ import pytest
 import torch
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
-from cifar_assets.contracts import CLASSES, EXIT_BAD_SPEC, SEED_MODEL_KEY
+from cifar_assets.contracts import BASELINE_MODEL_KEY, CLASSES, EXIT_BAD_SPEC
 from cifar_assets.model_package import (
     CARD_FILE,
     ENVIRONMENT_FILE,
@@ -23,7 +23,6 @@ from cifar_assets.model_package import (
 from cifar_assets.training.data import open_data
 from cifar_assets.training.device import Processor
 from cifar_assets.training.evaluate import measure, predict
-from cifar_assets.training.export import load_classifier
 from cifar_assets.training.networks import ResNet18
 from tests.unit.training.jobs import Workplace, json_file, run_trainer
 from tests.unit.training.small_dataset import RAW_DIGEST
@@ -58,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def finished(place: Workplace) -> tuple[str, list[dict[str, Any]]]:
     """Output and Pipes messages of one whole job."""
     messages = place.folder / "messages"
-    spec = place.spec(recipe_fields={"epochs": 4}, seed=5, write_seed_copies=True)
+    spec = place.spec(recipe_fields={"epochs": 4}, seed=5, write_baseline_copies=True)
     done = run_trainer(spec, env=pipes_environment({"path": str(messages)}))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, [json.loads(line) for line in messages.read_text().splitlines()]
@@ -78,11 +77,10 @@ def test_the_package_is_complete_and_tells_where_it_comes_from(place: Workplace,
 
 
 def test_the_metrics_are_those_of_the_stored_model(place: Workplace, finished: object):
-    digest, metrics = place.only_model()
-    package = place.models().at(digest)
-    classifier = load_classifier(package, read_manifest(package, digest))
+    _, metrics = place.only_model()
+    network = place.only_network()
     test = open_data(place.spec(), torch.device("cpu")).test
-    expected = measure(predict(classifier, test, Processor(torch.device("cpu"), torch.float32)), test.labels.numpy())
+    expected = measure(predict(network, test, Processor(torch.device("cpu"), torch.float32)), test.labels.numpy())
     assert metrics["test_accuracy"] == expected["accuracy"]
     assert metrics["test_loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert metrics["confusion_matrix"] == expected["confusion_matrix"]
@@ -108,13 +106,11 @@ def test_performance_environment_and_card_are_there_to_read(place: Workplace, fi
     assert all(f"| {name} |" in card for name in CLASSES)
 
 
-def test_the_seeds_weights_object_is_a_copy(place: Workplace, finished: object):
-    digest, _ = place.only_model()
-    package = place.models().at(digest)
-    classifier = load_classifier(package, read_manifest(package, digest))
-    copy = torch.load(io.BytesIO(place.models().read(SEED_MODEL_KEY)), weights_only=True)
-    assert isinstance(classifier.network, ResNet18)
-    expected = classifier.network.torchvision_state_dict()
+def test_the_baseline_weights_object_is_a_copy(place: Workplace, finished: object):
+    network = place.only_network().network
+    copy = torch.load(io.BytesIO(place.models().read(BASELINE_MODEL_KEY)), weights_only=True)
+    assert isinstance(network, ResNet18)
+    expected = network.torchvision_state_dict()
     assert copy.keys() == expected.keys()
     assert all(torch.equal(value, copy[name]) for name, value in expected.items())
 

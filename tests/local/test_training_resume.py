@@ -22,7 +22,7 @@ def place(tmp_path: Path) -> Workplace:
 
 
 def long_recipe(**changes: object) -> dict[str, object]:
-    return {"epochs": 40, "ema_every": 2, **changes}
+    return {"epochs": 40, **changes}
 
 
 def wait_for_checkpoints(process: ForkServerProcess, place: Workplace, num_new: int) -> None:

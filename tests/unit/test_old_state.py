@@ -28,7 +28,7 @@ from cifar_assets.gate import judge_model
 from cifar_assets.landing_decision import LandingCursor
 from cifar_assets.pipeline_steps import __main__ as steps
 from cifar_assets.pipeline_steps.plan import parse_plan
-from cifar_assets.training.state import Position
+from cifar_assets.training.checkpoint import Position
 from resources.digests import canonical_json, sha256_bytes
 from resources.errors import DataError
 from resources.object_store import FolderStore

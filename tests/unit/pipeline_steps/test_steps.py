@@ -122,7 +122,7 @@ def test_an_earlier_version_can_be_named(pipeline: Steps, tiny: TinyData) -> Non
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--recipe=nope"], "choose one of best, better, fast, good, quick, resnet18, seed"),
+        (["--recipe=nope"], "choose one of baseline, best, better, fast, good, quick, resnet18"),
         (["--overrides={"], "overrides is '{': expected a JSON object"),
         (["--overrides=[1]"], "expected a JSON object"),
         (['--overrides={"layers": 4}'], "layers"),

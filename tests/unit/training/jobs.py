@@ -12,8 +12,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from cifar_assets.model_package import METRICS_FILE, ModelManifest, read_json, read_manifest
-from cifar_assets.training.recipes import get_recipe
+from safetensors.torch import load
+
+from cifar_assets.model_package import METRICS_FILE, RECIPE_FILE, WEIGHTS_FILE, ModelManifest, read_json, read_manifest
+from cifar_assets.training.networks import PublishedNetwork, build_network
+from cifar_assets.training.recipes import Recipe, get_recipe
 from cifar_assets.training.spec import JobSpec
 from resources.object_store import FolderStore
 from tests.unit.training.small_dataset import store_dataset
@@ -69,6 +72,17 @@ class Workplace:
         """Digest and metrics of the one model in a bucket."""
         ((digest, manifest),) = self.published(output).items()
         return digest, read_json(self.models(output).at(digest), manifest, METRICS_FILE)
+
+    def only_network(self, output: str = "models") -> PublishedNetwork:
+        """The one model in a bucket as a torch module."""
+        digest, _ = self.only_model(output)
+        package = self.models(output).at(digest)
+        recipe = Recipe.model_validate_json(package.read(RECIPE_FILE))
+        tensors = load(package.read(WEIGHTS_FILE))
+        mean, std = (tuple(tensors[name].flatten().tolist()) for name in ("mean", "std"))
+        network = PublishedNetwork(build_network(recipe), mean, std, recipe.views)
+        network.load_state_dict(tensors)
+        return network.eval()
 
     def checkpoints(self, output: str = "models") -> list[Path]:
         """Files of checkpoints, the newest last."""

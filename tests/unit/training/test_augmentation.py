@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cifar_assets.training.augmentation import EpochAugmentation
+from cifar_assets.training.data import EpochAugmentation
 from cifar_assets.training.recipes import Recipe, get_recipe
 
 NUM_IMAGES = 24

@@ -35,7 +35,7 @@ def test_users_of_one_machine_have_caches_of_their_own(
 
 
 class DrawnImages:
-    """As much of a split's reader as a Split reads."""
+    """As much of a split's reader as a TensorSplit reads."""
 
     labels = np.zeros(NUM_IMAGES, np.int64)
 
@@ -49,7 +49,7 @@ class DrawnImages:
 def test_a_split_is_in_memory_once_while_it_is_read():
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = peak_bytes()
-    split = data.Split(cast(SplitReader, DrawnImages()), torch.device("cpu"), 1 << 30)
+    split = data.TensorSplit(cast(SplitReader, DrawnImages()), torch.device("cpu"), 1 << 30)
     assert peak_bytes() - before < 1.5 * NUM_IMAGES * 3072
     assert torch.equal(split.images(np.array([0, 255, 1024, 1025]))[:, 2, 31, 31], torch.tensor([0, 255, 0, 1]))
 

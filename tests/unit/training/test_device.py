@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from cifar_assets.training.device import (
-    check_compiler,
     choose_device,
     choose_processor,
     default_threads,
@@ -55,12 +54,6 @@ def test_a_gpu_is_told_to_repeat_itself(device: str, repeatable: bool, monkeypat
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == repeatable
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_a_missing_compiler_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match=r"no-such-compiler is not there: set execution\.compile to false"):
-        check_compiler()
 
 
 def test_precision_is_what_was_asked_for():

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.training.evaluate import calibration_error, measure, resize
+from cifar_assets.training.data import resize
+from cifar_assets.training.evaluate import calibration_error, measure
 
 
 def test_measures_of_a_small_case_by_hand():

@@ -9,43 +9,39 @@ import torch
 from torchvision.models import resnet18
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.model_package import RECIPE_FILE, WEIGHTS_FILE, ModelManifest
-from cifar_assets.training.export import (
-    load_classifier,
+from cifar_assets.training.networks import PublishedNetwork, ResNet18, build_network
+from cifar_assets.training.package import (
+    baseline_copy_bytes,
     onnx_bytes,
     onnx_difference,
-    seed_copy_bytes,
     weights_bytes,
 )
-from cifar_assets.training.networks import Classifier, ResNet18, build_network
 from cifar_assets.training.recipes import RECIPES, Views, get_recipe
-from resources.digests import canonical_json, sha256_bytes
-from resources.errors import DataError, IntegrityError
-from resources.object_store import FolderStore
+from resources.errors import DataError
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (5, 3, 32, 32)).astype(np.uint8)
 
 
-def make_classifier(recipe: str = "resnet18", views: Views = "plain") -> Classifier:
+def make_network(recipe: str = "resnet18", views: Views = "plain") -> PublishedNetwork:
     torch.manual_seed(0)
-    network = build_network(get_recipe(recipe, {"width": 4}))
-    return Classifier(network, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), views).eval()
+    inner = build_network(get_recipe(recipe, {"width": 4}))
+    return PublishedNetwork(inner, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), views).eval()
 
 
-def torch_logits(classifier: Classifier) -> np.ndarray:
+def torch_logits(network: PublishedNetwork) -> np.ndarray:
     with torch.no_grad():
-        return classifier(torch.from_numpy(IMAGES)).numpy()
+        return network(torch.from_numpy(IMAGES)).numpy()
 
 
-@pytest.mark.parametrize("views", ["plain", "mirrored", "six"])
+@pytest.mark.parametrize("views", ["plain", "mirrored"])
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_onnx_answers_as_torch_does(recipe: str, views: Views):
-    classifier = make_classifier(recipe, views)
-    assert onnx_difference(onnx_bytes(classifier), IMAGES, torch_logits(classifier)) < 1e-4
+    network = make_network(recipe, views)
+    assert onnx_difference(onnx_bytes(network), IMAGES, torch_logits(network)) < 1e-4
 
 
 def test_the_onnx_model_is_what_serving_expects():
-    session = onnxruntime.InferenceSession(onnx_bytes(make_classifier()), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(onnx_bytes(make_network()), providers=["CPUExecutionProvider"])
     (images,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (images.name, images.type, images.shape[1:]) == ("images", "tensor(uint8)", [3, 32, 32])
     assert (logits.name, logits.type) == ("logits", "tensor(float)")
@@ -55,9 +51,9 @@ def test_the_onnx_model_is_what_serving_expects():
 
 
 def test_exports_repeat_to_the_byte_and_tell_nothing_of_the_machine():
-    first, second = onnx_bytes(make_classifier()), onnx_bytes(make_classifier())
+    first, second = onnx_bytes(make_network()), onnx_bytes(make_network())
     assert first == second
-    assert weights_bytes(make_classifier()) == weights_bytes(make_classifier())
+    assert weights_bytes(make_network()) == weights_bytes(make_network())
     model = onnx.load_from_string(first)
     texts = [model.doc_string, *(node.doc_string for node in model.graph.node)]
     assert set(texts) == {""}
@@ -65,51 +61,24 @@ def test_exports_repeat_to_the_byte_and_tell_nothing_of_the_machine():
 
 
 def test_an_onnx_model_of_other_weights_is_refused():
-    other = make_classifier()
+    other = make_network()
     with torch.no_grad():
         other.network.state_dict()["fc.bias"].add_(1.0)
     with pytest.raises(DataError, match="differs from torch"):
-        onnx_difference(onnx_bytes(other), IMAGES, torch_logits(make_classifier()))
+        onnx_difference(onnx_bytes(other), IMAGES, torch_logits(make_network()))
 
 
 def test_an_onnx_model_whose_output_is_not_finite_is_refused():
-    classifier = make_classifier()
+    network = make_network()
     with torch.no_grad():
-        classifier.network.state_dict()["fc.bias"].fill_(float("inf"))
+        network.network.state_dict()["fc.bias"].fill_(float("inf"))
     with pytest.raises(DataError, match="ONNX model's output is not finite"):
-        onnx_difference(onnx_bytes(classifier), IMAGES, torch_logits(make_classifier()))
+        onnx_difference(onnx_bytes(network), IMAGES, torch_logits(make_network()))
 
 
-def test_the_seeds_copy_is_a_plain_state_dict():
-    classifier = Classifier(ResNet18(imagenet_stem=True), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-    loaded = torch.load(io.BytesIO(seed_copy_bytes(classifier)), weights_only=True)
+def test_the_baseline_copy_is_a_plain_state_dict():
+    network = PublishedNetwork(ResNet18(), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    loaded = torch.load(io.BytesIO(baseline_copy_bytes(network)), weights_only=True)
     theirs = resnet18(num_classes=10)
     theirs.load_state_dict(loaded)
     assert set(loaded) == set(theirs.state_dict())
-
-
-@pytest.fixture
-def package(tmp_path: Path) -> tuple[FolderStore, ModelManifest]:
-    store = FolderStore(tmp_path)
-    files = {
-        WEIGHTS_FILE: weights_bytes(make_classifier()),
-        RECIPE_FILE: canonical_json(get_recipe("resnet18", {"width": 4}).model_dump(mode="json")),
-    }
-    for name, data in files.items():
-        store.write(name, data)
-    digests = {name: sha256_bytes(data) for name, data in files.items()}
-    return store, ModelManifest(dataset_digest="d", raw_digest="r", seed=0, classes=CLASSES, files=digests)
-
-
-def test_a_stored_model_is_loaded_back(package: tuple[FolderStore, ModelManifest]):
-    with torch.no_grad():
-        logits = load_classifier(*package)(torch.from_numpy(IMAGES)).numpy()
-    assert np.array_equal(logits, torch_logits(make_classifier(views="mirrored")))
-
-
-def test_changed_weights_are_refused(package: tuple[FolderStore, ModelManifest]):
-    store, manifest = package
-    data = store.read(WEIGHTS_FILE)
-    store.write(WEIGHTS_FILE, data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(IntegrityError, match=WEIGHTS_FILE):
-        load_classifier(store, manifest)

@@ -1,4 +1,5 @@
 import io
+import logging
 import signal
 from typing import cast
 
@@ -8,11 +9,11 @@ from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 from cifar_assets.training import __main__ as command
-from cifar_assets.training import job, launch, messages
+from cifar_assets.training import job, launch
 from cifar_assets.training.distributed import Processes, noticing_lost_peers
 from cifar_assets.training.launch import exit_code
 from cifar_assets.training.spec import JobSpec
-from cifar_assets.training.stopping import PeerLostError, StopSignal
+from cifar_assets.training.stopping import PeerLostError
 from resources.errors import StoreError
 
 KILLED, TOLD = -signal.SIGKILL, -signal.SIGTERM
@@ -51,27 +52,32 @@ def test_only_a_process_that_has_others_can_lose_them():
         raise RuntimeError("out of memory")
 
 
-def test_checkpoints_stay_until_dagster_was_told(monkeypatch: pytest.MonkeyPatch):
-    """A restart continues from them."""
-    cleared: list[object] = []
+class PipesSession:
+    """Stands for the connection to Dagster; leaving it fails where messages cannot be delivered."""
 
-    class Undelivered:
-        def __init__(self, wanted: bool) -> None: ...
+    log = logging.getLogger("unused")
 
-        def __enter__(self) -> "Undelivered":
-            return self
+    def __init__(self, is_delivered: bool):
+        self._is_delivered = is_delivered
 
-        def __exit__(self, *error: object) -> None:
+    def __enter__(self) -> "PipesSession":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._is_delivered:
             raise StoreError("away", transient=True)
 
-        def handler(self) -> None: ...
 
-    monkeypatch.setattr(messages, "Messages", Undelivered)
+def test_checkpoints_stay_until_dagster_has_the_result(monkeypatch: pytest.MonkeyPatch):
+    """A restart continues from them."""
+    cleared: list[object] = []
+    monkeypatch.setenv("DAGSTER_PIPES_CONTEXT", "started by Pipes")
     monkeypatch.setattr(job, "run_job", lambda *arguments: None)
     monkeypatch.setattr(job, "clear_checkpoints", cleared.append)
+    monkeypatch.setattr(command, "open_dagster_pipes", lambda message_writer: PipesSession(False))
     with pytest.raises(StoreError, match="away"):
-        command._run(cast(JobSpec, None), StopSignal(), io.StringIO())
+        command.run(cast(JobSpec, None), io.StringIO())
     assert cleared == []
-    monkeypatch.setattr(Undelivered, "__exit__", lambda *error: None)
-    command._run(cast(JobSpec, None), StopSignal(), io.StringIO())
+    monkeypatch.setattr(command, "open_dagster_pipes", lambda message_writer: PipesSession(True))
+    command.run(cast(JobSpec, None), io.StringIO())
     assert len(cleared) == 1

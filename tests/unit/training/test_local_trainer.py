@@ -26,13 +26,13 @@ def test_a_shell_of_another_training_makes_no_process_wait(
     """As a shell has them that torchrun started, or that a pod of a PyTorchJob opens."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1", "PET_NNODES": "2"}.items():
         monkeypatch.setenv(name, value)
-    train(make_spec("seed", epochs=1))
+    train(make_spec("baseline", epochs=1))
     assert list((tmp_path / "models").glob("*/manifest.json"))
 
 
 def test_a_learning_rate_that_ruins_the_weights_is_named(make_spec: SpecMaker, capfd: pytest.CaptureFixture[str]):
     with pytest.raises(Exception, match="the training diverged"):
-        train(make_spec("seed", epochs=1, learning_rate=1e30, weight_decay=1e30, batch_size=96))
+        train(make_spec("baseline", epochs=1, learning_rate=1e30, weight_decay=1e30, batch_size=96))
     output = capfd.readouterr().out
     assert "Lower learning_rate" in output
-    assert "reason it does not know" not in output
+    assert "unknown reason" not in output

@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cifar_assets.training.data import Stream, epoch_batches, generator, steps_per_epoch
 from cifar_assets.training.distributed import Processes
-from cifar_assets.training.order import Stream, epoch_batches, generator, steps_per_epoch
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 500), st.integers(1, 300), st.integers(1, 64), st.integers(1, 5))
@@ -13,7 +13,7 @@ def test_every_image_comes_once_in_even_batches(seed: int, epoch: int, images: i
     sizes = {len(indices) for indices in batches}
     assert max(sizes) <= batch
     assert max(sizes) - min(sizes) <= 1
-    shares = [Processes(rank, processes).share(indices) for indices in batches for rank in range(processes)]
+    shares = [Processes(rank, processes).part_of(indices) for indices in batches for rank in range(processes)]
     assert sorted(np.concatenate(shares)) == list(range(images))
 
 

@@ -17,20 +17,26 @@ def test_every_field_says_what_it_is(model: type[BaseModel]):
 
 
 def test_the_recipes_are_found_under_their_names():
-    assert {"seed", "resnet18", "fast", DEFAULT_RECIPE} <= set(RECIPES)
+    assert {"baseline", "resnet18", "fast", DEFAULT_RECIPE} <= set(RECIPES)
     assert all(recipe.name == name for name, recipe in RECIPES.items())
 
 
-def test_seed_is_the_configuration_of_the_pipeline_it_comes_from():
-    seed = get_recipe("seed")
-    assert (seed.network, seed.epochs, seed.batch_size) == ("resnet18-imagenet", 10, 32)
-    assert (seed.learning_rate, seed.momentum, seed.nesterov, seed.weight_decay) == (0.01, 0.9, False, 5e-4)
-    assert (seed.schedule, seed.schedule_interval, seed.warmup, seed.final_learning_rate) == ("cosine", "epoch", 0, 0)
-    assert (seed.flip, seed.translate, seed.padding, seed.cutout) == ("random", 4, "zero", 0)
-    assert (seed.precision, seed.ema_decay, seed.label_smoothing, seed.views) == ("float32", 0, 0, "plain")
-    assert seed.optimizer == "sgd"
-    assert seed.decay_norm_and_bias
-    assert [phase.size for phase in seed.resolutions] == [32]
+def test_baseline_is_the_configuration_of_the_pipeline_it_comes_from():
+    baseline = get_recipe("baseline")
+    assert (baseline.network, baseline.epochs, baseline.batch_size) == ("resnet18", 10, 32)
+    assert (baseline.learning_rate, baseline.weight_decay) == (0.01, 5e-4)
+    assert (baseline.momentum, baseline.nesterov) == (0.9, False)
+    assert (baseline.schedule, baseline.schedule_interval, baseline.warmup) == ("cosine", "epoch", 0)
+    assert (baseline.flip, baseline.translate, baseline.padding, baseline.cutout) == ("random", 4, "zero", 0)
+    assert (baseline.precision, baseline.label_smoothing, baseline.views) == ("float32", 0, "plain")
+    assert baseline.optimizer == "sgd"
+    assert baseline.decay_norm_and_bias
+    assert [phase.size for phase in baseline.resolutions] == [32]
+
+
+def test_the_earlier_name_of_baseline_still_works(caplog: pytest.LogCaptureFixture):
+    assert get_recipe("seed", {"epochs": 2}) == get_recipe("baseline", {"epochs": 2})
+    assert "'seed' is now called 'baseline'" in caplog.text
 
 
 def test_one_field_is_overridden_and_the_rest_stays():
@@ -66,7 +72,7 @@ def test_a_wrong_override_is_refused_by_name(overrides: dict, named: str):
 
 
 def test_an_unknown_recipe_is_refused_with_the_choices():
-    with pytest.raises(ConfigError, match=r"'resnet50'.*best.*fast.*resnet18.*seed"):
+    with pytest.raises(ConfigError, match=r"'resnet50'.*baseline.*best.*fast.*resnet18"):
         get_recipe("resnet50")
 
 

@@ -44,9 +44,39 @@ def test_the_identity_does_not_follow_where_and_how_it_runs():
         output_uri="s3://models/",
         mlflow={"tracking_uri": "http://mlflow:5000"},
         execution={"threads": 1, "checkpoint_every_steps": 3, "keep_checkpoints": 9},
-        write_seed_copies=True,
+        write_baseline_copies=True,
     )
     assert elsewhere.identity == make_spec().identity
+
+
+EARLIER_FIELDS = {"ema_decay": 0.9, "ema_every": 5, "final_learning_rate": 0.0, "muon_momentum": 0.6}
+
+
+def earlier_spec(network: str) -> str:
+    """A spec as an earlier release wrote it."""
+    spec = json.loads(make_spec().model_dump_json())
+    spec["write_seed_copies"] = not spec.pop("write_baseline_copies")
+    spec["execution"] |= {"compile": False, "cache_folder": None}
+    spec["recipe"] |= EARLIER_FIELDS | {"network": network}
+    return json.dumps(spec)
+
+
+def test_a_spec_of_an_earlier_release_is_read():
+    spec = parse_spec(earlier_spec("resnet18-imagenet"), "a plan")
+    assert spec == make_spec(write_baseline_copies=True)
+
+
+def test_a_network_that_is_gone_is_named():
+    with pytest.raises(ConfigError, match=r"a plan.*resnet18 with a 3x3 stem"):
+        parse_spec(earlier_spec("resnet18"), "a plan")
+
+
+@pytest.mark.parametrize("field", EARLIER_FIELDS)
+def test_a_recipe_field_that_is_gone_is_refused_in_a_new_spec(field: str):
+    spec = json.loads(make_spec().model_dump_json())
+    spec["recipe"][field] = EARLIER_FIELDS[field]
+    with pytest.raises(ConfigError, match=rf"recipe\.{field}"):
+        parse_spec(json.dumps(spec), "here")
 
 
 @pytest.mark.parametrize(

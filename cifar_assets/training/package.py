@@ -1,0 +1,235 @@
+"""The model package: the trained network in the formats it is published in, and what is recorded about it."""
+
+import io
+import json
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch.jit._trace import TracerWarning
+
+from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
+from cifar_assets.model_package import (
+    CARD_FILE,
+    ENVIRONMENT_FILE,
+    IDENTITY_FILES,
+    METRICS_FILE,
+    ONNX_FILE,
+    PERFORMANCE_FILE,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+    ModelManifest,
+)
+from cifar_assets.training.device import describe_environment
+from cifar_assets.training.evaluate import measure, predict
+from cifar_assets.training.loop import Trainer
+from cifar_assets.training.networks import PublishedNetwork, ResNet18
+from cifar_assets.training.spec import JobSpec
+from resources.digests import canonical_json, sha256_bytes
+from resources.errors import DataError
+
+_OPSET = 18
+_ONNX_IMAGES = 256
+_TOLERANCE = 1e-3
+"""Largest difference between ONNX Runtime and torch that is accepted, as a fraction of the largest logit."""
+_REPEATABLE = ("epoch", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "resolution")
+
+
+def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelManifest, dict[str, bytes]]:
+    """The model's manifest and the files of its package, but for the log."""
+    spec, data = trainer.spec, trainer.data
+    with trainer.timed("test"):
+        test = measure(predict(network, data.test, trainer.processor), data.test.labels.cpu().numpy())
+        logits = predict(network, data.validation, trainer.processor)
+        validation = measure(logits, data.validation.labels.cpu().numpy())
+    with trainer.timed("export"):
+        images = data.validation.images(np.arange(min(_ONNX_IMAGES, len(data.validation))))
+        with torch.inference_mode():
+            logits = network(images).cpu().numpy()
+        weights, onnx = weights_bytes(network), onnx_bytes(network)
+        difference = onnx_difference(onnx, images.cpu().numpy(), logits)
+    # nothing that differs between two runs of one job: no times, no host
+    metrics = {
+        **{f"test_{name}": test[name] for name in ("accuracy", "loss", "images")},
+        **{f"validation_{name}": validation[name] for name in ("accuracy", "loss", "images")},
+        **{name: test[name] for name in ("per_class_recall", "confusion_matrix", "expected_calibration_error")},
+        "views": spec.recipe.views,
+        "history": [{key: asdict(record)[key] for key in _REPEATABLE} for record in trainer.state.position.history],
+        "dataset_digest": spec.dataset_digest,
+        "raw_digest": data.manifest.raw_digest,
+        "seed": spec.seed,
+        "train_images": len(data.train),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "onnx_max_difference": difference,
+        "onnx_largest_logit": float(np.abs(logits).max()),
+        "onnx_images": len(images),
+    }
+    performance = _performance(trainer)
+    environment = describe_environment(trainer.processor, trainer.processes.world_size)
+    files = {
+        WEIGHTS_FILE: weights,
+        ONNX_FILE: onnx,
+        METRICS_FILE: canonical_json(metrics),
+        RECIPE_FILE: canonical_json(spec.recipe.model_dump(mode="json")),
+        PERFORMANCE_FILE: readable_json(performance),
+        ENVIRONMENT_FILE: readable_json(environment),
+        CARD_FILE: _model_card(spec, metrics, performance, environment).encode(),
+    }
+    manifest = ModelManifest(
+        dataset_digest=spec.dataset_digest,
+        raw_digest=data.manifest.raw_digest,
+        seed=spec.seed,
+        classes=CLASSES,
+        files={name: sha256_bytes(files[name]) for name in IDENTITY_FILES},
+    )
+    return manifest, files
+
+
+def readable_json(value: dict[str, Any]) -> bytes:
+    """JSON for people, indented."""
+    return json.dumps(value, indent=2, sort_keys=True).encode()
+
+
+def weights_bytes(network: PublishedNetwork) -> bytes:
+    """The network's tensors as safetensors. The same weights give the same bytes."""
+    return save({name: value.cpu().contiguous() for name, value in network.state_dict().items()})
+
+
+def baseline_copy_bytes(network: PublishedNetwork) -> bytes:
+    """The network's state dict as `torch.save` writes it: what readers of the old pipeline load.
+
+    A ResNet's is torchvision's.
+    """
+    inner = network.network
+    tensors = inner.torchvision_state_dict() if isinstance(inner, ResNet18) else inner.state_dict()
+    buffer = io.BytesIO()
+    torch.save({name: value.cpu().contiguous() for name, value in tensors.items()}, buffer)
+    return buffer.getvalue()
+
+
+def onnx_bytes(network: PublishedNetwork) -> bytes:
+    """The network as ONNX: `images` uint8 (N, 3, 32, 32) to `logits` float32 (N, 10), for any N.
+
+    The tracing exporter takes a second where the one of torch.export takes fifteen, gives the same bytes for the same
+    weights, and records no paths of the machine.
+    """
+    model = network.cpu().to(memory_format=torch.contiguous_format).eval()
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # whether a map is filled up with padding depends on its size, which is the same for every image
+        warnings.simplefilter("ignore", TracerWarning)
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
+        torch.onnx.export(
+            model,
+            (torch.zeros((2, *IMAGE_SHAPE), dtype=torch.uint8),),
+            buffer,  # pyright: ignore[reportArgumentType] (typed for paths; the tracing exporter documents streams)
+            dynamo=False,
+            input_names=[MODEL_INPUT],
+            output_names=[MODEL_OUTPUT],
+            dynamic_axes={MODEL_INPUT: {0: "N"}, MODEL_OUTPUT: {0: "N"}},
+            opset_version=_OPSET,
+        )
+    return buffer.getvalue()
+
+
+def onnx_difference(onnx: bytes, images: NDArray[np.uint8], logits: NDArray[np.float32]) -> float:
+    """Largest difference between the logits of ONNX Runtime and torch.
+
+    Raises DataError when it is more than rounding explains.
+    """
+    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    found: Any = session.run([MODEL_OUTPUT], {MODEL_INPUT: images})[0]
+    if not np.isfinite(found).all():
+        raise DataError(
+            f"The ONNX model's output is not finite on {len(images)} held-out images, where PyTorch's is: the exporter "
+            "does not fit this network; check the versions of torch and onnxruntime."
+        )
+    difference = float(np.abs(found - logits).max())
+    allowed = _TOLERANCE * max(1.0, float(np.abs(logits).max()))
+    if not difference <= allowed:
+        raise DataError(
+            f"The ONNX model differs from torch by {difference} on {len(images)} held-out images, expected at most "
+            f"{allowed}: the exporter does not fit this network; check the versions of torch and onnxruntime."
+        )
+    return difference
+
+
+def _performance(trainer: Trainer) -> dict[str, Any]:
+    """Speed and time. Training seconds are those of all epochs, also when a run was continued in another process."""
+    history, num_train = trainer.state.position.history, len(trainer.data.train)
+    train_seconds = sum(record.seconds for record in history)
+    return {
+        "images_per_second": num_train * len(history) / train_seconds if train_seconds else None,
+        "train_seconds": train_seconds,
+        "seconds_per_phase": {name: round(seconds, 3) for name, seconds in trainer.seconds.items()},
+        "epochs": [
+            {"epoch": r.epoch, "seconds": round(r.seconds, 3), "images_per_second": round(r.images_per_second, 1)}
+            for r in history
+        ],
+        "resumed_from_step": trainer.resumed_from,
+        "mlflow_unsent": [],
+    }
+
+
+def _model_card(
+    spec: JobSpec, metrics: dict[str, Any], performance: dict[str, Any], environment: dict[str, Any]
+) -> str:
+    recipe = spec.recipe
+    views = " (mean over each image and its mirror image)" if recipe.views == "mirrored" else ""
+    recalls = "\n".join(f"| {name} | {_percent(metrics['per_class_recall'][name])} |" for name in CLASSES)
+    settings = "\n".join(f"| {name} | `{value}` |" for name, value in recipe.model_dump(mode="json").items())
+    return f"""# CIFAR-10 classifier, recipe `{recipe.name}`
+
+Classifies 32x32 color images into ten classes: {", ".join(CLASSES)}.
+It was trained to try out and to show a training and serving pipeline.
+It always answers with one of these classes, whatever the image shows.
+
+## Results
+
+| measure | value |
+|---|---|
+| test accuracy{views} | {_percent(metrics["test_accuracy"])} of {metrics["test_images"]} images |
+| test loss | {metrics["test_loss"]:.4f} |
+| validation accuracy | {_percent(metrics["validation_accuracy"])} of {metrics["validation_images"]} images |
+| expected calibration error | {metrics["expected_calibration_error"]:.4f} |
+| largest difference of ONNX logits | {metrics["onnx_max_difference"]:.2e} on {metrics["onnx_images"]} images |
+| parameters | {metrics["parameters"]:,} |
+
+The test split was used once, after training.
+This is one training with seed {spec.seed}; other seeds give somewhat different results.
+
+| class | recall |
+|---|---|
+{recalls}
+
+## Origin
+
+- processed dataset: `{metrics["dataset_digest"]}`
+- raw dataset: `{metrics["raw_digest"]}`
+- training images: {metrics["train_images"]}
+
+| recipe | |
+|---|---|
+{settings}
+
+## How it ran
+
+{performance["train_seconds"]:.0f} s of training steps at {performance["images_per_second"]:.0f} images/s.
+
+| | |
+|---|---|
+| processor | {environment["cpu"]} |
+| CPUs, processes, threads each | {environment["cpus"]:g}, {environment["processes"]}, {environment["threads"]} |
+| device, precision | {environment["device"]}, {environment["precision"]} |
+| torch, Python | {environment["packages"].get("torch")}, {environment["python"]} |
+"""
+
+
+def _percent(value: float | None) -> str:
+    return "no images" if value is None else f"{100 * value:.2f} %"
