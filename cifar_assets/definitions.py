@@ -5,11 +5,9 @@ import warnings
 import dagster as dg
 
 from cifar_assets import jobs, sensors
-from cifar_assets.assets.argo_trained_model import argo_trained_model
+from cifar_assets.assets.datasets import processed_dataset, raw_dataset
 from cifar_assets.assets.inference_service import inference_service
-from cifar_assets.assets.processed_dataset import processed_dataset
-from cifar_assets.assets.raw_dataset import raw_dataset
-from cifar_assets.assets.trained_model import trained_model
+from cifar_assets.assets.trained_model import argo_trained_model, trained_model
 from cifar_assets.checks.data import processed_dataset_checks, raw_dataset_checks
 from cifar_assets.checks.model import trained_model_checks
 from cifar_assets.checks.parity import argo_parity_checks

@@ -11,8 +11,8 @@ from pathlib import Path
 import dagster as dg
 from PIL import Image
 
+from cifar_assets.assets.datasets import SOURCE_VARIABLE
 from cifar_assets.assets.keys import INFERENCE_SERVICE, TRAINED_MODEL
-from cifar_assets.assets.raw_dataset import SOURCE_VARIABLE
 from cifar_assets.contracts import CLASSES, MODEL_NAME
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.gate import judge
@@ -73,14 +73,14 @@ def _report(seconds: float) -> None:
     if event is None or event.asset_materialization is None:
         raise SystemExit("inference_service has no materialization.")
     served = {name: value.value for name, value in event.asset_materialization.metadata.items()}
-    models = LocalObjectStore().models
-    manifest, verdict = judge(models, str(served["model_digest"]), threshold=0.0)
+    digest = str(served["model_digest"])
+    manifest, verdict = judge(LocalObjectStore().models, digest, threshold=0.0)
     url = str(served["url"])
     picture, label, num_right = _ask_about_test_pictures(url, manifest.dataset_digest)
     lines = [
         "",
-        f"Test accuracy  {verdict.test_accuracy:.2%}",
-        f"Model          version {served['model_version']}, digest {verdict.model_digest}",
+        f"Test accuracy  {verdict.numbers['test_accuracy']:.2%}",
+        f"Model          version {served['model_version']}, digest {digest}",
         f"Took           {seconds:.0f} s for all four assets",
         f"Asked the service about {_NUM_PICTURES} test pictures: {num_right} right.",
         "",

@@ -1,18 +1,15 @@
-"""The decision whether a model may be served: its stored test accuracy against the threshold in force now, and whatever
-else speaks against it.
-"""
+"""Whether a stored model may be served: its test accuracy against the threshold in force now, and the other checks."""
 
 import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from cifar_assets.finding import Finding, Judges
 from cifar_assets.model_package import METRICS_FILE, RECIPE_FILE, ModelManifest, read_json, read_manifest
 from cifar_assets.training.spec import JobSpec
 from resources.errors import DataError
 from resources.object_store import ObjectStore
-from resources.verdict import Verdict
+from resources.verdict import Judges, Verdict
 
 ACCURACY_CHECK = "accuracy_threshold"
 ONNX_TOLERANCE = 1e-3
@@ -20,47 +17,44 @@ ONNX_TOLERANCE = 1e-3
 _REQUIRED = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference")
 
 
-def judge(models: ObjectStore, model_digest: str, threshold: float) -> tuple[ModelManifest, Verdict]:
-    """Read the model's manifest and metrics, verified by digest, and decide.
+def judge(models: ObjectStore, digest: str, threshold: float) -> tuple[ModelManifest, Verdict]:
+    """Read the model's manifest and metrics, verified by digest, and compare; `test_accuracy` is among the numbers.
 
     Equality passes. Raises IntegrityError or ObjectNotFoundError when the stored model is not the one the digest names,
     DataError when its metrics hold no accuracy in 0..1.
     """
-    package = models.at(model_digest)
-    manifest = read_manifest(package, model_digest)
+    package = models.at(digest)
+    manifest = read_manifest(package, digest)
     accuracy = number(read_json(package, manifest, METRICS_FILE), "test_accuracy")
     if not 0 <= accuracy <= 1:
         raise DataError(
             f"{package.uri(METRICS_FILE)}: test_accuracy is {accuracy!r}, expected a number from 0 to 1. "
             "The model cannot be judged: train it again."
         )
-    return manifest, Verdict(model_digest=model_digest, test_accuracy=accuracy, threshold=threshold)
+    passed = accuracy >= threshold
+    relation = "reaches" if passed else "is below"
+    reason = f"Test accuracy {accuracy:.4f} of model {digest} {relation} the threshold {threshold:.4f}"
+    return manifest, Verdict(passed, reason, {"test_accuracy": accuracy, "threshold": threshold})
 
 
 def judge_model(models: ObjectStore, digest: str, threshold: float, onnx_tolerance: float = ONNX_TOLERANCE) -> Judges:
     """The blocking checks of a stored model."""
     metrics = cache(lambda: read_metrics(models, digest))
     return {
-        ACCURACY_CHECK: lambda: accuracy_reached(judge(models, digest, threshold)[1]),
+        ACCURACY_CHECK: lambda: judge(models, digest, threshold)[1],
         "metrics_finite": lambda: metrics_finite(metrics()),
         "onnx_equals_torch": lambda: onnx_equals_torch(metrics(), onnx_tolerance),
     }
 
 
-def accuracy_reached(verdict: Verdict) -> Finding:
-    """The test accuracy reaches the threshold."""
-    numbers = {"test_accuracy": verdict.test_accuracy, "threshold": verdict.threshold}
-    return Finding(verdict.is_accurate, f"{verdict.reason[0].upper()}{verdict.reason[1:]}.", numbers)
-
-
-def metrics_finite(metrics: Mapping[str, Any]) -> Finding:
+def metrics_finite(metrics: Mapping[str, Any]) -> Verdict:
     """Every number in the metrics is finite, and those that every model has are there."""
     numbers = dict(_floats(metrics))
     missing = [name for name in _REQUIRED if not isinstance(metrics.get(name), int | float)]
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
     if not missing and not bad:
-        return Finding(True, f"All {len(numbers)} numbers are finite.")
-    return Finding(False, f"Not finite: {', '.join(bad) or 'none'}. Not a number: {', '.join(missing) or 'none'}.")
+        return Verdict(True, f"All {len(numbers)} numbers are finite.")
+    return Verdict(False, f"Not finite: {', '.join(bad) or 'none'}. Not a number: {', '.join(missing) or 'none'}.")
 
 
 def _floats(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
@@ -71,13 +65,13 @@ def _floats(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
             yield from _floats(part, f"{name} {key}".lstrip())
 
 
-def onnx_equals_torch(metrics: Mapping[str, Any], tolerance: float) -> Finding:
+def onnx_equals_torch(metrics: Mapping[str, Any], tolerance: float) -> Verdict:
     """The exported model's logits differ from the trained one's by rounding only."""
     difference = number(metrics, "onnx_max_difference")
     largest = number(metrics, "onnx_largest_logit") if "onnx_largest_logit" in metrics else 1.0
     allowed = tolerance * max(1.0, largest)
     text = f"Largest difference of logits {difference:.2e}, allowed {allowed:.1e}."
-    return Finding(difference <= allowed, text, {"largest_difference": difference})
+    return Verdict(difference <= allowed, text, {"largest_difference": difference})
 
 
 def read_metrics(models: ObjectStore, digest: str) -> dict[str, Any]:

@@ -1,31 +1,37 @@
-"""The decision whether a model may be served. Needs no Dagster."""
+"""What a check found. Dagster's checks and the steps of the Argo and KFP pipelines ask the same functions for it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from resources.errors import DataError, ObjectNotFoundError
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one exact model may be served, and why."""
+    """The answer, one sentence that gives what was found and what was allowed, and the numbers in it."""
 
-    model_digest: str
-    test_accuracy: float
-    threshold: float
-    objections: tuple[str, ...] = ()
-    """What else speaks against it: checks that failed or never ran. Any refuses the model, however accurate it is."""
+    passed: bool
+    reason: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def is_accurate(self) -> bool:
-        return self.test_accuracy >= self.threshold
+    def and_no(self, objections: list[str]) -> "Verdict":
+        """The same verdict, failed where there are objections."""
+        return Verdict(self.passed and not objections, "; ".join([self.reason, *objections]), self.numbers)
 
-    @property
-    def passed(self) -> bool:
-        return self.is_accurate and not self.objections
 
-    @property
-    def reason(self) -> str:
-        relation = "reaches" if self.is_accurate else "is below"
-        accuracy = (
-            f"test accuracy {self.test_accuracy:.4f} of model {self.model_digest} {relation} "
-            f"the threshold {self.threshold:.4f}"
-        )
-        return "; ".join([accuracy, *self.objections])
+Judges = Mapping[str, Callable[[], Verdict]]
+"""The function that gives the verdict of each check, by the check's name."""
+
+
+def objections(judges: Judges) -> list[str]:
+    """The reasons of the checks that fail; data that a check cannot read fails it."""
+    reasons = []
+    for name, judge in judges.items():
+        try:
+            verdict = judge()
+        except (DataError, ObjectNotFoundError) as error:
+            verdict = Verdict(False, str(error))
+        if not verdict.passed:
+            reasons.append(f"{name}: {verdict.reason}")
+    return reasons

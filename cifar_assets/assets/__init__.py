@@ -1,1 +1,1 @@
-"""The four assets, from raw images to a served model."""
+"""The assets, from raw images to a served model."""

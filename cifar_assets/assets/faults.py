@@ -1,11 +1,11 @@
-"""Which faults a retry can mend, and how the others are shown."""
+"""Which faults are worth another try, and how the others are shown."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import dagster as dg
 
-from resources.errors import DeployError, ExplainedError, StoreError, TrainingError
+from resources.errors import ExplainedError
 
 MAX_RETRIES = 2
 RETRY_SECONDS = 10.0
@@ -19,15 +19,10 @@ def retrying_infrastructure_faults() -> Iterator[None]:
     """
     try:
         yield
-    except ExplainedError as error:
-        if _is_transient(error):
+    except (ExplainedError, dg.Failure) as error:
+        failed = isinstance(error, dg.Failure)
+        if error.allow_retries if failed else getattr(error, "transient", False):
             raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from error
+        if failed:
+            raise
         raise dg.Failure(str(error), allow_retries=False) from error
-    except dg.Failure as failure:
-        if failure.allow_retries:
-            raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from failure
-        raise
-
-
-def _is_transient(error: ExplainedError) -> bool:
-    return isinstance(error, StoreError | TrainingError | DeployError) and error.transient

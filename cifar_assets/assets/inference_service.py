@@ -1,7 +1,6 @@
 """The served model: deployed only when the gate passes this exact version, which Dagster materialized and checked."""
 
 import json
-from dataclasses import replace
 from datetime import timedelta
 
 import dagster as dg
@@ -9,16 +8,8 @@ from pydantic import Field
 
 from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
-from cifar_assets.assets.keys import (
-    INFERENCE_SERVICE,
-    OWNERS,
-    PREFIX,
-    PROCESSED_DATASET,
-    SERVING_POOL,
-    TRAINED_MODEL,
-)
-from cifar_assets.assets.record import why_unproven
-from cifar_assets.assets.upstream import materialized_digest, previous_digests
+from cifar_assets.assets.keys import INFERENCE_SERVICE, OWNERS, PREFIX, PROCESSED_DATASET, SERVING_POOL, TRAINED_MODEL
+from cifar_assets.assets.record import materialized_digest, previous_digests, why_unproven
 from cifar_assets.checks.data import PROCESSED_CHECKS
 from cifar_assets.checks.model import MODEL_CHECKS
 from cifar_assets.gate import judge
@@ -86,54 +77,50 @@ def inference_service(
     both. A refused model leaves the service as it is.
     """
     with retrying_infrastructure_faults():
+        models = object_store.models
         digest = config.resolved_digest(context)
-        manifest, verdict = judge(object_store.models, digest, gate.threshold)
+        manifest, verdict = judge(models, digest, gate.threshold)
         objections = [
             *why_unproven(context.instance, TRAINED_MODEL, digest, MODEL_CHECKS),
             *why_unproven(context.instance, PROCESSED_DATASET, manifest.dataset_digest, PROCESSED_CHECKS),
         ]
-        verdict = replace(verdict, objections=tuple(objections))
+        verdict = verdict.and_no(objections)
+        decision = metadata.of_verdict(digest, verdict)
         if not verdict.passed:
-            _record(context, mlflow, verdict)
-            raise _refusal(verdict)
+            _record(context, mlflow, digest, verdict)
+            text = f"Not deployed: {verdict.reason}. What was served before is still served."
+            raise dg.Failure(f"{text} {_advice(digest, objections)}", metadata=decision, allow_retries=False)
         service = serving.deploy(
             DeployRequest(
-                model_uri=object_store.models.at(digest).uri(),
+                model_uri=models.at(digest).uri(),
                 model_digest=digest,
                 model_version=_version(context, mlflow, digest),
                 dagster_run_id=context.run_id,
                 dataset_digest=manifest.dataset_digest,
-                test_accuracy=verdict.test_accuracy,
-                accuracy_threshold=verdict.threshold,
-                find_fault=lambda canary: find_canary_fault(
-                    canary, object_store.models, object_store.processed, digest
-                ),
+                test_accuracy=verdict.numbers["test_accuracy"],
+                accuracy_threshold=gate.threshold,
+                find_fault=lambda canary: find_canary_fault(canary, models, object_store.processed, digest),
             )
         )
-        _record(context, mlflow, verdict)
+        _record(context, mlflow, digest, verdict)
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(digest), metadata=metadata.of_service(service, manifest, verdict)
+            data_version=dg.DataVersion(digest), metadata={**decision, **metadata.of_service(service, manifest)}
         )
 
 
-def _refusal(verdict: Verdict) -> dg.Failure:
-    advice = "Train a better model, deploy an older one by model_digest, or lower the gate's threshold."
-    if verdict.objections:
-        config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": {"model_digest": verdict.model_digest}}}}
-        advice = (
-            "To materialize this stored model again and run its checks, without training, if you know where it comes "
-            f"from: dg launch --assets {TRAINED_MODEL.to_user_string()} --config-json '{json.dumps(config)}'. "
-            "The checks of a dataset run when processed_dataset is materialized."
-        )
-    return dg.Failure(
-        f"Not deployed: {verdict.reason}. What was served before is still served. {advice}",
-        metadata=metadata.of_verdict(verdict),
-        allow_retries=False,
+def _advice(digest: str, objections: list[str]) -> str:
+    if not objections:
+        return "Train a better model, deploy an older one by model_digest, or lower the gate's threshold."
+    config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": {"model_digest": digest}}}}
+    return (
+        "To materialize this stored model again and run its checks, without training, if you know where it comes from: "
+        f"dg launch --assets {TRAINED_MODEL.to_user_string()} --config-json '{json.dumps(config)}'. "
+        "The checks of a dataset run when processed_dataset is materialized."
     )
 
 
 def _version(context: dg.AssetExecutionContext, mlflow: MlflowResource, digest: str) -> str:
-    """The model's number in MLflow's registry, or the start of its digest where MLflow cannot tell one."""
+    """The model's number in MLflow's registry, or the start of its digest where MLflow has none or does not answer."""
     try:
         version = mlflow.find_version(digest)
     except Exception as error:
@@ -142,12 +129,12 @@ def _version(context: dg.AssetExecutionContext, mlflow: MlflowResource, digest: 
     return str(version.version) if version else digest[:12]
 
 
-def _record(context: dg.AssetExecutionContext, mlflow: MlflowResource, verdict: Verdict) -> None:
-    """Tell MLflow the decision. The decision holds without it, so its absence is a warning."""
+def _record(context: dg.AssetExecutionContext, mlflow: MlflowResource, digest: str, verdict: Verdict) -> None:
+    """Write the decision to MLflow. It holds without MLflow, whose absence is a warning."""
     try:
-        if mlflow.record_decision(verdict, context.run_id) is None:
+        if mlflow.record_decision(digest, verdict, context.run_id) is None:
             context.log.warning(
-                f"Model {verdict.model_digest} has no version in MLflow: the gate's decision is not recorded there, "
+                f"Model {digest} has no version in MLflow: the gate's decision is not recorded there, "
                 "and the alias champion stays where it is. The log of its training says why."
             )
     except Exception as error:

@@ -1,11 +1,15 @@
 """What the Dagster UI shows of each materialization: tables, plots and pictures rather than raw JSON."""
 
+import base64
+import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+import numpy as np
 
 from cifar_assets.contracts import CLASSES, MODEL_NAME
 from cifar_assets.dataset.sheet import sample_sheet
@@ -23,7 +27,6 @@ from cifar_assets.model_package import (
     read_json,
     read_manifest,
 )
-from cifar_assets.pictures import as_markdown, confusion_matrix, training_curves
 from resources.errors import ExplainedError, ObjectNotFoundError
 from resources.inference_service import DeployedService
 from resources.mlflow.resource import RUN_METADATA, MlflowResource
@@ -31,71 +34,76 @@ from resources.object_store import ObjectStore
 from resources.trainer.interface import TrainingResult
 from resources.verdict import Verdict
 
-_MAX_REJECTED_SHOWN = 50
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAX_ROWS = 50
+_DPI = 80
 _NUMBERS = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference")
+_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 Metadata = dict[str, Any]
 
 
+def shown(value: Any) -> Any:
+    """A number as a person reads it, to four digits. One that is not finite becomes text: JSON has no NaN."""
+    if value is None:
+        return "unknown"
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return str(value)
+    return float(f"{value:.4g}") if abs(value) < 1000 else round(value, 1)
+
+
 def table(rows: Iterable[Mapping[str, str | int | float | bool | None]]) -> dg.MetadataValue:
-    """Rows as a table in the UI; columns and their types follow from the first row, so none needs no table."""
-    records = [dg.TableRecord(dict(row)) for row in rows]
+    """Rows as a table in the UI, with short digests; columns and their types follow from the first row."""
+    records = [dg.TableRecord({name: _cell(value) for name, value in row.items()}) for row in rows]
     return dg.MetadataValue.table(records) if records else dg.MetadataValue.text("none")
+
+
+def _cell(value: Any) -> Any:
+    return _DIGEST.sub(r"\1...", value) if isinstance(value, str) else None if value is None else shown(value)
 
 
 def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
     """Size, objects, and what became of everything that landed."""
-    landing = version.landing
-    metadata: Metadata = {
-        "dagster/row_count": version.manifest.rows,
+    manifest, landing = version.manifest, version.landing
+    columns = ("key", "format", "role", "rows", "used_rows", "size", "sha256")
+    duplicates = {key: f"{count} images are in the dataset already" for key, count in landing.duplicates.items()}
+    tables = {
+        "left_out_of_source": [{"reason": reason, "rows": count} for reason, count in version.left_out.items()],
+        "unread_of_source": [{"name": key, "reason": reason} for key, reason in version.unread.items()],
+        "skipped": [{"name": key, "reason": reason} for key, reason in landing.skipped.items()],
+        "duplicates": [{"name": key, "reason": reason} for key, reason in duplicates.items()],
+        "rejected": [
+            {"key": item.key, "rows": len(item.rows) or None, "reason": item.reason, "moved_to": item.moved_to or ""}
+            for item in landing.rejected
+        ],
+    }
+    return {
+        "dagster/row_count": manifest.rows,
         "source": version.source,
         "uri": raw.uri(f"versions/{version.digest}/manifest.json"),
-        "size_bytes": version.manifest.size,
-        "num_objects": len(version.manifest.objects),
+        "size_bytes": manifest.size,
+        "num_objects": len(manifest.objects),
         "num_landed_accepted": sum(landing.accepted.values()),
         "num_landed_duplicates": sum(landing.duplicates.values()),
         "num_landed_rejected": landing.rejected_rows,
         "num_landed_unread": landing.unread,
         "num_source_unread": len(version.unread),
-        "objects": table(
-            {
-                "key": item.key,
-                "format": item.format,
-                "role": item.role,
-                "rows": item.rows,
-                "used_rows": item.used_rows,
-                "bytes": item.size,
-                "sha256": item.sha256,
-            }
-            for item in version.manifest.objects
-        ),
+        "objects": table({name: getattr(item, name) for name in columns} for item in manifest.objects),
+        **{name: table(rows[:_MAX_ROWS]) for name, rows in tables.items() if rows},
     }
-    if version.left_out:
-        metadata["left_out_of_source"] = table(
-            {"reason": reason, "rows": count} for reason, count in version.left_out.items()
-        )
-    duplicates = {key: f"{count} images are in the dataset already" for key, count in landing.duplicates.items()}
-    unused = {"unread_of_source": version.unread, "skipped": landing.skipped, "duplicates": duplicates}
-    for name, reasons in unused.items():
-        if reasons:
-            metadata[name] = table(
-                {"name": key, "reason": reason} for key, reason in list(reasons.items())[:_MAX_REJECTED_SHOWN]
-            )
-    if landing.rejected:
-        metadata["rejected"] = table(
-            {"key": item.key, "rows": len(item.rows) or None, "reason": item.reason, "moved_to": item.moved_to or ""}
-            for item in landing.rejected[:_MAX_REJECTED_SHOWN]
-        )
-    return metadata
 
 
 def of_processed(processed: ObjectStore, version: ProcessedVersion, previous: str | None) -> Metadata:
     """Counts by class and split, channel statistics, samples, and what changed since the previous version."""
     manifest = version.manifest
-    metadata: Metadata = {
+    return {
         "dagster/row_count": sum(manifest.count(split) for split in SPLIT_NAMES),
         **{f"num_{split}": manifest.count(split) for split in SPLIT_NAMES},
         "uri": processed.uri(f"{version.digest}/"),
-        "size_bytes": manifest.size,
+        "size_bytes": version.manifest.size,
         "built_before": version.reused,
         "raw_digest": manifest.raw_digest,
         "counts": table(
@@ -108,19 +116,18 @@ def of_processed(processed: ObjectStore, version: ProcessedVersion, previous: st
         "samples": _picture(
             "training images by class", lambda: sample_sheet(open_split(processed, version.digest, "train"))
         ),
+        **(_changes(processed, version.digest, previous) if previous else {}),
     }
-    if previous is not None:
-        metadata |= {"previous_digest": previous, **_changes(processed, version.digest, previous)}
-    return metadata
 
 
 def _changes(processed: ObjectStore, digest: str, previous: str) -> Metadata:
     try:
         changes = changes_since(processed, digest, previous)
     except ExplainedError as error:  # the earlier version was pruned or damaged; the new one is good all the same
-        return {"changes": f"The previous version cannot be read: {error}"}
+        return {"previous_digest": previous, "changes": f"The previous version cannot be read: {error}"}
     rows = ({"split": split, "added": changes.added[split], "removed": changes.removed[split]} for split in SPLIT_NAMES)
     return {
+        "previous_digest": previous,
         "changes": table(rows),
         "num_moved_between_splits": changes.moved,
         "num_relabelled": changes.relabelled,
@@ -132,8 +139,9 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
     package = models.at(result.model_digest)
     manifest = read_manifest(package, result.model_digest)
     metrics = read_json(package, manifest, METRICS_FILE)
-    recipe = read_json(package, manifest, RECIPE_FILE)
-    metadata: Metadata = {
+    recalls = metrics.get("per_class_recall", {})
+    card = {"model_card": dg.MetadataValue.md(package.read(CARD_FILE).decode())} if package.exists(CARD_FILE) else {}
+    return {
         **{name: shown(metrics.get(name)) for name in _NUMBERS},
         "threshold": threshold,
         "model_digest": result.model_digest,
@@ -143,71 +151,53 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
         "uri": result.model_uri,
         "resumed_from": result.resumed_from or "the start",
         RUN_METADATA: mlflow.run_link(result.mlflow_run_id),
+        "curves": _picture("loss and accuracy by epoch", lambda: training_curves(metrics["history"])),
+        "confusion": _picture(
+            "confusion matrix of the test split", lambda: confusion_matrix(metrics["confusion_matrix"], CLASSES)
+        ),
+        **_of_performance(package),
+        **card,
+        "recall": table({"class": name, "recall": _recall_text(recalls.get(name))} for name in CLASSES),
+        "recipe": table(
+            {"field": name, "value": str(value)} for name, value in read_json(package, manifest, RECIPE_FILE).items()
+        ),
     }
-    metadata["curves"] = _picture("loss and accuracy by epoch", lambda: training_curves(metrics["history"]))
-    metadata["confusion"] = _picture(
-        "confusion matrix of the test split", lambda: confusion_matrix(metrics["confusion_matrix"], CLASSES)
-    )
-    metadata |= _of_performance(package)
-    if package.exists(CARD_FILE):
-        metadata["model_card"] = dg.MetadataValue.md(package.read(CARD_FILE).decode())
-    recalls = metrics.get("per_class_recall", {})
-    metadata["recall"] = table({"class": name, "recall": _recall_text(recalls.get(name))} for name in CLASSES)
-    metadata["recipe"] = table({"field": name, "value": str(value)} for name, value in recipe.items())
-    return metadata
 
 
 def _of_performance(package: ObjectStore) -> Metadata:
     """Speed and time of the training. The digest does not cover them, so they may be missing or anything."""
     try:
         found = json.loads(package.read(PERFORMANCE_FILE))
+        phases = found.get("seconds_per_phase", {})
         return {
             "images_per_second": shown(found.get("images_per_second")),
             "train_seconds": shown(found.get("train_seconds")),
             "mlflow_unsent": ", ".join(found.get("mlflow_unsent", ())) or "nothing",
-            "phases": table(
-                {"phase": name, "seconds": seconds} for name, seconds in found.get("seconds_per_phase", {}).items()
-            ),
+            "phases": table({"phase": name, "seconds": seconds} for name, seconds in phases.items()),
         }
     except (ObjectNotFoundError, ValueError, TypeError, AttributeError) as error:
         return {"performance": f"unknown: {error}"}
-
-
-def _picture(title: str, draw: Callable[[], bytes]) -> dg.MetadataValue:
-    """A picture for the UI. One that cannot be drawn says why: it must not fail what it only shows."""
-    try:
-        return dg.MetadataValue.md(as_markdown(draw(), title))
-    except Exception as error:
-        return dg.MetadataValue.text(f"could not be drawn: {type(error).__name__}: {error}")
 
 
 def _recall_text(recall: float | None) -> str:
     return "no test images" if recall is None else f"{recall:.3f}"
 
 
-def shown(value: float | str | None) -> float | str:
-    """A number as metadata. What is missing or not finite becomes text: the UI reads JSON, which has no NaN."""
-    if value is None:
-        return "unknown"
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def of_verdict(verdict: Verdict) -> Metadata:
+def of_verdict(model_digest: str, verdict: Verdict) -> Metadata:
     """The gate's decision, with both numbers."""
     return {
         "gate": "passed" if verdict.passed else "refused",
         "gate_reason": verdict.reason,
-        "model_digest": verdict.model_digest,
-        "test_accuracy": verdict.test_accuracy,
-        "threshold": verdict.threshold,
+        "model_digest": model_digest,
+        "test_accuracy": shown(verdict.numbers["test_accuracy"]),
+        "threshold": verdict.numbers["threshold"],
     }
 
 
-def of_service(service: DeployedService, manifest: ModelManifest, verdict: Verdict) -> Metadata:
+def of_service(service: DeployedService, manifest: ModelManifest) -> Metadata:
     """Where the model answers, what it replaced and which data made it."""
     predict_url = f"{service.url}/v1/models/{MODEL_NAME}:predict"
     return {
-        **of_verdict(verdict),
         "url": dg.MetadataValue.url(service.url),
         "model_version": service.model_version,
         "previous_digest": service.previous_digest or "none",
@@ -217,3 +207,56 @@ def of_service(service: DeployedService, manifest: ModelManifest, verdict: Verdi
         "example": dg.MetadataValue.md(f"```\ncurl -F image=@picture.png {predict_url}\n```"),
         **{f"service_{name}": value for name, value in service.details.items()},
     }
+
+
+def training_curves(history: Sequence[Mapping[str, float]]) -> bytes:
+    """Loss and accuracy over epochs as PNG, from the per-epoch entries of metrics.json."""
+    figure = _figure(8, 3)
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [entry["epoch"] for entry in history]
+    for axes, names in ((loss, ("train_loss", "validation_loss")), (accuracy, ("validation_accuracy",))):
+        for name in names:
+            axes.plot(epochs, [entry[name] for entry in history], marker="o", label=name.replace("_", " "))
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return _png(figure)
+
+
+def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
+    """Rows are true classes, columns predicted ones; shades are fractions of a row, numbers are images. PNG."""
+    matrix = np.asarray(counts)
+    fractions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    figure = _figure(6, 5.4)
+    axes = figure.subplots()
+    axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    for row, column in np.ndindex(matrix.shape):
+        color = "white" if fractions[row, column] > 0.5 else "black"
+        axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7, color=color)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _picture(title: str, draw: Callable[[], bytes]) -> dg.MetadataValue:
+    """A picture inside Markdown, so that the UI needs no file server. One that cannot be drawn says why: it must not
+    fail what it only shows.
+    """
+    try:
+        return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(draw()).decode()})")
+    except Exception as error:
+        return dg.MetadataValue.text(f"could not be drawn: {type(error).__name__}: {error}")

@@ -1,30 +1,103 @@
-"""What Dagster's own record says of a version: that this instance materialized it, and how its blocking checks went.
+"""What Dagster's own record says of an asset's versions: which there are, and how their blocking checks went.
 
 A digest proves that bytes are unchanged, not where they came from. Whoever can write to the buckets can store a package
 of their own with a digest that fits; they cannot write to Dagster's event log.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
 
 import dagster as dg
 
-from cifar_assets.assets.upstream import DATA_VERSION_TAG
+from resources.errors import ConfigError
 
+DATA_VERSION_TAG = "dagster/data_version"
 VERSION_METADATA = "checked_version"
 """Metadata of a check evaluation: the data version that was judged."""
+RECENT = 100
+"""How many materializations are looked through: for a run's own, for earlier versions, and for a training to reuse."""
 
 _PAGE = 50
 
 
-def find_materialization(instance: dg.DagsterInstance, key: dg.AssetKey, digest: str) -> dg.EventLogRecord | None:
-    """The newest materialization of the asset with this data version."""
+class Made(NamedTuple):
+    """One materialization, the run that made it, and its data version, which one recorded by hand may lack."""
+
+    materialization: dg.AssetMaterialization
+    run_id: str
+    digest: str | None
+
+
+def materializations(instance: dg.DagsterInstance, key: dg.AssetKey, limit: int | None = RECENT) -> Iterator[Made]:
+    """Materializations of the asset, newest first, read page by page."""
+    return islice(_materializations(instance, key), limit)
+
+
+def _materializations(instance: dg.DagsterInstance, key: dg.AssetKey) -> Iterator[Made]:
+    cursor, has_more = None, True
+    while has_more:
+        page = instance.fetch_materializations(key, limit=_PAGE, cursor=cursor)
+        for record in page.records:
+            if made := record.asset_materialization:
+                yield Made(made, record.run_id, (made.tags or {}).get(DATA_VERSION_TAG))
+        cursor, has_more = page.cursor, page.has_more
+
+
+def data_version(materialization: dg.AssetMaterialization) -> str:
+    """The data version a materialization carries. ConfigError for one recorded without, such as by hand."""
+    version = (materialization.tags or {}).get(DATA_VERSION_TAG)
+    if not version:
+        raise ConfigError(
+            f"The last materialization of {materialization.asset_key.to_user_string()} has no data version: "
+            "materialize the asset again."
+        )
+    return version
+
+
+def current_materialization(
+    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, key: dg.AssetKey
+) -> dg.AssetMaterialization:
+    """The materialization that this run made, or else the newest one.
+
+    A run that made its own upstream must not pick up what another run made in between. Raises ConfigError when the
+    asset was never materialized.
+    """
+    recent = list(materializations(context.instance, key))
+    if not recent:
+        raise ConfigError(
+            f"{key.to_user_string()} has no materialization to work on: materialize it first, "
+            "or name the digest in this asset's config."
+        )
+    return next((made for made in recent if made.run_id == context.run.run_id), recent[0]).materialization
+
+
+def materialized_digest(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, key: dg.AssetKey) -> str:
+    """The data version of `current_materialization`."""
+    return data_version(current_materialization(context, key))
+
+
+def previous_digests(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[str]:
+    """Data versions of the asset's last materializations, newest first, each once."""
+    return list(dict.fromkeys(data_version(made.materialization) for made in materializations(instance, key)))
+
+
+def find_materialization(instance: dg.DagsterInstance, key: dg.AssetKey, digest: str) -> Made | None:
+    """The newest materialization of the asset with this data version, however long ago it was."""
     if not instance.event_log_storage.get_event_tags_for_asset(key, {DATA_VERSION_TAG: digest}):
         return None  # by an index; what follows reads materializations one by one
-    for record in _materializations(instance, key):
-        found = record.asset_materialization
-        if found and (found.tags or {}).get(DATA_VERSION_TAG) == digest:
-            return record
-    return None
+    return next((made for made in materializations(instance, key, limit=None) if made.digest == digest), None)
+
+
+def evaluations(instance: dg.DagsterInstance, check: dg.AssetCheckKey) -> Iterator[tuple[dg.AssetCheckEvaluation, str]]:
+    """Evaluations of the check, newest first, each with the id of its run."""
+    cursor = None
+    while page := instance.event_log_storage.get_asset_check_execution_history(check, limit=_PAGE, cursor=cursor):
+        for record in page:
+            event = record.event.dagster_event if record.event else None
+            if event and event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:  # others are only planned
+                yield event.asset_check_evaluation_data, record.run_id
+        cursor = page[-1].id
 
 
 def why_unproven(
@@ -38,44 +111,27 @@ def why_unproven(
     if find_materialization(instance, key, digest) is None:
         return [f"this Dagster instance never materialized {name} as {digest}"]
     reasons = []
-    for check in checks:
-        if not check.blocking:
-            continue
-        found = _newest_evaluation(instance, check.key, digest)
-        if found is None:
+    for check in (check for check in checks if check.blocking):
+        of_version = (
+            (each, run) for each, run in evaluations(instance, check.key) if _judged(instance, each) == digest
+        )
+        evaluation, run_id = next(of_version, (None, None))
+        if evaluation is None:
             reasons.append(f"the blocking check {check.name} of {name} never ran on {digest}")
-        elif not found[0].passed:
+        elif not evaluation.passed:
             reasons.append(
-                f"the blocking check {check.name} of {name} failed for {digest} in run {found[1]} "
-                f"({found[0].description or 'no description'})"
+                f"the blocking check {check.name} of {name} failed for {digest} in run {run_id} "
+                f"({evaluation.description or 'no description'})"
             )
     return reasons
 
 
-def _newest_evaluation(
-    instance: dg.DagsterInstance, check: dg.AssetCheckKey, digest: str
-) -> tuple[dg.AssetCheckEvaluation, str] | None:
-    cursor = None
-    while True:
-        page = instance.event_log_storage.get_asset_check_execution_history(check, limit=_PAGE, cursor=cursor)
-        for record in page:
-            event = record.event.dagster_event if record.event else None
-            if event is None or event.event_type != dg.DagsterEventType.ASSET_CHECK_EVALUATION:
-                continue  # planned only
-            if _judged_version(instance, event.asset_check_evaluation_data) == digest:
-                return event.asset_check_evaluation_data, record.run_id
-        if len(page) < _PAGE:
-            return None
-        cursor = page[-1].id
-
-
-def _judged_version(instance: dg.DagsterInstance, evaluation: dg.AssetCheckEvaluation) -> str | None:
+def _judged(instance: dg.DagsterInstance, evaluation: dg.AssetCheckEvaluation) -> str | None:
     """The version a check judged: the one it names, or that of the materialization Dagster says it targets.
 
     The two differ where another run materialized the asset between this run's materialization and its check.
     """
-    named = evaluation.metadata.get(VERSION_METADATA)
-    if named is not None:
+    if named := evaluation.metadata.get(VERSION_METADATA):
         return str(named.value)
     target = evaluation.target_materialization_data
     if target is None:
@@ -85,14 +141,3 @@ def _judged_version(instance: dg.DagsterInstance, evaluation: dg.AssetCheckEvalu
         if record.asset_materialization:
             return (record.asset_materialization.tags or {}).get(DATA_VERSION_TAG)
     return None
-
-
-def _materializations(instance: dg.DagsterInstance, key: dg.AssetKey) -> Iterator[dg.EventLogRecord]:
-    """All of them, newest first, page by page."""
-    cursor = None
-    while True:
-        page = instance.fetch_materializations(key, limit=_PAGE, cursor=cursor)
-        yield from page.records
-        if not page.has_more:
-            return
-        cursor = page.cursor

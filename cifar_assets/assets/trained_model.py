@@ -1,5 +1,7 @@
-"""A trained model, made by a job that runs apart from Dagster."""
+"""A trained model, made by a job that runs apart from Dagster, and its twin, made by the Argo workflow."""
 
+import json
+from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
 import dagster as dg
@@ -8,12 +10,12 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, TRAINED_MODEL, TRAINING_POOL
-from cifar_assets.assets.record import find_materialization
-from cifar_assets.assets.upstream import RECENT, data_version_of, materialized_digest
+from cifar_assets.assets.record import Made, data_version, find_materialization, materializations, materialized_digest
 from cifar_assets.gate import check_made_by
-from cifar_assets.model_package import is_whole
+from cifar_assets.model_package import ENVIRONMENT_FILE, RECIPE_FILE, is_whole, read_json, read_manifest
 from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe, get_recipe
 from cifar_assets.training.spec import Execution, JobSpec
+from resources.argo import PipelineRequest, PipelineResource
 from resources.errors import ConfigError
 from resources.gate import AccuracyGate
 from resources.mlflow.resource import RUN_METADATA, MlflowResource
@@ -127,51 +129,120 @@ def trained_model(
     """
     with retrying_infrastructure_faults():
         models = object_store.models
-        if config.model_digest:
-            known = find_materialization(context.instance, TRAINED_MODEL, config.model_digest)
-            return _given_again(models, mlflow, gate, config.model_digest, known)
-        dataset_digest = config.dataset_digest or materialized_digest(context, PROCESSED_DATASET)
-        mlflow.prepare()
-        spec = config.job_spec(object_store, dataset_digest, mlflow.target(context))
-        if config.reuse and (before := _trained_before(context.instance, models, spec.identity)):
-            return _given_again(models, mlflow, gate, data_version_of(before), before)
-        with mlflow.closing_open_runs(context):
-            result = trainer.train(context, spec, config.scale, object_store.child_environment())
-        check_made_by(spec, models, result.model_digest)
+        if digest := config.model_digest:
+            result, origin = _stored(models, digest, find_materialization(context.instance, TRAINED_MODEL, digest))
+        else:
+            dataset_digest = config.dataset_digest or materialized_digest(context, PROCESSED_DATASET)
+            mlflow.prepare()
+            spec = config.job_spec(object_store, dataset_digest, mlflow.target(context))
+            before = _trained_before(context.instance, models, spec.identity) if config.reuse else None
+            if before:
+                result, origin = _stored(models, data_version(before.materialization), before)
+            else:
+                with mlflow.closing_open_runs(context):
+                    result = trainer.train(context, spec, config.scale, object_store.child_environment())
+                check_made_by(spec, models, result.model_digest)
+                origin = {JOB_METADATA: spec.identity, "origin": "trained by this run"}
         return dg.MaterializeResult(
             data_version=dg.DataVersion(result.model_digest),
-            metadata={
-                **metadata.of_model(models, result, mlflow, gate.threshold),
-                JOB_METADATA: spec.identity,
-                "origin": "trained by this run",
-            },
+            metadata={**metadata.of_model(models, result, mlflow, gate.threshold), **origin},
         )
 
 
-def _trained_before(instance: dg.DagsterInstance, models: ObjectStore, identity: str) -> dg.EventLogRecord | None:
+def _trained_before(instance: dg.DagsterInstance, models: ObjectStore, identity: str) -> Made | None:
     """The newest materialization by the same job, if its model is still stored whole.
 
     Dagster's record and not a note in the store: anybody who can write to the bucket could write the note.
     """
-    for record in instance.fetch_materializations(TRAINED_MODEL, limit=RECENT).records:
-        job = record.asset_materialization and record.asset_materialization.metadata.get(JOB_METADATA)
+    for made in materializations(instance, TRAINED_MODEL):
+        job = made.materialization.metadata.get(JOB_METADATA)
         if job and job.value == identity:
-            digest = data_version_of(record)
-            return record if is_whole(models.at(digest), digest) else None
+            digest = data_version(made.materialization)
+            return made if is_whole(models.at(digest), digest) else None
     return None
 
 
-def _given_again(
-    models: ObjectStore, mlflow: MlflowResource, gate: AccuracyGate, digest: str, before: dg.EventLogRecord | None
-) -> dg.MaterializeResult:
-    """A stored model, materialized without training; what its own materialization said of the training is kept."""
+def _stored(models: ObjectStore, digest: str, before: Made | None) -> tuple[TrainingResult, metadata.Metadata]:
+    """A stored model in place of a training; what its own materialization said of the training is kept."""
     result = TrainingResult(digest, models.at(digest).uri(), None, None, None)
-    kept = {}
-    origin = "named in the config; not materialized before, so whoever started this run vouches for it"
-    if before is not None and before.asset_materialization is not None:
-        origin = f"materialized before by run {before.run_id}"
-        kept = {name: value for name, value in before.asset_materialization.metadata.items() if name in _KEPT_METADATA}
-    return dg.MaterializeResult(
-        data_version=dg.DataVersion(digest),
-        metadata={**metadata.of_model(models, result, mlflow, gate.threshold), **kept, "origin": origin},
+    if before is None:
+        origin = "named in the config; not materialized before, so whoever started this run vouches for it"
+        return result, {"origin": origin}
+    kept = {name: value for name, value in before.materialization.metadata.items() if name in _KEPT_METADATA}
+    return result, {**kept, "origin": f"materialized before by run {before.run_id}"}
+
+
+class ArgoTrainedModelConfig(dg.Config):
+    """Which training to repeat, on how many pods."""
+
+    model_digest: str | None = Field(
+        default=None,
+        description="Model whose dataset, recipe and seed the workflow is given; by default the one trained_model "
+        "materialized.",
+    )
+    replicas: int = Field(default=1, ge=1, le=64, description="Pods of the workflow's PyTorchJob.")
+
+
+@dg.asset(
+    key_prefix=PREFIX,
+    group_name="training",
+    kinds={"argo", "pytorch"},
+    owners=OWNERS,
+    tags={"layer": "model"},
+    deps=[PROCESSED_DATASET, TRAINED_MODEL],
+    pool=TRAINING_POOL,
+    output_required=False,
+    dagster_type=dg.Nothing,  # pyright: ignore[reportArgumentType]: typed as None
+)
+def argo_trained_model(
+    context: dg.AssetExecutionContext,
+    config: ArgoTrainedModelConfig,
+    object_store: ObjectStoreResource,
+    mlflow: MlflowResource,
+    argo: PipelineResource,
+    gate: AccuracyGate,
+) -> Iterator[dg.MaterializeResult]:
+    """The model that the workflow of k8s/argo makes of the same dataset, recipe and seed as cifar10/trained_model.
+
+    Nothing depends on it, and only the job argo_parity or a run of this asset alone trains it: a run of more assets,
+    such as "Materialize all", leaves it out. A model below the threshold is materialized too: its checks compare the
+    two pipelines, verdict included.
+    """
+    if set(context.run.asset_selection or ()) - {context.asset_key}:
+        context.log.info("Left out of a run of several assets. To train it: dg launch --job argo_parity")
+        return
+    with retrying_infrastructure_faults():
+        models = object_store.models
+        twin = config.model_digest or materialized_digest(context, TRAINED_MODEL)
+        result = argo.run(context, _repeated(models, twin, config.replicas, gate.threshold))
+        digest = result.training.model_digest
+        yield dg.MaterializeResult(
+            data_version=dg.DataVersion(digest),
+            metadata={
+                **metadata.of_model(models, result.training, mlflow, gate.threshold),
+                **metadata.of_verdict(digest, result.verdict),
+                "pipeline_run": result.run,
+                "repeats": twin,
+            },
+        )
+
+
+def _repeated(models: ObjectStore, digest: str, replicas: int, threshold: float) -> PipelineRequest:
+    """The training that made a model, asked for again, with as many threads: their number decides rounding."""
+    package = models.at(digest)
+    manifest = read_manifest(package, digest)
+    recipe = read_json(package, manifest, RECIPE_FILE)
+    execution = {}
+    if package.exists(ENVIRONMENT_FILE):
+        environment = json.loads(package.read(ENVIRONMENT_FILE))
+        device = "cpu" if environment["device"] == "cpu" else "cuda"
+        execution = {"threads": environment["threads"], "device": device}
+    return PipelineRequest(
+        dataset_digest=manifest.dataset_digest,
+        recipe=str(recipe.pop("name")),
+        overrides=recipe,
+        execution=execution,
+        seed=manifest.seed,
+        replicas=replicas,
+        threshold=threshold,
     )

@@ -6,36 +6,27 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
-from cifar_assets.assets.upstream import current_materialization, data_version, materialized_digest
-from cifar_assets.checks.results import answers, spec
+from cifar_assets.assets.record import current_materialization, data_version, materialized_digest
+from cifar_assets.checks.results import answers, declare
 from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
-from cifar_assets.finding import Finding
 from resources.object_store.resource import ObjectStoreResource
+from resources.verdict import Verdict
 
-RAW_CHECKS = [
-    spec(
-        RAW_DATASET,
-        "objects_intact",
-        "Every object of the version has the bytes its manifest names. When it fails an object was changed or "
-        "lost: restore it, or materialize raw_dataset again.",
-        blocking=True,
-    ),
-    spec(
-        RAW_DATASET,
-        "splits_filled",
-        "There are images to train on, images to test with and images of every class. When it fails the version before "
-        "it stays current: complete the source and materialize raw_dataset again.",
-        blocking=True,
-    ),
-    spec(
-        RAW_DATASET,
-        "nothing_rejected",
-        "Everything that landed could be used. When it fails read the reasons in the asset's metadata or beside "
-        "the objects under rejected/, correct the data and land it again.",
-    ),
-]
+RAW_CHECKS = declare(
+    RAW_DATASET,
+    blocking={
+        "objects_intact": "Every object of the version has the bytes its manifest names. When it fails an object was "
+        "changed or lost: restore it, or materialize raw_dataset again.",
+        "splits_filled": "There are images to train on, images to test with and images of every class. When it fails "
+        "the version before it stays current: complete the source and materialize raw_dataset again.",
+    },
+    warning={
+        "nothing_rejected": "Everything that landed could be used. When it fails read the reasons in the asset's "
+        "metadata or beside the objects under rejected/, correct the data and land it again.",
+    },
+)
 
 
 @dg.multi_asset_check(name="raw_dataset_checks", can_subset=True, specs=RAW_CHECKS)
@@ -46,15 +37,13 @@ def raw_dataset_checks(
     made = current_materialization(context, RAW_DATASET)
     digest = data_version(made)
     judges = {**judge_raw(object_store.raw, digest), "nothing_rejected": lambda: _nothing_rejected(made)}
-    yield from answers(context, RAW_CHECKS, digest, judges, warnings=["nothing_rejected"])
+    yield from answers(context, RAW_CHECKS, digest, judges)
 
 
-def _nothing_rejected(made: dg.AssetMaterialization) -> Finding:
-    num_rejected, num_unread = (
-        int(str(made.metadata[name].value)) if name in made.metadata else 0
-        for name in ("num_landed_rejected", "num_landed_unread")
-    )
-    return Finding(
+def _nothing_rejected(made: dg.AssetMaterialization) -> Verdict:
+    counts = (made.metadata.get(name) for name in ("num_landed_rejected", "num_landed_unread"))
+    num_rejected, num_unread = (int(str(count.value)) if count else 0 for count in counts)
+    return Verdict(
         num_rejected + num_unread == 0,
         f"{num_rejected} landed images or objects were rejected, {num_unread} objects could not be read.",
         {"num_rejected": num_rejected},
@@ -69,35 +58,22 @@ class ProcessedCheckConfig(dg.Config):
     )
 
 
-PROCESSED_CHECKS = [
-    spec(
-        PROCESSED_DATASET,
-        "nothing_lost",
-        "Every image of the raw version is in exactly one split, and no split is empty. When it fails materialize "
-        "processed_dataset again, with other fractions for a split that is empty.",
-        blocking=True,
-    ),
-    spec(
-        PROCESSED_DATASET,
-        "splits_disjoint",
-        "No image is in two splits, nor twice in one that is trained on. When it fails the test accuracy would say "
-        "nothing: find the image by `python -m cifar_assets.dataset where` and remove a copy from the source.",
-        blocking=True,
-    ),
-    spec(
-        PROCESSED_DATASET,
-        "statistics_in_range",
-        "Channel means and standard deviations are those of photographs. When it fails look at the sample sheet: "
-        "images are blank, inverted or scaled twice.",
-        blocking=True,
-    ),
-    spec(
-        PROCESSED_DATASET,
-        "classes_balanced",
-        "No class is missing from a split, or has many more images than another. When it fails land more of the rare "
-        "ones.",
-    ),
-]
+PROCESSED_CHECKS = declare(
+    PROCESSED_DATASET,
+    blocking={
+        "nothing_lost": "Every image of the raw version is in exactly one split, and no split is empty. When it fails "
+        "materialize processed_dataset again, with other fractions for a split that is empty.",
+        "splits_disjoint": "No image is in two splits, nor twice in one that is trained on. When it fails the test "
+        "accuracy would mean nothing: find the image by `python -m cifar_assets.dataset where` and remove a copy from "
+        "the source.",
+        "statistics_in_range": "Channel means and standard deviations are those of photographs. When it fails look at "
+        "the sample sheet: images are blank, inverted or scaled twice.",
+    },
+    warning={
+        "classes_balanced": "No class is missing from a split, or has many more images than another. When it fails "
+        "land more of the rare ones.",
+    },
+)
 
 
 @dg.multi_asset_check(name="processed_dataset_checks", can_subset=True, specs=PROCESSED_CHECKS)
@@ -111,10 +87,10 @@ def processed_dataset_checks(
         **judge_processed(raw, processed, digest),
         "classes_balanced": lambda: classes_balanced(read_processed(processed, digest), config.balance_bound),
     }
-    yield from answers(context, PROCESSED_CHECKS, digest, judges, warnings=["classes_balanced"])
+    yield from answers(context, PROCESSED_CHECKS, digest, judges)
 
 
-def classes_balanced(manifest: ProcessedManifest, bound: float) -> Finding:
+def classes_balanced(manifest: ProcessedManifest, bound: float) -> Verdict:
     """Each split that has images has some of every class, and not too many of one."""
     good, texts = True, []
     for split in SPLIT_NAMES:
@@ -128,4 +104,4 @@ def classes_balanced(manifest: ProcessedManifest, bound: float) -> Finding:
             ratio = max(counts.values()) / min(counts.values())
             good = good and ratio <= bound
             texts.append(f"{split} {ratio:.2f}")
-    return Finding(good, f"Largest over smallest class: {'; '.join(texts)}; allowed {bound:.2f}.")
+    return Verdict(good, f"Largest over smallest class: {'; '.join(texts)}; allowed {bound:.2f}.")

@@ -8,15 +8,15 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets.keys import TRAINED_MODEL
-from cifar_assets.assets.upstream import materialized_digest
-from cifar_assets.checks.results import answers, spec
+from cifar_assets.assets.record import materialized_digest
+from cifar_assets.checks.results import answers, declare
 from cifar_assets.contracts import CLASSES
-from cifar_assets.finding import Finding
 from cifar_assets.gate import ONNX_TOLERANCE, judge_model, number, read_metrics
 from resources.gate import AccuracyGate
 from resources.mlflow.resource import MlflowResource
 from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource
+from resources.verdict import Verdict
 
 
 class ModelCheckConfig(dg.Config):
@@ -34,43 +34,22 @@ class ModelCheckConfig(dg.Config):
     )
 
 
-MODEL_CHECKS = [
-    spec(
-        TRAINED_MODEL,
-        "accuracy_threshold",
-        "Test accuracy reaches the gate's threshold. When it fails nothing is deployed: train longer, with more "
-        "data, or by another recipe.",
-        blocking=True,
-    ),
-    spec(
-        TRAINED_MODEL,
-        "metrics_finite",
-        "Every loss and accuracy is a finite number. When it fails the training diverged: lower learning_rate.",
-        blocking=True,
-    ),
-    spec(
-        TRAINED_MODEL,
-        "onnx_equals_torch",
-        "The exported model answers as the trained one. When it fails the service would answer differently: do not "
-        "deploy, and look for an operator that the exporter changed.",
-        blocking=True,
-    ),
-    spec(
-        TRAINED_MODEL,
-        "recall_floor",
-        "No class is forgotten. When it fails look at the confusion matrix and the class counts.",
-    ),
-    spec(
-        TRAINED_MODEL,
-        "not_worse_than_champion",
-        "Test accuracy is within a margin of the champion's, on the same test split.",
-    ),
-    spec(
-        TRAINED_MODEL,
-        "calibrated",
-        "Confidence means what it says: the expected calibration error is within its bound.",
-    ),
-]
+MODEL_CHECKS = declare(
+    TRAINED_MODEL,
+    blocking={
+        "accuracy_threshold": "Test accuracy reaches the gate's threshold. When it fails nothing is deployed: train "
+        "longer, with more data, or by another recipe.",
+        "metrics_finite": "Every loss and accuracy is a finite number. When it fails the training diverged: lower "
+        "learning_rate.",
+        "onnx_equals_torch": "The exported model answers as the trained one. When it fails the service would answer "
+        "differently: do not deploy, and look for an operator that the exporter changed.",
+    },
+    warning={
+        "recall_floor": "No class is forgotten. When it fails look at the confusion matrix and the class counts.",
+        "not_worse_than_champion": "Test accuracy is within a margin of the champion's, on the same test split.",
+        "calibrated": "Confidence means what it says: the expected calibration error is within its bound.",
+    },
+)
 
 
 @dg.multi_asset_check(name="trained_model_checks", can_subset=True, specs=MODEL_CHECKS)
@@ -91,12 +70,10 @@ def trained_model_checks(
         "not_worse_than_champion": lambda: _against_champion(models, mlflow, digest, config.champion_margin),
         "calibrated": lambda: calibrated(metrics(), config.calibration_bound),
     }
-    yield from answers(
-        context, MODEL_CHECKS, digest, judges, warnings=["recall_floor", "not_worse_than_champion", "calibrated"]
-    )
+    yield from answers(context, MODEL_CHECKS, digest, judges)
 
 
-def recall_reached(metrics: Mapping[str, Any], floor: float) -> Finding:
+def recall_reached(metrics: Mapping[str, Any], floor: float) -> Verdict:
     """No class of the test split is hardly ever recognized. A class without test images has no recall."""
     recalls = {name: metrics["per_class_recall"].get(name) for name in CLASSES}
     known = {name: float(value) for name, value in recalls.items() if value is not None}
@@ -110,23 +87,23 @@ def recall_reached(metrics: Mapping[str, Any], floor: float) -> Finding:
     elif known:
         worst = min(known, key=lambda name: known[name])
         texts.append(f"Lowest is {worst} with {known[worst]:.3f}; the floor is {floor:.2f}")
-    return Finding(not low and not missing, f"{'. '.join(texts)}.")
+    return Verdict(not low and not missing, f"{'. '.join(texts)}.")
 
 
-def calibrated(metrics: Mapping[str, Any], bound: float) -> Finding:
+def calibrated(metrics: Mapping[str, Any], bound: float) -> Verdict:
     """The expected calibration error is within its bound."""
     error = number(metrics, "expected_calibration_error")
     text = f"Expected calibration error {error:.3f}, allowed {bound:.3f}."
-    return Finding(error <= bound, text, {"expected_calibration_error": error})
+    return Verdict(error <= bound, text, {"expected_calibration_error": error})
 
 
-def _against_champion(models: ObjectStore, mlflow: MlflowResource, digest: str, margin: float) -> Finding:
+def _against_champion(models: ObjectStore, mlflow: MlflowResource, digest: str, margin: float) -> Verdict:
     champion = mlflow.champion_digest()
     if champion is None or champion == digest:
-        return Finding(True, "There is no other champion to compare with.")
+        return Verdict(True, "There is no other champion to compare with.")
     accuracy = number(read_metrics(models, champion), "test_accuracy")
     own = number(read_metrics(models, digest), "test_accuracy")
-    return Finding(
+    return Verdict(
         own >= accuracy - margin,
         f"Test accuracy {own:.4f}; champion {champion[:12]} has {accuracy:.4f}, margin {margin:.4f}.",
         {"champion_digest": champion, "champion_accuracy": accuracy},

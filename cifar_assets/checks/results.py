@@ -1,55 +1,66 @@
 """How checks are declared and how they answer."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import dagster as dg
 
 from cifar_assets.assets.faults import MAX_RETRIES, RETRY_SECONDS
 from cifar_assets.assets.metadata import shown
 from cifar_assets.assets.record import VERSION_METADATA
-from cifar_assets.finding import Finding, Judges
 from resources.errors import StoreError
+from resources.verdict import Judges, Verdict
+
+_WARNS = {"severity": dg.AssetCheckSeverity.WARN.value}
 
 
-def spec(asset: dg.AssetKey, name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
-    """One check. A blocking one that fails stops what comes after it in the run."""
-    return dg.AssetCheckSpec(name, asset=asset, description=description, blocking=blocking)
+def declare(
+    asset: dg.AssetKey,
+    *,
+    blocking: Mapping[str, str] | None = None,
+    failing: Mapping[str, str] | None = None,
+    warning: Mapping[str, str] | None = None,
+) -> list[dg.AssetCheckSpec]:
+    """Checks of an asset by name, each with what it means: one that fails stops the run, is an error, or only warns."""
+    kinds: tuple[tuple[Mapping[str, str] | None, dict[str, Any]], ...] = (
+        (blocking, {"blocking": True}),
+        (failing, {}),
+        (warning, {"metadata": _WARNS}),
+    )
+    return [
+        dg.AssetCheckSpec(name, asset=asset, description=text, **options)
+        for checks, options in kinds
+        for name, text in (checks or {}).items()
+    ]
 
 
 def answers(
-    context: dg.AssetCheckExecutionContext,
-    checks: Sequence[dg.AssetCheckSpec],
-    version: str,
-    judges: Judges,
-    warnings: Collection[str] = (),
+    context: dg.AssetCheckExecutionContext, checks: Sequence[dg.AssetCheckSpec], version: str, judges: Judges
 ) -> Iterator[dg.AssetCheckResult]:
-    """The results of the checks that the run selected, each judged apart from the others.
+    """The results on a data version of the checks that the run selected, each judged apart from the others.
 
     A check that raises fails, with the error as its reason; only for a store that does not answer is the step tried
-    again first. `version` is the data version judged, `warnings` names checks that fail as a warning.
+    again first.
     """
     results = []
     for check in checks:
         if check.key not in context.selected_asset_check_keys:
             continue
         try:
-            finding = judges[check.name]()
+            verdict = judges[check.name]()
         except Exception as error:
             if isinstance(error, StoreError) and error.transient and context.retry_number < MAX_RETRIES:
                 raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from error
             context.log.warning(f"{check.name} of {version} could not be judged", exc_info=True)
-            finding = Finding(False, f"Could not be judged: {type(error).__name__}: {error}")
-        results.append(_result(check, version, finding, check.name in warnings))
+            verdict = Verdict(False, f"Could not be judged: {type(error).__name__}: {error}")
+        results.append(
+            dg.AssetCheckResult(
+                check_name=check.name,
+                asset_key=check.asset_key,
+                passed=bool(verdict.passed),
+                severity=dg.AssetCheckSeverity(check.metadata.get("severity", dg.AssetCheckSeverity.ERROR.value)),
+                description=verdict.reason,
+                metadata={**{name: shown(value) for name, value in verdict.numbers.items()}, VERSION_METADATA: version},
+            )
+        )
     yield from results
-
-
-def _result(check: dg.AssetCheckSpec, version: str, finding: Finding, warns: bool) -> dg.AssetCheckResult:
-    numbers = {name: shown(value) for name, value in finding.numbers.items()}
-    return dg.AssetCheckResult(
-        check_name=check.name,
-        asset_key=check.asset_key,
-        passed=bool(finding.passed),
-        severity=dg.AssetCheckSeverity.WARN if warns else dg.AssetCheckSeverity.ERROR,
-        description=finding.reason,
-        metadata={**numbers, VERSION_METADATA: version},
-    )

@@ -3,22 +3,23 @@
 import time
 from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 
 import dagster as dg
 import numpy as np
 from pydantic import Field
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE
-from cifar_assets.assets.upstream import materialized_digest
-from cifar_assets.checks.results import answers, spec
+from cifar_assets.assets.record import evaluations, materialized_digest
+from cifar_assets.checks.results import answers, declare
 from cifar_assets.dataset.versions.reader import SplitReader, open_split
-from cifar_assets.finding import Finding
 from cifar_assets.model_package import read_manifest
 from cifar_assets.serving.comparison import compare_answers
 from resources.errors import ConfigError
 from resources.inference_service import InferenceServiceResource, ServiceStatus
 from resources.inference_service.client import InferenceClient, ServerError
 from resources.object_store.resource import ObjectStoreResource
+from resources.verdict import Verdict
 
 LATENCY_CHECK = dg.AssetCheckKey(INFERENCE_SERVICE, "latency")
 
@@ -33,27 +34,20 @@ class ServiceCheckConfig(dg.Config):
     )
 
 
-SERVICE_CHECKS = [
-    spec(
-        INFERENCE_SERVICE,
-        "serves_the_model",
-        "The endpoint is ready and names the digest that was deployed. When it fails materialize inference_service "
-        "again; the reason is in the description.",
-    ),
-    spec(
-        INFERENCE_SERVICE,
-        "answers_as_evaluated",
-        "On held-out images the service is as accurate as the stored model was, within what that many images can "
-        "tell. When it fails requests are prepared, or the model is run, in another way than in training: roll "
-        "back.",
-    ),
-    spec(
-        INFERENCE_SERVICE,
-        "latency",
-        "A single request is not much slower than it was before. When it fails look for load, for a larger model "
-        "or for less CPU.",
-    ),
-]
+SERVICE_CHECKS = declare(
+    INFERENCE_SERVICE,
+    failing={
+        "serves_the_model": "The endpoint is ready and names the digest that was deployed. When it fails materialize "
+        "inference_service again; the reason is in the description.",
+        "answers_as_evaluated": "On held-out images the service is as accurate as the stored model was, within what "
+        "that many images can tell. When it fails requests are prepared, or the model is run, in another way than in "
+        "training: roll back.",
+    },
+    warning={
+        "latency": "A single request is not much slower than it was before. When it fails look for load, for a larger "
+        "model or for less CPU.",
+    },
+)
 
 
 @dg.multi_asset_check(name="inference_service_checks", can_subset=True, specs=SERVICE_CHECKS)
@@ -67,15 +61,15 @@ def inference_service_checks(
     try:
         digest = materialized_digest(context, INFERENCE_SERVICE)
     except ConfigError as error:  # on a fresh instance the schedule asks before anything was deployed
-        nothing = Finding(False, str(error))
+        nothing = Verdict(False, str(error))
         yield from answers(context, SERVICE_CHECKS, "none", {check.name: lambda: nothing for check in SERVICE_CHECKS})
         return
     status = cache(serving.status)
 
-    def answers_as_evaluated() -> Finding:
+    def answers_as_evaluated() -> Verdict:
         client = _client(status(), digest)
         found = compare_answers(client, object_store.models, object_store.processed, digest, config.num_images)
-        return Finding(found.passed, str(found), {"accuracy": found.accuracy})
+        return Verdict(found.passed, str(found), {"accuracy": found.accuracy})
 
     judges = {
         "serves_the_model": lambda: serves_the_model(status(), digest),
@@ -84,13 +78,13 @@ def inference_service_checks(
             context.instance, _client(status(), digest), _test_split(object_store, digest), config
         ),
     }
-    yield from answers(context, SERVICE_CHECKS, digest, judges, warnings=["latency"])
+    yield from answers(context, SERVICE_CHECKS, digest, judges)
 
 
-def serves_the_model(status: ServiceStatus, digest: str) -> Finding:
+def serves_the_model(status: ServiceStatus, digest: str) -> Verdict:
     """The endpoint is ready and names the digest."""
     found = f"{status.url} serves {status.model_digest}" if status.ready else f"nothing answers: {status.reason}"
-    return Finding(status.ready and status.model_digest == digest, f"Deployed was {digest}; {found}.")
+    return Verdict(status.ready and status.model_digest == digest, f"Deployed was {digest}; {found}.")
 
 
 def _client(status: ServiceStatus, digest: str) -> InferenceClient:
@@ -107,7 +101,7 @@ def _test_split(object_store: ObjectStoreResource, digest: str) -> SplitReader:
 
 def _latency(
     instance: dg.DagsterInstance, client: InferenceClient, test: SplitReader, config: ServiceCheckConfig
-) -> Finding:
+) -> Verdict:
     image = test.take([0])
     times = []
     for _ in range(config.num_timed_requests):
@@ -117,7 +111,7 @@ def _latency(
     median = float(np.median(times)) * 1000
     before = _medians_before(instance)
     allowed = min(before, default=median) * config.slowdown_bound
-    return Finding(
+    return Verdict(
         median <= allowed,
         f"Median of {len(times)} requests {median:.1f} ms; allowed {allowed:.1f} ms"
         + (f", {config.slowdown_bound:g} times the lowest median before." if before else " (first measurement)."),
@@ -125,17 +119,7 @@ def _latency(
     )
 
 
-_RECENT = 50
-
-
 def _medians_before(instance: dg.DagsterInstance) -> list[float]:
     """Medians that earlier executions of this check measured, in milliseconds."""
-    medians = []
-    for record in instance.event_log_storage.get_asset_check_execution_history(LATENCY_CHECK, limit=_RECENT):
-        event = record.event.dagster_event if record.event else None
-        is_evaluation = event and event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION
-        evaluation = event.asset_check_evaluation_data if event and is_evaluation else None
-        value = evaluation.metadata.get("median_milliseconds") if evaluation else None
-        if value is not None and isinstance(value.value, int | float):
-            medians.append(float(value.value))
-    return medians
+    recent = (each.metadata.get("median_milliseconds") for each, _ in islice(evaluations(instance, LATENCY_CHECK), 50))
+    return [float(found.value) for found in recent if found is not None and isinstance(found.value, int | float)]

@@ -90,7 +90,7 @@ def _model(options: argparse.Namespace) -> int:
     verdict = report.verdict
     if not verdict.passed:
         return _failed(f"{verdict.reason}. Train longer, with more data, or by another recipe.", EXIT_FAILED)
-    _say(f"{verdict.reason[0].upper()}{verdict.reason[1:]}.")
+    _say(f"{verdict.reason}.")
     return 0
 
 

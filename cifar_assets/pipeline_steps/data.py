@@ -13,13 +13,13 @@ from cifar_assets.dataset.versions.raw import current_raw_digest, read_raw
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES, SplitConfig
 from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
-from cifar_assets.finding import Judges, objections
 from cifar_assets.pipeline_steps.plan import Plan
 from cifar_assets.training.recipes import get_recipe
 from cifar_assets.training.spec import Execution, JobSpec
 from resources.errors import ConfigError, DataError, ObjectNotFoundError
 from resources.mlflow.target import MlflowTarget
 from resources.object_store import ObjectStore
+from resources.verdict import Judges, objections
 
 CURRENT = "current"
 

@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from cifar_assets.finding import objections
 from cifar_assets.gate import ACCURACY_CHECK, check_made_by, judge, judge_model
 from cifar_assets.model_package import read_file
 from cifar_assets.pipeline_steps.plan import Plan
 from resources.errors import ObjectNotFoundError
 from resources.object_store import ObjectStore
-from resources.verdict import Verdict
+from resources.verdict import Verdict, objections
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class ModelReport:
     verdict: Verdict
 
     def to_json(self) -> str:
-        verdict = {**asdict(self.verdict), "passed": self.verdict.passed, "reason": self.verdict.reason}
+        verdict = {"passed": self.verdict.passed, "reason": self.verdict.reason, **self.verdict.numbers}
         return json.dumps({"version": 1, **self.result, **verdict}, sort_keys=True)
 
 
@@ -44,7 +43,7 @@ def verify_model(models: ObjectStore, plan: Plan, threshold: float) -> ModelRepo
         read_file(package, manifest, name)
     check_made_by(plan.spec, models, digest)
     others = {name: judge for name, judge in judge_model(models, digest, threshold).items() if name != ACCURACY_CHECK}
-    return ModelReport(result, replace(verdict, objections=tuple(objections(others))))
+    return ModelReport(result, verdict.and_no(objections(others)))
 
 
 def training_result(models: ObjectStore, plan: Plan) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import keys
-from cifar_assets.assets.upstream import DATA_VERSION_TAG
+from cifar_assets.assets.record import DATA_VERSION_TAG
 from cifar_assets.dataset.stores import Stores, stores_below
 from cifar_assets.dataset.versions.processed import list_processed_versions
 from cifar_assets.dataset.versions.raw import list_raw_digests

@@ -40,7 +40,7 @@ class PipelineRequest:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """The model that a run of the steps made, and what its last step said of it."""
+    """The model that a run of the steps made, and the verdict of its last step."""
 
     run: str
     training: TrainingResult
@@ -55,12 +55,10 @@ def parse_result(run: str, text: str) -> PipelineResult:
             raise ValueError(f"its version is {report['version']}, expected 1")
         fields = ("model_digest", "model_uri", "mlflow_run_id", "mlflow_model_version", "resumed_from")
         training = TrainingResult(**{name: report[name] for name in fields})
-        verdict = Verdict(
-            training.model_digest, report["test_accuracy"], report["threshold"], tuple(report.get("objections", ()))
-        )
+        numbers = {name: report[name] for name in ("test_accuracy", "threshold")}
+        return PipelineResult(run, training, Verdict(report["passed"], report["reason"], numbers))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"{run} reported a model as {text!r}, which cannot be read: {error}") from error
-    return PipelineResult(run, training, verdict)
 
 
 class PipelineResource(dg.ConfigurableResource):

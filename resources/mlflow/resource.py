@@ -179,12 +179,12 @@ class MlflowResource(dg.ConfigurableResource):
         return version.tags.get("model_digest")
 
     @_explained
-    def record_decision(self, verdict: Verdict, dagster_run_id: str) -> str | None:
+    def record_decision(self, model_digest: str, verdict: Verdict, dagster_run_id: str) -> str | None:
         """Write the gate's decision on the model's version; the champion alias moves only when it passed.
 
         Returns the registered version's number, or None where the model was never registered.
         """
-        version = self.find_version(verdict.model_digest)
+        version = self.find_version(model_digest)
         if version is None:
             return None
         client = self.client()

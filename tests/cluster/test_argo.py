@@ -18,7 +18,7 @@ import yaml
 from kubernetes import client as k8s
 
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
-from cifar_assets.assets.upstream import data_version
+from cifar_assets.assets.record import data_version
 from cifar_assets.dataset.versions.processed import read_processed
 from cifar_assets.gate import judge
 from resources.argo import PipelineRequest, PipelineResource

@@ -16,7 +16,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
-from cifar_assets.assets.upstream import data_version
+from cifar_assets.assets.record import data_version
 from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.model_package import METRICS_FILE, PERFORMANCE_FILE, ModelManifest, read_json, read_manifest
 from resources.kubernetes.naming import RUN_ID_LABEL

@@ -13,7 +13,7 @@ from dagster._core.scheduler.instigation import InstigatorTick, TickStatus
 from PIL import Image
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE, RAW_DATASET, TRAINED_MODEL
-from cifar_assets.assets.upstream import data_version
+from cifar_assets.assets.record import data_version
 from cifar_assets.dataset.versions.raw import read_raw
 from cifar_assets.demo import FOUR_ASSETS
 from resources.inference_service.client import InferenceClient

@@ -48,7 +48,7 @@ def test_the_four_steps_make_a_model(pipeline: Any, folder: Path, tiny: TinyData
     report = json.loads(run(pipeline, folder).output)
     manifest, verdict = judge(FolderStore(folder / "store" / "models"), report["model_digest"], 0.0)
     assert manifest.dataset_digest == tiny.processed
-    assert verdict.test_accuracy == report["test_accuracy"]
+    assert verdict.numbers["test_accuracy"] == report["test_accuracy"]
     assert report["passed"] is True
 
 

@@ -6,7 +6,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
-from cifar_assets.assets.upstream import data_version, previous_digests
+from cifar_assets.assets.record import data_version, previous_digests
 from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.dataset.versions.reader import open_split
 from resources.inference_service.client import InferenceClient

@@ -23,7 +23,6 @@ from cifar_assets.dataset.versions.raw import current_raw_digest, list_raw_versi
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
-from cifar_assets.finding import objections
 from cifar_assets.gate import judge_model
 from cifar_assets.landing_decision import LandingCursor
 from cifar_assets.pipeline_steps import __main__ as steps
@@ -32,6 +31,7 @@ from cifar_assets.training.checkpoint import Position
 from resources.digests import canonical_json, sha256_bytes
 from resources.errors import DataError
 from resources.object_store import FolderStore
+from resources.verdict import objections
 
 STATE = Path(__file__).parents[1] / "fixtures" / "state_bb9b3f1.json"
 

@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from cifar_assets.assets.raw_dataset import RawDatasetConfig
+from cifar_assets.assets.datasets import RawDatasetConfig
 from cifar_assets.deployment import resources_for
 from cifar_assets.pipeline_steps.__main__ import main as pipeline_step
 from cifar_assets.training.recipes import RECIPES

@@ -11,8 +11,8 @@ from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.objects import RawObject
-from cifar_assets.finding import Finding
 from resources.object_store import ObjectStore
+from resources.verdict import Verdict
 
 SplitName = Literal["train", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -45,7 +45,7 @@ def assign_splits(
     return np.where(in_test, 2, np.where(in_validation, 1, 0))
 
 
-def splits_filled(raw: ObjectStore, objects: Sequence[RawObject], resize: bool) -> Finding:
+def splits_filled(raw: ObjectStore, objects: Sequence[RawObject], resize: bool) -> Verdict:
     """Whether the used rows of the objects give images to train on, images to test with, and images of every class."""
     per_split, per_class = np.zeros(len(SPLIT_NAMES), np.int64), np.zeros(len(CLASSES), np.int64)
     for item in objects:
@@ -62,4 +62,4 @@ def splits_filled(raw: ObjectStore, objects: Sequence[RawObject], resize: bool) 
         text += f": no images for the {' and '.join(empty)} split. Add data to the source, or change the fractions"
     if lost:
         text += f"; no images of {', '.join(lost)}: see what was not read of the source in the asset's metadata"
-    return Finding(not empty and not lost, f"{text}.", {f"num_{name}": count for name, count in counts.items()})
+    return Verdict(not empty and not lost, f"{text}.", {f"num_{name}": count for name, count in counts.items()})

@@ -9,9 +9,9 @@ from cifar_assets.dataset.versions.processed import ProcessedManifest, read_proc
 from cifar_assets.dataset.versions.raw import RawManifest, read_raw
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES, splits_filled
-from cifar_assets.finding import Finding, Judges
 from resources.errors import IntegrityError, ObjectNotFoundError
 from resources.object_store import ObjectStore
+from resources.verdict import Judges, Verdict
 
 _MEAN_RANGE = (0.05, 0.95)
 _STD_RANGE = (0.02, 0.5)
@@ -38,7 +38,7 @@ def judge_processed(raw: ObjectStore, processed: ObjectStore, digest: str) -> Ju
     }
 
 
-def objects_intact(raw: ObjectStore, manifest: RawManifest) -> Finding:
+def objects_intact(raw: ObjectStore, manifest: RawManifest) -> Verdict:
     """Every object has the bytes its manifest names. Reads all of them."""
     broken = []
     for item in manifest.objects:
@@ -48,39 +48,39 @@ def objects_intact(raw: ObjectStore, manifest: RawManifest) -> Finding:
         except (IntegrityError, ObjectNotFoundError) as error:
             broken.append(str(error))
     if not broken:
-        return Finding(True, f"All {len(manifest.objects)} objects have the digests of the manifest.")
+        return Verdict(True, f"All {len(manifest.objects)} objects have the digests of the manifest.")
     more = f"; {len(broken) - _MAX_NAMED} more" if len(broken) > _MAX_NAMED else ""
-    return Finding(False, "; ".join(broken[:_MAX_NAMED]) + more, {"num_broken": len(broken)})
+    return Verdict(False, "; ".join(broken[:_MAX_NAMED]) + more, {"num_broken": len(broken)})
 
 
-def nothing_lost(manifest: ProcessedManifest, raw: RawManifest) -> Finding:
+def nothing_lost(manifest: ProcessedManifest, raw: RawManifest) -> Verdict:
     """Every image of the raw version is in exactly one split, and each split has some: a training needs all three."""
     counts = {split: manifest.count(split) for split in SPLIT_NAMES}
     text = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    return Finding(
+    return Verdict(
         all(counts.values()) and sum(counts.values()) == raw.rows,
         f"{text} images in the splits, {raw.rows:,} used ones in the raw version; no split may be empty.",
     )
 
 
-def splits_disjoint(processed: ObjectStore, digest: str) -> Finding:
+def splits_disjoint(processed: ObjectStore, digest: str) -> Verdict:
     """No image is in two splits, nor twice among those trained on. A test split may repeat its own images."""
     digests = {split: open_split(processed, digest, split).digests for split in SPLIT_NAMES}
     training = np.concatenate([digests["train"], digests["validation"]])
     together = np.concatenate([training, np.unique(digests["test"], axis=0)])
     num_repeated = len(together) - len(np.unique(together, axis=0))
-    return Finding(
+    return Verdict(
         num_repeated == 0, f"{num_repeated} images repeat one of another split, or one of the training data."
     )
 
 
-def statistics_in_range(manifest: ProcessedManifest) -> Finding:
+def statistics_in_range(manifest: ProcessedManifest) -> Verdict:
     """Channel means and standard deviations are those of photographs."""
     good = all(_MEAN_RANGE[0] <= mean <= _MEAN_RANGE[1] for mean in manifest.mean) and all(
         _STD_RANGE[0] <= std <= _STD_RANGE[1] for std in manifest.std
     )
     means, stds = (", ".join(f"{value:.3f}" for value in values) for values in (manifest.mean, manifest.std))
-    return Finding(
+    return Verdict(
         good,
         f"Means {means} (allowed {_MEAN_RANGE[0]} to {_MEAN_RANGE[1]}), "
         f"standard deviations {stds} (allowed {_STD_RANGE[0]} to {_STD_RANGE[1]}).",

@@ -40,7 +40,7 @@ class FakePipeline(ArgoPipeline):
 def model(context: dg.AssetExecutionContext, argo: PipelineResource) -> dg.MaterializeResult:
     """What the asset does with its resource."""
     result = argo.run(context, REQUEST)
-    verdict = {"passed": result.verdict.passed, "accuracy": result.verdict.test_accuracy}
+    verdict = {"passed": result.verdict.passed, "accuracy": result.verdict.numbers["test_accuracy"]}
     return dg.MaterializeResult(metadata={"digest": result.training.model_digest, "run": result.run, **verdict})
 
 
@@ -58,7 +58,7 @@ def materialize(instance: dg.DagsterInstance | None = None) -> dg.ExecuteInProce
 def reported(passed: bool) -> list[dict[str, str]]:
     report = {"model_digest": "m" * 64, "model_uri": "s3://models/m/", "mlflow_run_id": None, "resumed_from": None}
     report |= {"mlflow_model_version": None, "test_accuracy": 0.6, "threshold": 0.5 if passed else 0.9}
-    return [{"name": "model", "value": json.dumps({**report, "passed": passed})}]
+    return [{"name": "model", "value": json.dumps({**report, "passed": passed, "reason": "by accuracy"})}]
 
 
 def ending(*steps: Callable[[FakeArgo, str], None], phase: str) -> Callable[[FakeArgo, str], None]:

@@ -8,19 +8,19 @@ import pytest
 from cifar_assets.assets import faults
 from cifar_assets.assets.record import VERSION_METADATA
 from cifar_assets.checks import results
-from cifar_assets.checks.results import answers, spec
-from cifar_assets.finding import Finding
+from cifar_assets.checks.results import answers, declare
 from resources.errors import DataError, ObjectNotFoundError, StoreError
+from resources.verdict import Verdict
 
 KEY = dg.AssetKey("data")
-CHECKS = [spec(KEY, "first", "blocks", blocking=True), spec(KEY, "second", "warns"), spec(KEY, "third", "warns")]
+CHECKS = declare(KEY, blocking={"first": "blocks"}, warning={"second": "warns"}, failing={"third": "fails"})
 
 
-def good() -> Finding:
-    return Finding(True, "fine", {"number": 1.5, "odd": float("nan")})
+def good() -> Verdict:
+    return Verdict(True, "fine", {"number": 1.5, "odd": float("nan")})
 
 
-def run(second: Callable[[], Finding], names: tuple[str, ...] = ("first", "second", "third")) -> tuple[bool, dict]:
+def run(second: Callable[[], Verdict], names: tuple[str, ...] = ("first", "second", "third")) -> tuple[bool, dict]:
     """Whether an asset behind the checks was reached, and the evaluations by name."""
 
     @dg.asset(key=KEY)
@@ -32,7 +32,7 @@ def run(second: Callable[[], Finding], names: tuple[str, ...] = ("first", "secon
     @dg.multi_asset_check(specs=CHECKS, can_subset=True)
     def checks(context: dg.AssetCheckExecutionContext):
         judges = {"first": good, "second": second, "third": good}
-        yield from answers(context, CHECKS, "v1", judges, warnings=["second"])
+        yield from answers(context, CHECKS, "v1", judges)
 
     selection = dg.AssetSelection.assets(data, behind).without_checks() | dg.AssetSelection.checks(
         *(dg.AssetCheckKey(KEY, name) for name in names)
@@ -51,7 +51,7 @@ def run(second: Callable[[], Finding], names: tuple[str, ...] = ("first", "secon
     ids=lambda error: type(error).__name__,
 )
 def test_a_check_that_raises_fails_and_stops_no_other(error: Exception) -> None:
-    def raises() -> Finding:
+    def raises() -> Verdict:
         raise error
 
     reached, found = run(raises)
@@ -72,7 +72,7 @@ def test_a_verdict_names_the_version_and_holds_no_nan() -> None:
 
 
 def test_only_the_selected_checks_are_judged() -> None:
-    def never() -> Finding:
+    def never() -> Verdict:
         raise AssertionError
 
     _, found = run(never, names=("first",))
@@ -86,7 +86,7 @@ def test_a_store_that_does_not_answer_is_asked_again(
     monkeypatch.setattr(results, "RETRY_SECONDS", 0.0)
     calls = []
 
-    def away() -> Finding:
+    def away() -> Verdict:
         calls.append(1)
         if len(calls) <= failures:
             raise StoreError("no answer", transient=True)

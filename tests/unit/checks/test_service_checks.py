@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE
-from cifar_assets.assets.upstream import DATA_VERSION_TAG
+from cifar_assets.assets.record import DATA_VERSION_TAG
 from cifar_assets.checks.service import inference_service_checks
 from resources.inference_service import ServiceStatus
 from resources.object_store.resource import LocalObjectStore

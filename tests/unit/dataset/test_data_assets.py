@@ -5,9 +5,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from cifar_assets.assets.datasets import processed_dataset, raw_dataset
 from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
-from cifar_assets.assets.processed_dataset import processed_dataset
-from cifar_assets.assets.raw_dataset import raw_dataset
 from cifar_assets.contracts import CLASSES
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore

@@ -6,10 +6,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from cifar_assets.assets.datasets import processed_dataset, raw_dataset
 from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
-from cifar_assets.assets.processed_dataset import processed_dataset
-from cifar_assets.assets.raw_dataset import raw_dataset
-from cifar_assets.assets.upstream import previous_digests
+from cifar_assets.assets.record import previous_digests
 from cifar_assets.checks.data import classes_balanced, processed_dataset_checks, raw_dataset_checks
 from cifar_assets.contracts import SEED_PROCESSED_KEY
 from cifar_assets.dataset.stores import stores_below
@@ -17,11 +16,11 @@ from cifar_assets.dataset.versions.processed import build_processed, read_proces
 from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest, make_current
 from cifar_assets.dataset.versions.splits import SplitConfig
 from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
-from cifar_assets.finding import objections
 from cifar_assets.pipeline_steps import __main__ as steps
 from resources.errors import DataError
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
+from resources.verdict import objections
 
 
 @pytest.fixture

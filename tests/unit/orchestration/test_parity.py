@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
-from cifar_assets.assets.upstream import DATA_VERSION_TAG
+from cifar_assets.assets.record import DATA_VERSION_TAG
 from cifar_assets.checks.parity import argo_parity_checks
 from cifar_assets.model_package import ENVIRONMENT_FILE
 from resources.digests import canonical_json

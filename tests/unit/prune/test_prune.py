@@ -9,7 +9,7 @@ import dagster as dg
 import pytest
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
-from cifar_assets.assets.upstream import DATA_VERSION_TAG
+from cifar_assets.assets.record import DATA_VERSION_TAG
 from cifar_assets.dataset.versions.processed import read_processed
 from cifar_assets.dataset.versions.raw import current_raw_digest, make_current, read_raw
 from cifar_assets.dataset.versions.reader import open_split
