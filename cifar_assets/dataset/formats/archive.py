@@ -28,6 +28,7 @@ MAX_HEADER_BYTES = 1 << 20
 
 _META = ("batches.meta", "batches.meta.txt")
 _MAX_UNREAD = 1000
+_NOT_UNPACKED = "Nothing was unpacked; do not use the archive, fetch it from its source again."
 _IMAGE_BYTES = int(np.prod(IMAGE_SHAPE))
 _READ_ERRORS = (EOFError, OSError, ValueError, tarfile.TarError, zlib.error)
 
@@ -38,10 +39,8 @@ _Rows = tuple[NDArray[np.uint8], NDArray[np.int64]]
 def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) -> Iterator[RowBatch]:
     """Rows of a `.tar`, `.tar.gz` or `.tgz` in the official layout, in the order of its members.
 
-    `name` is what errors call the archive; `unread` gets the members that are not read, and why. Raises DataError when
-    the archive is cut off, not an archive, lacks a batch, has an empty one, one twice or one that is not official;
-    HostileDataError naming the member when a member's path leaves the folder, is a link or a device, or a batch asks
-    for code to be run.
+    `name` is what errors call the archive; `unread` gets the members that are not read, and why. HostileDataError for a
+    member that leads outside the folder, is not a plain file or asks for code to be run; DataError for other faults.
     """
     first_row, seen = 0, set[str]()
     with path.open("rb") as file:
@@ -51,18 +50,19 @@ def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) ->
                 for member in archive:
                     # tarfile reads the headers up to the next member in one piece, as long as they claim to be.
                     stream.limit = min(stream.count + member.size + MAX_HEADER_BYTES, MAX_UNPACKED_BYTES)
-                    base, where = _checked_name(member, name), f"{name}, member {member.name!r}"
+                    where = f"{name}, member {member.name!r}"
+                    base, content = _checked_name(member, where), archive.extractfile(member)
                     stem = base.removesuffix(".bin")
-                    if stem in BATCHES:
+                    if stem in BATCHES and content:
                         if stem in seen:
                             raise DataError(f"{name} holds {stem} twice: which one counts is not clear.")
                         seen.add(stem)
-                        images, labels = _parse_batch(base, _content(archive, member, where), where)
+                        images, labels = _parse_batch(base, content.read(), where)
                         yield from pixel_batches(images, labels, "test" if stem == BATCHES[-1] else "train", first_row)
                         first_row += len(labels)
-                    elif base in _META:
-                        _check_meta(base, _content(archive, member, where), where)
-                    elif member.isreg() and unread is not None and len(unread) < _MAX_UNREAD:
+                    elif base in _META and content:
+                        _check_meta(base, content.read(), where)
+                    elif content and unread is not None and len(unread) < _MAX_UNREAD:
                         unread[member.name] = "not a batch"
             # tarfile stops at its end mark; gzip checks length and checksum at its own.
             stream.limit = MAX_UNPACKED_BYTES
@@ -85,10 +85,7 @@ def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) ->
 def parse_records(data: bytes, where: str) -> _Rows:
     """Images and labels of binary records. DataError when the data ends within a record."""
     if len(data) % (1 + _IMAGE_BYTES):
-        raise DataError(
-            f"{where}: {len(data):,} bytes are not a whole number of records of {1 + _IMAGE_BYTES} bytes; it is cut "
-            "off."
-        )
+        raise DataError(f"{where} is cut off: {len(data):,} bytes are not whole records of {1 + _IMAGE_BYTES} bytes.")
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, 1 + _IMAGE_BYTES)
     return records[:, 1:].reshape(-1, *IMAGE_SHAPE), records[:, 0].astype(np.int64)
 
@@ -113,42 +110,23 @@ def _unpacked(file: IO[bytes], name: str) -> IO[bytes] | gzip.GzipFile:
     )
 
 
-def _checked_name(member: tarfile.TarInfo, name: str) -> str:
+def _checked_name(member: tarfile.TarInfo, where: str) -> str:
     """The last part of a file's name, empty for a folder. Refuses what an unpacking tool could be tricked with."""
     parts = member.name.replace("\\", "/").split("/")
     if member.name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "\0" in member.name:
-        raise HostileDataError(
-            f"{name}: member {member.name!r} points outside the archive's folder. Nothing was unpacked; do not use the "
-            "archive, fetch it from its source again."
-        )
+        raise HostileDataError(f"{where} points outside the archive's folder. {_NOT_UNPACKED}")
     if member.isdir():
         return ""
     if not member.isreg():
         kind = "link" if member.issym() or member.islnk() else "device or special file"
-        raise HostileDataError(
-            f"{name}: member {member.name!r} is a {kind}. Nothing was unpacked; the official archive holds plain files "
-            "only, fetch it from its source again."
-        )
+        raise HostileDataError(f"{where} is a {kind}; the official archive holds plain files only. {_NOT_UNPACKED}")
     base = parts[-1]
-    wanted = base.removesuffix(".bin") in BATCHES or base in _META
-    if not wanted and base.startswith(("data_batch", "test_batch")):
-        raise DataError(
-            f"{name}: member {member.name!r} is not a batch of the official archive, which has {', '.join(BATCHES)}. "
-            "Remove or rename it."
-        )
-    if wanted and member.size > MAX_MEMBER_BYTES:
-        raise DataError(
-            f"{name}: member {member.name!r} claims {member.size:,} bytes; at most {MAX_MEMBER_BYTES:,} are read."
-        )
+    is_wanted = base.removesuffix(".bin") in BATCHES or base in _META
+    if not is_wanted and base.startswith(("data_batch", "test_batch")):
+        raise DataError(f"{where} is not a batch of the official archive, {', '.join(BATCHES)}. Remove or rename it.")
+    if is_wanted and member.size > MAX_MEMBER_BYTES:
+        raise DataError(f"{where} claims {member.size:,} bytes; at most {MAX_MEMBER_BYTES:,} are read.")
     return base
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> bytes:
-    file = archive.extractfile(member)
-    data = file.read() if file else b""
-    if len(data) != member.size:
-        raise DataError(f"{where} is cut off: expected {member.size:,} bytes, got {len(data):,}.")
-    return data
 
 
 def _parse_batch(batch_name: str, data: bytes, where: str) -> _Rows:

@@ -31,7 +31,6 @@ _EncodedRow = tuple[bytes | str, int]
 
 _BATCH_BYTES = 64 << 20
 """Encoded images held at a time; of CIFAR-10's own, a batch has 5 MB."""
-_CHUNK_ROWS = 64
 _PARQUET_ROWS = 16
 """Rows in memory at a time: a row may be a picture of several megabytes, however small the file is."""
 
@@ -84,18 +83,19 @@ def pack_images(target: Path, members: Iterable[tuple[str, bytes]]) -> None:
 def _decode(rows: Iterable[_EncodedRow], split: Split, resize: bool) -> Iterator[RowBatch]:
     """Batches of decoded rows in the order given. A row that does not decode is refused, not raised."""
 
-    def prepare(chunk: list[_EncodedRow]) -> list[NDArray[np.uint8] | str]:
-        return [_prepared(image, resize) for image, _ in chunk]
+    def prepare(row: _EncodedRow) -> NDArray[np.uint8] | str:
+        try:
+            return row[0] if isinstance(row[0], str) else prepare_image(row[0], resize=resize)
+        except ImageError as error:
+            return str(error)
 
     first_row = 0
     with ThreadPoolExecutor(min(4, math.ceil(available_cpus())), thread_name_prefix="decode") as pool:
         for batch in _in_batches(rows):
-            chunks = [batch[start : start + _CHUNK_ROWS] for start in range(0, len(batch), _CHUNK_ROWS)]
-            prepared = [image for chunk in pool.map(prepare, chunks) for image in chunk]
             images = np.zeros((len(batch), *IMAGE_SHAPE), np.uint8)
             labels = np.full(len(batch), REFUSED_LABEL)
             refused = {}
-            for position, image in enumerate(prepared):
+            for position, image in enumerate(pool.map(prepare, batch)):
                 if isinstance(image, str):
                     refused[first_row + position] = image
                 else:
@@ -105,7 +105,6 @@ def _decode(rows: Iterable[_EncodedRow], split: Split, resize: bool) -> Iterator
 
 
 def _in_batches(rows: Iterable[_EncodedRow]) -> Iterator[list[_EncodedRow]]:
-    """The rows in lists of at most BATCH_ROWS, and of about _BATCH_BYTES."""
     batch: list[_EncodedRow] = []
     num_bytes = 0
     for row in rows:
@@ -116,15 +115,6 @@ def _in_batches(rows: Iterable[_EncodedRow]) -> Iterator[list[_EncodedRow]]:
             batch, num_bytes = [], 0
     if batch:
         yield batch
-
-
-def _prepared(image: bytes | str, resize: bool) -> NDArray[np.uint8] | str:
-    if isinstance(image, str):
-        return image
-    try:
-        return prepare_image(image, resize=resize)
-    except ImageError as error:
-        return str(error)
 
 
 def _check_schema(schema: pa.Schema, name: str) -> str:
@@ -139,21 +129,14 @@ def _check_schema(schema: pa.Schema, name: str) -> str:
         raise DataError(f"{name}: column {column} is {kind}; expected struct<bytes: binary, path: string>.")
     if not pa.types.is_integer(schema.field("label").type):
         raise DataError(f"{name}: column label is {schema.field('label').type}; expected an integer 0 to 9.")
-    names = _declared_classes(schema)
-    if names is not None and tuple(names) != CLASSES:
-        raise DataError(
-            f"{name}: declares the classes {names}; expected {list(CLASSES)}. Labels would mean other classes."
-        )
-    return column
-
-
-def _declared_classes(schema: pa.Schema) -> list[str] | None:
-    """Class names that the `datasets` library keeps in the schema's metadata, where it wrote the file."""
-    try:
+    try:  # what the `datasets` library keeps in a file that it wrote
         features: Any = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return list(features["label"]["names"])
+        classes = tuple(features["label"]["names"])
     except (KeyError, ValueError, TypeError):
-        return None
+        return column
+    if classes != CLASSES:
+        raise DataError(f"{name}: declares the classes {classes}; expected {CLASSES}. Labels would mean other classes.")
+    return column
 
 
 def _parquet_rows(file: pq.ParquetFile, column: str) -> Iterator[_EncodedRow]:

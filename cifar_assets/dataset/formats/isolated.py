@@ -106,15 +106,27 @@ def ask(
     Raises DataError and HostileDataError as the reader does, ReaderKilledError when the data killed a child that had
     read nothing else before, ReaderFailedError for anything that no reader should raise.
     """
+    global _child
     seconds = CPU_SECONDS + CPU_SECONDS_PER_MIB * (num_bytes >> 20)
     request = {"operation": operation, "arguments": arguments, "cpu_seconds": seconds}
-    try:
-        answer, data = _answer_of_child(request, payload, name)
-    except _ChildEndedError as death:
-        raise ReaderKilledError(
-            f"{name} {death} (limits: {MEMORY_BYTES >> 20:,} MiB of memory, {seconds:,} s of processor time). "
-            "It is damaged, made to do harm, or far larger than it looks."
-        ) from death
+    with _lock:
+        while True:
+            if _child is None or _child.owner != os.getpid():
+                _child = _Child()
+            was_fresh = _child.is_fresh
+            try:
+                answer, data = _child.answer(request, payload, name)
+                break
+            except _ChildEndedError as death:
+                stop()
+                if was_fresh:  # a child that read other data before may have died of that
+                    raise ReaderKilledError(
+                        f"{name} {death} (limits: {MEMORY_BYTES >> 20:,} MiB of memory, {seconds:,} s of processor "
+                        "time). It is damaged, made to do harm, or far larger than it looks."
+                    ) from death
+            except BaseException:
+                stop()  # nobody waits for what it still sends
+                raise
     if "refused" in answer:
         raise (HostileDataError if answer["hostile"] else DataError)(answer["refused"])
     if "failed" in answer:
@@ -139,21 +151,3 @@ def send(connection: Connection, message: Mapping[str, Any], payload: bytes = b"
 def receive(connection: Connection) -> tuple[dict[str, Any], bytes]:
     """The next message; EOFError or OSError when there is none."""
     return json.loads(connection.recv_bytes()), connection.recv_bytes()
-
-
-def _answer_of_child(request: Mapping[str, Any], payload: bytes, name: str) -> tuple[dict[str, Any], bytes]:
-    global _child
-    with _lock:
-        while True:
-            if _child is None or _child.owner != os.getpid():
-                _child = _Child()
-            was_fresh = _child.is_fresh
-            try:
-                return _child.answer(request, payload, name)
-            except _ChildEndedError:
-                stop()
-                if was_fresh:  # a child that read other data before may have died of that
-                    raise
-            except BaseException:
-                stop()  # nobody waits for what it still sends
-                raise

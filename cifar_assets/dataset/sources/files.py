@@ -111,8 +111,7 @@ def _file_path(address: str) -> Path:
     host, slash, path = address.partition("://")[2].partition("/")
     if host not in ("", "localhost") or not slash or {"?", "#"} & set(path):
         raise ConfigError(
-            f"Source {address!r}: expected file:///folder/name, with %3F for ? and %23 for #. A plain path needs no "
-            f"such care. {CHOICES}"
+            f"Source {address!r}: expected file:///folder/name (%3F for ?, %23 for #) or a plain path. {CHOICES}"
         )
     return Path(urllib.parse.unquote(slash + path))
 
@@ -188,10 +187,7 @@ def _open_literally(address: str) -> ObjectStore:
 
 def _refuse_digest_of_many(digest: str, address: str) -> None:
     if digest:
-        raise ConfigError(
-            f"Source {address!r} is not one file: #md5= and #sha256= check a single file. Leave them out, or name the "
-            "file."
-        )
+        raise ConfigError(f"Source {address!r} is not one file: leave #md5= or #sha256= out, or name the file.")
 
 
 def _one_file(path: Path, name: str, address: str) -> SourceFile:
@@ -216,7 +212,8 @@ def _recognize(entries: list[_Entry], name: str, work: Path, unread: dict[str, s
     if parquet:
         kind, used, files = "the Parquet files", parquet, _parquet_shards(parquet, name)
     elif len(archives) == 1:
-        kind, used, files = "the archive", archives, map(_archive, archives)
+        kind, used = "the archive", archives
+        files = iter([_one_file(archives[0].fetch(), archives[0].name, archives[0].name)])
     elif archives:
         found = ", ".join(entry.name for entry in archives)
         raise DataError(f"{name} holds several archives ({found}): name the one to use.")
@@ -238,10 +235,6 @@ def _recognize(entries: list[_Entry], name: str, work: Path, unread: dict[str, s
 
 def _base(entry: _Entry) -> str:
     return entry.name.rpartition("/")[2]
-
-
-def _archive(entry: _Entry) -> SourceFile:
-    return SourceFile(entry.fetch(), entry.name, "archive", "mixed", suffix_of(entry.name))
 
 
 def _packed_batches(entries: list[_Entry], name: str, work: Path) -> Iterator[SourceFile]:
