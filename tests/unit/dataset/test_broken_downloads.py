@@ -1,4 +1,4 @@
-"""Case C01 and its kind: cut, substituted and interrupted downloads."""
+"""Cut, substituted and interrupted downloads."""
 
 import hashlib
 import os
@@ -86,7 +86,7 @@ HTML = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("damage", ["cut", "empty", "page", "flipped byte"])
-def test_a_broken_file_is_refused_and_the_next_try_fetches_anew(
+def test_broken_file_is_refused_and_fetched_again_next_time(
     damage: str, pinned: bool, make, raw: FolderStore, server: Server, tmp_path: Path
 ) -> None:
     good = make.archive()
@@ -114,7 +114,7 @@ def test_a_broken_file_is_refused_and_the_next_try_fetches_anew(
     assert current_raw_digest(raw) == version.digest
 
 
-def test_a_good_copy_is_not_fetched_again(make, raw: FolderStore, server: Server) -> None:
+def test_good_copy_is_not_fetched_again(make, raw: FolderStore, server: Server) -> None:
     server.body = make.archive()
     source = f"{server.url}#md5={md5(server.body)}"
     first = build_raw_version(raw, source)
@@ -126,7 +126,7 @@ def test_a_good_copy_is_not_fetched_again(make, raw: FolderStore, server: Server
     assert len(server.requests) == 2
 
 
-def test_a_transfer_goes_on_where_it_broke_off(make, raw: FolderStore, server: Server) -> None:
+def test_interrupted_transfer_continues_where_it_stopped(make, raw: FolderStore, server: Server) -> None:
     server.body = make.archive()
     server.break_after = len(server.body) // 2 + 1
     version = build_raw_version(raw, server.url)
@@ -134,7 +134,7 @@ def test_a_transfer_goes_on_where_it_broke_off(make, raw: FolderStore, server: S
     assert version.manifest.objects[0].sha256 == hashlib.sha256(server.body).hexdigest()
 
 
-def test_a_later_run_goes_on_where_an_earlier_one_gave_up(make, raw: FolderStore, server: Server) -> None:
+def test_later_run_continues_the_transfer_of_an_earlier_one(make, raw: FolderStore, server: Server) -> None:
     server.body = make.archive()
     server.break_after = len(server.body) // 4
     with pytest.raises(DataError, match="bytes received so far"):
@@ -144,7 +144,7 @@ def test_a_later_run_goes_on_where_an_earlier_one_gave_up(make, raw: FolderStore
     assert server.requests[-1] == f"bytes={2 * (len(server.body) // 4)}-"
 
 
-def test_a_file_replaced_meanwhile_is_fetched_whole(make, raw: FolderStore, server: Server) -> None:
+def test_file_replaced_meanwhile_is_fetched_whole(make, raw: FolderStore, server: Server) -> None:
     server.body = make.archive(1)
     server.break_after = 1000
     with pytest.raises(DataError):
@@ -163,7 +163,7 @@ def test_a_server_without_ranges_starts_from_the_beginning(make, raw: FolderStor
     assert build_raw_version(raw, server.url).manifest.rows == 120
 
 
-def test_what_failed_after_the_transfer_does_not_transfer_again(
+def test_failure_after_the_transfer_does_not_transfer_again(
     make, raw: FolderStore, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.body = make.archive()
@@ -191,7 +191,7 @@ def test_the_part_may_lie_on_another_file_system(
         assert os.listdir(other) == []
 
 
-def test_a_refusing_server_is_not_asked_again(raw: FolderStore, server: Server, tmp_path: Path) -> None:
+def test_refusing_server_is_not_asked_again(raw: FolderStore, server: Server, tmp_path: Path) -> None:
     server.body, server.status = HTML, 404
     with pytest.raises(DataError, match="404"):
         build_raw_version(raw, server.url)

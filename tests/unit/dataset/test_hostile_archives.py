@@ -63,7 +63,7 @@ def test_a_member_that_points_elsewhere_is_named_and_nothing_is_written(
     assert current_raw_digest(raw) is None
 
 
-def test_a_hostile_landed_archive_is_put_aside_and_the_next_build_goes_on(make, raw: FolderStore, source: str) -> None:
+def test_hostile_landed_archive_is_rejected_and_the_next_build_succeeds(make, raw: FolderStore, source: str) -> None:
     data = make.tar(make.python_members(7), [(member("../evil"), b"")])
     raw.write("landing/batch.tar.gz", data)
     with pytest.raises(HostileDataError, match=r"rejected/batch\.tar\.gz"):
@@ -187,7 +187,7 @@ _DTYPE = b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR"
         b"I1\nQ.",
     ],
 )
-def test_pickle_drives_no_object(payload: bytes) -> None:
+def test_pickle_cannot_change_objects(payload: bytes) -> None:
     with pytest.raises(DataError, match="batch"):
         load_fields(payload, "batch")
 

@@ -209,7 +209,7 @@ def test_exif_rotation_is_applied(orientation, kind):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_a_broken_exif_block_is_no_reason_to_refuse():
+def test_broken_exif_block_is_ignored():
     data = encode(SMOOTH, "JPEG", quality=95)
     exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40
     broken = data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
@@ -253,7 +253,7 @@ def test_without_resizing_other_sizes_are_refused():
         (b"\xff\xd8\xff", "damaged JPEG"),
     ],
 )
-def test_what_is_no_picture_is_named(data, name):
+def test_file_of_another_kind_is_named(data, name):
     with pytest.raises(ImageError, match=name):
         prepare_image(data)
 

@@ -92,7 +92,7 @@ def test_file_is_not_blamed_for_a_process_that_read_others(make, raw: FolderStor
     assert build_raw_version(raw, source).manifest.rows == 86
 
 
-def test_reader_that_fails_in_an_unforeseen_way_stops_no_build(make, raw: FolderStore, source: str, child) -> None:
+def test_unexpected_reader_error_does_not_stop_the_build(make, raw: FolderStore, source: str, child) -> None:
     raw.write("landing/bad.parquet", make.parquet(make.images(2, 5), make.labels(2)))
     child(fault("1 / 0"))
     version = build_raw_version(raw, source)
@@ -102,7 +102,7 @@ def test_reader_that_fails_in_an_unforeseen_way_stops_no_build(make, raw: Folder
     assert build_raw_version(raw, source).manifest.rows == 82
 
 
-def test_process_that_does_not_start_is_no_verdict_on_a_file(make, raw: FolderStore, source: str, child) -> None:
+def test_reader_that_does_not_start_rejects_no_file(make, raw: FolderStore, source: str, child) -> None:
     build_raw_version(raw, source)
     raw.write("landing/good.parquet", make.parquet(make.images(2, 6), make.labels(2)))
     child("raise SystemExit(7)")

@@ -130,19 +130,19 @@ def test_a_linear_model_fails_on_synthetic_data() -> None:
 
 
 @pytest.mark.parametrize("bad", ["synthetic:x", "synthetic:-1", "/nowhere/at/all", "nowhere", "file:///nowhere"])
-def test_an_impossible_source_names_the_choices(bad: str, raw: FolderStore) -> None:
+def test_impossible_source_names_the_choices(bad: str, raw: FolderStore) -> None:
     with pytest.raises(ConfigError, match="synthetic"):
         import_source(bad, raw)
 
 
-def test_a_folder_of_something_else_says_what_was_found(raw: FolderStore, tmp_path: Path) -> None:
+def test_unknown_folder_layout_is_refused_with_what_it_holds(raw: FolderStore, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.docx").write_text("x")
     with pytest.raises(DataError, match=r"chapter\.docx.*Expected"):
         import_source(str(tmp_path / "thesis"), raw)
 
 
-def test_several_archives_are_not_guessed_between(make, raw: FolderStore, tmp_path: Path) -> None:
+def test_several_archives_are_refused(make, raw: FolderStore, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name in ("a.tar.gz", "b.tar.gz"):
         (tmp_path / "data" / name).write_bytes(make.archive())
@@ -181,7 +181,7 @@ def test_a_bad_picture_of_a_class_folder_is_named(make, raw: FolderStore, tmp_pa
         import_source(str(tmp_path / "data"), raw)
 
 
-def test_a_digest_is_not_taken_for_that_of_many_files(raw: FolderStore, source: str) -> None:
+def test_digest_of_several_files_is_refused(raw: FolderStore, source: str) -> None:
     with pytest.raises(ConfigError, match="not one file"):
         import_source(f"{source}#sha256={'0' * 64}", raw)
 
