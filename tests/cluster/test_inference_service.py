@@ -1,4 +1,4 @@
-"""What KServeInferenceService does on a real cluster with the real KServe, told with the rights of `dagster`."""
+"""What KServeInferenceService does on a real cluster with the real KServe, with the rights of `dagster`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -178,7 +178,7 @@ def test_model_in_service_survives_a_repair_that_fails(
     assert set(tally.answers) == {first.model_digest}
 
 
-def test_spec_edited_by_hand_is_put_right(
+def test_spec_edited_by_hand_is_written_again(
     namespace: str, models: tuple[DeployRequest, DeployRequest], nothing_serves: None
 ):
     first, _ = models
@@ -202,7 +202,7 @@ def test_without_the_role_the_error_says_so(namespace: str, models: tuple[Deploy
 
 
 @pytest.mark.parametrize("folder", ["inference-service", "inference-service/serverless"])
-def test_kserve_takes_the_committed_service(folder: str, namespace: str, models: tuple[DeployRequest, DeployRequest]):
+def test_kserve_accepts_the_committed_service(folder: str, namespace: str, models: tuple[DeployRequest, DeployRequest]):
     documents = list(yaml.safe_load_all(kubectl("kustomize", str(K8S / folder))))
     for document in documents:
         document["metadata"]["namespace"] = namespace

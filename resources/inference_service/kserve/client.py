@@ -97,7 +97,7 @@ class InferenceService:
 
     @property
     def ready(self) -> bool:
-        """KServe's own word, which may still be about an earlier generation."""
+        """KServe's Ready condition, which may still be about an earlier generation."""
         conditions = self.status.get("conditions") or ()
         return any(each.get("type") == "Ready" and each.get("status") == "True" for each in conditions)
 

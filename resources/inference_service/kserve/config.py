@@ -52,8 +52,8 @@ class InferenceServiceSettings(StrictConfig):
         default=None,
         ge=1,
         le=99,
-        description="Knative mode: share of the requests that a new model gets until it answered held-out images as "
-        "well as it was evaluated. Then it gets all of them, or the model before it does. None: all at once.",
+        description="Knative mode: percentage of the requests that a new model gets while its answers are judged. Then "
+        "it gets all of them, or the earlier model does. None: all at once.",
     )
 
     drain_delay_seconds: float = Field(

@@ -94,7 +94,7 @@ class ServiceDeployer:
     ) -> InferenceService:
         percent = manifest["spec"]["predictor"].get("canaryTrafficPercent")
         if found and found.canary_percent is not None and found.mark.revision != _revision(manifest):
-            # Until the new revision is ready, its share would go to the latest that is: a canary that nobody accepted.
+            # Until the new revision is ready, its requests go to the latest that is: a canary that nobody accepted.
             self._write_and_wait(with_traffic(manifest, 0), request)
         if percent is not None and found and request.find_fault:
             service = self._write_and_wait(manifest, request)
@@ -136,7 +136,7 @@ class ServiceDeployer:
         return None, before.model_digest if before and pods else None
 
     def _is_made_by(self, current: InferenceService, manifest: Mapping[str, Any]) -> bool:
-        """Whether writing the manifest would change nothing but the share of the requests: nobody edited the spec."""
+        """Whether writing the manifest would change nothing but the traffic: nobody edited the spec."""
         if current.mark.revision != _revision(manifest):
             return False
         try:

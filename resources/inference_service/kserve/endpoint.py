@@ -41,7 +41,7 @@ class ServiceEndpoint:
     host: str | None = None
 
     def client(self, service: InferenceService, *, canary: bool = False) -> InferenceClient:
-        """Asks it as its users do; with `canary`, its newest revision alone."""
+        """A client that asks it as its users do; with `canary`, its newest revision alone."""
         name = predictor_name(service.name)
         host = f"{'latest-' if canary else ''}{name}.{service.namespace}.svc"
         headers: dict[str, str] = {}
@@ -58,9 +58,9 @@ class ServiceEndpoint:
             url = _forwarded_url(self.configuration, service.namespace, name)
         return InferenceClient(url, timeout=_WAKE_SECONDS if service.serverless else _ASK_SECONDS, headers=headers)
 
-    def served_model(self, service: InferenceService, *, canary: bool | None = None) -> ServedModel:
-        """What answers; by default the canary where there is one. ServerError where nothing does."""
-        client = self.client(service, canary=service.canary_percent is not None if canary is None else canary)
+    def served_model(self, service: InferenceService, *, canary: bool = False) -> ServedModel:
+        """What answers its users; with `canary`, what its newest revision answers. ServerError where nothing does."""
+        client = self.client(service, canary=canary)
         try:
             return client.served_model()
         except ServerError as error:

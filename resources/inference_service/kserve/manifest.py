@@ -22,8 +22,8 @@ MODE_ANNOTATION = "serving.kserve.io/deploymentMode"
 AUTOSCALER_ANNOTATION = "serving.kserve.io/autoscalerClass"
 TAG_ROUTING_ANNOTATION = "serving.kserve.io/enable-tag-routing"
 PREFIX = "cifar/"
-"""Of this package's own annotations. KServe copies annotations of the service to its pods, so that each pod tells
-which decision it came from."""
+"""Of this package's own annotations. KServe copies annotations of the service to its pods, so that each pod names the
+decision it came from."""
 DIGEST_ANNOTATION = f"{PREFIX}model-digest"
 VERSION_ANNOTATION = f"{PREFIX}model-version"
 URI_ANNOTATION = f"{PREFIX}model-uri"

@@ -102,7 +102,7 @@ class KServeInferenceService(InferenceServiceResource):
         except KubernetesError as error:
             return ServiceStatus(False, None, None, None, str(error))
         try:
-            served = view.endpoint.served_model(service, canary=False)
+            served = view.endpoint.served_model(service)
         except ServerError as error:
             reason = reason or "; ".join(service.complaints) or str(error)
             return ServiceStatus(False, client.base_url, None, None, reason, details, client.headers)

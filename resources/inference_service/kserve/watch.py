@@ -51,15 +51,15 @@ class NotYetError(Exception):
 
 
 class Endpoint(Protocol):
-    """Asks the service as its users do."""
+    """Knows where the service answers."""
 
     def client(self, service: InferenceService, *, canary: bool = False) -> InferenceClient: ...
-    def served_model(self, service: InferenceService, *, canary: bool | None = None) -> ServedModel: ...
+    def served_model(self, service: InferenceService, *, canary: bool = False) -> ServedModel: ...
 
 
 @dataclass(frozen=True)
 class RolloutLimits(WatchLimits):
-    """How often to look, and how long to wait for what may pass, in seconds; `start_timeout_seconds` is for all."""
+    """How often to look, and how long to wait for each cause; `start_timeout_seconds` is for the whole rollout."""
 
     poll_interval_seconds: float = 1.0
     unschedulable_timeout_seconds: float = 120.0
@@ -119,9 +119,9 @@ class ServiceView:
             self.sleep(self.limits.poll_interval_seconds)
 
     def why_not_serving(self, service: InferenceService, request: DeployRequest) -> str | None:
-        """What the endpoint answers instead of the model; None when it is the model."""
+        """What the endpoint, or the canary's where there is one, answers instead of the model; None when it is that."""
         try:
-            served = self.endpoint.served_model(service)
+            served = self.endpoint.served_model(service, canary=service.canary_percent is not None)
         except ServerError as error:
             return str(error)
         if served == ServedModel(True, request.model_digest, request.model_version):

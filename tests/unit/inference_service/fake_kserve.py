@@ -1,6 +1,6 @@
 """An API server, KServe and kubelet small enough to act out one deployment at a time, on a clock of its own.
 
-Every story told with it has a twin in tests/cluster/test_inference_service.py or was tried by hand as docs/kserve.md
+Every story that uses it has a twin in tests/cluster/test_inference_service.py or was tried by hand as docs/kserve.md
 says; this one runs in milliseconds and can fail at an exact call.
 """
 
@@ -123,7 +123,7 @@ class FakeKServe:
         assert canary
         return service
 
-    def served_model(self, service: InferenceService, *, canary: bool | None = None) -> ServedModel:
+    def served_model(self, service: InferenceService, *, canary: bool = False) -> ServedModel:
         """What a pod answers that is ready or ending: one that is ending still serves open connections."""
         answering = [pod for pod in self.pods if is_ready(pod)]
         if not answering:
@@ -283,8 +283,8 @@ class FakeKnative(FakeKServe):
         self.shares: list[dict[str, int]] = []
         """Share of the requests by digest, after every change of it."""
 
-    def served_model(self, service: InferenceService, *, canary: bool | None = None) -> ServedModel:
-        """The canary where there is one, as its own address tells; else whoever gets all requests."""
+    def served_model(self, service: InferenceService, *, canary: bool = False) -> ServedModel:
+        """The newest revision that is ready: it is the canary, or it gets all requests."""
         if not self.ready:
             raise ServerError("no revision is ready")
         digest = self.digests[self.ready]

@@ -93,16 +93,16 @@ def test_rollback_is_deploying_the_older_one(serving_a: FakeKServe):
     assert digests_of_pods(serving_a) == [A.model_digest]
 
 
-def test_word_of_kserve_about_an_earlier_generation_is_not_believed(serving_a: FakeKServe):
+def test_ready_condition_of_an_earlier_generation_does_not_count(serving_a: FakeKServe):
     serving_a.behaviours[B.model_digest] = fake.never_ready
     assert serving_a.service is not None
     assert serving_a.service["status"]["conditions"][0]["status"] == "True"
     assert "0 of 1 new pods are ready" in str(failure(serving_a, B, start_timeout_seconds=20))
 
 
-def test_what_the_endpoint_answers_counts(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch):
+def test_answer_of_the_endpoint_decides(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch):
     stale = serving_a.served_model(object())  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(serving_a, "served_model", lambda service: stale)
+    monkeypatch.setattr(serving_a, "served_model", lambda service, canary: stale)
     error = failure(serving_a, B, start_timeout_seconds=30)
     assert f"the endpoint answers with model {A.model_digest} version 1" in str(error)
 
@@ -167,7 +167,7 @@ def test_service_of_someone_else_is_left_alone(cluster: FakeKServe):
     assert cluster.service is not None
 
 
-def test_attempt_that_was_cut_off_is_taken_up(serving_a: FakeKServe):
+def test_interrupted_attempt_is_continued(serving_a: FakeKServe):
     InferenceServiceClient(serving_a, serving_a).replace(deployer(serving_a).deploy(A).service, build(B))
     serving_a.clock.sleep(2)
     outcome = deployer(serving_a).deploy(B)
@@ -282,7 +282,7 @@ def test_evicted_pod_of_the_old_version_does_not_hold_up_the_new_one(serving_a: 
     assert evicted in serving_a.pods
 
 
-def test_past_of_a_pod_that_serves_is_not_held_against_it(serving_a: FakeKServe):
+def test_earlier_restarts_of_a_ready_pod_are_ignored(serving_a: FakeKServe):
     serving_a.behaviours[B.model_digest] = fake.never_ready
     (pod,) = serving_a.pods
     ended = {"terminated": {"exit_code": 137, "reason": "OOMKilled", "finished_at": "2025-01-01T00:00:00Z"}}
@@ -299,7 +299,7 @@ def test_every_replica_asked_for_has_to_be_ready(serving_a: FakeKServe, monkeypa
     assert "1 of 2 new pods are ready" in str(failure(serving_a, B, start_timeout_seconds=30))
 
 
-def test_events_are_no_condition(cluster: FakeKServe):
+def test_events_and_logs_are_optional(cluster: FakeKServe):
     def refuse(call: str) -> None:
         if call in ("event", "events", "log"):
             raise api_error(403, "forbidden")

@@ -129,7 +129,7 @@ def test_decision_is_carried_and_read_back():
     assert request_of({"cifar/model-digest": "x"}) is None
 
 
-def test_revision_is_that_of_what_is_served():
+def test_revision_changes_with_what_is_served():
     def revision(values: InferenceServiceSettings, request: DeployRequest = REQUEST) -> str:
         return build(values, request)["metadata"]["annotations"][REVISION_ANNOTATION]
 
@@ -144,7 +144,7 @@ def test_revision_is_that_of_what_is_served():
     )
 
 
-def test_share_of_the_traffic_can_be_changed_without_another_revision():
+def test_traffic_is_not_part_of_the_revision():
     canary = build(settings(mode="Knative", canary_percent=10))
     promoted = with_traffic(canary, None)
     assert "canaryTrafficPercent" not in promoted["spec"]["predictor"]
@@ -163,7 +163,7 @@ def test_share_of_the_traffic_can_be_changed_without_another_revision():
         ("c" * 49, "Shorten it by 2"),
     ],
 )
-def test_name_that_something_derived_would_not_take(name: str, message: str):
+def test_invalid_names_are_rejected(name: str, message: str):
     with pytest.raises(SettingsError, match=message):
         build_inference_service_manifest(settings(), REQUEST, name=name, namespace="space")
 
@@ -193,7 +193,7 @@ def test_longest_names():
         ({"image": ""}, "image"),
     ],
 )
-def test_settings_that_kserve_would_refuse_or_never_act_on(values: dict[str, Any], message: str):
+def test_invalid_settings_are_rejected(values: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         settings(**values)
 

@@ -215,7 +215,7 @@ def test_deletion_leaves_a_service_that_took_the_name_alone(serving_a: FakeKServ
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_spec_edited_by_hand_is_put_right(serving_a: FakeKServe, fields: dict[str, Any]):
+def test_spec_edited_by_hand_is_written_again(serving_a: FakeKServe, fields: dict[str, Any]):
     assert serving_a.service is not None
     before = copy.deepcopy(serving_a.service["spec"])
     edit(serving_a, **fields)
@@ -280,8 +280,8 @@ def test_events_that_cannot_be_read_or_written_do_not_change_the_outcome(serving
 
 
 def test_api_that_breaks_after_the_model_served_does_not_change_the_outcome(serving_a: FakeKServe):
-    def fail_after_success(service: Any, *, canary: bool | None = None) -> Any:
-        served = original(service)
+    def fail_after_success(service: Any, *, canary: bool = False) -> Any:
+        served = original(service, canary=canary)
         if served.model_digest == B.model_digest and digests_of_pods(serving_a) == [B.model_digest]:
             serving_a.failing = lambda call: (_ for _ in ()).throw(api_error(500))
         return served

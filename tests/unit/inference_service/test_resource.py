@@ -64,7 +64,7 @@ def test_settings_come_from_the_environment():
         ({"SERVER_IMAGE": "x", "SERVER_NAME": "c" * 70}, "too long"),
     ],
 )
-def test_what_is_wrong_with_the_environment(environment: dict[str, str], message: str):
+def test_invalid_environment_is_rejected(environment: dict[str, str], message: str):
     with pytest.raises(ConfigError, match=message):
         serving_from_environment(environment)
 
@@ -107,7 +107,7 @@ def test_address_outside_of_the_cluster_is_a_port_of_this_process():
     assert serverless[1] == {"Host": "cifar10-predictor.space.svc.cluster.local"}
 
 
-def test_port_that_leads_nowhere_is_no_answer_and_says_why():
+def test_failed_port_forward_is_explained():
     configuration = k8s.Configuration(host="http://127.0.0.1:9")
     nowhere = ServiceEndpoint(configuration, in_cluster=False, gateway="gateways/inner")
     with pytest.raises(ServerError, match=r"A port could not be forwarded: .*Connection refused"):
@@ -132,7 +132,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeKServe:
     return found
 
 
-def test_deployed_service_tells_where_to_look(cluster: FakeKServe, kubeconfig: str):
+def test_details_of_a_deployed_service(cluster: FakeKServe, kubeconfig: str):
     found = serving().model_copy(update={"kubeconfig_file": kubeconfig}).deploy(REQUEST)
     assert (found.model_digest, found.changed) == (REQUEST.model_digest, True)
     assert found.details["inference_service"] == "cifar/cifar10"
