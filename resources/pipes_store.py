@@ -1,7 +1,7 @@
 """Pipes messages through an object store: the writer, which runs in the pod. Needs dagster_pipes only.
 
 Each process writes chunks under a folder of its own, so that a restarted container never overwrites what an earlier
-one said. Chunks wait in memory while the store does not answer; training goes on.
+one wrote. Chunks wait in memory while the store does not answer; training continues.
 """
 
 import json
@@ -48,75 +48,67 @@ class PipesStoreMessageWriter(PipesDefaultMessageWriter):
                 yield channel
             return
         store = self._open_store(params[STORE_URI_PARAM])
-        channel = _StoreChannel(store, self._interval_seconds, self._close_timeout_seconds)
+        channel = _StoreChannel(store, self._interval_seconds)
         try:
             yield channel
         finally:
-            channel.close()
+            channel.close(self._close_timeout_seconds)
 
 
 class _StoreChannel(PipesMessageWriterChannel):
     """Buffers messages and writes them from a thread, in order, each chunk until the store takes it."""
 
-    def __init__(self, store: ObjectStore, interval_seconds: float, close_timeout_seconds: float):
+    def __init__(self, store: ObjectStore, interval_seconds: float):
         self._store = store
         self._interval_seconds = interval_seconds
-        self._close_timeout_seconds = close_timeout_seconds
         self._folder = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        self._num_chunks = 0
         self._buffer: list[str] = []
         self._changed = Condition()
-        self._closing_until: float | None = None
+        self._deadline: float | None = None
+        """Set once the channel is closing."""
         self._error: Exception | None = None
         self._thread = Thread(target=self._run, name="pipes-messages", daemon=True)
         self._thread.start()
 
     def write_message(self, message: PipesMessage) -> None:
-        line = f"{json.dumps(message)}\n"  # here, where who gave something that is no JSON hears of it
+        line = f"{json.dumps(message)}\n"  # here, so that the caller of something that is not JSON gets the error
         with self._changed:
             self._buffer.append(line)
             self._changed.notify()
 
-    def close(self) -> None:
+    def close(self, timeout_seconds: float) -> None:
+        """Write what is buffered. StoreError when the store does not take it in time."""
         with self._changed:
-            self._closing_until = time.monotonic() + self._close_timeout_seconds
+            self._deadline = time.monotonic() + timeout_seconds
             self._changed.notify()
         self._thread.join()
         if self._buffer:
             raise StoreError(
                 f"{len(self._buffer)} Pipes messages could not be written to {self._store.uri()} within "
-                f"{self._close_timeout_seconds:.0f} s: {self._error}",
+                f"{timeout_seconds:.0f} s: {self._error}",
                 transient=isinstance(self._error, StoreError) and self._error.transient,
             ) from self._error
 
     def _run(self) -> None:
+        num_chunks = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._buffer or self._closing_until is not None)
+                self._changed.wait_for(lambda: self._buffer or self._deadline is not None)
                 pending = list(self._buffer)
             if not pending:
                 return
-            self._error = self._write(pending)
-            if self._error is None:
+            try:
+                self._store.write(f"{self._folder}/{num_chunks:08d}.jsonl", "".join(pending).encode())
+                self._error = None
+                num_chunks += 1
                 with self._changed:
                     del self._buffer[: len(pending)]
-            elif self._closing_until is not None and time.monotonic() > self._closing_until:
-                return
-            self._pause(failed=self._error is not None)
-
-    def _pause(self, *, failed: bool) -> None:
-        """Let messages gather into one chunk, or a store recover. Closing cuts the gathering short."""
-        with self._changed:
-            closing = self._changed.wait_for(lambda: self._closing_until is not None, self._interval_seconds)
-        if closing and failed:
-            time.sleep(self._interval_seconds)
-
-    def _write(self, lines: list[str]) -> Exception | None:
-        key = f"{self._folder}/{self._num_chunks:08d}.jsonl"
-        try:
-            self._store.write(key, "".join(lines).encode())
-        except Exception as error:  # whatever it is must not end the thread, and with it all messages to come
-            _log.warning("Pipes messages wait for the object store: %s", error)
-            return error
-        self._num_chunks += 1
-        return None
+            except Exception as error:  # whatever it is must not end the thread, and with it all messages to come
+                _log.warning("Pipes messages wait for the object store: %s", error)
+                self._error = error
+                if self._deadline is not None and time.monotonic() > self._deadline:
+                    return
+            with self._changed:  # messages gather into one chunk, or a store recovers; closing cuts the gathering short
+                closing = self._changed.wait_for(lambda: self._deadline is not None, self._interval_seconds)
+            if closing and self._error:
+                time.sleep(self._interval_seconds)

@@ -1,5 +1,5 @@
-"""What works with any custom resource shares: asking the API server, reading pods and their logs, names and labels.
+"""What a step that owns a custom resource needs, of any kind: API, pods, launch, watch, diagnosis, errors.
 
-`naming`, `labels`, `pods`, `limits` and `diagnosis` are pure; `config` and `steps` know Dagster. A kind of object adds
-its client and status, a `Launcher`, a `Watcher`, and advice for each cause of a failure.
+`job` and `pipes` go further for kinds that run pods to an end. No kind is named here: `resources.pytorch_job`,
+`resources.argo` and `resources.inference_service.kserve` add manifest, status and advice.
 """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from resources.kubernetes.errors import KubernetesError
-from resources.kubernetes.pods import Container, ContainerExit, Pod
+from resources.kubernetes.pods import ContainerExit, Pod
 
 
 class Cause(StrEnum):
@@ -27,10 +27,15 @@ class Cause(StrEnum):
     UNKNOWN = "unknown"
 
 
-_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
-_CONFIGURATION_REASONS = ("CreateContainerConfigError", "CreateContainerError")
-_SIGKILL, _SIGTERM = 137, 143
 NOT_STARTED_REASONS = ("RunContainerError", "StartError", "ContainerCannotRun", "CreateContainerError")
+_WAITING_CAUSES: Mapping[str, Cause] = {
+    **dict.fromkeys(NOT_STARTED_REASONS, Cause.NOT_STARTED),
+    **dict.fromkeys(
+        ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"), Cause.IMAGE
+    ),
+    **dict.fromkeys(("CreateContainerConfigError", "CreateContainerError"), Cause.CONFIGURATION),
+}
+_SIGKILL, _SIGTERM = 137, 143
 
 
 @dataclass(frozen=True)
@@ -127,22 +132,12 @@ def _obstacle(pod: Pod) -> Obstacle:
     if pod.unschedulable:
         return Obstacle(Cause.UNSCHEDULABLE, pod.replica, pod.unschedulable)
     for container in pod.containers:
-        cause = _waiting_cause(container)
+        cause = _WAITING_CAUSES.get(container.waiting_reason)
         if cause:
             text = f"{container.waiting_reason}: {container.waiting_message}".removesuffix(": ")
             return Obstacle(cause, f"{pod.replica}/{container.name}", text)
     waiting = ", ".join(sorted({c.waiting_reason for c in pod.containers if c.waiting_reason})) or "waiting"
     return Obstacle(Cause.SLOW_START, pod.replica, waiting)
-
-
-def _waiting_cause(container: Container) -> Cause | None:
-    if container.waiting_reason in _IMAGE_REASONS:
-        return Cause.IMAGE
-    if container.waiting_reason in _CONFIGURATION_REASONS:
-        return Cause.CONFIGURATION
-    if container.waiting_reason in NOT_STARTED_REASONS:
-        return Cause.NOT_STARTED
-    return None
 
 
 _TRANSIENT_CAUSES = (
@@ -178,7 +173,7 @@ class WatchLimits:
     """How long all pods have to run before what kept them from starting earlier is forgotten."""
 
     def is_worth_retrying(self, cause: Cause, exit_code: int | None = None) -> bool:
-        """Whether the same work, tried again, may end otherwise. Errors carry this answer, and Dagster's retries."""
+        """Whether another attempt at the same work may help. Errors carry this answer, and Dagster's retries."""
         if cause == Cause.EXIT_CODE:
             is_known = self.retried_exit_codes is None or exit_code in self.retried_exit_codes
             return is_known and exit_code not in self.final_exit_codes
@@ -222,7 +217,7 @@ class Patience:
 
 
 class Outage:
-    """Tolerates errors until they have lasted too long. `meanwhile` tells the reader of the log what they mean."""
+    """Tolerates errors until they have lasted too long. `meanwhile` says in the log what they mean for the work."""
 
     def __init__(self, clock: Callable[[], float], limit_seconds: float, *, logger: logging.Logger, meanwhile: str):
         self._clock = clock
@@ -232,7 +227,7 @@ class Outage:
         self._since: float | None = None
 
     def endure(self, error: KubernetesError) -> None:
-        """Take note of one call without a usable answer. Raises it when there was none for the limit's time."""
+        """Record one call without a usable answer. Raises it once that has lasted for the limit."""
         now = self._clock()
         if self._since is None:
             self._since = now
@@ -241,7 +236,7 @@ class Outage:
             raise error
 
     def end(self) -> None:
-        """Take note of an answer."""
+        """Record an answer."""
         if self._since is not None:
             self._log.info("The API server answers as before.")
         self._since = None

@@ -22,7 +22,7 @@ MESSAGES_FOLDER = "messages"
 MARKS_FOLDER = "read"
 
 OnMessage = Callable[[Any, bool], None]
-"""Takes a custom message, and whether this Dagster run was given it before, by an earlier attempt."""
+"""Takes a custom message, and whether an earlier attempt of this Dagster run received it already."""
 
 _SHOWN_ONCE = ("log", "log_external_stream")
 
@@ -52,8 +52,8 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
         self._log = logger
         self._on_message = on_message
         self._handler: dg.PipesMessageHandler | None = None
+        self._opened = False
         self._closed: Any = None
-        self._num_opened = 0
         self._read: dict[str, str] = {}
         self._recorded: dict[str, str] | None = None
         self._unreadable = False
@@ -62,7 +62,7 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[PipesParams]:
         self._handler = handler
         try:
-            yield {STORE_URI_PARAM: self._store.at(self._folder).uri()}
+            yield {STORE_URI_PARAM: self._uri}
         finally:
             if self._closed:
                 handler.handle_message(self._closed)
@@ -91,14 +91,14 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
             except StoreError as error:
                 if clock() > deadline:
                     raise MessagesLostError(
-                        f"The job ended, but its messages in {self._store.at(self._folder).uri()} could not be read "
-                        f"for {timeout_seconds:.0f} s: {error} Retry the step: it reads them without running again."
+                        f"The job ended, but its messages in {self._uri} could not be read for "
+                        f"{timeout_seconds:.0f} s: {error} Retry the step: it reads them without running again."
                     ) from error
                 sleeper(1.0)
 
     def no_messages_debug_text(self) -> str:
         return (
-            f"Attempted to read messages from {self._store.at(self._folder).uri()}. The process in the pod has to use "
+            f"Attempted to read messages from {self._uri}. The process in the pod has to use "
             "open_dagster_pipes(message_writer=PipesStoreMessageWriter())."
         )
 
@@ -107,12 +107,13 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
         return f"{MESSAGES_FOLDER}/{self._launch_id}/"
 
     @property
-    def _mark(self) -> str:
-        return f"{MARKS_FOLDER}/{self._launch_id}/{self._run_id}.json"
+    def _uri(self) -> str:
+        return self._store.at(self._folder).uri()
 
     def _poll(self) -> None:
+        mark = f"{MARKS_FOLDER}/{self._launch_id}/{self._run_id}.json"
         if self._recorded is None:
-            self._recorded = self._load_mark()
+            self._recorded = self._load_mark(mark)
         for info in self._store.list(self._folder):
             writer, _, chunk = info.key.removeprefix(self._folder).partition("/")
             if chunk > self._read.get(writer, ""):
@@ -120,16 +121,16 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
                 self._read[writer] = chunk
         recorded = {**self._recorded, **{w: c for w, c in self._read.items() if c > self._recorded.get(w, "")}}
         if recorded != self._recorded:
-            self._store.write(self._mark, json.dumps(recorded).encode())
+            self._store.write(mark, json.dumps(recorded).encode())
             self._recorded = recorded
 
-    def _load_mark(self) -> dict[str, str]:
+    def _load_mark(self, key: str) -> dict[str, str]:
         try:
-            mark = _parse(self._store.read(self._mark))
+            mark = _parse(self._store.read(key))
         except ObjectNotFoundError:
             return {}
         if mark is None or not all(isinstance(chunk, str) for chunk in mark.values()):
-            self._log.warning("%s is not a mark of this project: messages may be recorded again.", self._mark)
+            self._log.warning("%s is not a mark of this project: messages may be recorded again.", key)
             return {}
         return mark
 
@@ -146,12 +147,11 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
             raise MessagesLostError("Messages are handled only while the Pipes session is open.")
         method = message["method"]
         if method == "closed":
-            self._closed = message  # the last process to close is the one that counts: told when the session ends
+            self._closed = message  # the last process to close counts: handed over when the session ends
             return
         if method == "opened":
-            self._num_opened += 1
-            self._closed = None
-            if self._num_opened > 1:
+            again, self._opened, self._closed = self._opened, True, None
+            if again:
                 if not replayed:
                     self._log.info("The job's process was started again; its messages continue.")
                 return

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 
@@ -34,14 +33,13 @@ class Container:
 
     name: str
     init: bool
-    running: bool
     started: bool
     """It runs or ran, so that it has a log."""
     restarts: int
     waiting_reason: str
     waiting_message: str
     exits: tuple[ContainerExit, ...]
-    """The last exits that the API still tells of: of the current state and of the one before."""
+    """The last exits that the API still knows: of the current state and of the one before."""
     ended: bool
 
 
@@ -72,12 +70,12 @@ class Pod:
 
 def read_pod(pod: Any, replica: str) -> Pod:
     """Pod from a V1Pod, to be called `replica` where people read of it."""
-    status = pod.status
+    status, name = pod.status, pod.metadata.name
     deleting = pod.metadata.deletion_timestamp is not None
-    inits = _containers(pod.metadata.name, replica, status.init_container_statuses or (), init=True)
-    mains = _containers(pod.metadata.name, replica, status.container_statuses or (), init=False)
+    inits = [_container(name, replica, each, init=True) for each in status.init_container_statuses or ()]
+    mains = [_container(name, replica, each, init=False) for each in status.container_statuses or ()]
     return Pod(
-        name=pod.metadata.name,
+        name=name,
         uid=pod.metadata.uid,
         replica=replica,
         phase=status.phase or "Pending",
@@ -99,36 +97,28 @@ def _unschedulable(conditions: Sequence[Any]) -> str:
     return ""
 
 
-def _containers(pod: str, replica: str, statuses: Sequence[Any], *, init: bool) -> tuple[Container, ...]:
-    return tuple(_container(pod, replica, status, init) for status in statuses)
-
-
-def _container(pod: str, replica: str, status: Any, init: bool) -> Container:
+def _container(pod: str, replica: str, status: Any, *, init: bool) -> Container:
     states = [state for state in (status.state, status.last_state) if state]
-    terminated = [state.terminated for state in states if state.terminated]
+    ends = [state.terminated for state in states if state.terminated]
     waiting = status.state.waiting if status.state else None
-    running = bool(status.state and status.state.running)
     return Container(
         name=status.name,
         init=init,
-        running=running,
-        started=running or bool(terminated),
+        started=bool(ends) or bool(status.state and status.state.running),
         restarts=status.restart_count or 0,
         waiting_reason=(waiting.reason or "") if waiting else "",
         waiting_message=(waiting.message or "") if waiting else "",
-        exits=tuple(_exit(replica, pod, status.name, end) for end in terminated),
+        exits=tuple(
+            ContainerExit(
+                replica=replica,
+                pod=pod,
+                container=status.name,
+                exit_code=end.exit_code,
+                reason=end.reason or "",
+                message=(end.message or "").strip(),
+                finished_at=end.finished_at.isoformat() if end.finished_at else "",
+            )
+            for end in ends
+        ),
         ended=bool(status.state and status.state.terminated),
-    )
-
-
-def _exit(replica: str, pod: str, container: str, end: Any) -> ContainerExit:
-    finished: datetime | None = end.finished_at
-    return ContainerExit(
-        replica=replica,
-        pod=pod,
-        container=container,
-        exit_code=end.exit_code,
-        reason=end.reason or "",
-        message=(end.message or "").strip(),
-        finished_at=finished.isoformat() if finished else "",
     )

@@ -15,7 +15,7 @@ StepContext = dg.OpExecutionContext | dg.AssetExecutionContext
 
 
 def is_being_cancelled(context: StepContext) -> bool:
-    """Whether the run is cancelled, and not merely its process told to stop."""
+    """Whether the run is cancelled. A process that is merely asked to stop may belong to a run that continues."""
     run = context.instance.get_run_by_id(context.run.run_id)
     return run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
@@ -58,7 +58,7 @@ def removing(context: StepContext, what: str, remove: Callable[[], None]) -> Ite
                 context.log.info(f"{what} and what it owns are gone.")
             else:
                 context.log.info(
-                    f"This process was told to stop, but nobody cancelled the run: {what} continues, and the step's "
+                    f"This process was asked to stop, but the run was not cancelled: {what} continues, and the step's "
                     "next attempt adopts it."
                 )
         if cancelled and context.get_step_execution_context().op_retry_policy:

@@ -9,13 +9,12 @@ from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.errors import KubernetesError, ResourceFailedError, SettingsError
 from resources.kubernetes.job import JobState
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
-from resources.pytorch_job.config import ElasticPolicy, PodTemplate, PyTorchJobConfig, RunPolicy, SecretKey, Toleration
+from resources.pytorch_job.config import PodTemplate, PyTorchJobConfig, RunPolicy, SecretKey, Toleration
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 from resources.pytorch_job.pipes import PipesPyTorchJobClient, build_pytorch_job_collector
 
 __all__ = [
     "CollectorTarget",
-    "ElasticPolicy",
     "JobState",
     "KubernetesError",
     "PipesPyTorchJobClient",

@@ -4,7 +4,7 @@ import re
 from typing import Any, Literal
 
 import kubernetes.client
-from dagster_k8s.job import K8sConfigMergeBehavior, UserDefinedDagsterK8sConfig
+from dagster_k8s.job import UserDefinedDagsterK8sConfig
 from dagster_k8s.models import k8s_model_from_dict
 from pydantic import Field, field_validator, model_validator
 
@@ -18,7 +18,7 @@ CONTAINER_NAME = "pytorch"
 class PodTemplate(StrictConfig):
     """Raw Kubernetes config laid over the pods, with the keys and the merging of dagster-k8s' run_k8s_config.
 
-    Field names may be in snake_case or camelCase. DEEP merges mappings and appends to lists; SHALLOW replaces.
+    Field names may be in snake_case or camelCase. Mappings are merged, lists are appended to.
     """
 
     container_config: dict[str, Any] = Field(default={}, description="Fields of the container `pytorch` (V1Container).")
@@ -27,9 +27,6 @@ class PodTemplate(StrictConfig):
     )
     pod_template_spec_metadata: dict[str, Any] = Field(
         default={}, description="Fields of the pod's metadata (V1ObjectMeta)."
-    )
-    merge_behavior: Literal["DEEP", "SHALLOW"] = Field(
-        default="DEEP", description="How these fields join those that the typed settings made."
     )
 
     @model_validator(mode="after")
@@ -44,7 +41,6 @@ class PodTemplate(StrictConfig):
                 container_config=self.container_config,
                 pod_spec_config=self.pod_spec_config,
                 pod_template_spec_metadata=self.pod_template_spec_metadata,
-                merge_behavior=K8sConfigMergeBehavior(self.merge_behavior),
             )
             k8s_model_from_dict(kubernetes.client.V1PodSpec, {**user_config.pod_spec_config, "containers": []})
             k8s_model_from_dict(kubernetes.client.V1Container, {**user_config.container_config, "name": CONTAINER_NAME})
@@ -66,11 +62,6 @@ class PodTemplate(StrictConfig):
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([munkKMGTPE]|[KMGTPE]i)?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _RESERVED_ENV = ("DAGSTER_PIPES_CONTEXT", "DAGSTER_PIPES_MESSAGES")
-
-
-def _checked_quantity(value: str | None, what: str) -> None:
-    if value is not None and not _QUANTITY.fullmatch(value):
-        raise ValueError(f"{what} {value!r} is not a Kubernetes quantity such as '500m', '2', '512Mi' or '4Gi'.")
 
 
 class SecretKey(StrictConfig):
@@ -97,25 +88,6 @@ class Toleration(StrictConfig):
             raise ValueError("A toleration with operator Exists takes no value: use operator Equal.")
         if self.operator == "Equal" and self.key is None:
             raise ValueError("A toleration with operator Equal needs a key.")
-        return self
-
-
-class ElasticPolicy(StrictConfig):
-    """Lets torchrun go on with fewer or more nodes. The job then has workers only; the first is the rendezvous host."""
-
-    min_replicas: int = Field(default=1, ge=1, description="Fewest nodes that may train.")
-    max_replicas: int = Field(ge=1, description="Most nodes that may train.")
-    max_restarts: int | None = Field(default=None, ge=0, description="Rendezvous rounds after the first.")
-    rdzv_backend: Literal["c10d", "etcd", "etcd-v2"] = Field(
-        default="c10d", description="Rendezvous backend of torchrun."
-    )
-    rdzv_id: str | None = Field(default=None, description="Rendezvous id; the operator uses the job's name.")
-    rdzv_port: int | None = Field(default=None, ge=1, le=65535, description="Rendezvous port; the operator uses 23456.")
-
-    @model_validator(mode="after")
-    def _range_is_not_empty(self) -> "ElasticPolicy":
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} is larger than max_replicas {self.max_replicas}.")
         return self
 
 
@@ -155,7 +127,6 @@ class PyTorchJobConfig(StrictConfig):
 
     replicas: int = Field(default=1, ge=1, le=10_000, description="Pods: one master, the others workers.")
     nproc_per_node: int = Field(default=1, ge=1, description="Training processes in each pod (torchrun).")
-    elastic_policy: ElasticPolicy | None = Field(default=None, description="Elastic training; none is a fixed size.")
     restart_policy: Literal["OnFailure", "Never", "ExitCode", "Always"] = Field(
         default="OnFailure",
         description="What follows a failed container. ExitCode: exit codes from 128 on are retried, lower ones final.",
@@ -174,8 +145,6 @@ class PyTorchJobConfig(StrictConfig):
 
     node_selector: dict[str, str] = Field(default={}, description="Labels a node must have.")
     tolerations: list[Toleration] = Field(default=[], description="Taints that the pods tolerate.")
-    priority_class_name: str | None = Field(default=None, description="Priority class of the pods.")
-    scheduler_name: str | None = Field(default=None, description="Scheduler of the pods; none is the cluster's own.")
     service_account_name: str | None = Field(
         default=None, description="Service account of the pods. Its token is not mounted: training needs no API."
     )
@@ -186,7 +155,6 @@ class PyTorchJobConfig(StrictConfig):
         default=30, ge=0, description="Time between SIGTERM and SIGKILL when a pod is evicted."
     )
     labels: dict[str, str] = Field(default={}, description="Further labels of the job and its pods.")
-    annotations: dict[str, str] = Field(default={}, description="Further annotations of the job and its pods.")
     pod_template: PodTemplate = Field(
         default_factory=PodTemplate, description="Raw Kubernetes config laid over the pods."
     )
@@ -204,22 +172,16 @@ class PyTorchJobConfig(StrictConfig):
                 raise ValueError(f"{name} is set by Dagster Pipes: leave it out.")
         return value
 
-    @field_validator("env")
-    @classmethod
-    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        return without_secrets(value)
-
     @model_validator(mode="after")
     def _consistent(self) -> "PyTorchJobConfig":
+        without_secrets(self.env)
         for name in ("cpu", "cpu_limit", "memory", "shared_memory", "scratch"):
-            _checked_quantity(getattr(self, name), name)
+            value = getattr(self, name)
+            if value is not None and not _QUANTITY.fullmatch(value):
+                raise ValueError(
+                    f"{name} {value!r} is not a Kubernetes quantity such as '500m', '2', '512Mi' or '4Gi'."
+                )
         both = sorted(set(self.env) & set(self.secret_env))
         if both:
             raise ValueError(f"env and secret_env both set {', '.join(both)}: keep one.")
-        policy = self.elastic_policy
-        if policy and not policy.min_replicas <= self.replicas <= policy.max_replicas:
-            raise ValueError(
-                f"replicas is {self.replicas}, outside the elastic policy's "
-                f"{policy.min_replicas}..{policy.max_replicas}."
-            )
         return self

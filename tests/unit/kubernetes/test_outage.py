@@ -1,4 +1,4 @@
-"""How long silence is put up with."""
+"""How long an API server that does not answer is tolerated."""
 
 import logging
 
@@ -8,11 +8,11 @@ from resources.kubernetes.diagnosis import Outage
 from resources.kubernetes.errors import ApiUnavailableError
 
 
-def test_silence_is_told_once_and_has_its_limit_from_the_first_call_without_an_answer(
+def test_outage_is_logged_once_and_limited_from_its_first_error(
     caplog: pytest.LogCaptureFixture,
 ):
     seconds = iter([0, 9, 100, 109, 200, 210])
-    outage = Outage(lambda: next(seconds), 10, logger=logging.getLogger("test"), meanwhile="work goes on")
+    outage = Outage(lambda: next(seconds), 10, logger=logging.getLogger("test"), meanwhile="work continues")
     error = ApiUnavailableError("no answer")
     for _ in range(2):
         outage.endure(error)

@@ -155,7 +155,7 @@ def test_create_whose_answer_was_lost_makes_one_job(launcher: JobLauncher, clust
     assert cluster.num_created == 1
 
 
-def test_api_outage_is_ridden_out_and_ends_in_its_own_error(launcher: JobLauncher, cluster: FakeCluster):
+def test_api_outage_is_tolerated_until_its_limit(launcher: JobLauncher, cluster: FakeCluster):
     def fail(call: str) -> None:
         raise api_error(503, "away")
 

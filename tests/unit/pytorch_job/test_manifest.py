@@ -13,7 +13,7 @@ from syrupy.assertion import SnapshotAssertion
 from resources.kubernetes.config import StrictConfig
 from resources.kubernetes.errors import SettingsError
 from resources.pytorch_job.__main__ import main, render
-from resources.pytorch_job.config import ElasticPolicy, PodTemplate, PyTorchJobConfig, RunPolicy, SecretKey, Toleration
+from resources.pytorch_job.config import PodTemplate, PyTorchJobConfig, RunPolicy, SecretKey, Toleration
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 
 COMMITTED = Path(__file__).parents[3] / "k8s/pytorchjob"
@@ -41,7 +41,6 @@ SENTINELS: dict[type[BaseModel], dict[str, tuple[Any, str]]] = {
         "env_config_maps": (["maps-sentinel"], '{"configMapRef": {"name": "maps-sentinel"}}'),
         "replicas": (8, '"replicas": 7'),
         "nproc_per_node": (13, '"nprocPerNode": "13"'),
-        "elastic_policy": (ElasticPolicy(max_replicas=17), '"maxReplicas": 17'),
         "restart_policy": ("ExitCode", '"restartPolicy": "ExitCode"'),
         "run_policy": (RunPolicy(backoff_limit=19), '"backoffLimit": 19'),
         "cpu": ("1230m", '"requests": {"cpu": "1230m"}'),
@@ -53,13 +52,10 @@ SENTINELS: dict[type[BaseModel], dict[str, tuple[Any, str]]] = {
         "scratch": ("99Mi", '"emptyDir": {"sizeLimit": "99Mi"}'),
         "node_selector": ({"node": "sentinel"}, '"nodeSelector": {"node": "sentinel"}'),
         "tolerations": ([Toleration(key="taint-sentinel")], '"tolerations": [{"key": "taint-sentinel"'),
-        "priority_class_name": ("priority-sentinel", '"priorityClassName": "priority-sentinel"'),
-        "scheduler_name": ("scheduler-sentinel", '"schedulerName": "scheduler-sentinel"'),
         "service_account_name": ("account-sentinel", '"serviceAccountName": "account-sentinel"'),
         "run_as_user": (1234, '"runAsUser": 1234'),
         "termination_grace_seconds": (43, '"terminationGracePeriodSeconds": 43'),
         "labels": ({"label": "sentinel"}, '"labels": {"label": "sentinel"}'),
-        "annotations": ({"annotation": "sentinel"}, '"annotations": {"annotation": "sentinel"}'),
         "pod_template": (PodTemplate(container_config={"tty": True}), '"tty": true'),
         "extra_spec": ({"sentinel": 1}, '"sentinel": 1'),
     },
@@ -68,14 +64,6 @@ SENTINELS: dict[type[BaseModel], dict[str, tuple[Any, str]]] = {
         "ttl_seconds_after_finished": (103, '"ttlSecondsAfterFinished": 103'),
         "backoff_limit": (107, '"backoffLimit": 107'),
         "clean_pod_policy": ("All", '"cleanPodPolicy": "All"'),
-    },
-    ElasticPolicy: {
-        "min_replicas": (1, '"minReplicas": 1'),
-        "max_replicas": (109, '"maxReplicas": 109'),
-        "max_restarts": (113, '"maxRestarts": 113'),
-        "rdzv_backend": ("etcd-v2", '"rdzvBackend": "etcd-v2"'),
-        "rdzv_id": ("id-sentinel", '"rdzvId": "id-sentinel"'),
-        "rdzv_port": (12345, '"rdzvPort": 12345'),
     },
     Toleration: {
         "key": ("key-sentinel", '"key": "key-sentinel"'),
@@ -92,7 +80,6 @@ SENTINELS: dict[type[BaseModel], dict[str, tuple[Any, str]]] = {
         "container_config": ({"stdin": True}, '"stdin": true'),
         "pod_spec_config": ({"hostname": "host-sentinel"}, '"hostname": "host-sentinel"'),
         "pod_template_spec_metadata": ({"labels": {"meta": "sentinel"}}, '"meta": "sentinel"'),
-        "merge_behavior": ("SHALLOW", ""),
     },
 }
 # Fields without which a sentinel would not be valid.
@@ -101,11 +88,6 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "secret": {"key": "x"},
     "operator": {"key": "x", "value": "y"},
     "value": {"key": "x", "operator": "Equal"},
-    "min_replicas": {"max_replicas": 2},
-    "max_restarts": {"max_replicas": 2},
-    "rdzv_backend": {"max_replicas": 2},
-    "rdzv_id": {"max_replicas": 2},
-    "rdzv_port": {"max_replicas": 2},
 }
 
 
@@ -115,8 +97,6 @@ def _config_with(model: type[BaseModel], name: str, value: Any) -> PyTorchJobCon
         return PyTorchJobConfig(**{"image": "image:1", **settings})
     if model is RunPolicy:
         return minimal(run_policy=RunPolicy(**settings))
-    if model is ElasticPolicy:
-        return minimal(elastic_policy=ElasticPolicy(**settings))
     if model is Toleration:
         return minimal(tolerations=[Toleration(**settings)])
     if model is SecretKey:
@@ -148,13 +128,6 @@ def test_one_master_and_workers():
     assert set(build(minimal())["spec"]["pytorchReplicaSpecs"]) == {"Master"}
 
 
-def test_elastic_job_has_workers_only():
-    config = minimal(replicas=2, elastic_policy=ElasticPolicy(min_replicas=1, max_replicas=4))
-    assert {kind: spec["replicas"] for kind, spec in build(config)["spec"]["pytorchReplicaSpecs"].items()} == {
-        "Worker": 2
-    }
-
-
 def test_pod_overrides_merge_as_dagster_k8s_does():
     overrides: dict[str, Any] = {
         "container_config": {
@@ -169,7 +142,6 @@ def test_pod_overrides_merge_as_dagster_k8s_does():
     }
     settings: dict[str, Any] = {"env": {"ONE": "1"}, "memory": "1Gi", "tolerations": [Toleration(key="gpu")]}
     deep = build(minimal(**settings, pod_template=PodTemplate(**overrides)))
-    shallow = build(minimal(**settings, pod_template=PodTemplate(**overrides, merge_behavior="SHALLOW")))
 
     def parts(manifest: dict[str, Any]) -> tuple[Any, ...]:
         spec = manifest["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
@@ -183,11 +155,6 @@ def test_pod_overrides_merge_as_dagster_k8s_does():
     assert main["securityContext"]["readOnlyRootFilesystem"] is False
     assert main["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert tolerations == ["gpu", "other"]
-    main, tolerations = parts(shallow)
-    assert [variable["name"] for variable in main["env"]] == ["MORE"]
-    assert main["resources"] == {"limits": {"hugepages-2Mi": "4Mi"}}
-    assert main["securityContext"] == {"readOnlyRootFilesystem": False}
-    assert tolerations == ["other"]
 
 
 def test_settings_are_run_config_of_an_asset():
@@ -244,8 +211,6 @@ def test_pods_are_restricted_and_bounded_by_default():
         ({"env": {"1A": "x"}}, "'1A' is not a name"),
         ({"env": {"DAGSTER_PIPES_CONTEXT": "x"}}, "set by Dagster Pipes"),
         ({"env": {"A": "x"}, "secret_env": {"A": {"secret": "s", "key": "k"}}}, "both set A"),
-        ({"replicas": 5, "elastic_policy": {"max_replicas": 4}}, "outside the elastic policy"),
-        ({"elastic_policy": {"min_replicas": 5, "max_replicas": 4}}, "larger than max_replicas"),
         ({"tolerations": [{"value": "x"}]}, "takes no value"),
         ({"tolerations": [{"operator": "Equal"}]}, "needs a key"),
         ({"restart_policy": "Sometimes"}, "restart_policy"),

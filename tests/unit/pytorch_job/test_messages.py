@@ -110,7 +110,7 @@ def speak(params: Any, *epochs: int, text: str = "hello") -> None:
             pipes.report_custom_message({"epoch": epoch})
 
 
-def test_everything_said_arrives_in_order(store: FlakyStore):
+def test_messages_arrive_in_order(store: FlakyStore):
     handler, reader = Handler(), reader_of(store)
     with reader.read_messages(handler) as params:
         speak(params, 1, 2, 3)
@@ -139,7 +139,7 @@ def test_poll_gives_nothing_twice(store: FlakyStore):
         assert handler.payloads() == [{"epoch": 1}]
 
 
-def test_restarted_process_adds_to_what_was_said_and_closes_once(store: FlakyStore):
+def test_restarted_process_adds_messages_and_closes_once(store: FlakyStore):
     handler, reader = Handler(), reader_of(store)
     with reader.read_messages(handler) as params:
         speak(params, 1)
@@ -234,7 +234,7 @@ def test_writer_that_cannot_deliver_does_not_end_as_a_success(store: FlakyStore)
     assert caught.value.transient
 
 
-def test_what_is_no_json_is_refused_where_it_is_said_and_loses_nothing_else(store: FlakyStore):
+def test_invalid_json_message_is_rejected(store: FlakyStore):
     handler, reader = Handler(), reader_of(store)
     with reader.read_messages(handler) as params:
         with process(params) as pipes:
@@ -263,7 +263,7 @@ def test_store_that_fails_in_an_unforeseen_way_is_tried_again(store: FlakyStore,
     assert handler.payloads() == [{"epoch": 1}]
 
 
-def test_reader_says_that_messages_are_lost_only_after_its_time(store: FlakyStore):
+def test_lost_messages_are_an_error_after_the_timeout(store: FlakyStore):
     clock = FakeClock()
     reader = reader_of(store)
     with reader.read_messages(Handler()):
@@ -291,7 +291,7 @@ def test_mark_is_written_again_when_the_store_refused_it(store: FlakyStore, monk
     assert handler.payloads() == [{"epoch": 1}]
 
 
-def test_writer_does_as_dagster_pipes_does_elsewhere(tmp_path: Path):
+def test_writer_falls_back_to_the_default_of_dagster_pipes(tmp_path: Path):
     path = tmp_path / "messages"
     with process({"path": str(path)}) as pipes:
         pipes.report_custom_message({"epoch": 1})

@@ -1,4 +1,4 @@
-"""Case C13: names hold at every layer, whatever they are made from."""
+"""Names are valid for every object that is derived from them."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Watching a job: it ends in bounded time, and a failure says why (twins of tests/cluster/test_failures.py)."""
+"""Watching a job: it ends in bounded time, and a failure says why (twins of tests/cluster/test_stories.py)."""
 
 import logging
 from collections.abc import Callable
@@ -243,7 +243,7 @@ def test_job_deleted_by_someone_else(watched: Watched, cluster: FakeCluster, rec
         watched.wait()
 
 
-def test_api_outage_shorter_than_the_limit_is_ridden_out_and_messages_go_on(watched: Watched, cluster: FakeCluster):
+def test_api_outage_shorter_than_the_limit_is_tolerated(watched: Watched, cluster: FakeCluster):
     watched.create(runs_and_succeeds(seconds=50))
 
     def fail(call: str) -> None:
