@@ -3,9 +3,10 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from resources.kubernetes.api import REQUEST_TIMEOUT_SECONDS, CustomResourceClient
+from resources.kubernetes.api import REQUEST_TIMEOUT_SECONDS, CustomResource, CustomResourceClient
 from resources.kubernetes.naming import derive_name
 from resources.kubernetes.pods import Pod, read_pod
 from resources.pytorch_job.client import PyTorchJobClient
@@ -45,19 +46,30 @@ class Step:
         return self.phase in ("Failed", "Error")
 
 
-@dataclass(frozen=True)
-class Workflow:
+class Workflow(CustomResource):
     """One stored workflow."""
 
-    name: str
-    namespace: str
-    uid: str
-    labels: Mapping[str, str]
-    deleting: bool
-    phase: str
-    message: str
-    steps: tuple[Step, ...]
-    """In the order in which they started; the exit handler's last."""
+    kind = "Workflow"
+
+    @property
+    def phase(self) -> str:
+        """Pending while the controller has not looked at it."""
+        return self._status.get("phase") or "Pending"
+
+    @property
+    def message(self) -> str:
+        return self._status.get("message") or ""
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """In the order in which they started; the exit handler's last."""
+        nodes = (self._status.get("nodes") or {}).values()
+        steps = (_step(node) for node in nodes if node.get("type") == "Pod")
+        return tuple(sorted(steps, key=lambda step: step.started_at))
+
+    @property
+    def _status(self) -> Mapping[str, Any]:
+        return self.body.get("status") or {}
 
     @property
     def finished(self) -> bool:
@@ -78,23 +90,6 @@ class Workflow:
         return f"workflow {self.namespace}/{self.name}"
 
 
-def read_workflow(body: Mapping[str, Any]) -> Workflow:
-    """Workflow from the API's object; its phase is Pending while the controller has not looked at it."""
-    metadata, status = body["metadata"], body.get("status") or {}
-    nodes = (status.get("nodes") or {}).values()
-    steps = sorted((_step(node) for node in nodes if node.get("type") == "Pod"), key=lambda step: step.started_at)
-    return Workflow(
-        name=metadata["name"],
-        namespace=metadata["namespace"],
-        uid=metadata["uid"],
-        labels=metadata.get("labels") or {},
-        deleting="deletionTimestamp" in metadata,
-        phase=status.get("phase") or "Pending",
-        message=status.get("message") or "",
-        steps=tuple(steps),
-    )
-
-
 def _step(node: Mapping[str, Any]) -> Step:
     parameters = (node.get("outputs") or {}).get("parameters") or []
     return Step(
@@ -111,7 +106,8 @@ def _step(node: Mapping[str, Any]) -> Step:
 class WorkflowClient(CustomResourceClient[Workflow]):
     """Reads and writes workflows through injected API objects. `jobs` does the same for their PyTorchJobs."""
 
-    kind, group, version, plural = "Workflow", GROUP, VERSION, PLURAL
+    resource = Workflow
+    group, version, plural = GROUP, VERSION, PLURAL
     missing_kind_advice = "install Argo Workflows and its CRDs."
     forbidden_advice = "Give the service account the Role of docs/argo.md, or check the namespace's quota."
     invalid_advice = "Correct the workflow's parameters, or apply k8s/argo again."
@@ -119,9 +115,6 @@ class WorkflowClient(CustomResourceClient[Workflow]):
     def __init__(self, custom: Any, core: Any, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
         super().__init__(custom, core, request_timeout_seconds)
         self.jobs = PyTorchJobClient(custom, core, request_timeout_seconds)
-
-    def parse(self, body: Mapping[str, Any]) -> Workflow:
-        return read_workflow(body)
 
     def terminate(self, workflow: Workflow) -> None:
         """Ask the controller to start nothing more of it, the exit handler included, and to end its pods."""

@@ -5,9 +5,9 @@ ApiRefusedError; both name the object and chain the original.
 """
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Generic, Protocol, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import urllib3.exceptions
 from kubernetes import client as k8s
@@ -47,29 +47,58 @@ def load_configuration(
     return configuration, False
 
 
-class Stored(Protocol):
-    """What every stored object has."""
+@dataclass(frozen=True)
+class CustomResource:
+    """One stored object. A kind adds how its status is read."""
+
+    kind: ClassVar[str] = "object"
+    body: Mapping[str, Any]
+    """As the API server gave it; not to be changed."""
 
     @property
-    def namespace(self) -> str: ...
+    def name(self) -> str:
+        return self.body["metadata"]["name"]
+
     @property
-    def name(self) -> str: ...
+    def namespace(self) -> str:
+        return self.body["metadata"]["namespace"]
+
     @property
-    def uid(self) -> str: ...
+    def uid(self) -> str:
+        return self.body["metadata"]["uid"]
+
     @property
-    def deleting(self) -> bool: ...
+    def deleting(self) -> bool:
+        return "deletionTimestamp" in self.body["metadata"]
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        return self.body["metadata"].get("labels") or {}
+
+    @property
+    def annotations(self) -> Mapping[str, str]:
+        return self.body["metadata"].get("annotations") or {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended, for kinds that end by themselves."""
+        return False
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}"
 
 
-S = TypeVar("S", bound=Stored)
+S = TypeVar("S", bound=CustomResource)
 
 
-class CustomResourceClient(ABC, Generic[S]):
+class CustomResourceClient(Generic[S]):
     """Reads and writes objects of one custom resource, its pods' logs and its events, through injected API objects.
 
-    A kind sets the class attributes and says by `parse` how an object is read. No waiting, no policy.
+    A kind sets the class attributes. No waiting, no policy.
     """
 
-    kind = group = version = plural = ""
+    resource: type[S]
+    group = version = plural = ""
     missing_kind_advice = "install its CRD."
     forbidden_advice = "Give the service account a Role that allows it, or check the namespace's quota."
     invalid_advice = "Correct the settings."
@@ -85,10 +114,6 @@ class CustomResourceClient(ABC, Generic[S]):
         api = k8s.ApiClient(load_configuration(kubeconfig_file, context)[0])
         return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
 
-    @abstractmethod
-    def parse(self, body: Mapping[str, Any]) -> S:
-        """The object from the API server's answer."""
-
     def create(self, manifest: Mapping[str, Any]) -> S | None:
         """The stored object, or None when its name is taken."""
         metadata = manifest["metadata"]
@@ -101,13 +126,13 @@ class CustomResourceClient(ABC, Generic[S]):
     def find(self, namespace: str, label_selector: str = "") -> list[S]:
         """Objects with the given labels, oldest first."""
         call = self._custom.list_namespaced_custom_object
-        what = f"list {self.kind}s in namespace {namespace}"
+        what = f"list {self.resource.kind}s in namespace {namespace}"
         body = self._ask(what, call, self.group, self.version, namespace, self.plural, label_selector=label_selector)
 
         def age(item: Any) -> tuple[str, str]:
             return item["metadata"].get("creationTimestamp") or "", item["metadata"]["name"]
 
-        return [self.parse(item) for item in sorted(body["items"], key=age)]
+        return [self.resource(item) for item in sorted(body["items"], key=age)]
 
     def patch(self, found: S, change: Mapping[str, Any]) -> S | None:
         """The object with the change merged into it, or None when it is gone."""
@@ -160,9 +185,9 @@ class CustomResourceClient(ABC, Generic[S]):
         """The object in the answer to a call that creates, gets, patches, replaces or deletes one."""
         call = getattr(self._custom, f"{verb}_namespaced_custom_object")
         names = () if verb == "create" else (name,)
-        what = f"{'read' if verb == 'get' else verb} {self.kind} {namespace}/{name}"
+        what = f"{'read' if verb == 'get' else verb} {self.resource.kind} {namespace}/{name}"
         body = self._ask(what, call, self.group, self.version, namespace, self.plural, *names, *args, **options)
-        return self.parse(body) if body and verb != "delete" else None
+        return self.resource(body) if body and verb != "delete" else None
 
     def _ask(
         self, what: str, call: Callable[..., Any], *args: Any, none_on: Collection[int] = (), **options: Any
@@ -186,7 +211,7 @@ class CustomResourceClient(ABC, Generic[S]):
         if error.status == 404 and "namespaces" in _message(error):
             return "Create the namespace, or correct its name."
         if error.status == 404:
-            return f"The cluster has no {self.kind} kind: {self.missing_kind_advice}"
+            return f"The cluster has no {self.resource.kind} kind: {self.missing_kind_advice}"
         return self.invalid_advice
 
 

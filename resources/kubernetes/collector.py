@@ -137,7 +137,7 @@ def build_job_collector(
 
 
 def _managed(client: JobClient[Any], namespace: str) -> list[Job]:
-    return client.find(namespace, selector(**{MANAGED_BY_LABEL: client.job.managed_by()}))
+    return client.find(namespace, selector(**{MANAGED_BY_LABEL: client.resource.managed_by()}))
 
 
 def _run_end(instance: dg.DagsterInstance, run_id: str) -> RunEnd | None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from kubernetes import client as k8s
 
-from resources.kubernetes.api import CustomResourceClient
+from resources.kubernetes.api import CustomResource, CustomResourceClient
 from resources.kubernetes.diagnosis import (
     Cause,
     Diagnosis,
@@ -60,14 +60,11 @@ class JobStatus:
 
 
 @dataclass(frozen=True)
-class Job(ABC):
-    """One stored object. A kind gives its names, and reads its status and deadline."""
+class Job(CustomResource, ABC):
+    """One stored object. A kind reads its status and deadline."""
 
-    kind: ClassVar[str]
     slug: ClassVar[str]
     """The kind in label values, annotation keys and metadata."""
-    body: Mapping[str, Any]
-    """As the API server gave it; not to be changed."""
 
     @property
     @abstractmethod
@@ -78,28 +75,8 @@ class Job(ABC):
     def deadline_seconds(self) -> int | None: ...
 
     @property
-    def name(self) -> str:
-        return self.body["metadata"]["name"]
-
-    @property
-    def namespace(self) -> str:
-        return self.body["metadata"]["namespace"]
-
-    @property
-    def uid(self) -> str:
-        return self.body["metadata"]["uid"]
-
-    @property
-    def deleting(self) -> bool:
-        return "deletionTimestamp" in self.body["metadata"]
-
-    @property
     def finished(self) -> bool:
         return self.status.state.finished
-
-    @property
-    def labels(self) -> Mapping[str, str]:
-        return self.body["metadata"].get("labels") or {}
 
     @property
     def run_id(self) -> str | None:
@@ -108,12 +85,12 @@ class Job(ABC):
     @property
     def launch_id(self) -> str | None:
         """Id of the create call that made it; None for a job that this package did not make."""
-        return self._annotation(self.launch_annotation())
+        return self.annotations.get(self.launch_annotation())
 
     @property
     def work(self) -> str | None:
         """Digest of what it computes."""
-        return self._annotation(self.work_annotation())
+        return self.annotations.get(self.work_annotation())
 
     @classmethod
     def managed_by(cls) -> str:
@@ -130,12 +107,6 @@ class Job(ABC):
         """Key of the digest of what the job computes: only a job with the same one may be adopted."""
         return f"dagster/{cls.slug}-work"
 
-    def _annotation(self, key: str) -> str | None:
-        return (self.body["metadata"].get("annotations") or {}).get(key)
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.namespace}/{self.name}"
-
 
 J = TypeVar("J", bound=Job)
 
@@ -143,7 +114,6 @@ J = TypeVar("J", bound=Job)
 class JobClient(CustomResourceClient[J], ABC, Generic[J]):
     """Adds the pods, which carry the job's name in `pod_label`."""
 
-    job: type[J]
     pod_label: str
     advice: Mapping[Cause, str]
     """What to do about each cause of a failure."""
@@ -152,18 +122,15 @@ class JobClient(CustomResourceClient[J], ABC, Generic[J]):
     def replica_of(self, labels: Mapping[str, str]) -> str:
         """What people call a pod with these labels, such as worker-3."""
 
-    def parse(self, body: Mapping[str, Any]) -> J:
-        return self.job(body)
-
     def pods(self, namespace: str, name: str) -> list[Pod]:
         """Pods of the job of that name, master-0 first; also those that outlive a deleted job for a moment."""
-        found = self._pods_with(f"{self.kind} {namespace}/{name}", namespace, f"{self.pod_label}={name}")
+        found = self._pods_with(f"{self.resource.kind} {namespace}/{name}", namespace, f"{self.pod_label}={name}")
         pods = [read_pod(item, self.replica_of(item.metadata.labels or {})) for item in found]
         return sorted(pods, key=lambda pod: (len(pod.replica), pod.replica))
 
     def owners_of_pods(self, namespace: str, label_selector: str) -> set[tuple[str, str | None]]:
         """Name of the job and id of the run of each pod with the given labels, whether or not the job still exists."""
-        found = self._pods_with(f"{self.kind}s with {label_selector}", namespace, label_selector)
+        found = self._pods_with(f"{self.resource.kind}s with {label_selector}", namespace, label_selector)
         labels = [item.metadata.labels for item in found]
         return {(each[self.pod_label], each.get(RUN_ID_LABEL)) for each in labels if self.pod_label in each}
 
@@ -266,7 +233,7 @@ class JobLauncher(Launcher[JobRequest, J]):
         orphaned = {name for name, run_id in owners if name not in known and run_id in request.run_ids}
         if orphaned - self._cleared:
             names = ", ".join(sorted(orphaned))
-            self._log.warning("Removing pods of %ss that no longer exist: %s", self._jobs.kind, names)
+            self._log.warning("Removing pods of %ss that no longer exist: %s", self._jobs.resource.kind, names)
         self._cleared |= {job.name for job in unwanted} | orphaned
         left: list[str] = []
         for name in sorted(self._cleared):

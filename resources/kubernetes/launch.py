@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from resources.kubernetes.api import CustomResourceClient, Stored
+from resources.kubernetes.api import CustomResource, CustomResourceClient
 from resources.kubernetes.diagnosis import Outage
 from resources.kubernetes.errors import (
     ApiRefusedError,
@@ -23,7 +23,7 @@ from resources.kubernetes.errors import (
 )
 
 R = TypeVar("R")
-T = TypeVar("T", bound=Stored)
+T = TypeVar("T", bound=CustomResource)
 
 _PAUSE_SECONDS = 1.0
 _REPLACE_GRACE_SECONDS = 10

@@ -96,7 +96,7 @@ class PipesJobClient(dg.PipesClient, TreatAsResourceParam, ABC, Generic[C]):
         """
         with as_dagster_failure():
             client = self._client or self.client_class.production()
-            kind = client.job
+            kind = client.resource
             run_id, step_key = context.run.run_id, context.get_step_execution_context().step.key
             attempt = {"run_id": run_id, "step_key": step_key, "attempt": context.retry_number}
             content = work or json.dumps([config.model_dump(mode="json"), extras or {}], sort_keys=True, default=str)

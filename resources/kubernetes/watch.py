@@ -8,23 +8,15 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-from resources.kubernetes.api import CustomResourceClient, Stored
+from resources.kubernetes.api import CustomResource, CustomResourceClient
 from resources.kubernetes.diagnosis import Outage, PodHistory, WatchLimits
 from resources.kubernetes.errors import ApiError, ResourceDeletedError
 from resources.kubernetes.logs import LogLine, ReplicaLogs, show_line
 from resources.kubernetes.pods import Pod
 
-
-class Ending(Stored, Protocol):
-    """An object that ends by itself."""
-
-    @property
-    def finished(self) -> bool: ...
-
-
-T = TypeVar("T", bound=Ending)
+T = TypeVar("T", bound=CustomResource)
 L = TypeVar("L", bound=WatchLimits)
 
 

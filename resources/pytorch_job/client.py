@@ -37,8 +37,8 @@ class PyTorchJob(Job):
 class PyTorchJobClient(JobClient[PyTorchJob]):
     """Reads and writes PyTorchJobs and their pods through injected API objects."""
 
-    kind, group, version, plural = KIND, GROUP, VERSION, PLURAL
-    job = PyTorchJob
+    resource = PyTorchJob
+    group, version, plural = GROUP, VERSION, PLURAL
     pod_label = OPERATOR_JOB_NAME_LABEL
     missing_kind_advice = "install the Kubeflow training operator (v1) and its CRDs."
     forbidden_advice = "Give the service account the Role of docs/kubernetes.md, or check the namespace's quota."

@@ -177,6 +177,8 @@ def _deep_merged(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, An
     merged = dict(base)
     for key, value in extra.items():
         current = merged.get(key)
-        nested = isinstance(current, dict) and isinstance(value, Mapping)
-        merged[key] = _deep_merged(current, value) if nested else copy.deepcopy(value)
+        if isinstance(current, dict) and isinstance(value, Mapping):
+            merged[key] = _deep_merged(current, value)
+        else:
+            merged[key] = copy.deepcopy(value)
     return merged

@@ -5,7 +5,6 @@ No Dagster, no waiting, no policy. Absence and conflict are values; everything e
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from resources.inference_service.kserve.manifest import (
     REVISION_ANNOTATION,
     VERSION,
 )
-from resources.kubernetes.api import CustomResourceClient
+from resources.kubernetes.api import CustomResource, CustomResourceClient
 from resources.kubernetes.pods import Pod, read_pod
 
 DEPLOYED = "Deployed"
@@ -44,35 +43,10 @@ def mark_of(annotations: Mapping[str, str]) -> Mark:
     return Mark(annotations.get(REVISION_ANNOTATION), annotations.get(DEPLOYMENT_ANNOTATION))
 
 
-@dataclass(frozen=True)
-class InferenceService:
+class InferenceService(CustomResource):
     """One stored InferenceService."""
 
-    body: Mapping[str, Any]
-    """As the API server gave it; not to be changed."""
-
-    def __str__(self) -> str:
-        return f"InferenceService {self.namespace}/{self.name}"
-
-    @property
-    def name(self) -> str:
-        return self.body["metadata"]["name"]
-
-    @property
-    def namespace(self) -> str:
-        return self.body["metadata"]["namespace"]
-
-    @property
-    def uid(self) -> str:
-        return self.body["metadata"]["uid"]
-
-    @property
-    def deleting(self) -> bool:
-        return "deletionTimestamp" in self.body["metadata"]
-
-    @property
-    def annotations(self) -> Mapping[str, str]:
-        return self.body["metadata"].get("annotations") or {}
+    kind = KIND
 
     @property
     def mark(self) -> Mark:
@@ -156,16 +130,11 @@ class InferenceService:
 class InferenceServiceClient(CustomResourceClient[InferenceService]):
     """Reads and writes InferenceServices through injected API objects."""
 
-    kind = KIND
-    group = GROUP
-    version = VERSION
-    plural = PLURAL
+    resource = InferenceService
+    group, version, plural = GROUP, VERSION, PLURAL
     missing_kind_advice = "install KServe and its CRDs."
     forbidden_advice = "Give the service account the Role of docs/kubernetes.md, or check the namespace's quota."
     invalid_advice = "Correct the service's settings."
-
-    def parse(self, body: Mapping[str, Any]) -> InferenceService:
-        return InferenceService(body)
 
     def replace(
         self, current: InferenceService, manifest: Mapping[str, Any], *, dry_run: bool = False
