@@ -1,4 +1,4 @@
-"""What is served at which address, and the way of a request to the model.
+"""What is served at which address, and how a request gets to the model.
 
 A small request is read, decoded and queued where it arrives, on the event loop, without a task or another thread. Large
 bodies and large pictures are read in a thread, the cheaper ones first.
@@ -42,6 +42,7 @@ _SECONDS_PER_PIXEL = 50e-9
 """How much later a picture's turn comes for each of its pixels."""
 _JSON_TYPES = (b"", b"application/json", b"text/plain", b"application/x-www-form-urlencoded")
 """Types under which a body is read as JSON: what curl sends for `-d`, declared or not."""
+_FORM_TYPE = b"multipart/form-data"
 
 Rendered = Callable[[Logits], Response]
 Parsed = tuple[Images | Pictures, Rendered]
@@ -93,8 +94,18 @@ class App:
         self._batcher.close()
 
     def _routes(self) -> tuple[dict[str, Callable[[], Response]], dict[str, Callable[[Request], Parsed]]]:
-        name, version = self._identity.name, self._identity.version
+        name, version, digest = self._identity.name, self._identity.version, self._identity.digest
         models = partial(json_response, {"models": [name]})
+        status = partial(self._status, name=name, model_version=version, model_digest=digest)
+        metadata = {
+            "name": name,
+            "versions": [version],
+            "platform": "onnxruntime_onnx",
+            "inputs": [INPUT_METADATA],
+            "outputs": OUTPUT_METADATA,
+            "properties": {"model_digest": digest},
+            "picture_formats": ["PNG", "JPEG"],
+        }
         gets: dict[str, Callable[[], Response]] = {
             "/": partial(json_response, {"status": "alive"}),
             "/v1/models": models,
@@ -103,45 +114,21 @@ class App:
                 json_response, {"name": "cifar10-server", "version": "1", "extensions": ["binary_tensor_data"]}
             ),
             "/v2/health/live": partial(json_response, {"live": True}),
-            "/v2/health/ready": self._ready,
+            "/v2/health/ready": self._status,
             "/metrics": lambda: Response(200, generate_latest(REGISTRY), CONTENT_TYPE_LATEST),
             "/openapi.json": partial(Response, 200, _OPENAPI.read_bytes()),
         }
         posts: dict[str, Callable[[Request], Parsed]] = {}
         for suffix in ("", f"/versions/{version}"):
-            gets[f"/v1/models/{name}{suffix}"] = self._model_status
-            gets[f"/v2/models/{name}{suffix}"] = self._model_metadata
-            gets[f"/v2/models/{name}{suffix}/ready"] = self._model_status
+            gets[f"/v1/models/{name}{suffix}"] = gets[f"/v2/models/{name}{suffix}/ready"] = status
+            gets[f"/v2/models/{name}{suffix}"] = partial(json_response, metadata)
             posts[f"/v1/models/{name}{suffix}:predict"] = self._parse_v1
             posts[f"/v2/models/{name}{suffix}/infer"] = self._parse_v2
         return gets, posts
 
-    def _ready(self) -> Response:
+    def _status(self, **model: str) -> Response:
         ready = self._is_ready()
-        return json_response({"ready": ready}, 200 if ready else 503)
-
-    def _model_status(self) -> Response:
-        ready, identity = self._is_ready(), self._identity
-        status = {
-            "name": identity.name,
-            "ready": ready,
-            "model_version": identity.version,
-            "model_digest": identity.digest,
-        }
-        return json_response(status, 200 if ready else 503)
-
-    def _model_metadata(self) -> Response:
-        return json_response(
-            {
-                "name": self._identity.name,
-                "versions": [self._identity.version],
-                "platform": "onnxruntime_onnx",
-                "inputs": [INPUT_METADATA],
-                "outputs": OUTPUT_METADATA,
-                "properties": {"model_digest": self._identity.digest},
-                "picture_formats": ["PNG", "JPEG"],
-            }
-        )
+        return json_response({**model, "ready": ready}, 200 if ready else 503)
 
     def _not_here(self, request: Request) -> Response:
         path = request.path
@@ -160,20 +147,15 @@ class App:
         return json_response({"error": error}, 404)
 
     def _parse_v1(self, request: Request) -> Parsed:
-        content_type = request.headers.get(b"content-type", b"")
-        kind = content_type.partition(b";")[0].strip().lower()
-        if kind == b"multipart/form-data":
-            pictures = parse_form(content_type, request.body, self._limits)
-        elif kind in _JSON_TYPES:
-            pictures = parse_predict(request.body, self._limits)
+        expected = "application/json, or multipart/form-data with a part named 'image'"
+        if _body_type(request, _FORM_TYPE, expected) == _FORM_TYPE:
+            pictures = parse_form(request.headers[b"content-type"], request.body, self._limits)
         else:
-            raise _wrong_type(content_type, "application/json, or multipart/form-data with a part named 'image'")
+            pictures = parse_predict(request.body, self._limits)
         return pictures, partial(predictions, identity=self._identity)
 
     def _parse_v2(self, request: Request) -> Parsed:
-        content_type = request.headers.get(b"content-type", b"")
-        if content_type.partition(b";")[0].strip().lower() not in (*_JSON_TYPES, b"application/octet-stream"):
-            raise _wrong_type(content_type, "application/json or application/octet-stream")
+        _body_type(request, b"application/octet-stream", "application/json or application/octet-stream")
         infer = parse_infer(request.body, request.headers.get(HEADER_LENGTH), self._limits)
         return infer.images, lambda logits: render_infer(infer, logits, self._identity)
 
@@ -288,8 +270,13 @@ def _wanted(request: Request) -> Request:
     return request
 
 
-def _wrong_type(content_type: bytes, expected: str) -> RequestError:
-    return RequestError("Content-Type", expected, shorten(content_type.decode("latin-1")), status=415)
+def _body_type(request: Request, other_type: bytes, expected: str) -> bytes:
+    """The declared type of the body, refused where it is neither JSON nor the other one."""
+    declared = request.headers.get(b"content-type", b"")
+    found = declared.partition(b";")[0].strip().lower()
+    if found not in _JSON_TYPES and found != other_type:
+        raise RequestError("Content-Type", expected, shorten(declared.decode("latin-1")), status=415)
+    return found
 
 
 def _fault_response(request: Request, error: Exception) -> Response:

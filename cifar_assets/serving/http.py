@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import cast
@@ -83,11 +83,9 @@ class HttpServer:
 
     def admit(self, connection: "Connection") -> bool:
         """Make room for a new connection; False where every other one is being answered."""
-        if len(self.connections) >= self.limits.max_connections:
-            waiting = [other for other in self.connections if other.is_waiting]
-            if not waiting:
-                return False
-            min(waiting, key=lambda other: other.since).evict()
+        waiting = (other for other in self.connections if other.is_waiting)
+        if len(self.connections) >= self.limits.max_connections and not self._evict_oldest(waiting):
+            return False
         self.connections.add(connection)
         return True
 
@@ -95,16 +93,17 @@ class HttpServer:
         """Make room for more of a large body, if need be by closing the oldest slow upload. False where that fails."""
         while self.num_held + num_bytes > self.limits.max_pending_bytes:
             latest = time.monotonic() - _YOUNG_BODY_SECONDS
-            slow = [
-                other
-                for other in self.connections
-                if other is not connection and other.num_held and other.is_waiting and other.since < latest
-            ]
-            if not slow:
+            uploads = (other for other in self.connections if other.num_held and other.is_waiting)
+            if not self._evict_oldest(other for other in uploads if other is not connection and other.since < latest):
                 return False
-            min(slow, key=lambda other: other.since).evict()
         self.num_held += num_bytes
         return True
+
+    def _evict_oldest(self, candidates: Iterable["Connection"]) -> bool:
+        oldest = min(candidates, key=lambda connection: connection.since, default=None)
+        if oldest is not None:
+            oldest.evict()
+        return oldest is not None
 
     def sweep(self) -> None:
         """Close connections that have run out of time, and schedule the next sweep."""
@@ -144,6 +143,7 @@ class Connection(asyncio.Protocol):
         """Bytes of an incomplete body that are accounted for in the server."""
         self._server = server
         self._limits = server.limits
+        self._head_limit = f"at most {server.limits.max_header_bytes} bytes"
         self._transport: asyncio.Transport
         self._parser = httptools.HttpRequestParser(self)
         self._current: Request | None = None
@@ -200,7 +200,7 @@ class Connection(asyncio.Protocol):
         num_before = len(self._body)
         self._feed(data)
         if self.reading is _Reading.HEAD and self._num_received > self._limits.max_header_bytes:
-            self._refuse_head(f"{self._num_received} and no end")
+            self._refuse_head(self._head_limit, f"{self._num_received} and no end")
         elif self.reading is _Reading.BODY:
             if self._num_received > _FRAMING_BYTES + len(self._body) * 9 // 8:
                 self._fail(RequestError("body", "chunks that carry data", "mostly framing"))
@@ -269,9 +269,9 @@ class Connection(asyncio.Protocol):
         self._num_headers += 1
         self._num_head_bytes += len(name) + len(value) + 4
         if self._num_headers > self._limits.max_headers:
-            self._fail(_header_fault(f"at most {self._limits.max_headers} headers", "more"))
+            self._refuse_head(f"at most {self._limits.max_headers} headers", "more")
         elif self._num_head_bytes > self._limits.max_header_bytes:
-            self._refuse_head(str(self._num_head_bytes))
+            self._refuse_head(self._head_limit, str(self._num_head_bytes))
         elif self.reading is _Reading.HEAD:  # later ones are trailers
             self._headers[name.lower()] = value
 
@@ -279,7 +279,7 @@ class Connection(asyncio.Protocol):
         if self._is_done_reading or self._fault is not None:
             return
         if self._num_head_bytes > self._limits.max_header_bytes:
-            self._refuse_head(str(self._num_head_bytes))
+            self._refuse_head(self._head_limit, str(self._num_head_bytes))
         if self._parser.should_upgrade():
             return
         self._enter(_Reading.BODY)
@@ -354,8 +354,8 @@ class Connection(asyncio.Protocol):
     def _fail(self, fault: RequestError) -> None:
         self._fault = self._fault or fault
 
-    def _refuse_head(self, received: str) -> None:
-        self._fail(_header_fault(f"at most {self._limits.max_header_bytes} bytes", received))
+    def _refuse_head(self, expected: str, received: str) -> None:
+        self._fail(RequestError("headers", expected, received, status=431))
 
     def _refuse_body(self, received: str) -> None:
         self._fail(RequestError("body", f"at most {self._limits.max_body_bytes} bytes", received, status=413))
@@ -447,10 +447,6 @@ class Connection(asyncio.Protocol):
 
     def _release(self, num_bytes: int) -> None:
         self._server.num_held -= num_bytes
-
-
-def _header_fault(expected: str, received: str) -> RequestError:
-    return RequestError("headers", expected, received, status=431)
 
 
 def _path(url: bytes) -> str:

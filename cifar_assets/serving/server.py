@@ -45,14 +45,14 @@ def run_server(settings: ServerSettings) -> None:
 
 
 class _Server:
-    """The way of a server from its first connection to its last."""
+    """A server from its first connection to its last."""
 
     def __init__(self, settings: ServerSettings, listener: socket.socket):
         self._settings = settings
         self._listener = listener
         self._is_ready = True
-        self._told_to_leave = asyncio.Event()
-        self._told_to_end = asyncio.Event()
+        self._leave_requested = asyncio.Event()
+        self._drain: asyncio.Task[None] | None = None
 
     async def serve(self, classifier: Classifier, control: socket.socket | None) -> None:
         loop = asyncio.get_running_loop()
@@ -69,22 +69,23 @@ class _Server:
         if succession is not None:
             succession.begin()
         _log.info("Serving model %s on %s", self._settings.model_digest, http_url(*self._listener.getsockname()[:2]))
-        await self._told_to_leave.wait()
-        leaving = loop.create_task(self._leave(http, server, succession))
-        await asyncio.wait([leaving, loop.create_task(self._told_to_end.wait())], return_when=asyncio.FIRST_COMPLETED)
+        await self._leave_requested.wait()
+        self._drain = loop.create_task(self._leave(http, server, succession))
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._drain
         http.abort()
         app.close()
 
     async def _leave(self, http: HttpServer, server: asyncio.Server, succession: "_Succession | None") -> None:
         if self._settings.drain_delay:
             self._is_ready = False
-            _log.info("Leaving: not ready any more, accepting for another %g s", self._settings.drain_delay)
+            _log.info("Draining: not ready any more, accepting for another %g s", self._settings.drain_delay)
             await asyncio.sleep(self._settings.drain_delay)
         http.is_leaving = True
         server.close()
         if succession is not None:
             succession.end()
-        _log.info("Leaving: accepting no more connections, %d open", len(http.connections))
+        _log.info("Draining: accepting no more connections, %d open", len(http.connections))
         linger = time.monotonic() + self._settings.linger
         grace = linger + self._settings.grace
         while http.connections and time.monotonic() < grace:
@@ -94,9 +95,9 @@ class _Server:
 
     def _on_signal(self, number: int) -> None:
         """Begin to leave; asked again by Ctrl-C, leave at once."""
-        if self._told_to_leave.is_set() and number == signal.SIGINT:
-            self._told_to_end.set()
-        self._told_to_leave.set()
+        if self._drain is not None and number == signal.SIGINT:
+            self._drain.cancel()
+        self._leave_requested.set()
 
 
 class _Succession:

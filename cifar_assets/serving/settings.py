@@ -1,4 +1,4 @@
-"""What a server process is told: command line options, each with an environment variable of the same name."""
+"""The settings of a server process: command line options, each with an environment variable of the same name."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""The server as a process, over HTTP: cases C18, C20 and C22, and the surface around them."""
+"""The server as a process, over HTTP."""
 
 import asyncio
 import base64
@@ -69,7 +69,7 @@ def upload(server: ServerProcess, *files: bytes, content_type: str = "image/png"
 
 
 def check_refused(server: ServerProcess, answer: Answer, status: int, field: str, words: str) -> None:
-    """A client's fault: its status, a JSON error that names place and reason, and a server that goes on."""
+    """A client's fault: its status, a JSON error that names place and reason, and the server continues."""
     assert answer.status == status, answer.body
     assert answer.headers["Content-Type"] == "application/json"
     body = answer.json
@@ -105,7 +105,7 @@ def test_every_way_in_gives_the_same_answer(server):
 
 
 class TestBrokenUploads:
-    """C18."""
+    """Files that are not what they should be."""
 
     NOISE = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
@@ -175,7 +175,7 @@ class TestBrokenUploads:
 
 
 class TestTensors:
-    """C20; the whole table of declarations is in the unit tests of the parser."""
+    """The whole table of declarations is in the unit tests of the parser."""
 
     @staticmethod
     def tensor(images: np.ndarray, **changes: Any) -> dict[str, Any]:
@@ -260,7 +260,7 @@ class TestTensors:
 
 
 class TestPictureModes:
-    """C22."""
+    """Pictures of every kind."""
 
     def ask(self, server: ServerProcess, *files: bytes) -> np.ndarray:
         return probabilities(upload(server, *files))
@@ -398,7 +398,7 @@ class TestSurface:
             ("POST", "/v1/models/cifar10", 405),
         ],
     )
-    def test_what_is_not_there_is_a_json_error(self, server, method, path, status):
+    def test_an_unknown_address_gets_a_json_error(self, server, method, path, status):
         answer = server.post(path, {"instances": [PIXELS.tolist()]}) if method == "POST" else None
         if answer is None:
             with contextlib.closing(server.connect()) as connection:

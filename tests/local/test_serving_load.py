@@ -1,4 +1,4 @@
-"""The server under load and on its way out: nothing begun is lost, health answers, too much is told to come again."""
+"""The server under load and during a drain: no request is lost, health answers, requests over the limits get 429."""
 
 import contextlib
 import http.client
@@ -60,7 +60,7 @@ def busy(tmp_path_factory) -> Iterator[ServerProcess]:
         yield server
 
 
-def test_too_much_is_told_to_come_again_and_the_rest_is_answered(busy):
+def test_requests_over_the_limit_get_429_and_the_rest_are_answered(busy):
     with ThreadPoolExecutor(24) as pool:
         answers = list(pool.map(lambda _: predict(busy), range(48)))
     statuses = Counter(answer.status for answer in answers)
@@ -83,7 +83,7 @@ def test_health_answers_while_requests_wait(busy):
         assert [future.result().status for future in futures] == [200] * 4
 
 
-def test_clients_that_leave_or_talk_nonsense_take_nothing_with_them(busy):
+def test_clients_that_leave_or_send_nonsense_do_no_harm(busy):
     request = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
     for data in (
         b"",
@@ -118,7 +118,7 @@ def test_on_sigterm_everything_begun_is_answered_and_nothing_new_is_taken(tmp_pa
         assert server.process.wait(120) == 0
 
 
-def test_with_a_drain_delay_readiness_turns_before_the_door_closes(tmp_path):
+def test_readiness_fails_during_the_drain_delay(tmp_path):
     with slow_server(tmp_path, 0, "--drain-delay", "4") as server:
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: server.get("/v2/health/ready").status == 503)
@@ -226,7 +226,7 @@ def test_large_requests_take_half_of_the_places_at_most(tmp_path):
         assert any("at most 2 large requests" in answer.json["error"] for answer in answers if answer.status == 429)
 
 
-def test_a_killed_server_breaks_off_and_another_one_serves_at_once(tmp_path):
+def test_a_killed_server_can_be_replaced_at_once(tmp_path):
     with slow_server(tmp_path, 8) as server, ThreadPoolExecutor(1) as pool:
         future = pool.submit(predict, server)
         wait_for(lambda: metric(server, "cifar10_pending_requests") == 1)

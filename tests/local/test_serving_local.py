@@ -155,7 +155,7 @@ def test_deploying_what_serves_changes_nothing(running):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_deployment_whose_run_dies_meanwhile_does_not_happen(running, number):
+def test_a_deployment_is_undone_when_its_run_dies(running, number):
     running.deploy(1)
     request = running.request(2)
     folder = Path(running.service.state_dir)
@@ -254,7 +254,7 @@ def test_commands_where_nothing_runs_say_so(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_killed_server_leaves_nothing_that_is_in_the_way(own):
+def test_a_killed_server_does_not_block_the_next_deployment(own):
     own.deploy(0)
     pid = int(own.service.status().details["process_id"])
     os.kill(pid, signal.SIGKILL)

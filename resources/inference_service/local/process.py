@@ -83,7 +83,7 @@ class RunningServer:
             self._connection.recv(1)
 
     def wait_until_gone(self, seconds: float) -> None:
-        """Wait for the end of a server that was told to terminate: the connection ends with it."""
+        """Wait for the end of a server that is terminating: the connection ends with it."""
         self._connection.settimeout(seconds)
         try:
             while self._connection.recv(1024):

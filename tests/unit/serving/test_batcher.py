@@ -70,7 +70,7 @@ async def until_started(model: GatedModel) -> None:
     assert await asyncio.to_thread(model.started.acquire, timeout=20)
 
 
-def test_a_lone_request_is_run_at_once():
+def test_a_single_request_runs_at_once():
     async def tell(batcher: MicroBatcher) -> None:
         assert await first_pixels(submit(batcher, images(3, 4))) == [3, 4]
 
@@ -88,7 +88,7 @@ def test_requests_that_arrive_together_run_together():
     story(tell, model)
 
 
-def test_what_waits_while_the_model_runs_goes_together_afterwards_in_order():
+def test_requests_that_wait_for_the_model_run_together_in_order():
     model = GatedModel(is_open=False)
 
     async def tell(batcher: MicroBatcher) -> None:
@@ -142,7 +142,7 @@ def test_runs_and_waiting_images_are_counted():
     story(tell, GatedModel(), batch_images=4)
 
 
-def test_a_full_queue_refuses_with_the_time_to_come_again():
+def test_a_full_queue_refuses_with_retry_after():
     model = GatedModel(is_open=False)
 
     async def tell(batcher: MicroBatcher) -> None:

@@ -47,7 +47,7 @@ def test_a_file_changed_after_it_was_stored_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("onnx_bytes", [b"", b"not a model", tiny_onnx()[:500]])
-def test_a_file_that_is_no_model_is_refused(tmp_path, onnx_bytes):
+def test_a_file_that_is_not_a_model_is_refused(tmp_path, onnx_bytes):
     uri, digest = store_tiny_model(FolderStore(tmp_path), onnx_bytes=onnx_bytes)
     with pytest.raises(DataError, match=r"model\.onnx does not load in ONNX Runtime"):
         load(uri, digest)

@@ -192,7 +192,7 @@ def test_head_has_the_headers_of_get_and_no_body():
     story(tell)
 
 
-def test_a_client_that_waits_for_continue_is_told_to():
+def test_expect_100_continue_is_answered():
     async def tell(server: Server) -> None:
         client = await server.connect()
         head, _, body = post(b"abc", "Expect: 100-continue").partition(b"\r\n\r\n")
@@ -205,7 +205,7 @@ def test_a_client_that_waits_for_continue_is_told_to():
     story(tell, max_body_bytes=10)
 
 
-def test_a_wish_for_another_protocol_is_ignored():
+def test_an_upgrade_request_is_ignored():
     """Java's client sends it with every first request."""
 
     async def tell(server: Server) -> None:
@@ -236,7 +236,7 @@ def test_a_wish_for_another_protocol_is_ignored():
         b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
 )
-def test_what_is_not_http_gets_a_json_error_and_the_end_of_the_connection(data):
+def test_invalid_http_gets_a_json_error_and_closes_the_connection(data):
     async def tell(server: Server) -> None:
         client = await server.connect()
         answer = await client.ask(data)
@@ -344,7 +344,7 @@ def test_framing_without_end_is_refused(endless):
         (chunked(b"abc"), 408),
     ],
 )
-def test_a_slow_client_is_given_up_however_regularly_it_sends(first, status):
+def test_a_slow_client_is_given_up_even_if_it_keeps_sending(first, status):
     async def tell(server: Server) -> None:
         client = await server.connect()
         client.send(first)
@@ -432,7 +432,7 @@ def test_a_new_connection_takes_the_place_of_the_one_that_waited_longest():
     story(tell, max_connections=4)
 
 
-def test_a_connection_too_many_is_refused_while_all_others_are_answered():
+def test_one_connection_too_many_is_refused_while_all_others_are_busy():
     async def tell(server: Server) -> None:
         server.held = []
         first = await server.connect()
@@ -504,7 +504,7 @@ def test_a_body_is_held_until_its_request_is_answered_though_the_client_has_gone
     story(tell, small_body_bytes=100)
 
 
-def test_on_the_way_out_every_answer_closes_its_connection():
+def test_answers_close_their_connections_during_the_drain():
     async def tell(server: Server) -> None:
         clients = [await server.connect() for _ in range(3)]
         assert (await clients[0].ask(GET)).status == 200

@@ -16,7 +16,7 @@ from resources.sockets import listen
 REQUIRED = ["--model-uri", "file:///m/", "--model-digest", "abcdef0123456789"]
 
 
-def test_a_server_listens_on_loopback_unless_told_otherwise():
+def test_a_server_listens_on_loopback_by_default():
     settings = parse_settings(REQUIRED, {})
     assert (settings.host, settings.port, settings.model_version) == ("127.0.0.1", 8080, "abcdef012345")
 
@@ -61,7 +61,7 @@ def test_wrong_options_end_with_a_usage_message(arguments, word, capsys):
     ("uri", "words"),
     [("ftp://x/", "expected a file:///... or s3://"), ("file:///no/such/model/", "no such object")],
 )
-def test_what_a_restart_would_not_fix_ends_with_one_line_and_its_own_code(uri, words, caplog, monkeypatch):
+def test_permanent_errors_exit_with_one_line_and_their_own_code(uri, words, caplog, monkeypatch):
     monkeypatch.setattr("cifar_assets.serving.__main__.configure_logging", lambda: None)
     assert main(["--model-uri", uri, "--model-digest", "0" * 64, "--port", "0"]) == EXIT_BAD_SPEC
     (record,) = [record for record in caplog.records if record.name == "cifar_assets.serving"]
@@ -90,7 +90,7 @@ def test_the_server_loads_only_what_it_needs():
     assert peak_kilobytes < 120 * 1024
 
 
-def test_what_deploys_needs_nothing_of_what_serves():
+def test_the_deployer_imports_nothing_of_the_server():
     modules = json.loads(
         run_code("import json, sys\nimport resources.inference_service.local\nprint(json.dumps(sorted(sys.modules)))")
     )

@@ -60,7 +60,7 @@ def test_forms_may_be_mixed_and_keep_their_order():
     ])  # fmt: skip
 
 
-def test_whole_numbers_are_levels_and_any_fraction_makes_all_of_them_shares():
+def test_one_fraction_makes_all_numbers_fractions():
     ones = np.ones((32, 32, 3), int).tolist()
     assert (parse([ones]) == 1).all()
     ones[0][0][0] = 1.0

@@ -1,4 +1,4 @@
-"""V2 tensors against their declaration (case C20)."""
+"""V2 tensors against their declaration."""
 
 import json
 from typing import Any
