@@ -12,16 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_assets.dataset.stores import add_store_option, open_stores
-from cifar_assets.pipeline_steps.data import (
-    CURRENT,
-    Request,
-    make_plan,
-    parse_object,
-    verify_processed,
-    verify_raw,
-)
-from cifar_assets.pipeline_steps.model import verify_model
-from cifar_assets.pipeline_steps.plan import Plan, parse_plan
+from cifar_assets.pipeline_steps.plan import CURRENT, Plan, make_plan, parse_object, parse_plan
+from cifar_assets.pipeline_steps.verify import verify_model, verify_processed, verify_raw
 from cifar_assets.training.recipes import DEFAULT_RECIPE
 from resources.errors import ConfigError, ExplainedError, StoreError
 from resources.mlflow.target import MlflowTarget, check_tracking_uri
@@ -37,17 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.step(options)
-    except ConfigError as error:
-        return _failed(str(error), EXIT_BAD_SETTING)
-    except StoreError as error:
-        return _failed(str(error), EXIT_STORE_AWAY if error.transient else EXIT_FAILED)
     except ExplainedError as error:
-        return _failed(str(error), EXIT_FAILED)
+        if isinstance(error, ConfigError):
+            return _failed(str(error), EXIT_BAD_SETTING)
+        is_away = isinstance(error, StoreError) and error.transient
+        return _failed(str(error), EXIT_STORE_AWAY if is_away else EXIT_FAILED)
 
 
 def _data(options: argparse.Namespace) -> int:
     stores = open_stores(options.store)
-    request = Request(
+    plan = make_plan(
+        stores,
         run=options.run,
         dataset=options.dataset,
         recipe=options.recipe,
@@ -57,7 +49,6 @@ def _data(options: argparse.Namespace) -> int:
         replicas=options.replicas,
         mlflow=_mlflow(options.run),
     )
-    plan = make_plan(stores, request)
     images = verify_raw(stores.raw, plan.raw_digest)
     _say(f"Raw version {plan.raw_digest}: every object has its digest, {images:,} images.")
     _say(f"This run trains on processed version {plan.spec.dataset_digest}.")
@@ -140,7 +131,7 @@ def _plan(text: str) -> Plan:
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no fraction from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a fraction from 0 to 1")
     return value
 
 

@@ -10,7 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "resources").rglob("*.py"))
-NOT_YET = ("resources/inference_service/",)
 
 
 def imported(source: str) -> Iterator[str]:
@@ -21,7 +20,7 @@ def imported(source: str) -> Iterator[str]:
             yield node.module or ""
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if not path.startswith(NOT_YET)])
+@pytest.mark.parametrize("path", MODULES)
 def test_resources_import_nothing_of_the_project(path: str):
     assert [name for name in imported((ROOT / path).read_text()) if name.partition(".")[0] == "cifar_assets"] == []
 

@@ -1,16 +1,59 @@
-"""The last step: is the model that this run's training made stored whole, and may it be served?"""
+"""What the steps check: is every object what its digest says, and does it pass what blocks in Dagster?"""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from cifar_assets.dataset.stores import Stores
+from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
+from cifar_assets.dataset.versions.raw import read_raw
+from cifar_assets.dataset.versions.reader import open_split
+from cifar_assets.dataset.versions.splits import SPLIT_NAMES
+from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
 from cifar_assets.gate import ACCURACY_CHECK, check_made_by, judge, judge_model
 from cifar_assets.model_package import read_file
 from cifar_assets.pipeline_steps.plan import Plan
-from resources.errors import ObjectNotFoundError
+from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
-from resources.verdict import Verdict, objections
+from resources.verdict import Judges, Verdict, objections
+
+
+def verify_raw(raw: ObjectStore, digest: str) -> int:
+    """The number of images of a raw version; DataError with the reasons where it fails what blocks in Dagster."""
+    manifest = read_raw(raw, digest)
+    _require(judge_raw(raw, digest), f"Raw version {digest}")
+    return manifest.rows
+
+
+def verify_processed(stores: Stores, digest: str, raw_digest: str) -> ProcessedManifest:
+    """Open every split, which compares each file's digest, and ask what blocks in Dagster.
+
+    DataError where the manifest belongs to other raw data, or counts other images than there are.
+    """
+    manifest = read_processed(stores.processed, digest)
+    if manifest.raw_digest != raw_digest:
+        raise DataError(
+            f"Processed version {digest} was made from raw version {manifest.raw_digest}, expected {raw_digest}: "
+            "materialize cifar10/processed_dataset again."
+        )
+    for split in SPLIT_NAMES:
+        with tempfile.TemporaryDirectory(prefix="cifar-verify-") as fresh:  # what is compared comes from the store
+            rows = len(open_split(stores.processed, digest, split, Path(fresh)))
+        if rows != manifest.count(split):
+            raise DataError(
+                f"The {split} split of processed version {digest} has {rows} images where its manifest counts "
+                f"{manifest.count(split)}: materialize cifar10/processed_dataset again."
+            )
+    _require(judge_processed(stores.raw, stores.processed, digest), f"Processed version {digest}")
+    return manifest
+
+
+def _require(judges: Judges, what: str) -> None:
+    if reasons := objections(judges):
+        raise DataError(f"{what} is refused. {' '.join(reasons)}")
 
 
 @dataclass(frozen=True)
