@@ -8,11 +8,10 @@ an op with that resource joins it. What a killed trainer left open is closed by 
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 import dagster as dg
 from pydantic import Field
@@ -37,29 +36,6 @@ RUN_METADATA = "mlflow_run"
 _MAX_RUNNING = 200
 
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
-
-def _explained(
-    method: "Callable[Concatenate[MlflowResource, _P], _T]",
-) -> "Callable[Concatenate[MlflowResource, _P], _T]":
-    """Adds what to do to the error of a refusal, as a ConfigError."""
-
-    @wraps(method)
-    def explained(self: "MlflowResource", *arguments: _P.args, **options: _P.kwargs) -> _T:
-        try:
-            return method(self, *arguments, **options)
-        except ConfigError:
-            raise
-        except Exception as error:
-            if reason := why_refused(error, self.uri):
-                raise ConfigError(f"MLflow refused: {reason}") from error
-            raise
-
-    return explained
-
-
 class MlflowResource(dg.ConfigurableResource):
     """Tracking server, experiment and registered model of this project."""
 
@@ -77,6 +53,18 @@ class MlflowResource(dg.ConfigurableResource):
         # Opening a sqlite store logs every step of the schema migration.
         logging.getLogger("alembic").setLevel(logging.WARNING)
         return MlflowClient(tracking_uri=self.uri)
+
+    @contextmanager
+    def _connected(self) -> "Iterator[MlflowClient]":
+        """A client. Its error for a refusal becomes a ConfigError that says what to do."""
+        try:
+            yield self.client()
+        except ConfigError:
+            raise
+        except Exception as error:
+            if reason := why_refused(error, self.uri):
+                raise ConfigError(f"MLflow refused: {reason}") from error
+            raise
 
     def artifact_uri(self) -> str | None:
         """Where a new experiment keeps its artifacts; None leaves that to the server."""
@@ -104,7 +92,7 @@ class MlflowResource(dg.ConfigurableResource):
     def closing_open_runs(self, context: dg.AssetExecutionContext) -> Iterator[None]:
         """On leaving with an error, end what the trainer left RUNNING: KILLED when cancelled, FAILED otherwise.
 
-        An interrupt without a cancel, such as an eviction of this process, closes nothing: the training may go on.
+        An interrupt without a cancel, such as an eviction of this process, closes nothing: the training may continue.
         """
         try:
             yield
@@ -119,30 +107,29 @@ class MlflowResource(dg.ConfigurableResource):
                 context.log.warning(f"Could not close this run's MLflow runs: {failure}")
             raise
 
-    @_explained
     def running(self, dagster_run_id: str | None = None) -> dict[str, str]:
         """Ids of the newest runs that MLflow shows as RUNNING, and of their Dagster runs: of the one given, or of any.
 
         Those of other instances of Dagster, which nobody here can close, must not hide the ones that matter: hence the
         newest, in one page.
         """
-        client = self.client()
-        experiment = client.get_experiment_by_name(self.experiment)
-        if experiment is None:
-            return {}
-        wanted = f"= '{dagster_run_id}'" if dagster_run_id else "LIKE '%'"
-        found = client.search_runs(
-            [experiment.experiment_id],
-            f"tags.{RUN_ID_TAG} {wanted} and attributes.status = 'RUNNING'",
-            max_results=_MAX_RUNNING,
-            order_by=["attributes.start_time DESC"],
-        )
-        return {run.info.run_id: run.data.tags[RUN_ID_TAG] for run in found}
+        with self._connected() as client:
+            experiment = client.get_experiment_by_name(self.experiment)
+            if experiment is None:
+                return {}
+            wanted = f"= '{dagster_run_id}'" if dagster_run_id else "LIKE '%'"
+            found = client.search_runs(
+                [experiment.experiment_id],
+                f"tags.{RUN_ID_TAG} {wanted} and attributes.status = 'RUNNING'",
+                max_results=_MAX_RUNNING,
+                order_by=["attributes.start_time DESC"],
+            )
+            return {run.info.run_id: run.data.tags[RUN_ID_TAG] for run in found}
 
-    @_explained
     def close_run(self, run_id: str, status: str, ended_at: float | None = None) -> None:
         """End a run, now or as of then in seconds since the epoch."""
-        self.client().set_terminated(run_id, status, None if ended_at is None else int(1000 * ended_at))
+        with self._connected() as client:
+            client.set_terminated(run_id, status, None if ended_at is None else int(1000 * ended_at))
 
     def run_link(self, run_id: str | None) -> dg.MetadataValue:
         """Where a person finds the run: a link where a server shows it, otherwise its id."""
@@ -157,28 +144,27 @@ class MlflowResource(dg.ConfigurableResource):
             return dg.MetadataValue.text(f"{run_id}; MLflow did not answer: {error}")
         return dg.MetadataValue.url(f"{self.uri}/#/experiments/{experiment}/runs/{run_id}")
 
-    @_explained
     def find_version(self, model_digest: str) -> "ModelVersion | None":
         """The newest registered version that carries the digest."""
-        versions = self.client().search_model_versions(
-            f"name = '{self.registered_model}' and tags.model_digest = '{model_digest}'"
-        )
-        return max(versions, key=lambda version: int(version.version), default=None)
+        with self._connected() as client:
+            versions = client.search_model_versions(
+                f"name = '{self.registered_model}' and tags.model_digest = '{model_digest}'"
+            )
+            return max(versions, key=lambda version: int(version.version), default=None)
 
-    @_explained
     def champion_digest(self) -> str | None:
         """Digest of the model that the champion alias names, or None."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            version = self.client().get_model_version_by_alias(self.registered_model, CHAMPION_ALIAS)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise
-        return version.tags.get("model_digest")
+        with self._connected() as client:
+            try:
+                version = client.get_model_version_by_alias(self.registered_model, CHAMPION_ALIAS)
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+            return version.tags.get("model_digest")
 
-    @_explained
     def record_decision(self, model_digest: str, verdict: Verdict, dagster_run_id: str) -> str | None:
         """Write the gate's decision on the model's version; the champion alias moves only when it passed.
 
@@ -187,22 +173,24 @@ class MlflowResource(dg.ConfigurableResource):
         version = self.find_version(model_digest)
         if version is None:
             return None
-        client = self.client()
         tags = {
             "gate": "passed" if verdict.passed else "refused",
             "gate_reason": verdict.reason,
             "gate_dagster_run_id": dagster_run_id,
         }
-        for key, value in tags.items():
-            client.set_model_version_tag(self.registered_model, version.version, key, value)
-        if verdict.passed:
-            client.set_registered_model_alias(self.registered_model, CHAMPION_ALIAS, version.version)
-        stored = client.get_model_version(self.registered_model, version.version)
-        if any(stored.tags.get(key) != value for key, value in tags.items()):
-            raise RuntimeError(f"MLflow accepted tags of version {version.version} and does not have them: {tags}")
-        if verdict.passed and CHAMPION_ALIAS not in stored.aliases:
-            raise RuntimeError(f"MLflow accepted the alias {CHAMPION_ALIAS} of version {version.version} and lacks it")
-        return str(version.version)
+        with self._connected() as client:
+            for key, value in tags.items():
+                client.set_model_version_tag(self.registered_model, version.version, key, value)
+            if verdict.passed:
+                client.set_registered_model_alias(self.registered_model, CHAMPION_ALIAS, version.version)
+            stored = client.get_model_version(self.registered_model, version.version)
+            if any(stored.tags.get(key) != value for key, value in tags.items()):
+                raise RuntimeError(f"MLflow accepted tags of version {version.version} and does not have them: {tags}")
+            if verdict.passed and CHAMPION_ALIAS not in stored.aliases:
+                raise RuntimeError(
+                    f"MLflow accepted the alias {CHAMPION_ALIAS} of version {version.version} and lacks it"
+                )
+            return str(version.version)
 
 
 class LocalMlflow(MlflowResource):
