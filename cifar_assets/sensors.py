@@ -189,7 +189,7 @@ def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResourc
                 if isinstance(error, MlflowException) and error.get_http_status_code() >= 500:
                     break  # it is down, rather than refusing: each further call would take its time to fail
     num_left = len(running) - len(closed) - len(refused)
-    reason = f"Still RUNNING, as their Dagster runs go on, failed just now or are not known here: {num_left}."
+    reason = f"Still RUNNING, as their Dagster runs continue, failed just now or are not known here: {num_left}."
     if refused:
         reason += f" Not closed, and tried again by the next tick: {', '.join(refused)}."
     if closed:

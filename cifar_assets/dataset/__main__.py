@@ -10,7 +10,6 @@ from cifar_assets.dataset.stores import Stores, add_store_option, open_stores
 from cifar_assets.dataset.versions.lineage import (
     dataset_lineage,
     find_image,
-    find_object,
     images_of,
     model_lineage,
     models_by_dataset,
@@ -87,13 +86,6 @@ def _where(stores: Stores, options: argparse.Namespace) -> None:
         _say(f"    from {image.object_key} row {image.row}; models: {trained}")
 
 
-def _object(stores: Stores, options: argparse.Namespace) -> None:
-    use = find_object(stores, options.argument)
-    _say(f"raw versions: {', '.join(use.raw_versions) or 'none'}")
-    _say(f"processed versions: {', '.join(use.processed_versions) or 'none'}")
-    _say(f"models: {', '.join(use.models) or 'none'}")
-
-
 def _say(line: str) -> None:
     print(line)  # noqa: T201
 
@@ -104,7 +96,6 @@ _COMMANDS = (
     ("model", _model, "which data made this model", ("digest", "model digest, as in a served answer or in metadata")),
     ("dataset", _dataset, "which objects made this processed version", ("digest", "processed digest")),
     ("where", _where, "where an image is used: versions, models", ("image", "an image file, or a pixel digest")),
-    ("object", _object, "which versions and models a raw object went into", ("sha256", "of the object or image file")),
 )
 
 if __name__ == "__main__":

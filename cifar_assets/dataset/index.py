@@ -23,7 +23,7 @@ from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
 PREPARATION = 2
-"""Raised whenever `prepare_image` gives other pixels for an image it accepted before, or refuses it."""
+"""Increased whenever `prepare_image` gives different pixels for an image it accepted before, or refuses it."""
 
 INDEX_PREFIX = "index/"
 _VERSION = "1"
@@ -134,7 +134,7 @@ def load_index(raw: ObjectStore, sha256: str, split: str, resize: bool) -> Objec
 
 
 def index_of(raw: ObjectStore, item: RawObject, resize: bool, *, keep: bool = True) -> ObjectIndex:
-    """The index of a stored object, built again when none is kept, and then kept unless told otherwise."""
+    """The index of a stored object; with `keep`, one that had to be built is stored."""
     index = load_index(raw, item.sha256, item.split, resize)
     if index is None or len(index) != item.rows:
         with fetched(raw, item.key, item.sha256) as path:

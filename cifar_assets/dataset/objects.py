@@ -96,7 +96,7 @@ def grouped(items: Sequence[T], digest: Callable[[T], str], rows: Callable[[T], 
 def read_rows(
     path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool, unread: dict[str, str] | None = None
 ) -> Iterator[RowBatch]:
-    """The rows of a file in one of the formats; `name` is what errors call it, `unread` gets what is left aside."""
+    """The rows of a file in one of the formats; `name` is what errors call it, `unread` gets what is not read."""
     only: Split = "test" if split == "test" else "any" if split == "any" else "train"
     if kind == "archive":
         return read_archive(path, name, unread)
@@ -164,7 +164,7 @@ def is_stored(store: ObjectStore, key: str, sha256: str, size: int) -> bool:
 
 
 def read_state(store: ObjectStore, key: str, kind: type[State]) -> State | None:
-    """What was noted under the key for the next time, or None without a note that this release understands."""
+    """The note stored under the key, or None where there is none that this release understands."""
     try:
         return kind.model_validate_json(store.read(key))
     except (ObjectNotFoundError, ValidationError):

@@ -35,7 +35,7 @@ _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
 class Policy(dg.Config):
-    """How much of the past is kept, beside everything that a served, champion, registered or pinned model needs."""
+    """How much of the past is kept, besides everything that a served, champion, registered or pinned model needs."""
 
     keep_versions: int = Field(
         default=5, ge=1, description="Newest raw versions, processed versions and models kept, of each."

@@ -107,7 +107,7 @@ class Pruner:
         try:
             removals, processed, raw = self._versions(stores)
         except Exception as error:
-            raise PruneError(f"Nothing was removed, as it cannot be told what is in use: {error}") from error
+            raise PruneError(f"Nothing was removed: what is in use is not known. {error}") from error
         handle(removals)
         if apply:  # including those published in the meantime
             processed, raw = set(list_processed_versions(stores.processed)), set(list_raw_digests(stores.raw))

@@ -161,7 +161,7 @@ def join_landed(raw: ObjectStore, known: Known, *, resize: bool) -> tuple[list[R
         if rejection:
             report.rejected.append(rejection)
         else:
-            report.skipped[key] = "replaced while it was being judged: looked at again next time"
+            report.skipped[key] = "replaced while it was being judged: read again next time"
 
     found: defaultdict[tuple[bool, str, str], list[Landed]] = defaultdict(list)
     for number, (key, each) in enumerate(_examine(raw, scan.ready, resize), 1):
@@ -237,7 +237,7 @@ def _read(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Landed | Unusable
         return Unusable("removed while it was being read")
     now = raw.stat(info.key)
     if now is None or (now.etag, now.size) != (info.etag, info.size):
-        return Unusable("changed while it was being read: looked at again next time")
+        return Unusable("changed while it was being read: read again next time")
     return found
 
 

@@ -38,7 +38,7 @@ class LandingScan:
 
     ready: tuple[ObjectInfo, ...]
     skipped: dict[str, str]
-    """Why an object is not looked at, by key."""
+    """Why an object is skipped, by key."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Which data made a model, and where an image or an object is used: answered from stored manifests alone."""
+"""Which data made a model, and where an image is used: answered from stored manifests alone."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.stores import Stores
 from cifar_assets.dataset.versions.processed import list_processed_versions, read_processed
-from cifar_assets.dataset.versions.raw import list_raw_digests, read_provenance, read_raw
+from cifar_assets.dataset.versions.raw import read_provenance, read_raw
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES, SplitName
 from cifar_assets.model_package import MANIFEST_FILE, ModelManifest, read_manifest
@@ -51,15 +51,6 @@ class ImageOrigin:
 
 
 @dataclass(frozen=True)
-class ObjectUse:
-    """Versions and models that a raw object went into."""
-
-    raw_versions: tuple[str, ...]
-    processed_versions: tuple[str, ...]
-    models: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Changes:
     """What differs between two processed versions, in images per split."""
 
@@ -83,7 +74,9 @@ def dataset_lineage(stores: Stores, processed_digest: str) -> DatasetLineage:
     """
     manifest = read_processed(stores.processed, processed_digest)
     raw = read_raw(stores.raw, manifest.raw_digest)
-    names = _landed_names(stores.raw, manifest.raw_digest)
+    provenance = read_provenance(stores.raw, manifest.raw_digest)
+    landed = provenance.get("landed")
+    names: dict[str, list[str]] = landed if isinstance(landed, dict) else {}
     counts = {
         split: np.bincount(open_split(stores.processed, processed_digest, split).objects, minlength=len(raw.objects))
         for split in SPLIT_NAMES
@@ -94,8 +87,7 @@ def dataset_lineage(stores: Stores, processed_digest: str) -> DatasetLineage:
         )
         for number, item in enumerate(raw.objects)
     )
-    source = str(read_provenance(stores.raw, manifest.raw_digest).get("source", "unknown"))
-    return DatasetLineage(processed_digest, manifest.raw_digest, source, objects)
+    return DatasetLineage(processed_digest, manifest.raw_digest, str(provenance.get("source", "unknown")), objects)
 
 
 def images_of(
@@ -132,24 +124,6 @@ def find_image(stores: Stores, pixel_digest: str) -> list[ImageOrigin]:
     ]
 
 
-def find_object(stores: Stores, sha256: str) -> ObjectUse:
-    """Where a raw object is used. The sha256 is of the object, or of one image file landed on its own."""
-    raw_versions = tuple(
-        digest
-        for digest in list_raw_digests(stores.raw)
-        if any(item.sha256 == sha256 for item in read_raw(stores.raw, digest).objects)
-        or sha256 in _landed_names(stores.raw, digest)
-    )
-    processed = tuple(
-        digest
-        for digest in list_processed_versions(stores.processed)
-        if read_processed(stores.processed, digest).raw_digest in raw_versions
-    )
-    models = models_by_dataset(stores.models)
-    trained = sorted(model for digest in processed for model in models.get(digest, ()))
-    return ObjectUse(raw_versions, processed, tuple(trained))
-
-
 def models_by_dataset(models: ObjectStore) -> dict[str, list[str]]:
     """Digests of the models that were trained on each processed version."""
     found: dict[str, list[str]] = {}
@@ -183,11 +157,6 @@ def _placed(processed: ObjectStore, digest: str) -> dict[bytes, tuple[SplitName,
         for position, label in enumerate(rows.labels.tolist()):
             placed[data[32 * position : 32 * position + 32]] = (split, label)
     return placed
-
-
-def _landed_names(raw: ObjectStore, digest: str) -> dict[str, list[str]]:
-    landed = read_provenance(raw, digest).get("landed")
-    return landed if isinstance(landed, dict) else {}
 
 
 def _binary(pixel_digest: str) -> np.ndarray:

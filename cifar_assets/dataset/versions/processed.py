@@ -214,7 +214,7 @@ def _used_rows(
             keep = used[first : first + count]
             if len(keep) != count or any(used[row] for row in batch.refused):
                 raise IntegrityError(
-                    f"{name} gives other rows than raw version {manifest.digest} lists: build it again."
+                    f"{name} does not have the rows that raw version {manifest.digest} lists: build it again."
                 )
             rows: Tensors = {
                 "images": batch.images,

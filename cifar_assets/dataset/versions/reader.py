@@ -1,6 +1,5 @@
 """Reading a split of a processed version: memory-mapped, verified once, several shards behaving as one array."""
 
-import logging
 import os
 import tempfile
 from functools import lru_cache
@@ -16,8 +15,6 @@ from cifar_assets.dataset.versions.splits import SplitName
 from resources.digests import sha256_file
 from resources.errors import DataError, IntegrityError, ObjectNotFoundError
 from resources.object_store import ObjectStore
-
-logger = logging.getLogger(__name__)
 
 _MOST_OPEN = 64
 """Shards kept mapped at a time: each holds a file open."""
@@ -110,7 +107,7 @@ def _copied(tensors: Tensors) -> Tensors:
 
 def _verified(processed: ObjectStore, key: str, shard: Shard, cache: Path) -> Path:
     if not processed.exists(key):
-        raise ObjectNotFoundError(f"{processed.uri(key)}: no such object: materialize the processed dataset again.")
+        raise ObjectNotFoundError(f"{processed.uri(key)} does not exist: materialize the processed dataset again.")
     local = processed.local_path(key)
     if local is None:
         local = cache / f"{shard.sha256}.safetensors"
