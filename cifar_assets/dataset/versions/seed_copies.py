@@ -22,8 +22,6 @@ from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from resources.object_store import ObjectStore
 
 _GZIP_LEVEL = 1
-_PICKLE_PROTOCOL = 2
-"""Readable by Python 2 as well, like the official archive."""
 
 
 def write_seed_raw(raw: ObjectStore, processed: ObjectStore, processed_digest: str) -> str:
@@ -45,13 +43,14 @@ def _official_files(processed: ObjectStore, digest: str) -> Iterator[tuple[str, 
     """The members of an official python archive, one batch in memory at a time."""
     train, validation, test = (open_split(processed, digest, split) for split in SPLIT_NAMES)
     parts = np.array_split(np.arange(len(train) + len(validation)), len(BATCHES) - 1)
-    yield f"{PYTHON_FOLDER}/batches.meta", _pickled(_meta(len(parts[0])))
+    meta = {"num_cases_per_batch": len(parts[0]), "label_names": list(CLASSES), "num_vis": 3072}
+    yield f"{PYTHON_FOLDER}/batches.meta", _pickled(meta)
     for name, part in zip(BATCHES, parts, strict=False):
         first, second = part[part < len(train)], part[part >= len(train)] - len(train)
         images = np.concatenate([train.take(first), validation.take(second)])
         labels = np.concatenate([train.labels[first], validation.labels[second]])
-        yield f"{PYTHON_FOLDER}/{name}", _pickled(_batch(name, images, labels))
-    yield f"{PYTHON_FOLDER}/test_batch", _pickled(_batch("test_batch", test.images, test.labels))
+        yield f"{PYTHON_FOLDER}/{name}", _batch(name, images, labels)
+    yield f"{PYTHON_FOLDER}/test_batch", _batch("test_batch", test.images, test.labels)
 
 
 def write_seed_processed(processed: ObjectStore, processed_digest: str) -> str:
@@ -84,18 +83,16 @@ def _write_archive(store: ObjectStore, key: str, files: Iterator[tuple[str, byte
         store.upload(key, path)
 
 
-def _batch(name: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> dict[str, object]:
-    return {
-        "batch_label": name,
-        "labels": labels.tolist(),
-        "data": np.ascontiguousarray(images).reshape(len(images), -1),
-        "filenames": [f"{CLASSES[int(label)]}_{number:06d}.png" for number, label in enumerate(labels)],
-    }
-
-
-def _meta(batch_rows: int) -> dict[str, object]:
-    return {"num_cases_per_batch": batch_rows, "label_names": list(CLASSES), "num_vis": 3072}
+def _batch(name: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> bytes:
+    return _pickled(
+        {
+            "batch_label": name,
+            "labels": labels.tolist(),
+            "data": np.ascontiguousarray(images).reshape(len(images), -1),
+            "filenames": [f"{CLASSES[int(label)]}_{number:06d}.png" for number, label in enumerate(labels)],
+        }
+    )
 
 
 def _pickled(value: object) -> bytes:
-    return pickle.dumps(value, protocol=_PICKLE_PROTOCOL)
+    return pickle.dumps(value, protocol=2)  # Python 2 can read it as well, like the official archive
