@@ -27,27 +27,19 @@ class InferenceServiceSettings(StrictConfig):
         description="Standard: a Deployment and a Service. Knative: serverless, down to no pod, with canaries.",
     )
     env: dict[str, str] = Field(default={}, description="Environment variables of the server.")
-    env_secrets: list[str] = Field(
-        default=["object-store-server"], description="Secrets whose every key becomes an environment variable."
-    )
+    env_secrets: list[str] = Field(default=["object-store-server"], description="Secrets whose keys become variables.")
     env_config_maps: list[str] = Field(default=["cifar-platform"], description="The same with ConfigMaps.")
 
     cpu: str = Field(default="200m", description="CPU request of each replica.")
-    cpu_limit: str = Field(
-        default="1", description="CPU limit of each replica, and how many threads run the model. KServe insists on one."
-    )
+    cpu_limit: str = Field(default="1", description="CPU limit of each replica; as many threads run the model.")
     memory: str = Field(default="384Mi", description="Memory request of each replica.")
     memory_limit: str = Field(default="512Mi", description="Memory limit of each replica.")
     scratch: str = Field(default="64Mi", description="Size limit of a writable /tmp.")
 
     min_replicas: int = Field(default=1, ge=0, description="Fewest replicas; 0 in Knative mode only.")
     max_replicas: int = Field(default=3, ge=1, description="Most replicas. Equal to min_replicas: no autoscaling.")
-    target_cpu_percent: int = Field(
-        default=80, ge=1, le=100, description="Standard mode: use of the requested CPU above which replicas are added."
-    )
-    target_concurrency: int = Field(
-        default=16, ge=1, description="Knative mode: requests at a time in one replica above which replicas are added."
-    )
+    target_cpu_percent: int = Field(default=80, ge=1, le=100, description="Standard: add replicas above this CPU use.")
+    target_concurrency: int = Field(default=16, ge=1, description="Knative: add replicas above so many open requests.")
     canary_percent: int | None = Field(
         default=None,
         ge=1,
@@ -56,16 +48,10 @@ class InferenceServiceSettings(StrictConfig):
         "it gets all of them, or the earlier model does. None: all at once.",
     )
 
-    drain_delay_seconds: float = Field(
-        default=5.0,
-        ge=0,
-        description="How long a replica that is to end still accepts requests, for proxies to notice.",
-    )
+    drain_delay_seconds: float = Field(default=5.0, ge=0, description="How long a leaving replica accepts requests.")
     linger_seconds: float = Field(default=2.0, ge=0, description="Then: how long open connections are still served.")
     grace_seconds: float = Field(default=20.0, ge=1, description="Then: how long requests that were begun may take.")
-    startup_seconds: int = Field(
-        default=120, ge=5, description="How long a server may load, verify and warm up before it is restarted."
-    )
+    startup_seconds: int = Field(default=120, ge=5, description="How long loading and warming up may take.")
 
     service_account_name: str | None = Field(
         default=None, description="Service account of the pods. Its token is not mounted: serving needs no API."
