@@ -35,8 +35,8 @@ IMAGE_SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
 LANDING_PREFIX = "landing/"
 REJECTED_PREFIX = "rejected/"
 
-SEED_RAW_KEY = "cifar10-dataset.tar.gz"
-SEED_PROCESSED_KEY = "cifar10-processed.tar.gz"
+BASELINE_RAW_KEY = "cifar10-dataset.tar.gz"
+BASELINE_PROCESSED_KEY = "cifar10-processed.tar.gz"
 BASELINE_MODEL_KEY = "resnet18_cifar10.pth"
 """Well-known objects of the pipeline this project replaces, kept as copies of the current version."""
 

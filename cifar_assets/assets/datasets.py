@@ -9,9 +9,9 @@ from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.record import materialized_digest, previous_digests
+from cifar_assets.dataset.versions.baseline_copies import write_baseline_processed, write_baseline_raw
 from cifar_assets.dataset.versions.processed import build_processed
 from cifar_assets.dataset.versions.raw import build_raw_version
-from cifar_assets.dataset.versions.seed_copies import write_seed_processed, write_seed_raw
 from cifar_assets.dataset.versions.splits import SplitConfig
 from cifar_assets.dataset.versions.verdicts import judge_processed
 from resources.errors import ConfigError
@@ -80,7 +80,7 @@ class ProcessedDatasetConfig(dg.Config):
         default=0.1, gt=0, lt=1, description="Fraction kept for the test where the source has no test split of its own."
     )
     max_shard_rows: int = Field(default=16_384, ge=1, description="Images in one shard, 3 kB each.")
-    write_seed_copies: bool = Field(
+    write_baseline_copies: bool = Field(
         default=True,
         description="Also write cifar10-dataset.tar.gz and cifar10-processed.tar.gz, unless it is blocked, for "
         "readers of the pipeline that this project replaces. Costs some seconds, and memory for a third of the images: "
@@ -107,13 +107,13 @@ def processed_dataset(
     with retrying_infrastructure_faults():
         raw, processed = object_store.raw, object_store.processed
         raw_digest = config.raw_digest or materialized_digest(context, RAW_DATASET)
-        split = SplitConfig(**config.model_dump(exclude={"raw_digest", "write_seed_copies"}))
+        split = SplitConfig(**config.model_dump(exclude={"raw_digest", "write_baseline_copies"}))
         version = build_processed(raw, processed, raw_digest, split)
         if reasons := objections(judge_processed(raw, processed, version.digest)):
             context.log.warning(f"The copies for the old pipeline stay as they are: {' '.join(reasons)}")
-        elif config.write_seed_copies:
-            write_seed_raw(raw, processed, version.digest)
-            write_seed_processed(processed, version.digest)
+        elif config.write_baseline_copies:
+            write_baseline_raw(raw, processed, version.digest)
+            write_baseline_processed(processed, version.digest)
         earlier = (each for each in previous_digests(context.instance, PROCESSED_DATASET) if each != version.digest)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(version.digest),

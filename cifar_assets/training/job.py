@@ -97,19 +97,11 @@ def _checkpoints(spec: JobSpec) -> CheckpointStore:
 
 
 def _announce(trainer: Trainer, tracker: Tracker) -> None:
-    recipe = trainer.spec.recipe
-    _LOG.info(
-        "Recipe %s (%s, %d epochs), seed %d, %d training images, %s in %s, %d process(es) of %d thread(s)",
-        recipe.name,
-        recipe.network,
-        recipe.epochs,
-        trainer.spec.seed,
-        len(trainer.data.train),
-        trainer.processor.device,
-        trainer.processor.precision,
-        trainer.processes.world_size,
-        torch.get_num_threads(),
-    )
+    recipe, processor = trainer.spec.recipe, trainer.processor
+    what = f"{recipe.name} ({recipe.network}, {recipe.epochs} epochs), seed {trainer.spec.seed}"
+    where = f"{processor.device} in {processor.precision}"
+    processes = f"{trainer.processes.world_size} process(es) of {torch.get_num_threads()} thread(s)"
+    _LOG.info("Recipe %s, %d training images, %s, %s", what, len(trainer.data.train), where, processes)
     if trainer.resumed_from is not None:
         _LOG.info("Continuing from the checkpoint of step %d", trainer.resumed_from)
         tracker.set_tags({"cifar.resumed_from_step": str(trainer.resumed_from)})
@@ -118,22 +110,14 @@ def _announce(trainer: Trainer, tracker: Tracker) -> None:
 
 
 def _report_epoch(spec: JobSpec, record: EpochRecord, send: SendMessage, tracker: Tracker) -> None:
-    validation = ""
+    epoch, epochs = record.epoch + 1, spec.recipe.epochs
+    losses = f"train loss {record.train_loss:.4f}"
     if record.validation_loss is not None and record.validation_accuracy is not None:
-        validation = (
+        losses += (
             f", validation loss {record.validation_loss:.4f}, validation accuracy {record.validation_accuracy:.2%}"
         )
-    epoch, epochs = record.epoch + 1, spec.recipe.epochs
-    _LOG.info(
-        "Epoch %d/%d: train loss %.4f%s, %.0f images/s at %d pixels, %.1f s",
-        epoch,
-        epochs,
-        record.train_loss,
-        validation,
-        record.images_per_second,
-        record.resolution,
-        record.seconds,
-    )
+    speed = f"{record.images_per_second:.0f} images/s at {record.resolution} pixels, {record.seconds:.1f} s"
+    _LOG.info("Epoch %d/%d: %s, %s", epoch, epochs, losses, speed)
     send("epoch", epoch=epoch, epochs=epochs, seconds=record.seconds, **_measured(record))
     tracker.log_metrics(_measured(record), epoch)
 

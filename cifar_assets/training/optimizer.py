@@ -35,18 +35,13 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] (no closure)
         for group in self.param_groups:
             for bank in group["params"]:
-                self._step(bank, group["lr"], group["momentum"])
-
-    def _step(self, bank: nn.Parameter, rate: float, momentum: float) -> None:
-        if bank.grad is None:
-            return
-        state = self.state[bank]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(bank)
-        buffer = state["momentum_buffer"].mul_(momentum).add_(bank.grad)
-        update = bank.grad.add(buffer, alpha=momentum)
-        bank.mul_(len(bank) ** 0.5 / bank.norm())
-        bank.add_(orthogonalize(update.flatten(1).to(self._dtype)).to(bank.dtype).view(bank.shape), alpha=-rate)
+                state = self.state[bank]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(bank)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(bank.grad)
+                update = orthogonalize(bank.grad.add(buffer, alpha=group["momentum"]).flatten(1).to(self._dtype))
+                bank.mul_(len(bank) ** 0.5 / bank.norm())
+                bank.add_(update.to(bank.dtype).view(bank.shape), alpha=-group["lr"])
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

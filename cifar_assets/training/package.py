@@ -69,16 +69,15 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
         "onnx_largest_logit": float(np.abs(logits).max()),
         "onnx_images": len(images),
     }
-    performance = _performance(trainer)
     environment = describe_environment(trainer.processor, trainer.processes.world_size)
     files = {
         WEIGHTS_FILE: weights,
         ONNX_FILE: onnx,
         METRICS_FILE: canonical_json(metrics),
         RECIPE_FILE: canonical_json(spec.recipe.model_dump(mode="json")),
-        PERFORMANCE_FILE: readable_json(performance),
+        PERFORMANCE_FILE: readable_json(_performance(trainer)),
         ENVIRONMENT_FILE: readable_json(environment),
-        CARD_FILE: _model_card(spec, metrics, performance, environment).encode(),
+        CARD_FILE: _model_card(spec, metrics).encode(),
     }
     manifest = ModelManifest(
         dataset_digest=spec.dataset_digest,
@@ -177,9 +176,7 @@ def _performance(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _model_card(
-    spec: JobSpec, metrics: dict[str, Any], performance: dict[str, Any], environment: dict[str, Any]
-) -> str:
+def _model_card(spec: JobSpec, metrics: dict[str, Any]) -> str:
     recipe = spec.recipe
     views = " (mean over each image and its mirror image)" if recipe.views == "mirrored" else ""
     recalls = "\n".join(f"| {name} | {_percent(metrics['per_class_recall'][name])} |" for name in CLASSES)
@@ -218,16 +215,7 @@ This is one training with seed {spec.seed}; other seeds give somewhat different 
 |---|---|
 {settings}
 
-## How it ran
-
-{performance["train_seconds"]:.0f} s of training steps at {performance["images_per_second"]:.0f} images/s.
-
-| | |
-|---|---|
-| processor | {environment["cpu"]} |
-| CPUs, processes, threads each | {environment["cpus"]:g}, {environment["processes"]}, {environment["threads"]} |
-| device, precision | {environment["device"]}, {environment["precision"]} |
-| torch, Python | {environment["packages"].get("torch")}, {environment["python"]} |
+What it ran on is in `environment.json`, how fast in `performance.json`.
 """
 
 

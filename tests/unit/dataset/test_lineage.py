@@ -6,6 +6,7 @@ from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.__main__ import main
 from cifar_assets.dataset.formats.images import pixel_digest
 from cifar_assets.dataset.stores import Stores
+from cifar_assets.dataset.versions.baseline_copies import write_baseline_processed, write_baseline_raw
 from cifar_assets.dataset.versions.lineage import (
     changes_since,
     find_image,
@@ -15,7 +16,6 @@ from cifar_assets.dataset.versions.lineage import (
 )
 from cifar_assets.dataset.versions.processed import ProcessedVersion, build_processed
 from cifar_assets.dataset.versions.raw import RawVersion, build_raw_version, current_raw_digest
-from cifar_assets.dataset.versions.seed_copies import write_seed_processed, write_seed_raw
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from cifar_assets.model_package import IDENTITY_FILES, ModelManifest, write_package
 from resources.digests import sha256_bytes
@@ -139,7 +139,7 @@ def test_a_wrong_argument_is_one_line(arguments: tuple[str, ...], world: World, 
 
 
 def test_the_well_known_raw_archive_holds_the_version(world: World, tmp_path: Path) -> None:
-    key = write_seed_raw(world.stores.raw, world.stores.processed, world.second[1].digest)
+    key = write_baseline_raw(world.stores.raw, world.stores.processed, world.second[1].digest)
     assert key == "cifar10-dataset.tar.gz"
     path = tmp_path / "cifar-10-python.tar.gz"
     world.stores.raw.download(key, path)
@@ -158,14 +158,14 @@ def test_an_official_archive_is_copied_as_it_is(make, raw, processed, tmp_path: 
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(make.archive())
     built = build_processed(raw, processed, build_raw_version(raw, str(path)).digest)
-    assert raw.read(write_seed_raw(raw, processed, built.digest)) == path.read_bytes()
+    assert raw.read(write_baseline_raw(raw, processed, built.digest)) == path.read_bytes()
 
 
 def test_the_well_known_processed_archive_holds_manifest_and_shards(world: World, tmp_path: Path) -> None:
     import tarfile
 
     built = world.second[1]
-    key = write_seed_processed(world.stores.processed, built.digest)
+    key = write_baseline_processed(world.stores.processed, built.digest)
     assert key == "cifar10-processed.tar.gz"
     world.stores.processed.download(key, tmp_path / "a.tar.gz")
     with tarfile.open(tmp_path / "a.tar.gz") as archive:

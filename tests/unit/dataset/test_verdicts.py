@@ -10,7 +10,7 @@ from cifar_assets.assets.datasets import processed_dataset, raw_dataset
 from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.record import previous_digests
 from cifar_assets.checks.data import classes_balanced, processed_dataset_checks, raw_dataset_checks
-from cifar_assets.contracts import SEED_PROCESSED_KEY
+from cifar_assets.contracts import BASELINE_PROCESSED_KEY
 from cifar_assets.dataset.stores import stores_below
 from cifar_assets.dataset.versions.processed import build_processed, read_processed
 from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest, make_current
@@ -49,7 +49,7 @@ def materialize(
     )
     ops = {
         "cifar10__raw_dataset": {"config": {"source": source}},
-        "cifar10__processed_dataset": {"config": {"write_seed_copies": copies}},
+        "cifar10__processed_dataset": {"config": {"write_baseline_copies": copies}},
     }
     return definitions.resolve_job_def("data").execute_in_process(
         instance=instance, run_config={"ops": ops}, raise_on_error=False
@@ -92,15 +92,15 @@ def test_a_processed_version_that_its_check_refuses_stops_the_pipelines_too(
     root = tmp_path / "store"
     assert materialize(root, instance, source, copies=True).success
     processed = FolderStore(root / "processed-data")
-    before = processed.read(SEED_PROCESSED_KEY)
+    before = processed.read(BASELINE_PROCESSED_KEY)
     assert plan(root, tmp_path / "outputs") == 0
     command = ["--store", str(root), "processed", f"--plan={tmp_path / 'outputs' / 'plan'}"]
     assert steps.main(command) == 0
 
     monkeypatch.setattr("cifar_assets.dataset.versions.verdicts._MEAN_RANGE", (0.9, 0.95))
-    processed.write(SEED_PROCESSED_KEY, b"the copy before")
+    processed.write(BASELINE_PROCESSED_KEY, b"the copy before")
     assert not materialize(root, instance, source, copies=True).success
-    assert processed.read(SEED_PROCESSED_KEY) == b"the copy before" != before
+    assert processed.read(BASELINE_PROCESSED_KEY) == b"the copy before" != before
     capsys.readouterr()
     assert steps.main(command) == steps.EXIT_FAILED
     assert "statistics_in_range: Means" in capsys.readouterr().err

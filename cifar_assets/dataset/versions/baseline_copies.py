@@ -12,7 +12,7 @@ from typing import IO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_assets.contracts import CLASSES, SEED_PROCESSED_KEY, SEED_RAW_KEY
+from cifar_assets.contracts import BASELINE_PROCESSED_KEY, BASELINE_RAW_KEY, CLASSES
 from cifar_assets.dataset.formats.archive import BATCHES, PYTHON_FOLDER
 from cifar_assets.dataset.objects import fetched
 from cifar_assets.dataset.versions.processed import MANIFEST_FILE, read_processed
@@ -24,7 +24,7 @@ from resources.object_store import ObjectStore
 _GZIP_LEVEL = 1
 
 
-def write_seed_raw(raw: ObjectStore, processed: ObjectStore, processed_digest: str) -> str:
+def write_baseline_raw(raw: ObjectStore, processed: ObjectStore, processed_digest: str) -> str:
     """Store the version's images as an official python archive and return its key.
 
     An official python archive that alone makes up the raw version is copied as it is. Otherwise one is written from the
@@ -33,10 +33,10 @@ def write_seed_raw(raw: ObjectStore, processed: ObjectStore, processed_digest: s
     manifest = read_raw(raw, read_processed(processed, processed_digest).raw_digest)
     only = manifest.objects[0] if len(manifest.objects) == 1 else None
     if only is not None and only.format == "archive" and only.key.endswith(".tar.gz") and not only.excluded:
-        raw.copy(only.key, SEED_RAW_KEY)
-        return SEED_RAW_KEY
-    _write_archive(raw, SEED_RAW_KEY, _official_files(processed, processed_digest))
-    return SEED_RAW_KEY
+        raw.copy(only.key, BASELINE_RAW_KEY)
+        return BASELINE_RAW_KEY
+    _write_archive(raw, BASELINE_RAW_KEY, _official_files(processed, processed_digest))
+    return BASELINE_RAW_KEY
 
 
 def _official_files(processed: ObjectStore, digest: str) -> Iterator[tuple[str, bytes]]:
@@ -53,7 +53,7 @@ def _official_files(processed: ObjectStore, digest: str) -> Iterator[tuple[str, 
     yield f"{PYTHON_FOLDER}/test_batch", _batch("test_batch", test.images, test.labels)
 
 
-def write_seed_processed(processed: ObjectStore, processed_digest: str) -> str:
+def write_baseline_processed(processed: ObjectStore, processed_digest: str) -> str:
     """Store the version's manifest and files as one archive and return its key."""
     manifest = read_processed(processed, processed_digest)
 
@@ -63,8 +63,8 @@ def write_seed_processed(processed: ObjectStore, processed_digest: str) -> str:
             with fetched(processed, shard.key(processed_digest), shard.sha256) as path:
                 yield shard.file, path.read_bytes()
 
-    _write_archive(processed, SEED_PROCESSED_KEY, files())
-    return SEED_PROCESSED_KEY
+    _write_archive(processed, BASELINE_PROCESSED_KEY, files())
+    return BASELINE_PROCESSED_KEY
 
 
 def _write_archive(store: ObjectStore, key: str, files: Iterator[tuple[str, bytes]]) -> None:
