@@ -15,7 +15,6 @@ from cifar_assets.assets.datasets import SOURCE_VARIABLE
 from cifar_assets.assets.keys import INFERENCE_SERVICE, TRAINED_MODEL
 from cifar_assets.contracts import CLASSES, MODEL_NAME
 from cifar_assets.dataset.versions.reader import open_split
-from cifar_assets.gate import judge
 from resources.digests import canonical_json
 from resources.inference_service.client import InferenceClient
 from resources.object_store.resource import LocalObjectStore
@@ -73,14 +72,12 @@ def _report(seconds: float) -> None:
     if event is None or event.asset_materialization is None:
         raise SystemExit("inference_service has no materialization.")
     served = {name: value.value for name, value in event.asset_materialization.metadata.items()}
-    digest = str(served["model_digest"])
-    manifest, verdict = judge(LocalObjectStore().models, digest, threshold=0.0)
     url = str(served["url"])
-    picture, label, num_right = _ask_about_test_pictures(url, manifest.dataset_digest)
+    picture, label, num_right = _ask_about_test_pictures(url, str(served["dataset_digest"]))
     lines = [
         "",
-        f"Test accuracy  {verdict.numbers['test_accuracy']:.2%}",
-        f"Model          version {served['model_version']}, digest {digest}",
+        f"Test accuracy  {float(str(served['test_accuracy'])):.2%}",
+        f"Model          version {served['model_version']}, digest {served['model_digest']}",
         f"Took           {seconds:.0f} s for all four assets",
         f"Asked the service about {_NUM_PICTURES} test pictures: {num_right} right.",
         "",

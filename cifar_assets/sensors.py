@@ -8,12 +8,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
-from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.dataset.landing.zone import read_record, scan_landing
 from cifar_assets.jobs import retrain
 from cifar_assets.landing_decision import LandingCursor, LastRun, Outcome, decide
+from resources.dagster_private import BulkActionsFilter, BulkActionStatus
 from resources.errors import ConfigError
 from resources.mlflow.resource import RUN_METADATA, MlflowResource
 from resources.object_store.resource import ObjectStoreResource

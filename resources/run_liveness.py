@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import dagster as dg
-from dagster._core.execution.retries import RetryMode
-from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, WorkerStatus
+
+from resources.dagster_private import CheckRunHealthResult, DefaultRunLauncher, RetryMode, WorkerStatus
 
 POLL_SECONDS = 5.0
 """Pause between two looks at what a waiting run waits for."""
@@ -55,12 +55,6 @@ def holding_lock(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def is_dead(instance: dg.DagsterInstance, run_id: str) -> bool:
-    """Whether the run executed on this machine and neither its process nor its trainer is left."""
-    with _released_lock(_path(instance, run_id)) as record:
-        return record is not None
-
-
 def settle_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """Fail the unfinished runs that are dead, and free the pool slots of runs that ended. Returns ids of the former."""
     settled = []
@@ -78,14 +72,13 @@ def settle_dead_runs(instance: dg.DagsterInstance) -> list[str]:
 def _settle(instance: dg.DagsterInstance, run_id: str, record: dict[str, Any]) -> bool:
     instance.event_log_storage.free_concurrency_slots_for_run(run_id)
     run = instance.get_run_by_id(run_id)
-    ended = run is not None and not run.is_finished
-    if run is not None and ended:
-        report = (
-            instance.report_run_canceled if run.status == dg.DagsterRunStatus.CANCELING else instance.report_run_failed
-        )
+    unfinished = run is not None and not run.is_finished
+    if run is not None and unfinished:
+        canceling = run.status == dg.DagsterRunStatus.CANCELING
+        report = instance.report_run_canceled if canceling else instance.report_run_failed
         report(run, f"{_REPORTED} It was process {record['pid']}.")
     _path(instance, run_id).unlink(missing_ok=True)
-    return ended
+    return unfinished
 
 
 def _path(instance: dg.DagsterInstance, run_id: str) -> Path:

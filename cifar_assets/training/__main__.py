@@ -71,7 +71,7 @@ def run(spec: JobSpec, log: io.StringIO) -> None:
 
 @contextmanager
 def _dagster() -> Iterator[PipesContext | None]:
-    """The connection to Dagster, which log lines go through too; None where Pipes did not start this process."""
+    """The connection to Dagster, which gets warnings too; None where Pipes did not start this process."""
     if not _is_rank_0() or not PipesEnvVarParamsLoader().is_dagster_pipes_process():
         yield None
         return
@@ -86,8 +86,10 @@ def _dagster() -> Iterator[PipesContext | None]:
 
 
 class _ForwardToDagster(logging.Handler):
+    """Warnings only: Dagster shows this process's output too, and would show each epoch twice."""
+
     def __init__(self, pipes: PipesContext):
-        super().__init__(logging.INFO)
+        super().__init__(logging.WARNING)
         self._pipes = pipes
 
     def emit(self, record: logging.LogRecord) -> None:

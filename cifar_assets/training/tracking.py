@@ -157,6 +157,8 @@ class Tracker:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _open_run(self, target: MlflowTarget) -> tuple[MlflowClient, Run]:
+        for name in ("alembic", "mlflow.store.db"):  # opening a sqlite store logs every step of the schema migration
+            logging.getLogger(name).setLevel(logging.WARNING)
         client = MlflowClient(target.tracking_uri, target.tracking_uri)
         experiment_id = _experiment_id(client, target)
         # runs whose process was killed before it could end them: the same training is starting again

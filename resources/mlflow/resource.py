@@ -51,7 +51,8 @@ class MlflowResource(dg.ConfigurableResource):
         from mlflow.tracking import MlflowClient
 
         # Opening a sqlite store logs every step of the schema migration.
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        for name in ("alembic", "mlflow.store.db"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         return MlflowClient(tracking_uri=self.uri)
 
     @contextmanager

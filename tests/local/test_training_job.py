@@ -137,10 +137,8 @@ def test_dagster_is_told_of_epochs_and_result(place: Workplace, finished: tuple[
         "resumed_from": None,
     }
     logged = [m["params"]["message"] for m in messages if m["method"] == "log"]
-    assert sum(line.startswith("Epoch ") for line in logged) == 4
-    assert [line for line in output.splitlines() if line.startswith("Epoch ")] == [
-        line for line in logged if line.startswith("Epoch ")
-    ]
+    assert sum(line.startswith("Epoch ") for line in output.splitlines()) == 4
+    assert not any(line.startswith("Epoch ") for line in logged), "Dagster shows the output as well"
 
 
 def test_the_same_job_gives_the_same_model(place: Workplace, finished: object):

@@ -14,7 +14,7 @@ import dagster as dg
 import pytest
 from dagster._core.launcher import WorkerStatus
 
-from resources.run_liveness import WatchedRunLauncher, holding_lock, is_dead, settle_dead_runs
+from resources.run_liveness import WatchedRunLauncher, holding_lock, settle_dead_runs
 from tests.fixtures.workspace import ROOT, wait_until
 
 POOL = "training"
@@ -102,7 +102,7 @@ def test_a_command_says_whom_it_waits_for_and_takes_over_when_that_run_is_killed
     process, output = materialize(processes, folder)
     wait_until(lambda: "Waiting for the pool" in output.read_text() or process.poll() is not None, "the message")
     assert f"held by run {killed.run_id}, which is STARTED" in output.read_text()
-    assert not is_dead(instance, killed.run_id)
+    assert settle_dead_runs(instance) == []
     os.kill(int((folder / "child").read_text()), signal.SIGKILL)
     assert process.wait(120) == 0, output.read_text()
     assert "killed or crashed" in failure_of(instance, killed.run_id)
