@@ -9,9 +9,13 @@ import pytest
 
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.record import DATA_VERSION_TAG
+from cifar_assets.assets.trained_model import argo_trained_model
 from cifar_assets.checks.parity import argo_parity_checks
 from cifar_assets.model_package import ENVIRONMENT_FILE
+from resources.argo.local import LocalPipeline
 from resources.digests import canonical_json
+from resources.gate import AccuracyGate
+from resources.mlflow.resource import LocalMlflow
 from resources.object_store.resource import LocalObjectStore
 from tests.fixtures.models import store_model
 
@@ -114,3 +118,24 @@ def test_another_verdict(roads: Roads) -> None:
     found = failed(roads.checks())
     assert found.keys() == {"same_verdict"}
     assert "Argo: refused. The gate: passed" in found["same_verdict"]
+
+
+def test_materialize_all_leaves_the_twin_out(tmp_path: Path) -> None:
+    @dg.asset(key=TRAINED_MODEL)
+    def trained() -> None: ...
+
+    definitions = dg.Definitions(
+        assets=[trained, argo_trained_model],
+        asset_checks=[argo_parity_checks],
+        resources={
+            "object_store": LocalObjectStore(path=str(tmp_path)),
+            "mlflow": LocalMlflow(path=str(tmp_path / "mlflow")),
+            "argo": LocalPipeline(),
+            "gate": AccuracyGate(),
+        },
+    )
+    everything = definitions.resolve_implicit_global_asset_job_def()
+    result = everything.execute_in_process(asset_selection=[TRAINED_MODEL, ARGO_TRAINED_MODEL])
+    assert result.success
+    assert [event.asset_key for event in result.get_asset_materialization_events()] == [TRAINED_MODEL]
+    assert not result.get_asset_check_evaluations()
