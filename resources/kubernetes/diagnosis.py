@@ -49,7 +49,7 @@ class Diagnosis:
     transient: bool
     """Whether trying again may help."""
     subject: str = ""
-    """The object, where the reader is not told otherwise."""
+    """The object, where the message does not name it otherwise."""
     exit_code: int | None = None
     details: tuple[str, ...] = ()
     log_tails: Mapping[str, Sequence[str]] = field(default_factory=dict)

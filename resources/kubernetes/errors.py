@@ -24,7 +24,7 @@ class SettingsError(KubernetesError, ValueError):
 
 
 class ApiError(KubernetesError):
-    """The API server did not do what it was asked."""
+    """The API server did not carry out a request."""
 
 
 class ApiUnavailableError(ApiError):

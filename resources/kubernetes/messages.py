@@ -1,7 +1,7 @@
 """Pipes messages through an object store: the reader. Its counterpart in the pod is resources/pipes_store.py.
 
 Read by polling on the caller's thread. Every attachment reads a job's messages from the first one, so that results are
-complete after a re-attach; a mark in the store tells which of them this Dagster run has recorded already.
+complete after a re-attach; a mark in the store shows which of them this Dagster run has already recorded.
 """
 
 import json
@@ -163,7 +163,7 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
 
 
 def _parse(data: bytes) -> dict[str, Any] | None:
-    """The JSON object in the bytes, None for anything else: whatever runs in the pod may write what it likes."""
+    """The JSON object in the bytes, None for anything else: a process in the pod may write anything."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):

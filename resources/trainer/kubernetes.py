@@ -182,7 +182,7 @@ def trainer_from_environment(environment: Mapping[str, str], object_store: Objec
 
 @contextmanager
 def _interrupts_as_such() -> Iterator[None]:
-    """Hands an interrupt on that the client replaced with a failure: the step's other owners clean up after it too."""
+    """Raises the interrupt that the client replaced with a failure, so that the step's other owners clean up too."""
     try:
         yield
     except dg.Failure as failure:

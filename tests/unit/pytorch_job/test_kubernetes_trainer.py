@@ -114,7 +114,7 @@ def test_collector_uses_the_trainer_that_dagster_resolves(
     assert "Leftover PyTorchJobs deleted: none" in result.skip_message
 
 
-def test_job_that_says_no_result_is_an_error(train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster):
+def test_job_without_a_result_is_an_error(train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster):
     cluster.on_created = runs_and_succeeds()
     result = train()
     (failure,) = [e for e in result.all_node_events if e.is_step_failure]
@@ -210,12 +210,12 @@ def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer):
     assert trainer.job_config(SPEC, TrainingScale(), STORE).command == []
 
 
-def test_scale_that_cannot_be_is_refused_naming_the_field(trainer: KubernetesTrainer):
+def test_invalid_scale_is_refused_naming_the_field(trainer: KubernetesTrainer):
     with pytest.raises(ConfigError, match="memory"):
         trainer.job_config(SPEC, TrainingScale(memory="4GB"), STORE)
 
 
-def test_pods_are_told_where_the_platform_is_for_them(tmp_path: Path):
+def test_pods_get_their_own_addresses_of_the_platform(tmp_path: Path):
     environment = {
         "TRAINER_IMAGE": "trainer:2",
         "TRAINER_JOB": '{"cpu": "2", "run_policy": {"backoff_limit": 1}}',
