@@ -4,9 +4,6 @@ Everything here is part of a contract with stored data or with a remote process:
 """
 
 from resources.mlflow.target import DEFAULT_NAME
-from resources.object_store import DATA_BUCKETS as DATA_BUCKETS
-from resources.object_store import LOGS_BUCKET as LOGS_BUCKET
-from resources.object_store import MLFLOW_BUCKET as MLFLOW_BUCKET
 from resources.object_store import MODELS_BUCKET as MODELS_BUCKET
 from resources.object_store import PROCESSED_BUCKET as PROCESSED_BUCKET
 from resources.object_store import RAW_BUCKET as RAW_BUCKET

@@ -43,10 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(options: argparse.Namespace) -> None:
-    sys.stdout.write(render(options.settings))
-
-
 def _report(options: argparse.Namespace) -> None:
     client = WorkflowClient.production()
     workflow = client.get(options.namespace, options.workflow)
@@ -65,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser("train", help="print the training step's WorkflowTemplate")
     command.add_argument("settings", type=Path, help="such as k8s/argo/train.settings.yaml")
-    command.set_defaults(run=_train)
+    command.set_defaults(run=lambda options: sys.stdout.write(render(options.settings)))
     command = commands.add_parser("report", help="say which step of a workflow failed, and why")
     command.add_argument("namespace")
     command.add_argument("workflow")

@@ -4,7 +4,6 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -66,9 +65,8 @@ class LocalPipeline(PipelineResource):
                 if process.poll() is None:
                     stop_group(process, self.stop_grace_seconds)
         if process.returncode:
-            raise TrainingError(_failure(arguments[0], process.returncode, tail))
-
-
-def _failure(step: str, code: int, tail: Sequence[str]) -> str:
-    lines = "".join(f"    {line}" for line in tail).rstrip()
-    return f"The pipeline failed at step {step} with exit code {code}. Last lines of {step}:\n{lines}"
+            lines = "".join(f"    {line}" for line in tail).rstrip()
+            raise TrainingError(
+                f"The pipeline failed at step {arguments[0]} with exit code {process.returncode}. "
+                f"Last lines of {arguments[0]}:\n{lines}"
+            )

@@ -16,7 +16,7 @@ Transferred = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a listing tells of an object: key relative to the store's root, size in bytes, content tag, time stored."""
+    """One object in a listing: key relative to the store's root, size in bytes, content tag, time stored."""
 
     key: str
     size: int
@@ -56,7 +56,7 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def create(self, key: str, data: bytes) -> bool:
-        """Write the object only where there is none yet. Of several that try at once, one is told True."""
+        """Write the object only where there is none yet. Of several that try at once, one gets True."""
 
     @abstractmethod
     def upload(self, key: str, path: Path) -> None:
@@ -99,20 +99,19 @@ class ObjectStore(ABC):
     def read_verified(self, key: str, sha256: str) -> bytes:
         """The object's bytes; IntegrityError when they do not have the given digest."""
         data = self.read(key)
-        self._check(key, sha256, sha256_bytes(data))
+        if (found := sha256_bytes(data)) != sha256:
+            raise self._changed(key, sha256, found)
         return data
 
     def download_verified(self, key: str, sha256: str, path: Path) -> None:
         """Like `download`; a file with another digest is removed and IntegrityError raised."""
         self.download(key, path)
-        found = sha256_file(path)
-        if found != sha256:
+        if (found := sha256_file(path)) != sha256:
             path.unlink()
-        self._check(key, sha256, found)
+            raise self._changed(key, sha256, found)
 
-    def _check(self, key: str, expected: str, found: str) -> None:
-        if found != expected:
-            raise IntegrityError(
-                f"{self.uri(key)}: expected sha256 {expected}, got {found}. "
-                "The object was changed or cut off after it was written: restore it, or materialize its asset again."
-            )
+    def _changed(self, key: str, expected: str, found: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self.uri(key)}: expected sha256 {expected}, got {found}. "
+            "The object was changed or cut off after it was written: restore it, or materialize its asset again."
+        )
