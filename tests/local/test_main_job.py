@@ -77,7 +77,7 @@ class TestOneRun:
             trained = instance.get_latest_materialization_event(TRAINED_MODEL)
         assert trained is not None
         epochs = [record.asset_observation.metadata["epoch"].value for record in records if record.asset_observation]
-        assert sorted(map(int, map(str, epochs))) == [1, 2, 3]
+        assert sorted(map(int, map(str, epochs))) == [1, 2, 3, 4]
         assert min(record.timestamp for record in records) < trained.timestamp
 
     def test_mlflow_has_one_finished_run_and_the_champion(self, workspace: Workspace) -> None:
