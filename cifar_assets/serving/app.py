@@ -37,6 +37,7 @@ from cifar_assets.serving.v2 import HEADER_LENGTH, INPUT_METADATA, OUTPUT_METADA
 
 _log = logging.getLogger(__name__)
 
+_METRICS_SECONDS = 0.25
 _OPENAPI = Path(__file__).with_name("openapi.json")
 _SECONDS_PER_PIXEL = 50e-9
 """How much later a picture's turn comes for each of its pixels."""
@@ -64,6 +65,8 @@ class App:
         self._is_ready = is_ready
         self._num_pending = 0
         self._num_pending_pixels = 0
+        self._metrics_text = b""
+        self._metrics_expire_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._reader = _Reader()
         self._batcher = MicroBatcher(run, batch_images=limits.batch_images, queue_images=limits.queue_images)
@@ -115,7 +118,7 @@ class App:
             ),
             "/v2/health/live": partial(json_response, {"live": True}),
             "/v2/health/ready": self._status,
-            "/metrics": lambda: Response(200, generate_latest(REGISTRY), CONTENT_TYPE_LATEST),
+            "/metrics": self._metrics,
             "/openapi.json": partial(Response, 200, _OPENAPI.read_bytes()),
         }
         posts: dict[str, Callable[[Request], Parsed]] = {}
@@ -125,6 +128,14 @@ class App:
             posts[f"/v1/models/{name}{suffix}:predict"] = self._parse_v1
             posts[f"/v2/models/{name}{suffix}/infer"] = self._parse_v2
         return gets, posts
+
+    def _metrics(self) -> Response:
+        """The metrics, gathered again when a prediction came or went, else a few times a second at most."""
+        now = time.monotonic()
+        if now > self._metrics_expire_at:
+            self._metrics_text = generate_latest(REGISTRY)
+            self._metrics_expire_at = now + _METRICS_SECONDS
+        return Response(200, self._metrics_text, CONTENT_TYPE_LATEST)
 
     def _status(self, **model: str) -> Response:
         ready = self._is_ready()
@@ -164,6 +175,7 @@ class App:
         _check_room("requests", self._num_pending, self._limits.max_pending_requests, retry_after)
         self._batcher.check_room(1)
         self._num_pending += 1
+        self._metrics_expire_at = 0.0
         started = time.monotonic()
         try:
             parsed = None
@@ -228,6 +240,7 @@ class App:
 
     def _answer(self, request: Request, response: Response) -> None:
         self._num_pending -= 1
+        self._metrics_expire_at = 0.0
         request.answer(response)
 
 
