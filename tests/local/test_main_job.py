@@ -102,7 +102,7 @@ class TestGate:
         with steady_requests(client(workspace)) as answers:
             done = workspace.materialize("cifar10/inference_service", ACCURACY_THRESHOLD="0.999")
         assert done.returncode != 0
-        assert "Not deployed: test accuracy 0." in done.stdout
+        assert "Not deployed: Test accuracy 0." in done.stdout
         assert "the threshold 0.9990" in done.stdout
         assert answers.failures == []
         assert answers.digests == {served.model_digest}
