@@ -59,6 +59,7 @@ def _gate(environment: Mapping[str, str]) -> AccuracyGate:
 
 
 def _local(environment: Mapping[str, str]) -> dict[str, Any]:
+    from cifar_assets.serving.settings import ENVIRONMENT_PREFIX
     from resources.argo.local import LocalPipeline
     from resources.inference_service import LocalInferenceService
     from resources.mlflow.resource import LocalMlflow
@@ -69,7 +70,9 @@ def _local(environment: Mapping[str, str]) -> dict[str, Any]:
         "object_store": LocalObjectStore(),
         "mlflow": LocalMlflow(),
         "trainer": LocalTrainer(),
-        "serving": LocalInferenceService(server_module="cifar_assets.serving", port=_port(environment)),
+        "serving": LocalInferenceService(
+            server_module="cifar_assets.serving", withheld_prefix=ENVIRONMENT_PREFIX, port=_port(environment)
+        ),
         "argo": LocalPipeline(),
     }
 

@@ -140,4 +140,4 @@ def _same_verdict(instance: dg.DagsterInstance, models: ObjectStore, argo: _Mode
     recorded = made.materialization.metadata
     against = objections(judge_model(models, twin.digest, float(str(recorded["threshold"].value))))
     expected, found = "refused" if against else "passed", str(recorded["gate"].value)
-    return Verdict(found == expected, f"Argo: {found}. The gate: {expected}. {' '.join(against)}".rstrip())
+    return Verdict(found == expected, f"Argo: {found}. The gate: {expected}. {'; '.join(against)}".rstrip())

@@ -122,6 +122,7 @@ def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy
     """Shards and objects that none of these versions uses, and notes about objects that are gone."""
     shards = {shard.file for digest in processed for shard in read_processed(stores.processed, digest).files}
     objects = {item.key for digest in raw for item in read_raw(stores.raw, digest).objects}
+    present = shards | objects
     sha256s = {key.removeprefix(OBJECTS_PREFIX).partition(".")[0] for key in objects}
 
     def is_stale(store: ObjectStore, kind: type[BaseModel], names: Callable[[Any], set[str]]) -> Any:
@@ -129,7 +130,7 @@ def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy
 
         def check(info: ObjectInfo) -> bool:
             note = read_state(store, info.key, kind)
-            return note is None or not names(note) <= shards | objects
+            return note is None or not names(note) <= present
 
         return check
 

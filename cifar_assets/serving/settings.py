@@ -121,7 +121,7 @@ def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, st
         if variable in environment:
             values[name] = environment[variable]
     values |= vars(parser.parse_args(arguments))
-    values.setdefault("model_version", values.get("model_digest", "")[:12])
+    values["model_version"] = values.get("model_version") or values.get("model_digest", "")[:12]
     try:
         return ServerSettings(**values)  # pyright: ignore[reportArgumentType] - pydantic converts and checks the texts
     except ValidationError as error:

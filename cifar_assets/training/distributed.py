@@ -43,6 +43,8 @@ class Processes:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set in any process."""
+        if self.world_size == 1:
+            return flag  # after every step: no waiting for a GPU
         return bool(self.all_reduce(torch.tensor(int(flag), device=device)).item())
 
     def broadcast(self, values: Tensor) -> Tensor:

@@ -54,11 +54,13 @@ class JobSpec(TrainingSpec):
     @classmethod
     def _read_earlier_form(cls, values: Any) -> Any:
         """Translate a spec of an earlier release, as in a stored plan. Fields that are gone are dropped."""
-        if not isinstance(values, dict) or "write_seed_copies" not in values:
+        if not isinstance(values, dict) or "write_seed_copies" not in values or "recipe" not in values:
             return values
+        if not isinstance(values["recipe"], dict) or not isinstance(values["recipe"].get("network"), str):
+            return values  # as it is, to be refused field by field
         values = {**values, "write_baseline_copies": values["write_seed_copies"]}
         del values["write_seed_copies"]
-        values["execution"] = _known_fields(Execution, values["execution"])
+        values["execution"] = _known_fields(Execution, values.get("execution") or {})
         recipe = {"views": "mirrored" if values["recipe"].get("test_time_flip") else "plain", **values["recipe"]}
         if recipe["network"] == "resnet18":
             raise ValueError("recipe.network: resnet18 with a 3x3 stem is not built any more: train by another recipe")

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
-
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING, Literal
 
 from resources.mlflow.target import MlflowTarget, first_line, why_refused
+
+if TYPE_CHECKING:
+    # imported in the thread: it takes a second that the training need not wait for
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _LOG = logging.getLogger(__name__)
 IDENTITY_TAG = "cifar.training"
@@ -25,7 +26,7 @@ _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 20.0
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-_Action = Callable[[MlflowClient, Run], object]
+_Action = Callable[["MlflowClient", "Run"], object]
 
 
 class _RefusedError(Exception):
@@ -61,19 +62,35 @@ class Tracker:
             self._unsent.append(_START)
             self._thread = threading.Thread(target=self._work, args=(self._target,), name="mlflow", daemon=True)
             self._thread.start()
-        entities = [Param(name, str(value)[:6000]) for name, value in params.items()]
-        self._do("parameters", lambda client, run: client.log_batch(run.info.run_id, params=entities))
+
+        def log(client: "MlflowClient", run: "Run") -> None:
+            from mlflow.entities import Param
+
+            entities = [Param(name, str(value)[:6000]) for name, value in params.items()]
+            client.log_batch(run.info.run_id, params=entities)
+
+        self._do("parameters", log)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Metrics of one step, sent as one batch."""
         now = int(time.time() * 1000)
-        entities = [Metric(name, value, now, step) for name, value in metrics.items()]
-        self._do(f"metrics of step {step}", lambda client, run: client.log_batch(run.info.run_id, metrics=entities))
+
+        def log(client: "MlflowClient", run: "Run") -> None:
+            from mlflow.entities import Metric
+
+            entities = [Metric(name, value, now, step) for name, value in metrics.items()]
+            client.log_batch(run.info.run_id, metrics=entities)
+
+        self._do(f"metrics of step {step}", log)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Tags of the run."""
-        entities = [RunTag(name, value) for name, value in tags.items()]
-        self._do("tags", lambda client, run: client.log_batch(run.info.run_id, tags=entities))
+
+        def log(client: "MlflowClient", run: "Run") -> None:
+            for name, value in tags.items():
+                client.set_tag(run.info.run_id, name, value)
+
+        self._do("tags", log)
 
     def log_model(self, files: Mapping[str, bytes], tags: Mapping[str, str]) -> None:
         """Files as artifacts of the run, then a version of the registered model from them, with the tags."""
@@ -156,7 +173,9 @@ class Tracker:
                 time.sleep(0.1)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    def _open_run(self, target: MlflowTarget) -> tuple[MlflowClient, Run]:
+    def _open_run(self, target: MlflowTarget) -> "tuple[MlflowClient, Run]":
+        from mlflow import MlflowClient
+
         for name in ("alembic", "mlflow.store.db"):  # opening a sqlite store logs every step of the schema migration
             logging.getLogger(name).setLevel(logging.WARNING)
         client = MlflowClient(target.tracking_uri, target.tracking_uri)
@@ -168,7 +187,9 @@ class Tracker:
         tags = {**target.tags, IDENTITY_TAG: self._identity}
         return client, client.create_run(experiment_id, tags=tags, run_name=target.run_name)
 
-    def _register(self, client: MlflowClient, run: Run, name: str, tags: Mapping[str, str]) -> None:
+    def _register(self, client: "MlflowClient", run: "Run", name: str, tags: Mapping[str, str]) -> None:
+        from mlflow.exceptions import MlflowException
+
         if _ARTIFACTS in self._unsent:
             raise _RefusedError("its artifacts are not in MLflow")
         try:
@@ -191,13 +212,13 @@ def _end(status: RunStatus) -> str:
     return f"end of the run as {status}"
 
 
-def _end_run(client: MlflowClient, run: Run, status: RunStatus) -> None:
+def _end_run(client: "MlflowClient", run: "Run", status: RunStatus) -> None:
     client.set_terminated(run.info.run_id, status)
     if (stored := client.get_run(run.info.run_id).info.status) != status:
         raise _NotStoredError(f"run {run.info.run_id} is {stored}")
 
 
-def _log_files(client: MlflowClient, run: Run, files: Mapping[str, bytes]) -> None:
+def _log_files(client: "MlflowClient", run: "Run", files: Mapping[str, bytes]) -> None:
     with tempfile.TemporaryDirectory() as name:
         for file, data in files.items():
             Path(name, file).write_bytes(data)
@@ -212,7 +233,9 @@ def _log_files(client: MlflowClient, run: Run, files: Mapping[str, bytes]) -> No
         raise _NotStoredError(f"{run.info.artifact_uri}/{_FOLDER} lacks what was sent: {', '.join(lost)}")
 
 
-def _experiment_id(client: MlflowClient, target: MlflowTarget) -> str:
+def _experiment_id(client: "MlflowClient", target: MlflowTarget) -> str:
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(target.experiment)
     if found is None:
         try:

@@ -15,12 +15,16 @@ from resources.inference_service.kserve.manifest import build_inference_service_
 from resources.kubernetes.config import print_rendered
 from resources.kubernetes.errors import SettingsError
 
+_KEYS = {"name", "namespace", "settings", "model", "uri", "digest", "version"}
+
 
 def render(path: Path) -> str:
     """YAML of the InferenceService that a settings file describes. SettingsError for one that is not valid."""
     try:
         content = yaml.safe_load(path.read_text())
         model = content["model"]
+        if unknown := {*content, *model} - _KEYS:
+            raise KeyError(*sorted(unknown))
         request = DeployRequest(model["uri"], model["digest"], str(model["version"]))
         settings, name, namespace = content["settings"], content["name"], content["namespace"]
         manifest = build_inference_service_manifest(
@@ -33,7 +37,7 @@ def render(path: Path) -> str:
             f"{path}: expected the keys name, namespace, settings, and model with uri, digest and version ({error!r})."
         ) from error
     # The path as seen from the repository's root, wherever the command runs.
-    shown = "/".join(path.parts[path.parts.index("k8s") :]) if "k8s" in path.parts else path.name
+    shown = "/".join(path.parts[-path.parts[::-1].index("k8s") - 1 :]) if "k8s" in path.parts else path.name
     source = f"# Generated from {path.name} by: python -m resources.inference_service {shown}\n"
     return source + yaml.safe_dump(manifest, sort_keys=False)
 

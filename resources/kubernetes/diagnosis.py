@@ -1,4 +1,4 @@
-"""Why something failed or does not start: from the state of its pods as it was seen over time. Pure."""
+"""Why something failed or does not start: from the state of its pods as it was seen over time."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence

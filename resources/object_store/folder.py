@@ -17,6 +17,8 @@ from resources.errors import ConfigError, ObjectChangedError, ObjectNotFoundErro
 from resources.object_store.base import ObjectInfo, ObjectStore, Transferred
 
 _TEMPORARY_PREFIX = ".writing-"
+_REMOVING_PREFIX = ".removing-"
+_MAX_NAME_BYTES = 255
 _ABANDONED_SECONDS = 60
 """No younger file is taken for abandoned: its writer may be about to lock it."""
 _swept: set[Path] = set()
@@ -74,7 +76,7 @@ class FolderStore(ObjectStore):
             str(Path(folder, name).relative_to(self.root)).replace(os.sep, "/")
             for folder, _, names in os.walk(base)
             for name in names
-            if not name.startswith(_TEMPORARY_PREFIX)
+            if not name.startswith((_TEMPORARY_PREFIX, _REMOVING_PREFIX))
         )
         for key in sorted(keys):
             if key.startswith(prefix):
@@ -87,9 +89,10 @@ class FolderStore(ObjectStore):
 
     def delete(self, key: str, etag: str | None = None) -> bool:
         path = self._path(key)
+        _remove_abandoned(path.parent)
         try:
-            if etag is not None and path.exists() and _etag(path.stat()) != etag:
-                return False
+            if etag is not None:
+                return _remove_unchanged(path, etag)
             path.unlink(missing_ok=True)
         except NotADirectoryError:
             pass
@@ -135,6 +138,32 @@ def _etag(status: os.stat_result) -> str:
     return tag.hexdigest()[:32]
 
 
+def _remove_unchanged(path: Path, etag: str) -> bool:
+    """Remove a file that still has the etag. It is set aside first, so that what is looked at is what is removed."""
+    aside = path.with_name(_REMOVING_PREFIX + path.name)
+    try:
+        if _etag(path.stat()) != etag:
+            return False
+        if len(os.fsencode(aside.name)) > _MAX_NAME_BYTES:
+            path.unlink()
+            return True
+        path.rename(aside)
+        if _etag(aside.stat()) == etag:
+            aside.unlink()
+            return True
+        _put_back(aside)
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _put_back(aside: Path) -> None:
+    """Give a file its name again, unless a newer one has taken it."""
+    with contextlib.suppress(FileExistsError):
+        os.link(aside, aside.with_name(aside.name.removeprefix(_REMOVING_PREFIX)), follow_symlinks=False)
+    aside.unlink()
+
+
 def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace: bool = True) -> bool:
     """Let `fill` write a temporary file next to the path and rename it into place; nothing is left when it fails.
 
@@ -172,7 +201,7 @@ def _give_name(temporary: str, path: Path, replace: bool) -> bool:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed writers left in a folder, once per process: their locks are gone."""
+    """Tidy what killed processes left in a folder, once per process: half-written and half-removed files."""
     if folder in _swept:
         return
     _swept.add(folder)
@@ -181,3 +210,6 @@ def _remove_abandoned(folder: Path) -> None:
             if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED_SECONDS:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
+    for path in folder.glob(f"{_REMOVING_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):
+            _put_back(path)

@@ -20,6 +20,7 @@ from tests.cluster.kubectl import kubectl, wait_for
 from tests.unit.serving.tiny_model import store_tiny_model
 
 SERVER_IMAGE = "localhost/cifar-server:dev"
+DAGSTER_IMAGE = "localhost/cifar-dagster:dev"
 NAME = "cifar10"
 K8S = Path(__file__).parents[2] / "k8s"
 
@@ -101,7 +102,7 @@ def asking(namespace: str) -> Iterator[Tally]:
     """Ask by multipart form over new connections, about 20 times a second, while the block runs; then tell."""
     container = {
         "name": "asker",
-        "image": SERVER_IMAGE,
+        "image": DAGSTER_IMAGE,
         "imagePullPolicy": "IfNotPresent",
         "command": ["python", "-c", _ASK, f"http://{NAME}-predictor.{namespace}.svc"],
         "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}},

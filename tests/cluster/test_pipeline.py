@@ -99,7 +99,7 @@ def test_epochs_and_logs_are_in_the_run(cluster: Workspace, trained: str) -> Non
     assert finished is not None
     assert len(observed) == OVERRIDES["epochs"]
     assert min(record.timestamp for record in observed) < finished.timestamp
-    assert "[master-0] Epoch 3/3" in trained
+    assert f"[master-0] Epoch {OVERRIDES['epochs']}/{OVERRIDES['epochs']}" in trained
 
 
 def test_keys_metadata_and_checks_are_those_of_the_local_deployment(

@@ -80,12 +80,16 @@ class _Child:
         return found
 
     def _receive(self, deadline: float) -> tuple[dict[str, Any], bytes]:
-        if not self._connection.poll(max(0.0, deadline - time.monotonic())):
-            raise _ChildEndedError("took too long to read")
-        try:
-            return receive(self._connection)
-        except (EOFError, OSError):
-            raise _ChildEndedError(self._cause_of_death()) from None
+        parts = []
+        for _ in range(2):  # as `receive` does
+            if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+                raise _ChildEndedError("took too long to read")
+            try:
+                parts.append(self._connection.recv_bytes(MEMORY_BYTES))
+            except (EOFError, OSError):
+                self.process.kill()  # after an answer that cannot be one, it may still run
+                raise _ChildEndedError(self._cause_of_death()) from None
+        return json.loads(parts[0]), parts[1]
 
     def _cause_of_death(self) -> str:
         code = self.process.wait()

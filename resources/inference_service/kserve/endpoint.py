@@ -64,7 +64,7 @@ class ServiceEndpoint:
         try:
             return client.served_model()
         except ServerError as error:
-            problem = next((each.problem for each in _ports.values() if each.url == client.base_url), None)
+            problem = next((each.problem for each in list(_ports.values()) if each.url == client.base_url), None)
             if problem:
                 raise ServerError(f"{error} A port could not be forwarded: {problem}") from error
             raise
@@ -115,7 +115,9 @@ class _ForwardedPort:
         ready = [pod.metadata.name for pod in found if read_pod(pod, pod.metadata.name).ready]
         if not ready:
             raise LookupError(f"no pod is ready behind Service {self._namespace}/{self._service}")
-        port = next(int(port.target_port) for port in service.spec.ports if port.port == 80)
+        port = next(port.target_port for port in service.spec.ports if port.port == 80)
+        if not isinstance(port, int):
+            raise LookupError(f"Service {self._namespace}/{self._service} names its target port {port}, not a number")
         forward = portforward(
             core.connect_get_namespaced_pod_portforward,
             random.choice(ready),
@@ -129,14 +131,16 @@ class _ForwardedPort:
 
 
 _ports: dict[tuple[str, str, str], _ForwardedPort] = {}
+_ports_lock = threading.Lock()
 
 
 def _forwarded_url(configuration: k8s.Configuration, namespace: str, service: str) -> str:
     """Address of this process's one port that leads there."""
     key = (configuration.host, namespace, service)
-    if key not in _ports:
-        _ports[key] = _ForwardedPort(configuration, namespace, service)
-    return _ports[key].url
+    with _ports_lock:
+        if key not in _ports:
+            _ports[key] = _ForwardedPort(configuration, namespace, service)
+        return _ports[key].url
 
 
 def _pump(source: Any, sink: Any) -> None:

@@ -72,7 +72,7 @@ def build_inference_service_manifest(
         **{f"{PREFIX}{key}": value for key, value in request.annotations().items()},
     }
     metadata = {"name": name, "namespace": namespace, "labels": labels, "annotations": annotations}
-    return _document(metadata, predictor)
+    return _document(metadata, {"predictor": predictor})
 
 
 def with_traffic(manifest: Mapping[str, Any], percent: int | None) -> dict[str, Any]:
@@ -82,7 +82,8 @@ def with_traffic(manifest: Mapping[str, Any], percent: int | None) -> dict[str, 
     """
     metadata = {key: manifest["metadata"].get(key) or {} for key in ("name", "namespace", "labels", "annotations")}
     share = {} if percent is None else {"canaryTrafficPercent": percent}
-    return copy.deepcopy(_document(metadata, {**_without_traffic(manifest["spec"]["predictor"]), **share}))
+    predictor = {**_without_traffic(manifest["spec"]["predictor"]), **share}
+    return copy.deepcopy(_document(metadata, {**manifest["spec"], "predictor": predictor}))
 
 
 def request_of(annotations: Mapping[str, str]) -> DeployRequest | None:
@@ -94,9 +95,8 @@ def request_of(annotations: Mapping[str, str]) -> DeployRequest | None:
         return None
 
 
-def _document(metadata: Mapping[str, Any], predictor: Mapping[str, Any]) -> dict[str, Any]:
-    head = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND}
-    return {**head, "metadata": metadata, "spec": {"predictor": predictor}}
+def _document(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "metadata": metadata, "spec": spec}
 
 
 def _without_traffic(predictor: Mapping[str, Any]) -> dict[str, Any]:

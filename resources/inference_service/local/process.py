@@ -8,6 +8,7 @@ ends. So there is no state file and no process id to go stale. The folder's owne
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -65,17 +66,23 @@ class RunningServer:
         self._connection.close()
 
     def take_over(self, folder: Path, old: "RunningServer | None") -> None:
-        """Let this server take requests and the old one drain. What comes in between waits in the listening socket."""
-        os.replace(folder / _STARTING_NAME, folder / _NAME)
+        """Let this server take requests, and then the old one drain. DeployError keeps the old one."""
+        try:
+            self._connection.sendall(b"go\n")
+            if not self._connection.recv(1):
+                raise ConnectionResetError("it ended")
+            os.replace(folder / _STARTING_NAME, folder / _NAME)
+        except OSError as error:
+            raise DeployError(f"it failed to take over: {error} (log: {self.info.log_file})") from error
         if old is not None:
             old.terminate()
-        self._connection.sendall(b"go\n")
-        if not self._connection.recv(1):
-            raise DeployError(f"The new server ended as it took over; nothing serves now. See {self.info.log_file}.")
 
     def terminate(self) -> None:
-        """Tell it to accept nothing more, answer what it has, and end."""
-        os.kill(self.info.pid, signal.SIGTERM)
+        """Tell it to accept nothing more, answer what it has, and end. Does nothing where it has ended."""
+        ended = select.select([self._connection], [], [], 0)[0] and not self._connection.recv(1, socket.MSG_PEEK)
+        if not ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.info.pid, signal.SIGTERM)
 
     def wait_until_it_drains(self) -> None:
         """Wait until it accepts nothing more."""
@@ -111,9 +118,16 @@ def find_server(folder: Path) -> RunningServer | None:
 
 @contextlib.contextmanager
 def start_server(
-    module: str, folder: Path, request: DeployRequest, host: str, port: int, listener: socket.socket, timeout: float
+    module: str,
+    folder: Path,
+    request: DeployRequest,
+    host: str,
+    port: int,
+    listener: socket.socket,
+    timeout: float,
+    withheld_prefix: str,
 ) -> Iterator[RunningServer]:
-    """A server that is loaded and waits to take over.
+    """A server that is loaded and waits to take over. It gets no variables whose names begin with `withheld_prefix`.
 
     It is killed when the block fails, and ends by itself when this process dies in the block. Raises DeployError.
     """
@@ -131,7 +145,7 @@ def start_server(
             stdout=log,
             stderr=log,
             pass_fds=(listener.fileno(), control.fileno()),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**_without(withheld_prefix), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,
         )
     try:
@@ -147,6 +161,10 @@ def start_server(
         (folder / _STARTING_NAME).unlink(missing_ok=True)
         raise
     threading.Thread(target=process.wait, daemon=True).start()  # collects it, should this process still be there
+
+
+def _without(prefix: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not prefix or not name.startswith(prefix)}
 
 
 @contextlib.contextmanager

@@ -33,6 +33,9 @@ class LocalInferenceService(InferenceServiceResource):
     state_dir: str = Field(default=".cifar/serving", description="Folder of the server's control socket and logs.")
     host: str = Field(default="127.0.0.1", description="Address to listen on; `::` for IPv6 and IPv4.")
     port: int = Field(default=8080, ge=1, le=65535, description="Port to listen on.")
+    withheld_prefix: str = Field(
+        default="", description="The server gets no variables whose names begin with this: its settings come from here."
+    )
     startup_timeout_seconds: float = Field(
         default=120.0, gt=0, description="How long a model may take to load, be verified and warm up."
     )
@@ -81,14 +84,14 @@ class LocalInferenceService(InferenceServiceResource):
             try:
                 listener = old.listener if old else stack.enter_context(_listen(self.host, self.port))
                 arguments = folder, request, self.host, self.port, listener, self.startup_timeout_seconds
-                new = stack.enter_context(start_server(self.server_module, *arguments))
+                new = stack.enter_context(start_server(self.server_module, *arguments, self.withheld_prefix))
                 _check_answers(new.info)
+                new.take_over(folder, old)
             except (OSError, ExplainedError) as error:
                 kept = f"Model {old.info.model_digest} still serves." if old else "Nothing was served before or is now."
                 raise DeployError(
                     f"Model {request.model_digest} was not put into service: {str(error).rstrip('.')}. {kept}"
                 ) from error
-            new.take_over(folder, old)
             return new.info
 
 

@@ -107,3 +107,32 @@ def test_a_link_that_is_removed_leaves_what_it_links_to(tmp_path: Path) -> None:
     assert store.delete("link", info.etag)
     assert not store.exists("link")
     assert (tmp_path / "file").read_bytes() == b"1"
+
+
+def test_a_replaced_file_is_not_removed_and_comes_back_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FolderStore(tmp_path)
+    store.write("x", b"judged")
+    info = store.stat("x")
+    assert info is not None
+    rename = Path.rename
+
+    def replace_first(path: Path, target: Path) -> Path:
+        if path.name == "x":
+            store.write("x", b"newer")  # after the last look at its etag
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", replace_first)
+    assert not store.delete("x", info.etag)
+    assert store.read("x") == b"newer"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_file_that_a_killed_process_was_removing_comes_back(tmp_path: Path) -> None:
+    (tmp_path / ".removing-x").write_bytes(b"1")
+    store = FolderStore(tmp_path)
+    assert list(store.list()) == []
+    store.write("y", b"2")
+    assert store.read("x") == b"1"
+    assert sorted(os.listdir(tmp_path)) == ["x", "y"]
