@@ -160,6 +160,7 @@ def test_a_deployment_is_undone_when_its_run_dies(running, number):
     request = running.request(2)
     folder = Path(running.service.state_dir)
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # a parent may ignore it
         "from resources.inference_service import *;"
         f"s = LocalInferenceService(**{running.service.model_dump()!r});"
         f"s.deploy(DeployRequest({request.model_uri!r}, {request.model_digest!r}, 'v2'))"

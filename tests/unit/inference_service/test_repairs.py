@@ -227,6 +227,13 @@ def test_spec_edited_by_hand_is_written_again(serving_a: FakeKServe, fields: dic
     assert deployer(serving_a).deploy(A).changed is False
 
 
+def test_part_added_to_the_spec_by_hand_is_removed(serving_a: FakeKServe):
+    assert serving_a.service is not None
+    serving_a.service["spec"]["transformer"] = {"containers": [{"name": "kserve-container", "image": "other"}]}
+    assert deployer(serving_a).deploy(A).changed
+    assert list(serving_a.service["spec"]) == ["predictor"]
+
+
 def test_edited_spec_that_serves_is_put_back_when_its_repair_fails(serving_a: FakeKServe):
     edit(serving_a, containers=[{"name": "kserve-container", "image": "hotfix"}])
     serving_a.clock.sleep(30)
