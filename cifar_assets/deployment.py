@@ -18,7 +18,7 @@ SERVICE_PORT_VARIABLE = "INFERENCE_SERVICE_PORT"
 def resources_for(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Resources by key for the deployment that DAGSTER_DEPLOYMENT names. Opens no connection.
 
-    Raises ConfigError for an unknown deployment or a threshold that is no fraction.
+    Raises ConfigError for an unknown deployment or a threshold that is not a fraction.
     """
     deployed = _local(environment) if _name(environment) == "local" else _kubernetes(environment)
     return {**deployed, "gate": _gate(environment)}

@@ -132,7 +132,7 @@ def mlflow_end(
 ) -> tuple[str, float | None] | None:
     """How and when a training ended that MLflow shows as RUNNING, by what Dagster knows of its run.
 
-    A materialization that names the MLflow run says that it finished, whatever became of the Dagster run after it; one
+    A materialization that names the MLflow run says that it finished, however the Dagster run ended after it; one
     that names another says that this was an earlier attempt. None while the Dagster run continues, or a retry of it,
     which may have adopted the training, or may soon after a failure; and for a run that this instance does not know, as
     it may belong to another instance.

@@ -58,7 +58,7 @@ def _require(judges: Judges, what: str) -> None:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What the run came to, as its last step tells those who wait for it."""
+    """The result of the run, which its last step writes for those who wait for it."""
 
     result: Mapping[str, Any]
     """The trainer's own final message: digest, URI, MLflow run, version, and what it was resumed from."""

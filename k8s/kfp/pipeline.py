@@ -100,7 +100,7 @@ def cifar10_pipeline(
     trained = train(store=store, plan=processed.output).set_memory_limit("3Gi")
     model = verify_model(store=store, plan=trained.output, threshold=threshold, outputs=outputs)
     for task in (data, processed, trained, model):
-        task.set_caching_options(False)  # each run looks at the store anew
+        task.set_caching_options(False)  # each run reads the store again
         kubernetes.use_config_map_as_env(task, "cifar-platform", ENDPOINT)
         kubernetes.use_secret_as_env(task, "object-store-pipeline", CREDENTIALS)
     return model.output

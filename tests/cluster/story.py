@@ -79,7 +79,7 @@ class ClusterStory:
         return any(pod.status.phase == "Running" for pod in self.pods())
 
     def when(self, condition: Callable[[], Any], action: Callable[[], None]) -> threading.Thread:
-        """Do something from another thread once a condition holds; the run goes on in this one."""
+        """Do something from another thread once a condition holds; the run continues in this one."""
 
         def wait_and_act() -> None:
             wait_for("the moment to act", condition, 90)

@@ -254,7 +254,7 @@ def test_rights(argo: ArgoCluster, account: str, verb: str, resource: str, allow
     assert answer["status"]["allowed"] is (allowed == "yes")
 
 
-def test_both_roads_lead_to_the_same_model(
+def test_both_pipelines_give_the_same_model(
     argo: ArgoCluster, tiny: TinyData, platform: Platform, tmp_path: Path
 ) -> None:
     """trained_model as a PyTorchJob of Dagster's, then the job argo_parity, both as users start them."""

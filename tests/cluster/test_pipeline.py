@@ -123,7 +123,7 @@ def test_a_model_below_the_threshold_is_refused_alone_and_in_the_same_run(
     assert kubectl("-n", platform.namespace, "get", "inferenceservices", "-o", "name", "--ignore-not-found") == ""
 
 
-def test_master_and_worker_do_what_one_process_does(
+def test_master_and_worker_train_like_one_process(
     cluster: Workspace, trained: str, models: S3Store, platform: Platform, jobs_removed: None
 ) -> None:
     """And with the worker's pod deleted in mid-epoch the weights are bit for bit the same."""

@@ -48,7 +48,7 @@ def argo_parity(workspace: Workspace, config: dict[str, Any] | None = None) -> t
     return done.stdout, found
 
 
-def test_both_roads_lead_to_the_same_model_and_are_refused_alike(workspace: Workspace, trained: str) -> None:
+def test_both_pipelines_give_the_same_model_and_refusal(workspace: Workspace, trained: str) -> None:
     output, checks = argo_parity(workspace)
     assert checks == dict.fromkeys(CHECKS, True), output
     assert newest(workspace, ARGO_TRAINED_MODEL) == trained

@@ -149,7 +149,7 @@ class TestGate:
             assert after.get_num_requested(INFERENCE_SERVICE) == num_requested
 
     @pytest.mark.parametrize("threshold", ["80", "-0.1", "0,8"])
-    def test_a_threshold_that_is_no_fraction_stops_before_anything_runs(
+    def test_threshold_that_is_not_a_fraction_stops_before_anything_runs(
         self, workspace: Workspace, threshold: str
     ) -> None:
         with workspace.instance() as instance:

@@ -184,7 +184,7 @@ class TestTensors:
 
     IMAGES = np.stack([PIXELS, SMOOTH]).transpose(0, 3, 1, 2)
 
-    def test_what_the_metadata_says_is_what_is_accepted(self, server):
+    def test_input_described_by_the_metadata_is_accepted(self, server):
         metadata = server.get("/v2/models/cifar10").json
         (declared,) = metadata["inputs"]
         body = {
@@ -450,7 +450,7 @@ class TestSurface:
     def test_the_metadata_names_the_picture_formats(self, server):
         assert server.get("/v2/models/cifar10").json["picture_formats"] == ["PNG", "JPEG"]
 
-    def test_metrics_count_what_happened(self, server):
+    def test_metrics_count_requests_and_errors(self, server):
         def sample(name: str) -> float:
             lines = server.get("/metrics").body.decode().splitlines()
             return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
@@ -506,7 +506,7 @@ class TestClient:
         served = client.served_model()
         assert (served.ready, served.model_digest, served.model_version) == (True, digest, "7")
 
-    def test_errors_say_what_was_asked(self, server, tmp_path, monkeypatch):
+    def test_errors_name_the_request(self, server, tmp_path, monkeypatch):
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # loopback is not asked through a proxy
         client = InferenceClient(server.url)
         (tmp_path / "x.png").write_bytes(b"x")

@@ -68,7 +68,7 @@ def two(place: Workplace) -> str:
     return done.stdout
 
 
-def test_two_processes_do_what_one_does(place: Workplace, two: str):
+def test_two_processes_train_like_one(place: Workplace, two: str):
     """Batches of 30 and 31 images over two processes, one MLflow run, one model, the accuracy of one process."""
     code, output = run_forked(place.spec("alone", recipe_fields=RECIPE | PLAIN_STEPS))
     assert code == 0, output

@@ -115,7 +115,7 @@ def test_the_baseline_weights_object_is_a_copy(place: Workplace, finished: objec
     assert all(torch.equal(value, copy[name]) for name, value in expected.items())
 
 
-def test_dagster_is_told_of_epochs_and_result(place: Workplace, finished: tuple[str, list[dict[str, Any]]]):
+def test_dagster_receives_epochs_and_result(place: Workplace, finished: tuple[str, list[dict[str, Any]]]):
     output, messages = finished
     digest, metrics = place.only_model()
     assert [message["method"] for message in (messages[0], messages[-1])] == ["opened", "closed"]

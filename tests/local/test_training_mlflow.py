@@ -1,4 +1,4 @@
-"""What MLflow is told of a training, and that a training does not depend on it."""
+"""What a training logs to MLflow, and that it does not depend on MLflow."""
 
 import os
 import signal
@@ -130,7 +130,7 @@ def port() -> int:
         return listener.getsockname()[1]
 
 
-def test_with_mlflow_away_the_training_goes_on_and_says_what_was_not_sent(
+def test_training_continues_without_mlflow_and_names_what_was_not_sent(
     place: Workplace, port: int, monkeypatch: pytest.MonkeyPatch
 ):
     spec = tracked(place, "away", tracking_uri=f"http://127.0.0.1:{port}", artifact_uri=None, patience_seconds=2)
@@ -157,7 +157,7 @@ def server(place: Workplace, port: int, tmp_path: Path) -> Iterator[subprocess.P
     process.wait(30)
 
 
-def test_a_server_that_comes_late_is_told_everything(place: Workplace, port: int, server: subprocess.Popen[bytes]):
+def test_mlflow_server_that_starts_late_gets_everything(place: Workplace, port: int, server: subprocess.Popen[bytes]):
     """Over HTTP, artifacts proxied by the server."""
     uri = f"http://127.0.0.1:{port}"
     code, output = run_forked(tracked(place, "late", tracking_uri=uri, artifact_uri=None))

@@ -83,7 +83,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_that_there_is_more(place: Workplac
     assert place.checkpoints("stopped")
 
 
-def test_a_store_that_is_not_reached_is_no_failure_for_good(place: Workplace):
+def test_unreachable_store_is_a_transient_failure(place: Workplace):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{nobody.getsockname()[1]}"

@@ -114,7 +114,7 @@ def test_the_step_that_trains_may_not_read_what_others_do() -> None:
 
 
 @pytest.mark.parametrize("name", ["workflow.yaml", "demo.yaml"])
-def test_workflows_are_created_anew_each_time(name: str) -> None:
+def test_each_workflow_has_a_generated_name(name: str) -> None:
     (workflow,) = documents(name)
     assert workflow["metadata"].get("generateName")
     assert workflow["spec"]["workflowTemplateRef"] == {"name": "cifar10-pipeline"}

@@ -68,9 +68,7 @@ def test_failed_training_is_diagnosed_as_dagsters_own(argo: FakeArgo, client: Wo
     assert "no such device" in text
 
 
-def test_an_attempt_that_was_repeated_with_success_is_no_failure(
-    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
-):
+def test_attempt_repeated_with_success_is_not_a_failure(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
     argo.step(NAME, "train(0)", "Error", "pod deleted")
     argo.step(NAME, "train(1)", "Succeeded")
     argo.step(NAME, f"{NAME}.onExit", "Running")

@@ -164,7 +164,7 @@ def test_report_that_is_not_json_does_not_hide_the_failed_step(fake: FakeArgo) -
     assert "failed at step verify-model" in failure(materialize()).user_failure_data.description
 
 
-def test_a_process_that_is_told_to_stop_leaves_it(fake: FakeArgo) -> None:
+def test_interrupted_process_leaves_the_workflow(fake: FakeArgo) -> None:
     def stop(call: str) -> None:
         if call == "get" and fake.workflows:
             raise DagsterExecutionInterruptedError()
@@ -182,6 +182,6 @@ def test_settings_from_the_environment() -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '"x"'])
-def test_parameters_that_are_no_object_are_refused(text: str) -> None:
+def test_parameters_that_are_not_an_object_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="ARGO_PARAMETERS"):
         argo_from_environment({"ARGO_PARAMETERS": text})

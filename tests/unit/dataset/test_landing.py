@@ -404,7 +404,7 @@ def test_data_is_not_skipped(key: str) -> None:
     assert classify_landing_object(key, 10) is None
 
 
-def test_things_that_are_no_data_are_left_alone(make, raw: FolderStore, source: str) -> None:
+def test_objects_that_are_not_data_are_left_alone(make, raw: FolderStore, source: str) -> None:
     before = build_raw_version(raw, source).digest
     for key, size in NOT_DATA.items():
         if not key.endswith("/") and key not in ("landing/cat",):
@@ -436,7 +436,7 @@ def test_an_earlier_version_is_made_current_by_its_digest(make, raw: FolderStore
     assert read_raw(raw, second.digest) == second.manifest
 
 
-def test_an_object_that_another_build_moved_is_no_fault(raw: FolderStore, source: str, monkeypatch) -> None:
+def test_object_moved_by_another_build_is_not_an_error(raw: FolderStore, source: str, monkeypatch) -> None:
     raw.write("landing/cat/x.png", b"bad")
     move = rejection.reject_object
 

@@ -89,7 +89,7 @@ def test_a_changed_manifest_is_noticed(raw: FolderStore, source: str, caplog: py
     assert key in caplog.text
 
 
-def test_unknown_and_malformed_digests_are_told_apart(raw: FolderStore) -> None:
+def test_unknown_and_malformed_digests_have_different_errors(raw: FolderStore) -> None:
     with pytest.raises(ObjectNotFoundError, match="dataset versions"):
         read_raw(raw, "0" * 64)
     for bad in ("latest", "../../x", "", "0" * 63):

@@ -97,7 +97,7 @@ def test_faults_that_stay_end_in_an_error_that_names_object_and_server(fake: Fak
     assert len(fake.requests) == ATTEMPTS
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(fake: Fake, tmp_path: Path) -> None:
+def test_interrupted_download_resumes(fake: Fake, tmp_path: Path) -> None:
     def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
         asked = handler.headers.get("Range")
         start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
@@ -114,7 +114,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(fake: Fake, tmp_path: 
     assert len(fake.requests) == 3
 
 
-def test_an_object_replaced_in_mid_download_is_no_mixture(fake: Fake, tmp_path: Path) -> None:
+def test_object_replaced_in_mid_download_is_not_mixed(fake: Fake, tmp_path: Path) -> None:
     def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
         if number == 1:
             reply(handler, 200, BODY[:1000], Content_Length=str(len(BODY)), ETag='"one"')
@@ -150,7 +150,7 @@ def test_mistakes_are_not_retried_and_say_what_to_do(status: int, code: str, adv
     assert len(fake.requests) == 1
 
 
-def test_a_server_that_is_no_s3_server_is_recognized(fake: Fake) -> None:
+def test_server_without_s3_is_recognized(fake: Fake) -> None:
     fake.answer = lambda handler, number: reply(handler, 404, b"<html>console</html>", Content_Type="text/html")
     with pytest.raises(StoreError, match="not from an S3 server"):
         fake.store().read("x")
@@ -205,7 +205,7 @@ def test_secrets_are_not_shown() -> None:
     assert "hush" not in repr(S3Connection("http://host", "hush-a", "hush-b"))
 
 
-def test_a_full_disk_here_is_no_fault_of_the_server(fake: Fake) -> None:
+def test_full_local_disk_is_not_blamed_on_the_server(fake: Fake) -> None:
     fake.answer = lambda handler, number: reply(handler, 200, BODY, Content_Length=str(len(BODY)), ETag='"one"')
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(StoreError, match="disk failed") as caught:
         fake.store()._copy_to("x", full, None)

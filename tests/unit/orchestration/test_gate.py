@@ -32,7 +32,7 @@ def test_edited_metrics_are_found_out(models: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize("accuracy", [None, "0.9", 77.11, -0.1, True])
-def test_an_accuracy_that_is_no_fraction_is_refused(models: ObjectStore, accuracy: object) -> None:
+def test_accuracy_that_is_not_a_fraction_is_refused(models: ObjectStore, accuracy: object) -> None:
     digest = store_model(models, {"test_accuracy": accuracy})
     with pytest.raises(DataError, match="test_accuracy"):
         judge(models, digest, 0.8)
@@ -44,7 +44,7 @@ def test_a_model_that_is_not_stored_cannot_pass(models: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize("text", ["80", "-0.1", "0,8", "nan", "inf", "high", ""])
-def test_a_threshold_that_is_no_fraction_is_a_configuration_error(text: str) -> None:
+def test_threshold_that_is_not_a_fraction_is_a_configuration_error(text: str) -> None:
     with pytest.raises(ConfigError, match="ACCURACY_THRESHOLD"):
         resources_for({"ACCURACY_THRESHOLD": text})
 

@@ -90,7 +90,7 @@ def test_a_state_that_returns_later_gets_a_run_of_its_own() -> None:
     assert len({first.run_key, second.run_key, third.run_key}) == 3
 
 
-def test_what_is_no_data_is_skipped_with_its_reason_and_hides_nothing() -> None:
+def test_objects_that_are_not_data_are_skipped_with_a_reason_and_hide_nothing() -> None:
     marker = landed("folder/", size=0)
     skipped = tick(LandingCursor(), [marker])
     assert skipped.run_key is None

@@ -220,7 +220,7 @@ def test_an_automatic_retry_is_waited_for(
     ("fault", "expected"),
     [("a blocking check", "refused"), ("a crash", "crashed"), ("a check that blocks nothing", "succeeded")],
 )
-def test_a_verdict_is_told_from_a_crash(instance: dg.DagsterInstance, fault: str, expected: Outcome) -> None:
+def test_verdict_is_distinguished_from_a_crash(instance: dg.DagsterInstance, fault: str, expected: Outcome) -> None:
     @dg.asset(check_specs=[dg.AssetCheckSpec("verdict", asset="model", blocking=fault == "a blocking check")])
     def model() -> dg.MaterializeResult:
         if fault == "a crash":

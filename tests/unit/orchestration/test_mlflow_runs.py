@@ -135,7 +135,7 @@ def test_runs_end_as_their_dagster_runs_did_and_when(
 def test_what_still_trains_or_is_not_known_is_left_alone(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
 ):
-    """A failed run whose retry goes on may have its training adopted by it."""
+    """A retry in progress may adopt the training of a failed run."""
     monkeypatch.setattr(sensors, "ADOPTION_SECONDS", 0)
     going = instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED)
     failed = instance.create_run_for_job(training, status=dg.DagsterRunStatus.FAILURE)

@@ -1,4 +1,4 @@
-"""What the parity checks say when the two roads differ; that they agree is in tests/local and tests/cluster."""
+"""Parity checks on models that differ. Equal models are compared in tests/local and tests/cluster."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +22,8 @@ from tests.fixtures.models import store_model
 ENVIRONMENT = {"processes": 1, "threads": 2, "device": "cpu", "precision": "float32", "cpu": "some", "packages": {}}
 
 
-class Roads:
-    """Models of both roads in one store, and what the checks make of them."""
+class Pair:
+    """Models of both pipelines in one store, and the results of the checks."""
 
     def __init__(self, folder: Path):
         self._resource = LocalObjectStore(path=str(folder))
@@ -53,69 +53,69 @@ class Roads:
 
 
 @pytest.fixture
-def roads(tmp_path: Path) -> Roads:
-    return Roads(tmp_path)
+def pair(tmp_path: Path) -> Pair:
+    return Pair(tmp_path)
 
 
 def failed(checks: Mapping[str, tuple[bool, str]]) -> dict[str, str]:
     return {name: text for name, (passed, text) in checks.items() if not passed}
 
 
-def test_one_model_by_both_roads(roads: Roads) -> None:
-    assert roads.model(TRAINED_MODEL) == roads.model(ARGO_TRAINED_MODEL)
-    checks = roads.checks()
+def test_both_pipelines_give_one_model(pair: Pair) -> None:
+    assert pair.model(TRAINED_MODEL) == pair.model(ARGO_TRAINED_MODEL)
+    checks = pair.checks()
     assert len(checks) == 5
     assert not failed(checks)
 
 
-def test_a_twin_is_found_among_earlier_models(roads: Roads) -> None:
-    digest = roads.model(TRAINED_MODEL)
-    roads.model(TRAINED_MODEL, seed=7)
-    roads.model(ARGO_TRAINED_MODEL)
-    assert digest in roads.checks()["same_inputs"][1]
-    assert not failed(roads.checks())
+def test_a_twin_is_found_among_earlier_models(pair: Pair) -> None:
+    digest = pair.model(TRAINED_MODEL)
+    pair.model(TRAINED_MODEL, seed=7)
+    pair.model(ARGO_TRAINED_MODEL)
+    assert digest in pair.checks()["same_inputs"][1]
+    assert not failed(pair.checks())
 
 
-def test_nothing_to_compare_with(roads: Roads) -> None:
-    roads.model(TRAINED_MODEL, seed=7)
-    digest = roads.model(ARGO_TRAINED_MODEL)
-    assert set(failed(roads.checks())) == {
+def test_nothing_to_compare_with(pair: Pair) -> None:
+    pair.model(TRAINED_MODEL, seed=7)
+    digest = pair.model(ARGO_TRAINED_MODEL)
+    assert set(failed(pair.checks())) == {
         "same_inputs",
         "same_artefacts",
         "same_metrics",
         "same_weights",
         "same_verdict",
     }
-    assert digest in roads.checks()["same_inputs"][1]
+    assert digest in pair.checks()["same_inputs"][1]
 
 
-def test_other_weights_of_as_many_processes(roads: Roads) -> None:
-    roads.model(TRAINED_MODEL)
-    roads.model(ARGO_TRAINED_MODEL, weights=b"other", environment={"threads": 4})
-    assert failed(roads.checks()) == {
+def test_other_weights_of_as_many_processes(pair: Pair) -> None:
+    pair.model(TRAINED_MODEL)
+    pair.model(ARGO_TRAINED_MODEL, weights=b"other", environment={"threads": 4})
+    assert failed(pair.checks()) == {
         "same_weights": "The weights differ. Argo and Dagster had threads 4 and 2.",
     }
 
 
-def test_other_weights_of_more_processes_are_no_surprise(roads: Roads) -> None:
-    roads.model(TRAINED_MODEL)
-    roads.model(ARGO_TRAINED_MODEL, weights=b"other", environment={"processes": 2})
-    assert not failed(roads.checks())
-    assert "processes 2 and 1" in roads.checks()["same_weights"][1]
+def test_other_weights_of_more_processes_are_accepted(pair: Pair) -> None:
+    pair.model(TRAINED_MODEL)
+    pair.model(ARGO_TRAINED_MODEL, weights=b"other", environment={"processes": 2})
+    assert not failed(pair.checks())
+    assert "processes 2 and 1" in pair.checks()["same_weights"][1]
 
 
-def test_a_file_and_a_metric_more(roads: Roads) -> None:
-    roads.model(TRAINED_MODEL)
-    roads.model(ARGO_TRAINED_MODEL, metrics={"speed": 1.0}, files={"extra.txt": b""})
-    found = failed(roads.checks())
+def test_a_file_and_a_metric_more(pair: Pair) -> None:
+    pair.model(TRAINED_MODEL)
+    pair.model(ARGO_TRAINED_MODEL, metrics={"speed": 1.0}, files={"extra.txt": b""})
+    found = failed(pair.checks())
     assert "['extra.txt']" in found["same_artefacts"]
     assert "['speed']" in found["same_metrics"]
 
 
-def test_another_verdict(roads: Roads) -> None:
-    roads.model(TRAINED_MODEL)
-    roads.model(ARGO_TRAINED_MODEL, gate="refused")
-    found = failed(roads.checks())
+def test_another_verdict(pair: Pair) -> None:
+    pair.model(TRAINED_MODEL)
+    pair.model(ARGO_TRAINED_MODEL, gate="refused")
+    found = failed(pair.checks())
     assert found.keys() == {"same_verdict"}
     assert "Argo: refused. The gate: passed" in found["same_verdict"]
 

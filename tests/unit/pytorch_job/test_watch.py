@@ -348,7 +348,7 @@ def test_operator_that_comes_back_in_time_is_waited_for(watched: Watched, cluste
     assert watched.wait().status.state == JobState.SUCCEEDED
 
 
-def test_worker_that_ended_before_its_master_is_no_obstacle(watched: Watched, cluster: FakeCluster):
+def test_worker_may_end_before_its_master(watched: Watched, cluster: FakeCluster):
     master = pod_body("job", container_statuses=[container_status(RUNNING)])
     watched.create(pods_at(0, master, pod_body("job", "worker-0", phase="Succeeded")))
     cluster.clock.after(2000, lambda: cluster.condition("job", "Succeeded"))

@@ -40,7 +40,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("device", "repeatable"), [("cuda", True), ("cpu", False)])
-def test_a_gpu_is_told_to_repeat_itself(device: str, repeatable: bool, monkeypatch: pytest.MonkeyPatch):
+def test_gpu_kernels_are_deterministic(device: str, repeatable: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     for name, value in (("benchmark", True), ("deterministic", False), ("allow_tf32", True)):

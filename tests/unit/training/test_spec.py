@@ -98,6 +98,6 @@ def test_a_wrong_spec_is_refused_by_field_and_source(change: dict, named: str):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', b"\xff\xfe"])
-def test_what_is_no_spec_is_refused(text: str | bytes):
+def test_invalid_spec_is_refused(text: str | bytes):
     with pytest.raises(ConfigError, match="standard input"):
         parse_spec(text, "standard input")
