@@ -21,6 +21,7 @@ import pytest
 from resources.errors import DeployError
 from resources.inference_service import DeployedService, DeployRequest, LocalInferenceService
 from resources.inference_service.client import InferenceClient
+from resources.inference_service.local import resource
 from resources.inference_service.local.__main__ import main as local_command
 from resources.inference_service.local.process import find_server
 from resources.object_store import FolderStore
@@ -269,6 +270,20 @@ def test_a_killed_server_does_not_block_the_next_deployment(own):
     assert not own.service.delete()
     with pytest.raises(ConnectionRefusedError):
         ask(own.service.port, "GET", "/")
+
+
+def test_a_server_killed_while_the_next_one_loads_does_not_stop_that_one(own, monkeypatch):
+    own.deploy(0)
+    old = int(own.service.status().details["process_id"])
+    check = resource._check_answers
+
+    def kill_old_and_check(info) -> None:
+        os.kill(old, signal.SIGKILL)
+        check(info)
+
+    monkeypatch.setattr(resource, "_check_answers", kill_old_and_check)
+    assert own.deploy(1).changed
+    assert own.served_digest() == own.request(1).model_digest
 
 
 def test_a_model_that_cannot_answer_does_not_replace_one_that_can(own):

@@ -79,9 +79,9 @@ class RunningServer:
 
     def terminate(self) -> None:
         """Tell it to accept nothing more, answer what it has, and end. Does nothing where it has ended."""
-        ended = select.select([self._connection], [], [], 0)[0] and not self._connection.recv(1, socket.MSG_PEEK)
-        if not ended:
-            with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ConnectionResetError, ProcessLookupError):
+            ended = select.select([self._connection], [], [], 0)[0] and not self._connection.recv(1, socket.MSG_PEEK)
+            if not ended:
                 os.kill(self.info.pid, signal.SIGTERM)
 
     def wait_until_it_drains(self) -> None:
