@@ -28,7 +28,8 @@ FOUR_ASSETS = f'+key:"{INFERENCE_SERVICE.to_user_string()}"'
 
 def main() -> int:
     """Run the demo; the exit code is that of the materialization when it fails."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    _log.setLevel(logging.INFO)
     source = os.environ.get(SOURCE_VARIABLE) or "synthetic"
     _log.info("Images: %s%s", source, _SYNTHETIC_NOTE if source.startswith("synthetic") else "")
     started = time.monotonic()
