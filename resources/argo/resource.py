@@ -14,6 +14,7 @@ from resources.argo.interface import PipelineRequest, PipelineResource, Pipeline
 from resources.argo.report import TRAIN_TEMPLATES, WorkflowFailedError, explain, is_argos_own, job_name_of
 from resources.argo.template import WORKFLOW_LABEL
 from resources.errors import ConfigError
+from resources.interrupts import sleep
 from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.errors import ResourceConflictError, ResourceStuckError
 from resources.kubernetes.launch import Launcher
@@ -212,7 +213,7 @@ class ArgoPipeline(PipelineResource):
             total_timeout_seconds=self.total_timeout_seconds,
         )
         launcher = WorkflowLauncher(
-            client, clock=time.monotonic, sleeper=time.sleep, logger=context.log, shield=interrupts_after
+            client, clock=time.monotonic, sleeper=sleep, logger=context.log, shield=interrupts_after
         )
 
         def remove() -> None:
@@ -227,7 +228,7 @@ class ArgoPipeline(PipelineResource):
                 limits=limits,
                 on_log_line=show_line,
                 clock=time.monotonic,
-                sleeper=time.sleep,
+                sleeper=sleep,
                 logger=context.log,
             )
             finished = watcher.wait_until_finished()

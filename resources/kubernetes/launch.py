@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from resources.interrupts import sleep
 from resources.kubernetes.api import CustomResource, CustomResourceClient
 from resources.kubernetes.diagnosis import Outage
 from resources.kubernetes.errors import (
@@ -51,7 +52,7 @@ class Launcher(ABC, Generic[R, T]):
         client: CustomResourceClient[T],
         *,
         clock: Callable[[], float] = time.monotonic,
-        sleeper: Callable[[float], None] = time.sleep,
+        sleeper: Callable[[float], None] = sleep,
         logger: logging.Logger,
         shield: Callable[[], AbstractContextManager[None]] = nullcontext,
         outage_seconds: float = 300.0,

@@ -20,6 +20,7 @@ from resources.dagster_private import (
     record_external_launch,
     record_external_reattach,
 )
+from resources.interrupts import sleep
 from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.errors import ResourceFailedError, added_to
 from resources.kubernetes.job import Job, JobClient, JobLauncher, JobRequest, JobWatcher
@@ -67,7 +68,7 @@ class PipesJobClient(dg.PipesClient, TreatAsResourceParam, ABC, Generic[C]):
         namespace: str | None = None,
         limits: WatchLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
-        sleeper: Callable[[float], None] = time.sleep,
+        sleeper: Callable[[float], None] = sleep,
     ):
         self._store = message_store
         self._client = client

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
+from resources.interrupts import sleep
 from resources.kubernetes.api import CustomResource, CustomResourceClient
 from resources.kubernetes.diagnosis import Outage, PodHistory, WatchLimits
 from resources.kubernetes.errors import ApiError, ResourceDeletedError
@@ -32,7 +33,7 @@ class Watcher(ABC, Generic[T, L]):
         on_log_line: Callable[[LogLine], None] = show_line,
         on_tick: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
-        sleeper: Callable[[float], None] = time.sleep,
+        sleeper: Callable[[float], None] = sleep,
         logger: logging.Logger,
     ):
         self._client = client

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import dagster as dg
 from pydantic import Field
 
 from resources.errors import TrainingError
+from resources.interrupts import sleep
 from resources.run_liveness import inherited_locks
 from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE, TrainingSpec
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
@@ -58,7 +58,7 @@ class LocalTrainer(TrainerResource):
             try:
                 while process.poll() is None:
                     messages.relay(session.get_custom_messages())
-                    time.sleep(_POLL_SECONDS)
+                    sleep(_POLL_SECONDS)
             finally:
                 self._stop(context, process)
         messages.relay(session.get_custom_messages())

@@ -55,7 +55,7 @@ def test_a_cancelled_training_stops_is_killed_in_mlflow_and_continues_when_asked
     process, log = start_training(workspace, seed=1)
     trainer = trainer_of(process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) != 0
+    assert process.wait(120) != 0, log.read_text()
     assert not trainer.is_running()
     assert [run.info.status for run in mlflow_runs()] == ["KILLED"]
     assert log.read_text().count("Recipe resnet18") <= 2, "a cancelled step was started again"

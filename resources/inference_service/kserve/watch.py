@@ -11,6 +11,7 @@ from resources.inference_service.client import InferenceClient, ServedModel, Ser
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import DEPLOY_FAILED, InferenceService, InferenceServiceClient, mark_of
 from resources.inference_service.kserve.config import CONTAINER_NAME
+from resources.interrupts import sleep
 from resources.kubernetes.diagnosis import (
     Cause,
     Diagnosis,
@@ -90,7 +91,7 @@ class ServiceView:
     limits: RolloutLimits
     log: logging.Logger
     clock: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], None] = sleep
 
     def __str__(self) -> str:
         return f"InferenceService {self.namespace}/{self.name}"
