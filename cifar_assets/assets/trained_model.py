@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
 import dagster as dg
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, create_model
 
 from cifar_assets.assets import metadata
 from cifar_assets.assets.faults import retrying_infrastructure_faults
@@ -13,10 +13,9 @@ from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, TRAINED_
 from cifar_assets.assets.record import Made, data_version, find_materialization, materializations, materialized_digest
 from cifar_assets.gate import check_made_by
 from cifar_assets.model_package import ENVIRONMENT_FILE, RECIPE_FILE, is_whole, read_json, read_manifest
-from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe, get_recipe
-from cifar_assets.training.spec import Execution, JobSpec
+from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe
+from cifar_assets.training.spec import Execution, JobSpec, build_spec
 from resources.argo import PipelineRequest, PipelineResource
-from resources.errors import ConfigError
 from resources.gate import AccuracyGate
 from resources.mlflow.resource import RUN_METADATA, MlflowResource
 from resources.mlflow.target import MlflowTarget
@@ -85,20 +84,16 @@ class TrainedModelConfig(dg.Config):
 
     def job_spec(self, object_store: ObjectStoreResource, dataset_digest: str, mlflow: MlflowTarget | None) -> JobSpec:
         """The job this config asks for. Raises ConfigError naming what is wrong with it."""
-        recipe = get_recipe(self.recipe, _given(self.overrides))
-        try:
-            return JobSpec(
-                dataset_uri=object_store.processed.at(dataset_digest).uri(),
-                dataset_digest=dataset_digest,
-                recipe=recipe,
-                seed=self.seed,
-                output_uri=object_store.models.uri(),
-                mlflow=mlflow,
-                write_baseline_copies=True,
-                execution=Execution(**_given(self.execution)),
-            )
-        except ValidationError as error:
-            raise ConfigError(f"The config of trained_model asks for something that cannot be: {error}") from error
+        return build_spec(
+            object_store.processed,
+            object_store.models,
+            dataset_digest,
+            recipe=self.recipe,
+            overrides=_given(self.overrides),
+            execution=_given(self.execution),
+            seed=self.seed,
+            mlflow=mlflow,
+        )
 
 
 def _given(config: dg.Config) -> dict[str, Any]:

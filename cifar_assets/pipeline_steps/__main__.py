@@ -6,18 +6,30 @@ the file that TERMINATION_LOG names, as pods have one.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from cifar_assets.dataset.stores import add_store_option, open_stores
-from cifar_assets.pipeline_steps.plan import CURRENT, Plan, make_plan, parse_object, parse_plan
-from cifar_assets.pipeline_steps.verify import verify_model, verify_processed, verify_raw
+from cifar_assets.dataset.versions.processed import read_processed
+from cifar_assets.dataset.versions.raw import read_raw
+from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
+from cifar_assets.gate import ACCURACY_CHECK, check_made_by, judge, judge_model
+from cifar_assets.model_package import read_file
+from cifar_assets.pipeline_steps.plan import Plan, current_dataset, parse_plan
 from cifar_assets.training.recipes import DEFAULT_RECIPE
-from resources.errors import ConfigError, ExplainedError, StoreError
+from cifar_assets.training.spec import build_spec
+from resources.errors import ConfigError, DataError, ExplainedError, StoreError
 from resources.mlflow.target import MlflowTarget, check_tracking_uri
+from resources.verdict import Judges, objections
 
+CURRENT = "current"
+"""In place of a dataset's digest: the processed version of the current raw version."""
 EXIT_FAILED = 1
 EXIT_BAD_SETTING = 2
 EXIT_STORE_AWAY = 75
@@ -28,46 +40,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one step and return its exit code; what went wrong is one line on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        return options.step(options)
+        options.step(options)
     except ExplainedError as error:
+        sys.stderr.write(f"error: {error}\n")
+        if path := os.environ.get("TERMINATION_LOG"):
+            Path(path).write_text(str(error))
         if isinstance(error, ConfigError):
-            return _failed(str(error), EXIT_BAD_SETTING)
-        is_away = isinstance(error, StoreError) and error.transient
-        return _failed(str(error), EXIT_STORE_AWAY if is_away else EXIT_FAILED)
+            return EXIT_BAD_SETTING
+        return EXIT_STORE_AWAY if isinstance(error, StoreError) and error.transient else EXIT_FAILED
+    return 0
 
 
-def _data(options: argparse.Namespace) -> int:
-    stores = open_stores(options.store)
-    plan = make_plan(
-        stores,
-        run=options.run,
-        dataset=options.dataset,
+def _data(options: argparse.Namespace) -> None:
+    mlflow, stores = _mlflow(options.run), open_stores(options.store)
+    digest = current_dataset(stores) if options.dataset == CURRENT else options.dataset
+    raw_digest = read_processed(stores.processed, digest).raw_digest
+    spec = build_spec(
+        stores.processed,
+        stores.models,
+        digest,
         recipe=options.recipe,
-        overrides=parse_object(options.overrides, "overrides"),
-        execution=parse_object(options.execution, "execution"),
+        overrides=_json_object("overrides", options.overrides),
+        execution=_json_object("execution", options.execution),
         seed=options.seed,
-        replicas=options.replicas,
-        mlflow=_mlflow(options.run),
+        mlflow=mlflow,
     )
-    images = verify_raw(stores.raw, plan.raw_digest)
-    _say(f"Raw version {plan.raw_digest}: every object has its digest, {images:,} images.")
-    _say(f"This run trains on processed version {plan.spec.dataset_digest}.")
-    outputs = {"plan": plan.to_json(), "workers": str(plan.replicas - 1)}
-    outputs |= {name.lower().replace("_", "-"): value for name, value in plan.trainer_environment().items()}
-    _write(options.outputs, outputs)
-    return 0
+    try:
+        plan = Plan(run=options.run, raw_digest=raw_digest, replicas=options.replicas, spec=spec)
+    except ValidationError as error:
+        raise ConfigError(f"The run asks for something that cannot be: {error}") from error
+    images = read_raw(stores.raw, raw_digest).rows
+    _require(judge_raw(stores.raw, raw_digest), f"Raw version {raw_digest}")
+    _say(f"Raw version {raw_digest}: every object has its digest, {images:,} images.")
+    _say(f"This run trains on processed version {digest}.")
+    outputs = {name.lower().replace("_", "-"): value for name, value in plan.trainer_environment().items()}
+    _write(options.outputs, {"plan": plan.to_json(), "workers": str(plan.replicas - 1), **outputs})
 
 
-def _processed(options: argparse.Namespace) -> int:
-    plan: Plan = options.plan
-    manifest = verify_processed(open_stores(options.store), plan.spec.dataset_digest, plan.raw_digest)
+def _processed(options: argparse.Namespace) -> None:
+    plan, stores = _plan(options), open_stores(options.store)
+    digest = plan.spec.dataset_digest
+    manifest = read_processed(stores.processed, digest)
+    if manifest.raw_digest != plan.raw_digest:
+        raise DataError(
+            f"Processed version {digest} was made from raw version {manifest.raw_digest}, expected {plan.raw_digest}: "
+            "materialize cifar10/processed_dataset again."
+        )
+    _require(judge_processed(stores.raw, stores.processed, digest), f"Processed version {digest}")
     counts = ", ".join(f"{manifest.count(split):,} {split}" for split in manifest.counts)
-    _say(f"Processed version {plan.spec.dataset_digest}: every file has its digest; {counts} images.")
-    return 0
+    _say(f"Processed version {digest}: every file has its digest; {counts} images.")
 
 
-def _train(options: argparse.Namespace) -> int:
-    plan: Plan = options.plan
+def _train(options: argparse.Namespace) -> None:
+    plan = _plan(options)
     if plan.replicas > 1:
         raise ConfigError(f"The plan asks for {plan.replicas} replicas; this step trains in one process.")
     # In this process's place, so that whoever ends the step ends the training, and waits for its checkpoint.
@@ -75,14 +100,27 @@ def _train(options: argparse.Namespace) -> int:
     os.execve(sys.executable, command, {**os.environ, **plan.trainer_environment()})
 
 
-def _model(options: argparse.Namespace) -> int:
-    report = verify_model(open_stores(options.store).models, options.plan, options.threshold)
-    _write(options.outputs, {"model": report.to_json()})
-    verdict = report.verdict
+def _model(options: argparse.Namespace) -> None:
+    """Judge the model that this run's training says it made, as the checks that block in Dagster do.
+
+    The verdict decides how the workflow ends; Dagster deploys on its own record, never on this.
+    """
+    plan, models = _plan(options), open_stores(options.store).models
+    if not 0 <= options.threshold <= 1:
+        raise ConfigError(f"--threshold is {options.threshold}: expected a fraction from 0 to 1.")
+    result = plan.training_result(models)
+    digest = str(result["model_digest"])
+    manifest, verdict = judge(models, digest, options.threshold)
+    for name in manifest.files:
+        read_file(models.at(digest), manifest, name)
+    check_made_by(plan.spec, models, digest)
+    others = judge_model(models, digest, options.threshold)
+    verdict = verdict.and_no(objections({name: judge for name, judge in others.items() if name != ACCURACY_CHECK}))
+    report = {"version": 1, **result, "passed": verdict.passed, "reason": verdict.reason, **verdict.numbers}
+    _write(options.outputs, {"model": json.dumps(report, sort_keys=True)})
     if not verdict.passed:
-        return _failed(f"{verdict.reason}. Train longer, with more data, or by another recipe.", EXIT_FAILED)
+        raise DataError(f"{verdict.reason}. Train longer, with more data, or by another recipe.")
     _say(f"{verdict.reason}.")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,38 +139,33 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--outputs", type=Path, required=True, help="folder for the plan and what comes of it")
     step.set_defaults(step=_data)
 
-    step = steps.add_parser("processed", help="compare every file of the processed version with its manifest")
-    step.set_defaults(step=_processed)
-    _add_plan(step)
-
-    step = steps.add_parser("train", help="train in this place; Argo's workflow has a PyTorchJob instead")
-    step.set_defaults(step=_train)
-    _add_plan(step)
-
-    step = steps.add_parser("model", help="compare every file of the model, and hold it against the threshold")
-    step.add_argument("--threshold", type=_fraction, required=True, help="lowest test accuracy, from 0 to 1")
+    for name, run, what in (
+        ("processed", _processed, "compare every file of the processed version with its manifest"),
+        ("train", _train, "train in this place; Argo's workflow has a PyTorchJob instead"),
+        ("model", _model, "compare every file of the model, and hold it against the threshold"),
+    ):
+        step = steps.add_parser(name, help=what)
+        step.add_argument("--plan", required=True, help="the plan that the step `data` wrote: a file or JSON")
+        step.set_defaults(step=run)
+    step.add_argument("--threshold", type=float, required=True, help="lowest test accuracy, from 0 to 1")
     step.add_argument("--outputs", type=Path, required=True, help="folder for the report")
-    step.set_defaults(step=_model)
-    _add_plan(step)
     return parser
 
 
-def _add_plan(step: argparse.ArgumentParser) -> None:
-    step.add_argument("--plan", type=_plan, required=True, help="the plan that the step `data` wrote: a file or JSON")
-
-
-def _plan(text: str) -> Plan:
+def _plan(options: argparse.Namespace) -> Plan:
+    if options.plan.lstrip().startswith("{"):
+        return parse_plan(options.plan)
     try:
-        return parse_plan(text if text.lstrip().startswith("{") else Path(text).read_text())
-    except (ConfigError, OSError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        return parse_plan(Path(options.plan).read_text())
+    except OSError as error:
+        raise ConfigError(f"The plan cannot be read: {error}.") from error
 
 
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a fraction from 0 to 1")
-    return value
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        return TypeAdapter(dict[str, Any]).validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"--{name} is {text!r}: expected a JSON object such as {{}}.") from error
 
 
 def _mlflow(run: str) -> MlflowTarget | None:
@@ -140,17 +173,15 @@ def _mlflow(run: str) -> MlflowTarget | None:
     return MlflowTarget(tracking_uri=uri, run_name=run, tags={"pipeline_run": run}) if uri else None
 
 
+def _require(judges: Judges, what: str) -> None:
+    if reasons := objections(judges):
+        raise DataError(f"{what} is refused. {' '.join(reasons)}")
+
+
 def _write(folder: Path, outputs: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in outputs.items():
         Path(folder, name).write_text(value)
-
-
-def _failed(reason: str, code: int) -> int:
-    sys.stderr.write(f"error: {reason}\n")
-    if path := os.environ.get("TERMINATION_LOG"):
-        Path(path).write_text(reason)
-    return code
 
 
 def _say(line: str) -> None:

@@ -11,23 +11,17 @@ from cifar_assets.dataset.stores import Stores
 from cifar_assets.dataset.versions.processed import list_processed_versions, read_processed
 from cifar_assets.dataset.versions.raw import current_raw_digest
 from cifar_assets.dataset.versions.splits import SplitConfig
-from cifar_assets.training.recipes import get_recipe
-from cifar_assets.training.spec import Execution, JobSpec
+from cifar_assets.training.spec import JobSpec
 from resources.errors import ConfigError, ObjectNotFoundError
-from resources.mlflow.target import MlflowTarget
+from resources.object_store import ObjectStore
 from resources.pipes_store import STORE_URI_PARAM
-from resources.trainer.contract import JOB_SPEC_VARIABLE
-
-CURRENT = "current"
-"""In place of a dataset's digest: the processed version of the current raw version."""
-MESSAGES_PREFIX = "pipes/messages/"
-"""Where in the models bucket trainings write their messages, those that Dagster starts as well."""
+from resources.trainer.contract import JOB_SPEC_VARIABLE, PIPES_PREFIX
 
 
 class Plan(BaseModel):
     """The exact data, training and number of processes of one run. Names and aliases are resolved."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     version: Literal[1] = 1
     run: str = Field(min_length=1, description="Identifies the run: no two runs share a name.")
@@ -37,69 +31,48 @@ class Plan(BaseModel):
 
     @property
     def messages_prefix(self) -> str:
-        """Key prefix, in the models bucket, of what this run's training tells."""
-        return f"{MESSAGES_PREFIX}{self.run}/"
+        """Key prefix, in the models bucket, of the Pipes messages of this run's training."""
+        return f"{PIPES_PREFIX}messages/{self.run}/"
 
     def trainer_environment(self) -> dict[str, str]:
         """Variables with which `python -m cifar_assets.training` does this run's training.
 
-        The Pipes variables make the trainer leave its messages, the resulting digest among them, in the store: the
-        same way Dagster learns of it.
+        The Pipes variables make the trainer leave its messages, the resulting digest among them, in the store, as it
+        does for Dagster.
         """
         messages = {STORE_URI_PARAM: f"{self.spec.output_uri.rstrip('/')}/{self.messages_prefix}"}
-        unknown = (
-            "asset_keys",
-            "code_version_by_asset_key",
-            "provenance_by_asset_key",
-            "partition_key",
-            "partition_key_range",
-            "partition_time_window",
-            "job_name",
-        )
-        context = {**dict.fromkeys(unknown), "run_id": self.run, "retry_number": 0, "extras": {}}
         return {
-            JOB_SPEC_VARIABLE: _embeddable(self.spec.model_dump(mode="json")),
-            DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"data": context}),
+            JOB_SPEC_VARIABLE: _embeddable(self.spec),
+            DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"data": {"run_id": self.run, "extras": {}}}),
             DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(messages),
         }
 
     def to_json(self) -> str:
-        return _embeddable(self.model_dump(mode="json"))
+        return _embeddable(self)
+
+    def training_result(self, models: ObjectStore) -> Mapping[str, Any]:
+        """The last final message of the run's training. ObjectNotFoundError when it left none."""
+        result: Mapping[str, Any] | None = None
+        for info in models.list(self.messages_prefix):
+            for line in models.read(info.key).decode().splitlines():
+                message = json.loads(line)
+                payload = (message.get("params") or {}).get("payload") or {}
+                if message["method"] == "report_custom_message" and payload.get("type") == "result":
+                    result = {name: value for name, value in payload.items() if name not in ("type", "mlflow_unsent")}
+        if result is None:
+            raise ObjectNotFoundError(
+                f"The training of run {self.run} reported no model in {models.uri(self.messages_prefix)}: "
+                "it ended early, or its log says why."
+            )
+        return result
 
 
-def make_plan(
-    stores: Stores,
-    *,
-    run: str,
-    dataset: str,
-    recipe: str,
-    overrides: Mapping[str, Any],
-    execution: Mapping[str, Any],
-    seed: int,
-    replicas: int,
-    mlflow: MlflowTarget | None,
-) -> Plan:
-    """The run's plan, its dataset named by digest.
-
-    ConfigError for a recipe, override or number that is not valid, ObjectNotFoundError where the dataset is missing.
-    """
-    chosen = get_recipe(recipe, overrides)
-    digest = current_dataset(stores) if dataset == CURRENT else dataset
-    manifest = read_processed(stores.processed, digest)
+def parse_plan(text: str) -> Plan:
+    """The plan in a JSON document. ConfigError for one that the first step did not write."""
     try:
-        spec = JobSpec(
-            dataset_uri=stores.processed.at(digest).uri(),
-            dataset_digest=digest,
-            recipe=chosen,
-            seed=seed,
-            output_uri=stores.models.uri(),
-            mlflow=mlflow,
-            write_baseline_copies=True,
-            execution=Execution(**execution),
-        )
-        return Plan(run=run, raw_digest=manifest.raw_digest, replicas=replicas, spec=spec)
-    except ValueError as error:
-        raise ConfigError(f"The run asks for something that cannot be: {error}") from error
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"This is not a plan as the step `data` writes it: {error}") from error
 
 
 def current_dataset(stores: Stores) -> str:
@@ -128,26 +101,7 @@ def current_dataset(stores: Stores) -> str:
     return choice[0]
 
 
-def parse_plan(text: str) -> Plan:
-    """The plan in a JSON document. ConfigError for one that the first step did not write."""
-    try:
-        return Plan.model_validate_json(text)
-    except ValidationError as error:
-        raise ConfigError(f"This is not a plan as the step `data` writes it: {error}") from error
-
-
-def parse_object(text: str, what: str) -> dict[str, Any]:
-    """A JSON object given on the command line. ConfigError naming what it was for."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{what} is {text!r}: expected a JSON object such as {{}}. {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{what} is {text!r}: expected a JSON object such as {{}}.")
-    return value
-
-
-def _embeddable(value: Mapping[str, Any]) -> str:
+def _embeddable(model: BaseModel) -> str:
     """Compact JSON that can stand between single quotes in YAML, and in which Argo finds no template of its own."""
-    text = json.dumps(value, separators=(",", ":"), sort_keys=True)
+    text = json.dumps(model.model_dump(mode="json"), separators=(",", ":"), sort_keys=True)
     return text.replace("'", "\\u0027").replace("{{", "{\\u007b")

@@ -1,13 +1,19 @@
 """The job spec: all that a training needs to know, as one JSON document. No torch."""
 
+import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cifar_assets.training.recipes import Recipe
+from cifar_assets.training.recipes import Recipe, get_recipe
 from resources.digests import sha256_json
 from resources.errors import ConfigError
+from resources.mlflow.target import MlflowTarget
+from resources.object_store import ObjectStore
 from resources.trainer.contract import TrainingSpec
+
+_LOG = logging.getLogger(__name__)
 
 ALGORITHM = 3
 """Raised whenever the code changes what weights a recipe, data and seed give: old checkpoints are then not resumed."""
@@ -53,19 +59,22 @@ class JobSpec(TrainingSpec):
     @model_validator(mode="before")
     @classmethod
     def _read_earlier_form(cls, values: Any) -> Any:
-        """Translate a spec of an earlier release, as in a stored plan. Fields that are gone are dropped."""
-        if not isinstance(values, dict) or "write_seed_copies" not in values or "recipe" not in values:
+        """Translate a spec of an earlier release, as in a stored plan."""
+        if not isinstance(values, dict) or "write_seed_copies" not in values:
             return values
-        if not isinstance(values["recipe"], dict) or not isinstance(values["recipe"].get("network"), str):
+        recipe, execution = values.get("recipe"), values.get("execution") or {}
+        if not isinstance(recipe, dict) or not isinstance(execution, dict):
             return values  # as it is, to be refused field by field
-        values = {**values, "write_baseline_copies": values["write_seed_copies"]}
-        del values["write_seed_copies"]
-        values["execution"] = _known_fields(Execution, values.get("execution") or {})
-        recipe = {"views": "mirrored" if values["recipe"].get("test_time_flip") else "plain", **values["recipe"]}
-        if recipe["network"] == "resnet18":
+        if recipe.get("network") == "resnet18":
             raise ValueError("recipe.network: resnet18 with a 3x3 stem is not built any more: train by another recipe")
-        recipe["network"] = recipe["network"].removesuffix("-imagenet")
-        return values | {"recipe": _known_fields(Recipe, recipe)}
+        network = str(recipe.get("network")).removesuffix("-imagenet")
+        recipe = {"views": "mirrored" if recipe.get("test_time_flip") else "plain", **recipe, "network": network}
+        rest = {name: value for name, value in values.items() if name != "write_seed_copies"}
+        return rest | {
+            "write_baseline_copies": values["write_seed_copies"],
+            "recipe": _known_fields(Recipe, recipe),
+            "execution": _known_fields(Execution, execution),
+        }
 
     @model_validator(mode="after")
     def _check_dataset_uri(self) -> "JobSpec":
@@ -95,7 +104,37 @@ class JobSpec(TrainingSpec):
 
 
 def _known_fields(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    if gone := sorted(values.keys() - model.model_fields.keys()):
+        _LOG.warning("The job spec is of an earlier release; these fields no longer exist: %s", ", ".join(gone))
     return {name: value for name, value in values.items() if name in model.model_fields}
+
+
+def build_spec(
+    processed: ObjectStore,
+    models: ObjectStore,
+    dataset_digest: str,
+    *,
+    recipe: str,
+    overrides: Mapping[str, Any],
+    execution: Mapping[str, Any],
+    seed: int,
+    mlflow: MlflowTarget | None,
+) -> JobSpec:
+    """The job that Dagster and the other pipelines run. ConfigError naming the recipe or the field that is wrong."""
+    chosen = get_recipe(recipe, overrides)
+    try:
+        return JobSpec(
+            dataset_uri=processed.at(dataset_digest).uri(),
+            dataset_digest=dataset_digest,
+            recipe=chosen,
+            seed=seed,
+            output_uri=models.uri(),
+            mlflow=mlflow,
+            write_baseline_copies=True,
+            execution=Execution(**execution),
+        )
+    except ValidationError as error:
+        raise ConfigError(f"The training asks for something that cannot be: {error}") from error
 
 
 def parse_spec(text: str | bytes, source: str) -> JobSpec:

@@ -9,6 +9,9 @@ from resources.mlflow.target import MlflowTarget
 JOB_SPEC_VARIABLE = "CIFAR_JOB_SPEC"
 """Environment variable that holds the trainer's job spec, as JSON."""
 
+PIPES_PREFIX = "pipes/"
+"""Where in the models bucket the Pipes messages of trainings are, in one folder for each job below `messages/`."""
+
 EXIT_BAD_SPEC = 2
 """The process refuses what it was given: no other attempt helps."""
 EXIT_RESUME = 143

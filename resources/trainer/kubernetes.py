@@ -15,15 +15,12 @@ from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.steps import as_dagster_failure
 from resources.mlflow.target import check_tracking_uri
 from resources.object_store.resource import ObjectStoreResource
+from resources.object_store.s3_settings import CREDENTIALS
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.pipes import PipesPyTorchJobClient, build_pytorch_job_collector
-from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE, TrainingSpec
+from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE, PIPES_PREFIX, TrainingSpec
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
-
-MESSAGES_PREFIX = "pipes/"
-"""Where in the models bucket the jobs' Pipes messages are."""
-CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 _JOB_DEFAULTS: Mapping[str, Any] = {
     "env_secrets": ["object-store-trainer"],
@@ -119,7 +116,7 @@ class KubernetesTrainer(TrainerResource):
 
     def pipes_client(self) -> PipesPyTorchJobClient:
         return PipesPyTorchJobClient(
-            message_store=self.object_store.models.at(MESSAGES_PREFIX),
+            message_store=self.object_store.models.at(PIPES_PREFIX),
             client=self.connect(),
             namespace=self.namespace,
             limits=self.limits(),
@@ -141,7 +138,7 @@ class KubernetesTrainer(TrainerResource):
 
     def collector_target(self) -> CollectorTarget:
         """Where the collector sensor looks for what ended runs left behind."""
-        return CollectorTarget(self.connect(), self.namespace, self.object_store.models.at(MESSAGES_PREFIX))
+        return CollectorTarget(self.connect(), self.namespace, self.object_store.models.at(PIPES_PREFIX))
 
     def _spec_for_pods(self, spec: TrainingSpec) -> TrainingSpec:
         if spec.mlflow is None or self.mlflow_tracking_uri is None:

@@ -61,9 +61,10 @@ def earlier_spec(network: str) -> str:
     return json.dumps(spec)
 
 
-def test_a_spec_of_an_earlier_release_is_read():
+def test_a_spec_of_an_earlier_release_is_read_and_what_is_gone_is_named(caplog: pytest.LogCaptureFixture) -> None:
     spec = parse_spec(earlier_spec("resnet18-imagenet"), "a plan")
     assert spec == make_spec(write_baseline_copies=True)
+    assert ", ".join(sorted(EARLIER_FIELDS)) in caplog.text
 
 
 def test_a_network_that_is_gone_is_named():
