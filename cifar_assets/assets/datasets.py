@@ -27,7 +27,7 @@ class RawDatasetConfig(dg.Config):
 
     source: str | None = Field(
         default=None,
-        description="'download', 'synthetic', or a path, file:// or s3:// URI of an official archive, of Parquet files "
+        description="'download', 'synthetic', or a path or s3:// URI of an official archive, of Parquet files "
         f"or of class folders. Without it {SOURCE_VARIABLE} of the environment decides, and without that 'download'.",
     )
     resize: bool = Field(default=True, description="Scale images of another size to 32x32; otherwise they are refused.")

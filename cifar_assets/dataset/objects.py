@@ -169,3 +169,30 @@ def read_state(store: ObjectStore, key: str, kind: type[State]) -> State | None:
         return kind.model_validate_json(store.read(key))
     except (ObjectNotFoundError, ValidationError):
         return None
+
+
+def printable(key: str) -> str:
+    """A key that is fit for messages and JSON: the file system may have names that are not UTF-8."""
+    return key.encode(errors="backslashreplace").decode()
+
+
+def unlisted(store: ObjectStore, prefix: str) -> dict[str, str]:
+    """Why parts of a store that is a folder are not among its objects below a prefix, or cannot be read, by key."""
+    root = store.local_path("")
+    if root is None:
+        return {}
+    reasons: dict[Path, str] = {}
+
+    def unreadable(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            reasons[Path(error.filename)] = f"not readable: {error.strerror}"
+
+    for folder, folders, files in os.walk(root / prefix, onerror=unreadable):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            if path.is_symlink() and path.is_dir():
+                reasons[path] = "a link to a folder: copy the folder, or link its files"
+            elif not (path.is_file() or path.is_dir()):
+                reasons[path] = "a link that leads nowhere" if path.is_symlink() else "not a file"
+            elif path.is_file() and printable(str(path)) != str(path):
+                reasons[path] = "its name is not UTF-8"
+    return {printable(path.relative_to(root).as_posix()): reason for path, reason in reasons.items()}

@@ -9,7 +9,7 @@ ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".heic")
 """File names that promise a picture. Those of refused formats are among them: such a file is an error, not ignored."""
 
-_TEST_FILE = re.compile(r"test([-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16})?)?")
+_TEST = re.compile(r"(^|/)test(/|([-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16})?)?\.parquet$)")
 
 
 def suffix_of(name: str) -> str:
@@ -18,15 +18,9 @@ def suffix_of(name: str) -> str:
     return next((suffix for suffix in ARCHIVE_SUFFIXES if lower.endswith(suffix)), PurePosixPath(lower).suffix)
 
 
-def in_test_folder(name: str) -> bool:
-    """Whether one of the folders in a path is named test."""
-    return "test" in name.lower().split("/")[:-1]
-
-
-def is_test_file(name: str) -> bool:
-    """Whether a Parquet file is named test data: `test.parquet`, `test-00000-of-00001.parquet`, or below `test/`."""
-    base = name.lower().rpartition("/")[2]
-    return in_test_folder(name) or bool(_TEST_FILE.fullmatch(base.removesuffix(suffix_of(base))))
+def is_test(name: str) -> bool:
+    """Whether a path names test data: below a folder `test/`, or `test.parquet`, `test-00000-of-00001.parquet`."""
+    return bool(_TEST.search(name.lower()))
 
 
 def class_of(name: str) -> int | None:

@@ -22,14 +22,7 @@ from cifar_assets.dataset.consistency import Known, check_landed
 from cifar_assets.dataset.formats.encoded import pack_images
 from cifar_assets.dataset.formats.images import check_size
 from cifar_assets.dataset.formats.isolated import ReaderFailedError, ask
-from cifar_assets.dataset.formats.names import (
-    ARCHIVE_SUFFIXES,
-    PICTURE_SUFFIXES,
-    class_of,
-    in_test_folder,
-    is_test_file,
-    suffix_of,
-)
+from cifar_assets.dataset.formats.names import ARCHIVE_SUFFIXES, PICTURE_SUFFIXES, class_of, is_test, suffix_of
 from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import PREPARATION, ObjectIndex, load_index, read_index, save_index
@@ -295,14 +288,14 @@ def _is_image(key: str) -> bool:
 def _image(key: str, sha256: str, pixels: str) -> Landed:
     name = key.removeprefix(LANDING_PREFIX)
     digests = np.frombuffer(bytes.fromhex(pixels), np.uint8).reshape(1, 32)
-    split = SPLITS.index("test" if in_test_folder(name) else "train")
+    split = SPLITS.index("test" if is_test(name) else "train")
     return Landed(key, sha256, ObjectIndex(digests, np.array([class_of(name)]), np.array([split], np.uint8), {}))
 
 
 def _table_kind(key: str) -> tuple[ObjectFormat, Literal["mixed", "test", "train"]]:
     if suffix_of(key) in ARCHIVE_SUFFIXES:
         return "archive", "mixed"
-    return "parquet", "test" if is_test_file(key.removeprefix(LANDING_PREFIX)) else "train"
+    return "parquet", "test" if is_test(key.removeprefix(LANDING_PREFIX)) else "train"
 
 
 def _suffixes(kind: ObjectFormat) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
 from cifar_assets.dataset.formats.images import ImageError, ImageTooLargeError, check_size, open_picture
 from cifar_assets.dataset.formats.names import ARCHIVE_SUFFIXES, PICTURE_SUFFIXES, class_of, suffix_of
-from cifar_assets.dataset.objects import read_state
+from cifar_assets.dataset.objects import printable, read_state, unlisted
 from resources.digests import canonical_json, sha256_json
 from resources.object_store import ObjectInfo, ObjectStore
 
@@ -74,13 +74,13 @@ def read_record(raw: ObjectStore) -> frozenset[str] | None:
 def scan_landing(raw: ObjectStore) -> LandingScan:
     """List the landing zone and skip what is not ready. Cheap: one listing, and a look at files just written."""
     ready: list[ObjectInfo] = []
-    skipped, budget = _unlisted(raw), Budget()
+    skipped, budget = unlisted(raw, LANDING_PREFIX), Budget()
     for info in raw.list(LANDING_PREFIX):
         reason = classify_landing_object(info.key, info.size) or _why_not_ready(raw, info, budget)
         if reason is None:
             ready.append(info)
         else:
-            skipped[_printable(info.key)] = reason
+            skipped[printable(info.key)] = reason
     return LandingScan(tuple(ready), skipped)
 
 
@@ -107,29 +107,6 @@ def classify_landing_object(key: str, size: int) -> str | None:
             f"an image outside a class folder: put it under {LANDING_PREFIX}<class>/, class one of {', '.join(CLASSES)}"
         )
     return None
-
-
-def _printable(key: str) -> str:
-    return key.encode(errors="backslashreplace").decode()
-
-
-def _unlisted(store: ObjectStore) -> dict[str, str]:
-    """Why parts of a landing zone that is a folder are not among its objects, by key."""
-    root = store.local_path("")
-    if root is None or not (root / LANDING_PREFIX).is_dir():
-        return {}
-    reasons: dict[Path, str] = {}
-
-    def unreadable(error: OSError) -> None:
-        reasons[Path(error.filename)] = f"not readable: {error.strerror}"
-
-    for folder, folders, files in os.walk(root / LANDING_PREFIX, onerror=unreadable):
-        for path in (Path(folder, name) for name in (*folders, *files)):
-            if path.is_symlink() and path.is_dir():
-                reasons[path] = "a link to a folder: copy the folder, or link its files"
-            elif path.is_symlink() and not path.exists():
-                reasons[path] = "a link that leads nowhere"
-    return {_printable(path.relative_to(root).as_posix()): reason for path, reason in reasons.items()}
 
 
 def _why_not_ready(store: ObjectStore, info: ObjectInfo, budget: Budget) -> str | None:

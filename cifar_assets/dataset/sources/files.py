@@ -10,35 +10,28 @@ from pathlib import Path
 from typing import Literal
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.formats.archive import BATCHES, MAX_MEMBER_BYTES, pack_records
+from cifar_assets.dataset.formats.archive import pack_records
 from cifar_assets.dataset.formats.encoded import pack_images
 from cifar_assets.dataset.formats.images import DEFAULT_LIMITS
-from cifar_assets.dataset.formats.names import (
-    ARCHIVE_SUFFIXES,
-    PICTURE_SUFFIXES,
-    class_of,
-    in_test_folder,
-    is_test_file,
-    suffix_of,
-)
+from cifar_assets.dataset.formats.names import ARCHIVE_SUFFIXES, PICTURE_SUFFIXES, class_of, is_test, suffix_of
 from cifar_assets.dataset.formats.rows import SPLITS, Split
-from cifar_assets.dataset.objects import ObjectFormat
+from cifar_assets.dataset.objects import ObjectFormat, printable, unlisted
 from cifar_assets.dataset.progress import report
 from cifar_assets.dataset.sources import synthetic
 from cifar_assets.dataset.sources.download import check_file, fetch, split_digest
 from resources.errors import ConfigError, DataError
-from resources.object_store import ObjectStore, open_store
+from resources.object_store import FolderStore, ObjectStore, open_store
 from resources.redaction import redacted
 
 CHOICES = (
     "Choices for CIFAR10_SOURCE: 'download' (the official archive, needs the network), 'synthetic' (drawn from a seed, "
-    "needs nothing), or a path, file:// or s3:// address of the official python or binary archive, of Parquet files in "
-    "the Hugging Face layout, or of a folder of class folders."
+    "needs nothing), or a path, s3:// or http(s):// address of the official python or binary archive, of Parquet files "
+    "in the Hugging Face layout, or of a folder of class folders."
 )
 
 _PACK_IMAGES = 20_000
 """Images per packed object, so that one object stays easy to move."""
-_TEST_WORDS = ("test", "tests", "testing")
+_TEST_WORD = re.compile("(?<![a-z])test(s|ing)?(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -52,47 +45,34 @@ class SourceFile:
     suffix: str
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One file of a source: name relative to the source, size, and how to get it as a local file."""
-
-    name: str
-    size: int
-    fetch: Callable[[], Path]
-
-    def read(self, max_bytes: int) -> bytes:
-        """The content; DataError, before anything is fetched, where it is longer."""
-        if self.size > max_bytes:
-            raise DataError(
-                f"{self.name} has {self.size:,} bytes; at most {max_bytes:,} are read. Remove or correct it."
-            )
-        return self.fetch().read_bytes()
-
-
 def source_files(address: str, work: Path, unread: dict[str, str]) -> Iterator[SourceFile]:
     """The files at an address, one at a time: a file in the folder `work` is gone when the next one is asked for.
 
     `unread` gets what is there and not part of the layout, and why. Raises ConfigError for an address that cannot be
     understood or found, DataError for a layout that is not known.
     """
-    base, digest = split_digest(address)
-    scheme = base.partition("://")[0].lower() if "://" in base else ""
-    if scheme in ("http", "https", "s3"):
-        try:
-            base.encode()
-            name = urllib.parse.unquote(urllib.parse.urlsplit(base).path.rpartition("/")[2])
-        except ValueError as error:
-            raise ConfigError(f"Source {redacted(address)!r} is not an address: {error}. {CHOICES}") from error
-        if scheme == "s3":
-            return _bucket_files(base, digest, work, unread)
-        target = work / "download"
-        fetch(base, target, digest)
-        return iter([_one_file(target, name, redacted(base))])
     if address == "synthetic" or address.startswith("synthetic:"):
-        return _synthetic_files(address, work)
-    # os.path, as Path.expanduser fails for an unknown user.
-    path = _file_path(base) if scheme == "file" else Path(os.path.expanduser(base))
-    return _local_files(path, digest, work, unread)
+        yield from _synthetic_files(address, work)
+        return
+    base, digest = split_digest(address)
+    try:
+        base.encode()
+        url = urllib.parse.urlsplit(base) if base.startswith(("http://", "https://")) else None
+        store, key = (None, "") if url else _locate(base)
+        is_file = bool(store and key and store.exists(key))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"Source {redacted(address)[:200]!r} cannot be looked at: {error}. {CHOICES}") from error
+    if store is None:
+        fetch(base, work / "object", digest)
+        yield _one_file(work / "object", urllib.parse.unquote(url.path if url else ""), redacted(base))
+    elif is_file:
+        path = _local_copy(store, key, work)
+        check_file(path, digest, base)
+        yield _one_file(path, key, base)
+    elif digest:
+        raise ConfigError(f"Source {address!r} is not one file: leave #md5= or #sha256= out, or name the file.")
+    else:
+        yield from _folder_files(store, f"{key}/" if key else "", base, work, unread)
 
 
 def _synthetic_files(address: str, work: Path) -> Iterator[SourceFile]:
@@ -106,88 +86,24 @@ def _synthetic_files(address: str, work: Path) -> Iterator[SourceFile]:
         yield SourceFile(path, f"{address} ({split})", "records", split, ".bin")
 
 
-def _file_path(address: str) -> Path:
-    """The path of a file:// address, whose percent signs are decoded; nothing of it is dropped."""
-    host, slash, path = address.partition("://")[2].partition("/")
-    if host not in ("", "localhost") or not slash or {"?", "#"} & set(path):
-        raise ConfigError(
-            f"Source {address!r}: expected file:///folder/name (%3F for ?, %23 for #) or a plain path. {CHOICES}"
-        )
-    return Path(urllib.parse.unquote(slash + path))
-
-
-def _local_files(path: Path, digest: str, work: Path, unread: dict[str, str]) -> Iterator[SourceFile]:
-    try:
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except OSError as error:
-        raise ConfigError(f"Source {str(path)[:200]!r} cannot be looked at: {error.strerror}. {CHOICES}") from error
-    if is_file:
-        check_file(path, digest, str(path))
-        return iter([_one_file(path, path.name, str(path))])
-    if not is_folder:
-        raise ConfigError(f"Source {str(path)!r} is neither a file nor a folder here. {CHOICES}")
-    _refuse_digest_of_many(digest, str(path))
-    try:
-        entries = list(_walk(path, path, frozenset(), unread))
-    except OSError as error:
-        raise ConfigError(f"Source {str(path)!r}: {error.filename} cannot be read: {error.strerror}.") from error
-    return _recognize(entries, str(path), work, unread)
-
-
-def _walk(folder: Path, root: Path, above: frozenset[Path], unread: dict[str, str]) -> Iterator[_Entry]:
-    """The files below a folder, through links as well. What is not a file is noted in `unread`."""
-    above |= {folder.resolve()}
-    for path in sorted(folder.iterdir()):
-        name = path.relative_to(root).as_posix()
-        if not name.isascii() and name != name.encode(errors="replace").decode():
-            unread[name.encode(errors="backslashreplace").decode()] = "the name is not UTF-8"
-        elif path.is_dir() and path.name.startswith("."):
-            unread[name] = "hidden"
-        elif path.is_dir() and path.resolve() in above:
-            unread[name] = "a link to a folder above it"
-        elif path.is_dir():
-            yield from _walk(path, root, above, unread)
-        elif path.is_file():
-            yield _Entry(name, path.stat().st_size, lambda path=path: path)
-        else:
-            unread[name] = "a link that leads nowhere" if path.is_symlink() else "not a file"
-
-
-def _bucket_files(address: str, digest: str, work: Path, unread: dict[str, str]) -> Iterator[SourceFile]:
+def _locate(address: str) -> tuple[ObjectStore, str]:
+    """The store that holds a path or an s3:// address, and its key there, which is taken as it is written."""
+    if not address.startswith("s3://"):
+        path = Path(os.path.abspath(os.path.expanduser(address)))
+        return FolderStore(path.parent), path.name
     if {".", ".."} & set(address.split("/")):
         raise ConfigError(f"Source {address!r}: a key with . or .. between slashes cannot be asked for over HTTP.")
-    parent, _, name = address.rstrip("/").rpartition("/")
-    target = work / "object"
-    if parent.count("/") > 1 and not address.endswith("/"):
-        store = _open_literally(parent)
-        if store.exists(name):
-            store.download(name, target, partial(report, f"downloading {address}"))
-            check_file(target, digest, address)
-            return iter([_one_file(target, name, address)])
-    _refuse_digest_of_many(digest, address)
-    store = _open_literally(address.rstrip("/"))
-
-    def fetch_object(key: str) -> Path:
-        # One object at a time lies here: what was fetched before has been stored by now.
-        store.download(key, target, partial(report, f"downloading {store.uri(key)}"))
-        return target
-
-    infos = [info for info in store.list() if not info.key.endswith("/")]
-    if not infos:
-        raise ConfigError(f"Source {address!r}: no object has this key or prefix. {CHOICES}")
-    entries = [_Entry(info.key, info.size, partial(fetch_object, info.key)) for info in infos]
-    return _recognize(entries, address, work, unread)
+    bucket, _, key = address.removeprefix("s3://").partition("/")
+    return open_store(f"s3://{bucket}"), key.removesuffix("/")
 
 
-def _open_literally(address: str) -> ObjectStore:
-    """The store at an s3:// address whose key is meant as it is written, as the tools of S3 do."""
-    bucket, slash, key = address.partition("://")[2].partition("/")
-    return open_store(f"s3://{bucket}{slash}{urllib.parse.quote(key)}")
-
-
-def _refuse_digest_of_many(digest: str, address: str) -> None:
-    if digest:
-        raise ConfigError(f"Source {address!r} is not one file: leave #md5= or #sha256= out, or name the file.")
+def _local_copy(store: ObjectStore, key: str, work: Path) -> Path:
+    """The object as a local file: in place where the store is a folder, else in place of the object before it."""
+    path = store.local_path(key)
+    if path is None:
+        path = work / "object"
+        store.download(key, path, partial(report, f"downloading {store.uri(key)}"))
+    return path
 
 
 def _one_file(path: Path, name: str, address: str) -> SourceFile:
@@ -199,82 +115,62 @@ def _one_file(path: Path, name: str, address: str) -> SourceFile:
     raise ConfigError(f"Source {address!r}: expected a .tar.gz, .tgz, .tar or .parquet file, or a folder. {CHOICES}")
 
 
-def _recognize(entries: list[_Entry], name: str, work: Path, unread: dict[str, str]) -> Iterator[SourceFile]:
-    """The files that make up a folder or prefix. DataError when the layout is none of those known."""
-    hidden = {entry.name for entry in entries if any(part.startswith(".") for part in entry.name.split("/"))}
-    unread.update(dict.fromkeys(hidden, "hidden"))
-    entries = sorted((entry for entry in entries if entry.name not in hidden), key=lambda entry: entry.name)
-    parquet = [entry for entry in entries if suffix_of(entry.name) == ".parquet"]
-    archives = [entry for entry in entries if suffix_of(entry.name) in ARCHIVE_SUFFIXES]
-    batches = [entry for entry in entries if _base(entry).startswith(("data_batch_", "test_batch", "batches.meta"))]
-    pictures = [entry for entry in entries if suffix_of(entry.name) in PICTURE_SUFFIXES]
-    images = [entry for entry in pictures if class_of(entry.name) is not None]
-    if parquet:
-        kind, used, files = "the Parquet files", parquet, _parquet_shards(parquet, name)
-    elif len(archives) == 1:
-        kind, used = "the archive", archives
-        files = iter([_one_file(archives[0].fetch(), archives[0].name, archives[0].name)])
-    elif archives:
-        found = ", ".join(entry.name for entry in archives)
-        raise DataError(f"{name} holds several archives ({found}): name the one to use.")
-    elif any(_base(entry).removesuffix(".bin") in BATCHES for entry in batches):
-        kind, used, files = "the archive", batches, _packed_batches(batches, name, work)
-    elif images:
-        kind, used, files = "images in class folders", images, _packed_class_folders(images, name, work)
-    else:
-        shown = ", ".join(entry.name for entry in entries[:5]) or "nothing"
+def _folder_files(
+    store: ObjectStore, prefix: str, source: str, work: Path, unread: dict[str, str]
+) -> Iterator[SourceFile]:
+    """The files of a folder or prefix: Parquet, or images in class folders."""
+    unread.update({key.removeprefix(prefix): reason for key, reason in unlisted(store, prefix).items()})
+    sizes = {info.key.removeprefix(prefix): info.size for info in store.list(prefix) if not info.key.endswith("/")}
+    if not sizes and not unread:
+        raise ConfigError(f"Source {source!r}: there is no file, folder, object or prefix of this name. {CHOICES}")
+    unread.update({name: "hidden" for name in sizes if "/." in f"/{name}"})
+    visible = [name for name in sizes if printable(name) not in unread]
+    parquet = [name for name in visible if suffix_of(name) == ".parquet"]
+    images = [name for name in visible if suffix_of(name) in PICTURE_SUFFIXES and class_of(name) is not None]
+    used = parquet or images
+    if not used:
+        found = [*visible, *(f"{name} ({reason})" for name, reason in unread.items())]
         raise DataError(
-            f"{name} is not a dataset known here: found {shown}. Expected the official archive (.tar.gz) or its "
-            f"batches, Parquet files in the Hugging Face layout, or folders named {', '.join(CLASSES[:3])}, ... with "
-            "images, with or without train/ and test/ above them."
+            f"{source} is not a dataset known here: found {', '.join(found[:5])}. Expected Parquet files in the Hugging"
+            f" Face layout, or folders named {', '.join(CLASSES[:3])}, ... with images, with or without train/ and "
+            "test/ above them. Name an official archive itself, not its folder."
         )
-    names = {entry.name for entry in used}
-    unread.update({entry.name: f"only {kind} are read" for entry in entries if entry.name not in names})
-    return files
+    kind = "Parquet files" if parquet else "images in class folders"
+    unread.update({name: f"only {kind} are read" for name in visible if name not in set(used)})
+    pairs = _with_splits(used, source)
+    if parquet:
+        for name, split in pairs:
+            path = _local_copy(store, prefix + name, work)
+            yield SourceFile(path, name, "parquet", split, ".parquet")
+        return
+    for name in images:
+        if sizes[name] > DEFAULT_LIMITS.max_bytes:
+            limit = f"at most {DEFAULT_LIMITS.max_bytes:,} are read. Remove or correct it."
+            raise DataError(f"{name} has {sizes[name]:,} bytes; {limit}")
+    yield from _packed_class_folders(pairs, lambda name: _local_copy(store, prefix + name, work), source, work)
 
 
-def _base(entry: _Entry) -> str:
-    return entry.name.rpartition("/")[2]
-
-
-def _packed_batches(entries: list[_Entry], name: str, work: Path) -> Iterator[SourceFile]:
-    target = work / "batches.tar"
-    pack_images(target, ((entry.name, entry.read(MAX_MEMBER_BYTES)) for entry in entries))
-    yield SourceFile(target, name, "archive", "mixed", ".tar")
-
-
-def _parquet_shards(entries: list[_Entry], name: str) -> Iterator[SourceFile]:
-    for entry, split in _with_splits(entries, is_test_file, name):
-        yield SourceFile(entry.fetch(), entry.name, "parquet", split, ".parquet")
-
-
-def _packed_class_folders(entries: list[_Entry], name: str, work: Path) -> Iterator[SourceFile]:
-    pairs, done = _with_splits(entries, in_test_folder, name), 0
+def _packed_class_folders(
+    pairs: list[tuple[str, Split]], fetch: Callable[[str], Path], source: str, work: Path
+) -> Iterator[SourceFile]:
     for split in SPLITS:
-        group = [entry for entry, its_split in pairs if its_split == split]
+        group = [name for name, its_split in pairs if its_split == split]
         for start in range(0, len(group), _PACK_IMAGES):
             part, target = group[start : start + _PACK_IMAGES], work / f"{split}-{start}.tar"
-            pack_images(target, ((entry.name, entry.read(DEFAULT_LIMITS.max_bytes)) for entry in part))
-            done += len(part)
-            report(f"packing {name}", done, len(entries))
-            shown = f"{name} ({split} images {start} to {start + len(part) - 1})"
+            pack_images(target, ((name, fetch(name).read_bytes()) for name in part))
+            shown = f"{source} ({split} images {start} to {start + len(part) - 1})"
             yield SourceFile(target, shown, "images", split, ".tar")
             target.unlink()
 
 
-def _with_splits(entries: list[_Entry], is_test: Callable[[str], bool], name: str) -> list[tuple[_Entry, Split]]:
-    """The split of each entry. A name that may mean test, but is not one of those documented, is refused."""
-    other: Split = "train" if any(is_test(entry.name) for entry in entries) else "any"
-    pairs: list[tuple[_Entry, Split]] = []
-    for entry in entries:
-        path = entry.name if is_test is is_test_file else entry.name.rpartition("/")[0]
-        for part in path.lower().removesuffix(".parquet").split("/"):
-            words = [word for word in re.findall("[a-z]+", part) if word != "of"]
-            if words and {words[0], words[-1]} & {*_TEST_WORDS} and not is_test(entry.name):
-                raise DataError(
-                    f"{name}: it is not clear whether {path} belongs to a test split. Put test data into a folder "
-                    "named test, or name a Parquet file test.parquet or test-00000.parquet; rename what is not test "
-                    "data."
-                )
-        pairs.append((entry, "test" if is_test(entry.name) else other))
-    return pairs
+def _with_splits(names: list[str], source: str) -> list[tuple[str, Split]]:
+    """The split of each file. A name that may mean test, but is not one of those documented, is refused."""
+    for name in names:
+        telling = name if suffix_of(name) == ".parquet" else name.rpartition("/")[0]
+        if _TEST_WORD.search(telling.lower()) and not is_test(name):
+            raise DataError(
+                f"{source}: it is not clear whether {telling} belongs to a test split. Put test data into a folder "
+                "named test, or name a Parquet file test.parquet or test-00000.parquet; rename what is not test data."
+            )
+    other: Split = "train" if any(map(is_test, names)) else "any"
+    return [(name, "test" if is_test(name) else other) for name in names]

@@ -34,7 +34,7 @@ class Imports(BaseModel):
 def import_source(source: str, raw: ObjectStore, *, resize: bool = False) -> Imports:
     """Validate the source and store its objects under their digests; nothing of an invalid file is stored.
 
-    `source` is 'download', 'synthetic' or 'synthetic:<seed>', a path, or a file://, s3:// or http(s):// address. A
+    `source` is 'download', 'synthetic' or 'synthetic:<seed>', a path, or an s3:// or http(s):// address. A
     file's address may end in `#md5=...` or `#sha256=...`, which it must then have. Importing what is already stored
     stores nothing again. Raises ConfigError for a source that cannot be understood or found, DataError (naming file
     and row) for one that is damaged.

@@ -421,8 +421,6 @@ _SCHEMES = st.sampled_from(
         "",
         "",
         "synthetic:",
-        "file://",
-        "file:///",
         "s3://",
         "s3:/",
         "http://127.0.0.1:9/",
@@ -450,7 +448,7 @@ def test_any_source_address(
     tmp_path: Path, raw: FolderStore, monkeypatch: pytest.MonkeyPatch, scheme: str, words: list[str]
 ) -> None:
     address = scheme + "".join(words)
-    if address.startswith(("/", "~", ".", "download", "synthetic")) or address.startswith("file:///"):
+    if address.startswith(("/", "~", ".", "download", "synthetic")):
         address = f"./{address}"  # neither a file of this machine nor a dataset of many rows
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(download, "ATTEMPTS", 1)
