@@ -70,20 +70,22 @@ class InferenceService(CustomResource):
         return self.body.get("status") or {}
 
     @property
+    def _conditions(self) -> Sequence[Mapping[str, str]]:
+        return self.status.get("conditions") or ()
+
+    @property
     def ready(self) -> bool:
         """KServe's Ready condition, which may still be about an earlier generation."""
-        conditions = self.status.get("conditions") or ()
-        return any(each.get("type") == "Ready" and each.get("status") == "True" for each in conditions)
+        return any(each.get("type") == "Ready" and each.get("status") == "True" for each in self._conditions)
 
     @property
     def complaints(self) -> list[str]:
         """What its conditions give as reasons for not being ready."""
-        found = [
+        return [
             f"{condition['type']}: {condition.get('reason', '')}: {condition['message']}"
-            for condition in self.status.get("conditions") or ()
-            if condition.get("status") == "False" and condition.get("message")
+            for condition in self._conditions
+            if condition["type"] != "Ready" and condition.get("status") == "False" and condition.get("message")
         ]
-        return [text for text in found if not text.startswith("Ready:")] or found
 
     def is_as_written(self, stored: "InferenceService") -> bool:
         """Whether nothing but its status differs from this earlier answer of the API server."""
@@ -165,7 +167,7 @@ class InferenceServiceClient(CustomResourceClient[InferenceService]):
         involved = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "namespace": namespace, "name": name}
         event = {
             "metadata": {"generateName": f"{name}.", "namespace": namespace},
-            "involvedObject": {**involved, **({"uid": service.uid} if service else {})},
+            "involvedObject": {**involved, "uid": service.uid} if service else involved,
             "reason": reason,
             "action": reason,
             "message": message[:1000],

@@ -1,4 +1,4 @@
-"""Where a service answers, seen from where this process runs, and what it says there.
+"""Where a service answers, seen from where this process runs.
 
 Outside of the cluster that is a port of this machine which leads to a Service. `kubectl port-forward svc/...` stays
 with one pod, which an update ends; here each connection goes to a pod that is ready when it begins.
@@ -7,6 +7,7 @@ with one pod, which an update ends; here each connection goes to a pod that is r
 import contextlib
 import random
 import socket
+import socketserver
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 from kubernetes import client as k8s
 from kubernetes.stream import portforward
 
-from resources.inference_service.client import InferenceClient, ServedModel, ServerError
+from resources.inference_service.client import InferenceClient
 from resources.inference_service.kserve.client import InferenceService
 from resources.inference_service.kserve.manifest import predictor_name
 from resources.kubernetes.pods import read_pod
@@ -23,7 +24,7 @@ from resources.kubernetes.pods import read_pod
 _ASK_SECONDS = 10.0
 _WAKE_SECONDS = 60.0
 """A serverless revision without pods takes this long at most to get one."""
-_CONNECT_SECONDS = 10.0
+_TIMEOUT = {"_request_timeout": 10.0}
 
 
 @dataclass(frozen=True)
@@ -51,96 +52,72 @@ class ServiceEndpoint:
         elif self.in_cluster:
             url = f"http://{host}"
         elif service.serverless:
-            namespace, _, gateway = self.gateway.partition("/")
-            url = _forwarded_url(self.configuration, namespace, gateway)
+            url = _forwarded_url(self.configuration, *self.gateway.split("/"))
             headers["Host"] = f"{host}.cluster.local"
         else:
             url = _forwarded_url(self.configuration, service.namespace, name)
         return InferenceClient(url, timeout=_WAKE_SECONDS if service.serverless else _ASK_SECONDS, headers=headers)
 
-    def served_model(self, service: InferenceService, *, canary: bool = False) -> ServedModel:
-        """What answers its users; with `canary`, what its newest revision answers. ServerError where nothing does."""
-        client = self.client(service, canary=canary)
-        try:
-            return client.served_model()
-        except ServerError as error:
-            problem = next((each.problem for each in list(_ports.values()) if each.url == client.base_url), None)
-            if problem:
-                raise ServerError(f"{error} A port could not be forwarded: {problem}") from error
-            raise
 
+class _Forwarder(socketserver.ThreadingTCPServer):
+    """Listens on loopback as long as this process lives. What cannot be carried to a pod is answered with 502."""
 
-class _ForwardedPort:
-    """Listens on loopback as long as this process lives."""
+    daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, configuration: k8s.Configuration, namespace: str, service: str):
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
         self._configuration = configuration
         self._namespace = namespace
         self._service = service
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.problem: str | None = None
-        """Why the last connection was not carried; None when it was."""
-        threading.Thread(target=self._accept, name=f"port to {namespace}/{service}", daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, name=f"port to {namespace}/{service}", daemon=True).start()
 
-    def _accept(self) -> None:
-        while True:
-            connection, _ = self._listener.accept()
-            threading.Thread(target=self._carry, args=(connection,), daemon=True).start()
-
-    def _carry(self, near: socket.socket) -> None:
-        """Bytes of one connection, both ways. One that cannot be carried ends without an answer; `problem` says why."""
-        with near:
-            try:
-                far, forward = self._connect()
-            except Exception as error:
-                self.problem = str(error).strip()[:300]
-                return
-            self.problem = None
-            back = threading.Thread(target=_pump, args=(far, near), daemon=True)
-            back.start()
-            _pump(near, far)
-            back.join()
-            with contextlib.suppress(OSError):
-                forward.close()
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Carry the bytes of one connection, both ways."""
+        try:
+            far, forward = self._connect()
+        except Exception as error:
+            text = f"A port could not be forwarded: {str(error).strip()[:300]}".encode()
+            request.recv(1 << 16)
+            request.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text))
+            return
+        back = threading.Thread(target=_pump, args=(far, request), daemon=True)
+        back.start()
+        _pump(request, far)
+        back.join()
+        with contextlib.suppress(OSError):
+            forward.close()
 
     def _connect(self) -> tuple[Any, Any]:
         """A socket that leads to a ready pod behind the Service, and what it belongs to."""
         # A client of its own: the stream functions change the one they use while they do.
         core: Any = k8s.CoreV1Api(k8s.ApiClient(self._configuration))
-        timeout = {"_request_timeout": _CONNECT_SECONDS}
-        service = core.read_namespaced_service(self._service, self._namespace, **timeout)
+        service = core.read_namespaced_service(self._service, self._namespace, **_TIMEOUT)
         selector = ",".join(f"{key}={value}" for key, value in service.spec.selector.items())
-        found = core.list_namespaced_pod(self._namespace, label_selector=selector, **timeout).items
+        found = core.list_namespaced_pod(self._namespace, label_selector=selector, **_TIMEOUT).items
         ready = [pod.metadata.name for pod in found if read_pod(pod, pod.metadata.name).ready]
         if not ready:
             raise LookupError(f"no pod is ready behind Service {self._namespace}/{self._service}")
-        port = next(port.target_port for port in service.spec.ports if port.port == 80)
-        if not isinstance(port, int):
-            raise LookupError(f"Service {self._namespace}/{self._service} names its target port {port}, not a number")
-        forward = portforward(
-            core.connect_get_namespaced_pod_portforward,
-            random.choice(ready),
-            self._namespace,
-            ports=str(port),
-            **timeout,
-        )
-        far = forward.socket(port)
+        port = str(next(port.target_port for port in service.spec.ports if port.port == 80))
+        call = core.connect_get_namespaced_pod_portforward
+        forward = portforward(call, random.choice(ready), self._namespace, ports=port, **_TIMEOUT)
+        far = forward.socket(int(port))
         far.setblocking(True)
         return far, forward
 
 
-_ports: dict[tuple[str, str, str], _ForwardedPort] = {}
-_ports_lock = threading.Lock()
+_forwarders: dict[tuple[str, str, str], _Forwarder] = {}
+_lock = threading.Lock()
 
 
 def _forwarded_url(configuration: k8s.Configuration, namespace: str, service: str) -> str:
     """Address of this process's one port that leads there."""
     key = (configuration.host, namespace, service)
-    with _ports_lock:
-        if key not in _ports:
-            _ports[key] = _ForwardedPort(configuration, namespace, service)
-        return _ports[key].url
+    with _lock:
+        if key not in _forwarders:
+            _forwarders[key] = _Forwarder(configuration, namespace, service)
+        return _forwarders[key].url
 
 
 def _pump(source: Any, sink: Any) -> None:

@@ -1,6 +1,7 @@
 """The model server as a KServe InferenceService."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
@@ -26,7 +27,7 @@ from resources.inference_service.kserve.manifest import (
 from resources.inference_service.kserve.watch import RolloutLimits, ServiceView
 from resources.kubernetes.api import load_configuration
 from resources.kubernetes.config import settings_from_json
-from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.errors import KubernetesError, with_notes
 from resources.redaction import has_credentials, redacted
 
 DEFAULT_NAME = "cifar10"
@@ -72,14 +73,10 @@ class KServeInferenceService(InferenceServiceResource):
         return self
 
     def deploy(self, request: DeployRequest) -> DeployedService:
-        try:
+        with self._explained(f"model {request.model_digest} was not deployed"):
             view = self._view()
             outcome = ServiceDeployer(view, self._build).deploy(request)
             client = view.endpoint.client(outcome.service)
-        except KubernetesError as error:
-            raise DeployError(
-                f"Model {request.model_digest} was not deployed to {self._label}: {error}", transient=error.transient
-            ) from error
         return DeployedService(
             url=client.base_url,
             model_digest=request.model_digest,
@@ -98,23 +95,27 @@ class KServeInferenceService(InferenceServiceResource):
             if service is None:
                 return ServiceStatus(False, None, None, None, reason or f"There is no {self._label}.")
             client = view.endpoint.client(service)
-            details = self._details(service, client.base_url)
         except KubernetesError as error:
             return ServiceStatus(False, None, None, None, str(error))
+        ready, digest, version = False, None, None
         try:
-            served = view.endpoint.served_model(service)
+            served = client.served_model()
+            ready, digest, version = served.ready, served.model_digest, served.model_version
         except ServerError as error:
             reason = reason or "; ".join(service.complaints) or str(error)
-            return ServiceStatus(False, client.base_url, None, None, reason, details, client.headers)
-        return ServiceStatus(
-            served.ready, client.base_url, served.model_digest, served.model_version, reason, details, client.headers
-        )
+        details = self._details(service, client.base_url)
+        return ServiceStatus(ready, client.base_url, digest, version, reason, details, client.headers)
 
     def delete(self) -> bool:
-        try:
+        with self._explained("it was not deleted"):
             return ServiceDeployer(self._view(), self._build).delete()
+
+    @contextmanager
+    def _explained(self, failure: str) -> Iterator[None]:
+        try:
+            yield
         except KubernetesError as error:
-            raise DeployError(f"{self._label} was not deleted: {error}", transient=error.transient) from error
+            raise DeployError(f"{self._label}: {failure}: {with_notes(error)}", transient=error.transient) from error
 
     @property
     def _label(self) -> str:

@@ -58,7 +58,7 @@ def http(body: bytes, status: str = "200 OK", length: int | None = None) -> byte
         pytest.param(http(b'{"predictions": [1], "outputs": 1}'), id="other types"),
     ],
 )
-def test_an_answer_of_another_server_is_a_server_error(answering: Answering, tmp_path: Path, answer: bytes):
+def test_an_answer_of_another_server_is_a_server_error(answering: Answering, tmp_path: Path, answer: bytes) -> None:
     client = InferenceClient(f"http://127.0.0.1:{answering(answer)}", timeout=5)
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"x")

@@ -65,20 +65,20 @@ def failure(cluster: FakeKServe, request: DeployRequest, **limits: Any) -> Deplo
     return caught.value
 
 
-def test_first_deployment(cluster: FakeKServe):
+def test_first_deployment(cluster: FakeKServe) -> None:
     outcome = deployer(cluster).deploy(A)
     assert (outcome.changed, outcome.previous_digest) == (True, None)
     assert outcome.service.model_digest == A.model_digest
     assert [event.reason for event in cluster.events] == ["Deployed"]
 
 
-def test_same_again_writes_nothing(serving_a: FakeKServe):
+def test_same_again_writes_nothing(serving_a: FakeKServe) -> None:
     outcome = deployer(serving_a).deploy(replace(A, dagster_run_id="another run"))
     assert outcome == Outcome(outcome.service, False, A.model_digest)
     assert len(serving_a.writes) == 1
 
 
-def test_update_ends_when_no_pod_of_the_old_version_is_left(serving_a: FakeKServe):
+def test_update_ends_when_no_pod_of_the_old_version_is_left(serving_a: FakeKServe) -> None:
     began = serving_a.clock.now
     outcome = deployer(serving_a).deploy(B)
     assert (outcome.changed, outcome.previous_digest) == (True, A.model_digest)
@@ -86,23 +86,23 @@ def test_update_ends_when_no_pod_of_the_old_version_is_left(serving_a: FakeKServ
     assert serving_a.clock.now - began > fake.START_SECONDS + fake.GRACE_SECONDS
 
 
-def test_rollback_is_deploying_the_older_one(serving_a: FakeKServe):
+def test_rollback_is_deploying_the_older_one(serving_a: FakeKServe) -> None:
     deployer(serving_a).deploy(B)
     outcome = deployer(serving_a).deploy(A)
     assert (outcome.changed, outcome.previous_digest) == (True, B.model_digest)
     assert digests_of_pods(serving_a) == [A.model_digest]
 
 
-def test_ready_condition_of_an_earlier_generation_does_not_count(serving_a: FakeKServe):
+def test_ready_condition_of_an_earlier_generation_does_not_count(serving_a: FakeKServe) -> None:
     serving_a.behaviours[B.model_digest] = fake.never_ready
     assert serving_a.service is not None
     assert serving_a.service["status"]["conditions"][0]["status"] == "True"
     assert "0 of 1 new pods are ready" in str(failure(serving_a, B, start_timeout_seconds=20))
 
 
-def test_answer_of_the_endpoint_decides(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch):
-    stale = serving_a.served_model(object())  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(serving_a, "served_model", lambda service, canary: stale)
+def test_answer_of_the_endpoint_decides(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = serving_a.served_model()
+    monkeypatch.setattr(serving_a, "served_model", lambda: stale)
     error = failure(serving_a, B, start_timeout_seconds=30)
     assert f"the endpoint answers with model {A.model_digest} version 1" in str(error)
 
@@ -126,7 +126,7 @@ STORIES: dict[str, tuple[Callable[[FakeKServe, dict[str, Any]], None], str, bool
 
 
 @pytest.mark.parametrize("story", STORIES)
-def test_failed_update_is_explained_and_undone(serving_a: FakeKServe, story: str):
+def test_failed_update_is_explained_and_undone(serving_a: FakeKServe, story: str) -> None:
     behaviour, text, transient = STORIES[story]
     serving_a.behaviours[B.model_digest] = behaviour
     before = copy.deepcopy(serving_a.service)
@@ -142,7 +142,7 @@ def test_failed_update_is_explained_and_undone(serving_a: FakeKServe, story: str
     assert serving_a.service["metadata"]["annotations"] == before["metadata"]["annotations"]
 
 
-def test_reason_of_a_failure_is_known_until_something_else_is_deployed(serving_a: FakeKServe):
+def test_reason_of_a_failure_is_known_until_something_else_is_deployed(serving_a: FakeKServe) -> None:
     serving_a.behaviours[B.model_digest] = fake.ends(2)
     failure(serving_a, B)
     assert "ended with exit code 2" in (last_failure(serving_a) or "")
@@ -151,14 +151,14 @@ def test_reason_of_a_failure_is_known_until_something_else_is_deployed(serving_a
     assert last_failure(serving_a) is None
 
 
-def test_failed_first_deployment_leaves_nothing(cluster: FakeKServe):
+def test_failed_first_deployment_leaves_nothing(cluster: FakeKServe) -> None:
     cluster.behaviours[A.model_digest] = fake.ends(2)
     assert "Nothing served before, so the InferenceService was deleted" in str(failure(cluster, A))
     assert (cluster.service, cluster.pods) == (None, [])
     assert "ended with exit code 2" in (last_failure(cluster) or "")
 
 
-def test_service_of_someone_else_is_left_alone(cluster: FakeKServe):
+def test_service_of_someone_else_is_left_alone(cluster: FakeKServe) -> None:
     cluster.service = {"metadata": {"name": "cifar10", "namespace": "space", "uid": "x"}, "spec": {"predictor": {}}}
     assert "was not made by this project" in str(failure(cluster, A))
     with pytest.raises(DeployError, match="was not made by this project"):
@@ -167,7 +167,7 @@ def test_service_of_someone_else_is_left_alone(cluster: FakeKServe):
     assert cluster.service is not None
 
 
-def test_interrupted_attempt_is_continued(serving_a: FakeKServe):
+def test_interrupted_attempt_is_continued(serving_a: FakeKServe) -> None:
     InferenceServiceClient(serving_a, serving_a).replace(deployer(serving_a).deploy(A).service, build(B))
     serving_a.clock.sleep(2)
     outcome = deployer(serving_a).deploy(B)
@@ -175,7 +175,7 @@ def test_interrupted_attempt_is_continued(serving_a: FakeKServe):
     assert len(serving_a.writes) == 2, "what had been written already was not written again"
 
 
-def test_attempt_that_was_cut_off_and_fails_gives_way_to_what_still_answers(serving_a: FakeKServe):
+def test_attempt_that_was_cut_off_and_fails_gives_way_to_what_still_answers(serving_a: FakeKServe) -> None:
     serving_a.behaviours[B.model_digest] = fake.ends(2)
     InferenceServiceClient(serving_a, serving_a).replace(deployer(serving_a).deploy(A).service, build(B))
     serving_a.clock.sleep(2)
@@ -183,7 +183,7 @@ def test_attempt_that_was_cut_off_and_fails_gives_way_to_what_still_answers(serv
     assert digests_of_pods(serving_a) == [A.model_digest]
 
 
-def test_change_by_someone_else_ends_the_wait_and_stays(serving_a: FakeKServe):
+def test_change_by_someone_else_ends_the_wait_and_stays(serving_a: FakeKServe) -> None:
     serving_a.behaviours[B.model_digest] = fake.never_ready
     third = build(replace(B, model_digest="c" * 64))
 
@@ -197,7 +197,7 @@ def test_change_by_someone_else_ends_the_wait_and_stays(serving_a: FakeKServe):
     assert serving_a.service["metadata"]["annotations"]["cifar/model-digest"] == "c" * 64
 
 
-def test_answer_of_a_write_that_is_lost(cluster: FakeKServe):
+def test_answer_of_a_write_that_is_lost(cluster: FakeKServe) -> None:
     def lose_once() -> None:
         cluster.after_write = lambda: None
         raise api_error(504, "gateway timeout")
@@ -215,19 +215,19 @@ def away_from(cluster: FakeKServe, begin: float, seconds: float) -> None:
     cluster.failing = refuse
 
 
-def test_outage_of_the_api_server_is_tolerated(serving_a: FakeKServe):
+def test_outage_of_the_api_server_is_tolerated(serving_a: FakeKServe) -> None:
     away_from(serving_a, serving_a.clock.now + 3, 60)
     assert deployer(serving_a).deploy(B).changed
 
 
-def test_long_outage_of_the_api_server_is_a_transient_error(serving_a: FakeKServe):
+def test_long_outage_of_the_api_server_is_a_transient_error(serving_a: FakeKServe) -> None:
     away_from(serving_a, serving_a.clock.now + 3, 10_000)
     error = failure(serving_a, B)
     assert error.transient
-    assert "the API server has given no usable answer since" in str(error)
+    assert "was not serving within 600 s: Could not read" in str(error)
 
 
-def test_refusal_changes_nothing(serving_a: FakeKServe):
+def test_refusal_changes_nothing(serving_a: FakeKServe) -> None:
     def refuse(call: str) -> None:
         if call == "replace":
             raise api_error(403, 'admission webhook "inferenceservice.kserve-webhook-server.validator" denied: no')
@@ -238,7 +238,7 @@ def test_refusal_changes_nothing(serving_a: FakeKServe):
     assert digests_of_pods(serving_a) == [A.model_digest]
 
 
-def test_interrupt_puts_the_earlier_version_back(serving_a: FakeKServe):
+def test_interrupt_puts_the_earlier_version_back(serving_a: FakeKServe) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -251,7 +251,7 @@ def test_interrupt_puts_the_earlier_version_back(serving_a: FakeKServe):
     assert digests_of_pods(serving_a) == [A.model_digest]
 
 
-def test_interrupted_first_deployment_leaves_nothing(cluster: FakeKServe):
+def test_interrupted_first_deployment_leaves_nothing(cluster: FakeKServe) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -262,19 +262,19 @@ def test_interrupted_first_deployment_leaves_nothing(cluster: FakeKServe):
     assert (cluster.service, cluster.pods) == (None, [])
 
 
-def test_deletion_waits_for_the_pods(serving_a: FakeKServe):
+def test_deletion_waits_for_the_pods(serving_a: FakeKServe) -> None:
     assert deployer(serving_a).delete()
     assert serving_a.pods == []
     assert not deployer(serving_a).delete()
 
 
-def test_deletion_that_does_not_end_is_an_error(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch):
+def test_deletion_that_does_not_end_is_an_error(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving_a, "_end", lambda pod: None)
     with pytest.raises(DeployError, match="pod pod-1"):
         deployer(serving_a).delete()
 
 
-def test_evicted_pod_of_the_old_version_does_not_hold_up_the_new_one(serving_a: FakeKServe):
+def test_evicted_pod_of_the_old_version_does_not_hold_up_the_new_one(serving_a: FakeKServe) -> None:
     evicted = fake.pod_body("evicted", build(A)["metadata"]["annotations"])
     evicted["status"] = {"phase": "Failed", "reason": "Evicted"}
     serving_a.pods.append(evicted)
@@ -282,7 +282,7 @@ def test_evicted_pod_of_the_old_version_does_not_hold_up_the_new_one(serving_a: 
     assert evicted in serving_a.pods
 
 
-def test_earlier_restarts_of_a_ready_pod_are_ignored(serving_a: FakeKServe):
+def test_earlier_restarts_of_a_ready_pod_are_ignored(serving_a: FakeKServe) -> None:
     serving_a.behaviours[B.model_digest] = fake.never_ready
     (pod,) = serving_a.pods
     ended = {"terminated": {"exit_code": 137, "reason": "OOMKilled", "finished_at": "2025-01-01T00:00:00Z"}}
@@ -292,14 +292,14 @@ def test_earlier_restarts_of_a_ready_pod_are_ignored(serving_a: FakeKServe):
     assert deployer(serving_a).deploy(A).changed
 
 
-def test_every_replica_asked_for_has_to_be_ready(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch):
+def test_every_replica_asked_for_has_to_be_ready(serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "tests.unit.inference_service.test_deployer.SETTINGS", SETTINGS.model_copy(update={"min_replicas": 2})
     )
     assert "1 of 2 new pods are ready" in str(failure(serving_a, B, start_timeout_seconds=30))
 
 
-def test_events_and_logs_are_optional(cluster: FakeKServe):
+def test_events_and_logs_are_optional(cluster: FakeKServe) -> None:
     def refuse(call: str) -> None:
         if call in ("event", "events", "log"):
             raise api_error(403, "forbidden")

@@ -53,7 +53,7 @@ def answering(folder: Path, answer: bytes, *, sends_descriptor: bool) -> Iterato
 
 @pytest.mark.fuzz
 @given(answer=ANSWERS, sends_descriptor=st.booleans())
-def test_any_answer_is_a_server_none_or_an_error_that_names_the_socket(answer, sends_descriptor):
+def test_any_answer_is_a_server_none_or_an_error_that_names_the_socket(answer, sends_descriptor) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         answering(Path(folder), answer, sends_descriptor=sends_descriptor),
@@ -69,7 +69,7 @@ def test_any_answer_is_a_server_none_or_an_error_that_names_the_socket(answer, s
             found.__exit__()
 
 
-def test_a_server_of_another_version_is_reported_with_its_process():
+def test_a_server_of_another_version_is_reported_with_its_process() -> None:
     answer = b'{"pid": 4711, "protocol": 1, "model_digest": "d"}'
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -81,7 +81,7 @@ def test_a_server_of_another_version_is_reported_with_its_process():
 
 @pytest.mark.fuzz
 @given(nonsense=st.binary(max_size=40))
-def test_a_server_answers_until_it_drains_whatever_others_send(nonsense):
+def test_a_server_answers_until_it_drains_whatever_others_send(nonsense) -> None:
     async def run(folder: Path, listener: socket.socket) -> None:
         control = socket.socket(socket.AF_UNIX)
         control.bind(f"{folder}/serving.sock")
@@ -113,7 +113,7 @@ def test_a_server_answers_until_it_drains_whatever_others_send(nonsense):
         uvloop.run(asyncio.wait_for(run(Path(name), listener), 60))
 
 
-def test_a_folder_whose_path_is_longer_than_an_address_works(tmp_path, monkeypatch):
+def test_a_folder_whose_path_is_longer_than_an_address_works(tmp_path, monkeypatch) -> None:
     folder = tmp_path / ("x" * 120)
     folder.mkdir()
     assert find_server(folder) is None
@@ -136,5 +136,5 @@ def test_a_folder_whose_path_is_longer_than_an_address_works(tmp_path, monkeypat
         ("::1", "http://[::1]:8080"),
     ],
 )
-def test_the_url_is_one_that_this_machine_can_ask(host, url):
+def test_the_url_is_one_that_this_machine_can_ask(host, url) -> None:
     assert ServerInfo(**{**asdict(INFO), "host": host}).url == url

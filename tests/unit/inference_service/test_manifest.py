@@ -65,19 +65,19 @@ SENTINELS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def test_table_of_sentinels_is_complete():
+def test_table_of_sentinels_is_complete() -> None:
     assert set(SENTINELS) == set(InferenceServiceSettings.model_fields)
 
 
 @pytest.mark.parametrize("name", SENTINELS)
-def test_every_setting_reaches_the_manifest(name: str):
+def test_every_setting_reaches_the_manifest(name: str) -> None:
     values, text = SENTINELS[name]
     assert text in json.dumps(build(settings(**values)))
     assert text not in json.dumps(build(settings(**(KNATIVE if "mode" in values and name != "mode" else {}))))
 
 
 @pytest.mark.parametrize("mode", ["Standard", "Knative"])
-def test_snapshot(mode: str, snapshot: SnapshotAssertion):
+def test_snapshot(mode: str, snapshot: SnapshotAssertion) -> None:
     values: dict[str, Any] = {"mode": mode}
     if mode == "Knative":
         values |= {"min_replicas": 0, "canary_percent": 10}
@@ -85,12 +85,12 @@ def test_snapshot(mode: str, snapshot: SnapshotAssertion):
 
 
 @pytest.mark.parametrize("folder", ["inference-service", "inference-service/serverless"])
-def test_committed_twin_is_what_the_code_builds(folder: str):
+def test_committed_twin_is_what_the_code_builds(folder: str) -> None:
     assert render(K8S / folder / "server.settings.yaml") == (K8S / folder / "server.yaml").read_text()
     assert yaml.safe_load((K8S / folder / "kustomization.yaml").read_text())["resources"][0] == "server.yaml"
 
 
-def test_settings_of_the_overlay_are_valid():
+def test_settings_of_the_overlay_are_valid() -> None:
     overlay = yaml.safe_load((K8S / "overlays/serverless/kustomization.yaml").read_text())
     changes = [change for patch in overlay["patches"] for change in yaml.safe_load(patch["patch"])]
     environment = {change["path"].rpartition("/")[2]: change["value"] for change in changes}
@@ -99,7 +99,7 @@ def test_settings_of_the_overlay_are_valid():
     assert (serving.settings.min_replicas, serving.settings.canary_percent) == (0, 10)
 
 
-def test_pod_is_restricted_and_small():
+def test_pod_is_restricted_and_small() -> None:
     for mode in ("Standard", "Knative"):
         predictor = build(settings(mode=mode))["spec"]["predictor"]
         (container,) = predictor["containers"]
@@ -114,13 +114,13 @@ def test_pod_is_restricted_and_small():
         assert container["resources"]["limits"]["memory"] == "512Mi"
 
 
-def test_grace_time_covers_all_of_the_drain():
+def test_grace_time_covers_all_of_the_drain() -> None:
     predictor = build(settings(drain_delay_seconds=10, linger_seconds=3, grace_seconds=40))["spec"]["predictor"]
     assert predictor["terminationGracePeriodSeconds"] > 10 + 3 + 40
     assert predictor["deploymentStrategy"]["rollingUpdate"]["maxUnavailable"] == 0
 
 
-def test_decision_is_carried_and_read_back():
+def test_decision_is_carried_and_read_back() -> None:
     annotations = build(settings())["metadata"]["annotations"]
     assert annotations["cifar/model-digest"] == "d" * 64
     assert annotations["cifar/dagster-run-id"] == "run-1"
@@ -129,7 +129,7 @@ def test_decision_is_carried_and_read_back():
     assert request_of({"cifar/model-digest": "x"}) is None
 
 
-def test_revision_changes_with_what_is_served():
+def test_revision_changes_with_what_is_served() -> None:
     def revision(values: InferenceServiceSettings, request: DeployRequest = REQUEST) -> str:
         return build(values, request)["metadata"]["annotations"][REVISION_ANNOTATION]
 
@@ -144,7 +144,7 @@ def test_revision_changes_with_what_is_served():
     )
 
 
-def test_traffic_is_not_part_of_the_revision():
+def test_traffic_is_not_part_of_the_revision() -> None:
     canary = build(settings(mode="Knative", canary_percent=10))
     promoted = with_traffic(canary, None)
     assert "canaryTrafficPercent" not in promoted["spec"]["predictor"]
@@ -163,12 +163,12 @@ def test_traffic_is_not_part_of_the_revision():
         ("c" * 49, "Shorten it by 2"),
     ],
 )
-def test_invalid_names_are_rejected(name: str, message: str):
+def test_invalid_names_are_rejected(name: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         build_inference_service_manifest(settings(), REQUEST, name=name, namespace="space")
 
 
-def test_longest_names():
+def test_longest_names() -> None:
     longest = "c" * 48
     assert len(f"isvc.{longest}-predictor") == 63
     assert build_inference_service_manifest(settings(), REQUEST, name=longest, namespace="s")
@@ -193,21 +193,21 @@ def test_longest_names():
         ({"image": ""}, "image"),
     ],
 )
-def test_invalid_settings_are_rejected(values: dict[str, Any], message: str):
+def test_invalid_settings_are_rejected(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         settings(**values)
 
 
-def test_escape_hatch_does_not_override_what_settings_make():
+def test_escape_hatch_does_not_override_what_settings_make() -> None:
     with pytest.raises(SettingsError, match="extra_predictor sets containers"):
         build(settings(extra_predictor={"containers": []}))
 
 
-def test_threads_follow_the_cpu_limit():
+def test_threads_follow_the_cpu_limit() -> None:
     assert [settings(cpu_limit=limit).threads for limit in ("500m", "1", "1500m", "4")] == [1, 1, 2, 4]
 
 
-def test_command_prints_the_manifest_or_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command_prints_the_manifest_or_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = K8S / "inference-service/server.settings.yaml"
     assert main([str(good)]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["kind"] == "InferenceService"

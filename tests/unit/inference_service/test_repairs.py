@@ -74,18 +74,18 @@ def edit(cluster: FakeKServe, **fields: Any) -> None:
     cluster._store(body)
 
 
-def test_model_in_service_survives_a_replica_that_fits_nowhere(half_of_a: FakeKServe):
+def test_model_in_service_survives_a_replica_that_fits_nowhere(half_of_a: FakeKServe) -> None:
     error = failure(half_of_a, A)
     assert "(unschedulable) second: Insufficient cpu" in str(error)
     assert "was there before this deployment and was left as it is" in str(error)
     assert error.transient
     assert half_of_a.deleted == []
     assert digests_of_pods(half_of_a) == [A.model_digest, A.model_digest]
-    assert half_of_a.served_model(None).model_digest == A.model_digest  # pyright: ignore[reportArgumentType]
+    assert half_of_a.served_model().model_digest == A.model_digest
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
-def test_interrupted_repair_deletes_nothing(half_of_a: FakeKServe, error: type[BaseException]):
+def test_interrupted_repair_deletes_nothing(half_of_a: FakeKServe, error: type[BaseException]) -> None:
     interrupt_after(half_of_a, 5, error)
     with pytest.raises(error):
         deployer(half_of_a).deploy(A)
@@ -93,22 +93,14 @@ def test_interrupted_repair_deletes_nothing(half_of_a: FakeKServe, error: type[B
 
 
 @pytest.mark.parametrize("calls", [("get",), ("list pods",), ("get", "list pods", "replace", "delete", "events")])
-def test_kserve_removed_during_a_repair_deletes_nothing(half_of_a: FakeKServe, calls: tuple[str, ...]):
+def test_kserve_removed_during_a_repair_deletes_nothing(half_of_a: FakeKServe, calls: tuple[str, ...]) -> None:
     fail_on(half_of_a, *calls, error=KIND_IS_MISSING, after=3)
-    error = failure(half_of_a, A)
-    assert "it is not known whether the model serves" in str(error)
-    assert "install KServe" in str(error)
-    assert not error.transient
+    with pytest.raises(ApiRefusedError, match="install KServe"):
+        deployer(half_of_a).deploy(A)
     assert half_of_a.deleted == []
 
 
-def test_kserve_that_is_back_soon_does_not_end_a_deployment(serving_a: FakeKServe):
-    fail_on(serving_a, "get", error=KIND_IS_MISSING, after=3)
-    serving_a.clock.after(30, lambda: setattr(serving_a, "failing", lambda call: None))
-    assert deployer(serving_a).deploy(B).changed
-
-
-def test_first_deployment_of_another_process_is_not_deleted_by_a_retry(cluster: FakeKServe):
+def test_first_deployment_of_another_process_is_not_deleted_by_a_retry(cluster: FakeKServe) -> None:
     cluster.behaviours[A.model_digest] = fake.ends(2)
     InferenceServiceClient(cluster, cluster).create(build(A))
     cluster.clock.sleep(2)
@@ -116,7 +108,7 @@ def test_first_deployment_of_another_process_is_not_deleted_by_a_retry(cluster: 
     assert cluster.deleted == []
 
 
-def test_create_answered_twice_is_still_undone(cluster: FakeKServe):
+def test_create_answered_twice_is_still_undone(cluster: FakeKServe) -> None:
     def lose_once() -> None:
         cluster.after_write = lambda: None
         raise api_error(504, "gateway timeout")
@@ -128,7 +120,7 @@ def test_create_answered_twice_is_still_undone(cluster: FakeKServe):
     assert cluster.service is None
 
 
-def test_service_in_deletion_is_replaced_and_only_the_new_one_is_undone(serving_a: FakeKServe):
+def test_service_in_deletion_is_replaced_and_only_the_new_one_is_undone(serving_a: FakeKServe) -> None:
     assert serving_a.service is not None
     serving_a.service["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     serving_a.clock.after(5, lambda: (setattr(serving_a, "service", None), serving_a.pods.clear()))
@@ -137,7 +129,7 @@ def test_service_in_deletion_is_replaced_and_only_the_new_one_is_undone(serving_
     assert [body["metadata"]["uid"] for body in serving_a.deleted] == ["uid-2"]
 
 
-def test_service_whose_deletion_does_not_end_is_left_alone(serving_a: FakeKServe):
+def test_service_whose_deletion_does_not_end_is_left_alone(serving_a: FakeKServe) -> None:
     assert serving_a.service is not None
     serving_a.service["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     error = failure(serving_a, B)
@@ -146,7 +138,7 @@ def test_service_whose_deletion_does_not_end_is_left_alone(serving_a: FakeKServe
     assert (len(serving_a.writes), serving_a.deleted) == (1, [])
 
 
-def test_service_that_someone_else_created_meanwhile_is_left_alone(cluster: FakeKServe):
+def test_service_that_someone_else_created_meanwhile_is_left_alone(cluster: FakeKServe) -> None:
     cluster.behaviours[A.model_digest] = fake.never_ready
 
     def recreate() -> None:
@@ -160,7 +152,7 @@ def test_service_that_someone_else_created_meanwhile_is_left_alone(cluster: Fake
     assert cluster.deleted == []
 
 
-def test_service_created_between_the_first_look_and_the_write_is_left_alone(cluster: FakeKServe):
+def test_service_created_between_the_first_look_and_the_write_is_left_alone(cluster: FakeKServe) -> None:
     third = replace(B, model_digest="c" * 64)
 
     def create(call: str) -> None:
@@ -175,7 +167,7 @@ def test_service_created_between_the_first_look_and_the_write_is_left_alone(clus
 
 
 @pytest.mark.parametrize("deleted", [True, False])
-def test_change_by_someone_else_before_the_clean_up_is_left_alone(serving_a: FakeKServe, deleted: bool):
+def test_change_by_someone_else_before_the_clean_up_is_left_alone(serving_a: FakeKServe, deleted: bool) -> None:
     third = build(replace(B, model_digest="c" * 64))
     serving_a.behaviours[B.model_digest] = fake.ends(2)
 
@@ -195,7 +187,7 @@ def test_change_by_someone_else_before_the_clean_up_is_left_alone(serving_a: Fak
     assert len(serving_a.writes) == 2
 
 
-def test_deletion_leaves_a_service_that_took_the_name_alone(serving_a: FakeKServe):
+def test_deletion_leaves_a_service_that_took_the_name_alone(serving_a: FakeKServe) -> None:
     def take() -> None:
         serving_a.service = None
         InferenceServiceClient(serving_a, serving_a).create(build(B))
@@ -215,7 +207,7 @@ def test_deletion_leaves_a_service_that_took_the_name_alone(serving_a: FakeKServ
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_spec_edited_by_hand_is_written_again(serving_a: FakeKServe, fields: dict[str, Any]):
+def test_spec_edited_by_hand_is_written_again(serving_a: FakeKServe, fields: dict[str, Any]) -> None:
     assert serving_a.service is not None
     before = copy.deepcopy(serving_a.service["spec"])
     edit(serving_a, **fields)
@@ -227,14 +219,14 @@ def test_spec_edited_by_hand_is_written_again(serving_a: FakeKServe, fields: dic
     assert deployer(serving_a).deploy(A).changed is False
 
 
-def test_part_added_to_the_spec_by_hand_is_removed(serving_a: FakeKServe):
+def test_part_added_to_the_spec_by_hand_is_removed(serving_a: FakeKServe) -> None:
     assert serving_a.service is not None
     serving_a.service["spec"]["transformer"] = {"containers": [{"name": "kserve-container", "image": "other"}]}
     assert deployer(serving_a).deploy(A).changed
     assert list(serving_a.service["spec"]) == ["predictor"]
 
 
-def test_edited_spec_that_serves_is_put_back_when_its_repair_fails(serving_a: FakeKServe):
+def test_edited_spec_that_serves_is_put_back_when_its_repair_fails(serving_a: FakeKServe) -> None:
     edit(serving_a, containers=[{"name": "kserve-container", "image": "hotfix"}])
     serving_a.clock.sleep(30)
     edited = copy.deepcopy(serving_a.service)
@@ -246,7 +238,7 @@ def test_edited_spec_that_serves_is_put_back_when_its_repair_fails(serving_a: Fa
     assert len(serving_a.pods) == 1
 
 
-def test_spec_edited_during_a_deployment_is_reported_and_left(serving_a: FakeKServe):
+def test_spec_edited_during_a_deployment_is_reported_and_left(serving_a: FakeKServe) -> None:
     serving_a.behaviours[B.model_digest] = fake.never_ready
     serving_a.clock.after(5, lambda: edit(serving_a, nodeSelector={"no-such": "node"}))
     begin = serving_a.clock.now
@@ -256,20 +248,14 @@ def test_spec_edited_during_a_deployment_is_reported_and_left(serving_a: FakeKSe
     assert serving_a.service["spec"]["predictor"]["nodeSelector"] == {"no-such": "node"}
 
 
-def test_labels_removed_by_hand_do_not_break_the_way_back(serving_a: FakeKServe):
+def test_labels_removed_by_hand_do_not_break_the_way_back(serving_a: FakeKServe) -> None:
     assert serving_a.service is not None
     del serving_a.service["metadata"]["labels"]
     serving_a.behaviours[B.model_digest] = fake.ends(2)
     assert f"set back to model {A.model_digest}" in str(failure(serving_a, B))
 
 
-def test_check_for_edits_that_is_refused_changes_nothing(serving_a: FakeKServe):
-    fail_on(serving_a, "dry run", error=api_error(400, "the webhook does not support dry run"))
-    assert not deployer(serving_a).deploy(A).changed
-    assert len(serving_a.writes) == 1
-
-
-def test_pods_that_outlived_their_service_get_it_back(serving_a: FakeKServe):
+def test_pods_that_outlived_their_service_get_it_back(serving_a: FakeKServe) -> None:
     """As `kubectl delete --cascade=orphan` leaves them."""
     serving_a.service = None
     serving_a.behaviours[B.model_digest] = fake.ends(2)
@@ -278,7 +264,7 @@ def test_pods_that_outlived_their_service_get_it_back(serving_a: FakeKServe):
     assert serving_a.deleted == []
 
 
-def test_events_that_cannot_be_read_or_written_do_not_change_the_outcome(serving_a: FakeKServe):
+def test_events_that_cannot_be_read_or_written_do_not_change_the_outcome(serving_a: FakeKServe) -> None:
     fail_on(serving_a, "events", "event", "log", error=api_error(500, "etcdserver: leader changed"))
     assert last_failure(serving_a) is None
     assert deployer(serving_a).deploy(B).changed
@@ -286,9 +272,9 @@ def test_events_that_cannot_be_read_or_written_do_not_change_the_outcome(serving
     assert "ended with exit code 2" in str(failure(serving_a, A))
 
 
-def test_api_that_breaks_after_the_model_served_does_not_change_the_outcome(serving_a: FakeKServe):
-    def fail_after_success(service: Any, *, canary: bool = False) -> Any:
-        served = original(service, canary=canary)
+def test_api_that_breaks_after_the_model_served_does_not_change_the_outcome(serving_a: FakeKServe) -> None:
+    def fail_after_success() -> Any:
+        served = original()
         if served.model_digest == B.model_digest and digests_of_pods(serving_a) == [B.model_digest]:
             serving_a.failing = lambda call: (_ for _ in ()).throw(api_error(500))
         return served
@@ -299,7 +285,7 @@ def test_api_that_breaks_after_the_model_served_does_not_change_the_outcome(serv
     assert (outcome.changed, outcome.service.model_digest) == (True, B.model_digest)
 
 
-def test_clean_up_that_is_refused_is_added_to_the_first_error(serving_a: FakeKServe):
+def test_clean_up_that_is_refused_is_added_to_the_first_error(serving_a: FakeKServe) -> None:
     serving_a.behaviours[B.model_digest] = fake.ends(2)
     written = len(serving_a.writes)
 
@@ -313,7 +299,7 @@ def test_clean_up_that_is_refused_is_added_to_the_first_error(serving_a: FakeKSe
     assert "may not update" in str(error)
 
 
-def test_pods_that_cannot_be_listed_at_the_end_do_not_hide_the_timeout(serving_a: FakeKServe):
+def test_pods_that_cannot_be_listed_at_the_end_do_not_hide_the_timeout(serving_a: FakeKServe) -> None:
     serving_a.behaviours[B.model_digest] = fake.never_ready
     begin = serving_a.clock.now
 
@@ -322,10 +308,10 @@ def test_pods_that_cannot_be_listed_at_the_end_do_not_hide_the_timeout(serving_a
             raise api_error(500)
 
     serving_a.failing = fail
-    assert "not serving after" in str(failure(serving_a, B, start_timeout_seconds=20))
+    assert "was not serving within 20 s" in str(failure(serving_a, B, start_timeout_seconds=20))
 
 
-def test_pod_that_flaps_between_two_causes_is_given_up(serving_a: FakeKServe):
+def test_pod_that_flaps_between_two_causes_is_given_up(serving_a: FakeKServe) -> None:
     def flap(cluster: FakeKServe, pod: dict[str, Any]) -> None:
         reasons = ["ErrImagePull", "ContainerCreating"]
         for n in range(200):
@@ -338,14 +324,14 @@ def test_pod_that_flaps_between_two_causes_is_given_up(serving_a: FakeKServe):
     assert serving_a.clock.now - begin < 150
 
 
-def test_refusal_at_the_write_is_not_followed_by_a_clean_up(half_of_a: FakeKServe):
+def test_refusal_at_the_write_is_not_followed_by_a_clean_up(half_of_a: FakeKServe) -> None:
     fail_on(half_of_a, "replace", error=api_error(403, "denied"))
     with pytest.raises(ApiRefusedError, match="denied"):
         deployer(half_of_a).deploy(B)
     assert half_of_a.deleted == []
 
 
-def test_put_back_tolerates_an_outage(serving_a: FakeKServe):
+def test_put_back_tolerates_an_outage(serving_a: FakeKServe) -> None:
     serving_a.behaviours[B.model_digest] = fake.ends(2)
 
     def away(call: str) -> None:

@@ -13,7 +13,7 @@ from kubernetes import client as k8s
 from cifar_assets.assets.faults import retrying_infrastructure_faults
 from resources.errors import ConfigError, DeployError
 from resources.inference_service import DeployRequest
-from resources.inference_service.client import ServerError
+from resources.inference_service.client import InferenceClient, ServerError
 from resources.inference_service.kserve import resource as module
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.endpoint import ServiceEndpoint
@@ -37,7 +37,7 @@ def serving(**environment: str) -> KServeInferenceService:
     return serving_from_environment({"SERVER_IMAGE": "server:2", **environment})
 
 
-def test_settings_come_from_the_environment():
+def test_settings_come_from_the_environment() -> None:
     found = serving(
         SERVER_NAMESPACE="elsewhere",
         SERVER_NAME="other",
@@ -64,7 +64,7 @@ def test_settings_come_from_the_environment():
         ({"SERVER_IMAGE": "x", "SERVER_NAME": "c" * 70}, "too long"),
     ],
 )
-def test_invalid_environment_is_rejected(environment: dict[str, str], message: str):
+def test_invalid_environment_is_rejected(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         serving_from_environment(environment)
 
@@ -83,13 +83,13 @@ def address(found: ServiceEndpoint, of: InferenceService, *, canary: bool = Fals
     return client.base_url, client.headers
 
 
-def test_address_in_a_pod_is_the_clusters_own():
+def test_address_in_a_pod_is_the_clusters_own() -> None:
     found = endpoint(in_cluster=True)
     assert address(found, service()) == ("http://cifar10-predictor.space.svc", {})
     assert address(found, service("Knative"), canary=True) == ("http://latest-cifar10-predictor.space.svc", {})
 
 
-def test_address_by_an_ingress_carries_the_host():
+def test_address_by_an_ingress_carries_the_host() -> None:
     found = endpoint(base_url="http://ingress.example/")
     expected = "http://ingress.example", {"Host": "cifar10.example"}
     assert address(found, service(url="http://cifar10.example")) == expected
@@ -97,7 +97,7 @@ def test_address_by_an_ingress_carries_the_host():
     assert address(named, service(url="http://cifar10.example"))[1] == {"Host": "mine.example"}
 
 
-def test_address_outside_of_the_cluster_is_a_port_of_this_process():
+def test_address_outside_of_the_cluster_is_a_port_of_this_process() -> None:
     found = endpoint()
     plain, again = address(found, service()), address(found, service())
     assert plain[0].startswith("http://127.0.0.1:")
@@ -107,11 +107,11 @@ def test_address_outside_of_the_cluster_is_a_port_of_this_process():
     assert serverless[1] == {"Host": "cifar10-predictor.space.svc.cluster.local"}
 
 
-def test_failed_port_forward_is_explained():
+def test_failed_port_forward_is_explained() -> None:
     configuration = k8s.Configuration(host="http://127.0.0.1:9")
     nowhere = ServiceEndpoint(configuration, in_cluster=False, gateway="gateways/inner")
-    with pytest.raises(ServerError, match=r"A port could not be forwarded: .*Connection refused"):
-        nowhere.served_model(service())
+    with pytest.raises(ServerError, match=r"502: A port could not be forwarded: .*Connection refused"):
+        nowhere.client(service()).served_model()
 
 
 @pytest.fixture
@@ -128,11 +128,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeKServe:
     monkeypatch.setattr(InferenceServiceClient, "production", lambda *_: InferenceServiceClient(found, found))
     in_no_time = partial(ServiceView, clock=found.clock, sleep=found.clock.sleep)
     monkeypatch.setattr(module, "ServiceView", in_no_time)
-    monkeypatch.setattr(ServiceEndpoint, "served_model", lambda self, service, **_: found.served_model(service))
+    monkeypatch.setattr(InferenceClient, "served_model", lambda self: found.served_model())
     return found
 
 
-def test_details_of_a_deployed_service(cluster: FakeKServe, kubeconfig: str):
+def test_details_of_a_deployed_service(cluster: FakeKServe, kubeconfig: str) -> None:
     found = serving().model_copy(update={"kubeconfig_file": kubeconfig}).deploy(REQUEST)
     assert (found.model_digest, found.changed) == (REQUEST.model_digest, True)
     assert found.details["inference_service"] == "cifar/cifar10"
@@ -150,7 +150,7 @@ def test_details_of_a_deployed_service(cluster: FakeKServe, kubeconfig: str):
 )
 def test_api_errors_become_deploy_errors(
     cluster: FakeKServe, kubeconfig: str, error: Exception, text: str, retried: bool
-):
+) -> None:
     def fail(call: str) -> None:
         raise error
 
@@ -168,12 +168,12 @@ def test_api_errors_become_deploy_errors(
     assert text in (status.reason or "")
 
 
-def test_status_of_nothing(cluster: FakeKServe, kubeconfig: str):
+def test_status_of_nothing(cluster: FakeKServe, kubeconfig: str) -> None:
     status = serving().model_copy(update={"kubeconfig_file": kubeconfig}).status()
     assert (status.ready, status.reason) == (False, "There is no InferenceService cifar/cifar10.")
 
 
-def test_no_cluster_is_an_error_that_says_so(tmp_path: Path):
+def test_no_cluster_is_an_error_that_says_so(tmp_path: Path) -> None:
     resource = serving().model_copy(update={"kubeconfig_file": str(tmp_path / "none")})
     with pytest.raises(DeployError, match="No Kubernetes cluster is configured"):
         resource.deploy(REQUEST)
