@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,8 +18,8 @@ from resources.object_store.base import ObjectInfo, ObjectStore, Transferred
 _TEMPORARY_PREFIX = ".writing-"
 _REMOVING_PREFIX = ".removing-"
 _MAX_NAME_BYTES = 255
-_ABANDONED_SECONDS = 60
-"""No younger file is taken for abandoned: its writer may be about to lock it."""
+_ABANDONED_SECONDS = 24 * 3600
+"""A file that nobody has written to for so long has no writer."""
 _swept: set[Path] = set()
 
 
@@ -63,8 +62,6 @@ class FolderStore(ObjectStore):
     def download(self, key: str, path: Path, progress: Transferred | None = None) -> None:
         with self.open(key) as source:
             write_atomically(path, lambda file: shutil.copyfileobj(source, file))
-        if progress:
-            progress(path.stat().st_size, path.stat().st_size)
 
     def stat(self, key: str) -> ObjectInfo | None:
         path = self._path(key)
@@ -101,14 +98,10 @@ class FolderStore(ObjectStore):
         return True
 
     def copy(self, key: str, to_key: str, etag: str | None = None) -> None:
-        def check(source: BinaryIO) -> None:
-            if etag is not None and _etag(os.fstat(source.fileno())) != etag:
-                raise ObjectChangedError(f"{self.uri(key)} was replaced while it was being copied.", transient=True)
-
         def fill(file: BinaryIO) -> None:
-            check(source)
             shutil.copyfileobj(source, file)
-            check(source)
+            if etag is not None and _etag(os.fstat(source.fileno())) != etag:
+                raise ObjectChangedError(f"{self.uri(key)} was replaced since it was looked at.", transient=True)
 
         with self.open(key) as source:
             write_atomically(self._target(to_key), fill)
@@ -176,28 +169,21 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace:
         descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                with contextlib.suppress(OSError):  # of a file system without locks, which keeps abandoned files
-                    fcntl.flock(file, fcntl.LOCK_EX)
                 fill(file)
                 file.flush()
                 os.fsync(file.fileno())
-                os.chmod(name, 0o644)
-                return _give_name(name, path, replace)  # while the file is locked
+            os.chmod(name, 0o644)
+            if replace:
+                os.replace(name, path)
+                return True
+            with contextlib.suppress(FileExistsError):
+                os.link(name, path)
+                return True
+            return False
         finally:
             Path(name).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"Could not write {path}: {error}. Check free space and permissions.") from error
-
-
-def _give_name(temporary: str, path: Path, replace: bool) -> bool:
-    if replace:
-        os.replace(temporary, path)
-        return True
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    return True
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -206,9 +192,8 @@ def _remove_abandoned(folder: Path) -> None:
         return
     _swept.add(folder)
     for path in folder.glob(f"{_TEMPORARY_PREFIX}*"):
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED_SECONDS:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
     for path in folder.glob(f"{_REMOVING_PREFIX}*"):
         with contextlib.suppress(FileNotFoundError):

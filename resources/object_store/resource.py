@@ -65,9 +65,11 @@ class LocalObjectStore(ObjectStoreResource):
 class MinioObjectStore(ObjectStoreResource):
     """MinIO, or any store that speaks S3."""
 
-    endpoint_url: str = Field(description="Scheme, host and port, such as http://minio.cifar.svc:9000; no path.")
-    access_key: str = Field(description="Access key; bind it with EnvVar.")
-    secret_key: str = Field(description="Secret key; bind it with EnvVar.")
+    endpoint_url: str = Field(
+        default="", description="Scheme, host and port, such as http://minio.cifar.svc:9000; no path."
+    )
+    access_key: str = Field(default="", description="Access key; bind it with EnvVar.")
+    secret_key: str = Field(default="", description="Secret key; bind it with EnvVar.")
     session_token: str = Field(default="", description="Token of temporary credentials; bind it with EnvVar.")
     region: str = Field(default="", description="Region that requests are signed for; by default the endpoint's.")
     addressing: str = Field(
@@ -80,39 +82,23 @@ class MinioObjectStore(ObjectStoreResource):
 
     def root(self) -> "S3Store":
         from resources.object_store.s3 import S3Store
-        from resources.object_store.s3_settings import S3Connection
+        from resources.object_store.s3_settings import VARIABLES, S3Connection
 
-        return S3Store(
-            S3Connection.from_environment(self.child_environment() | {"CIFAR_BUCKET_PREFIX": self.bucket_prefix})
-        )
+        return S3Store(S3Connection(**{key: getattr(self, key) for key in VARIABLES}))
 
     def child_environment(self) -> dict[str, str]:
-        variables = {
-            "AWS_ENDPOINT_URL": self.endpoint_url,
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_SESSION_TOKEN": self.session_token,
-            "AWS_REGION": self.region,
-            "AWS_S3_ADDRESSING_STYLE": self.addressing,
-        }
-        return {name: value for name, value in variables.items() if value}
+        from resources.object_store.s3_settings import VARIABLES, main_variable
+
+        # addresses name their bucket with its prefix
+        keys = [key for key in VARIABLES if key != "bucket_prefix" and getattr(self, key)]
+        return {main_variable(key): getattr(self, key) for key in keys}
 
     def ensure_buckets(self) -> None:
         self.root().ensure_buckets(self.bucket_prefix + name for name in DATA_BUCKETS)
 
 
 def object_store_from_environment(environment: Mapping[str, str]) -> MinioObjectStore:
-    """The store that the AWS_... variables describe; opens no connection. ConfigError names what is not supported."""
-    from resources.object_store import s3_settings as names
+    """The store that the AWS_... variables describe; opens no connection."""
+    from resources.object_store.s3_settings import variables_set
 
-    names.refuse_unsupported(environment)
-    access_key, secret_key, session_token = names.CREDENTIALS
-    return MinioObjectStore(
-        endpoint_url=dg.EnvVar(names.first_set(environment, names.ENDPOINT_VARIABLES) or "AWS_ENDPOINT_URL"),
-        access_key=dg.EnvVar(access_key),
-        secret_key=dg.EnvVar(secret_key),
-        session_token=dg.EnvVar(session_token) if environment.get(session_token) else "",
-        region=environment.get(names.first_set(environment, names.REGION_VARIABLES) or "", ""),
-        addressing=environment.get("AWS_S3_ADDRESSING_STYLE") or "auto",
-        bucket_prefix=environment.get("CIFAR_BUCKET_PREFIX", ""),
-    )
+    return MinioObjectStore(**{key: dg.EnvVar(name) for key, name in variables_set(environment).items()})

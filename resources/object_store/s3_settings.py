@@ -3,55 +3,53 @@
 import os
 import re
 import ssl
-import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import certifi
 import urllib3
 from minio import Minio
+from urllib3.util import Retry, Timeout, make_headers, parse_url
 
 from resources.errors import ConfigError
-from resources.redaction import redacted
 
-ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-REGION_VARIABLES = ("AWS_REGION", "AWS_DEFAULT_REGION")
+VARIABLES = {
+    "endpoint_url": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "access_key": ("AWS_ACCESS_KEY_ID",),
+    "secret_key": ("AWS_SECRET_ACCESS_KEY",),
+    "session_token": ("AWS_SESSION_TOKEN",),
+    "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+    "addressing": ("AWS_S3_ADDRESSING_STYLE",),
+    "bucket_prefix": ("CIFAR_BUCKET_PREFIX",),
+}
+"""The variables of each setting; the first that is set counts."""
 CA_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE")
+ATTEMPTS = 5
 
-_OTHER_CREDENTIALS = (
-    "AWS_PROFILE",
-    "AWS_DEFAULT_PROFILE",
-    "AWS_SHARED_CREDENTIALS_FILE",
-    "AWS_ROLE_ARN",
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-)
-_REFUSED_SWITCHES = ("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT")
-_PREFIX = "at most 49 lower-case letters, digits and hyphens, the first not a hyphen, such as my-team-"
-_LOOPBACK = re.compile(r"localhost|127\.[\d.]+|::1")
-
-
-def first_set(environment: Mapping[str, str], names: tuple[str, ...]) -> str | None:
-    """The first of the variables that is set to something, or None."""
-    return next((name for name in names if environment.get(name)), None)
+_EXPECTED = {
+    "endpoint_url": (r"https?://[^/?#@\s]+/?", "http://host:port or https://host:port, without path, query or user"),
+    "region": (r"[A-Za-z0-9_-]+", "a region's name, such as eu-central-1"),
+    "addressing": ("auto|path|virtual", "auto, path or virtual"),
+    "bucket_prefix": (
+        "[a-z0-9][a-z0-9-]{0,48}",
+        "at most 49 lower-case letters, digits and hyphens, the first not a hyphen, such as my-team-",
+    ),
+}
+_OVERLOADED = (429, 500, 502, 503, 504)
 
 
-def refuse_unsupported(environment: Mapping[str, str]) -> None:
-    """ConfigError for a setting of AWS's tools that would be ignored here."""
-    other = first_set(environment, _OTHER_CREDENTIALS)
-    if other and not all(environment.get(name) for name in CREDENTIALS[:2]):
-        raise ConfigError(
-            f"{other} is set, but credentials are read only from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, "
-            "for temporary ones, AWS_SESSION_TOKEN: `aws configure export-credentials --format env` has them."
-        )
-    for name in _REFUSED_SWITCHES:
-        if environment.get(name, "").lower() in ("1", "true"):
-            raise ConfigError(f"{name} is not supported: unset it, and name the endpoint in AWS_ENDPOINT_URL.")
+def main_variable(key: str) -> str:
+    """The variable that errors name, and that other processes are given: the one without a qualifier."""
+    return min(VARIABLES[key], key=len)
+
+
+def variables_set(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variable that gives each setting, without the settings that no variable gives."""
+    found = {key: [name for name in names if environment.get(name)] for key, names in VARIABLES.items()}
+    return {key: names[0] for key, names in found.items() if names}
 
 
 class S3Client(Minio):
@@ -67,86 +65,58 @@ class S3Client(Minio):
 
 @dataclass(frozen=True)
 class S3Connection:
-    """Endpoint, region and credentials, checked."""
+    """Endpoint, region and credentials. ConfigError names the variable that is missing or malformed."""
 
-    endpoint: str
-    access_key: str = field(repr=False)
-    secret_key: str = field(repr=False)
-    region: str | None = None
-    session_token: str | None = field(default=None, repr=False)
+    endpoint_url: str = ""
+    access_key: str = field(default="", repr=False)
+    secret_key: str = field(default="", repr=False)
+    session_token: str = field(default="", repr=False)
+    region: str = ""
     addressing: str = "auto"
     bucket_prefix: str = ""
-    connect_seconds: float = 5.0
     read_seconds: float = 60.0
-    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+    pause_seconds: float = 0.2
 
     def __post_init__(self) -> None:
-        shown = redacted(self.endpoint)
-        try:
-            parts = urlsplit(self.endpoint)
-            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
-            parts, is_address = urlsplit(""), False
-        if not is_address:
-            raise ConfigError(f"AWS_ENDPOINT_URL is {shown!r}: expected http://host:port or https://host:port.")
-        if parts.path not in ("", "/") or parts.query or parts.username:
+        required = ("endpoint_url", "access_key", "secret_key")
+        if missing := [main_variable(key) for key in required if not getattr(self, key)]:
             raise ConfigError(
-                f"AWS_ENDPOINT_URL is {shown}: expected no path, query or user in it. Name the bucket in the "
-                "s3://bucket/prefix address and give credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+                f"The object store is not configured: set {', '.join(missing)} in the environment. AWS's profiles, "
+                "roles and web identities are not supported: `aws configure export-credentials --format env` has keys."
             )
-        for name, value, pattern, expected in (
-            ("AWS_REGION", self.region, r"[A-Za-z0-9_-]+", "a region's name, such as eu-central-1"),
-            ("AWS_S3_ADDRESSING_STYLE", self.addressing, "auto|path|virtual", "auto, path or virtual"),
-            ("CIFAR_BUCKET_PREFIX", self.bucket_prefix, r"[a-z0-9][a-z0-9-]{0,48}", _PREFIX),
-        ):
+        for key, (pattern, expected) in _EXPECTED.items():
+            value = getattr(self, key)
             if value and not re.fullmatch(pattern, value):
-                raise ConfigError(f"{name} is {value!r}: expected {expected}.")
+                raise ConfigError(f"{main_variable(key)} is {value!r}: expected {expected}.")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "S3Connection":
-        """The connection that the AWS_... variables describe.
-
-        ConfigError names the variable that is missing, malformed, or set to something that is not supported here.
-        """
-        refuse_unsupported(environment)
-        endpoint = first_set(environment, ENDPOINT_VARIABLES) or "AWS_ENDPOINT_URL"
-        missing = [name for name in (endpoint, *CREDENTIALS[:2]) if not environment.get(name)]
-        if missing:
-            raise ConfigError(f"The object store is not configured: set {', '.join(missing)} in the environment.")
-        access_key, secret_key, session_token = (environment.get(name, "") for name in CREDENTIALS)
-        return cls(
-            environment[endpoint],
-            access_key,
-            secret_key,
-            region=environment.get(first_set(environment, REGION_VARIABLES) or "") or None,
-            session_token=session_token or None,
-            addressing=environment.get("AWS_S3_ADDRESSING_STYLE") or "auto",
-            bucket_prefix=environment.get("CIFAR_BUCKET_PREFIX", ""),
-        )
+        """The connection that the AWS_... variables describe."""
+        return cls(**{key: environment[name] for key, name in variables_set(environment).items()})
 
     @property
     def host(self) -> str:
-        return urlsplit(self.endpoint).netloc
+        return urlsplit(self.endpoint_url).netloc
 
     @property
     def secure(self) -> bool:
-        return self.endpoint.startswith("https:")
+        return self.endpoint_url.startswith("https:")
 
     def client(self) -> S3Client:
-        """A client that leaves retrying to its user; nothing is connected yet."""
+        """A client; nothing is connected yet. ConfigError for an address that cannot be one."""
         try:
             client = S3Client(
                 self.host,
                 access_key=self.access_key,
                 secret_key=self.secret_key,
-                session_token=self.session_token,
+                session_token=self.session_token or None,
                 secure=self.secure,
                 # AWS's host names hold the region; other servers say which they expect.
                 region=self.region or (None if ".amazonaws.com" in self.host else "us-east-1"),
                 http_client=self.pool(),
             )
         except ValueError as error:
-            raise ConfigError(f"AWS_ENDPOINT_URL is {self.endpoint}: {error}.") from error
+            raise ConfigError(f"AWS_ENDPOINT_URL is {self.endpoint_url!r}: {error}.") from None
         if self.addressing == "virtual":
             client.enable_virtual_style_endpoint()
         if self.addressing == "path":
@@ -154,32 +124,37 @@ class S3Connection:
         return client
 
     def pool(self) -> urllib3.PoolManager:
-        """Connections that trust AWS_CA_BUNDLE and use the proxy of the environment, except to this machine."""
+        """Connections that try again, trust AWS_CA_BUNDLE and use the proxy of the environment."""
         options: dict[str, Any] = {
-            "timeout": urllib3.Timeout(connect=self.connect_seconds, read=self.read_seconds),
+            "timeout": Timeout(connect=5.0, read=self.read_seconds),
             "maxsize": 10,
-            "retries": False,
+            "retries": Retry(
+                ATTEMPTS - 1,
+                redirect=False,
+                status_forcelist=_OVERLOADED,
+                allowed_methods=None,
+                backoff_factor=self.pause_seconds,
+                respect_retry_after_header=False,
+            ),
             "cert_reqs": "CERT_REQUIRED",
             "ca_certs": _ca_bundle() if self.secure else certifi.where(),
         }
-        parts = urlsplit(self.endpoint)
+        parts = urlsplit(self.endpoint_url)
         host = parts.hostname or ""
         proxy = urllib.request.getproxies().get(parts.scheme)
-        if not proxy or _LOOPBACK.fullmatch(host) or urllib.request.proxy_bypass(host):
+        if not proxy or host in ("localhost", "127.0.0.1", "::1") or urllib.request.proxy_bypass(host):
             return urllib3.PoolManager(**options)
         try:
-            user = urlsplit(proxy)
-        except ValueError as error:
-            raise ConfigError(f"The proxy for {parts.scheme} is {redacted(proxy)!r}: {error}.") from error
-        if user.username:
-            credentials = f"{user.username}:{user.password or ''}"
-            options["proxy_headers"] = urllib3.make_headers(proxy_basic_auth=credentials)
-        return urllib3.ProxyManager(proxy, **options)
+            user = parse_url(proxy).auth
+        except ValueError:
+            raise ConfigError(f"The proxy for {parts.scheme} is {proxy!r}: expected http://host:port.") from None
+        headers = make_headers(proxy_basic_auth=unquote(user)) if user else None
+        return urllib3.ProxyManager(proxy, proxy_headers=headers, **options)
 
 
 def _ca_bundle() -> str:
     """The certificate authorities to trust. ConfigError for a variable that names no such file."""
-    name = first_set(os.environ, CA_VARIABLES)
+    name = next((name for name in CA_VARIABLES if os.environ.get(name)), None)
     path = os.environ[name] if name else certifi.where()
     try:
         ssl.create_default_context(cafile=path)

@@ -40,8 +40,6 @@ ROLES: dict[str, dict[str, tuple[str, ...]]] = {
     "mlflow": {MLFLOW_BUCKET: _CHANGE},
 }
 """What each role may do with the objects of a bucket, or of a prefix in it. It may list each of these buckets."""
-FORBIDDEN = {"trainer": f"{MODELS_BUCKET}/jobs/", "pipeline": f"{MODELS_BUCKET}/jobs/"}
-"""Where a role must not write although the rest of the bucket allows it: what Dagster remembers of finished jobs."""
 
 
 def user_of(role: str) -> str:
@@ -53,10 +51,11 @@ def policy_of(role: str, bucket_prefix: str = "") -> dict[str, Any]:
     """The role's policy document."""
     places = ROLES[role]
     buckets = sorted({place.partition("/")[0] for place in places})
-    statements = [_statement("Allow", _LIST, [bucket_prefix + bucket for bucket in buckets])]
-    statements += [_statement("Allow", allowed, [f"{bucket_prefix}{place}/*"]) for place, allowed in places.items()]
-    if role in FORBIDDEN:
-        statements.append(_statement("Deny", ("s3:PutObject",), [f"{bucket_prefix}{FORBIDDEN[role]}*"]))
+    granted = [(_LIST, buckets), *((actions, [f"{place}/*"]) for place, actions in places.items())]
+    statements = [
+        {"Effect": "Allow", "Action": list(actions), "Resource": [f"arn:aws:s3:::{bucket_prefix}{it}" for it in to]}
+        for actions, to in granted
+    ]
     return {"Version": "2012-10-17", "Statement": statements}
 
 
@@ -67,7 +66,7 @@ def set_up(connection: S3Connection, secret_keys: dict[str, str], report: Callab
     admin = MinioAdmin(
         endpoint=connection.host,
         credentials=StaticProvider(connection.access_key, connection.secret_key),
-        region=connection.region or "",
+        region=connection.region,
         secure=connection.secure,
         http_client=connection.pool(),
     )
@@ -93,10 +92,6 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
-
-
-def _statement(effect: str, actions: tuple[str, ...], resources: list[str]) -> dict[str, Any]:
-    return {"Effect": effect, "Action": list(actions), "Resource": [f"arn:aws:s3:::{name}" for name in resources]}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from kubernetes import client as k8s
 from kubernetes import config as k8s_config
 
 from resources.object_store.s3 import S3Store
+from resources.object_store.s3_settings import S3Connection
 from resources.pytorch_job.client import PyTorchJobClient
 from tests.cluster.kubectl import forwarded, free_port, kubectl, temporary_namespace, wait_for
 from tests.cluster.platform import Platform, is_kept
@@ -141,7 +142,7 @@ class Minio:
         return f"http://127.0.0.1:{self.port}"
 
     def store(self) -> S3Store:
-        return S3Store.connect(self.endpoint, _KEYS["access_key"], _KEYS["secret_key"])
+        return S3Store(S3Connection(self.endpoint, **_KEYS))
 
     def environment(self) -> dict[str, str]:
         return {

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from resources.object_store.s3 import S3Store
+from resources.object_store.s3_settings import S3Connection
 from tests.cluster.kubectl import forwarded, free_port, kubectl
 
 K8S = Path(__file__).parents[2] / "k8s"
@@ -58,7 +59,7 @@ class Platform:
         """With all rights: a test puts there what it needs."""
         keys = secret(PLATFORM_NAMESPACE, "object-store")
         endpoint = f"http://127.0.0.1:{self.store_port}"
-        return S3Store.connect(endpoint, keys["AWS_ACCESS_KEY_ID"], keys["AWS_SECRET_ACCESS_KEY"])
+        return S3Store(S3Connection(endpoint, keys["AWS_ACCESS_KEY_ID"], keys["AWS_SECRET_ACCESS_KEY"]))
 
     @property
     def mlflow_uri(self) -> str:

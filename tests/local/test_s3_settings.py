@@ -13,7 +13,7 @@ from resources.errors import ConfigError, StoreError
 from resources.object_store import open_store
 from resources.object_store.resource import MinioObjectStore, object_store_from_environment
 from resources.object_store.s3 import S3Store
-from resources.object_store.s3_settings import CA_VARIABLES, CREDENTIALS, S3Connection
+from resources.object_store.s3_settings import CA_VARIABLES, S3Connection
 from tests.fixtures.minio import S3Server, certificates_for_loopback, running_minio
 
 REGION = "eu-central-1"
@@ -94,12 +94,12 @@ def test_temporary_credentials_need_their_token(
         region=REGION,
         http_client=pool,
     ).retrieve()
-    values = (temporary.access_key, temporary.secret_key, temporary.session_token or "")
-    for name, value in zip(CREDENTIALS, values, strict=True):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", temporary.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", temporary.secret_key)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", temporary.session_token or "")
     assert resource().models.read("token.txt") == b"with a token"
     assert open_store("s3://models").read("token.txt") == b"with a token"
-    monkeypatch.delenv(CREDENTIALS[2])
+    monkeypatch.delenv("AWS_SESSION_TOKEN")
     with pytest.raises(StoreError, match="AWS_SESSION_TOKEN"):
         resource().models.read("token.txt")
 

@@ -2,8 +2,8 @@
 
 import io
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from time import sleep
 
@@ -20,7 +20,8 @@ from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.dataset.versions.reader import open_split
 from resources.errors import ConfigError, IntegrityError, ObjectChangedError, ObjectNotFoundError, StoreError
 from resources.object_store import FolderStore, ObjectStore, open_store
-from resources.object_store.s3 import PART_BYTES, S3Connection, S3Store
+from resources.object_store.s3 import PART_BYTES, S3Store
+from resources.object_store.s3_settings import S3Connection
 from tests.fixtures.minio import certificates_for_loopback, running_minio
 
 
@@ -246,20 +247,13 @@ def test_buckets_are_made_once(s3_server) -> None:
     assert root.read(f"{name}/x") == b"1"
 
 
-@pytest.fixture
-def wrong(s3_server) -> Iterator[tuple[S3Connection, str]]:
-    sleeps: list[float] = []
-    connection = S3Connection(s3_server.endpoint, s3_server.access_key, s3_server.secret_key, sleep=sleeps.append)
-    yield connection, s3_server.new_bucket()
-    assert sleeps == [], "a mistake in the settings is not retried"
-
-
 @pytest.mark.s3
-def test_wrong_settings_say_what_to_do(wrong: tuple[S3Connection, str]) -> None:
-    right, bucket = wrong
+def test_wrong_settings_say_what_to_do(s3_server) -> None:
+    right = S3Connection(s3_server.endpoint, s3_server.access_key, s3_server.secret_key)
+    bucket = s3_server.new_bucket()
     cases = [
-        (S3Connection(right.endpoint, "nobody", "x" * 8, sleep=right.sleep), bucket, "AWS_ACCESS_KEY_ID is not known"),
-        (S3Connection(right.endpoint, right.access_key, "wrong", sleep=right.sleep), bucket, "AWS_SECRET_ACCESS_KEY"),
+        (replace(right, access_key="nobody"), bucket, "AWS_ACCESS_KEY_ID is not known"),
+        (replace(right, secret_key="wrong"), bucket, "AWS_SECRET_ACCESS_KEY"),
         (right, "no-such-bucket", "bucket does not exist"),
     ]
     for connection, name, advice in cases:
@@ -276,7 +270,7 @@ def test_tls_with_an_authority_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     with running_minio(tmp_path, certificates) as server:
         with pytest.raises(StoreError, match="AWS_CA_BUNDLE"):
             server.store().ensure_buckets(["secure"])
-        plain = S3Store.connect(server.endpoint.replace("https:", "http:"), server.access_key, server.secret_key)
+        plain = replace(server, endpoint=server.endpoint.replace("https:", "http:")).store()
         with pytest.raises(StoreError, match="use https:// in AWS_ENDPOINT_URL"):
             plain.ensure_buckets(["secure"])
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificates / "public.crt"))

@@ -22,7 +22,7 @@ MAY_READ = {
 }
 _TRAINERS = {"models/x", "models/checkpoints/x", "models/pipes/messages/x"}
 MAY_WRITE: dict[str, set[str]] = {
-    "dagster": {"raw-data/x", "processed-data/x", "dagster-logs/x", "models/jobs/x", *_TRAINERS},
+    "dagster": {"raw-data/x", "processed-data/x", "dagster-logs/x", *_TRAINERS},
     "trainer": _TRAINERS,
     "server": set(),
     "pipeline": _TRAINERS,

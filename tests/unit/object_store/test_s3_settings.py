@@ -29,7 +29,7 @@ def resource(monkeypatch: pytest.MonkeyPatch, **variables: str) -> MinioObjectSt
         ({"AWS_DEFAULT_REGION": "eu-west-3"}, "region", "eu-west-3"),
         ({"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-west-3"}, "region", "eu-central-1"),
         ({"AWS_SESSION_TOKEN": "token"}, "session_token", "token"),
-        ({"AWS_ENDPOINT_URL_S3": "https://s3.example"}, "endpoint", "https://s3.example"),
+        ({"AWS_ENDPOINT_URL_S3": "https://s3.example"}, "endpoint_url", "https://s3.example"),
         ({"AWS_S3_ADDRESSING_STYLE": "virtual"}, "addressing", "virtual"),
         ({"CIFAR_BUCKET_PREFIX": "team-"}, "bucket_prefix", "team-"),
     ],
@@ -54,21 +54,20 @@ def test_pods_get_the_settings_that_the_resource_has(monkeypatch: pytest.MonkeyP
         ({"AWS_S3_ADDRESSING_STYLE": "host"}, "AWS_S3_ADDRESSING_STYLE is 'host'"),
         ({"CIFAR_BUCKET_PREFIX": "My_"}, "CIFAR_BUCKET_PREFIX is 'My_'"),
         ({"CIFAR_BUCKET_PREFIX": "p" * 50}, "CIFAR_BUCKET_PREFIX"),
-        ({"AWS_USE_FIPS_ENDPOINT": "true"}, "AWS_USE_FIPS_ENDPOINT is not supported"),
-        ({"AWS_USE_DUALSTACK_ENDPOINT": "true"}, "AWS_USE_DUALSTACK_ENDPOINT is not supported"),
-        ({"AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS is not supported"),
-        ({"AWS_ACCESS_KEY_ID": "", "AWS_PROFILE": "work"}, "AWS_PROFILE is set, but"),
-        ({"AWS_ACCESS_KEY_ID": "", "AWS_WEB_IDENTITY_TOKEN_FILE": "/t"}, "AWS_WEB_IDENTITY_TOKEN_FILE is set, but"),
+        (
+            {"AWS_ACCESS_KEY_ID": "", "AWS_PROFILE": "work"},
+            "set AWS_ACCESS_KEY_ID .* profiles, roles and web identities",
+        ),
         ({"AWS_ENDPOINT_URL": "http://host:99999"}, "AWS_ENDPOINT_URL is 'http://host:99999'"),
         ({"AWS_ENDPOINT_URL": "u:hush@host:9000"}, "AWS_ENDPOINT_URL is"),
         ({"AWS_ENDPOINT_URL": "http://[host"}, "AWS_ENDPOINT_URL is"),
     ],
 )
-def test_unsupported_setting_is_refused_by_name(
+def test_unusable_setting_is_refused_by_name(
     variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        read(**variables)
+        read(**variables).client()
     assert "hush" not in str(caught.value)
     with pytest.raises(ConfigError, match=message):
         resource(monkeypatch, **variables).root()
