@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 from urllib.parse import quote, unquote
 
 from minio.commonconfig import REPLACE, CopySource
@@ -164,8 +164,8 @@ class S3Store(ObjectStore):
         done, etag, attempts_left = 0, "", ATTEMPTS
         with self._located(key) as place:
             while True:
-                headers = {"If-Match": etag} if etag else None
-                response = self._client.get_object(*place, offset=done, request_headers=headers)  # pyright: ignore[reportArgumentType]
+                headers: dict[str, Any] = {"If-Match": etag} if etag else {}
+                response = self._client.get_object(*place, offset=done, request_headers=headers)
                 etag = response.headers.get("ETag", etag)
                 total = done + int(response.headers.get("Content-Length", 0))
                 try:

@@ -92,7 +92,8 @@ class S3Connection:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "S3Connection":
         """The connection that the AWS_... variables describe."""
-        return cls(**{key: environment[name] for key, name in variables_set(environment).items()})
+        values: dict[str, Any] = {key: environment[name] for key, name in variables_set(environment).items()}
+        return cls(**values)
 
     @property
     def host(self) -> str:

@@ -142,7 +142,7 @@ class Minio:
         return f"http://127.0.0.1:{self.port}"
 
     def store(self) -> S3Store:
-        return S3Store(S3Connection(self.endpoint, **_KEYS))
+        return S3Store(S3Connection(self.endpoint, _KEYS["access_key"], _KEYS["secret_key"]))
 
     def environment(self) -> dict[str, str]:
         return {
