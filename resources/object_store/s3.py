@@ -155,7 +155,7 @@ class S3Store(ObjectStore):
             self._client.copy_object(*self._locate(to_key), CopySource(*place, match_etag=etag))
 
     def touch(self, key: str) -> None:
-        mark = {"touched": str(time.time_ns())}  # S3 copies an object onto itself only with a change
+        mark: dict[str, Any] = {"touched": str(time.time_ns())}  # S3 copies an object onto itself only with a change
         with self._located(key) as place:
             self._client.copy_object(*place, CopySource(*place), metadata=mark, metadata_directive=REPLACE)
 

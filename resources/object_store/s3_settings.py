@@ -26,6 +26,7 @@ VARIABLES = {
     "bucket_prefix": ("CIFAR_BUCKET_PREFIX",),
 }
 """The variables of each setting; the first that is set counts."""
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 CA_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE")
 ATTEMPTS = 5
 
