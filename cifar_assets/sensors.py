@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
-from cifar_assets.dataset.landing.zone import read_record, scan_landing
+from cifar_assets.dataset.landing.zone import LandingRecord, scan_landing
 from cifar_assets.jobs import retrain
 from cifar_assets.landing_decision import LandingCursor, LastRun, Outcome, decide
 from resources.dagster_private import BulkActionsFilter, BulkActionStatus
@@ -46,12 +46,13 @@ def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStor
     """One tick: list the landing prefix and request at most one run."""
     cursor, note = LandingCursor.load(context.cursor)
     raw, instance = object_store.raw, context.instance
+    record = LandingRecord.load(raw)
     decision = decide(
         cursor,
         scan_landing(raw),
         busy=training_in_flight(instance),
         last=last_run(instance, cursor.run_key),
-        read=read_record(raw),
+        read=record.read if record else None,
     )
     if decision.run_key is None:
         return dg.SensorResult(skip_reason=decision.reason + note)

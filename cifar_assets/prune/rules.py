@@ -17,7 +17,6 @@ import dagster as dg
 from pydantic import BaseModel, Field
 
 from cifar_assets.dataset.index import INDEX_PREFIX
-from cifar_assets.dataset.landing.join import PACKS_PREFIX, PackState
 from cifar_assets.dataset.objects import OBJECTS_PREFIX, read_state
 from cifar_assets.dataset.sources.download import download_folder
 from cifar_assets.dataset.sources.importing import IMPORTS_PREFIX, Imports
@@ -135,7 +134,6 @@ def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy
         return check
 
     parts = is_stale(stores.processed, Part, lambda part: {shard.file for shard in part.all_shards})
-    packs = is_stale(stores.raw, PackState, lambda pack: {pack.item.key})
     imports = is_stale(stores.raw, Imports, lambda imported: {item.key for item in imported.objects})
     rules: list[tuple[ObjectStore, str, str, Callable[[ObjectInfo], bool]]] = [
         (stores.processed, SHARDS_PREFIX, "shard", lambda info: info.key not in shards),
@@ -143,7 +141,8 @@ def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy
         (stores.processed, "built/", "former note", lambda info: True),  # of earlier releases; nothing reads it
         (stores.raw, OBJECTS_PREFIX, "object", lambda info: info.key not in objects),
         (stores.raw, INDEX_PREFIX, "index", lambda info: info.key.removeprefix(INDEX_PREFIX)[:64] not in sha256s),
-        (stores.raw, PACKS_PREFIX, "pack", packs),
+        (stores.raw, "packs/", "former note", lambda info: True),
+        (stores.raw, "landing-memory.json", "former note", lambda info: True),
         (stores.raw, IMPORTS_PREFIX, "import", imports),
     ]
     for store, prefix, kind, is_unused in rules:

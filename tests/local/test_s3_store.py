@@ -197,7 +197,7 @@ def test_a_landed_object_replaced_while_it_is_rejected_is_not_lost(
         assert list(store.list("rejected/")) == []
         assert "replaced while it was being judged" in report.skipped["landing/cat/x.png"]
     else:
-        assert store.read("rejected/cat/x.png") == b"bad"
+        assert b"bad" in [store.read(info.key) for info in store.list("rejected/cat/x-")]
     build_raw_version(store, "synthetic:4")
     found = {store.read(info.key) for info in store.list("rejected/") if info.key.endswith(".png")}
     assert found == ({b"newer"} if moment == "before the copy" else {b"bad", b"newer"})
@@ -299,7 +299,7 @@ def test_a_dataset_in_s3_is_the_one_in_a_folder(s3_server, tmp_path: Path, monke
         assert again.reused
         reader = open_split(processed, built.digest, "train", tmp_path / "cache")
         results.append((version.digest, built.digest, reader.images.tobytes(), reader.labels.tolist()))
-        assert raw.exists("rejected/dog/bad.png")
+        assert len(list(raw.list("rejected/dog/bad-"))) == 2
         assert not raw.exists("landing/dog/bad.png")
         uses = find_image(Stores(raw, processed, root.at("models")), pixel_digest(images[0]))
         assert [use.processed_digest for use in uses] == [built.digest]

@@ -55,20 +55,6 @@ def read_parquet(path: Path, split: Split, name: str, *, resize: bool) -> Iterat
         ) from error
 
 
-def pick_rows(path: Path, rows: dict[int, str], target: Path) -> None:
-    """Write the given rows, each with its row number and reason, to another Parquet file."""
-    with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow.append(pa.field("row", pa.int64())).append(pa.field("reason", pa.string()))
-        with pq.ParquetWriter(target, schema) as writer:
-            first = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                numbers = [row for row in range(first, first + batch.num_rows) if row in rows]
-                picked = batch.take(pa.array([row - first for row in numbers], pa.int64()))
-                reasons = [pa.array(numbers, pa.int64()), pa.array([rows[row] for row in numbers], pa.string())]
-                writer.write_batch(pa.RecordBatch.from_arrays([*picked.columns, *reasons], schema=schema))
-                first += batch.num_rows
-
-
 def read_image_tar(path: Path, split: Split, name: str, *, resize: bool) -> Iterator[RowBatch]:
     """Decoded rows in member order."""
     return _decode(_tar_rows(path, name), split, resize)

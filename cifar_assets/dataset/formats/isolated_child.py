@@ -11,7 +11,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from cifar_assets.dataset.formats.encoded import pick_rows
 from cifar_assets.dataset.formats.images import pixel_digest, prepare_image
 from cifar_assets.dataset.formats.isolated import receive, send
 from cifar_assets.dataset.formats.pickles import HostileDataError
@@ -37,14 +36,7 @@ def digest_picture(arguments: dict[str, Any], payload: bytes, progress: _Progres
     return pixel_digest(prepare_image(payload, resize=arguments["resize"])), b""
 
 
-def copy_rows(arguments: dict[str, Any], payload: bytes, progress: _Progress) -> tuple[Any, bytes]:
-    """Copy rows of a Parquet file, given with a reason each, to another."""
-    rows = {int(row): reason for row, reason in arguments["rows"].items()}
-    pick_rows(Path(arguments["path"]), rows, Path(arguments["target"]))
-    return None, b""
-
-
-_OPERATIONS = {function.__name__: function for function in (index_file, digest_picture, copy_rows)}
+_OPERATIONS = {function.__name__: function for function in (index_file, digest_picture)}
 
 
 def main() -> None:

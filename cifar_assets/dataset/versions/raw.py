@@ -11,10 +11,8 @@ from pydantic import Field
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.consistency import Known, check_source
-from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.landing.join import LandingReport, join_landed
-from cifar_assets.dataset.landing.zone import write_record
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.sources.download import FULL_DISK
 from cifar_assets.dataset.sources.importing import import_source
@@ -84,9 +82,7 @@ def build_raw_version(raw: ObjectStore, source: str, *, digest: str | None = Non
     The digest is a function of the two: the order, names and number of copies in which data landed do not matter. With
     `digest` given, that earlier version is made current instead and nothing is read from source or landing zone.
 
-    Raises what `import_source` raises. Landed data that is refused is moved to `rejected/` and reported; data
-    that tries to run code or to write elsewhere is moved there too and then raises HostileDataError, and nothing is
-    published.
+    Raises what `import_source` raises. Landed data that is refused is moved to `rejected/` and reported.
     """
     if digest is not None:
         make_current(raw, digest)
@@ -108,11 +104,6 @@ def _build(raw: ObjectStore, source: str, resize: bool) -> RawVersion:
     known = Known()
     sources, left_out = check_source([(item, index_of(raw, item, resize)) for item in imported.objects], known)
     landed, landing = join_landed(raw, known, resize=resize)
-    if landing.hostile:
-        first = landing.hostile[0]
-        raise HostileDataError(
-            f"{first.reason} It was moved to {raw.uri(first.moved_to or first.key)}; run again without it."
-        )
     manifest = RawManifest(resize=resize, objects=(*sources, *landed))
     digest = manifest.digest
     provenance = {
@@ -127,7 +118,7 @@ def _build(raw: ObjectStore, source: str, resize: bool) -> RawVersion:
         make_current(raw, digest)
     except DataError as error:
         logger.warning("The current raw version stays as it is: %s", error)
-    write_record(raw, landing.read)
+    landing.record.save(raw)
     return RawVersion(digest, manifest, redacted(source), left_out, imported.unread, landing)
 
 

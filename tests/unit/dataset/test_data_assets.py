@@ -59,10 +59,7 @@ def test_bad_data_is_a_failed_run_that_records_nothing_and_goes_no_further(kind:
         assert instance.get_latest_materialization_event(PROCESSED_DATASET) is not None
 
 
-def test_what_a_version_holds_and_what_changed_is_in_the_metadata(
-    make, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
+def test_what_a_version_holds_and_what_changed_is_in_the_metadata(make, tmp_path: Path, source: str) -> None:
     with dg.DagsterInstance.ephemeral() as instance:
         assert materialize(tmp_path / "store", instance, source).success
         raw = FolderStore(tmp_path / "store" / "raw-data")

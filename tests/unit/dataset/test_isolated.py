@@ -1,7 +1,6 @@
 """Files that kill the process that reads them."""
 
 import io
-import json
 import os
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from cifar_assets.dataset.formats.isolated import ReaderKilledError, ask
 from cifar_assets.dataset.versions.raw import build_raw_version
 from resources.errors import ExplainedError
 from resources.object_store import FolderStore
+from tests.unit.dataset.rejections import reason_of, rejected_keys
 
 FAULT = """
 import os, signal
@@ -30,15 +30,6 @@ child._OPERATIONS["index_file"] = index_file
 
 def fault(code: str, condition: str = "'bad' in seen[-1]") -> str:
     return FAULT.replace("CONDITION", condition).replace("FAULT", code)
-
-
-@pytest.fixture(autouse=True)
-def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
-
-
-def reason_of(raw: FolderStore, key: str) -> str:
-    return json.loads(raw.read(f"{key}.reason.json"))["reason"]
 
 
 @pytest.mark.parametrize(
@@ -60,8 +51,8 @@ def test_landed_file_that_kills_its_reader_is_rejected(
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 82
     (rejected,) = version.landing.rejected
-    assert rejected.moved_to == "rejected/bad.parquet"
-    assert cause in reason_of(raw, "rejected/bad.parquet")
+    assert rejected.moved_to in rejected_keys(raw, "bad.parquet")
+    assert cause in reason_of(raw, "bad.parquet")["reason"]
 
 
 @pytest.mark.parametrize(("code", "cause"), [("while True: pass", "processor time"), ("signal.pause()", "too long")])
@@ -74,7 +65,7 @@ def test_file_that_does_not_end_is_rejected(
     monkeypatch.setattr(isolated, "_WALL_SECONDS_PER_CPU_SECOND", 5 if "pause" in code else 60)
     child(fault(code))
     assert build_raw_version(raw, source).manifest.rows == 80
-    assert cause in reason_of(raw, "rejected/bad.parquet")
+    assert cause in reason_of(raw, "bad.parquet")["reason"]
 
 
 def test_source_file_that_kills_its_reader_is_named(make, raw: FolderStore, tmp_path: Path, child) -> None:
@@ -153,4 +144,4 @@ def test_small_parquet_of_large_values_is_rejected(
     isolated.stop()
     build_raw_version(raw, source)
     isolated.stop()
-    assert reason in reason_of(raw, "rejected/bad.parquet")
+    assert reason in reason_of(raw, "bad.parquet")["reason"]

@@ -21,16 +21,7 @@ from cifar_assets.dataset.versions.raw import RawVersion, build_raw_version, mak
 from cifar_assets.dataset.versions.reader import open_split
 from resources.errors import DataError
 from resources.object_store import FolderStore
-
-
-@pytest.fixture(autouse=True)
-def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What these tests land was put there a while ago: nobody is still writing it."""
-    monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
-
-
-def reason_of(raw: FolderStore, key: str) -> dict:
-    return json.loads(raw.read(f"{key}.reason.json"))
+from tests.unit.dataset.rejections import read_rejected, reason_of, rejected_keys
 
 
 def parquet_of(columns: list[tuple[str, list]]) -> bytes:
@@ -55,12 +46,10 @@ def test_good_rows_join_and_bad_rows_are_rejected_with_reasons(make, raw: Folder
     assert version.landing.rejected_rows == 20
     # The object stays: it is part of the next version as well.
     assert landing_keys(raw) == ["landing/week 1.parquet"]
-    table = pq.read_table(io.BytesIO(raw.read("rejected/week 1.parquet"))).to_pylist()
-    assert [row["row"] for row in table] == list(range(500, 520))
-    assert table[0]["img"]["bytes"] == b"no image"
-    assert "out of range" in table[10]["reason"]
-    reason = reason_of(raw, "rejected/week 1.parquet")
+    reason = reason_of(raw, "week 1.parquet")
     assert reason["rejected_rows"] == 20
+    assert [row["row"] for row in reason["rows"]] == list(range(500, 520))
+    assert "out of range" in reason["rows"][10]["reason"]
     assert reason["rows"][19] == {"row": 519, "reason": "the image is missing"}
     assert build_raw_version(raw, source).digest == version.digest
 
@@ -118,9 +107,9 @@ def test_a_bad_single_image_moves_to_rejected(make, raw: FolderStore, source: st
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 80
     assert landing_keys(raw) == []
-    assert raw.read("rejected/cat/cut.png") == cut
-    assert reason_of(raw, "rejected/cat/cut.png")["object"] == "landing/cat/cut.png"
-    assert version.landing.rejected[0].moved_to == "rejected/cat/cut.png"
+    assert read_rejected(raw, "cat/cut.png") == cut
+    assert reason_of(raw, "cat/cut.png")["object"] == "landing/cat/cut.png"
+    assert version.landing.rejected[0].moved_to in rejected_keys(raw, "cat/cut.png")
 
 
 def test_other_content_under_a_rejected_name_loses_nothing(raw: FolderStore, source: str) -> None:
@@ -149,8 +138,8 @@ def test_an_unreadable_object_moves_to_rejected_as_a_whole(
     version = build_raw_version(raw, source)
     assert version.manifest.rows == 80
     assert landing_keys(raw) == []
-    assert raw.read(f"rejected/{name}") == data
-    assert len(reason_of(raw, f"rejected/{name}")["reason"]) > 20
+    assert read_rejected(raw, name) == data
+    assert len(reason_of(raw, name)["reason"]) > 20
 
 
 def test_a_picture_too_large_is_refused_unread(raw: FolderStore, source: str) -> None:
@@ -163,7 +152,7 @@ def test_a_picture_too_large_is_refused_unread(raw: FolderStore, source: str) ->
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
     finally:
         tracemalloc.stop()
-    assert "at most" in reason_of(raw, "rejected/cat/huge.png")["reason"]
+    assert "at most" in reason_of(raw, "cat/huge.png")["reason"]
 
 
 def test_the_split_of_a_picture_is_that_of_its_own_folder(make, raw: FolderStore, source: str) -> None:
@@ -176,29 +165,13 @@ def test_the_split_of_a_picture_is_that_of_its_own_folder(make, raw: FolderStore
     assert report.accepted == {"landing/cat/b.png": 1}
 
 
-def test_rejected_rows_that_were_not_written_in_time_are_written_later(
-    make, raw: FolderStore, source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raw.write("landing/x.parquet", make.encoded_parquet([make.png(make.images(1, 5)[0]), b"?"], [0, 1]))
-
-    def killed(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as broken:
-        broken.setattr(rejection, "ask", killed)
-        with pytest.raises(KeyboardInterrupt):
-            build_raw_version(raw, source)
-    build_raw_version(raw, source)
-    assert pq.read_table(io.BytesIO(raw.read("rejected/x.parquet"))).num_rows == 1
-
-
 def test_an_object_without_any_good_row_moves_as_a_whole(make, raw: FolderStore, source: str) -> None:
     data = make.encoded_parquet([b"?", b"??"], [0, 1])
     raw.write("landing/x.parquet", data)
     build_raw_version(raw, source)
     assert landing_keys(raw) == []
-    assert raw.read("rejected/x.parquet") == data
-    assert [row["row"] for row in reason_of(raw, "rejected/x.parquet")["rows"]] == [0, 1]
+    assert read_rejected(raw, "x.parquet") == data
+    assert [row["row"] for row in reason_of(raw, "x.parquet")["rows"]] == [0, 1]
 
 
 def build_with(make, raw: FolderStore, source: str, images: np.ndarray, labels: list[int]) -> RawVersion:
@@ -255,7 +228,7 @@ def test_landed_picture_of_a_refused_format_is_rejected_by_name(kind, make, raw:
     Image.fromarray(make.images(1, 5)[0].transpose(1, 2, 0).copy()).save(buffer, kind)
     raw.write(f"landing/frog/a.{kind.lower()}", buffer.getvalue())
     (rejection,) = build_raw_version(raw, source).landing.rejected
-    assert rejection.moved_to == f"rejected/frog/a.{kind.lower()}"
+    assert rejection.moved_to in rejected_keys(raw, f"frog/a.{kind.lower()}")
     assert rejection.reason.lower().startswith(f"expected a png or jpeg image, got a {kind.lower()} image")
 
 
@@ -267,7 +240,7 @@ def test_landed_names_stay_as_they_are(name: str, make, raw: FolderStore, source
     raw.write(f"landing/cat/{name}.png", b"bad")
     report = build_raw_version(raw, source).landing
     assert report.accepted == {f"landing/{name}/cat/good.png": 1}
-    assert raw.read(f"rejected/cat/{name}.png") == b"bad"
+    assert read_rejected(raw, f"cat/{name}.png") == b"bad"
 
 
 def test_landed_object_larger_than_the_disk_stops_no_build(
@@ -288,7 +261,7 @@ def test_long_name_is_rejected_under_a_shorter_one(name: str, raw: FolderStore, 
     (rejection,) = build_raw_version(raw, source).landing.rejected
     assert rejection.moved_to is not None
     assert raw.read(rejection.moved_to) == b"bad"
-    assert reason_of(raw, rejection.moved_to)["object"] == f"landing/cat/{name}.png"
+    assert json.loads(raw.read(f"{rejection.moved_to}.reason.json"))["object"] == f"landing/cat/{name}.png"
     assert landing_keys(raw) == []
 
 
@@ -330,8 +303,7 @@ def test_unchanged_objects_are_not_read_again(make, raw: FolderStore, source: st
     def fail(*arguments: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(join, "_judge_table", fail)
-    monkeypatch.setattr(join, "_judge_image", fail)
+    monkeypatch.setattr(join, "_read", fail)
     assert build_raw_version(raw, source).digest == first.digest
 
 
@@ -345,17 +317,16 @@ def test_an_object_replaced_under_its_name_is_read_again(make, raw: FolderStore,
 
 def test_an_object_that_changes_while_it_is_read_waits(make, raw: FolderStore, source: str, monkeypatch) -> None:
     raw.write("landing/a.parquet", b"half of it")
-    judge = join._judge_table
+    download = raw.download
 
-    def judge_and_grow(store: FolderStore, info, resize: bool):
-        found = judge(store, info, resize)
+    def download_and_grow(key: str, path: Path) -> None:
+        download(key, path)
         raw.write("landing/a.parquet", make.parquet(make.images(10, 5), make.labels(10)))
-        return found
 
-    monkeypatch.setattr(join, "_judge_table", judge_and_grow)
-    version = build_raw_version(raw, source)
+    with monkeypatch.context() as patch:
+        patch.setattr(raw, "download", download_and_grow)
+        version = build_raw_version(raw, source)
     assert "changed while it was being read" in version.landing.skipped["landing/a.parquet"]
-    monkeypatch.undo()
     assert build_raw_version(raw, source).manifest.rows == 90
 
 
@@ -446,5 +417,5 @@ def test_object_moved_by_another_build_is_not_an_error(raw: FolderStore, source:
 
     monkeypatch.setattr("cifar_assets.dataset.landing.join.reject_object", move_twice)
     version = build_raw_version(raw, source)
-    assert version.landing.rejected[0].moved_to == "rejected/cat/x.png"
-    assert raw.read("rejected/cat/x.png") == b"bad"
+    assert version.landing.rejected[0].moved_to in rejected_keys(raw, "cat/x.png")
+    assert read_rejected(raw, "cat/x.png") == b"bad"

@@ -179,9 +179,8 @@ def test_digest_of_several_files_is_refused(raw: FolderStore, source: str) -> No
 
 
 def test_bad_rows_known_from_the_landing_zone_are_refused_in_a_source_too(
-    make, raw: FolderStore, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make, raw: FolderStore, source: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
     data = make.encoded_parquet([make.png(make.images(1, 9)[0]), b"no image"], [0, 1])
     raw.write("landing/train.parquet", data)
     build_raw_version(raw, source)

@@ -12,7 +12,7 @@ from dagster._core.execution.asset_backfill import AssetBackfillData
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
-from cifar_assets.dataset.landing.zone import RECORD_KEY, read_record, scan_landing, write_record
+from cifar_assets.dataset.landing.zone import RECORD_KEY, LandingRecord, fingerprint, scan_landing
 from cifar_assets.definitions import defs
 from cifar_assets.landing_decision import LandingCursor, Outcome
 from cifar_assets.sensors import landing_sensor, last_run, training_in_flight
@@ -44,6 +44,12 @@ def land(store: LocalObjectStore, name: str, content: bytes = b"PAR1") -> None:
     path = store.raw.local_path(f"landing/{name}")
     assert path is not None
     os.utime(path, (long_ago, long_ago))
+
+
+def build(store: LocalObjectStore, prefix: str = "") -> None:
+    """A build of the raw dataset that reads what landed, or what has this prefix."""
+    infos = [info for info in scan_landing(store.raw).ready if info.key.startswith(prefix)]
+    LandingRecord(read=frozenset(fingerprint(info) for info in infos)).save(store.raw)
 
 
 def tick(instance: dg.DagsterInstance, store: LocalObjectStore, cursor: str | None = None) -> dg.SensorResult:
@@ -159,10 +165,10 @@ def test_an_object_that_was_away_while_the_run_read_is_trained_on(
     land(store, "b.parquet")
     first = tick(instance, store)
     run = run_for(instance, first, dg.DagsterRunStatus.SUCCESS)
-    write_record(store.raw, [info for info in scan_landing(store.raw).ready if info.key == "landing/a.parquet"])
+    build(store, "landing/a.parquet")
     second = tick(instance, store, first.cursor)
     assert key_of(second) not in (None, key_of(first))
-    write_record(store.raw, scan_landing(store.raw).ready)
+    build(store)
     run_for(instance, second, dg.DagsterRunStatus.SUCCESS)
     third = tick(instance, store, second.cursor)
     assert key_of(third) is None
@@ -251,9 +257,9 @@ def test_a_crash_whose_retry_succeeded_is_over(instance: dg.DagsterInstance) -> 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"version": 2, "read": []}'])
 def test_a_record_that_cannot_be_read_counts_as_none(store: LocalObjectStore, text: bytes) -> None:
-    assert read_record(store.raw) is None
+    assert LandingRecord.load(store.raw) is None
     store.raw.write(RECORD_KEY, text)
-    assert read_record(store.raw) is None
+    assert LandingRecord.load(store.raw) is None
 
 
 def test_a_tick_over_ten_thousand_objects_asks_the_store_a_fixed_number_of_times(
@@ -279,7 +285,7 @@ def test_a_tick_over_ten_thousand_objects_asks_the_store_a_fixed_number_of_times
     before = time.monotonic()
     first = tick(instance, store)
     run_for(instance, first, dg.DagsterRunStatus.SUCCESS)
-    write_record(store.raw, scan_landing(store.raw).ready)
+    build(store)
     assert "has used the 10000 objects" in reason_of(tick(instance, store, first.cursor))
     assert time.monotonic() - before < 60, "Dagster gives a tick one minute"
     assert len(asked) < 20

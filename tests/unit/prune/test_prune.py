@@ -81,7 +81,7 @@ def test_landing_zone_rejected_objects_and_pointers_are_never_removed(world: Wor
     before = world.all_keys()
     world.prune(keep_versions=1)
     after = world.all_keys()
-    for prefix in ("raw-data/landing/", "raw-data/rejected/", "raw-data/current.json", "raw-data/landing-memory.json"):
+    for prefix in ("raw-data/landing/", "raw-data/rejected/", "raw-data/current.json", "raw-data/landing-read.json"):
         assert {key for key in before if key.startswith(prefix)} == {key for key in after if key.startswith(prefix)}
 
 
