@@ -39,6 +39,16 @@ def test_a_file_that_is_written_waits_until_it_is_left_alone(
     assert [info.key for info in scan_landing(raw).ready] == [f"landing/{name}"]
 
 
+def test_a_look_opens_nothing(raw: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise AssertionError("opened")
+
+    put(raw, "batch.tar.gz", b"some bytes")
+    put(raw, "cat/one.png", b"some bytes")
+    monkeypatch.setattr(Path, "open", fail)
+    assert len(scan_landing(raw).ready) == 2
+
+
 def test_a_file_that_may_not_be_read_waits_and_says_so(raw: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     put(raw, "cat/one.png", b"bytes")
     monkeypatch.setattr("cifar_assets.dataset.landing.zone.os.access", lambda path, mode: False)
