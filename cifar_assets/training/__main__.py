@@ -5,18 +5,16 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from dagster_pipes import PipesContext, PipesEnvVarParamsLoader, open_dagster_pipes
+from dagster_pipes import PipesEnvVarParamsLoader, open_dagster_pipes
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
 from cifar_assets.training.spec import JobSpec, parse_spec
-from cifar_assets.training.stopping import StopSignal, TrainingStopped
 from resources.errors import ConfigError, DataError, ExplainedError, ObjectNotFoundError, StoreError
 from resources.pipes_store import PipesStoreMessageWriter
+from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE
 
 _LOG = logging.getLogger("cifar_assets.training")
 
@@ -30,89 +28,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     log = _set_up_logging()
     try:
-        run(_load_spec(options.spec), log)
-    except TrainingStopped as stopped:
-        _LOG.warning("%s", stopped)
-        return EXIT_RESUME
-    except (ConfigError, DataError, ObjectNotFoundError) as error:
-        _LOG.error("%s", error)
-        return EXIT_BAD_SPEC
+        return run(_load_spec(options.spec), log)
     except ExplainedError as error:
         _LOG.error("%s", error)
+        if isinstance(error, ConfigError | DataError | ObjectNotFoundError):
+            return EXIT_BAD_SPEC
         return EXIT_RESUME if isinstance(error, StoreError) and error.transient else 1
     except Exception:
         _LOG.exception("The training failed for an unknown reason.")
         return 1
+
+
+def run(spec: JobSpec, log: io.StringIO) -> int:
+    """Run a job, and remove its checkpoints once Dagster has received its result. Returns 0 or EXIT_RESUME."""
+    # torch takes seconds to load: a wrong spec is refused before
+    from cifar_assets.training.distributed import StopSignal, TrainingStopped
+    from cifar_assets.training.job import clear_checkpoints, run_job
+
+    with ExitStack() as stack:
+        send = None
+        if _is_rank_0() and PipesEnvVarParamsLoader().is_dagster_pipes_process():
+            pipes = stack.enter_context(open_dagster_pipes(message_writer=PipesStoreMessageWriter()))
+            send = pipes.report_custom_message
+        try:
+            run_job(spec, StopSignal(), send or (lambda message: None), log)
+        except TrainingStopped as stopped:
+            # leaves Pipes as a success does: the exit code says that there is more to come
+            _LOG.warning("%s", stopped)
+            return EXIT_RESUME
+    if _is_rank_0():
+        clear_checkpoints(spec)
     return 0
 
 
-def run(spec: JobSpec, log: io.StringIO) -> None:
-    """Run a job, and remove its checkpoints once Dagster has received its result."""
-    # torch takes seconds to load: a wrong spec is refused before
-    from cifar_assets.training.job import clear_checkpoints, run_job
-
-    stopped: TrainingStopped | None = None
-    with _dagster() as pipes:
-
-        def send(kind: str, **values: Any) -> None:
-            if pipes is not None:
-                pipes.report_custom_message({"type": kind, **values})
-
-        try:
-            run_job(spec, StopSignal(), send, log)
-        except TrainingStopped as error:
-            # leaves Pipes as a success does: the exit code says that there is more to come
-            stopped = error
-    if stopped is not None:
-        raise stopped
-    if _is_rank_0():
-        clear_checkpoints(spec)
-
-
-@contextmanager
-def _dagster() -> Iterator[PipesContext | None]:
-    """The connection to Dagster, which gets warnings too; None where Pipes did not start this process."""
-    if not _is_rank_0() or not PipesEnvVarParamsLoader().is_dagster_pipes_process():
-        yield None
-        return
-    with open_dagster_pipes(message_writer=PipesStoreMessageWriter()) as pipes:
-        handler = _ForwardToDagster(pipes)
-        logging.getLogger("cifar_assets").addHandler(handler)
-        try:
-            yield pipes
-        finally:
-            # Pipes accepts nothing more after it is closed
-            logging.getLogger("cifar_assets").removeHandler(handler)
-
-
-class _ForwardToDagster(logging.Handler):
-    """Warnings only: Dagster shows this process's output too, and would show each epoch twice."""
-
-    def __init__(self, pipes: PipesContext):
-        super().__init__(logging.WARNING)
-        self._pipes = pipes
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._pipes.log.log(record.levelno, record.getMessage())
-
-
 def _load_spec(source: str | None) -> JobSpec:
-    if source == "-":
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+    if source is None:
+        if JOB_SPEC_VARIABLE not in os.environ:
             raise ConfigError(
-                f"Several processes cannot read one standard input: use --spec FILE or {JOB_SPEC_VARIABLE}."
+                f"There is no job spec: give --spec FILE, --spec - or the environment variable {JOB_SPEC_VARIABLE}."
             )
-        return parse_spec(sys.stdin.buffer.read(), "standard input")
-    if source is not None:
-        try:
-            return parse_spec(Path(source).read_bytes(), source)
-        except OSError as error:
-            raise ConfigError(f"Job spec {source} cannot be read: {error}.") from error
-    if JOB_SPEC_VARIABLE in os.environ:
         return parse_spec(os.environ[JOB_SPEC_VARIABLE], f"the environment variable {JOB_SPEC_VARIABLE}")
-    raise ConfigError(
-        f"There is no job spec: give --spec FILE, --spec - or the environment variable {JOB_SPEC_VARIABLE}."
-    )
+    if source == "-":
+        return parse_spec(sys.stdin.buffer.read(), "standard input")
+    try:
+        return parse_spec(Path(source).read_bytes(), source)
+    except OSError as error:
+        raise ConfigError(f"Job spec {source} cannot be read: {error}.") from error
 
 
 def _set_up_logging() -> io.StringIO:

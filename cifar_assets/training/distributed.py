@@ -1,11 +1,13 @@
-"""One training over several processes: which rank this process has, and all-reduce and broadcast over all of them."""
+"""The processes of one training: their ranks, all-reduce and broadcast over them, and how they stop early."""
 
 import datetime as dt
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import numpy as np
 import torch
@@ -13,16 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
 
-from cifar_assets.training.stopping import PeerLostError
-from resources.errors import ConfigError
+from resources.errors import ConfigError, ExplainedError
 
 _LOG = logging.getLogger(__name__)
 _TIMEOUT = dt.timedelta(minutes=30)
+_PLACE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""What torchrun and the training operator set, and the values of a process that is alone."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those that train together, as torchrun or the training operator set it.
+    """This process's place among those that train together.
 
     Rank 0 alone writes to the store and talks to MLflow and to Dagster. All read.
     """
@@ -54,15 +57,36 @@ class Processes:
         return values
 
 
+class TrainingStopped(ExplainedError):  # noqa: N818 (not an error: the way a stop travels)
+    """The trainer was told to stop. The same spec continues from the last checkpoint."""
+
+
+class PeerLostError(TrainingStopped):
+    """Another process of the training went away. The same spec continues from the last checkpoint."""
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT came: the loop ends at the next step. A second one has its usual effect."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def install(self) -> None:
+        """Handle the signals from here on."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.is_set = True
+        signal.signal(number, signal.SIG_DFL)
+
+
 def read_processes() -> Processes:
     """This process's place, from RANK, WORLD_SIZE and LOCAL_RANK; alone when they are not set."""
-    try:
-        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    except ValueError as error:
-        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}.") from error
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"RANK is {rank} with WORLD_SIZE {world_size}: ranks go from 0 to WORLD_SIZE - 1.")
+    place = {name: os.environ.get(name, default) for name, default in _PLACE.items()}
+    rank, world_size, local_rank = (int(value) if value.isdecimal() else -1 for value in place.values())
+    if not 0 <= rank < world_size or local_rank < 0:
+        raise ConfigError(f"{place} is not a place among processes: expected ranks from 0 to WORLD_SIZE - 1.")
     return Processes(rank, world_size, local_rank)
 
 

@@ -3,8 +3,9 @@
 import io
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -14,11 +15,11 @@ from cifar_assets.training import distributed
 from cifar_assets.training.checkpoint import CheckpointStore, EpochRecord
 from cifar_assets.training.data import open_data
 from cifar_assets.training.device import choose_processor, use_repeatable_kernels, use_threads
+from cifar_assets.training.distributed import PeerLostError, StopSignal, TrainingStopped
 from cifar_assets.training.loop import Trainer
 from cifar_assets.training.networks import PublishedNetwork
 from cifar_assets.training.package import baseline_copy_bytes, build_package, readable_json
 from cifar_assets.training.spec import JobSpec
-from cifar_assets.training.stopping import PeerLostError, StopSignal, TrainingStopped
 from cifar_assets.training.tracking import RunStatus, Tracker
 from resources.errors import StoreError
 from resources.object_store import open_store
@@ -30,23 +31,15 @@ CHECKPOINTS = "checkpoints"
 _EPOCH_METRICS = ("train_loss", "validation_loss", "validation_accuracy", "images_per_second", "learning_rate")
 
 
-class SendMessage(Protocol):
-    """Sends Dagster a message of a kind, with its values."""
-
-    def __call__(self, kind: str, **values: Any) -> None: ...
+SendMessage = Callable[[dict[str, Any]], None]
+"""Sends Dagster a message; its `type` is `epoch` or `result`."""
 
 
 def run_job(spec: JobSpec, stop: StopSignal, send: SendMessage, log: io.StringIO) -> dict[str, Any] | None:
-    """Train what the spec says and publish it. Returns the model's metrics on rank 0, None on other ranks.
+    """Train what the spec says and publish it, with the log. Returns the model's metrics on rank 0, else None.
 
-    Args:
-        spec: the job.
-        stop: handles the signals once the processes have met.
-        send: sends messages to Dagster.
-        log: has the log so far; its content is stored with the model.
-
-    Raises TrainingStopped when told to stop or when the store is not reached, PeerLostError when another process went
-    away, ConfigError and DataError for what a person must correct.
+    Raises TrainingStopped when told to stop, when the store is not reached or when another process went away,
+    ConfigError and DataError for what a person must correct.
     """
     processes = distributed.read_processes()
     use_threads(spec.execution)
@@ -104,9 +97,9 @@ def _announce(trainer: Trainer, tracker: Tracker) -> None:
     _LOG.info("Recipe %s, %d training images, %s, %s", what, len(trainer.data.train), where, processes)
     if trainer.resumed_from is not None:
         _LOG.info("Continuing from the checkpoint of step %d", trainer.resumed_from)
-        tracker.set_tags({"cifar.resumed_from_step": str(trainer.resumed_from)})
+        tracker.log("tags", tags={"cifar.resumed_from_step": str(trainer.resumed_from)})
     for record in trainer.state.position.history:
-        tracker.log_metrics(_measured(record), record.epoch + 1)
+        tracker.log(f"metrics of step {record.epoch + 1}", metrics=_measured(record), step=record.epoch + 1)
 
 
 def _report_epoch(spec: JobSpec, record: EpochRecord, send: SendMessage, tracker: Tracker) -> None:
@@ -118,8 +111,8 @@ def _report_epoch(spec: JobSpec, record: EpochRecord, send: SendMessage, tracker
         )
     speed = f"{record.images_per_second:.0f} images/s at {record.resolution} pixels, {record.seconds:.1f} s"
     _LOG.info("Epoch %d/%d: %s, %s", epoch, epochs, losses, speed)
-    send("epoch", epoch=epoch, epochs=epochs, seconds=record.seconds, **_measured(record))
-    tracker.log_metrics(_measured(record), epoch)
+    send({"type": "epoch", "epoch": epoch, "epochs": epochs, "seconds": record.seconds, **_measured(record)})
+    tracker.log(f"metrics of step {epoch}", metrics=_measured(record), step=epoch)
 
 
 def _measured(record: EpochRecord) -> dict[str, float]:
@@ -142,9 +135,8 @@ def _publish(
     if spec.write_baseline_copies:
         models.write(BASELINE_MODEL_KEY, baseline_copy_bytes(network))
     final = {name: metrics[name] for name in ("test_accuracy", "test_loss", "expected_calibration_error")}
-    tracker.log_metrics(final, spec.recipe.epochs)
     origin = {"model_digest": digest, "model_uri": uri, "dataset_digest": spec.dataset_digest}
-    tracker.set_tags(origin)
+    tracker.log("result", metrics=final, step=spec.recipe.epochs, tags=origin)
     tags = {**(spec.mlflow.tags if spec.mlflow else {}), **origin, "test_accuracy": f"{metrics['test_accuracy']:.4f}"}
     tracker.log_model({**files, MANIFEST_FILE: manifest.to_bytes()}, tags)
     unsent = tracker.close("FINISHED")
@@ -152,12 +144,14 @@ def _publish(
     if performance.get("mlflow_unsent") != unsent:
         models.write(f"{digest}/{PERFORMANCE_FILE}", readable_json(performance | {"mlflow_unsent": unsent}))
     send(
-        "result",
-        model_digest=digest,
-        model_uri=uri,
-        mlflow_run_id=tracker.run_id,
-        mlflow_model_version=tracker.model_version,
-        mlflow_unsent=unsent,
-        resumed_from=trainer.resumed_from,
+        {
+            "type": "result",
+            "model_digest": digest,
+            "model_uri": uri,
+            "mlflow_run_id": tracker.run_id,
+            "mlflow_model_version": tracker.model_version,
+            "mlflow_unsent": unsent,
+            "resumed_from": trainer.resumed_from,
+        }
     )
     return metrics

@@ -31,31 +31,32 @@ from cifar_assets.training.data import (
     steps_per_epoch,
 )
 from cifar_assets.training.device import Processor
-from cifar_assets.training.distributed import Processes
-from cifar_assets.training.evaluate import Score, score
+from cifar_assets.training.distributed import Processes, StopSignal, TrainingStopped
 from cifar_assets.training.networks import SpeedNet, build_network
 from cifar_assets.training.optimizer import rate_factor
 from cifar_assets.training.spec import JobSpec
-from cifar_assets.training.stopping import DivergedError, StopSignal, TrainingStopped
 from resources.errors import ConfigError, DataError, StoreError
 
 _LOG = logging.getLogger(__name__)
 _AGREE_EVERY = 8
 """Steps after which processes ask one another whether any was told to stop: each time costs an all-reduce."""
 _WHITENING_IMAGES = 5000
+_BATCH = 500
+"""Images of a validation batch in each process."""
+
+
+class DivergedError(ConfigError):
+    """The training produced infinities or NaN. It repeats its bits, so the same spec fails again."""
+
+    def __init__(self, what: str, when: str):
+        super().__init__(
+            f"The training diverged: {what} is not finite {when}. Lower learning_rate or raise warmup; a checkpoint "
+            "from before is kept but continues to the same end."
+        )
 
 
 class Trainer:
-    """One training job in one process.
-
-    Args:
-        spec: what to train, on what, how.
-        data: the spec's dataset, opened.
-        processor: device and precision.
-        processes: this process's place among those that train together.
-        checkpoints: written by rank 0, read by every rank.
-        stop: set when the trainer is told to stop.
-    """
+    """One training job in one process. Checkpoints are written by rank 0 and read by every rank."""
 
     def __init__(
         self,
@@ -166,12 +167,12 @@ class Trainer:
         done = position.epoch + 1
         is_validated = done % self._recipe.validate_every == 0 or done == self._recipe.epochs
         with self.timed("validate"):
-            validation = self._validate(size) if is_validated else None
+            loss, accuracy = self._validate(size) if is_validated else (None, None)
         record = EpochRecord(
             epoch=position.epoch,
             train_loss=loss_sum / len(self.data.train),
-            validation_loss=validation.loss if validation else None,
-            validation_accuracy=validation.accuracy if validation else None,
+            validation_loss=loss,
+            validation_accuracy=accuracy,
             learning_rate=self._recipe.learning_rate * rate_factor(self._recipe, self.global_step - 1, self._steps),
             resolution=size,
             seconds=position.epoch_seconds,
@@ -183,16 +184,26 @@ class Trainer:
         self._save()
         return record
 
-    def _validate(self, size: int) -> Score:
-        """Measured at the size trained on: a network is poor at images twice as large as any it has seen."""
-        network = self.published()
+    def _validate(self, size: int) -> tuple[float, float]:
+        """Mean cross-entropy in nats and accuracy; each process measures its part.
 
-        def classify(images: Tensor) -> Tensor:
-            return network(self._normalize(images, size).contiguous(memory_format=torch.channels_last))
-
-        found = score(classify, self.data.validation, self.processor, self.processes)
-        self._check_finite({"the validation loss": torch.tensor(found.loss)})
-        return found
+        At the size trained on: a network is poor at images twice as large as any it has seen.
+        """
+        network, split, batch = self.published(), self.data.validation, _BATCH * self.processes.world_size
+        sums = torch.zeros(2, dtype=torch.float64, device=self.processor.device)
+        for start in range(0, len(split), batch):
+            indices = self.processes.part_of(np.arange(start, min(start + batch, len(split))))
+            if not len(indices):
+                continue
+            labels = split.labels_at(indices)
+            with torch.inference_mode(), self.processor.autocast():
+                pixels = self._normalize(split.images(indices), size)
+                logits = network(pixels.contiguous(memory_format=torch.channels_last)).float()
+            sums[0] += functional.cross_entropy(logits, labels, reduction="sum")
+            sums[1] += (logits.argmax(1) == labels).sum()
+        loss, accuracy = (self.processes.all_reduce(sums) / len(split)).tolist()
+        self._check_finite({"the validation loss": torch.tensor(loss)})
+        return loss, accuracy
 
     def _normalize(self, images: Tensor, size: int) -> Tensor:
         return resize((images.to(torch.float32) / 255 - self._mean) / self._std, size)
@@ -245,23 +256,17 @@ class Trainer:
         except DataError as error:
             raise DataError(f"{checkpoint.uri} does not fit this training: {error}") from error
         made_with = checkpoint.position.get("made_with", self._made_with())
-        if made_with != self._made_with() and self.processes.rank == 0:
+        if made_with != self._made_with():
             _LOG.warning(
                 "The checkpoint of step %d was made with %s, this training continues with %s: the weights will not be "
                 "those of a run that was never stopped.",
-                checkpoint.step,
-                made_with,
-                self._made_with(),
+                *(checkpoint.step, made_with, self._made_with()),
             )
 
     def _made_with(self) -> dict[str, Any]:
         """What rounding depends on and the spec leaves open."""
-        processor = self.processor
-        return {
-            "processes": self.processes.world_size,
-            "device": processor.device.type,
-            "precision": processor.precision,
-        }
+        device, precision = self.processor.device.type, self.processor.precision
+        return {"processes": self.processes.world_size, "device": device, "precision": precision}
 
     def _step_network(self) -> nn.Module:
         """The network as a step calls it: gradients are shared between processes."""

@@ -11,6 +11,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
+from torch import nn
 from torch.jit._trace import TracerWarning
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
@@ -25,9 +26,9 @@ from cifar_assets.model_package import (
     WEIGHTS_FILE,
     ModelManifest,
 )
-from cifar_assets.training.device import describe_environment
-from cifar_assets.training.evaluate import measure, predict
-from cifar_assets.training.loop import Trainer
+from cifar_assets.training.data import TensorSplit
+from cifar_assets.training.device import Processor, describe_environment
+from cifar_assets.training.loop import DivergedError, Trainer
 from cifar_assets.training.networks import PublishedNetwork, ResNet18
 from cifar_assets.training.spec import JobSpec
 from resources.digests import canonical_json, sha256_bytes
@@ -35,6 +36,8 @@ from resources.errors import DataError
 
 _OPSET = 18
 _ONNX_IMAGES = 256
+_BATCH = 500
+_CALIBRATION_BINS = 15
 _TOLERANCE = 1e-3
 """Largest difference between ONNX Runtime and torch that is accepted, as a fraction of the largest logit."""
 _REPEATABLE = ("epoch", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "resolution")
@@ -87,6 +90,52 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
         files={name: sha256_bytes(files[name]) for name in IDENTITY_FILES},
     )
     return manifest, files
+
+
+def predict(classifier: nn.Module, split: TensorSplit, processor: Processor) -> NDArray[np.float32]:
+    """Logits (N, 10) of a classifier that takes uint8 images. Raises DivergedError for NaN."""
+    parts = []
+    for start in range(0, len(split), _BATCH):
+        indices = np.arange(start, min(start + _BATCH, len(split)))
+        with torch.inference_mode(), processor.autocast():
+            parts.append(classifier(split.images(indices)).float().cpu().numpy())
+    logits = np.concatenate(parts)
+    if not np.isfinite(logits).all():
+        raise DivergedError("the output of the network", f"for some of {len(split)} images")
+    return logits
+
+
+def measure(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, Any]:
+    """Metrics of one split: accuracy, loss, recall per class, confusion matrix, calibration error.
+
+    The confusion matrix has the true class by row, the predicted one by column. A class without images has no recall.
+    """
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    predicted = logits.argmax(axis=1)
+    confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
+    np.add.at(confusion, (labels, predicted), 1)
+    totals = confusion.sum(axis=1)
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+        "images": len(labels),
+        "per_class_recall": {
+            name: float(confusion[index, index] / totals[index]) if totals[index] else None
+            for index, name in enumerate(CLASSES)
+        },
+        "confusion_matrix": confusion.tolist(),
+        "expected_calibration_error": calibration_error(np.exp(log_probabilities), labels),
+    }
+
+
+def calibration_error(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Expected calibration error over 15 equal bins of confidence (Guo et al., arXiv:1706.04599)."""
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    bins = np.minimum((confidence * _CALIBRATION_BINS).astype(int), _CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=_CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(labels))
 
 
 def readable_json(value: dict[str, Any]) -> bytes:

@@ -5,8 +5,6 @@ materializations do not run. Here the trainer opens and closes its run, tagged w
 an op with that resource joins it. What a killed trainer left open is closed by the launcher, else by a sensor.
 """
 
-import logging
-import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from pydantic import Field
 
 from resources.errors import ConfigError
 from resources.kubernetes.steps import is_being_cancelled
-from resources.mlflow.target import DEFAULT_NAME, MlflowTarget, check_tracking_uri, why_refused
+from resources.mlflow.target import DEFAULT_NAME, MlflowTarget, check_tracking_uri, open_client, why_refused
 from resources.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -48,12 +46,7 @@ class MlflowResource(dg.ConfigurableResource):
         """Tracking URI: sqlite:///... or http(s)://..."""
 
     def client(self) -> "MlflowClient":
-        from mlflow.tracking import MlflowClient
-
-        # Opening a sqlite store logs every step of the schema migration.
-        for name in ("alembic", "mlflow.store.db"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        return MlflowClient(tracking_uri=self.uri)
+        return open_client(self.uri)
 
     @contextmanager
     def _connected(self) -> "Iterator[MlflowClient]":
@@ -224,10 +217,3 @@ class MlflowServer(MlflowResource):
         if not self.tracking_uri:
             raise ConfigError("No MLflow is configured: MLFLOW_TRACKING_URI is not set.")
         return check_tracking_uri(self.tracking_uri, "MLFLOW_TRACKING_URI")
-
-    def client(self) -> "MlflowClient":
-        # MLflow's own patience with a server that is away is minutes per call. A step makes several, and Dagster gives
-        # a sensor's tick one minute.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        return super().client()

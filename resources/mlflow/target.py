@@ -1,11 +1,17 @@
 """Where a training is tracked, and what MLflow refuses until a person acts. Needs no Dagster."""
 
+import logging
+import os
 import re
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from resources.errors import ConfigError
 from resources.redaction import has_credentials, redacted
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 DEFAULT_NAME = "cifar10"
 """Of the experiment and of the registered model."""
@@ -61,6 +67,17 @@ class MlflowTarget(BaseModel):
             return check_tracking_uri(value)
         except ConfigError as error:
             raise ValueError(str(error)) from error
+
+
+def open_client(uri: str) -> "MlflowClient":
+    """A client with little patience of its own: MLflow's is minutes per call, a sensor's tick has one."""
+    from mlflow import MlflowClient
+
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    for name in ("alembic", "mlflow.store.db"):  # opening a sqlite store logs every step of the schema migration
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(uri, uri)
 
 
 def http_status(error: Exception) -> int | None:

@@ -20,10 +20,10 @@ import numpy as np
 from cifar_assets.dataset.versions.processed import build_processed
 from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.training.device import choose_processor, describe_environment, use_threads
+from cifar_assets.training.distributed import StopSignal
 from cifar_assets.training.job import run_job
 from cifar_assets.training.recipes import RECIPES, get_recipe
 from cifar_assets.training.spec import Execution, JobSpec
-from cifar_assets.training.stopping import StopSignal
 from resources.object_store import FolderStore
 from tests.benchmarks.training_throughput import Steps, baseline_loop, measure
 from tests.unit.training.small_dataset import draw_split
@@ -34,7 +34,7 @@ REFERENCE_IMAGES = 50_000
 def train(spec: JobSpec) -> tuple[float, float]:
     """Test accuracy and seconds of one job."""
     before = time.perf_counter()
-    metrics = run_job(spec, StopSignal(), lambda kind, **values: None, io.StringIO())
+    metrics = run_job(spec, StopSignal(), lambda message: None, io.StringIO())
     assert metrics is not None
     return metrics["test_accuracy"], time.perf_counter() - before
 

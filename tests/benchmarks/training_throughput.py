@@ -26,11 +26,10 @@ from torchvision import models, transforms
 from cifar_assets.training.checkpoint import CheckpointStore
 from cifar_assets.training.data import EpochAugmentation, epoch_batches, open_data
 from cifar_assets.training.device import choose_processor, describe_environment, use_threads
-from cifar_assets.training.distributed import Processes
+from cifar_assets.training.distributed import Processes, StopSignal
 from cifar_assets.training.loop import Trainer
 from cifar_assets.training.recipes import get_recipe
 from cifar_assets.training.spec import JobSpec
-from cifar_assets.training.stopping import StopSignal
 from resources.object_store import FolderStore
 from tests.unit.training.small_dataset import store_dataset
 

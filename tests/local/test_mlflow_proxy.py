@@ -113,7 +113,7 @@ def test_a_model_whose_artifacts_were_lost_on_the_way_is_not_registered(
 ):
     proxy.fault, proxy.hits = fault, UPLOADS
     _, unsent = train(proxy, fault, patience_seconds=8)
-    assert {"artifacts model/", "model version"} <= set(unsent)
+    assert "model" in unsent
     found = "missing" if fault == "swallow" else "50000 bytes"
     assert f"lacks what was sent: model.onnx ({found}, sent 100000)" in caplog.text
     assert MlflowClient(proxy.url).search_model_versions(f"name = '{fault}'") == []

@@ -19,10 +19,9 @@ from cifar_assets.training import distributed
 from cifar_assets.training.checkpoint import CheckpointStore
 from cifar_assets.training.data import open_data
 from cifar_assets.training.device import choose_processor
-from cifar_assets.training.distributed import Processes
+from cifar_assets.training.distributed import Processes, StopSignal, TrainingStopped
 from cifar_assets.training.loop import Trainer
 from cifar_assets.training.spec import JobSpec
-from cifar_assets.training.stopping import StopSignal, TrainingStopped
 from resources.object_store import open_store
 from tests.fixtures.workspace import free_port
 from tests.unit.training.jobs import (

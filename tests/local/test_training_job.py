@@ -22,8 +22,8 @@ from cifar_assets.model_package import (
 )
 from cifar_assets.training.data import open_data
 from cifar_assets.training.device import Processor
-from cifar_assets.training.evaluate import measure, predict
 from cifar_assets.training.networks import ResNet18
+from cifar_assets.training.package import measure, predict
 from tests.unit.training.jobs import Workplace, json_file, run_trainer
 from tests.unit.training.small_dataset import RAW_DIGEST
 

@@ -138,7 +138,7 @@ def test_training_continues_without_mlflow_and_names_what_was_not_sent(
     assert code == 0, output
     digest, _ = place.only_model("away")
     unsent = json_file(place.models("away"), f"{digest}/performance.json")["mlflow_unsent"]
-    assert {"start of the run", "metrics of step 3", "model version"} <= set(unsent)
+    assert {"start of the run", "metrics of step 3", "model"} <= set(unsent)
     assert "Not sent to MLflow" in output
 
 

@@ -1,5 +1,4 @@
 import io
-import logging
 import signal
 from typing import cast
 
@@ -10,10 +9,9 @@ from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 from cifar_assets.training import __main__ as command
 from cifar_assets.training import job, launch
-from cifar_assets.training.distributed import Processes, noticing_lost_peers
+from cifar_assets.training.distributed import PeerLostError, Processes, noticing_lost_peers
 from cifar_assets.training.launch import exit_code
 from cifar_assets.training.spec import JobSpec
-from cifar_assets.training.stopping import PeerLostError
 from resources.errors import StoreError
 
 KILLED, TOLD = -signal.SIGKILL, -signal.SIGTERM
@@ -55,7 +53,7 @@ def test_only_a_process_that_has_others_can_lose_them():
 class PipesSession:
     """Stands for the connection to Dagster; leaving it fails where messages cannot be delivered."""
 
-    log = logging.getLogger("unused")
+    report_custom_message = None
 
     def __init__(self, is_delivered: bool):
         self._is_delivered = is_delivered

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from cifar_assets.training.checkpoint import CheckpointStore, EpochRecord
 from cifar_assets.training.data import EpochAugmentation, open_data
 from cifar_assets.training.device import choose_processor
-from cifar_assets.training.distributed import Processes
-from cifar_assets.training.loop import Trainer
+from cifar_assets.training.distributed import Processes, StopSignal, TrainingStopped
+from cifar_assets.training.loop import DivergedError, Trainer
 from cifar_assets.training.recipes import RECIPES
 from cifar_assets.training.spec import JobSpec
-from cifar_assets.training.stopping import DivergedError, StopSignal, TrainingStopped
 from resources.errors import ConfigError, DataError, StoreError
 from resources.object_store import FolderStore, open_store
 from tests.unit.training.conftest import SpecMaker

@@ -40,7 +40,7 @@ def start(uri: str, identity: str = "0" * 64) -> Tracker:
     target = MlflowTarget(tracking_uri=uri, experiment=EXPERIMENT, patience_seconds=PATIENCE_SECONDS)
     tracker = Tracker(target, identity)
     tracker.start({"recipe.epochs": 1})
-    tracker.log_metrics({"train_loss": 1.0}, 1)
+    tracker.log("metrics of step 1", metrics={"train_loss": 1.0}, step=1)
     return tracker
 
 
@@ -204,8 +204,8 @@ def test_a_refusal_after_the_run_was_opened_holds_up_nothing_else(
     mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture
 ):
     tracker = start(mlflow.uri)
-    tracker.set_tags({"": "a tag without a name"})
-    tracker.log_metrics({"train_loss": 0.5}, 2)
+    tracker.log("tags", tags={"": "a tag without a name"})
+    tracker.log("metrics of step 2", metrics={"train_loss": 0.5}, step=2)
     assert tracker.close("FINISHED") == ["tags"]
     assert tracker.run_id is not None
     run = MlflowClient(mlflow.uri).get_run(tracker.run_id)

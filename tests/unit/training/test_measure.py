@@ -4,7 +4,7 @@ import torch
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.training.data import resize
-from cifar_assets.training.evaluate import calibration_error, measure
+from cifar_assets.training.package import calibration_error, measure
 
 
 def test_measures_of_a_small_case_by_hand():
