@@ -70,13 +70,7 @@ class Position:
 
 
 class TrainingState:
-    """Network, optimizers and position of one training.
-
-    Args:
-        network: the network being trained, on its device.
-        recipe: decides the optimizers.
-        dtype: of the processor's matrix products.
-    """
+    """Network, optimizers and position of one training; `dtype` is that of the processor's matrix products."""
 
     def __init__(self, network: nn.Module, recipe: Recipe, dtype: torch.dtype):
         self.network = network
@@ -87,19 +81,17 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor a continuation needs, by name."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        for name, optimizer, parameter in self._momenta():
-            momentum = optimizer.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                tensors[name] = momentum
+        momenta = {name: optimizer.state[p].get("momentum_buffer") for name, optimizer, p in self._momenta()}
+        tensors |= {name: momentum for name, momentum in momenta.items() if momentum is not None}
         return {**tensors, "loss_sum": self.loss_sum, "torch_random": torch.get_rng_state()}
 
     def load(self, tensors: dict[str, Tensor], position: Position) -> None:
         """Continue from these. Raises DataError, with nothing changed, when they do not fit the recipe."""
-        expected = self.tensors() | {name: parameter for name, _, parameter in self._momenta()}
-        unfit = sorted(n for n in expected.keys() | tensors.keys() if _form(expected, n) != _form(tensors, n))
         if (name := first_not_finite(tensors)) is not None:
             raise DataError(f"{name} holds numbers that are not finite.")
-        if unfit:
+        expected = self.tensors() | {name: parameter for name, _, parameter in self._momenta()}
+        forms, wanted = ({(n, t.shape, t.dtype) for n, t in each.items()} for each in (tensors, expected))
+        if unfit := sorted({name for name, _, _ in forms ^ wanted}):
             raise DataError(f"{len(unfit)} tensors are missing, unknown or of another shape or type: {unfit[:3]}.")
         prefix = "network."
         self.network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -121,13 +113,9 @@ def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
     return next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
 
 
-def _form(tensors: dict[str, Tensor], name: str) -> object:
-    return (tensors[name].shape, tensors[name].dtype) if name in tensors else None
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training's tensors and its position, after `step` optimizer steps."""
+    """A training's tensors and position after `step` optimizer steps."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -136,19 +124,13 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """Checkpoints of one training job.
-
-    Args:
-        store: rooted at the job's own folder.
-        keep: how many of the newest to keep.
-    """
+    """Checkpoints of one training job, in a store rooted at its own folder. The newest `keep` are kept."""
 
     def __init__(self, store: ObjectStore, keep: int):
         self._store = store
         self._keep = keep
 
     def save(self, step: int, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
-        """Store a checkpoint and remove those beyond the newest `keep`."""
         data = save(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             metadata={_METADATA_KEY: json.dumps(position)},
@@ -169,9 +151,7 @@ class CheckpointStore:
                 checkpoint = self._load(key)
                 use(checkpoint)
                 return checkpoint
-            except ObjectNotFoundError:
-                continue
-            except DataError as error:
+            except (DataError, ObjectNotFoundError) as error:
                 _LOG.warning("Checkpoint passed over: %s", error)
                 self._store.delete(key)
         return None

@@ -32,9 +32,7 @@ class Processor:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context in which convolutions and matrix products run in `dtype`."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
 def choose_processor(execution: Execution, precision: Precision, local_rank: int = 0) -> Processor:
@@ -46,19 +44,14 @@ def choose_processor(execution: Execution, precision: Precision, local_rank: int
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     """The device of this process, which shares its GPU with no other. Raises ConfigError where there is none for it."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ConfigError(
-            "The job asks for device cuda, and torch finds no GPU: ask for auto or cpu, or fix the driver."
-        )
-    if wanted == "cpu" or not available:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    num_gpus = torch.cuda.device_count()
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= num_gpus:
         # nccl would reject two processes on one GPU with an error that looks like a lost process
         raise ConfigError(
-            f"Process {local_rank + 1} of this machine has no GPU of its own, there are {num_gpus}: set nproc_per_node "
-            "to that number or less, ask for more GPUs, or for device cpu."
+            f"Process {local_rank + 1} of this machine has no GPU of its own: torch finds {num_gpus or 'no'} GPU(s). "
+            "Set nproc_per_node to that number or less, ask for more GPUs or for device cpu, or fix the driver."
         )
     return torch.device("cuda", local_rank)
 
@@ -91,8 +84,8 @@ def use_threads(execution: Execution) -> None:
 def default_threads() -> int:
     """This process's fraction of the CPUs it may use, where torchrun's own default is one thread."""
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    wanted = os.environ.get("OMP_NUM_THREADS")
-    if wanted and wanted.isdigit() and local_processes == 1:
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and local_processes == 1:
         return max(1, int(wanted))
     return max(1, int(available_cpus()) // local_processes)
 
@@ -101,23 +94,17 @@ def describe_environment(processor: Processor, world_size: int) -> dict[str, Any
     """Versions of what matters to the result, and the hardware."""
     device = processor.device
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "python": platform.python_version(),
         "packages": {name: installed[name] for name in _PACKAGES if name in installed},
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "host": platform.node(),
-        "cpu": _cpu_model(),
+        "cpu": models[0] if models else platform.processor(),
         "cpus": available_cpus(),
         "threads": torch.get_num_threads(),
-        "memory_gigabytes": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "processes": world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": processor.precision,
     }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or "unknown"

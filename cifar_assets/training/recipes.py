@@ -23,9 +23,7 @@ class ResolutionPhase(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    start: float = Field(
-        ge=0, lt=1, description="Fraction of the steps after which the phase begins; 0 is the first step."
-    )
+    start: float = Field(ge=0, lt=1, description="Fraction of the steps after which the phase begins.")
     size: int = Field(ge=8, le=IMAGE_SIZE, description="Height and width in pixels that images are scaled down to.")
 
 
@@ -35,15 +33,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(min_length=1, max_length=60, description="What the recipe is called in records; decides nothing.")
-    network: Literal["resnet18", "speednet"] = Field(
-        description="resnet18: torchvision's. speednet: three stages of convolutions behind a whitening layer."
-    )
-    width: int = Field(
-        default=64, ge=4, le=256, description="Channels of the network's first stage; later stages are multiples of it."
-    )
-    widening: int = Field(
-        default=4, ge=1, le=8, description="Channels of a speednet's later stages, as a multiple of `width`."
-    )
+    network: Literal["resnet18", "speednet"] = Field(description="torchvision's ResNet-18, or a small, fast network.")
+    width: int = Field(default=64, ge=4, le=256, description="Channels of the network's first stage.")
+    widening: int = Field(default=4, ge=1, le=8, description="Channels of a speednet's later stages, in `width`s.")
     depth: int = Field(default=2, ge=2, le=4, description="Convolutions in each stage of a speednet.")
     epochs: int = Field(ge=1, le=1000, description="Times that every training image is seen.")
     batch_size: int = Field(ge=2, le=8192, description="Images per optimizer step, over all processes together.")
@@ -55,73 +47,42 @@ class Recipe(BaseModel):
         default="sgd",
         description="muon: Muon for the convolutions, SGD for a ResNet's stem, the head, biases and batch norm.",
     )
-    learning_rate: float = Field(
-        gt=0,
-        lt=3e38,
-        description="Peak learning rate of Muon or, without it, of SGD, for the batch size of this recipe.",
-    )
+    learning_rate: float = Field(gt=0, lt=3e38, description="Peak rate of Muon or, without it, of SGD.")
     head_learning_rate: float = Field(
-        default=1e-4,
-        gt=0,
-        lt=3e34,
-        description="With muon, SGD's peak rate for stem and head, divided by the batch size.",
+        default=1e-4, gt=0, lt=3e34, description="With muon, SGD's peak rate for stem and head, over the batch size."
     )
     bias_learning_rate: float = Field(
-        default=1e-4,
-        gt=0,
-        lt=3e34,
-        description="With muon, SGD's peak rate for biases and batch norm, divided by the batch size.",
+        default=1e-4, gt=0, lt=3e34, description="With muon, SGD's peak rate for biases and batch norm, likewise."
     )
     schedule: Literal["cosine", "triangle"] = Field(
-        default="triangle",
-        description="How the rate falls to 0 after the warm-up: along half a cosine, or in a straight line.",
+        default="triangle", description="How the rate falls to 0: along half a cosine, or in a straight line."
     )
-    schedule_interval: Literal["step", "epoch"] = Field(
-        default="step", description="Whether the rate changes with every step or only between epochs."
-    )
-    warmup: float = Field(
-        default=0.2, ge=0, lt=1, description="Fraction of the training in which the rate rises in a straight line."
-    )
+    schedule_interval: Literal["step", "epoch"] = Field(default="step", description="When the rate changes.")
+    warmup: float = Field(default=0.2, ge=0, lt=1, description="Fraction of the training in which the rate rises.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of SGD.")
     nesterov: bool = Field(default=True, description="Nesterov's form of momentum.")
     weight_decay: float = Field(default=5e-4, ge=0, lt=3e38, description="L2 penalty of SGD.")
-    decay_norm_and_bias: bool = Field(
-        default=False, description="Whether batch norm parameters and biases are decayed as well."
-    )
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="Fraction of the target spread evenly over the classes while training."
-    )
+    decay_norm_and_bias: bool = Field(default=False, description="Whether it includes batch norm and biases.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Fraction of the target spread over classes.")
     flip: Literal["none", "random", "alternating"] = Field(
-        default="random",
-        description="Mirroring: none, by an independent coin per image and epoch, or each image in every other epoch.",
+        default="random", description="Mirroring: none, by a coin per image and epoch, or in every other epoch."
     )
-    translate: int = Field(
-        default=4, ge=0, le=16, description="Pixels an image may be shifted by in each direction; a crop after padding."
-    )
-    padding: Literal["zero", "reflect"] = Field(
-        default="reflect", description="What a shifted image shows beyond its edge."
-    )
+    translate: int = Field(default=4, ge=0, le=16, description="Pixels an image may be shifted by in each direction.")
+    padding: Literal["zero", "reflect"] = Field(default="reflect", description="What it shows beyond its edge.")
     cutout: int = Field(
-        default=0,
-        ge=0,
-        le=IMAGE_SIZE,
-        description="Side of the square blanked at a random place, at 32 pixels; 0 is none.",
+        default=0, ge=0, le=IMAGE_SIZE, description="Side of the square blanked at a random place, at 32 pixels."
     )
     batch_norm_momentum: float = Field(
         default=0.1, gt=0, le=1, description="Weight of the newest batch in the running statistics of batch norm."
     )
     precision: Precision = Field(
-        default="auto",
-        description="Arithmetic of convolutions while training. auto: bfloat16 where the processor has it in hardware.",
+        default="auto", description="Arithmetic of convolutions. auto: bfloat16 where the processor has it in hardware."
     )
     views: Views = Field(
         default="plain",
-        description="Publish the logits of the image, or their mean over it and its mirror image, which doubles the "
-        "cost of a prediction.",
+        description="Publish the logits of the image, or their mean with its mirror image's, at twice the cost.",
     )
-    validate_every: int = Field(
-        default=1, ge=1, description="Epochs between validations; the last is always validated."
-    )
+    validate_every: int = Field(default=1, ge=1, description="Epochs between validations; the last one is validated.")
 
     @model_validator(mode="after")
     def _check_resolutions(self) -> "Recipe":

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import dagster as dg
@@ -13,21 +13,13 @@ from resources.trainer.contract import TrainingSpec
 
 
 class TrainingScale(dg.Config):
-    """How many processes train, and what each replica is given."""
+    """How many processes train, and what each replica is given. The local trainer heeds the numbers of processes."""
 
     replicas: int = Field(default=1, ge=1, le=64, description="Pods of the job: one master, the others workers.")
     nproc_per_node: int = Field(default=1, ge=1, le=64, description="Training processes in each replica.")
-    cpu: str | None = Field(
-        default=None, description="CPU of each replica, such as '2'. Not used by the local trainer."
-    )
-    memory: str | None = Field(
-        default=None, description="Memory of each replica, such as '4Gi'. Not used by the local trainer."
-    )
-    gpu: int = Field(default=0, ge=0, le=16, description="GPUs of each replica. Not used by the local trainer.")
-
-    @property
-    def num_processes(self) -> int:
-        return self.replicas * self.nproc_per_node
+    cpu: str | None = Field(default=None, description="CPU of each replica, such as '2'.")
+    memory: str | None = Field(default=None, description="Memory of each replica, such as '4Gi'.")
+    gpu: int = Field(default=0, ge=0, le=16, description="GPUs of each replica.")
 
 
 @dataclass(frozen=True)
@@ -43,22 +35,30 @@ class TrainingResult:
 
 
 class TrainingMessages:
-    """Relays the trainer's custom Pipes messages: each epoch becomes an observation while the job runs."""
+    """The trainer's custom Pipes messages: each epoch becomes an observation while the job runs."""
 
     def __init__(self, context: dg.AssetExecutionContext):
         self._context = context
-        self._num_seen = 0
-        self._result: Mapping[str, Any] | None = None
+        self._num_handled = 0
+        self._result: TrainingResult | None = None
 
-    def relay(self, messages: Sequence[Any]) -> None:
-        """Handle those of the session's messages that were not handled before. Call it repeatedly."""
-        for message in messages[self._num_seen :]:
-            self._num_seen += 1
-            kind = message.get("type") if isinstance(message, Mapping) else None
-            if kind == "epoch":
-                self._observe_epoch(message)
-            elif kind == "result":
-                self._result = message
+    def handle_new(self, messages: Sequence[Any]) -> None:
+        """Handle those of all messages so far that were not handled before."""
+        for message in messages[self._num_handled :]:
+            self.handle(message)
+        self._num_handled = len(messages)
+
+    def handle(self, message: Any) -> None:
+        """Handle the next message. One of no known type is ignored."""
+        match message:
+            case {"type": "epoch", **metrics}:
+                description = f"Epoch {metrics.get('epoch')} of {metrics.get('epochs')}"
+                self._context.log_event(
+                    dg.AssetObservation(self._context.asset_key, description=description, metadata=metrics)
+                )
+            case {"type": "result", **values}:
+                known: dict[str, Any] = {each.name: values.get(each.name) for each in fields(TrainingResult)}
+                self._result = TrainingResult(**known)
 
     def result(self) -> TrainingResult:
         """The final message. TrainingError when the trainer ended without one."""
@@ -67,23 +67,7 @@ class TrainingMessages:
                 "The trainer ended without reporting a model. Its log (stdout of this step) has the reason; "
                 "materialize trained_model again to continue from its last checkpoint."
             )
-        return TrainingResult(
-            model_digest=self._result["model_digest"],
-            model_uri=self._result["model_uri"],
-            mlflow_run_id=self._result.get("mlflow_run_id"),
-            mlflow_model_version=self._result.get("mlflow_model_version"),
-            resumed_from=self._result.get("resumed_from"),
-        )
-
-    def _observe_epoch(self, message: Mapping[str, Any]) -> None:
-        metadata = {name: value for name, value in message.items() if name != "type"}
-        self._context.log_event(
-            dg.AssetObservation(
-                asset_key=self._context.asset_key,
-                description=f"Epoch {message.get('epoch')} of {message.get('epochs')}",
-                metadata=metadata,
-            )
-        )
+        return self._result
 
 
 class TrainerResource(dg.ConfigurableResource):

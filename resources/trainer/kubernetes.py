@@ -70,13 +70,11 @@ class KubernetesTrainer(TrainerResource):
         child_environment: Mapping[str, str],
     ) -> TrainingResult:
         messages = TrainingMessages(context)
-        delivered: list[Any] = []
 
         def on_message(payload: Any, replayed: bool) -> None:
             # An epoch that this Dagster run has recorded already is not observed twice; the result always counts.
             if not (replayed and isinstance(payload, Mapping) and payload.get("type") == "epoch"):
-                delivered.append(payload)
-                messages.relay(delivered)
+                messages.handle(payload)
 
         config = self.job_config(spec, scale, child_environment)
         with _interrupts_as_such(), as_dagster_failure():

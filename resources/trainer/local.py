@@ -18,6 +18,7 @@ from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARI
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
 _POLL_SECONDS = 0.2
+_CONTINUE = "Materialize trained_model again to continue from its checkpoint."
 _PLACE_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """Set by torchrun and the training operator for their processes. PET_* are options of torchrun."""
 
@@ -44,7 +45,7 @@ class LocalTrainer(TrainerResource):
             message_reader=dg.PipesTempFileMessageReader(),
         ) as session:
             process = subprocess.Popen(
-                self._command(scale.num_processes),
+                self._command(scale.replicas * scale.nproc_per_node),
                 env={
                     **own_environment(),
                     **child_environment,
@@ -57,11 +58,13 @@ class LocalTrainer(TrainerResource):
             )
             try:
                 while process.poll() is None:
-                    messages.relay(session.get_custom_messages())
+                    messages.handle_new(session.get_custom_messages())
                     sleep(_POLL_SECONDS)
             finally:
-                self._stop(context, process)
-        messages.relay(session.get_custom_messages())
+                if process.poll() is None:
+                    context.log.info("Stopping the trainer; it writes a checkpoint first.")
+                    stop_group(process, self.stop_grace_seconds)
+        messages.handle_new(session.get_custom_messages())
         if process.returncode:
             interrupted = process.returncode < 0 or process.returncode == EXIT_RESUME
             raise TrainingError(_failure(process.returncode), transient=interrupted)
@@ -70,13 +73,6 @@ class LocalTrainer(TrainerResource):
     def _command(self, num_processes: int) -> list[str]:
         several = [f"{self.module}.launch", "--standalone", f"--nproc-per-node={num_processes}"]
         return [*following_parent(), sys.executable, "-m", *(several if num_processes > 1 else [self.module])]
-
-    def _stop(self, context: dg.AssetExecutionContext, process: subprocess.Popen[bytes]) -> None:
-        """Have the trainer end; several processes are ended by their launcher. Does nothing once it has ended."""
-        if process.poll() is not None:
-            return
-        context.log.info("Stopping the trainer; it writes a checkpoint first.")
-        stop_group(process, self.stop_grace_seconds)
 
 
 def stop_group(process: subprocess.Popen[Any], grace_seconds: float) -> None:
@@ -103,7 +99,7 @@ def _failure(code: int) -> str:
     if code == EXIT_RESUME:
         return (
             "The trainer was told to stop, or lost one of its processes or the object store; its log (stdout and "
-            "stderr of this step) says which. Materialize trained_model again to continue from its checkpoint."
+            f"stderr of this step) says which. {_CONTINUE}"
         )
     if code == EXIT_BAD_SPEC:
         return (
@@ -113,7 +109,5 @@ def _failure(code: int) -> str:
     if code < 0:
         name = signal.Signals(-code).name
         hint = " The kernel does this when memory runs out: use a smaller batch." if name == "SIGKILL" else ""
-        return (
-            f"The trainer was ended by {name}.{hint} Materialize trained_model again to continue from its checkpoint."
-        )
+        return f"The trainer was ended by {name}.{hint} {_CONTINUE}"
     return f"The trainer failed with exit code {code}: the last lines of its log (stderr of this step) say why."
