@@ -14,11 +14,13 @@ from cifar_assets.checks.parity import argo_parity_checks
 from cifar_assets.checks.service import inference_service_checks
 from cifar_assets.deployment import executor_for, resources_for, sensors_for
 from cifar_assets.prune.run import prune_job, prune_weekly
+from cifar_assets.settings import read_settings
 
 # Parts of Dagster used here on purpose are marked as beta or preview; each would warn in every process of every run.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
+_settings = read_settings()
 defs = dg.Definitions(
     assets=dg.with_source_code_references(
         [raw_dataset, processed_dataset, trained_model, inference_service, argo_trained_model]
@@ -32,7 +34,7 @@ defs = dg.Definitions(
     ],
     jobs=[*jobs.ALL, prune_job],
     schedules=[jobs.verify_service_daily, prune_weekly],
-    sensors=[*sensors.ALL, *sensors_for()],
-    resources=resources_for(),
-    executor=executor_for(),
+    sensors=[*sensors.ALL, *sensors_for(_settings)],
+    resources=resources_for(_settings),
+    executor=executor_for(_settings),
 )

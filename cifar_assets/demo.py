@@ -11,7 +11,6 @@ from pathlib import Path
 import dagster as dg
 from PIL import Image
 
-from cifar_assets.assets.datasets import SOURCE_VARIABLE
 from cifar_assets.assets.keys import INFERENCE_SERVICE, TRAINED_MODEL
 from cifar_assets.contracts import CLASSES, MODEL_NAME
 from cifar_assets.dataset.versions.reader import open_split
@@ -30,7 +29,7 @@ def main() -> int:
     """Run the demo; the exit code is that of the materialization when it fails."""
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     _log.setLevel(logging.INFO)
-    source = os.environ.get(SOURCE_VARIABLE) or "synthetic"
+    source = os.environ.get("CIFAR10_SOURCE") or "synthetic"
     _log.info("Images: %s%s", source, _SYNTHETIC_NOTE if source.startswith("synthetic") else "")
     started = time.monotonic()
     command = ["dg", "launch", "--assets", FOUR_ASSETS]
@@ -39,7 +38,7 @@ def main() -> int:
         command += ["--config-json", canonical_json(config).decode()]
     _log.info("$ %s", shlex.join(command))
     os.environ.pop("DAGSTER_HOME", None)  # the demo is this folder's, whatever else the shell works on
-    environment = {**os.environ, SOURCE_VARIABLE: source, "DAGSTER_DEPLOYMENT": "local"}
+    environment = {**os.environ, "CIFAR10_SOURCE": source, "DAGSTER_DEPLOYMENT": "local"}
     command[0] = str(Path(sys.executable).with_name("dg"))
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:

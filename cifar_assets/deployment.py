@@ -1,69 +1,59 @@
-"""Which resources stand behind the graph: the one place that knows of deployments."""
+"""Which resources stand behind the graph: the one place that knows of deployments. Opens no connection."""
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import dagster as dg
+from pydantic import BaseModel, ValidationError
 
+from cifar_assets.assets.common import AccuracyGate
+from cifar_assets.settings import Settings
 from resources.errors import ConfigError
-from resources.gate import DEFAULT_THRESHOLD, AccuracyGate
+from resources.object_store.resource import LocalObjectStore, ObjectStoreResource, object_store_from_environment
 from resources.run_liveness import watched
 
-DEPLOYMENT_VARIABLE = "DAGSTER_DEPLOYMENT"
-THRESHOLD_VARIABLE = "ACCURACY_THRESHOLD"
-SERVICE_PORT_VARIABLE = "INFERENCE_SERVICE_PORT"
+if TYPE_CHECKING:
+    from resources.inference_service.kserve.resource import KServeInferenceService
+    from resources.trainer.kubernetes import KubernetesTrainer
+
+_Model = TypeVar("_Model", bound=BaseModel)
+_JOB_DEFAULTS: Mapping[str, Any] = {
+    "env_secrets": ["object-store-trainer"],
+    "service_account_name": "trainer",
+    "scratch": "4Gi",
+    "run_policy": {"backoff_limit": 3},
+}
 
 
-def resources_for(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Resources by key for the deployment that DAGSTER_DEPLOYMENT names. Opens no connection.
-
-    Raises ConfigError for an unknown deployment or a threshold that is not a fraction.
-    """
-    deployed = _local(environment) if _name(environment) == "local" else _kubernetes(environment)
-    return {**deployed, "gate": _gate(environment)}
+def resources_for(settings: Settings) -> dict[str, Any]:
+    """Resources by key. ConfigError names the variable that does not describe one."""
+    deployed = _local(settings) if settings.dagster_deployment == "local" else _kubernetes(settings)
+    return {**deployed, "gate": AccuracyGate(threshold=settings.accuracy_threshold)}
 
 
-def executor_for(environment: Mapping[str, str] = os.environ) -> dg.ExecutorDefinition:
+def executor_for(settings: Settings) -> dg.ExecutorDefinition:
     """How steps run: one after the other in the run's process on a laptop, each in a process of its own elsewhere.
 
     The steps are one chain and the heavy one runs apart in any case, so on a laptop more processes only cost start-up.
     """
-    return watched(dg.in_process_executor if _name(environment) == "local" else dg.multiprocess_executor)
+    return watched(dg.in_process_executor if settings.dagster_deployment == "local" else dg.multiprocess_executor)
 
 
-def sensors_for(environment: Mapping[str, str] = os.environ) -> list[dg.SensorDefinition]:
+def sensors_for(settings: Settings) -> list[dg.SensorDefinition]:
     """Sensors that only this deployment needs: in a cluster, the one that collects what dead runs left behind."""
-    if _name(environment) == "local":
+    if settings.dagster_deployment == "local":
         return []
     from resources.trainer.kubernetes import build_trainer_collector
 
     return [build_trainer_collector()]
 
 
-def _name(environment: Mapping[str, str]) -> str:
-    name = environment.get(DEPLOYMENT_VARIABLE, "local")
-    if name not in ("local", "kubernetes"):
-        raise ConfigError(f"{DEPLOYMENT_VARIABLE} is {name!r}: expected 'local' or 'kubernetes'.")
-    return name
-
-
-def _gate(environment: Mapping[str, str]) -> AccuracyGate:
-    text = environment.get(THRESHOLD_VARIABLE)
-    try:
-        return AccuracyGate(threshold=DEFAULT_THRESHOLD if text is None else float(text))
-    except ValueError as error:
-        raise ConfigError(
-            f"{THRESHOLD_VARIABLE} is {text!r}: expected a fraction from 0 to 1 with a decimal point, such as 0.8."
-        ) from error
-
-
-def _local(environment: Mapping[str, str]) -> dict[str, Any]:
+def _local(settings: Settings) -> dict[str, Any]:
     from cifar_assets.serving.settings import ENVIRONMENT_PREFIX
     from resources.argo.local import LocalPipeline
     from resources.inference_service import LocalInferenceService
     from resources.mlflow.resource import LocalMlflow
-    from resources.object_store.resource import LocalObjectStore
     from resources.trainer.local import LocalTrainer
 
     return {
@@ -71,34 +61,67 @@ def _local(environment: Mapping[str, str]) -> dict[str, Any]:
         "mlflow": LocalMlflow(),
         "trainer": LocalTrainer(),
         "serving": LocalInferenceService(
-            server_module="cifar_assets.serving", withheld_prefix=ENVIRONMENT_PREFIX, port=_port(environment)
+            server_module="cifar_assets.serving",
+            withheld_prefix=ENVIRONMENT_PREFIX,
+            port=settings.inference_service_port,
         ),
         "argo": LocalPipeline(),
     }
 
 
-def _port(environment: Mapping[str, str]) -> int:
-    text = environment.get(SERVICE_PORT_VARIABLE, "8080")
-    if not (text.isdecimal() and 1 <= int(text) <= 65535):
-        raise ConfigError(f"{SERVICE_PORT_VARIABLE} is {text!r}: expected a port number from 1 to 65535.")
-    return int(text)
-
-
-def _kubernetes(environment: Mapping[str, str]) -> dict[str, Any]:
-    from resources.argo.resource import argo_from_environment
-    from resources.inference_service.kserve.resource import serving_from_environment
+def _kubernetes(settings: Settings) -> dict[str, Any]:
+    from resources.argo.resource import ArgoPipeline
     from resources.mlflow.resource import MlflowServer
-    from resources.object_store.resource import object_store_from_environment
-    from resources.trainer.kubernetes import trainer_from_environment
 
-    object_store = object_store_from_environment(environment)
+    object_store = object_store_from_environment(os.environ)
+    images = {"trainer-image": settings.trainer_image}
+    parameters = {name: str(value) for name, value in {**images, **settings.argo_parameters}.items()}
     return {
         "object_store": object_store,
         # without one its own error says so, where it is needed
-        "mlflow": MlflowServer(
-            tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI") if environment.get("MLFLOW_TRACKING_URI") else ""
-        ),
-        "trainer": trainer_from_environment(environment, object_store),
-        "serving": serving_from_environment(environment),
-        "argo": argo_from_environment(environment),
+        "mlflow": MlflowServer(tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI") if settings.mlflow_tracking_uri else ""),
+        "trainer": trainer_for(settings, object_store),
+        "serving": serving_for(settings),
+        "argo": ArgoPipeline(namespace=settings.trainer_namespace, parameters=parameters),
     }
+
+
+def trainer_for(settings: Settings, object_store: ObjectStoreResource) -> "KubernetesTrainer":
+    """The trainer of a cluster."""
+    from resources.pytorch_job.config import PyTorchJobConfig
+    from resources.trainer.kubernetes import KubernetesTrainer
+
+    job = {**_JOB_DEFAULTS, **settings.trainer_job, "image": settings.trainer_image}
+    return KubernetesTrainer(
+        object_store=object_store,
+        job=_build(PyTorchJobConfig, "TRAINER_JOB", job),
+        namespace=settings.trainer_namespace,
+        store_endpoint_url=settings.trainer_store_endpoint_url,
+        mlflow_tracking_uri=settings.trainer_mlflow_tracking_uri,
+    )
+
+
+def serving_for(settings: Settings) -> "KServeInferenceService":
+    """The service of a cluster."""
+    from resources.inference_service.kserve.config import InferenceServiceSettings
+    from resources.inference_service.kserve.resource import KServeInferenceService
+
+    service = {**settings.server_settings, "image": settings.server_image}
+    fields = {
+        "settings": _build(InferenceServiceSettings, "SERVER_SETTINGS", service),
+        "namespace": settings.server_namespace,
+        "name": settings.server_name,
+        "base_url": settings.server_url,
+        "host": settings.server_host,
+        "gateway": settings.server_gateway,
+    }
+    return _build(KServeInferenceService, "SERVER_NAME or SERVER_NAMESPACE", fields)
+
+
+def _build(kind: type[_Model], variable: str, fields: Mapping[str, Any]) -> _Model:
+    """The object with these fields. ConfigError shows none of their values."""
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ConfigError(f"{variable} is not valid for {kind.__name__}. {problems}") from None

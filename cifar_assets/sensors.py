@@ -1,11 +1,7 @@
 """Sensors: retrain on landed data, close what dead runs left open, deploy what passed its checks."""
 
-import json
-import os
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import dagster as dg
 
@@ -13,13 +9,11 @@ from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.dataset.landing.zone import LandingRecord, scan_landing
 from cifar_assets.jobs import retrain
 from cifar_assets.landing_decision import LandingCursor, LastRun, Outcome, decide
+from cifar_assets.settings import read_settings
 from resources.dagster_private import BulkActionsFilter, BulkActionStatus
 from resources.errors import ConfigError
 from resources.mlflow.resource import RUN_METADATA, MlflowResource
 from resources.object_store.resource import ObjectStoreResource
-
-RETRAIN_CONFIG_VARIABLE = "RETRAIN_CONFIG"
-"""Holds, as JSON, the config of trained_model for runs started by the landing sensor: recipe, overrides, scale."""
 
 ADOPTION_SECONDS = 1200.0
 """How long a failed run's training may continue for a retry to adopt it, such as after an evicted run worker: until the
@@ -67,24 +61,13 @@ def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStor
         run_key = after.run_key_after(skipped)
     after = after.model_copy(update={"sequence": after.sequence + skipped, "run_key": run_key})
     context.log.info(decision.reason + note)
+    training = {"reuse": True, **read_settings().retrain_config}
     request = dg.RunRequest(
         run_key=run_key,
-        run_config={"ops": {TRAINED_MODEL.to_python_identifier(): {"config": retrain_config(os.environ)}}},
+        run_config={"ops": {TRAINED_MODEL.to_python_identifier(): {"config": training}}},
         tags={"landing": decision.reason[:200]},
     )
     return dg.SensorResult(run_requests=[request], cursor=after.model_dump_json())
-
-
-def retrain_config(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Config of trained_model for runs that the sensor starts. ConfigError when RETRAIN_CONFIG is not a JSON object."""
-    text = environment.get(RETRAIN_CONFIG_VARIABLE) or "{}"
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{RETRAIN_CONFIG_VARIABLE} is not JSON: {error}. Got {text!r}.") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f'{RETRAIN_CONFIG_VARIABLE} is {text!r}: expected an object such as {{"recipe": "fast"}}.')
-    return {"reuse": True, **config}
 
 
 def training_in_flight(instance: dg.DagsterInstance) -> str | None:

@@ -1,12 +1,10 @@
 """The two datasets: raw images as one immutable version, and training-ready tensors made of it."""
 
-import os
-
 import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import metadata
-from cifar_assets.assets.faults import retrying_infrastructure_faults
+from cifar_assets.assets.common import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.record import materialized_digest, previous_digests
 from cifar_assets.dataset.versions.baseline_copies import write_baseline_processed, write_baseline_raw
@@ -14,12 +12,11 @@ from cifar_assets.dataset.versions.processed import build_processed
 from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.dataset.versions.splits import SplitConfig
 from cifar_assets.dataset.versions.verdicts import judge_processed
+from cifar_assets.settings import read_settings
 from resources.errors import ConfigError
 from resources.object_store.resource import ObjectStoreResource
 from resources.redaction import has_credentials, redacted
 from resources.verdict import objections
-
-SOURCE_VARIABLE = "CIFAR10_SOURCE"
 
 
 class RawDatasetConfig(dg.Config):
@@ -28,7 +25,7 @@ class RawDatasetConfig(dg.Config):
     source: str | None = Field(
         default=None,
         description="'download', 'synthetic', or a path or s3:// URI of an official archive, of Parquet files "
-        f"or of class folders. Without it {SOURCE_VARIABLE} of the environment decides, and without that 'download'.",
+        "or of class folders. By default CIFAR10_SOURCE of the environment, and without that 'download'.",
     )
     resize: bool = Field(default=True, description="Scale images of another size to 32x32; otherwise they are refused.")
     version: str | None = Field(
@@ -39,10 +36,10 @@ class RawDatasetConfig(dg.Config):
     def resolved_source(self) -> str:
         if self.source and has_credentials(self.source):
             raise ConfigError(
-                f"source is {redacted(self.source)}: Dagster shows the config of runs. Set {SOURCE_VARIABLE} instead, "
-                "in a cluster from a Secret."
+                f"source is {redacted(self.source)}: Dagster shows the config of runs. Set CIFAR10_SOURCE instead, in "
+                "a cluster from a Secret."
             )
-        return self.source or os.environ.get(SOURCE_VARIABLE) or "download"
+        return self.source or read_settings().cifar10_source
 
 
 @dg.asset(key_prefix=PREFIX, group_name="data", kinds={"s3", "parquet"}, owners=OWNERS, tags={"layer": "raw"})

@@ -7,7 +7,7 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import metadata
-from cifar_assets.assets.faults import retrying_infrastructure_faults
+from cifar_assets.assets.common import AccuracyGate, retrying_infrastructure_faults
 from cifar_assets.assets.keys import INFERENCE_SERVICE, OWNERS, PREFIX, PROCESSED_DATASET, SERVING_POOL, TRAINED_MODEL
 from cifar_assets.assets.record import materialized_digest, previous_digests, why_unproven
 from cifar_assets.checks.data import PROCESSED_CHECKS
@@ -15,7 +15,6 @@ from cifar_assets.checks.model import MODEL_CHECKS
 from cifar_assets.gate import judge
 from cifar_assets.serving.comparison import find_canary_fault
 from resources.errors import ConfigError
-from resources.gate import AccuracyGate
 from resources.inference_service import DeployRequest, InferenceServiceResource
 from resources.mlflow.resource import MlflowResource
 from resources.object_store.resource import ObjectStoreResource

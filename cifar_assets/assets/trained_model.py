@@ -8,7 +8,7 @@ import dagster as dg
 from pydantic import BaseModel, Field, create_model
 
 from cifar_assets.assets import metadata
-from cifar_assets.assets.faults import retrying_infrastructure_faults
+from cifar_assets.assets.common import AccuracyGate, retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, TRAINED_MODEL, TRAINING_POOL
 from cifar_assets.assets.record import Made, data_version, find_materialization, materializations, materialized_digest
 from cifar_assets.gate import check_made_by
@@ -16,7 +16,6 @@ from cifar_assets.model_package import ENVIRONMENT_FILE, RECIPE_FILE, is_whole, 
 from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe
 from cifar_assets.training.spec import Execution, JobSpec, build_spec
 from resources.argo import PipelineRequest, PipelineResource
-from resources.gate import AccuracyGate
 from resources.mlflow.resource import RUN_METADATA, MlflowResource
 from resources.mlflow.target import MlflowTarget
 from resources.object_store import ObjectStore

@@ -7,12 +7,12 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from cifar_assets.assets.common import AccuracyGate
 from cifar_assets.assets.keys import TRAINED_MODEL
 from cifar_assets.assets.record import materialized_digest
 from cifar_assets.checks.results import answers, declare
 from cifar_assets.contracts import CLASSES
 from cifar_assets.gate import ONNX_TOLERANCE, judge_model, number, read_metrics
-from resources.gate import AccuracyGate
 from resources.mlflow.resource import MlflowResource
 from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource

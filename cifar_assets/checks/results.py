@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from cifar_assets.assets.faults import MAX_RETRIES, RETRY_SECONDS
+from cifar_assets.assets.common import MAX_RETRIES, RETRY_SECONDS
 from cifar_assets.assets.metadata import shown
 from cifar_assets.assets.record import VERSION_METADATA
 from resources.errors import StoreError

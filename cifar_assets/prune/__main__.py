@@ -13,6 +13,7 @@ import dagster as dg
 from cifar_assets.deployment import resources_for
 from cifar_assets.prune.rules import PINS_PREFIX, Policy, find_digests
 from cifar_assets.prune.run import Pruner
+from cifar_assets.settings import read_settings
 from resources.errors import ConfigError, ExplainedError
 
 
@@ -21,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.getLogger("cifar_assets").setLevel(logging.WARNING)
     try:
-        chosen = {name: resources_for()[name] for name in ("object_store", "mlflow", "serving")}
+        found = resources_for(read_settings())
+        chosen = {name: found[name] for name in ("object_store", "mlflow", "serving")}
         with find_instance() as instance, dg.build_resources(chosen, instance=instance) as resources:
             if options.pin or options.unpin:
                 models = resources.object_store.models

@@ -1,6 +1,5 @@
 """Pruning: find out what is in use, list what can go, and remove it if asked to; on the command line and as a job."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from cifar_assets.prune.rules import (
     raw_of_processed,
 )
 from cifar_assets.prune.tracking import open_tracking
+from cifar_assets.settings import read_settings
 from resources.errors import ExplainedError
 from resources.inference_service import InferenceServiceResource
 from resources.mlflow.resource import MlflowResource
@@ -131,7 +131,7 @@ class Pruner:
     def _in_use(self, models: ObjectStore) -> set[str]:
         """Digests that are served, pinned, last recorded by Dagster, or named by unfinished runs or RETRAIN_CONFIG."""
         in_use = {info.key.removeprefix(PINS_PREFIX) for info in models.list(PINS_PREFIX)}
-        in_use |= find_digests(os.environ.get("RETRAIN_CONFIG", ""))
+        in_use |= find_digests(str(read_settings().retrain_config))
         in_use.add(self.serving.status().model_digest or "")
         for key, number in _RECENT.items():
             records = self.instance.fetch_materializations(key, limit=_LOOKED_THROUGH).records

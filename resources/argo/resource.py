@@ -13,7 +13,6 @@ from resources.argo.client import GROUP, MANAGED_BY, VERSION, Workflow, Workflow
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult, parse_result
 from resources.argo.report import TRAIN_TEMPLATES, WorkflowFailedError, explain, is_argos_own, job_name_of
 from resources.argo.template import WORKFLOW_LABEL
-from resources.errors import ConfigError
 from resources.interrupts import sleep
 from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.errors import ResourceConflictError, ResourceStuckError
@@ -235,20 +234,6 @@ class ArgoPipeline(PipelineResource):
             if finished.phase != "Succeeded" and not _only_refused(finished):
                 raise watcher.failure(finished)
         return parse_result(str(finished), finished.output("model") or "")
-
-
-def argo_from_environment(environment: Mapping[str, str]) -> ArgoPipeline:
-    """The pipeline in the namespace and with the image of the trainer's PyTorchJobs; opens no connection.
-
-    ARGO_PARAMETERS holds further parameters of the template as JSON. ConfigError when it is none.
-    """
-    text = environment.get("ARGO_PARAMETERS", "{}")
-    try:
-        further = {str(name): str(value) for name, value in json.loads(text).items()}
-    except (AttributeError, ValueError) as error:
-        raise ConfigError(f"ARGO_PARAMETERS: expected a JSON object of parameters. {error}") from error
-    images = {"trainer-image": environment["TRAINER_IMAGE"]} if "TRAINER_IMAGE" in environment else {}
-    return ArgoPipeline(namespace=environment.get("TRAINER_NAMESPACE", "cifar"), parameters={**images, **further})
 
 
 def _only_refused(workflow: Workflow) -> bool:

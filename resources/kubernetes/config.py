@@ -1,16 +1,14 @@
 """Base of settings."""
 
-import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import dagster as dg
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict
 
-from resources.errors import ConfigError
 from resources.kubernetes.errors import SettingsError
 from resources.redaction import has_credentials
 
@@ -33,19 +31,6 @@ def without_secrets(env: dict[str, str]) -> dict[str, str]:
                 "Secret and name that in env_secrets."
             )
     return env
-
-
-def settings_from_json(
-    kind: type[S], text: str, variable: str, defaults: Mapping[str, object] | None = None, **fields: object
-) -> S:
-    """The settings in a variable that holds JSON, with these fields set. ConfigError shows none of its values."""
-    try:
-        return kind(**{**(defaults or {}), **json.loads(text), **fields})
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-    except (TypeError, ValueError) as error:
-        problems = str(error)
-    raise ConfigError(f"{variable}: expected fields of {kind.__name__} as JSON. {problems}")
 
 
 def print_rendered(render: Callable[[Path], str], usage: str, arguments: Sequence[str]) -> int:

@@ -10,10 +10,8 @@ from pydantic import Field, ValidationError
 
 from resources.errors import ConfigError
 from resources.kubernetes.collector import CollectorTarget
-from resources.kubernetes.config import settings_from_json
 from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.steps import as_dagster_failure
-from resources.mlflow.target import check_tracking_uri
 from resources.object_store.resource import ObjectStoreResource
 from resources.object_store.s3_settings import CREDENTIALS
 from resources.pytorch_job.client import PyTorchJobClient
@@ -21,13 +19,6 @@ from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.pipes import PipesPyTorchJobClient, build_pytorch_job_collector
 from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE, PIPES_PREFIX, TrainingSpec
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
-
-_JOB_DEFAULTS: Mapping[str, Any] = {
-    "env_secrets": ["object-store-trainer"],
-    "service_account_name": "trainer",
-    "scratch": "4Gi",
-    "run_policy": {"backoff_limit": 3},
-}
 
 
 class KubernetesTrainer(TrainerResource):
@@ -152,27 +143,6 @@ def build_trainer_collector(resource_key: str = "trainer") -> dg.SensorDefinitio
         return getattr(context.resources, resource_key).collector_target()
 
     return build_pytorch_job_collector(target, required_resource_keys={resource_key})
-
-
-def trainer_from_environment(environment: Mapping[str, str], object_store: ObjectStoreResource) -> KubernetesTrainer:
-    """The trainer that TRAINER_IMAGE, TRAINER_NAMESPACE and TRAINER_JOB describe; opens no connection.
-
-    TRAINER_JOB holds further fields of PyTorchJobConfig as JSON. TRAINER_STORE_ENDPOINT_URL and
-    TRAINER_MLFLOW_TRACKING_URI say how pods reach the platform where Dagster runs outside of the cluster. ConfigError
-    naming the variable that is missing or wrong.
-    """
-    if "TRAINER_IMAGE" not in environment:
-        raise ConfigError("TRAINER_IMAGE is not set: name the image that trains, such as localhost/cifar-trainer:dev.")
-    text = environment.get("TRAINER_JOB", "{}")
-    job = settings_from_json(PyTorchJobConfig, text, "TRAINER_JOB", _JOB_DEFAULTS, image=environment["TRAINER_IMAGE"])
-    mlflow_uri = environment.get("TRAINER_MLFLOW_TRACKING_URI")
-    return KubernetesTrainer(
-        object_store=object_store,
-        job=job,
-        namespace=environment.get("TRAINER_NAMESPACE", "cifar"),
-        store_endpoint_url=environment.get("TRAINER_STORE_ENDPOINT_URL"),
-        mlflow_tracking_uri=check_tracking_uri(mlflow_uri, "TRAINER_MLFLOW_TRACKING_URI") if mlflow_uri else None,
-    )
 
 
 @contextmanager

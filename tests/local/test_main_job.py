@@ -156,7 +156,7 @@ class TestGate:
             runs = instance.get_runs_count()
         done = workspace.materialize("*", ACCURACY_THRESHOLD=threshold)
         assert done.returncode != 0
-        assert f"ACCURACY_THRESHOLD is '{threshold}'" in done.stdout
+        assert "ACCURACY_THRESHOLD: " in done.stdout
         with workspace.instance() as instance:
             assert instance.get_runs_count() == runs
 

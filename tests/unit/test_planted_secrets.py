@@ -22,6 +22,7 @@ from resources.inference_service.kserve.manifest import build_inference_service_
 from resources.mlflow.target import MlflowTarget
 from resources.object_store import open_store
 from resources.trainer.interface import TrainingScale
+from tests.fixtures.settings import settings_of
 
 SECRET = "hush"
 ADDRESS = f"http://user:{SECRET}@host:5000"
@@ -50,7 +51,7 @@ def resources(monkeypatch: pytest.MonkeyPatch, **variables: str) -> dict[str, An
     """What the definitions use in this environment, resolved as Dagster does."""
     for name, value in (ENVIRONMENT | variables).items():
         monkeypatch.setenv(name, value)
-    found = resources_for(ENVIRONMENT | variables)
+    found = resources_for(settings_of(ENVIRONMENT | variables))
     return {name: found[name].process_config_and_initialize() for name in ("object_store", "mlflow")} | {
         name: found[name] for name in ("trainer", "serving", "argo")
     }
@@ -132,6 +133,6 @@ def test_manifests_hold_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_resolved_resource_shows_the_names_of_its_variables_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    config = resources_for(ENVIRONMENT)["object_store"]
+    config = resources_for(settings_of(ENVIRONMENT))["object_store"]
     assert config.secret_key == dg.EnvVar("AWS_SECRET_ACCESS_KEY")
     assert SECRET not in repr(config)

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import http.client
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -14,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 from cifar_assets.dataset.progress import report
+from cifar_assets.settings import read_settings
 from resources.digests import sha256_bytes
 from resources.errors import DataError, IntegrityError
 from resources.object_store.folder import write_atomically
@@ -38,7 +38,7 @@ class DownloadError(DataError):
 
 def download_folder() -> Path:
     """Where an interrupted download waits to be continued: CIFAR_DOWNLOADS, or .cifar/downloads."""
-    folder = Path(os.environ.get("CIFAR_DOWNLOADS", ".cifar/downloads"))
+    folder = read_settings().cifar_downloads
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

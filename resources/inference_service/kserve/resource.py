@@ -1,13 +1,13 @@
 """The model server as a KServe InferenceService."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
 from pydantic import Field, model_validator
 
-from resources.errors import ConfigError, DeployError
+from resources.errors import DeployError
 from resources.inference_service.client import ServerError
 from resources.inference_service.interface import (
     DeployedService,
@@ -26,9 +26,7 @@ from resources.inference_service.kserve.manifest import (
 )
 from resources.inference_service.kserve.watch import RolloutLimits, ServiceView
 from resources.kubernetes.api import load_configuration
-from resources.kubernetes.config import settings_from_json
 from resources.kubernetes.errors import KubernetesError, with_notes
-from resources.redaction import has_credentials, redacted
 
 DEFAULT_NAME = "cifar10"
 DEFAULT_GATEWAY = "kourier-system/kourier-internal"
@@ -156,30 +154,3 @@ class KServeInferenceService(InferenceServiceResource):
             ),
             log=dg.get_dagster_logger(),
         )
-
-
-def serving_from_environment(environment: Mapping[str, str]) -> KServeInferenceService:
-    """The service that SERVER_IMAGE, SERVER_NAMESPACE, SERVER_NAME and SERVER_SETTINGS describe; opens no connection.
-
-    SERVER_SETTINGS holds further fields of InferenceServiceSettings as JSON. SERVER_URL and SERVER_HOST say how Dagster
-    reaches it where neither the cluster's DNS nor a forwarded port will do, SERVER_GATEWAY where Knative's gateway is.
-    ConfigError naming the variable that is missing or wrong.
-    """
-    if "SERVER_IMAGE" not in environment:
-        raise ConfigError("SERVER_IMAGE is not set: name the image that serves, such as localhost/cifar-server:dev.")
-    text = environment.get("SERVER_SETTINGS", "{}")
-    settings = settings_from_json(InferenceServiceSettings, text, "SERVER_SETTINGS", image=environment["SERVER_IMAGE"])
-    url = environment.get("SERVER_URL")
-    if url and has_credentials(url):
-        raise ConfigError(f"SERVER_URL is {redacted(url)}: expected an address without user, password or query.")
-    try:
-        return KServeInferenceService(
-            settings=settings,
-            namespace=environment.get("SERVER_NAMESPACE", "cifar"),
-            name=environment.get("SERVER_NAME", DEFAULT_NAME),
-            base_url=url,
-            host=environment.get("SERVER_HOST"),
-            gateway=environment.get("SERVER_GATEWAY", DEFAULT_GATEWAY),
-        )
-    except ValueError as error:
-        raise ConfigError(f"SERVER_NAME or SERVER_NAMESPACE is not valid: {error}") from error

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from cifar_assets.pipeline_steps.__main__ import main
+from cifar_assets.settings import Settings
 from resources.argo.template import RESOURCE_IS_RETRIED
-from resources.gate import DEFAULT_THRESHOLD
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "k8s" / "argo"
@@ -41,7 +41,7 @@ def test_parameters_and_their_defaults() -> None:
         "seed": "0",
         "replicas": "1",
     }
-    assert float(parameters(PIPELINE)["threshold"]) == DEFAULT_THRESHOLD
+    assert float(parameters(PIPELINE)["threshold"]) == Settings().accuracy_threshold
 
 
 @pytest.mark.parametrize("name", STEPS)

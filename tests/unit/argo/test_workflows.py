@@ -11,8 +11,8 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from cifar_assets.deployment import resources_for
 from resources.argo import PipelineRequest, PipelineResource
 from resources.argo.client import WorkflowClient
-from resources.argo.resource import ArgoPipeline, argo_from_environment
-from resources.errors import ConfigError
+from resources.argo.resource import ArgoPipeline
+from tests.fixtures.settings import settings_of
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.orchestration.test_definitions import KUBERNETES_ENVIRONMENT
 from tests.unit.pytorch_job.fake_cluster import api_error
@@ -176,12 +176,8 @@ def test_interrupted_process_leaves_the_workflow(fake: FakeArgo) -> None:
 
 
 def test_settings_from_the_environment() -> None:
-    argo = resources_for({**KUBERNETES_ENVIRONMENT, "ARGO_PARAMETERS": '{"steps-image": "steps:1"}'})["argo"]
+    argo = resources_for(settings_of({**KUBERNETES_ENVIRONMENT, "ARGO_PARAMETERS": '{"steps-image": "steps:1"}'}))[
+        "argo"
+    ]
     assert argo.parameters == {"trainer-image": KUBERNETES_ENVIRONMENT["TRAINER_IMAGE"], "steps-image": "steps:1"}
     assert argo.namespace == "cifar"
-
-
-@pytest.mark.parametrize("text", ["[]", "{", '"x"'])
-def test_parameters_that_are_not_an_object_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="ARGO_PARAMETERS"):
-        argo_from_environment({"ARGO_PARAMETERS": text})

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import dagster as dg
 import pytest
 
-from cifar_assets.assets import faults
+from cifar_assets.assets import common
 from cifar_assets.assets.record import VERSION_METADATA
 from cifar_assets.checks import results
 from cifar_assets.checks.results import answers, declare
@@ -95,4 +95,4 @@ def test_a_store_that_does_not_answer_is_asked_again(
     reached, found = run(away)
     assert reached
     assert found["second"].passed is passed
-    assert len(calls) == (2 if passed else faults.MAX_RETRIES + 1)
+    assert len(calls) == (2 if passed else common.MAX_RETRIES + 1)

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 from syrupy.assertion import SnapshotAssertion
 
+from cifar_assets.deployment import serving_for
 from resources.inference_service import DeployRequest
 from resources.inference_service.__main__ import main, render
 from resources.inference_service.kserve.config import InferenceServiceSettings
@@ -18,8 +19,8 @@ from resources.inference_service.kserve.manifest import (
     request_of,
     with_traffic,
 )
-from resources.inference_service.kserve.resource import serving_from_environment
 from resources.kubernetes.errors import SettingsError
+from tests.fixtures.settings import settings_of
 
 K8S = Path(__file__).parents[3] / "k8s"
 REQUEST = DeployRequest("s3://models/abc/", "d" * 64, "7", "run-1", "e" * 64, 0.91, 0.77)
@@ -94,7 +95,7 @@ def test_settings_of_the_overlay_are_valid() -> None:
     overlay = yaml.safe_load((K8S / "overlays/serverless/kustomization.yaml").read_text())
     changes = [change for patch in overlay["patches"] for change in yaml.safe_load(patch["patch"])]
     environment = {change["path"].rpartition("/")[2]: change["value"] for change in changes}
-    serving = serving_from_environment(environment)
+    serving = serving_for(settings_of(environment))
     assert serving.settings.serverless
     assert (serving.settings.min_replicas, serving.settings.canary_percent) == (0, 10)
 

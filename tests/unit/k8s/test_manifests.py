@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from cifar_assets.deployment import trainer_for
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.trainer.kubernetes import trainer_from_environment
+from tests.fixtures.settings import settings_of
 
 ROOT = Path(__file__).parents[3]
 K8S = ROOT / "k8s"
@@ -103,7 +104,7 @@ def test_trainer_settings_of_the_overlays_are_valid(overlay: str):
         for patch in kustomization["patches"]:
             for change in yaml.safe_load(patch["patch"]):
                 values[change["path"].rpartition("/")[2]] = change["value"]
-    trainer = trainer_from_environment(values, LocalObjectStore())
+    trainer = trainer_for(settings_of(values), LocalObjectStore())
     assert trainer.job.image == values["TRAINER_IMAGE"]
     assert trainer.job.memory == json.loads(values["TRAINER_JOB"])["memory"]
     assert isinstance(trainer.job, PyTorchJobConfig)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from cifar_assets.deployment import trainer_for
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.object_store.resource import LocalObjectStore
 from resources.object_store.setup import ROLES, policy_of, user_of
-from resources.trainer.kubernetes import trainer_from_environment
+from tests.fixtures.settings import settings_of
 
 K8S = Path(__file__).parents[3] / "k8s"
 NAMESPACES = {"platform": "cifar-platform", "access": "cifar", "dagster": "cifar", "argo": "cifar"}
@@ -35,7 +36,7 @@ def test_no_manifest_but_those_of_the_platform_names_the_root_user() -> None:
 
 
 def test_default_secrets_are_those_of_the_roles() -> None:
-    trainer = trainer_from_environment({"TRAINER_IMAGE": "x"}, LocalObjectStore())
+    trainer = trainer_for(settings_of({"TRAINER_IMAGE": "x"}), LocalObjectStore())
     assert trainer.job.env_secrets == ["object-store-trainer"]
     assert InferenceServiceSettings(image="x").env_secrets == ["object-store-server"]
 

@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from cifar_assets.assets.common import AccuracyGate
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.record import DATA_VERSION_TAG
 from cifar_assets.assets.trained_model import argo_trained_model
@@ -14,7 +15,6 @@ from cifar_assets.checks.parity import argo_parity_checks
 from cifar_assets.model_package import ENVIRONMENT_FILE
 from resources.argo.local import LocalPipeline
 from resources.digests import canonical_json
-from resources.gate import AccuracyGate
 from resources.mlflow.resource import LocalMlflow
 from resources.object_store.resource import LocalObjectStore
 from tests.fixtures.models import store_model
@@ -131,7 +131,7 @@ def test_materialize_all_leaves_the_twin_out(tmp_path: Path) -> None:
             "object_store": LocalObjectStore(path=str(tmp_path)),
             "mlflow": LocalMlflow(path=str(tmp_path / "mlflow")),
             "argo": LocalPipeline(),
-            "gate": AccuracyGate(),
+            "gate": AccuracyGate(threshold=0.85),
         },
     )
     everything = definitions.resolve_implicit_global_asset_job_def()

@@ -333,7 +333,7 @@ def test_the_command_lists_pins_and_removes(
         "mlflow": LocalMlflow(path=str(world.folder / "mlflow")),
         "serving": Serving(),
     }
-    monkeypatch.setattr("cifar_assets.prune.__main__.resources_for", lambda: resources)
+    monkeypatch.setattr("cifar_assets.prune.__main__.resources_for", lambda settings: resources)
     monkeypatch.setattr("cifar_assets.prune.__main__.find_instance", lambda: world.instance)
     old = world.generations[0]
     assert main(["--pin", old.model]) == 0

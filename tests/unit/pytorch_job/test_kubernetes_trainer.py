@@ -11,6 +11,7 @@ import dagster as dg
 import pytest
 
 from cifar_assets.contracts import EXIT_RESUME
+from cifar_assets.deployment import trainer_for
 from cifar_assets.training.recipes import RECIPES
 from cifar_assets.training.spec import JobSpec
 from resources.errors import ConfigError, TrainingError
@@ -24,8 +25,8 @@ from resources.trainer.interface import TrainingScale
 from resources.trainer.kubernetes import (
     KubernetesTrainer,
     build_trainer_collector,
-    trainer_from_environment,
 )
+from tests.fixtures.settings import settings_of
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, runs_and_succeeds
 from tests.unit.pytorch_job.test_messages import process
 from tests.unit.pytorch_job.test_pipes import failing
@@ -222,7 +223,7 @@ def test_pods_get_their_own_addresses_of_the_platform(tmp_path: Path):
         "TRAINER_STORE_ENDPOINT_URL": "http://minio:9000",
         "TRAINER_MLFLOW_TRACKING_URI": "http://mlflow:5000",
     }
-    trainer = trainer_from_environment(environment, LocalObjectStore(path=str(tmp_path)))
+    trainer = trainer_for(settings_of(environment), LocalObjectStore(path=str(tmp_path)))
     config = trainer.job_config(SPEC, TrainingScale(), STORE)
     assert (config.image, config.cpu, config.run_policy.backoff_limit) == ("trainer:2", "2", 1)
     assert config.env["AWS_ENDPOINT_URL"] == "http://minio:9000"
@@ -232,15 +233,7 @@ def test_pods_get_their_own_addresses_of_the_platform(tmp_path: Path):
     assert spec.identity == SPEC.identity
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({}, "TRAINER_IMAGE is not set"),
-        ({"TRAINER_IMAGE": "x", "TRAINER_JOB": "{cpu"}, "TRAINER_JOB"),
-        ({"TRAINER_IMAGE": "x", "TRAINER_JOB": '{"cpuu": "1"}'}, "cpuu"),
-        ({"TRAINER_IMAGE": "x", "TRAINER_JOB": "[1]"}, "TRAINER_JOB"),
-    ],
-)
-def test_wrong_environment_is_refused_by_name(environment: dict[str, str], message: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match=message):
-        trainer_from_environment(environment, LocalObjectStore(path=str(tmp_path)))
+def test_wrong_field_of_the_job_is_refused_by_name(tmp_path: Path):
+    settings = settings_of({"TRAINER_IMAGE": "x", "TRAINER_JOB": '{"cpuu": "1"}'})
+    with pytest.raises(ConfigError, match=r"TRAINER_JOB.*cpuu"):
+        trainer_for(settings, LocalObjectStore(path=str(tmp_path)))

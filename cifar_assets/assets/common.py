@@ -1,14 +1,26 @@
-"""Which faults are worth another try, and how the others are shown."""
+"""What the assets share: the gate's threshold, and which faults are worth another try."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import dagster as dg
+from pydantic import Field
 
 from resources.errors import ExplainedError
 
 MAX_RETRIES = 2
 RETRY_SECONDS = 10.0
+
+
+class AccuracyGate(dg.ConfigurableResource):
+    """The same resource serves the asset check and the deployment, so that both use one threshold."""
+
+    threshold: float = Field(
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Lowest test accuracy, as a fraction from 0 to 1, of a model that may be served. Equality passes.",
+    )
 
 
 @contextmanager

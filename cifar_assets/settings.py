@@ -1,0 +1,120 @@
+"""The settings: every environment variable that Dagster's code location and the commands read. See docs/settings.md."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, Json, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from resources.errors import ConfigError
+from resources.redaction import has_credentials
+
+
+def _without_credentials(address: str) -> str:
+    if has_credentials(address):
+        raise ValueError("expected an address without user, password or query, which would be stored and shown")
+    return address
+
+
+Address = Annotated[str, AfterValidator(_without_credentials)]
+JsonObject = Json[dict[str, Any]]
+
+
+class Settings(BaseSettings):
+    """One field for each variable, which has the field's name in capitals. A variable that is empty counts as unset."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, env_ignore_empty=True, extra="ignore", validate_default=False, hide_input_in_errors=True
+    )
+
+    dagster_deployment: Literal["local", "kubernetes"] = Field(
+        default="local", description="Where trainings and the service run: `local` or `kubernetes`."
+    )
+    cifar10_source: str = Field(
+        default="download",
+        repr=False,
+        description="Raw images: `download`, `synthetic`, or a path or URI, also a signed one (data.md).",
+    )
+    accuracy_threshold: float = Field(
+        default=0.85,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Lowest test accuracy of a model that may be served: a fraction from 0 to 1, such as 0.8.",
+    )
+    retrain_config: JsonObject = Field(
+        default={},
+        description="Config of `trained_model` in runs that the landing sensor starts: a JSON object, such as "
+        '`{"recipe": "fast"}`.',
+    )
+    inference_service_port: int = Field(
+        default=8080, ge=1, le=65535, description="`local`: port of the service, from 1 to 65535."
+    )
+    cifar_store: str = Field(
+        default=".cifar/store",
+        description="Store that commands read: a folder, or `s3:///` for that of AWS_ENDPOINT_URL.",
+    )
+    cifar_downloads: Path = Field(default=Path(".cifar/downloads"), description="Folder of interrupted downloads.")
+    mlflow_tracking_uri: str | None = Field(
+        default=None, repr=False, description="`kubernetes`: address of the tracking server, without credentials."
+    )
+    trainer_image: str | None = Field(
+        default=None, description="`kubernetes`, required: image that trains, such as `localhost/cifar-trainer:dev`."
+    )
+    trainer_namespace: str = Field(default="cifar", description="`kubernetes`: namespace of trainings and workflows.")
+    trainer_job: JsonObject = Field(
+        default={},
+        repr=False,
+        description='`kubernetes`: fields of `PyTorchJobConfig`, a JSON object, such as `{"memory": "4Gi"}`.',
+    )
+    trainer_store_endpoint_url: str | None = Field(
+        default=None, description="`kubernetes`: object store as pods reach it, where that is not AWS_ENDPOINT_URL."
+    )
+    trainer_mlflow_tracking_uri: Address | None = Field(
+        default=None, description="`kubernetes`: MLflow as pods reach it, where that is not MLFLOW_TRACKING_URI."
+    )
+    server_image: str | None = Field(
+        default=None, description="`kubernetes`, required: image that serves, such as `localhost/cifar-server:dev`."
+    )
+    server_namespace: str = Field(default="cifar", description="`kubernetes`: namespace of the InferenceService.")
+    server_name: str = Field(default="cifar10", description="`kubernetes`: name of the InferenceService.")
+    server_settings: JsonObject = Field(
+        default={},
+        repr=False,
+        description='`kubernetes`: fields of `InferenceServiceSettings`, a JSON object, such as `{"min_replicas": 2}`.',
+    )
+    server_url: Address | None = Field(
+        default=None, description="`kubernetes`: address by which Dagster reaches the service, such as an ingress."
+    )
+    server_host: str | None = Field(default=None, description="`kubernetes`: Host header for SERVER_URL.")
+    server_gateway: str = Field(
+        default="kourier-system/kourier-internal",
+        description="`kubernetes`, serverless, Dagster outside of the cluster: Knative's gateway as namespace/service.",
+    )
+    argo_parameters: JsonObject = Field(
+        default={}, description="`kubernetes`: further parameters of the Argo workflow, a JSON object."
+    )
+
+    @model_validator(mode="after")
+    def _names_its_images(self) -> "Settings":
+        for name in ("trainer_image", "server_image"):
+            if self.dagster_deployment == "kubernetes" and not getattr(self, name):
+                example = f"localhost/cifar-{name.removesuffix('_image')}:dev"
+                raise ValueError(f"{name.upper()} is not set: name an image, such as {example}")
+        return self
+
+
+def read_settings() -> Settings:
+    """The settings in force. ConfigError names each variable that is wrong and what is allowed, and shows no value."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise ConfigError(f"The environment is not valid. {'; '.join(map(_problem, error.errors()))}.") from None
+
+
+def _problem(details: Any) -> str:
+    problem = details["msg"].removeprefix("Value error, ")
+    if not details["loc"]:
+        return problem
+    name = str(details["loc"][0])
+    return f"{name.upper()}: {problem} ({(Settings.model_fields[name].description or '').rstrip('.')})"
