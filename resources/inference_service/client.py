@@ -1,21 +1,19 @@
-"""A client of a server that speaks the V1 and V2 protocols, on the standard library, for checks and tools."""
+"""A client of a server that speaks the V1 and V2 protocols, for checks and tools."""
 
-import http.client
 import json
-import secrets
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import urllib3
 from numpy.typing import NDArray
 
 from resources.errors import ExplainedError
+
+T = TypeVar("T")
 
 
 class ServerError(ExplainedError):
@@ -67,29 +65,31 @@ class InferenceClient:
     @cached_property
     def model_name(self) -> str:
         """The name in the addresses of the model."""
-        body, _ = self._ask("GET", "/v1/models")
-        with self._reading(body):
-            return str(json.loads(body)["models"][0])
+        return self._ask("/v1/models", lambda body, _: str(json.loads(body)["models"][0]))
 
     @cached_property
-    def _input(self) -> dict[str, Any]:
+    def _input(self) -> tuple[str, tuple[int, ...]]:
         """Name and shape of the model's input, as its metadata declare them."""
-        body, _ = self._ask("GET", f"/v2/models/{self.model_name}")
-        with self._reading(body):
+
+        def read(body: bytes, _: Any) -> tuple[str, tuple[int, ...]]:
             (found,) = json.loads(body)["inputs"]
-            return {"name": str(found["name"]), "shape": tuple(map(int, found["shape"]))}
+            return str(found["name"]), tuple(map(int, found["shape"]))
+
+        return self._ask(f"/v2/models/{self.model_name}", read)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """Shape of one image."""
-        return self._input["shape"][1:]
+        return self._input[1][1:]
 
     def served_model(self) -> ServedModel:
         """Which model answers now. Raises ServerError where none does, or it is not ready."""
-        body, _ = self._ask("GET", f"/v1/models/{self.model_name}")
-        with self._reading(body):
+
+        def read(body: bytes, _: Any) -> ServedModel:
             answer = json.loads(body)
             return ServedModel(bool(answer["ready"]), str(answer["model_digest"]), str(answer["model_version"]))
+
+        return self._ask(f"/v1/models/{self.model_name}", read)
 
     def predict_arrays(self, images: NDArray[np.uint8]) -> Predictions:
         """Classify uint8 images, any number, in requests of 64."""
@@ -104,65 +104,57 @@ class InferenceClient:
 
     def predict_files(self, paths: Sequence[Path]) -> Predictions:
         """Classify picture files in one multipart request."""
-        boundary = secrets.token_hex(16)
-        body = b""
-        for index, path in enumerate(paths):
-            disposition = f'Content-Disposition: form-data; name="image"; filename="{index}"'
-            body += f"--{boundary}\r\n{disposition}\r\n\r\n".encode() + path.read_bytes() + b"\r\n"
-        body += f"--{boundary}--\r\n".encode()
-        headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-        text, _ = self._ask("POST", f"/v1/models/{self.model_name}:predict", body, headers)
-        with self._reading(text):
-            answer = json.loads(text)
+
+        def read(body: bytes, _: Any) -> Predictions:
+            answer = json.loads(body)
             found = answer["predictions"]
             rows = [list(prediction["probabilities"].values()) for prediction in found]
             probabilities = np.array(rows, dtype=np.float64).reshape(len(paths), -1)
             classes = tuple(str(prediction["class"]) for prediction in found)
             return Predictions(probabilities, str(answer["model_digest"]), str(answer["model_version"]), classes)
 
+        form, kind = urllib3.encode_multipart_formdata([("image", (path.name, path.read_bytes())) for path in paths])
+        return self._ask(f"/v1/models/{self.model_name}:predict", read, form, {"Content-Type": kind})
+
     def _infer(self, images: NDArray[np.uint8]) -> Predictions:
+        def read(body: bytes, headers: Mapping[str, str]) -> Predictions:
+            header_length = int(headers["Inference-Header-Content-Length"])
+            answer = json.loads(body[:header_length])
+            values = np.frombuffer(body[header_length:], dtype="<f4").reshape(len(images), -1).astype(np.float64)
+            return Predictions(values, str(answer["parameters"]["model_digest"]), str(answer["model_version"]))
+
         pixels = np.ascontiguousarray(images).tobytes()
-        tensor = {"name": self._input["name"], "datatype": "UINT8", "shape": images.shape}
+        tensor = {"name": self._input[0], "datatype": "UINT8", "shape": images.shape}
         request = {
             "inputs": [{**tensor, "parameters": {"binary_data_size": len(pixels)}}],
             "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}],
         }
         header = json.dumps(request).encode()
-        headers = {
-            "Content-Type": "application/octet-stream",
-            "Inference-Header-Content-Length": str(len(header)),
-        }
-        body, answer_headers = self._ask("POST", f"/v2/models/{self.model_name}/infer", header + pixels, headers)
-        with self._reading(body):
-            header_length = int(answer_headers["Inference-Header-Content-Length"])
-            answer = json.loads(body[:header_length])
-            values = np.frombuffer(body[header_length:], dtype="<f4").reshape(len(images), -1).astype(np.float64)
-            return Predictions(values, str(answer["parameters"]["model_digest"]), str(answer["model_version"]))
+        headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(header))}
+        return self._ask(f"/v2/models/{self.model_name}/infer", read, header + pixels, headers)
 
     def _ask(
-        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
-    ) -> tuple[bytes, Mapping[str, str]]:
-        url = self.base_url.rstrip("/") + path
-        request = urllib.request.Request(url, body, {**self.headers, **(headers or {})}, method=method)
-        # No proxy: the server is on loopback or in the cluster, where a proxy of the environment does not reach it.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self,
+        path: str,
+        read: Callable[[bytes, Mapping[str, str]], T],
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """What `read` finds in the body and headers of the answer. A new connection each time, and no proxy."""
+        method, url = "GET" if body is None else "POST", self.base_url.rstrip("/") + path
+        what = f"{method} {url}"
         try:
-            try:
-                with opener.open(request, timeout=self.timeout) as response:
-                    return response.read(), response.headers
-            except urllib.error.HTTPError as error:
-                with error:
-                    text = error.read(2000).decode("utf-8", "replace")
-                raise ServerError(f"{method} {url} answered {error.code}: {text}", error.code) from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ServerError(f"{method} {url} was not answered: {type(error).__name__}: {error}") from error
-
-    @contextmanager
-    def _reading(self, body: bytes) -> Iterator[None]:
+            with urllib3.PoolManager(timeout=self.timeout, retries=False) as pool:
+                answer = pool.request(method, url, body=body, headers={**self.headers, **(headers or {})})
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise ServerError(f"{what} was not answered: {type(error).__name__}: {error}") from error
+        if answer.status != 200:
+            text = answer.data[:2000].decode("utf-8", "replace")
+            raise ServerError(f"{what} answered {answer.status}: {text}", answer.status)
         try:
-            yield
+            return read(answer.data, answer.headers)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ServerError(
-                f"{self.base_url} answers, but not as a model server does: {body[:100]!r} "
+                f"{what} is answered, but not as a model server does: {answer.data[:100]!r} "
                 f"({type(error).__name__}: {error})"
             ) from error
