@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import time
+from collections.abc import Callable
 
 import uvloop
 
@@ -63,7 +64,8 @@ class _Server:
         http.sweep()
         succession = None
         if control is not None:
-            succession = _Succession(control, self._listener, self._settings.control_info)
+            leave = self._leave_requested.set
+            succession = _Succession(control, self._listener, self._settings.control_info, leave)
             await succession.wait_for_turn(http)
         server = await loop.create_server(http.connect, sock=self._listener, backlog=2048)
         if succession is not None:
@@ -104,14 +106,19 @@ class _Succession:
     """The server's end of a local deployment, whose servers hand on one listening socket.
 
     Whoever connects to the control socket gets what is known of this server and a copy of its listening socket, then a
-    byte when it stops accepting, and the end of the connection when the process ends.
+    byte when it stops accepting, and the end of the connection when the process ends. "leave" makes it drain.
     """
 
-    def __init__(self, control: socket.socket, listener: socket.socket, info: str):
+    def __init__(self, control: socket.socket, listener: socket.socket, info: str, leave: Callable[[], None]):
         control.setblocking(False)
         self._control = control
         self._listener = listener.dup()
         self._info = json.loads(info)
+        self._leave = leave
+        self._names: list[str] = []
+        """Of the control socket: the present one and the one to take."""
+        self._previous: socket.socket | None = None
+        """The starter's connection to the server before, which has to leave."""
         self._connections: list[socket.socket] = []
         self._loop = asyncio.get_running_loop()
         self._answering: asyncio.Task[None]
@@ -119,18 +126,26 @@ class _Succession:
     async def wait_for_turn(self, http: HttpServer) -> None:
         """Answer requests on a private port only, until the starter, which connects first, lets this server begin."""
         private = await self._loop.create_server(http.connect, "127.0.0.1", 0)
-        self._info = {"pid": os.getpid(), "private_port": private.sockets[0].getsockname()[1], **self._info}
+        self._info = {"process_id": os.getpid(), "private_port": private.sockets[0].getsockname()[1], **self._info}
         starter = await self._accept()
-        command = b""
-        with contextlib.suppress(OSError):
-            command = await self._loop.sock_recv(starter, 16)
-        if command != b"go\n":
-            raise ConfigError("The process that started this server has ended.")
-        self._loop.add_reader(starter, self._drop, starter)
+        starter.setblocking(True)
+        try:
+            names, descriptors, _, _ = await asyncio.to_thread(socket.recv_fds, starter, 1 << 16, 1)
+            self._names = json.loads(names)
+        except (OSError, ValueError) as error:
+            raise ConfigError("The process that started this server has ended.") from error
+        starter.setblocking(False)
+        if descriptors:
+            self._previous = socket.socket(fileno=descriptors[0])
+        self._loop.add_reader(starter, self._hear, starter)
         private.close()
 
     def begin(self) -> None:
-        """Tell the starter that this server accepts, and answer everyone else who asks."""
+        """Take the place of the server before, tell the starter so, and answer everyone else who asks."""
+        os.replace(*self._names)
+        if self._previous:
+            with self._previous, contextlib.suppress(OSError):
+                self._previous.send(b"leave\n")
         self._notify()
         self._answering = self._loop.create_task(self._answer())
 
@@ -148,7 +163,7 @@ class _Succession:
             except OSError:  # this process has too many open files at the moment
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
-                self._loop.add_reader(connection, self._drop, connection)
+                self._loop.add_reader(connection, self._hear, connection)
 
     async def _accept(self) -> socket.socket:
         connection, _ = await self._loop.sock_accept(self._control)
@@ -157,7 +172,11 @@ class _Succession:
             socket.send_fds(connection, [json.dumps(self._info).encode()], [self._listener.fileno()])
         return connection
 
-    def _drop(self, connection: socket.socket) -> None:
+    def _hear(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            if connection.recv(16) == b"leave\n":
+                self._leave()
+                return
         self._loop.remove_reader(connection)
         self._connections.remove(connection)
         connection.close()

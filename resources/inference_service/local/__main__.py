@@ -7,8 +7,8 @@ from pathlib import Path
 
 from resources.errors import ExplainedError
 from resources.inference_service.client import InferenceClient
-from resources.inference_service.local.process import ServerInfo, find_server
-from resources.inference_service.local.resource import LocalInferenceService, stop_server
+from resources.inference_service.local.process import ServerInfo, find_server, stop_server
+from resources.inference_service.local.resource import LocalInferenceService
 
 _DEFAULT_FOLDER = Path(LocalInferenceService.model_fields["state_dir"].default)
 
@@ -35,22 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _describe(info: ServerInfo) -> str:
     client = InferenceClient(info.url, timeout=5)
-    address = info.url
     try:
-        address = f"{info.url}/v1/models/{client.model_name}"
-        answers = f"ready, digest {client.served_model().model_digest}"
+        answers = f"{client.model_name}, digest {client.served_model().model_digest}"
     except ExplainedError as error:
         answers = f"no: {error}"
     lines = {
-        "Address": address,
+        "Address": info.url,
+        "Answers": answers,
         "Model": f"version {info.model_version}, digest {info.model_digest}",
         "From": info.model_uri,
-        "Process": info.pid,
+        "Process": info.process_id,
         "Log": info.log_file,
-        **dict(sorted(info.annotations.items())),
-        "Answers": answers,
+        **info.annotations,
     }
-    return "\n".join(f"{name:<11} {value}" for name, value in lines.items())
+    return "\n".join(f"{name:<18} {value}" for name, value in lines.items())
 
 
 if __name__ == "__main__":

@@ -2,31 +2,31 @@
 
 A server answers on a Unix socket in the deployment's folder. Whoever connects gets what is known of the server and a
 copy of the socket it listens on, then a byte when it stops accepting, and the end of the connection when the process
-ends. So there is no state file and no process id to go stale. The folder's owner alone may ask.
+ends; "leave" makes it drain. So there is no state file, and no process id that could go stale is ever signaled. The
+folder's owner alone may ask.
 """
 
 import contextlib
 import json
 import os
-import select
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resources.errors import DeployError
-from resources.inference_service.interface import DeployRequest
 from resources.sockets import http_url
 
 _NAME = "serving.sock"
 _STARTING_NAME = "starting.sock"
 _MAX_ANSWER_BYTES = 1 << 16
 _ANSWER_SECONDS = 10.0
+_STOP_SECONDS = 60.0
 _NUM_LOGS_KEPT = 20
 
 
@@ -41,7 +41,7 @@ class ServerInfo:
     model_version: str
     annotations: Mapping[str, str]
     log_file: str
-    pid: int
+    process_id: int
     private_port: int
     """Where it answers on 127.0.0.1 before it takes requests."""
 
@@ -56,49 +56,47 @@ class RunningServer:
     def __init__(self, connection: socket.socket, info: ServerInfo, listener: socket.socket):
         self.info = info
         self.listener = listener
-        self._connection = connection
+        self.connection = connection
 
     def __enter__(self) -> "RunningServer":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.listener.close()
-        self._connection.close()
+        self.connection.close()
 
     def take_over(self, folder: Path, old: "RunningServer | None") -> None:
-        """Let this server take requests, and then the old one drain. DeployError keeps the old one."""
+        """Let this server take requests and tell the old one to leave. DeployError keeps the old one.
+
+        The server does both, so that they happen even if this process dies. Returns when the old one has stopped
+        accepting.
+        """
+        names = json.dumps([str(folder / _STARTING_NAME), str(folder / _NAME)]).encode()
         try:
-            self._connection.sendall(b"go\n")
-            if not self._connection.recv(1):
+            socket.send_fds(self.connection, [names], [old.connection.fileno()] if old else [])
+            if not self.connection.recv(1):
                 raise ConnectionResetError("it ended")
-            os.replace(folder / _STARTING_NAME, folder / _NAME)
         except OSError as error:
             raise DeployError(f"it failed to take over: {error} (log: {self.info.log_file})") from error
-        if old is not None:
-            old.terminate()
+        if old:
+            with contextlib.suppress(OSError):
+                old.connection.recv(1)
 
-    def terminate(self) -> None:
+    def leave(self) -> None:
         """Tell it to accept nothing more, answer what it has, and end. Does nothing where it has ended."""
-        with contextlib.suppress(ConnectionResetError, ProcessLookupError):
-            ended = select.select([self._connection], [], [], 0)[0] and not self._connection.recv(1, socket.MSG_PEEK)
-            if not ended:
-                os.kill(self.info.pid, signal.SIGTERM)
-
-    def wait_until_it_drains(self) -> None:
-        """Wait until it accepts nothing more."""
         with contextlib.suppress(OSError):
-            self._connection.recv(1)
+            self.connection.sendall(b"leave\n")
 
     def wait_until_gone(self, seconds: float) -> None:
         """Wait for the end of a server that is terminating: the connection ends with it."""
-        self._connection.settimeout(seconds)
+        self.connection.settimeout(seconds)
         try:
-            while self._connection.recv(1024):
+            while self.connection.recv(1024):
                 pass
         except TimeoutError as error:
             raise DeployError(
-                f"The model server, process {self.info.pid}, did not end within {seconds:g} seconds. "
-                f"See {self.info.log_file}, or end it with `kill {self.info.pid}`."
+                f"The model server, process {self.info.process_id}, did not end within {seconds:g} seconds. "
+                f"See {self.info.log_file}, or end it with `kill {self.info.process_id}`."
             ) from error
         except ConnectionResetError:
             return
@@ -116,73 +114,73 @@ def find_server(folder: Path) -> RunningServer | None:
     return _meet(connection, folder / _NAME, _ANSWER_SECONDS)
 
 
-@contextlib.contextmanager
 def start_server(
     module: str,
     folder: Path,
-    request: DeployRequest,
-    host: str,
-    port: int,
+    info: Mapping[str, Any],
     listener: socket.socket,
+    environment: Mapping[str, str],
     timeout: float,
-    withheld_prefix: str,
-) -> Iterator[RunningServer]:
-    """A server that is loaded and waits to take over. It gets no variables whose names begin with `withheld_prefix`.
+    check: Callable[[ServerInfo], None],
+) -> RunningServer:
+    """A server that is loaded, passed the check and waits to take over. It ends when its object is closed before that.
 
-    It is killed when the block fails, and ends by itself when this process dies in the block. Raises DeployError.
+    DeployError where it does not come up; it is killed then.
     """
     for path in sorted(folder.glob("server-*.log"))[:-_NUM_LOGS_KEPT]:
         path.unlink(missing_ok=True)
-    log_file = folder / f"server-{time.strftime('%Y%m%d-%H%M%S')}-{request.model_digest[:12]}.log"
-    model = {name: getattr(request, name) for name in ("model_uri", "model_digest", "model_version")}
-    info = {"host": host, "port": port, **model, "annotations": request.annotations(), "log_file": str(log_file)}
-    with _control_socket(folder) as (control, connection), log_file.open("ab") as log:
-        options = {"fd": listener.fileno(), "control_fd": control.fileno(), "control_info": json.dumps(info)}
-        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in {**model, **options}.items()]
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=(listener.fileno(), control.fileno()),
-            env={**_without(withheld_prefix), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,
-        )
+    log_file = folder / f"server-{time.strftime('%Y%m%d-%H%M%S')}-{info['model_digest'][:12]}.log"
+    starting = folder / _STARTING_NAME
+    starting.unlink(missing_ok=True)
+    process = None
+    connection = socket.socket(socket.AF_UNIX)
     try:
-        server = _meet(connection, folder / _STARTING_NAME, timeout)
+        with _short(folder) as short, socket.socket(socket.AF_UNIX) as control, log_file.open("ab") as log:
+            control.bind(f"{short}/{_STARTING_NAME}")
+            starting.chmod(0o600)
+            control.listen()
+            connection.connect(f"{short}/{_STARTING_NAME}")
+            options = {
+                **{name: info[name] for name in ("model_uri", "model_digest", "model_version")},
+                "fd": listener.fileno(),
+                "control_fd": control.fileno(),
+                "control_info": json.dumps({**info, "log_file": str(log_file)}),
+            }
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *(f"--{name.replace('_', '-')}={options[name]}" for name in options)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(listener.fileno(), control.fileno()),
+                env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,
+            )
+        server = _meet(connection, starting, timeout)
         if server is None:
             lines = log_file.read_text(errors="replace").strip().splitlines() or ["it logged nothing"]
             raise DeployError(f"it ended with exit code {process.wait()}: {lines[-1]} (log: {log_file})")
-        with server:
-            yield server
+        check(server.info)
     except BaseException:
-        process.kill()
-        process.wait()
-        (folder / _STARTING_NAME).unlink(missing_ok=True)
+        if process:
+            process.kill()
+            process.wait()
+        connection.close()
+        starting.unlink(missing_ok=True)
         raise
     threading.Thread(target=process.wait, daemon=True).start()  # collects it, should this process still be there
+    return server
 
 
-def _without(prefix: str) -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not prefix or not name.startswith(prefix)}
-
-
-@contextlib.contextmanager
-def _control_socket(folder: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """The new server's Unix socket, and the first connection to it, which stays open."""
-    (folder / _STARTING_NAME).unlink(missing_ok=True)
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        with _short(folder) as path, socket.socket(socket.AF_UNIX) as control:
-            control.bind(f"{path}/{_STARTING_NAME}")
-            (folder / _STARTING_NAME).chmod(0o600)
-            control.listen()
-            connection.connect(f"{path}/{_STARTING_NAME}")
-            yield control, connection
-    except BaseException:
-        connection.close()
-        (folder / _STARTING_NAME).unlink(missing_ok=True)
-        raise
+def stop_server(folder: Path) -> bool:
+    """Drain and end the folder's server; False where none is running. Returns when it is gone."""
+    server = find_server(folder)
+    if server is None:
+        return False
+    with server:
+        server.listener.close()
+        server.leave()
+        server.wait_until_gone(_STOP_SECONDS)
+    return True
 
 
 def _meet(connection: socket.socket, name: Path, timeout: float) -> RunningServer | None:

@@ -2,14 +2,15 @@
 
 import contextlib
 import fcntl
-import socket
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from resources.errors import ConfigError, DeployError, ExplainedError
+from resources.errors import DeployError, ExplainedError
 from resources.inference_service.client import InferenceClient
 from resources.inference_service.interface import (
     DeployedService,
@@ -17,10 +18,11 @@ from resources.inference_service.interface import (
     InferenceServiceResource,
     ServiceStatus,
 )
-from resources.inference_service.local.process import RunningServer, ServerInfo, find_server, start_server
+from resources.inference_service.local.process import RunningServer, ServerInfo, find_server, start_server, stop_server
 from resources.sockets import listen
 
-_STOP_SECONDS = 60.0
+_IDENTITY = ("host", "port", "model_digest", "model_version")
+"""What a server that runs has to have in common with the one asked for to stay."""
 
 
 class LocalInferenceService(InferenceServiceResource):
@@ -43,16 +45,25 @@ class LocalInferenceService(InferenceServiceResource):
     def deploy(self, request: DeployRequest) -> DeployedService:
         folder = Path(self.state_dir).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        info = {
+            "host": self.host,
+            "port": self.port,
+            "model_uri": request.model_uri,
+            "model_digest": request.model_digest,
+            "model_version": request.model_version,
+            "annotations": request.annotations(),
+        }
         with _only_deployment(folder), find_server(folder) or contextlib.nullcontext() as old:
-            if old is None:
-                return _deployed(self._start(folder, request, None), None, changed=True)
-            self._check_address(old.info)
-            previous = old.info.model_digest
-            if (previous, old.info.model_version) == (request.model_digest, request.model_version):
+            previous = old.info.model_digest if old else None
+            if old and all(getattr(old.info, name) == info[name] for name in _IDENTITY):
                 return _deployed(old.info, previous, changed=False)
-            new = self._start(folder, request, old)
-            old.wait_until_it_drains()
-            return _deployed(new, previous, changed=True)
+            try:
+                return _deployed(self._replace(old, folder, info), previous, changed=True)
+            except (OSError, ExplainedError) as error:
+                kept = f"Model {previous} still serves." if old else "Nothing was served before or is now."
+                raise DeployError(
+                    f"Model {request.model_digest} was not put into service: {str(error).rstrip('.')}. {kept}"
+                ) from error
 
     def status(self) -> ServiceStatus:
         url = None
@@ -70,41 +81,20 @@ class LocalInferenceService(InferenceServiceResource):
     def delete(self) -> bool:
         return stop_server(Path(self.state_dir))
 
-    def _check_address(self, info: ServerInfo) -> None:
-        if (info.host, info.port) != (self.host, self.port):
-            raise DeployError(
-                f"The local deployment in {self.state_dir} serves on {info.host}:{info.port}, not on {self.host}:"
-                f"{self.port}. Ask for that address, or stop it: python -m resources.inference_service.local stop "
-                f"--state-dir {self.state_dir}"
-            )
-
-    def _start(self, folder: Path, request: DeployRequest, old: RunningServer | None) -> ServerInfo:
-        """Start a server beside the old one, which drains once the new one answers. DeployError keeps the old one."""
-        with contextlib.ExitStack() as stack:
-            try:
-                listener = old.listener if old else stack.enter_context(_listen(self.host, self.port))
-                arguments = folder, request, self.host, self.port, listener, self.startup_timeout_seconds
-                new = stack.enter_context(start_server(self.server_module, *arguments, self.withheld_prefix))
-                _check_answers(new.info)
-                new.take_over(folder, old)
-            except (OSError, ExplainedError) as error:
-                kept = f"Model {old.info.model_digest} still serves." if old else "Nothing was served before or is now."
-                raise DeployError(
-                    f"Model {request.model_digest} was not put into service: {str(error).rstrip('.')}. {kept}"
-                ) from error
+    def _replace(self, old: RunningServer | None, folder: Path, info: Mapping[str, Any]) -> ServerInfo:
+        """Start a server beside the old one, which drains once the new one answers."""
+        withheld = self.withheld_prefix or "="  # which is in no name
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(withheld)}
+        if old and (old.info.host, old.info.port) == (self.host, self.port):
+            listening = contextlib.nullcontext(old.listener)
+        else:
+            listening = listen(self.host, self.port)
+        with listening as listener:
+            timeout = self.startup_timeout_seconds
+            new = start_server(self.server_module, folder, info, listener, variables, timeout, _check_answers)
+        with new:
+            new.take_over(folder, old)
             return new.info
-
-
-def stop_server(folder: Path) -> bool:
-    """Drain and end the folder's server; False where none is running. Returns when it is gone."""
-    server = find_server(folder)
-    if server is None:
-        return False
-    with server:
-        server.listener.close()
-        server.terminate()
-        server.wait_until_gone(_STOP_SECONDS)
-    return True
 
 
 @contextlib.contextmanager
@@ -113,24 +103,6 @@ def _only_deployment(folder: Path) -> Iterator[None]:
     with (folder / "deploy.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """The socket to listen on. ConfigError names the process that has the port."""
-    import psutil
-
-    try:
-        return listen(host, port)
-    except ConfigError as error:
-        with contextlib.suppress(psutil.Error):
-            for found in psutil.net_connections("tcp"):
-                if found.status == psutil.CONN_LISTEN and getattr(found.laddr, "port", None) == port and found.pid:
-                    command = " ".join(psutil.Process(found.pid).cmdline())[:200]
-                    raise ConfigError(
-                        f"Port {port} of {host} is held by process {found.pid} ({command}), which is not part of "
-                        "this local deployment. End that process, or serve on another port."
-                    ) from error
-        raise
 
 
 def _check_answers(info: ServerInfo) -> None:
@@ -147,4 +119,4 @@ def _deployed(info: ServerInfo, previous: str | None, *, changed: bool) -> Deplo
 
 
 def _details(info: ServerInfo) -> dict[str, str]:
-    return {"deployment": "local process", "process_id": str(info.pid), "log_file": info.log_file}
+    return {"deployment": "local process", "process_id": str(info.process_id), "log_file": info.log_file}

@@ -20,12 +20,12 @@ from cifar_assets.serving.http import HttpServer
 from cifar_assets.serving.server import _Succession
 from cifar_assets.serving.settings import ServingLimits
 from resources.errors import DeployError
-from resources.inference_service.local.process import RunningServer, ServerInfo, find_server
+from resources.inference_service.local.process import RunningServer, ServerInfo, _meet, find_server
 
 INFO = ServerInfo("127.0.0.1", 8080, "u", "d", "1", {}, "server.log", os.getpid(), 1)
 ANSWERS = st.one_of(
     st.binary(max_size=200),
-    st.sampled_from([b"[" * 3000, b"null", b"{}", b'{"protocol": 1}', b'{"protocol": 1, "pid": 1, "x": 2}']),
+    st.sampled_from([b"[" * 3000, b"null", b"{}", b'{"protocol": 1}', b'{"protocol": 1, "process_id": 1, "x": 2}']),
     st.just(json.dumps(asdict(INFO)).encode()),
 )
 
@@ -70,11 +70,11 @@ def test_any_answer_is_a_server_none_or_an_error_that_names_the_socket(answer, s
 
 
 def test_a_server_of_another_version_is_reported_with_its_process() -> None:
-    answer = b'{"pid": 4711, "protocol": 1, "model_digest": "d"}'
+    answer = b'{"process_id": 4711, "protocol": 1, "model_digest": "d"}'
     with (
         tempfile.TemporaryDirectory() as folder,
         answering(Path(folder), answer, sends_descriptor=True),
-        pytest.raises(DeployError, match=r"another version of this project.*\"pid\": 4711.*End that process"),
+        pytest.raises(DeployError, match=r"another version of this project.*\"process_id\": 4711.*End that process"),
     ):
         find_server(Path(folder))
 
@@ -84,27 +84,33 @@ def test_a_server_of_another_version_is_reported_with_its_process() -> None:
 def test_a_server_answers_until_it_drains_whatever_others_send(nonsense) -> None:
     async def run(folder: Path, listener: socket.socket) -> None:
         control = socket.socket(socket.AF_UNIX)
-        control.bind(f"{folder}/serving.sock")
+        control.bind(f"{folder}/starting.sock")
         control.listen()
-        info = {name: value for name, value in asdict(INFO).items() if name not in ("pid", "private_port")}
-        succession = _Succession(control, listener, json.dumps(info))
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(f"{folder}/starting.sock")
+        info = {name: value for name, value in asdict(INFO).items() if name not in ("process_id", "private_port")}
+        left = asyncio.Event()
+        succession = _Succession(control, listener, json.dumps(info), left.set)
         waiting = asyncio.create_task(succession.wait_for_turn(HttpServer(lambda request: None, ServingLimits())))
-        starter = await asyncio.to_thread(find_server, folder)
+        starter = await asyncio.to_thread(_meet, connection, folder / "starting.sock", 10)
         assert starter is not None
         assert starter.info.private_port
-        starter._connection.sendall(b"go\n")
+        taking_over = asyncio.create_task(asyncio.to_thread(starter.take_over, folder, None))
         await waiting
         succession.begin()
+        await taking_over
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(f"{folder}/serving.sock")
             connection.sendall(nonsense)
         found = await asyncio.to_thread(find_server, folder)
         assert isinstance(found, RunningServer)
         assert found.info == starter.info
-        assert found.info.pid == os.getpid()
+        assert found.info.process_id == os.getpid()
         assert found.listener.getsockname() == listener.getsockname()
+        found.leave()
+        await left.wait()
         succession.end()
-        await asyncio.to_thread(found.wait_until_it_drains)
+        assert await asyncio.to_thread(found.connection.recv, 1)
         assert find_server(folder) is None
         for server in (starter, found):
             server.__exit__()
