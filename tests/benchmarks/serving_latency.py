@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,9 @@ from PIL import Image
 from resources.object_store import FolderStore
 from tests.unit.serving.server_process import ServerProcess, ask_on, form, run_server
 from tests.unit.serving.tiny_model import store_tiny_model
+
+if TYPE_CHECKING:
+    from cifar_assets.training.networks import PublishedNetwork
 
 LEVELS = (1, 8, 32)
 PIXELS = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32), dtype=np.uint8).tobytes()
@@ -39,13 +43,18 @@ Request = tuple[str, bytes, dict[str, str]]
 """Path, body and headers of a POST."""
 
 
-def untrained_onnx(recipe: str) -> bytes:
+def untrained_network(recipe: str) -> "PublishedNetwork":
     """The recipe's network with the weights it starts from: as costly to run as a trained one."""
     from cifar_assets.training.networks import PublishedNetwork, build_network
-    from cifar_assets.training.package import onnx_bytes
     from cifar_assets.training.recipes import get_recipe
 
-    return onnx_bytes(PublishedNetwork(build_network(get_recipe(recipe)), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    return PublishedNetwork(build_network(get_recipe(recipe)), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def untrained_onnx(recipe: str) -> bytes:
+    from cifar_assets.training.package import onnx_bytes
+
+    return onnx_bytes(untrained_network(recipe))
 
 
 def picture(side: int) -> bytes:
