@@ -1,10 +1,9 @@
-"""What may go: models, then data versions that no model needs, then what no version needs, then local leftovers."""
+"""What may go: models, then data versions that no model needs, then what no version needs, then leftovers."""
 
 import os
 import re
 import shutil
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
@@ -25,16 +24,13 @@ from cifar_assets.dataset.versions.processed import MANIFEST_FILE, PARTS_PREFIX,
 from cifar_assets.dataset.versions.raw import VERSIONS_PREFIX, current_raw_digest, read_raw
 from cifar_assets.dataset.versions.shards import SHARDS_PREFIX
 from cifar_assets.model_package import read_manifest
-from resources.object_store import FolderStore, ObjectInfo, ObjectStore
-
-PINS_PREFIX = "pinned/"
-"""In the models bucket: one object per digest of a model or data version that is never removed."""
+from resources.object_store import ObjectInfo, ObjectStore
 
 _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
 class Policy(dg.Config):
-    """How much of the past is kept, besides everything that a served, champion, registered or pinned model needs."""
+    """How much of the past is kept, besides everything that a served, champion or pinned model needs."""
 
     keep_versions: int = Field(
         default=5, ge=1, description="Newest raw versions, processed versions and models kept, of each."
@@ -44,12 +40,6 @@ class Policy(dg.Config):
         ge=0,
         description="Nothing younger is removed. Below 12 only while no run is in progress: a run may be using what "
         "an earlier one left.",
-    )
-    log_days: float = Field(default=30.0, ge=0, description="Days that compute logs are kept.")
-    retire_registered: bool = Field(
-        default=False,
-        description="Also remove registered model versions in MLflow, with their runs and models, that are beyond the "
-        "newest keep_versions, have no alias and are not served.",
     )
 
     def is_old(self, changed: datetime) -> bool:
@@ -83,16 +73,18 @@ def find_digests(text: str) -> set[str]:
 
 
 def prune_models(models: ObjectStore, needed: AbstractSet[str], policy: Policy) -> Selection:
-    """The models to keep and to remove, with the checkpoints, results and messages that nothing waits for."""
+    """The models to keep and to remove, with the checkpoints and messages that nothing waits for."""
     selection = _select(models, needed, policy, "model")
-    others = [
-        *_abandoned(models, "checkpoints/", 1, policy, "checkpoints", "the training was abandoned"),
-        *_abandoned(models, "pipes/", 2, policy, "messages", "the job has ended"),
+    groups: list[tuple[str, int, str, str]] = [
+        ("checkpoints/", 1, "checkpoints", "the training was abandoned"),
+        ("pipes/", 2, "messages", "the job has ended"),
     ]
-    for info in models.list("jobs/"):
-        digests = find_digests(models.read(info.key).decode(errors="replace"))
-        if policy.is_old(info.last_modified) and not digests & selection.kept:
-            others.append(_removal(models, [info], "result", info.key, "its model is not kept"))
+    others = [
+        _removal(models, infos, kind, f"{prefix}{name}", reason)
+        for prefix, depth, kind, reason in groups
+        for name, infos in _by_folder(models, prefix, depth).items()
+        if policy.is_old(_last_change(infos))
+    ]
     return Selection(selection.kept, [*selection.removals, *others])
 
 
@@ -121,7 +113,6 @@ def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy
     """Shards and objects that none of these versions uses, and notes about objects that are gone."""
     shards = {shard.file for digest in processed for shard in read_processed(stores.processed, digest).files}
     objects = {item.key for digest in raw for item in read_raw(stores.raw, digest).objects}
-    present = shards | objects
     sha256s = {key.removeprefix(OBJECTS_PREFIX).partition(".")[0] for key in objects}
 
     def is_stale(store: ObjectStore, kind: type[BaseModel], names: Callable[[Any], set[str]]) -> Any:
@@ -129,7 +120,7 @@ def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy
 
         def check(info: ObjectInfo) -> bool:
             note = read_state(store, info.key, kind)
-            return note is None or not names(note) <= present
+            return note is None or not names(note) <= shards | objects
 
         return check
 
@@ -138,13 +129,13 @@ def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy
     rules: list[tuple[ObjectStore, str, str, Callable[[ObjectInfo], bool]]] = [
         (stores.processed, SHARDS_PREFIX, "shard", lambda info: info.key not in shards),
         (stores.processed, PARTS_PREFIX, "part", parts),
-        (stores.processed, "built/", "former note", lambda info: True),  # of earlier releases; nothing reads it
         (stores.raw, OBJECTS_PREFIX, "object", lambda info: info.key not in objects),
         (stores.raw, INDEX_PREFIX, "index", lambda info: info.key.removeprefix(INDEX_PREFIX)[:64] not in sha256s),
-        (stores.raw, "packs/", "former note", lambda info: True),
-        (stores.raw, "landing-memory.json", "former note", lambda info: True),
         (stores.raw, IMPORTS_PREFIX, "import", imports),
     ]
+    former = [(stores.models, "jobs/"), (stores.processed, "built/"), (stores.raw, "packs/")]
+    for store, prefix in (*former, (stores.raw, "landing-memory.json")):  # earlier releases wrote them
+        rules.append((store, prefix, "former note", lambda info: True))
     for store, prefix, kind, is_unused in rules:
         for info in store.list(prefix):
             if policy.is_old(info.last_modified) and is_unused(info):
@@ -158,57 +149,36 @@ def leftovers(policy: Policy) -> Iterator[Removal]:
         if not path.is_symlink() and path.lstat().st_uid == os.getuid():
             paths += path.iterdir() if path.name.startswith("cifar-shards-") else [path]
     for path in paths:
-        used, size = _last_used(path)
-        if time.time() - used >= policy.min_age_hours * 3600:
+        found = [each.lstat() for each in (path, *path.rglob("*")) if os.path.lexists(each)]
+        if found and policy.is_old(datetime.fromtimestamp(max(each.st_mtime for each in found), UTC)):
+            size = sum(each.st_size for each in found)
             yield Removal("temporary file", str(path), "not used for a while", size, lambda path=path: _delete(path))
 
 
-def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore) -> Iterator[Removal]:
-    """Compute logs older than log_days, in the folder or bucket where the instance stores them."""
-    data = getattr(instance.compute_log_manager, "inst_data", None)
-    # A setting of dagster.yaml may name an environment variable.
-    settings = {
-        name: os.environ[value["env"]] if isinstance(value, dict) else str(value)
-        for name, value in (data.config_dict if data else {}).items()
-        if name in ("base_dir", "bucket", "prefix")
-    }
-    if "base_dir" in settings:
-        store: ObjectStore = FolderStore(Path(settings["base_dir"]))
-    elif "bucket" in settings:
-        store = root.at(f"{settings['bucket']}/{settings.get('prefix', 'dagster')}")
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        return
-    for info in store.list():
-        if "/compute_logs/" in info.key and datetime.now(UTC) - info.last_modified >= timedelta(days=policy.log_days):
-            yield _removal(store, [info], "compute log", info.key, f"older than {policy.log_days:g} days")
+        path.unlink(missing_ok=True)
 
 
 def _select(store: ObjectStore, needed: AbstractSet[str], policy: Policy, kind: str, prefix: str = "") -> Selection:
     """Keep the newest folders with a manifest, those needed, and all that is young."""
     folders = {name: infos for name, infos in _by_folder(store, prefix, 1).items() if _DIGEST.fullmatch(name)}
-    manifests = {
-        name: info for name, infos in folders.items() for info in infos if info.key == f"{prefix}{name}/{MANIFEST_FILE}"
+    written = {
+        name: info.last_modified
+        for name, infos in folders.items()
+        for info in infos
+        if info.key == f"{prefix}{name}/{MANIFEST_FILE}"
     }
-    newest = sorted(manifests, key=lambda name: manifests[name].last_modified)[-policy.keep_versions :]
-    kept = {*newest, *(needed & manifests.keys())}
+    newest = sorted(written, key=lambda name: written[name])[-policy.keep_versions :]
+    young = {name for name in folders if not policy.is_old(_last_change(folders[name]))}
+    kept = written.keys() & {*newest, *needed, *young}
     removals = []
-    for name, infos in folders.items():
-        if name in kept:
-            continue
-        if not policy.is_old(max(info.last_modified for info in infos)):
-            kept |= {name} & manifests.keys()
-            continue
-        reason = f"not one of the newest {policy.keep_versions}" if name in manifests else "it was never finished"
-        removals.append(_removal(store, infos, kind, name, reason, manifests.get(name)))
+    for name in folders.keys() - kept - young:
+        reason = f"not one of the newest {policy.keep_versions}" if name in written else "it was never finished"
+        removals.append(_removal(store, folders[name], kind, name, reason))
     return Selection(kept, removals)
-
-
-def _abandoned(
-    store: ObjectStore, prefix: str, depth: int, policy: Policy, kind: str, reason: str
-) -> Iterator[Removal]:
-    for name, infos in _by_folder(store, prefix, depth).items():
-        if policy.is_old(max(info.last_modified for info in infos)):
-            yield _removal(store, infos, kind, f"{prefix}{name}", reason)
 
 
 def _by_folder(store: ObjectStore, prefix: str, depth: int) -> dict[str, list[ObjectInfo]]:
@@ -221,20 +191,17 @@ def _by_folder(store: ObjectStore, prefix: str, depth: int) -> dict[str, list[Ob
     return folders
 
 
-def _removal(
-    store: ObjectStore,
-    infos: Iterable[ObjectInfo],
-    kind: str,
-    name: str,
-    reason: str,
-    manifest: ObjectInfo | None = None,
-) -> Removal:
-    """The removal of objects. A manifest, without which the others do not count, is removed first."""
-    found = sorted(infos, key=lambda info: info is not manifest)
+def _last_change(infos: Iterable[ObjectInfo]) -> datetime:
+    return max(info.last_modified for info in infos)
+
+
+def _removal(store: ObjectStore, infos: Iterable[ObjectInfo], kind: str, name: str, reason: str) -> Removal:
+    """The removal of objects: a manifest, without which the others do not count, first, and nothing after one stays."""
+    found = sorted(infos, key=lambda info: not info.key.endswith(f"/{MANIFEST_FILE}"))
 
     def remove() -> None:
         for info in found:
-            if not _remove_unchanged(store, info) and info is manifest:
+            if not _remove_unchanged(store, info):
                 return
 
     return Removal(kind, name, reason, sum(info.size for info in found), remove)
@@ -249,22 +216,3 @@ def _remove_unchanged(store: ObjectStore, info: ObjectInfo) -> bool:
     if int(now.last_modified.timestamp()) != int(info.last_modified.timestamp()):
         return False
     return store.delete(info.key, info.etag)
-
-
-def _last_used(path: Path) -> tuple[float, int]:
-    """When anything in it last changed, in seconds since the epoch, and its bytes."""
-    newest, size = 0.0, 0
-    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        try:
-            status = each.lstat()
-        except FileNotFoundError:
-            continue
-        newest, size = max(newest, status.st_mtime), size + status.st_size
-    return newest, size
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,22 +1,19 @@
-"""Pruning: find out what is in use, list what can go, and remove it if asked to; on the command line and as a job."""
+"""Pruning: find out what is in use, list what can go, and remove it if asked to. See docs/data.md for what stays."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import keys
-from cifar_assets.assets.record import DATA_VERSION_TAG
+from cifar_assets.assets.record import materializations
 from cifar_assets.dataset.stores import Stores, stores_below
 from cifar_assets.dataset.versions.processed import list_processed_versions
 from cifar_assets.dataset.versions.raw import list_raw_digests
 from cifar_assets.prune.rules import (
-    PINS_PREFIX,
     Policy,
     Removal,
-    compute_logs,
     data_of_models,
     find_digests,
     leftovers,
@@ -26,7 +23,7 @@ from cifar_assets.prune.rules import (
     prune_raw,
     raw_of_processed,
 )
-from cifar_assets.prune.tracking import open_tracking
+from cifar_assets.prune.tracking import aliased_models, open_tracking, prune_tracking
 from cifar_assets.settings import read_settings
 from resources.errors import ExplainedError
 from resources.inference_service import InferenceServiceResource
@@ -34,7 +31,8 @@ from resources.mlflow.resource import MlflowResource
 from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource
 
-Say = Callable[[str], None]
+PINS_PREFIX = "pinned/"
+"""In the models bucket: one object per digest of a model or data version that is never removed."""
 
 _RECENT = {
     keys.RAW_DATASET: 1,
@@ -45,7 +43,6 @@ _RECENT = {
 }
 """How many of the distinct versions that Dagster last recorded stay: two of the service, to allow a rollback."""
 
-_LOOKED_THROUGH = 100
 _ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
 _UNFINISHED = [status for status in dg.DagsterRunStatus if status not in _ENDED]
 
@@ -54,93 +51,83 @@ class PruneError(ExplainedError):
     """It could not be found out what is needed. Nothing was removed."""
 
 
-@dataclass
-class Report:
-    """What was, or would be, removed."""
+def prune(
+    policy: Policy,
+    instance: dg.DagsterInstance,
+    object_store: ObjectStoreResource,
+    mlflow: MlflowResource,
+    serving: InferenceServiceResource,
+    *,
+    apply: bool,
+    say: Callable[[str], None],
+) -> list[Removal]:
+    """List what can go, each thing with the reason, and with `apply` remove it.
 
-    removals: list[Removal] = field(default_factory=list)
+    Raises PruneError, and removes nothing, where Dagster, MLflow, the service or a manifest does not tell what is in
+    use.
+    """
+    stores = stores_below(object_store.root())
+    done: list[Removal] = []
 
-    @property
-    def size(self) -> int:
-        return sum(removal.size for removal in self.removals)
+    def handle(removals: Iterable[Removal]) -> None:
+        for removal in removals:
+            verb = "Removing" if apply else "Would remove"
+            say(f"{verb} {removal.kind} {removal.name} ({_readable(removal.size)}): {removal.reason}")
+            if apply:
+                removal.remove()
+            done.append(removal)
 
-    @property
-    def total(self) -> str:
-        return f"{len(self.removals):,} things, {_readable(self.size)}"
+    try:
+        in_use = _in_use(instance, stores.models, serving)
+        removals, processed, raw = _versions(stores, in_use, mlflow, policy)
+    except Exception as error:
+        raise PruneError(f"Nothing was removed: what is in use is not known. {error}") from error
+    handle(removals)
+    if apply:  # including those published in the meantime
+        processed, raw = set(list_processed_versions(stores.processed)), set(list_raw_digests(stores.raw))
+    handle(orphans(stores, processed, raw, policy))
+    handle(leftovers(policy))
+    return done
 
-    def by_kind(self) -> dict[str, str]:
-        """Number and size by kind of thing."""
-        counts, sizes = Counter[str](), Counter[str]()
-        for removal in self.removals:
-            counts[removal.kind] += 1
-            sizes[removal.kind] += removal.size
-        return {kind: f"{counts[kind]:,}, {_readable(sizes[kind])}" for kind in sorted(counts)}
+
+def _versions(
+    stores: Stores, in_use: set[str], mlflow: MlflowResource, policy: Policy
+) -> tuple[list[Removal], set[str], set[str]]:
+    """Models and versions to remove, and the processed and raw versions that stay."""
+    client = open_tracking(mlflow)
+    in_use |= aliased_models(client, mlflow.registered_model) if client else set()
+    models = prune_models(stores.models, in_use, policy)
+    in_use |= models.kept | data_of_models(stores.models, models.kept)
+    processed = prune_processed(stores.processed, in_use, policy)
+    raw = prune_raw(stores.raw, in_use | raw_of_processed(stores.processed, processed.kept), policy)
+    registered = prune_tracking(client, mlflow, in_use, policy) if client else []
+    # A version in MLflow goes before the model that it names, and a model before its data.
+    return [*registered, *models.removals, *processed.removals, *raw.removals], processed.kept, raw.kept
 
 
-@dataclass(frozen=True)
-class Pruner:
-    """Prunes what these resources reach."""
+def _in_use(instance: dg.DagsterInstance, models: ObjectStore, serving: InferenceServiceResource) -> set[str]:
+    """Digests that are served, pinned, last recorded by Dagster, or named by unfinished runs or RETRAIN_CONFIG."""
+    in_use = {info.key.removeprefix(PINS_PREFIX) for info in models.list(PINS_PREFIX)}
+    in_use |= find_digests(str(read_settings().retrain_config))
+    in_use.add(serving.status().model_digest or "")
+    for key, number in _RECENT.items():
+        digests = dict.fromkeys(made.digest for made in materializations(instance, key) if made.digest)
+        in_use.update(list(digests)[:number])
+    for record in instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED)):
+        in_use |= find_digests(str(record.dagster_run.run_config))
+    return in_use
 
-    policy: Policy
-    instance: dg.DagsterInstance
-    object_store: ObjectStoreResource
-    mlflow: MlflowResource
-    serving: InferenceServiceResource
 
-    def run(self, apply: bool, say: Say) -> Report:
-        """List what can go, each thing with the reason, and with `apply` remove it.
-
-        Raises PruneError, and removes nothing, where Dagster, MLflow, the service or a manifest does not tell what is
-        in use.
-        """
-        report, root = Report(), self.object_store.root()
-        stores = stores_below(root)
-
-        def handle(removals: Iterable[Removal]) -> None:
-            for removal in removals:
-                verb = "Removing" if apply else "Would remove"
-                say(f"{verb} {removal.kind} {removal.name} ({_readable(removal.size)}): {removal.reason}")
-                if apply:
-                    removal.remove()
-                report.removals.append(removal)
-
-        try:
-            removals, processed, raw = self._versions(stores)
-        except Exception as error:
-            raise PruneError(f"Nothing was removed: what is in use is not known. {error}") from error
-        handle(removals)
-        if apply:  # including those published in the meantime
-            processed, raw = set(list_processed_versions(stores.processed)), set(list_raw_digests(stores.raw))
-        handle(orphans(stores, processed, raw, self.policy))
-        handle(leftovers(self.policy))
-        handle(compute_logs(self.policy, self.instance, root))
-        return report
-
-    def _versions(self, stores: Stores) -> tuple[list[Removal], set[str], set[str]]:
-        """Models and versions to remove, and the processed and raw versions that stay."""
-        tracking = open_tracking(self.mlflow, self.policy)
-        in_use = self._in_use(stores.models) | (tracking.registered() if tracking else set())
-        models = prune_models(stores.models, in_use, self.policy)
-        in_use |= data_of_models(stores.models, models.kept)
-        processed = prune_processed(stores.processed, in_use, self.policy)
-        raw = prune_raw(stores.raw, in_use | raw_of_processed(stores.processed, processed.kept), self.policy)
-        registered = list(tracking.removals(in_use | models.kept)) if tracking else []
-        # A version in MLflow goes before the model that it names, and a model before its data.
-        return [*registered, *models.removals, *processed.removals, *raw.removals], processed.kept, raw.kept
-
-    def _in_use(self, models: ObjectStore) -> set[str]:
-        """Digests that are served, pinned, last recorded by Dagster, or named by unfinished runs or RETRAIN_CONFIG."""
-        in_use = {info.key.removeprefix(PINS_PREFIX) for info in models.list(PINS_PREFIX)}
-        in_use |= find_digests(str(read_settings().retrain_config))
-        in_use.add(self.serving.status().model_digest or "")
-        for key, number in _RECENT.items():
-            records = self.instance.fetch_materializations(key, limit=_LOOKED_THROUGH).records
-            tags = [record.asset_materialization.tags or {} for record in records if record.asset_materialization]
-            versions = dict.fromkeys(tag[DATA_VERSION_TAG] for tag in tags if DATA_VERSION_TAG in tag)
-            in_use.update(list(versions)[:number])
-        for record in self.instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED)):
-            in_use |= find_digests(str(record.dagster_run.run_config))
-        return in_use
+def summary(removals: Iterable[Removal]) -> dict[str, str]:
+    """Number and size by kind of thing, and in total."""
+    counts, sizes = Counter[str](), Counter[str]()
+    for removal in removals:
+        for kind in (removal.kind, "total"):
+            counts[kind] += 1
+            sizes[kind] += removal.size
+    return {
+        kind: f"{counts[kind]:,}, {_readable(sizes[kind])}" for kind in (*sorted(counts.keys() - {"total"}), "total")
+    }
 
 
 def _readable(size: float) -> str:
@@ -167,17 +154,17 @@ def prune_unused(
     serving: InferenceServiceResource,
 ) -> dg.Output[None]:
     """One pruning; its output's metadata has number and size by kind of thing."""
-    report = Pruner(config, context.instance, object_store, mlflow, serving).run(config.apply, context.log.info)
-    return dg.Output(None, metadata={"applied": config.apply, "total": report.total, **report.by_kind()})
+    removals = prune(config, context.instance, object_store, mlflow, serving, apply=config.apply, say=context.log.info)
+    return dg.Output(None, metadata={"applied": config.apply, **summary(removals)})
 
 
 @dg.job(
     name="prune",
-    description="Lists old versions, models, checkpoints, logs and caches that nothing needs, or removes them.",
+    description="Lists old versions, models, checkpoints and caches that nothing needs, or removes them.",
     tags={"purpose": "prune"},
 )
 def prune_job() -> None:
-    """One op: see docs/data.md for what stays."""
+    """One op."""
     prune_unused()
 
 

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from cifar_assets.prune.rules import Policy
-from cifar_assets.prune.tracking import Tracking
+from cifar_assets.prune.tracking import aliased_models, prune_tracking
 from cifar_assets.training.tracking import Tracker
 from resources.mlflow.resource import MlflowServer
 from resources.mlflow.target import MlflowTarget
@@ -141,21 +141,18 @@ def test_a_run_whose_end_was_lost_is_reported(proxy: Proxy, caplog: pytest.LogCa
     assert unsent == ["end of the run as FINISHED"]
 
 
-def test_prune_removes_the_artifacts_of_a_run_deleted_on_the_server(proxy: Proxy) -> None:
+def test_prune_removes_the_version_the_run_and_the_artifacts_of_a_model(proxy: Proxy) -> None:
     proxy.fault = None
     tracker, unsent = train(proxy, "pruned", 60)
     assert unsent == []
-    run_id = str(tracker.run_id)
     mlflow = MlflowServer(tracking_uri=proxy.url, experiment="pruned", registered_model="pruned")
-    tracking = Tracking(mlflow, Policy(min_age_hours=0))
-    client = MlflowClient(proxy.url)
-    assert tracking.registered() == {"d" * 64}
-    assert list(tracking.removals(set())) == []
-    client.delete_run(run_id)
-    assert list(tracking.removals(set())) == [], "a registered version names it"
-    client.delete_model_version("pruned", "1")
-    (removal,) = tracking.removals(set())
-    assert (removal.name, removal.size) == (run_id, sum(len(data) for data in FILES.values()))
+    client, policy = MlflowClient(proxy.url), Policy(min_age_hours=0)
+    assert list(prune_tracking(client, mlflow, {"d" * 64}, policy)) == []
+    client.set_registered_model_alias("pruned", "champion", "1")
+    assert aliased_models(client, "pruned") == {"d" * 64}
+    (removal,) = prune_tracking(client, mlflow, set(), policy)
+    assert removal.size == sum(len(data) for data in FILES.values())
     removal.remove()
-    assert list(tracking.removals(set())) == []
-    assert tracking.registered() == set()
+    assert list(prune_tracking(client, mlflow, set(), policy)) == []
+    assert client.list_artifacts(str(tracker.run_id)) == []
+    assert client.get_run(str(tracker.run_id)).info.lifecycle_stage == "deleted"

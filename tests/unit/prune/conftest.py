@@ -14,8 +14,8 @@ from PIL import Image
 from cifar_assets.dataset.stores import Stores, stores_below
 from cifar_assets.dataset.versions.processed import build_processed
 from cifar_assets.dataset.versions.raw import build_raw_version
-from cifar_assets.prune.rules import Policy
-from cifar_assets.prune.run import Pruner, Report
+from cifar_assets.prune.rules import Policy, Removal
+from cifar_assets.prune.run import prune
 from resources.inference_service import InferenceServiceResource, ServiceStatus
 from resources.inference_service.local import LocalInferenceService
 from resources.mlflow.resource import LocalMlflow
@@ -56,12 +56,15 @@ class World:
     mlflow: LocalMlflow
     lines: list[str]
 
-    def prune(self, apply: bool = True, serving: InferenceServiceResource | None = None, **policy: object) -> Report:
+    def prune(
+        self, apply: bool = True, serving: InferenceServiceResource | None = None, **policy: object
+    ) -> list[Removal]:
         self.lines.clear()
         wanted = Policy.model_validate({"keep_versions": KEPT, **policy})
         resource = LocalObjectStore(path=str(self.folder / "store"))
-        pruner = Pruner(wanted, self.instance, resource, self.mlflow, serving or Serving())
-        return pruner.run(apply, self.lines.append)
+        return prune(
+            wanted, self.instance, resource, self.mlflow, serving or Serving(), apply=apply, say=self.lines.append
+        )
 
     def all_keys(self) -> set[str]:
         return {info.key for info in FolderStore(self.folder / "store").list()}

@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -15,10 +14,8 @@ from cifar_assets.dataset.versions.raw import current_raw_digest, make_current, 
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import read_manifest
 from cifar_assets.prune import run as prune_run
-from cifar_assets.prune.__main__ import main
 from cifar_assets.prune.rules import Policy
 from cifar_assets.prune.run import PruneError, prune_job
-from resources.digests import canonical_json
 from resources.mlflow.resource import LocalMlflow
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
@@ -43,17 +40,17 @@ def is_gone(world: World, generation: Generation) -> bool:
 
 def test_without_apply_nothing_changes_and_everything_to_go_is_named(world: World) -> None:
     before = world.all_keys()
-    report = world.prune(apply=False)
+    removals = world.prune(apply=False)
     assert world.all_keys() == before
     assert all(line.startswith("Would remove ") for line in world.lines)
     for generation in world.generations[:-KEPT]:
         for digest in (generation.raw, generation.processed, generation.model):
             assert any(digest in line for line in world.lines)
-    listed = {(removal.kind, removal.name) for removal in report.removals}
+    listed = {(removal.kind, removal.name) for removal in removals}
     applied = world.prune(apply=True)
-    assert {(removal.kind, removal.name) for removal in applied.removals} == listed
-    assert applied.size == report.size > 0
-    assert world.prune(apply=True).removals == []
+    assert {(removal.kind, removal.name) for removal in applied} == listed
+    assert sum(removal.size for removal in applied) > 0
+    assert world.prune(apply=True) == []
 
 
 def test_the_newest_versions_stay_whole_and_older_ones_go(world: World) -> None:
@@ -89,16 +86,12 @@ def serve(world: World, generation: Generation) -> Serving:
     return Serving(digest=generation.model)
 
 
-def register(world: World, generation: Generation) -> None:
-    client = world.mlflow.client()
-    world.mlflow.prepare()
-    client.create_registered_model(world.mlflow.registered_model)
-    client.create_model_version(world.mlflow.registered_model, "file:///none", tags={"model_digest": generation.model})
-
-
 def crown(world: World, generation: Generation) -> None:
-    register(world, generation)
-    world.mlflow.client().set_registered_model_alias(world.mlflow.registered_model, "champion", "1")
+    client, name = world.mlflow.client(), world.mlflow.registered_model
+    world.mlflow.prepare()
+    client.create_registered_model(name)
+    client.create_model_version(name, "file:///none", tags={"model_digest": generation.model})
+    client.set_registered_model_alias(name, "champion", "1")
 
 
 def pin_model(world: World, generation: Generation) -> None:
@@ -123,7 +116,7 @@ def record(world: World, key: dg.AssetKey, digest: str) -> None:
     world.instance.report_runless_asset_event(dg.AssetMaterialization(key, tags={DATA_VERSION_TAG: digest}))
 
 
-@pytest.mark.parametrize("use", [serve, register, crown, pin_model, deploy, train, name_in_a_run])
+@pytest.mark.parametrize("use", [serve, crown, pin_model, deploy, train, name_in_a_run])
 def test_a_model_in_use_stays_with_all_it_came_from(
     use: Callable[[World, Generation], Serving | None], world: World
 ) -> None:
@@ -226,14 +219,13 @@ def test_a_damaged_manifest_stops_it(world: World) -> None:
 
 
 def test_what_trainings_left_goes_when_it_is_old(world: World) -> None:
-    models, kept, gone = world.stores.models, world.generations[-1].model, world.generations[0].model
+    models = world.stores.models
     old = {
         f"{'f' * 64}/model.onnx": b"of a model that was never finished",
         f"checkpoints/{'a' * 64}/step-000000001-{'b' * 64}.safetensors": b"x",
         "pipes/messages/job-1/process/00000000.jsonl": b"{}",
         "pipes/read/job-1/mark": b"{}",
-        f"jobs/{'1' * 64}.json": canonical_json({"model_digest": gone}),
-        f"jobs/{'2' * 64}.json": canonical_json({"model_digest": kept}),
+        f"jobs/{'1' * 64}.json": b"a note of an earlier release",
         "resnet18_cifar10.pth": b"weights",
     }
     for key, data in old.items():
@@ -246,7 +238,7 @@ def test_what_trainings_left_goes_when_it_is_old(world: World) -> None:
         os.utime(path, (number, number))
     world.prune()
     left = {info.key for info in models.list()}
-    assert left & old.keys() == {f"jobs/{'2' * 64}.json", "resnet18_cifar10.pth"}
+    assert left & old.keys() == {"resnet18_cifar10.pth"}
     assert f"checkpoints/{'c' * 64}/step-000000001-{'d' * 64}.safetensors" in left
 
 
@@ -284,24 +276,12 @@ def tracked(world: World) -> list[str]:
     return [log_model(world, generation) for generation in world.generations]
 
 
-def test_artifacts_of_runs_deleted_in_mlflow_go(world: World, tracked: list[str]) -> None:
-    client = world.mlflow.client()
-    client.delete_run(tracked[0])
-    world.prune()
-    assert artifacts(world) == len(tracked), "a registered version still names it"
-    client.delete_model_version(world.mlflow.registered_model, "1")
-    world.prune()
-    assert artifacts(world) == len(tracked) - 1
-    assert is_gone(world, world.generations[0])
-    assert is_whole(world, world.generations[1])
-
-
-def test_registered_versions_are_retired_when_asked_to(world: World, tracked: list[str]) -> None:
+def test_version_in_mlflow_goes_with_its_model_unless_it_has_an_alias(world: World, tracked: list[str]) -> None:
     client, name = world.mlflow.client(), world.mlflow.registered_model
     client.set_registered_model_alias(name, "champion", "1")
-    world.prune(retire_registered=True)
+    world.prune()
     assert artifacts(world) == len(tracked), "they were registered a moment ago"
-    world.prune(retire_registered=True, min_age_hours=0)
+    world.prune(min_age_hours=0)
     left = {version.version for version in client.search_model_versions(f"name = '{name}'")}
     assert {str(version) for version in left} == {"1", "4", "5"}
     assert artifacts(world) == 3
@@ -309,47 +289,24 @@ def test_registered_versions_are_retired_when_asked_to(world: World, tracked: li
     assert [is_whole(world, generation) for generation in world.generations] == [True, False, False, True, True]
 
 
-def test_temporary_files_and_compute_logs_go_when_they_are_old(world: World) -> None:
+def test_version_in_mlflow_of_another_project_stays(world: World, tracked: list[str]) -> None:
+    client, name = world.mlflow.client(), world.mlflow.registered_model
+    client.create_model_version(name, "file:///none")
+    world.prune(min_age_hours=0)
+    assert "6" in {str(version.version) for version in client.search_model_versions(f"name = '{name}'")}
+
+
+def test_temporary_files_go_when_they_are_old(world: World) -> None:
     temporary = world.folder / "tmp"
-    logs = Path(world.instance.storage_directory()).parent / "storage"
     old_paths = [temporary / "cifar-landed-abc" / "object", temporary / f"cifar-shards-{os.getuid()}" / "old"]
     new_paths = [temporary / f"cifar-shards-{os.getuid()}" / "new", temporary / "other" / "file"]
-    manager = world.instance.compute_log_manager
-    log = Path(manager.get_captured_local_path(["run-1", "compute_logs", "step"], "err"))  # pyright: ignore[reportAttributeAccessIssue]
-    for path in (*old_paths, *new_paths, log):
+    for path in (*old_paths, *new_paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
-    for path in (*old_paths, old_paths[0].parent, log, new_paths[1]):
+    for path in (*old_paths, old_paths[0].parent, new_paths[1]):
         os.utime(path, (0, 0))
     world.prune()
-    assert [path.exists() for path in (*old_paths, *new_paths, log)] == [False, False, True, True, False], logs
-
-
-def test_the_command_lists_pins_and_removes(
-    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    resources = {
-        "object_store": LocalObjectStore(path=str(world.folder / "store")),
-        "mlflow": LocalMlflow(path=str(world.folder / "mlflow")),
-        "serving": Serving(),
-    }
-    monkeypatch.setattr("cifar_assets.prune.__main__.resources_for", lambda settings: resources)
-    monkeypatch.setattr("cifar_assets.prune.__main__.find_instance", lambda: world.instance)
-    old = world.generations[0]
-    assert main(["--pin", old.model]) == 0
-    assert main(["--keep-versions", "2"]) == 0
-    assert "Nothing was removed. With --apply, this removes" in capsys.readouterr().out
-    assert not is_gone(world, world.generations[1])
-    assert main(["--keep-versions", "2", "--apply"]) == 0
-    assert is_whole(world, old)
-    assert is_gone(world, world.generations[1])
-    assert main(["--unpin", old.model]) == 0
-    make_current(world.stores.raw, world.generations[-1].raw)
-    assert main(["--keep-versions", "2", "--apply"]) == 0
-    assert not world.stores.models.exists(f"{old.model}/manifest.json")
-    assert main(["--pin", "latest"]) == 1
-    assert "'latest' is not a digest" in capsys.readouterr().err
-    assert main(["--keep-versions", "0"]) == 1
+    assert [path.exists() for path in (*old_paths, *new_paths)] == [False, False, True, True]
 
 
 def test_the_job_reports_what_it_removed(world: World) -> None:
@@ -368,14 +325,13 @@ def test_the_job_reports_what_it_removed(world: World) -> None:
 def test_the_defaults_keep_five_and_remove_nothing_by_themselves() -> None:
     assert Policy().keep_versions == 5
     assert Policy().min_age_hours == 24
-    assert not Policy().retire_registered
 
 
 def test_the_store_of_a_fresh_checkout_can_be_pruned(world: World) -> None:
     empty = World(
         world.folder / "fresh", world.stores, [], world.instance, LocalMlflow(path=str(world.folder / "none")), []
     )
-    assert empty.prune().removals == []
+    assert empty.prune() == []
     assert not (world.folder / "none").exists()
     assert current_raw_digest(FolderStore(world.folder / "fresh" / "store" / "raw-data")) is None
 
