@@ -4,12 +4,6 @@ Everything here is part of a contract with stored data or with a remote process:
 """
 
 from resources.mlflow.target import DEFAULT_NAME
-from resources.object_store import MODELS_BUCKET as MODELS_BUCKET
-from resources.object_store import PROCESSED_BUCKET as PROCESSED_BUCKET
-from resources.object_store import RAW_BUCKET as RAW_BUCKET
-from resources.trainer.contract import EXIT_BAD_SPEC as EXIT_BAD_SPEC
-from resources.trainer.contract import EXIT_RESUME as EXIT_RESUME
-from resources.trainer.contract import JOB_SPEC_VARIABLE as JOB_SPEC_VARIABLE
 
 CLASSES = (
     "airplane",

@@ -47,7 +47,7 @@ def read_manifest(package: ObjectStore, digest: str) -> ModelManifest:
     """The manifest of the model stored at the package's root.
 
     Raises IntegrityError when it does not have the digest, ObjectNotFoundError when there is none, DataError when it is
-    no manifest of a kind known here.
+    not a manifest of a kind known here.
     """
     data = package.read_verified(MANIFEST_FILE, digest)
     try:
@@ -69,18 +69,14 @@ def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str,
     """
     digest = manifest.digest
     package = models.at(digest)
-    if is_whole(package, digest):
-        for name, data in files.items():
-            if not package.exists(name):
-                package.write(name, data)
-        package.write(MANIFEST_FILE, manifest.to_bytes())  # as young as its last training
-        return digest
     for name, sha256 in manifest.files.items():
         if sha256_bytes(files[name]) != sha256:
             raise DataError(f"{name} does not have the digest its manifest gives.")
+    whole = is_whole(package, digest)
     for name, data in files.items():
-        package.write(name, data)
-    package.write(MANIFEST_FILE, manifest.to_bytes())
+        if not (whole and package.exists(name)):
+            package.write(name, data)
+    package.write(MANIFEST_FILE, manifest.to_bytes())  # again where it is whole: as young as its last training
     return digest
 
 

@@ -4,9 +4,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_assets.contracts import MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET
 from cifar_assets.settings import read_settings
-from resources.object_store import FolderStore, ObjectStore, open_store
+from resources.object_store import MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET, FolderStore, ObjectStore, open_store
 
 
 @dataclass(frozen=True)

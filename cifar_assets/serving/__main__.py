@@ -5,9 +5,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from cifar_assets.contracts import EXIT_BAD_SPEC
 from cifar_assets.serving.settings import parse_settings
 from resources.errors import ConfigError, DataError, ExplainedError, ObjectNotFoundError
+from resources.trainer.contract import EXIT_BAD_SPEC
 
 _log = logging.getLogger("cifar_assets.serving")
 

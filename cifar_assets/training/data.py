@@ -26,12 +26,9 @@ _STREAM_BATCH = 1024
 
 
 class TensorSplit:
-    """One split's images and labels. Small ones lie on the device whole, larger ones are read batch by batch.
+    """One split's images and labels, on a device.
 
-    Args:
-        reader: gives images by index, from memory-mapped shards.
-        device: where images and labels are wanted.
-        resident_bytes: the largest size of all images that is kept on the device.
+    Up to `resident_bytes` the images lie on the device; otherwise they are read batch by batch from the mapped shards.
     """
 
     def __init__(self, reader: SplitReader, device: torch.device, resident_bytes: int):
@@ -131,14 +128,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 class EpochAugmentation:
-    """One epoch's draws for every image of the split; any process applies them to any part of it.
-
-    Args:
-        recipe: which augmentations to apply, and how strongly.
-        seed: the training's seed.
-        epoch: counted from 0.
-        num_images: size of the split; draws are indexed by position in it.
-    """
+    """One epoch's draws for every image of the split, by position; any process applies them to any part of it."""
 
     def __init__(self, recipe: Recipe, seed: int, epoch: int, num_images: int):
         self._recipe = recipe

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
+from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME
 
 _LOG = logging.getLogger(__name__)
 _STANDALONE = "--standalone"

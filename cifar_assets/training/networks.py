@@ -13,13 +13,8 @@ from cifar_assets.training.recipes import Recipe, Views
 class TrimmedConv2d(nn.Conv2d):
     """A 3x3 convolution with padding 1 on a map of at most 2x2 pixels, without the taps that only ever meet padding.
 
-    On a map of 1x1 that leaves one tap of nine, with stride 2 on a map of 2x2 four.
-
-    Args:
-        inputs: channels.
-        outputs: channels.
-        stride: of the convolution.
-        size: of the input map at 32-pixel images, in pixels; a map of 1x1 is filled up with padding.
+    On a map of 1x1 that leaves one tap of nine, with stride 2 on a map of 2x2 four. `size` is that of the input map at
+    32-pixel images.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, size: int):
@@ -67,11 +62,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 with the parameter names of torchvision's, computing the same function on CIFAR images.
-
-    Args:
-        width: channels of the first stage; 64 is the original.
-    """
+    """ResNet-18 with the parameter names of torchvision's, computing the same function on CIFAR images."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -135,11 +126,6 @@ class SpeedNet(nn.Module):
 
     A fixed 2x2 convolution whitens the images, convolutions start as identities where shapes allow, batch norm has no
     scale, and the largest activation over the picture decides.
-
-    Args:
-        width: channels of the first stage.
-        widening: channels of the other two stages, as a multiple of `width`.
-        depth: convolutions in each stage.
     """
 
     def __init__(self, width: int = 64, widening: int = 4, depth: int = 2):
@@ -178,14 +164,7 @@ def build_network(recipe: Recipe) -> ResNet18 | SpeedNet:
 
 
 class PublishedNetwork(nn.Module):
-    """What is published: uint8 images (N, 3, 32, 32) to logits (N, 10), normalization included.
-
-    Args:
-        network: takes normalized images.
-        mean: of each channel, in units where a full pixel is 1.
-        std: of each channel, likewise.
-        views: what the logits are averaged over.
-    """
+    """What is published: uint8 images (N, 3, 32, 32) to logits (N, 10), normalization included."""
 
     mean: Tensor
     std: Tensor

@@ -19,12 +19,7 @@ class Muon(Optimizer):
     """Momentum whose update of each filter bank is made nearly orthogonal (Jordan et al., 2024, the Muon optimizer).
 
     A bank, of one filter per output channel, is scaled before each step so that its norm is the root of their number.
-
-    Args:
-        parameters: filter banks, of three or more dimensions.
-        lr: learning rate.
-        momentum: in Nesterov's form.
-        dtype: arithmetic of the orthogonalization; bfloat16 is enough.
+    `dtype` is the arithmetic of the orthogonalization, for which bfloat16 is enough.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, dtype: torch.dtype):

@@ -3,6 +3,7 @@
 import io
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -193,14 +194,9 @@ def onnx_difference(onnx: bytes, images: NDArray[np.uint8], logits: NDArray[np.f
     """
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     found: Any = session.run([MODEL_OUTPUT], {MODEL_INPUT: images})[0]
-    if not np.isfinite(found).all():
-        raise DataError(
-            f"The ONNX model's output is not finite on {len(images)} held-out images, where PyTorch's is: the exporter "
-            "does not fit this network; check the versions of torch and onnxruntime."
-        )
     difference = float(np.abs(found - logits).max())
     allowed = _TOLERANCE * max(1.0, float(np.abs(logits).max()))
-    if not difference <= allowed:
+    if not difference <= allowed:  # nor where the output is not finite
         raise DataError(
             f"The ONNX model differs from torch by {difference} on {len(images)} held-out images, expected at most "
             f"{allowed}: the exporter does not fit this network; check the versions of torch and onnxruntime."
@@ -226,46 +222,39 @@ def _performance(trainer: Trainer) -> dict[str, Any]:
 
 
 def _model_card(spec: JobSpec, metrics: dict[str, Any]) -> str:
-    recipe = spec.recipe
-    views = " (mean over each image and its mirror image)" if recipe.views == "mirrored" else ""
-    recalls = "\n".join(f"| {name} | {_percent(metrics['per_class_recall'][name])} |" for name in CLASSES)
-    settings = "\n".join(f"| {name} | `{value}` |" for name, value in recipe.model_dump(mode="json").items())
-    return f"""# CIFAR-10 classifier, recipe `{recipe.name}`
+    views = " (mean over each image and its mirror image)" if spec.recipe.views == "mirrored" else ""
+    results = {
+        f"test accuracy{views}": f"{_percent(metrics['test_accuracy'])} of {metrics['test_images']} images",
+        "validation accuracy": f"{_percent(metrics['validation_accuracy'])} of {metrics['validation_images']} images",
+        "test loss": f"{metrics['test_loss']:.4f}",
+        "expected calibration error": f"{metrics['expected_calibration_error']:.4f}",
+        "parameters": f"{metrics['parameters']:,}",
+        "processed dataset": f"`{metrics['dataset_digest']}`",
+        "raw dataset": f"`{metrics['raw_digest']}`",
+        "training images": metrics["train_images"],
+    }
+    recalls = {name: _percent(recall) for name, recall in metrics["per_class_recall"].items()}
+    return f"""# CIFAR-10 classifier, recipe `{spec.recipe.name}`
 
 Classifies 32x32 color images into ten classes: {", ".join(CLASSES)}.
 It was trained to try out and to show a training and serving pipeline.
 It always answers with one of these classes, whatever the image shows.
 
-## Results
-
-| measure | value |
-|---|---|
-| test accuracy{views} | {_percent(metrics["test_accuracy"])} of {metrics["test_images"]} images |
-| test loss | {metrics["test_loss"]:.4f} |
-| validation accuracy | {_percent(metrics["validation_accuracy"])} of {metrics["validation_images"]} images |
-| expected calibration error | {metrics["expected_calibration_error"]:.4f} |
-| largest difference of ONNX logits | {metrics["onnx_max_difference"]:.2e} on {metrics["onnx_images"]} images |
-| parameters | {metrics["parameters"]:,} |
+{_table("measure", results)}
 
 The test split was used once, after training.
 This is one training with seed {spec.seed}; other seeds give somewhat different results.
 
-| class | recall |
-|---|---|
-{recalls}
+{_table("recall of class", recalls)}
 
-## Origin
-
-- processed dataset: `{metrics["dataset_digest"]}`
-- raw dataset: `{metrics["raw_digest"]}`
-- training images: {metrics["train_images"]}
-
-| recipe | |
-|---|---|
-{settings}
+{_table("recipe", spec.recipe.model_dump(mode="json"))}
 
 What it ran on is in `environment.json`, how fast in `performance.json`.
 """
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> str:
+    return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 def _percent(value: float | None) -> str:

@@ -25,18 +25,10 @@ class Execution(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one.")
-    threads: int | None = Field(
-        default=None, ge=1, description="CPU threads per process; by default this process's part of the CPU limit."
-    )
-    resident_megabytes: int = Field(
-        default=4096,
-        ge=0,
-        description="Splits up to this size are kept on the device; larger ones are read batch by batch.",
-    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads per process; by default its part of all.")
+    resident_megabytes: int = Field(default=4096, ge=0, description="Largest split that is kept on the device.")
     checkpoint_every_steps: int = Field(
-        default=100,
-        ge=0,
-        description="Steps between checkpoints within an epoch; 0 checkpoints at ends of epochs only.",
+        default=100, ge=0, description="Steps between checkpoints within an epoch; 0 for ends of epochs only."
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept while the training runs.")
 

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from cifar_assets.contracts import LANDING_PREFIX, RAW_BUCKET
+from cifar_assets.contracts import LANDING_PREFIX
 from resources.kubernetes.naming import RUN_ID_LABEL
+from resources.object_store import RAW_BUCKET
 from tests.cluster.conftest import dump
 from tests.cluster.kubectl import forwarded, free_port, kubectl, wait_for
 from tests.cluster.platform import Platform

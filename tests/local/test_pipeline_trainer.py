@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cifar_assets.contracts import EXIT_BAD_SPEC
 from cifar_assets.pipeline_steps.__main__ import main
 from cifar_assets.pipeline_steps.plan import parse_plan
 from resources.object_store import FolderStore
+from resources.trainer.contract import EXIT_BAD_SPEC
 from tests.fixtures.tiny_data import TINY_RECIPE, store_tiny_data
 
 

@@ -14,7 +14,6 @@ import psutil
 import pytest
 import torch
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 from cifar_assets.training import distributed
 from cifar_assets.training.checkpoint import CheckpointStore
 from cifar_assets.training.data import open_data
@@ -23,6 +22,7 @@ from cifar_assets.training.distributed import Processes, StopSignal, TrainingSto
 from cifar_assets.training.loop import Trainer
 from cifar_assets.training.spec import JobSpec
 from resources.object_store import open_store
+from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME
 from tests.fixtures.workspace import free_port
 from tests.unit.training.jobs import (
     COMMAND,

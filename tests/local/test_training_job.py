@@ -11,7 +11,7 @@ import pytest
 import torch
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
-from cifar_assets.contracts import BASELINE_MODEL_KEY, CLASSES, EXIT_BAD_SPEC
+from cifar_assets.contracts import BASELINE_MODEL_KEY, CLASSES
 from cifar_assets.model_package import (
     CARD_FILE,
     ENVIRONMENT_FILE,
@@ -24,6 +24,7 @@ from cifar_assets.training.data import open_data
 from cifar_assets.training.device import Processor
 from cifar_assets.training.networks import ResNet18
 from cifar_assets.training.package import measure, predict
+from resources.trainer.contract import EXIT_BAD_SPEC
 from tests.unit.training.jobs import Workplace, json_file, run_trainer
 from tests.unit.training.small_dataset import RAW_DIGEST
 

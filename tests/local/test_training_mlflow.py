@@ -13,8 +13,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 from cifar_assets.training.spec import JobSpec
+from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME
 from tests.unit.training.jobs import Workplace, fork_trainer, json_file, run_forked, start_trainer, wait_for_line
 
 TAGS = {"dagster.run_id": "run-1", "dagster.attempt": "0"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_assets.contracts import EXIT_RESUME
+from resources.trainer.contract import EXIT_RESUME
 from tests.unit.training.jobs import Workplace, fork_trainer, json_file, run_forked, start_trainer, wait_for_line
 
 NUM_KILLS = 20

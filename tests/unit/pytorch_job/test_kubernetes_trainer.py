@@ -10,7 +10,6 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from cifar_assets.contracts import EXIT_RESUME
 from cifar_assets.deployment import trainer_for
 from cifar_assets.training.recipes import RECIPES
 from cifar_assets.training.spec import JobSpec
@@ -21,6 +20,7 @@ from resources.pipes_store import STORE_URI_PARAM
 from resources.pytorch_job.client import PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.pipes import PipesPyTorchJobClient
+from resources.trainer.contract import EXIT_RESUME
 from resources.trainer.interface import TrainingScale
 from resources.trainer.kubernetes import (
     KubernetesTrainer,

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from cifar_assets.contracts import EXIT_BAD_SPEC
 from cifar_assets.serving.__main__ import main
 from cifar_assets.serving.settings import parse_settings
 from resources.errors import ConfigError
 from resources.sockets import listen
+from resources.trainer.contract import EXIT_BAD_SPEC
 
 REQUIRED = ["--model-uri", "file:///m/", "--model-digest", "abcdef0123456789"]
 

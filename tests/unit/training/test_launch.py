@@ -6,13 +6,13 @@ import pytest
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
-from cifar_assets.contracts import EXIT_BAD_SPEC, EXIT_RESUME
 from cifar_assets.training import __main__ as command
 from cifar_assets.training import job, launch
 from cifar_assets.training.distributed import PeerLostError, Processes, noticing_lost_peers
 from cifar_assets.training.launch import exit_code
 from cifar_assets.training.spec import JobSpec
 from resources.errors import StoreError
+from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME
 
 KILLED, TOLD = -signal.SIGKILL, -signal.SIGTERM
 
