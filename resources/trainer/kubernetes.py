@@ -1,8 +1,7 @@
 """Training as a PyTorchJob: the same spec, command and messages as the local trainer's process."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
@@ -29,20 +28,14 @@ class KubernetesTrainer(TrainerResource):
     """
 
     object_store: dg.ResourceDependency[ObjectStoreResource]
-    job: PyTorchJobConfig = Field(
-        description="What every training's job has in common; the asset's config sets replicas, CPU, memory and GPUs."
-    )
+    job: PyTorchJobConfig = Field(description="What all jobs have in common; the asset's config sets their scale.")
     namespace: str = Field(description="Namespace of the jobs.")
-    kubeconfig_file: str | None = Field(
-        default=None, description="Kubeconfig; by default the pod's service account, else KUBECONFIG."
-    )
+    kubeconfig_file: str | None = Field(default=None, description="By default the service account or KUBECONFIG.")
     kube_context: str | None = Field(default=None, description="Context of the kubeconfig.")
     store_endpoint_url: str | None = Field(
-        default=None, description="Object store as pods reach it, where that differs from how Dagster does."
+        default=None, description="Address of the object store for pods, if it differs."
     )
-    mlflow_tracking_uri: str | None = Field(
-        default=None, description="MLflow as pods reach it, where that differs from how Dagster does."
-    )
+    mlflow_tracking_uri: str | None = Field(default=None, description="Address of MLflow for pods, if it differs.")
     unschedulable_timeout_seconds: float = Field(
         default=600.0, gt=0, description="How long a pod may wait for a node that has room for it."
     )
@@ -68,7 +61,7 @@ class KubernetesTrainer(TrainerResource):
                 messages.handle(payload)
 
         config = self.job_config(spec, scale, child_environment)
-        with _interrupts_as_such(), as_dagster_failure():
+        with as_dagster_failure():
             self.pipes_client().run(
                 context=context,
                 config=config,
@@ -143,14 +136,3 @@ def build_trainer_collector(resource_key: str = "trainer") -> dg.SensorDefinitio
         return getattr(context.resources, resource_key).collector_target()
 
     return build_pytorch_job_collector(target, required_resource_keys={resource_key})
-
-
-@contextmanager
-def _interrupts_as_such() -> Iterator[None]:
-    """Raises the interrupt that the client replaced with a failure, so that the step's other owners clean up too."""
-    try:
-        yield
-    except dg.Failure as failure:
-        if isinstance(failure.__cause__, dg.DagsterExecutionInterruptedError | KeyboardInterrupt):
-            raise failure.__cause__ from None
-        raise
