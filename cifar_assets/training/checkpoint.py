@@ -120,7 +120,6 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
     position: dict[str, Any]
-    uri: str
 
 
 class CheckpointStore:
@@ -152,7 +151,7 @@ class CheckpointStore:
                 use(checkpoint)
                 return checkpoint
             except (DataError, ObjectNotFoundError) as error:
-                _LOG.warning("Checkpoint passed over: %s", error)
+                _LOG.warning("Checkpoint %s is passed over: %s", self._store.uri(key), error)
                 self._store.delete(key)
         return None
 
@@ -179,6 +178,6 @@ class CheckpointStore:
         try:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             position = json.loads(header["__metadata__"][_METADATA_KEY])
-            return Checkpoint(int(step), load(data), position, self._store.uri(key))
+            return Checkpoint(int(step), load(data), position)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{self._store.uri(key)} is not a checkpoint of this project: {error}") from error
+            raise DataError(f"{key} is not a checkpoint of this project: {error}") from error

@@ -35,7 +35,7 @@ from cifar_assets.training.distributed import Processes, StopSignal, TrainingSto
 from cifar_assets.training.networks import SpeedNet, build_network
 from cifar_assets.training.optimizer import rate_factor
 from cifar_assets.training.spec import JobSpec
-from resources.errors import ConfigError, DataError, StoreError
+from resources.errors import ConfigError, StoreError
 
 _LOG = logging.getLogger(__name__)
 _AGREE_EVERY = 8
@@ -251,10 +251,7 @@ class Trainer:
             self.state.network.set_whitening(self._normalize(images, images.shape[-1]))
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
-        try:
-            self.state.load(checkpoint.tensors, Position.from_json(checkpoint.position))
-        except DataError as error:
-            raise DataError(f"{checkpoint.uri} does not fit this training: {error}") from error
+        self.state.load(checkpoint.tensors, Position.from_json(checkpoint.position))
         made_with = checkpoint.position.get("made_with", self._made_with())
         if made_with != self._made_with():
             _LOG.warning(

@@ -116,14 +116,13 @@ def measure(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str,
     predicted = logits.argmax(axis=1)
     confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
     np.add.at(confusion, (labels, predicted), 1)
-    totals = confusion.sum(axis=1)
     return {
         "accuracy": float((predicted == labels).mean()),
         "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
         "images": len(labels),
         "per_class_recall": {
-            name: float(confusion[index, index] / totals[index]) if totals[index] else None
-            for index, name in enumerate(CLASSES)
+            name: float(right / total) if total else None
+            for name, right, total in zip(CLASSES, confusion.diagonal(), confusion.sum(axis=1), strict=True)
         },
         "confusion_matrix": confusion.tolist(),
         "expected_calibration_error": calibration_error(np.exp(log_probabilities), labels),
@@ -212,10 +211,6 @@ def _performance(trainer: Trainer) -> dict[str, Any]:
         "images_per_second": num_train * len(history) / train_seconds if train_seconds else None,
         "train_seconds": train_seconds,
         "seconds_per_phase": {name: round(seconds, 3) for name, seconds in trainer.seconds.items()},
-        "epochs": [
-            {"epoch": r.epoch, "seconds": round(r.seconds, 3), "images_per_second": round(r.images_per_second, 1)}
-            for r in history
-        ],
         "resumed_from_step": trainer.resumed_from,
         "mlflow_unsent": [],
     }

@@ -21,18 +21,10 @@ CPUS = len(os.sched_getaffinity(0))
         ("?", CPUS),
     ],
 )
-def test_a_containers_cpu_limit_counts(tmp_path: Path, content: str, expected: float):
+def test_a_containers_cpu_limit_counts(tmp_path: Path, content: str, expected: float) -> None:
     (tmp_path / "cpu.max").write_text(content)
     assert available_cpus(tmp_path) == expected
 
 
-@pytest.mark.parametrize(("quota", "expected"), [("-1\n", CPUS), ("150000\n", min(CPUS, 1.5))])
-def test_the_limit_is_found_in_version_1_too(tmp_path: Path, quota: str, expected: float):
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    assert available_cpus(tmp_path) == expected
-
-
-def test_without_cgroups_the_affinity_counts(tmp_path: Path):
+def test_without_cgroups_the_affinity_counts(tmp_path: Path) -> None:
     assert available_cpus(tmp_path) == CPUS
