@@ -72,34 +72,27 @@ def _report(seconds: float) -> None:
     if event is None or event.asset_materialization is None:
         raise SystemExit("inference_service has no materialization.")
     served = {name: value.value for name, value in event.asset_materialization.metadata.items()}
-    url = str(served["url"])
-    picture, label, num_right = _ask_about_test_pictures(url, str(served["dataset_digest"]))
+    split = open_split(LocalObjectStore().processed, str(served["dataset_digest"]), "test")
+    labels = [CLASSES[label] for label in split.labels[:_NUM_PICTURES]]
+    pictures = [_PICTURE_FOLDER / f"test-{index}.png" for index in range(len(labels))]
+    _PICTURE_FOLDER.mkdir(parents=True, exist_ok=True)
+    for path, image in zip(pictures, split.take(list(range(len(labels)))), strict=True):
+        Image.fromarray(image.transpose(1, 2, 0)).save(path)
+    answers = InferenceClient(str(served["url"])).predict_files(pictures).classes
+    right = [index for index, label in enumerate(labels) if answers[index] == label]
+    example = right[0] if right else 0
     lines = [
         "",
         f"Test accuracy  {float(str(served['test_accuracy'])):.2%}",
         f"Model          version {served['model_version']}, digest {served['model_digest']}",
         f"Took           {seconds:.0f} s for all four assets",
-        f"Asked the service about {_NUM_PICTURES} test pictures: {num_right} right.",
+        f"Asked the service about {len(labels)} test pictures: {len(right)} right.",
         "",
-        f"Ask it yourself; the picture shows: {label}",
-        f"  curl -F image=@{picture} {url}/v1/models/{MODEL_NAME}:predict",
+        f"Ask it yourself; the picture shows: {labels[example]}",
+        f"  curl -F image=@{pictures[example]} {served['url']}/v1/models/{MODEL_NAME}:predict",
         "See the graph, the runs and the pictures: make dev. End the service: make stop.",
     ]
     _log.info("\n".join(lines))
-
-
-def _ask_about_test_pictures(url: str, dataset_digest: str) -> tuple[Path, str, int]:
-    """Classify the first test pictures over HTTP. Gives the first that was right, its class, and how many were."""
-    split = open_split(LocalObjectStore().processed, dataset_digest, "test")
-    _PICTURE_FOLDER.mkdir(parents=True, exist_ok=True)
-    labels = [CLASSES[label] for label in split.labels[:_NUM_PICTURES]]
-    paths = [_PICTURE_FOLDER / f"test-{index}.png" for index in range(len(labels))]
-    for path, image in zip(paths, split.take(list(range(len(labels)))), strict=True):
-        Image.fromarray(image.transpose(1, 2, 0)).save(path)
-    answers = InferenceClient(url).predict_files(paths).classes
-    right = [index for index, label in enumerate(labels) if answers[index] == label]
-    shown = right[0] if right else 0
-    return paths[shown], labels[shown], len(right)
 
 
 if __name__ == "__main__":

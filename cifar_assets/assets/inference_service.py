@@ -1,6 +1,8 @@
 """The served model: deployed only when the gate passes this exact version, which Dagster materialized and checked."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import dagster as dg
@@ -120,21 +122,23 @@ def _advice(digest: str, objections: list[str]) -> str:
 
 def _version(context: dg.AssetExecutionContext, mlflow: MlflowResource, digest: str) -> str:
     """The model's number in MLflow's registry, or the start of its digest where MLflow has none or does not answer."""
-    try:
-        version = mlflow.find_version(digest)
-    except Exception as error:
-        context.log.warning(f"MLflow did not answer; the service is named by digest: {error}")
-        version = None
-    return str(version.version) if version else digest[:12]
+    with _without_mlflow(context, "the service is named by digest"):
+        if version := mlflow.find_version(digest):
+            return str(version.version)
+    return digest[:12]
 
 
 def _record(context: dg.AssetExecutionContext, mlflow: MlflowResource, digest: str, verdict: Verdict) -> None:
-    """Write the decision to MLflow. It holds without MLflow, whose absence is a warning."""
-    try:
+    """Write the decision to MLflow, where it does not count."""
+    with _without_mlflow(context, f"the gate's decision is not recorded there ({verdict.reason})"):
         if mlflow.record_decision(digest, verdict, context.run_id) is None:
-            context.log.warning(
-                f"Model {digest} has no version in MLflow: the gate's decision is not recorded there, "
-                "and the alias champion stays where it is. The log of its training says why."
-            )
+            raise LookupError(f"model {digest} has no version; the log of its training says why")
+
+
+@contextmanager
+def _without_mlflow(context: dg.AssetExecutionContext, consequence: str) -> Iterator[None]:
+    """Only warn of what fails: deployments do not depend on MLflow."""
+    try:
+        yield
     except Exception as error:
-        context.log.warning(f"MLflow did not take the gate's decision ({verdict.reason}): {error}")
+        context.log.warning(f"MLflow: {consequence}: {error}")

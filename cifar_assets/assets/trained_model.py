@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import dagster as dg
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, Field
 
 from cifar_assets.assets import metadata
 from cifar_assets.assets.common import AccuracyGate, retrying_infrastructure_faults
@@ -28,36 +28,17 @@ JOB_METADATA = "job_identity"
 _KEPT_METADATA = (JOB_METADATA, RUN_METADATA, "model_version", "resumed_from")
 
 
-def _optional_fields(model: type[BaseModel], name: str) -> Any:
-    """A Dagster config with every field of the model, none required, so that the launchpad shows and completes them.
-
-    Types are the nearest ones Dagster's config system knows; the model itself checks the values afterwards.
-    """
-    fields: dict[str, Any] = {
-        field_name: (_config_type(field.annotation) | None, Field(default=None, description=field.description))
-        for field_name, field in model.model_fields.items()
-        if field_name != "name"
-    }
-    return create_model(name, __base__=dg.Config, __doc__=model.__doc__, **fields)
-
-
-def _config_type(annotation: Any) -> Any:
-    if get_origin(annotation) is tuple:
-        return list[dict[str, float]]
-    simple = {int, float, bool} & {annotation, *get_args(annotation)}
-    return simple.pop() if simple else str
-
-
-RecipeOverrides = _optional_fields(Recipe, "RecipeOverrides")
-ExecutionOverrides = _optional_fields(Execution, "ExecutionOverrides")
+def _described(model: type[BaseModel]) -> str:
+    fields = {name: field.description for name, field in model.model_fields.items() if name != "name"}
+    return "".join(f"\n- {name}: {description}" for name, description in fields.items())
 
 
 class TrainedModelConfig(dg.Config):
     """Which dataset, by which recipe, on how many processes."""
 
     recipe: str = Field(default=DEFAULT_RECIPE, description=f"One of {', '.join(sorted(RECIPES))}.")
-    overrides: RecipeOverrides = Field(  # pyright: ignore[reportInvalidTypeForm]: made from Recipe at import
-        default_factory=RecipeOverrides, description="Fields of the recipe to change for this run."
+    overrides: dict[str, Any] = Field(
+        default={}, description=f"Fields of the recipe to change for this run, of:{_described(Recipe)}"
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Decides initial weights, order and augmentation.")
     dataset_digest: str | None = Field(
@@ -66,9 +47,8 @@ class TrainedModelConfig(dg.Config):
     scale: TrainingScale = Field(
         default_factory=TrainingScale, description="Processes, and what each replica is given."
     )
-    execution: ExecutionOverrides = Field(  # pyright: ignore[reportInvalidTypeForm]: made from Execution at import
-        default_factory=ExecutionOverrides,
-        description="How the job runs where it runs; does not decide what it learns.",
+    execution: dict[str, Any] = Field(
+        default={}, description=f"How the job runs, which does not decide what it learns:{_described(Execution)}"
     )
     reuse: bool = Field(
         default=False,
@@ -88,15 +68,11 @@ class TrainedModelConfig(dg.Config):
             object_store.models,
             dataset_digest,
             recipe=self.recipe,
-            overrides=_given(self.overrides),
-            execution=_given(self.execution),
+            overrides=self.overrides,
+            execution=self.execution,
             seed=self.seed,
             mlflow=mlflow,
         )
-
-
-def _given(config: dg.Config) -> dict[str, Any]:
-    return {name: value for name, value in config.model_dump().items() if value is not None}
 
 
 @dg.asset(

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,13 +10,11 @@ import dagster as dg
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.record import find_materialization, materialized_digest, previous_digests
 from cifar_assets.checks.results import answers, declare
-from cifar_assets.gate import judge_model
+from cifar_assets.gate import judge_model, read_metrics
 from cifar_assets.model_package import (
     ENVIRONMENT_FILE,
-    METRICS_FILE,
     RECIPE_FILE,
     WEIGHTS_FILE,
-    ModelManifest,
     read_json,
     read_manifest,
 )
@@ -40,35 +37,21 @@ PARITY_CHECKS = declare(
 )
 
 
-@dataclass(frozen=True)
 class _Model:
     """A stored model, opened."""
 
-    digest: str
-    package: ObjectStore
-    manifest: ModelManifest
-
-    @property
-    def inputs(self) -> tuple[str, int, Any]:
-        """Dataset, seed and recipe."""
+    def __init__(self, models: ObjectStore, digest: str):
+        self.digest = digest
+        self.package = models.at(digest)
+        self.manifest = read_manifest(self.package, digest)
         recipe = read_json(self.package, self.manifest, RECIPE_FILE)
-        return self.manifest.dataset_digest, self.manifest.seed, recipe
+        self.inputs = (self.manifest.dataset_digest, self.manifest.seed, recipe)
 
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return read_json(self.package, self.manifest, METRICS_FILE)
-
-    @property
     def environment(self) -> dict[str, Any]:
         """What the training ran on, as far as it affects rounding."""
         found = json.loads(self.package.read(ENVIRONMENT_FILE))
         names = ("processes", "threads", "device", "precision", "cpu")
         return {**{name: found[name] for name in names}, "torch": found["packages"].get("torch")}
-
-
-def _open(models: ObjectStore, digest: str) -> _Model:
-    package = models.at(digest)
-    return _Model(digest, package, read_manifest(package, digest))
 
 
 @dg.multi_asset_check(name="argo_parity_checks", can_subset=True, specs=PARITY_CHECKS)
@@ -81,13 +64,18 @@ def argo_parity_checks(
 
     @cache
     def both() -> tuple[_Model, _Model]:
-        argo = _open(models, digest)
+        argo = _Model(models, digest)
         return argo, _find_twin(context, models, argo)
 
+    def same_inputs() -> Verdict:
+        argo, twin = both()
+        text = f"Dataset {argo.inputs[0]}, seed {argo.inputs[1]} and recipe are those of {twin.digest}."
+        return Verdict(True, text, {"twin": twin.digest})
+
     judges = {
-        "same_inputs": lambda: _same_inputs(*both()),
+        "same_inputs": same_inputs,
         "same_artefacts": lambda: _sets("files", *({info.key for info in each.package.list()} for each in both())),
-        "same_metrics": lambda: _sets("metrics", *(set(each.metrics) for each in both())),
+        "same_metrics": lambda: _sets("metrics", *(set(read_metrics(models, each.digest)) for each in both())),
         "same_weights": lambda: _same_weights(*both()),
         "same_verdict": lambda: _same_verdict(context.instance, models, *both()),
     }
@@ -99,18 +87,13 @@ def _find_twin(context: dg.AssetCheckExecutionContext, models: ObjectStore, argo
     digests = previous_digests(context.instance, TRAINED_MODEL)
     for digest in sorted(digests, key=lambda digest: digest != argo.digest):
         try:
-            model = _open(models, digest)
-            if model.inputs == argo.inputs:
-                return model
+            model = _Model(models, digest)
         except ExplainedError as error:
             context.log.warning(f"Model {digest} cannot be compared with: {error}")
+            continue
+        if model.inputs == argo.inputs:
+            return model
     raise DataError(f"No model of trained_model has the dataset, recipe and seed of {argo.digest}.")
-
-
-def _same_inputs(argo: _Model, twin: _Model) -> Verdict:
-    dataset, seed, _ = argo.inputs
-    text = f"Dataset {dataset}, seed {seed} and recipe are those of {twin.digest}."
-    return Verdict(True, text, {"twin": twin.digest})
 
 
 def _sets(what: str, argo: set[str], twin: set[str]) -> Verdict:
@@ -124,9 +107,8 @@ def _sets(what: str, argo: set[str], twin: set[str]) -> Verdict:
 def _same_weights(argo: _Model, twin: _Model) -> Verdict:
     """Equal weights, or another number of processes, pass."""
     if argo.manifest.files[WEIGHTS_FILE] == twin.manifest.files[WEIGHTS_FILE]:
-        text = f"The weights have the same sha256, {argo.manifest.files[WEIGHTS_FILE]}."
-        return Verdict(True, text, {"identical": str(True)})
-    ours, theirs = argo.environment, twin.environment
+        return Verdict(True, "The weights have the same sha256.", {"identical": str(True)})
+    ours, theirs = argo.environment(), twin.environment()
     differences = ", ".join(f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key])
     text = f"The weights differ. Argo and Dagster had {differences or 'the same environment'}."
     return Verdict(ours["processes"] != theirs["processes"], text, {"identical": str(False)})

@@ -12,7 +12,7 @@ from pydantic import Field
 from cifar_assets.assets.keys import INFERENCE_SERVICE
 from cifar_assets.assets.record import evaluations, materialized_digest
 from cifar_assets.checks.results import answers, declare
-from cifar_assets.dataset.versions.reader import SplitReader, open_split
+from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import read_manifest
 from cifar_assets.serving.comparison import compare_answers
 from resources.errors import ConfigError
@@ -71,12 +71,16 @@ def inference_service_checks(
         found = compare_answers(client, object_store.models, object_store.processed, digest, config.num_images)
         return Verdict(found.passed, str(found), {"accuracy": found.accuracy})
 
+    def latency() -> Verdict:
+        client = _client(status(), digest)
+        manifest = read_manifest(object_store.models.at(digest), digest)
+        image = open_split(object_store.processed, manifest.dataset_digest, "test").take([0])
+        return _latency(context.instance, client, image, config)
+
     judges = {
         "serves_the_model": lambda: serves_the_model(status(), digest),
         "answers_as_evaluated": answers_as_evaluated,
-        "latency": lambda: _latency(
-            context.instance, _client(status(), digest), _test_split(object_store, digest), config
-        ),
+        "latency": latency,
     }
     yield from answers(context, SERVICE_CHECKS, digest, judges)
 
@@ -94,32 +98,22 @@ def _client(status: ServiceStatus, digest: str) -> InferenceClient:
     return InferenceClient(status.url, headers=status.headers)
 
 
-def _test_split(object_store: ObjectStoreResource, digest: str) -> SplitReader:
-    manifest = read_manifest(object_store.models.at(digest), digest)
-    return open_split(object_store.processed, manifest.dataset_digest, "test")
-
-
 def _latency(
-    instance: dg.DagsterInstance, client: InferenceClient, test: SplitReader, config: ServiceCheckConfig
+    instance: dg.DagsterInstance, client: InferenceClient, image: np.ndarray, config: ServiceCheckConfig
 ) -> Verdict:
-    image = test.take([0])
+    """The median now against the lowest of those that earlier executions of this check measured."""
     times = []
     for _ in range(config.num_timed_requests):
         started = time.perf_counter()
         client.predict_arrays(image)
         times.append(time.perf_counter() - started)
     median = float(np.median(times)) * 1000
-    before = _medians_before(instance)
+    recent = (each.metadata.get("median_milliseconds") for each, _ in islice(evaluations(instance, LATENCY_CHECK), 50))
+    before = [float(found.value) for found in recent if found and isinstance(found.value, int | float)]
     allowed = min(before, default=median) * config.slowdown_bound
+    limit = f"{config.slowdown_bound:g} times the lowest median before" if before else "first measurement"
     return Verdict(
         median <= allowed,
-        f"Median of {len(times)} requests {median:.1f} ms; allowed {allowed:.1f} ms"
-        + (f", {config.slowdown_bound:g} times the lowest median before." if before else " (first measurement)."),
+        f"Median of {len(times)} requests {median:.1f} ms; allowed {allowed:.1f} ms ({limit}).",
         {"median_milliseconds": median},
     )
-
-
-def _medians_before(instance: dg.DagsterInstance) -> list[float]:
-    """Medians that earlier executions of this check measured, in milliseconds."""
-    recent = (each.metadata.get("median_milliseconds") for each, _ in islice(evaluations(instance, LATENCY_CHECK), 50))
-    return [float(found.value) for found in recent if found is not None and isinstance(found.value, int | float)]

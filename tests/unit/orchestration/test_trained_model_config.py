@@ -78,6 +78,9 @@ def test_without_config_the_default_recipe_is_complete() -> None:
     [
         ({"recipe": "resnet50"}, "baseline.*fast.*resnet18"),
         ({"overrides": {"epochs": 0}}, "epochs"),
+        ({"overrides": {"epochs": "many"}}, "epochs"),
+        ({"overrides": {"lerning_rate": 1.0}}, "lerning_rate"),
+        ({"execution": {"thread": 1}}, "thread"),
         ({"overrides": {"network": "vgg"}}, "network"),
         ({"overrides": {"resolutions": [{"start": 0.5, "size": 16}]}}, "resolutions"),
         ({"execution": {"threads": 0}}, "threads"),
@@ -92,9 +95,8 @@ def test_a_recipe_that_cannot_be_is_refused_naming_the_field(config: dict, named
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"overrides": {"lerning_rate": 1.0}}, "lerning_rate"),
         ({"recipe_name": "fast"}, "recipe_name"),
-        ({"overrides": {"epochs": "many"}}, "epochs"),
+        ({"seed": "many"}, "seed"),
     ],
 )
 def test_the_launchpad_refuses_what_it_does_not_know(config: dict, named: str) -> None:
