@@ -6,7 +6,7 @@ goes stale. It makes validating an unchanged object cheap and is derived data: d
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,13 +60,10 @@ def pixel_digests(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32)
 
 
-def build_index(
-    batches: Iterable[RowBatch], what: str = "images", on_rows: Callable[[int], None] = lambda rows: None
-) -> ObjectIndex:
+def build_index(batches: Iterable[RowBatch], what: str = "images") -> ObjectIndex:
     """The index of the rows that the batches hold."""
     digests, labels, splits = [np.empty((0, 32), np.uint8)], [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
     refused: dict[int, str] = {}
-    rows = 0
     for batch in batches:
         found = pixel_digests(batch.images).copy()
         found[[row - batch.first_row for row in batch.refused]] = 0
@@ -74,11 +71,9 @@ def build_index(
         labels.append(batch.labels)
         splits.append(np.full(len(batch), SPLITS.index(batch.split), np.uint8))
         refused.update(batch.refused)
-        rows += len(batch)
         if len(refused) > MAX_REFUSED_ROWS:
             first = next(iter(refused.items()))
             raise DataError(f"{what}: over {MAX_REFUSED_ROWS:,} rows cannot be used, row {first[0]} first: {first[1]}.")
-        on_rows(rows)
     return ObjectIndex(np.concatenate(digests), np.concatenate(labels), np.concatenate(splits), refused)
 
 
@@ -113,8 +108,7 @@ def parse_index(data: bytes) -> ObjectIndex | None:
 def read_index(path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool) -> ObjectIndex:
     """The index of a file's rows, read in another process: the file is outside data. Raises as `isolated.ask` does."""
     arguments = {"path": str(path), "format": kind, "split": split, "name": name, "resize": resize}
-    _, data = ask("index_file", arguments, name, num_bytes=path.stat().st_size)
-    index = parse_index(data)
+    index = parse_index(ask("index_file", arguments, name, num_bytes=path.stat().st_size))
     if index is None:
         raise DataError(f"{name}: the process that read it did not answer with an index. Do not use this file.")
     return index

@@ -1,82 +1,77 @@
-"""The process that reads outside bytes for `isolated`: one question at a time on stdin, its answer the same way."""
+"""The process that reads outside bytes for `isolated`: a fork of it answers each question that comes on stdin."""
 
-import contextlib
 import os
 import resource
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from cifar_assets.dataset.formats.images import pixel_digest, prepare_image
-from cifar_assets.dataset.formats.isolated import receive, send
+from cifar_assets.dataset.formats.isolated import OUT_OF_MEMORY, receive, send
 from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.index import build_index, dump_index
 from cifar_assets.dataset.objects import read_rows
 from resources.errors import DataError
 
-_IDLE_SECONDS = 60
 
-_Progress = Callable[[int], None]
-
-
-def index_file(arguments: dict[str, Any], payload: bytes, progress: _Progress) -> tuple[Any, bytes]:
+def index_file(payload: bytes, *, path: str, format: Any, split: str, name: str, resize: bool) -> bytes:
     """The index of a file's rows."""
-    path, kind, split, name = Path(arguments["path"]), arguments["format"], arguments["split"], arguments["name"]
     unread: dict[str, str] = {}
-    rows = read_rows(path, kind, split, name, resize=arguments["resize"], unread=unread)
-    return None, dump_index(replace(build_index(rows, name, progress), unread=unread))
+    index = build_index(read_rows(Path(path), format, split, name, resize=resize, unread=unread), name)
+    return dump_index(replace(index, unread=unread))
 
 
-def digest_picture(arguments: dict[str, Any], payload: bytes, progress: _Progress) -> tuple[Any, bytes]:
+def digest_picture(payload: bytes, *, resize: bool) -> bytes:
     """The pixel digest of the picture that the payload is."""
-    return pixel_digest(prepare_image(payload, resize=arguments["resize"])), b""
+    return pixel_digest(prepare_image(payload, resize=resize)).encode()
 
 
 _OPERATIONS = {function.__name__: function for function in (index_file, digest_picture)}
 
 
 def main() -> None:
-    """Answer until the parent closes the connection or stays silent."""
+    """Answer until the parent closes the connection, or a file kills its reader: then end as that did."""
     parent = Connection(0)
-    _limit_memory()
     send(parent, {"ready": True})
-    while parent.poll(_IDLE_SECONDS):
+    while True:
         try:
             question, payload = receive(parent)
         except (EOFError, OSError):
             return
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(used.ru_utime + used.ru_stime) + 1 + question["cpu_seconds"]
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-        try:
-            operation = _OPERATIONS[question["operation"]]
-            result, data = operation(question["arguments"], payload, lambda rows: send(parent, {"rows": rows}))
-        except MemoryError:
-            send(parent, {"memory": True})
-            return  # what else failed for want of it is not known
-        except DataError as error:
-            send(parent, {"refused": str(error), "hostile": isinstance(error, HostileDataError)})
-        except Exception as error:
-            traceback.print_exc()
-            send(parent, {"failed": repr(error)})
-        else:
-            send(parent, {"result": result}, data)
+        if not (reader := os.fork()):
+            _answer(parent, question, payload)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1])
+        if status:
+            os._exit(status % 256)
 
 
-def _limit_memory() -> None:
+def _answer(parent: Connection, question: Mapping[str, Any], payload: bytes) -> None:
+    try:
+        _limit(**question["limits"])
+        send(parent, {}, _OPERATIONS[question["operation"]](payload, **question["arguments"]))
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    except DataError as error:
+        send(parent, {"refused": str(error), "hostile": isinstance(error, HostileDataError)})
+    except Exception as error:
+        traceback.print_exc()
+        send(parent, {"failed": repr(error)})
+
+
+def _limit(memory: int, cpu: int, wall: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform != "linux":
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than its parent
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + int(os.environ["CIFAR_READER_MEMORY"])
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    signal.alarm(wall)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux" and soft == resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, hard))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """Reading the official archive's pickles: plain data comes out, and nothing that a file could drive is ever made.
 
-The unpickler makes no numpy object. Stand-ins written here take what a pickle says of an array, and one checked
-`np.frombuffer` makes the array from it.
+A pickle gets stand-ins written here for the few names that arrays need, and one checked `np.frombuffer` makes an array
+of what it says. What a pickle costs is limited by the process that reads it.
 """
 
 import io
 import math
 import pickle
+import pickletools
 import re
-import struct
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ def load_fields(data: bytes, name: str) -> dict[str, Any]:
     else, DataError when it is cut off, not a pickle or not a dict.
     """
     try:
+        _check_claims(data)
         loaded = _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
         if not isinstance(loaded, dict):
             raise DataError(f"expected a dict, got a {type(loaded).__name__}")
@@ -40,6 +40,13 @@ def load_fields(data: bytes, name: str) -> dict[str, Any]:
         raise DataError(f"{name} is not a readable pickle of arrays and plain values: {error!r:.200}") from error
 
 
+def _check_claims(data: bytes) -> None:
+    """Refuse lengths and memo positions beyond the data, for which the unpickler would allocate memory."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
+            raise ValueError("a memo larger than the pickle")
+
+
 def _text(value: object) -> str:
     if isinstance(value, bytes):
         return value.decode("latin1")
@@ -48,7 +55,14 @@ def _text(value: object) -> str:
     return value
 
 
-class _Dtype:
+class _StandIn:
+    """Whatever a pickle does with one, or with its class, ends here: BUILD calls `__setstate__` and sets nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise HostileDataError("the pickle sets the state of what has none")
+
+
+class _Dtype(_StandIn):
     """Stands for numpy.dtype."""
 
     def __init__(self, kind: Any, *_: Any):
@@ -56,123 +70,65 @@ class _Dtype:
             raise HostileDataError(f"the pickle holds an array of {kind!r:.50}; only numbers and text are read")
         self.kind, self.byte_order = kind, "="
 
-    def set_state(self, state: Any) -> None:
+    def __setstate__(self, state: Any) -> None:
         self.byte_order = {"|": "=", "=": "=", "<": "<", ">": ">"}[state[1]]
 
 
-class _Array:
-    """Stands for numpy.ndarray."""
+class _Array(_StandIn):
+    """Stands for numpy.ndarray, and for the function that makes an empty one to be filled by BUILD."""
 
     array: np.ndarray | None = None
 
-    def set_state(self, state: Any) -> None:
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
         _, shape, dtype, is_fortran, data = state
         self.fill(data, dtype, shape, "F" if is_fortran else "C")
 
-    def fill(self, data: Any, dtype: Any, shape: Any, order: Any) -> "_Array":
+    def fill(self, data: Any, dtype: Any, shape: Any, order: Any) -> None:
         kind = np.dtype(dtype.byte_order + dtype.kind)
         data = data.encode("latin1") if isinstance(data, str) else data
-        if not isinstance(data, bytes) or not all(type(side) is int and side >= 0 for side in shape):
+        if not isinstance(data, bytes | bytearray) or not all(type(side) is int and side >= 0 for side in shape):
             raise ValueError("an array without data or shape")
         if math.prod(shape) * kind.itemsize != len(data):
             raise ValueError(f"an array of {len(data)} bytes that claims another size")
         self.array = np.frombuffer(data, dtype=kind).reshape(shape, order=order)
-        return self
 
 
-class _Dict(dict[Any, Any]):
-    """Its keys are text, bytes or numbers: the hash of nested tuples may take forever."""
+class _Buffer(_Array):
+    """Stands for the function that makes an array of a buffer."""
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if not isinstance(key, str | bytes | int):
-            raise ValueError("a dict with keys that are not text, bytes or numbers")
-        super().__setitem__(key, value)
+    def __init__(self, *parts: Any):
+        self.fill(*parts)
 
 
-def _reconstruct(kind: Any, shape: Any, typecode: Any) -> _Array:
-    if kind is not _new_array:
-        raise HostileDataError("the pickle builds an array of a class of its own")
-    return _Array()
+class _Encoded(_StandIn):
+    """Stands for the functions that make bytes."""
+
+    def __new__(cls, text: str = "", encoding: str = "latin1") -> Any:
+        return text.encode("latin1" if encoding == "latin1" else "ascii")
 
 
-def _new_array(*_: Any) -> None:
-    raise HostileDataError("the pickle builds an array without its bytes")
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1" if encoding == "latin1" else "ascii")
-
-
-_ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "ndarray"): _new_array,
-    ("numpy", "dtype"): lambda *state: _Dtype(*state),
-    ("_codecs", "encode"): _encode,
-    ("__builtin__", "bytes"): lambda: b"",
+_ADMITTED: dict[tuple[str, str], type[_StandIn]] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.numeric", "_frombuffer"): _Buffer,
+    ("numpy._core.numeric", "_frombuffer"): _Buffer,
+    ("_codecs", "encode"): _Encoded,
+    ("__builtin__", "bytes"): _Encoded,
 }
-"""What a pickle may name, and what is called in its place. Nothing else that can be called ever is on its stack."""
-for _core in ("numpy.core", "numpy._core"):
-    _ADMITTED |= {
-        (f"{_core}.multiarray", "_reconstruct"): _reconstruct,
-        (f"{_core}.numeric", "_frombuffer"): lambda *parts: _Array().fill(*parts),
-    }
-
-_UNPICKLER: Any = pickle._Unpickler  # noqa: SLF001
-# The C unpickler allocates a memo as large as the pickle claims; this one keeps a dict.
-
-_REFUSED_OPCODES = [
-    *(pickle.OBJ, pickle.INST, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.PERSID, pickle.BINPERSID),
-    *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
-    *(pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET),
-]
+"""What a pickle may name, and what it gets. Nothing else that can be called ever is on its stack."""
 
 
-class _PlainUnpickler(_UNPICKLER):
-    stack: Any
-
-    def find_class(self, module: str, name: str) -> Any:
-        admitted = _ADMITTED.get((module, name))
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        admitted = _ADMITTED.get((module_name, global_name))
         if admitted is None:
             raise HostileDataError(
-                f"the pickle asks for {module}.{name}; only numpy arrays and plain Python values are read. "
+                f"the pickle asks for {module_name}.{global_name}; only numpy arrays and plain Python values are read. "
                 "Do not use this file: write the batch again with numpy arrays and lists."
             )
         return admitted
-
-    def load_reduce(self) -> None:
-        arguments = self.stack.pop()
-        if not callable(self.stack[-1]):
-            raise HostileDataError("the pickle calls what is not a function")
-        self.stack[-1] = self.stack[-1](*arguments)
-
-    def load_build(self) -> None:
-        state = self.stack.pop()
-        if not isinstance(self.stack[-1], _Array | _Dtype):
-            raise HostileDataError("the pickle sets the state of what has none")
-        self.stack[-1].set_state(state)
-
-    def load_empty_dictionary(self) -> None:
-        self.append(_Dict())
-
-    def load_dict(self) -> None:
-        items = self.pop_mark()
-        self.append(_Dict())
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            self.stack[-1][key] = value
-
-    def load_bytearray8(self) -> None:
-        # The original allocates the length that the pickle claims.
-        (size,) = struct.unpack("<Q", self.read(8))
-        self.append(self.read(size))
-
-    def load_refused(self) -> None:
-        raise HostileDataError("the pickle builds an object of a class of its own, or a set")
-
-    dispatch: ClassVar[dict[int, Any]] = {
-        **_UNPICKLER.dispatch,
-        **dict.fromkeys((opcode[0] for opcode in _REFUSED_OPCODES), load_refused),
-        pickle.REDUCE[0]: load_reduce,
-        pickle.BUILD[0]: load_build,
-        pickle.EMPTY_DICT[0]: load_empty_dictionary,
-        pickle.DICT[0]: load_dict,
-        pickle.BYTEARRAY8[0]: load_bytearray8,
-    }

@@ -1,20 +1,22 @@
 """Rows of images as every format gives them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_assets.contracts import CLASSES
+from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
+from resources.errors import DataError
 
 Split = Literal["train", "test", "any"]
 """Where the source puts a row; "any" where the source has no split of its own."""
 
 SPLITS: tuple[Split, ...] = ("train", "test", "any")
-BATCH_ROWS = 2048
 REFUSED_LABEL = -1
+_BATCH_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,40 @@ class RowBatch:
         return len(self.labels)
 
 
-def label_refusal(label: object) -> str | None:
-    """Why the value is not a class label, or None when it is one."""
-    if isinstance(label, bool) or not isinstance(label, int | np.integer):
-        return f"label is {label!r}: expected an integer from 0 to {len(CLASSES) - 1}"
-    if not 0 <= int(label) < len(CLASSES):
-        return f"label {int(label)} is out of range: expected 0 to {len(CLASSES) - 1}"
-    return None
+def row_batches(
+    rows: Iterable[tuple[Any, object]],
+    pixels_of: Callable[[Any], NDArray[np.uint8]],
+    split: Split,
+    first_row: int = 0,
+) -> Iterator[RowBatch]:
+    """Batches over rows of a picture and its label. A row in which either is not usable is refused, not raised."""
+    rows = iter(rows)
+    while True:
+        images = np.zeros((_BATCH_ROWS, *IMAGE_SHAPE), np.uint8)
+        labels = np.full(_BATCH_ROWS, REFUSED_LABEL)
+        refused: dict[int, str] = {}
+        count = 0
+        for count, (picture, label) in enumerate(islice(rows, _BATCH_ROWS), 1):
+            try:
+                checked = _check_label(label)
+                images[count - 1] = pixels_of(picture)
+                labels[count - 1] = checked
+            except DataError as error:
+                refused[first_row + count - 1] = str(error)
+        if not count:
+            return
+        yield RowBatch(first_row, split, images[:count], labels[:count], refused)
+        first_row += count
 
 
 def pixel_batches(
     images: NDArray[np.uint8], labels: NDArray[np.int64], split: Split, first_row: int = 0
 ) -> Iterator[RowBatch]:
-    """Batches over decoded pixels (N x 3 x 32 x 32) and their labels; labels that are out of range are refused."""
-    is_bad = (labels < 0) | (labels >= len(CLASSES))
-    checked = np.where(is_bad, REFUSED_LABEL, labels)
-    for start in range(0, len(labels), BATCH_ROWS):
-        part = slice(start, start + BATCH_ROWS)
-        bad = start + np.flatnonzero(is_bad[part])
-        refused = {first_row + int(row): label_refusal(labels[row]) or "" for row in bad}
-        yield RowBatch(first_row + start, split, images[part], checked[part], refused)
+    """Batches over decoded pixels (N x 3 x 32 x 32) and their labels."""
+    return row_batches(zip(images, labels, strict=True), lambda pixels: pixels, split, first_row)
+
+
+def _check_label(label: object) -> int:
+    if isinstance(label, bool) or not isinstance(label, int | np.integer) or not 0 <= label < len(CLASSES):
+        raise DataError(f"label {label!r} is out of range: expected an integer from 0 to {len(CLASSES) - 1}")
+    return int(label)

@@ -190,8 +190,8 @@ def _read(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Landed:
         with _refusing(sha256):
             check_size(info.size)
             arguments = {"resize": resize}
-            pixels, _ = ask("digest_picture", arguments, info.key, payload=path.read_bytes(), num_bytes=info.size)
-        return _image(info, Seen(sha256=sha256, pixels=pixels))
+            pixels = ask("digest_picture", arguments, info.key, payload=path.read_bytes(), num_bytes=info.size)
+        return _image(info, Seen(sha256=sha256, pixels=pixels.decode()))
 
 
 def _read_table(raw: ObjectStore, info: ObjectInfo, path: Path, sha256: str, resize: bool) -> Landed:

@@ -132,9 +132,3 @@ def test_ranges_name_exactly_the_rows(rows: set[int]) -> None:
     )
     assert np.flatnonzero(~item.used()).tolist() == sorted(rows)
     assert item.used_rows == 61 - len(rows)
-
-
-@pytest.mark.parametrize("claim", [b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", b"\x80\x02T\xff\xff\xff\x7f."])
-def test_a_length_that_is_only_claimed_is_not_allocated(claim: bytes) -> None:
-    with pytest.raises(DataError):
-        load_fields(claim, "batch")

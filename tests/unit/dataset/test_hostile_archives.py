@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar_assets.dataset.formats import archive
 from cifar_assets.dataset.formats.pickles import HostileDataError, load_fields
 from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest
 from resources.errors import DataError
@@ -113,6 +112,10 @@ def test_names_beyond_plain_arrays_are_refused(payload: bytes) -> None:
         b"garbage",
         pickle.dumps({"a": 2})[:-1],
         b"\x80\x02j\xff\xff\xff\xff.",
+        b"\x80\x02Nr\xff\xff\xff\x7f.",
+        b"Np99999999999\n.",
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
+        b"\x80\x02T\xff\xff\xff\x7f.",
         pickle.dumps([1]),
         pickle.dumps({5: 1}),
     ],
@@ -138,16 +141,6 @@ def test_arrays_and_plain_values_load(protocol: int) -> None:
     for name in ("array", "big", "empty", "float", "text"):
         assert loaded[name].dtype.newbyteorder("=") == trusted[name].dtype.newbyteorder("=")
         assert np.array_equal(loaded[name], value[name])
-
-
-def test_array_of_python_2_loads() -> None:
-    array = (
-        b"(cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I2\nI2\nt"
-        b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\x01\\x02\\xff\\x00'\ntb"
-    )
-    loaded = load_fields(array.replace(b"(c", b"(S'data'\nc", 1) + b"d.", "batch")
-    assert loaded["data"].tolist() == [[1, 2], [255, 0]]
-    assert loaded["data"].dtype == np.uint8
 
 
 _ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
@@ -179,18 +172,6 @@ _DTYPE = b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR"
 def test_pickle_cannot_change_objects(payload: bytes) -> None:
     with pytest.raises(DataError, match="batch"):
         load_fields(payload, "batch")
-
-
-def test_claims_are_bounded(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.tar.gz"
-    path.write_bytes(make.tar({"padding": bytes(3 << 20), **make.python_members()}))
-    monkeypatch.setattr(archive, "MAX_UNPACKED_BYTES", 2 << 20)
-    with pytest.raises(DataError, match="unpacks to more than"):
-        list(archive.read_archive(path, "it"))
-    monkeypatch.undo()
-    monkeypatch.setattr(archive, "MAX_MEMBER_BYTES", 1 << 10)
-    with pytest.raises(DataError, match=r"claims .* bytes"):
-        list(archive.read_archive(path, "it"))
 
 
 @pytest.mark.parametrize(
@@ -238,15 +219,14 @@ def test_label_names_of_another_kind_are_refused(meta: object, make, raw: Folder
     members["cifar-10-batches-py/batches.meta"] = pickle.dumps(meta)
     path = tmp_path / "a.tar.gz"
     path.write_bytes(make.tar(members))
-    with pytest.raises(DataError, match=r"label names are|expected a dict"):
+    with pytest.raises(DataError, match=r"label names are not|expected a dict"):
         build_raw_version(raw, str(path))
 
 
-@pytest.mark.parametrize("headers", [{"GNU.sparse.map": "1,x", "GNU.sparse.size": "1"}, {"comment": "x" * (3 << 20)}])
-def test_headers_that_lie_are_refused(headers: dict[str, str], make, raw: FolderStore, tmp_path: Path) -> None:
+def test_sparse_member_is_refused(make, raw: FolderStore, tmp_path: Path) -> None:
     path = tmp_path / "a.tar.gz"
-    odd = member("cifar-10-batches-py/readme.html")
-    odd.pax_headers = headers
+    odd = member("cifar-10-batches-py/data_batch_1")
+    odd.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 40)}
     path.write_bytes(make.tar(make.python_members(), [(odd, b"x")]))
-    with pytest.raises(DataError, match=r"cut off or damaged|unpacks to more"):
+    with pytest.raises(HostileDataError, match="special file"):
         build_raw_version(raw, str(path))

@@ -50,7 +50,7 @@ def test_good_rows_join_and_bad_rows_are_rejected_with_reasons(make, raw: Folder
     assert reason["rejected_rows"] == 20
     assert [row["row"] for row in reason["rows"]] == list(range(500, 520))
     assert "out of range" in reason["rows"][10]["reason"]
-    assert reason["rows"][19] == {"row": 519, "reason": "the image is missing"}
+    assert reason["rows"][19] == {"row": 519, "reason": "Expected a PNG or JPEG image, got an empty file."}
     assert build_raw_version(raw, source).digest == version.digest
 
 

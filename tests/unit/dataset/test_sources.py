@@ -144,7 +144,12 @@ def test_archive_in_a_folder_is_not_a_source_by_its_folder(make, raw: FolderStor
 
 @pytest.mark.parametrize(
     ("encoded", "label", "reason"),
-    [(b"no image", 3, "row 1"), (None, 3, "missing"), (None, 10, "out of range"), (None, None, "label is None")],
+    [
+        (b"no image", 3, "row 1"),
+        (None, 3, "row 1: Expected a PNG or JPEG image, got an empty file"),
+        (None, 10, "out of range"),
+        (None, None, "label None"),
+    ],
 )
 def test_a_bad_row_in_a_source_is_named(encoded, label, reason: str, make, raw: FolderStore, tmp_path: Path) -> None:
     good = make.png(make.images(1)[0])
@@ -283,18 +288,11 @@ def test_members_of_an_archive_that_are_not_read_are_named(make, raw: FolderStor
         assert unread == {f"{path}, member cifar-10-batches-py/readme.html": "not a batch"}
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "message"),
-    [("test_batch", 0, "test_batch' holds no images"), ("data_batch_6", 5, "'x/data_batch_6' is not a batch")],
-)
-def test_archive_with_an_empty_or_unknown_batch_is_refused(
-    name: str, rows: int, message: str, make, raw: FolderStore, tmp_path: Path
-) -> None:
-    batch = {"data": np.zeros((rows, 3072), np.uint8), "labels": [0] * rows}
-    members = {key: data for key, data in make.python_members().items() if not key.endswith(name)}
+def test_archive_with_an_empty_batch_is_refused(make, raw: FolderStore, tmp_path: Path) -> None:
+    batch = {"data": np.zeros((0, 3072), np.uint8), "labels": []}
     path = tmp_path / "a.tar.gz"
-    path.write_bytes(make.tar({**members, f"x/{name}": pickle.dumps(batch)}))
-    with pytest.raises(DataError, match=message):
+    path.write_bytes(make.tar(make.python_members() | {"cifar-10-batches-py/test_batch": pickle.dumps(batch)}))
+    with pytest.raises(DataError, match="test_batch' holds no images"):
         build_raw_version(raw, str(path))
     assert list(raw.list()) == []
 
