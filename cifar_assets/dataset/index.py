@@ -22,7 +22,7 @@ from cifar_assets.dataset.objects import ObjectFormat, RawObject, fetched
 from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
-PREPARATION = 2
+PREPARATION = 3
 """Increased whenever `prepare_image` gives different pixels for an image it accepted before, or refuses it."""
 
 INDEX_PREFIX = "index/"

@@ -1,4 +1,4 @@
-"""Fetching a file over HTTP: resumed where it broke off, verified before anyone sees it."""
+"""Fetching a file over HTTP: verified before anyone sees it; with a digest, continued where it broke off."""
 
 import errno
 import hashlib
@@ -16,7 +16,6 @@ from cifar_assets.dataset.progress import report
 from cifar_assets.settings import read_settings
 from resources.digests import sha256_bytes
 from resources.errors import DataError, IntegrityError
-from resources.object_store.folder import write_atomically
 from resources.redaction import redact_error, redacted
 
 logger = logging.getLogger(__name__)
@@ -68,92 +67,62 @@ def check_file(path: Path, digest: str, name: str) -> None:
 
 
 def fetch(url: str, target: Path, digest: str) -> None:
-    """Write what the URL serves to `target`, which appears whole and verified or not at all.
+    """Write what the URL serves to `target`, verified.
 
-    A transfer that breaks off continues where it stopped, now and in a later call (the part lies in `download_folder`
-    until then), as long as the server says that the file is still the same. Raises DownloadError when the server cannot
-    be reached or keeps breaking off, IntegrityError when the file is not the one expected.
+    With a digest, a transfer that breaks off continues where it stopped, now and in a later call; its part lies in
+    `download_folder` until then. Raises DownloadError when the server cannot be reached or keeps breaking off,
+    IntegrityError when the file is not the one expected.
     """
-    part, name = download_folder() / f"{sha256_bytes(url.encode())[:16]}.part", redacted(url)
+    name, part = redacted(url), target.with_suffix(".part")
+    if digest:
+        part = download_folder() / f"{sha256_bytes(f'{url}#{digest}'.encode())[:16]}.part"
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _transfer(url, part)
+            _transfer(url, part, is_continued=bool(digest))
             break
-        except (http.client.InvalidURL, ValueError) as error:
-            raise DownloadError(f"{name} is not an address that can be asked for: {redacted(error)}.") from None
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
-                _forget(part)
-                raise DownloadError(f"{name}: the server answered {error.code} {error.reason}.") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
             if isinstance(error, OSError) and error.errno in FULL_DISK:
                 error.filename = str(part)
                 raise
             redact_error(error)  # urllib repeats the path and query of a URL it cannot use
-            if attempt == ATTEMPTS:
-                have = _size_of(part)
-                if not have:
-                    _forget(part)
+            is_refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
+            if is_refused or isinstance(error, http.client.InvalidURL | ValueError) or attempt == ATTEMPTS:
+                have = part.stat().st_size if part.exists() else 0
                 raise DownloadError(
-                    f"{name}: failed {ATTEMPTS} times, {have:,} bytes received so far ({error}). Check the network and "
-                    "try again."
+                    f"{name}: failed after {attempt} attempts, {have:,} bytes received so far ({error}). Check the "
+                    "address and the network, and try again."
                 ) from error
             logger.warning("%s: %s; attempt %d of %d failed, trying again.", name, error, attempt, ATTEMPTS)
             time.sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
     try:
         check_file(part, digest, name)
     except IntegrityError:
-        _forget(part)
+        part.unlink()
         raise
-    with part.open("rb") as file:  # not moved: the two may lie on different file systems
-        write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
-    _forget(part)
+    shutil.move(part, target)
 
 
-def _transfer(url: str, part: Path) -> None:
-    """Append what is missing to the part; http.client.IncompleteRead when the body ends early."""
-    have, validator_file = _size_of(part), _validator_file(part)
+def _transfer(url: str, part: Path, *, is_continued: bool) -> None:
+    """Write the part, or append what is missing; http.client.IncompleteRead when the body ends early."""
+    have = part.stat().st_size if is_continued and part.exists() else 0
     headers = {"User-Agent": "cifar-assets", "Accept-Encoding": "identity"}
     if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": validator_file.read_text()}
+        headers["Range"] = f"bytes={have}-"
     request = urllib.request.Request(urllib.parse.quote(url, safe=_URL_CHARACTERS), headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise
-        if error.headers.get("Content-Range") == f"bytes */{have}":
+        if error.code == 416 and have:
             return  # all of it is here: what failed last time came after the transfer
-        _forget(part)
-        raise http.client.IncompleteRead(b"") from error
+        raise
     with response:
-        is_resumed = response.status == 206
-        have = have if is_resumed else 0
+        have = have if response.status == 206 else 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length is not None and length.isdecimal() else None
-        validator_file.unlink(missing_ok=True)
-        with part.open("ab" if is_resumed else "wb") as file:
-            # What identifies the served file in If-Range: a strong entity tag, or else its date.
-            tag = response.headers.get("ETag")
-            validator = tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
-            if validator:
-                validator_file.write_text(validator)
+        with part.open("ab" if have else "wb") as file:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 have += len(chunk)
                 report(f"downloading {redacted(url)}", have, total)
     if total is not None and have < total:
         raise http.client.IncompleteRead(b"", total - have)
-
-
-def _size_of(part: Path) -> int:
-    """The bytes that can be continued: without a validator nobody knows what they are part of."""
-    return part.stat().st_size if part.exists() and _validator_file(part).exists() else 0
-
-
-def _validator_file(part: Path) -> Path:
-    return part.with_suffix(".validator")
-
-
-def _forget(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _validator_file(part).unlink(missing_ok=True)

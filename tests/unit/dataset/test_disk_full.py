@@ -13,7 +13,7 @@ from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_dig
 from resources.errors import StoreError
 from resources.object_store import FolderStore
 from tests.unit.dataset.rejections import read_rejected
-from tests.unit.dataset.test_broken_downloads import Server, server
+from tests.unit.dataset.test_broken_downloads import Server, md5, server
 
 __all__ = ["server"]
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs takes root")
@@ -52,7 +52,7 @@ def test_full_disk_of_downloads_keeps_what_came(
 ) -> None:
     monkeypatch.setenv("CIFAR_DOWNLOADS", str(disk))
     server.body = body
-    url = server.url.rpartition("/")[0] + "/a.parquet"
+    url = f"{server.url.rpartition('/')[0]}/a.parquet#md5={md5(body)}"
     with pytest.raises(StoreError, match=rf"No space is left for {disk}/.*CIFAR_DOWNLOADS"):
         build_raw_version(raw, url)
     assert list(raw.list()) == []
