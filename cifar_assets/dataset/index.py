@@ -108,7 +108,7 @@ def parse_index(data: bytes) -> ObjectIndex | None:
 def read_index(path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool) -> ObjectIndex:
     """The index of a file's rows, read in another process: the file is outside data. Raises as `isolated.ask` does."""
     arguments = {"path": str(path), "format": kind, "split": split, "name": name, "resize": resize}
-    index = parse_index(ask("index_file", arguments, name, num_bytes=path.stat().st_size))
+    index = parse_index(ask(arguments, name, path.stat().st_size))
     if index is None:
         raise DataError(f"{name}: the process that read it did not answer with an index. Do not use this file.")
     return index

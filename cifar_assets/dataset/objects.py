@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cifar_assets.dataset.formats.archive import parse_records, read_archive
-from cifar_assets.dataset.formats.encoded import read_image_tar, read_parquet
+from cifar_assets.dataset.formats.encoded import read_image_tar, read_parquet, read_picture
 from cifar_assets.dataset.formats.rows import RowBatch, Split, pixel_batches
 from resources.digests import sha256_file
 from resources.errors import DataError, IntegrityError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
-ObjectFormat = Literal["archive", "parquet", "images", "records"]
-"""Official archive (python or binary), Parquet in the Hugging Face layout, tar of image files, plain binary records."""
+ObjectFormat = Literal["archive", "parquet", "images", "picture", "records"]
+"""Official archive (python or binary), Parquet in the Hugging Face layout, tar of image files, one, binary records."""
 
 OBJECTS_PREFIX = "objects/"
 
@@ -100,11 +100,10 @@ def read_rows(
     only: Split = "test" if split == "test" else "any" if split == "any" else "train"
     if kind == "archive":
         return read_archive(path, name, unread)
-    if kind == "parquet":
-        return read_parquet(path, only, name, resize=resize)
-    if kind == "images":
-        return read_image_tar(path, only, name, resize=resize)
-    return pixel_batches(*parse_records(path.read_bytes(), name), only)
+    if kind == "records":
+        return pixel_batches(*parse_records(path.read_bytes(), name), only)
+    read = {"parquet": read_parquet, "images": read_image_tar, "picture": read_picture}[kind]
+    return read(path, only, name, resize=resize)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def test_the_numbers_are_those_of_the_code():
         f"| {limits.max_body_bytes // 2**20} MiB, within {limits.body_timeout:g} s and without a pause of "
         f"{limits.stall_timeout:g} s |",
         f"| {limits.image.max_bytes // 2**20} MiB |",
-        f"| {limits.image.max_pixels:,}; JPEG {limits.image.max_pixels * limits.image.jpeg_factor:,} |",
+        f"| {limits.image.max_pixels:,}; JPEG {2 * limits.image.max_pixels:,} |",
         f"| pixels of all pictures in a request | {limits.max_pixels:,} |",
         f"| pictures in a request | {limits.max_images} |",
         f"(`--max-pending-requests`) | {limits.max_pending_requests} |",

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
-from cifar_assets.dataset.formats.pickles import HostileDataError, load_fields
+from cifar_assets.dataset.formats.pickles import load_fields
 from cifar_assets.dataset.formats.rows import RowBatch, pixel_batches
 from resources.errors import DataError
 
@@ -34,8 +34,8 @@ _Rows = tuple[NDArray[np.uint8], NDArray[np.int64]]
 def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) -> Iterator[RowBatch]:
     """Rows of a `.tar`, `.tar.gz` or `.tgz` in the official layout, in the order of its members.
 
-    `name` is what errors call the archive; `unread` gets the members that are not read, and why. HostileDataError for a
-    member that leads outside the folder, is not a plain file or asks for code to be run; DataError for other faults.
+    `name` is what errors call the archive; `unread` gets the members that are not read, and why. DataError for a member
+    that leads outside the folder, is not a plain file or asks for code to be run, and for other faults.
     """
     first_row, seen = 0, set[str]()
     try:
@@ -99,7 +99,7 @@ def _checked_name(member: tarfile.TarInfo, where: str) -> str:
     parts = member.name.replace("\\", "/").split("/")
     is_plain = (member.isreg() and not member.issparse()) or member.isdir()
     if not parts[0] or ".." in parts or ":" in parts[0] or not is_plain:
-        raise HostileDataError(
+        raise DataError(
             f"{where} points outside the archive's folder, or is a link or special file. Nothing was unpacked; do not "
             "use the archive, fetch it from its source again."
         )

@@ -48,6 +48,11 @@ def read_image_tar(path: Path, split: Split, name: str, *, resize: bool) -> Iter
     return row_batches(_tar_rows(path, name), partial(prepare_image, resize=resize), split)
 
 
+def read_picture(path: Path, split: Split, name: str, *, resize: bool) -> Iterator[RowBatch]:
+    """The one row of a picture file, whose name tells the class."""
+    return row_batches([(path.read_bytes(), class_of(name))], partial(prepare_image, resize=resize), split)
+
+
 def pack_images(target: Path, members: Iterable[tuple[str, bytes]]) -> None:
     """Write a tar of the members (name `class/...`, bytes of the file) in the order given."""
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as archive:

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cifar_assets.dataset.formats.pickles import HostileDataError
 from resources.errors import DataError, ExplainedError
 
 MEMORY_BYTES = 1 << 30
@@ -46,18 +45,18 @@ class ReaderFailedError(ExplainedError):
     """The reader failed on a file for an unforeseen reason. Nothing is known of the file."""
 
 
-def ask(operation: str, arguments: Mapping[str, Any], name: str, *, payload: bytes = b"", num_bytes: int) -> bytes:
-    """Let the child do an operation of `isolated_child` on `num_bytes` of outside data, which errors call `name`.
+def ask(arguments: Mapping[str, Any], name: str, num_bytes: int) -> bytes:
+    """What `isolated_child.index_file` gives for a file of `num_bytes`, which errors call `name`.
 
-    Raises DataError and HostileDataError as the reader does, ReaderKilledError when the data killed its reader,
-    ReaderFailedError for anything that no reader should raise.
+    Raises DataError as the reader does, ReaderKilledError when the data killed its reader, ReaderFailedError for
+    anything that no reader should raise.
     """
     seconds = CPU_SECONDS + CPU_SECONDS_PER_MIB * (num_bytes >> 20)
     limits = {"memory": MEMORY_BYTES, "cpu": seconds, "wall": seconds * WALL_SECONDS_PER_CPU_SECOND}
     with _lock:
         child, connection = _running_child()
         try:
-            send(connection, {"operation": operation, "arguments": arguments, "limits": limits}, payload)
+            send(connection, {"arguments": arguments, "limits": limits})
             answer, data = receive(connection)
         except (EOFError, OSError):
             connection.close()  # ends a child that sent what cannot be an answer
@@ -74,7 +73,7 @@ def ask(operation: str, arguments: Mapping[str, Any], name: str, *, payload: byt
     if "failed" in answer:
         raise ReaderFailedError(f"{name} cannot be read, see the log for the cause: {answer['failed']}")
     if "refused" in answer:
-        raise (HostileDataError if answer["hostile"] else DataError)(answer["refused"])
+        raise DataError(answer["refused"])
     return data
 
 

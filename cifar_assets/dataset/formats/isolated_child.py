@@ -11,27 +11,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from cifar_assets.dataset.formats.images import pixel_digest, prepare_image
 from cifar_assets.dataset.formats.isolated import OUT_OF_MEMORY, receive, send
-from cifar_assets.dataset.formats.pickles import HostileDataError
 from cifar_assets.dataset.index import build_index, dump_index
 from cifar_assets.dataset.objects import read_rows
 from resources.errors import DataError
 
 
-def index_file(payload: bytes, *, path: str, format: Any, split: str, name: str, resize: bool) -> bytes:
+def index_file(*, path: str, format: Any, split: str, name: str, resize: bool) -> bytes:
     """The index of a file's rows."""
     unread: dict[str, str] = {}
     index = build_index(read_rows(Path(path), format, split, name, resize=resize, unread=unread), name)
     return dump_index(replace(index, unread=unread))
-
-
-def digest_picture(payload: bytes, *, resize: bool) -> bytes:
-    """The pixel digest of the picture that the payload is."""
-    return pixel_digest(prepare_image(payload, resize=resize)).encode()
-
-
-_OPERATIONS = {function.__name__: function for function in (index_file, digest_picture)}
 
 
 def main() -> None:
@@ -40,25 +30,25 @@ def main() -> None:
     send(parent, {"ready": True})
     while True:
         try:
-            question, payload = receive(parent)
+            question, _ = receive(parent)
         except (EOFError, OSError):
             return
         if not (reader := os.fork()):
-            _answer(parent, question, payload)
+            _answer(parent, question)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1])
         if status:
             os._exit(status % 256)
 
 
-def _answer(parent: Connection, question: Mapping[str, Any], payload: bytes) -> None:
+def _answer(parent: Connection, question: Mapping[str, Any]) -> None:
     try:
         _limit(**question["limits"])
-        send(parent, {}, _OPERATIONS[question["operation"]](payload, **question["arguments"]))
+        send(parent, {}, index_file(**question["arguments"]))
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except DataError as error:
-        send(parent, {"refused": str(error), "hostile": isinstance(error, HostileDataError)})
+        send(parent, {"refused": str(error)})
     except Exception as error:
         traceback.print_exc()
         send(parent, {"failed": repr(error)})

@@ -16,15 +16,11 @@ import numpy as np
 from resources.errors import DataError
 
 
-class HostileDataError(DataError):
-    """Data that tries to do more than hold images: to run code, or to write outside its folder."""
-
-
 def load_fields(data: bytes, name: str) -> dict[str, Any]:
     """The pickled dict: lists, dicts, tuples, numbers, text, bytes, and in its own values arrays of numbers and text.
 
-    Python 2 strings arrive as latin-1 text. Raises HostileDataError naming `name` when the pickle asks for anything
-    else, DataError when it is cut off, not a pickle or not a dict.
+    Python 2 strings arrive as latin-1 text. Raises DataError naming `name` when the pickle asks for anything else, is
+    cut off, not a pickle or not a dict.
     """
     try:
         _check_claims(data)
@@ -32,12 +28,11 @@ def load_fields(data: bytes, name: str) -> dict[str, Any]:
         if not isinstance(loaded, dict):
             raise DataError(f"expected a dict, got a {type(loaded).__name__}")
         return {_text(key): value.array if isinstance(value, _Array) else value for key, value in loaded.items()}
-    except HostileDataError as error:
-        raise HostileDataError(f"{name}: {error}") from error
     except MemoryError:
         raise
     except Exception as error:
-        raise DataError(f"{name} is not a readable pickle of arrays and plain values: {error!r:.200}") from error
+        reason = str(error) if isinstance(error, DataError) else repr(error)
+        raise DataError(f"{name} is not a readable pickle of arrays and plain values: {reason:.300}") from error
 
 
 def _check_claims(data: bytes) -> None:
@@ -59,7 +54,7 @@ class _StandIn:
     """Whatever a pickle does with one, or with its class, ends here: BUILD calls `__setstate__` and sets nothing."""
 
     def __setstate__(self, state: Any) -> None:
-        raise HostileDataError("the pickle sets the state of what has none")
+        raise DataError("the pickle sets the state of what has none")
 
 
 class _Dtype(_StandIn):
@@ -67,7 +62,7 @@ class _Dtype(_StandIn):
 
     def __init__(self, kind: Any, *_: Any):
         if not isinstance(kind, str) or not re.fullmatch("[biufcSU][0-9]{1,4}", kind):
-            raise HostileDataError(f"the pickle holds an array of {kind!r:.50}; only numbers and text are read")
+            raise DataError(f"the pickle holds an array of {kind!r:.50}; only numbers and text are read")
         self.kind, self.byte_order = kind, "="
 
     def __setstate__(self, state: Any) -> None:
@@ -127,7 +122,7 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         admitted = _ADMITTED.get((module_name, global_name))
         if admitted is None:
-            raise HostileDataError(
+            raise DataError(
                 f"the pickle asks for {module_name}.{global_name}; only numpy arrays and plain Python values are read. "
                 "Do not use this file: write the batch again with numpy arrays and lists."
             )

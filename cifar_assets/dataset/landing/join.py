@@ -19,7 +19,7 @@ from cifar_assets.dataset import progress
 from cifar_assets.dataset.consistency import Known, check_landed
 from cifar_assets.dataset.formats.encoded import pack_images
 from cifar_assets.dataset.formats.images import check_size
-from cifar_assets.dataset.formats.isolated import ReaderFailedError, ask
+from cifar_assets.dataset.formats.isolated import ReaderFailedError
 from cifar_assets.dataset.formats.names import PICTURE_SUFFIXES, class_of, is_test, suffix_of
 from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import PREPARATION, ObjectIndex, load_index, read_index, save_index
@@ -189,9 +189,10 @@ def _read(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Landed:
             return _read_table(raw, info, path, sha256, resize)
         with _refusing(sha256):
             check_size(info.size)
-            arguments = {"resize": resize}
-            pixels = ask("digest_picture", arguments, info.key, payload=path.read_bytes(), num_bytes=info.size)
-        return _image(info, Seen(sha256=sha256, pixels=pixels.decode()))
+            index = read_index(path, "picture", "train", info.key, resize=resize)
+            if index.refused:
+                raise DataError(index.refused[0])
+        return _image(info, Seen(sha256=sha256, pixels=index.digests.tobytes().hex()))
 
 
 def _read_table(raw: ObjectStore, info: ObjectInfo, path: Path, sha256: str, resize: bool) -> Landed:

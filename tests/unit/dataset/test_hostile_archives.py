@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar_assets.dataset.formats.pickles import HostileDataError, load_fields
+from cifar_assets.dataset.formats.pickles import load_fields
 from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest
 from resources.errors import DataError
 from resources.object_store import FolderStore
@@ -50,7 +50,7 @@ def test_a_member_that_points_elsewhere_is_named_and_nothing_is_written(
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(data)
     before = {path for path in tmp_path.rglob("*") if "store" not in path.parts}
-    with pytest.raises(HostileDataError) as caught:
+    with pytest.raises(DataError) as caught:
         build_raw_version(raw, str(path))
     assert repr(infos[0][0].name) in str(caught.value)
     assert current_raw_digest(raw) is None
@@ -80,7 +80,7 @@ def test_a_pickle_that_runs_code_never_runs(protocol: int, make, raw: FolderStor
     members["cifar-10-batches-py/data_batch_3"] = pickle.dumps(batch, protocol=protocol)
     path = tmp_path / "a.tar.gz"
     path.write_bytes(make.tar(members))
-    with pytest.raises(HostileDataError, match=r"data_batch_3.*asks for (posix|os)\.open"):
+    with pytest.raises(DataError, match=r"data_batch_3.*asks for (posix|os)\.open"):
         build_raw_version(raw, str(path))
     assert not marker.exists()
     assert list(raw.list("objects/")) == []
@@ -101,7 +101,7 @@ def test_a_pickle_that_runs_code_never_runs(protocol: int, make, raw: FolderStor
     ],
 )
 def test_names_beyond_plain_arrays_are_refused(payload: bytes) -> None:
-    with pytest.raises(HostileDataError, match="batch"):
+    with pytest.raises(DataError, match="batch"):
         load_fields(payload, "batch")
 
 
@@ -228,5 +228,5 @@ def test_sparse_member_is_refused(make, raw: FolderStore, tmp_path: Path) -> Non
     odd = member("cifar-10-batches-py/data_batch_1")
     odd.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 40)}
     path.write_bytes(make.tar(make.python_members(), [(odd, b"x")]))
-    with pytest.raises(HostileDataError, match="special file"):
+    with pytest.raises(DataError, match="special file"):
         build_raw_version(raw, str(path))

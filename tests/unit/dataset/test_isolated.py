@@ -18,11 +18,12 @@ from tests.unit.dataset.rejections import reason_of, rejected_keys
 
 FAULT = """
 import os, signal
-def index_file(payload, **arguments):
+index_file = child.index_file
+def faulty(**arguments):
     if 'bad' in arguments['name']:
         FAULT
-    return child.index_file(payload, **arguments)
-child._OPERATIONS["index_file"] = index_file
+    return index_file(**arguments)
+child.index_file = faulty
 """
 
 
@@ -95,31 +96,27 @@ def test_reader_that_does_not_start_rejects_no_file(make, raw: FolderStore, sour
 
 def test_process_has_no_credentials_and_no_heavy_libraries(child, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
-    child(
-        "import os, sys\n"
-        "child._OPERATIONS['look'] = lambda payload: payload + ' '.join([*sys.modules, *os.environ]).encode()"
-    )
-    found = ask("look", {}, "nothing", payload=b"abc ", num_bytes=0).decode().split()
-    assert found[0] == "abc"
+    child("import os, sys\nchild.index_file = lambda: ' '.join([*sys.modules, *os.environ]).encode()")
+    found = ask({}, "nothing", 0).decode().split()
     assert not {"torch", "dagster", "mlflow", "kubernetes", "AWS_SECRET_ACCESS_KEY"} & set(found)
     assert {"pyarrow", "PIL"} <= set(found)
 
 
 def test_each_file_has_a_process_of_its_own(child) -> None:
-    child("import os\nchild._OPERATIONS['look'] = lambda payload: b'%d %d' % (os.getppid(), os.getpid())")
-    first, second = (ask("look", {}, "nothing", num_bytes=0).split() for _ in range(2))
+    child("import os\nchild.index_file = lambda: b'%d %d' % (os.getppid(), os.getpid())")
+    first, second = (ask({}, "nothing", 0).split() for _ in range(2))
     assert first[0] == second[0]
     assert first[1] != second[1]
 
 
 def test_answer_that_is_too_large_is_refused(child, monkeypatch: pytest.MonkeyPatch) -> None:
-    child("child._OPERATIONS['look'] = lambda payload: bytes(2 << 20)")
-    assert len(ask("look", {}, "it", num_bytes=0)) == 2 << 20
+    child("child.index_file = lambda: bytes(2 << 20)")
+    assert len(ask({}, "it", 0)) == 2 << 20
     monkeypatch.setattr(
         isolated, "receive", lambda connection: (json.loads(connection.recv_bytes()), connection.recv_bytes(1 << 20))
     )
     with pytest.raises(ReaderKilledError, match="it ended its reader"):
-        ask("look", {}, "it", num_bytes=0)
+        ask({}, "it", 0)
 
 
 def test_archive_that_unpacks_to_too_much_is_rejected(
