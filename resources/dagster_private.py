@@ -4,7 +4,7 @@ from dagster._core.definitions.resource_annotation import TreatAsResourceParam
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 from dagster._core.execution.retries import RetryMode
 from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, WorkerStatus
-from dagster._core.pipes.reattach import find_latest_launch_handle, record_external_launch, record_external_reattach
+from dagster._core.pipes.reattach import record_external_launch
 from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
 from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt
 
@@ -20,7 +20,5 @@ __all__ = [
     "WorkerStatus",
     "capture_interrupts",
     "check_captured_interrupt",
-    "find_latest_launch_handle",
     "record_external_launch",
-    "record_external_reattach",
 ]

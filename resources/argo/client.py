@@ -1,138 +1,160 @@
-"""Argo's Workflow custom resource: its names, its status, and a client of it and of its steps' pods. No Dagster."""
+"""A client of Argo's workflows, their steps' pods and their PyTorchJobs, and why a workflow failed. No Dagster."""
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from resources.kubernetes.api import REQUEST_TIMEOUT_SECONDS, CustomResource, CustomResourceClient
-from resources.kubernetes.naming import derive_name
-from resources.kubernetes.pods import Pod, read_pod
+from resources.argo.template import GROUP, VERSION, WORKFLOW_LABEL
+from resources.argo.workflow import Step, Workflow, without_attempt
+from resources.kubernetes.api import REQUEST_TIMEOUT_SECONDS
+from resources.kubernetes.diagnosis import Cause, Obstacle, PodHistory, WatchLimits, event_lines, find_obstacle
+from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.job import JobClient, JobState
+from resources.kubernetes.logs import TAIL_LINES
+from resources.kubernetes.pods import Pod
 from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.config import CONTAINER_NAME
 
-GROUP = "argoproj.io"
-VERSION = "v1alpha1"
 PLURAL = "workflows"
 MAIN_CONTAINER = "main"
-_WORKFLOW_LABEL = "workflows.argoproj.io/workflow"
-_NODE_ID_ANNOTATION = "workflows.argoproj.io/node-id"
-MANAGED_BY = "dagster-argo"
-_LONGEST_SUFFIX = "-train-replicas-4294967295"
-"""Argo shortens a pod's name when it has to; a name that leaves room is easier to find."""
-FINISHED_PHASES = ("Succeeded", "Failed", "Error")
-_ATTEMPT = re.compile(r"\(\d+\)$")
+TRAIN_STEPS = ("train", "train-replicas")
+_NODE_NAME_ANNOTATION = "workflows.argoproj.io/node-name"
 
 
-def workflow_name(prefix: str, *, run_id: str, step_key: str) -> str:
-    """Name of the workflow of one step of one Dagster run, at whatever attempt."""
-    return derive_name(prefix, run_id, step_key, reserve=len(_LONGEST_SUFFIX))
+class WorkflowFailedError(KubernetesError):
+    """The workflow ended without success."""
+
+    def __init__(self, report: str, *, transient: bool):
+        super().__init__(report)
+        self.transient = transient
 
 
-@dataclass(frozen=True)
-class Step:
-    """One attempt at one step: a pod, if it came so far."""
-
-    node_id: str
-    name: str
-    template: str
-    phase: str
-    message: str
-    started_at: str
-    outputs: Mapping[str, str]
-
-    @property
-    def failed(self) -> bool:
-        return self.phase in ("Failed", "Error")
-
-
-class Workflow(CustomResource):
-    """One stored workflow."""
-
-    kind = "Workflow"
-
-    @property
-    def phase(self) -> str:
-        """Pending while the controller has not looked at it."""
-        return self._status.get("phase") or "Pending"
-
-    @property
-    def message(self) -> str:
-        return self._status.get("message") or ""
-
-    @cached_property
-    def steps(self) -> tuple[Step, ...]:
-        """In the order in which they started; the exit handler's last."""
-        nodes = (self._status.get("nodes") or {}).values()
-        steps = (_step(node) for node in nodes if node.get("type") == "Pod")
-        return tuple(sorted(steps, key=lambda step: step.started_at))
-
-    @property
-    def _status(self) -> Mapping[str, Any]:
-        return self.body.get("status") or {}
-
-    @property
-    def finished(self) -> bool:
-        return self.phase in FINISHED_PHASES
-
-    @property
-    def failed_step(self) -> Step | None:
-        """The step that was tried last, if it failed; None when no step failed for good."""
-        tried = [step for step in self.steps if step.name != f"{self.name}.onExit"]
-        return tried[-1] if tried and tried[-1].failed else None
-
-    def output(self, name: str) -> str | None:
-        """A step's output parameter of that name, the newest one; None where no step gave it."""
-        values = [step.outputs[name] for step in self.steps if step.outputs.get(name)]
-        return values[-1] if values else None
-
-    def __str__(self) -> str:
-        return f"workflow {self.namespace}/{self.name}"
-
-
-def _step(node: Mapping[str, Any]) -> Step:
-    parameters = (node.get("outputs") or {}).get("parameters") or []
-    return Step(
-        node_id=node["id"],
-        name=_ATTEMPT.sub("", node.get("displayName") or node["name"]),
-        template=(node.get("templateRef") or {}).get("template") or node.get("templateName") or "",
-        phase=node.get("phase") or "Pending",
-        message=node.get("message") or "",
-        started_at=node.get("startedAt") or "",
-        outputs={parameter["name"]: parameter.get("value") or "" for parameter in parameters},
-    )
-
-
-class WorkflowClient(CustomResourceClient[Workflow]):
+class WorkflowClient(JobClient[Workflow]):
     """Reads and writes workflows through injected API objects. `jobs` does the same for their PyTorchJobs."""
 
     resource = Workflow
     group, version, plural = GROUP, VERSION, PLURAL
-    missing_kind_advice = "install Argo Workflows and its CRDs."
-    forbidden_advice = "Give the service account the Role of docs/argo.md, or check the namespace's quota."
-    invalid_advice = "Correct the workflow's parameters, or apply k8s/argo again."
+    pod_label = "workflows.argoproj.io/workflow"
+    operator = "Argo Workflows"
 
     def __init__(self, custom: Any, core: Any, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
         super().__init__(custom, core, request_timeout_seconds)
         self.jobs = PyTorchJobClient(custom, core, request_timeout_seconds)
 
-    def terminate(self, workflow: Workflow) -> None:
-        """Ask the controller to start nothing more of it, the exit handler included, and to end its pods."""
-        self.patch(workflow, {"spec": {"shutdown": "Terminate"}})
+    def replica_of(self, pod: Any) -> str:
+        """The step's name, as in `cifar10-parity-x[0].verify-data(0)`."""
+        node = (pod.metadata.annotations or {}).get(_NODE_NAME_ANNOTATION) or pod.metadata.name
+        return without_attempt(node.rpartition(".")[2])
 
-    def working_pods(self, namespace: str, name: str) -> list[Pod]:
-        """Pods of the steps of a workflow of that name that have not ended, whether or not it exists itself."""
-        found = self._pods_with(f"workflow {namespace}/{name}", namespace, f"{_WORKFLOW_LABEL}={name}")
-        return [pod for item in found if not (pod := read_pod(item, item.metadata.name)).finished]
+    def pods(self, namespace: str, name: str) -> list[Pod]:
+        """Pods of the steps, with the container that does the work alone, and of the training.
 
-    def pods(self, workflow: Workflow) -> list[Pod]:
-        """Pods of the workflow's steps, named after their step, with the container that does the work alone."""
-        found = self._pods_with(str(workflow), workflow.namespace, f"{_WORKFLOW_LABEL}={workflow.name}")
-        names = {step.node_id: step.name for step in workflow.steps}
-        return [_step_pod(item, names) for item in found]
+        What Argo says while it waits for the training is left out.
+        """
+        steps = [
+            replace(
+                pod,
+                containers=tuple(
+                    each for each in pod.containers if each.name == MAIN_CONTAINER and pod.replica not in TRAIN_STEPS
+                ),
+            )
+            for pod in super().pods(namespace, name)
+        ]
+        return [*steps, *self.jobs.pods_with(namespace, f"{WORKFLOW_LABEL}={name}")]
+
+    def remove(self, namespace: str, name: str, job: Workflow | None, grace_seconds: int) -> list[str]:
+        """Have Argo start nothing more of the workflow and delete it, and then what has outlived it."""
+        if job is not None:
+            if not job.deleting and not job.finished:
+                self.patch(job, {"spec": {"shutdown": "Terminate"}})
+            self.delete(job)
+            return [str(job)]
+        trainings = self.jobs.find(namespace, f"{WORKFLOW_LABEL}={name}")
+        for training in trainings:
+            self.jobs.delete(training)
+        return [*map(str, trainings), *self.remove_pods(namespace, self.pods(namespace, name), grace_seconds)]
+
+    def obstacle(self, job: Workflow, pods: Sequence[Pod]) -> Obstacle | None:
+        if job.status.state == JobState.PENDING:
+            return Obstacle(Cause.NO_PODS, "workflow", "Argo's controller has not looked at it")
+        return find_obstacle(pods)
+
+    def failure(
+        self,
+        job: Workflow,
+        history: PodHistory,
+        tails: Mapping[str, Sequence[str]],
+        limits: WatchLimits,
+        *,
+        remove: bool,
+    ) -> KubernetesError:
+        """Argo itself has retried what a retry can fix."""
+        return WorkflowFailedError(explain(self, job, tails), transient=job.failed_step is None)
 
 
-def _step_pod(item: Any, names: Mapping[str, str]) -> Pod:
-    node_id = (item.metadata.annotations or {}).get(_NODE_ID_ANNOTATION, "")
-    pod = read_pod(item, names.get(node_id, item.metadata.name))
-    return replace(pod, containers=tuple(each for each in pod.containers if each.name == MAIN_CONTAINER))
+def explain(client: WorkflowClient, workflow: Workflow, tails: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Which step failed, why, and its last lines; or that none did.
+
+    `tails` are last log lines that the caller has seen, by step or replica: pods may be gone by now. What can no longer
+    be read is left out.
+    """
+    failed = workflow.failed_step
+    if failed is None:
+        return _without_failed_step(workflow)
+    lines = [f"{workflow} failed at step {failed.name}: {failed.message or failed.phase}"]
+    about = _about_job if failed.name in TRAIN_STEPS else _about_step
+    try:
+        lines += about(client, workflow, failed, tails or {})
+    except KubernetesError as error:
+        lines.append(f"More could not be read: {error}")
+    return "\n".join(lines)
+
+
+def is_argos_own(line: str) -> bool:
+    """Whether a step's log line is of Argo's process, which starts ours and shares its log."""
+    return (line.startswith("time=") and " argo=true" in line) or line.startswith("Error: exit status")
+
+
+def _without_failed_step(workflow: Workflow) -> str:
+    if workflow.phase in ("Failed", "Error"):
+        return f"{workflow} ended before a step could fail: {workflow.status.message or workflow.phase}"
+    handler = f"{workflow.name}.onExit"
+    done = ", ".join(step.name for step in workflow.steps if step.phase == "Succeeded" and step.name != handler)
+    return f"{workflow}: no step failed; done: {done or 'none yet'}."
+
+
+def _about_step(
+    client: WorkflowClient, workflow: Workflow, failed: Step, tails: Mapping[str, Sequence[str]]
+) -> list[str]:
+    pods = [pod for pod in client.pods(workflow.namespace, workflow.name) if pod.replica == failed.name]
+    tail = [line for pod in pods for line in _tail(client, workflow.namespace, pod, MAIN_CONTAINER)]
+    tail = tail or list(tails.get(failed.name, ()))
+    events = [event for pod in pods for event in client.warnings(workflow.namespace, pod.name)]
+    shown = [f"- {line}" for line in event_lines(events)]
+    return shown + ([f"Last lines of {failed.name}:", *(f"    {line}" for line in tail[-TAIL_LINES:])] if tail else [])
+
+
+def _about_job(
+    client: WorkflowClient, workflow: Workflow, failed: Step, tails: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """The diagnosis that Dagster's own client would give of the same job."""
+    jobs, name = client.jobs, workflow.job_name
+    job = jobs.get(workflow.namespace, name)
+    if job is None:
+        return [f"PyTorchJob {workflow.namespace}/{name} does not exist (any more)."]
+    if job.status.state != JobState.FAILED:
+        return [f"{job} is {job.status}."]
+    pods, history = jobs.pods(workflow.namespace, name), PodHistory()
+    history.observe(pods)
+    known = {pod.replica: _tail(jobs, workflow.namespace, pod, CONTAINER_NAME) for pod in pods}
+    seen = {replica: lines for replica, lines in {**tails, **known}.items() if lines}
+    return jobs.diagnose(job, history, seen, WatchLimits()).report().splitlines()
+
+
+def _tail(client: JobClient[Any], namespace: str, pod: Pod, container: str) -> list[str]:
+    try:
+        text = client.log(namespace, pod.name, container, tail_lines=TAIL_LINES) or ""
+    except KubernetesError:
+        return []
+    lines = [line.partition(" ")[2] for line in text.splitlines()]
+    return [line for line in lines if not is_argos_own(line)]

@@ -1,16 +1,16 @@
 """The training step of the Argo workflow, made from the same typed settings as Dagster's PyTorchJobs. Pure."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from resources.argo.client import GROUP, VERSION
 from resources.kubernetes.job import JobState
 from resources.pytorch_job.config import PyTorchJobConfig
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 from resources.trainer.contract import JOB_SPEC_VARIABLE
 
+GROUP = "argoproj.io"
+VERSION = "v1alpha1"
 WORKFLOW_LABEL = "cifar/argo-workflow"
 """On a PyTorchJob: the workflow that it belongs to. Argo's own label would make Argo take its pods for a step's."""
 JOB_NAME_PREFIX = "cifar10-"
@@ -106,19 +106,3 @@ def _manifest_text(config: PyTorchJobConfig, workers: bool) -> str:
 
 def _parameter(name: str) -> str:
     return f"{{{{inputs.parameters.{name}}}}}"
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as such."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
-
-
-_Dumper.add_representer(str, _represent_text)
-
-
-def to_yaml(document: Mapping[str, Any]) -> str:
-    """The document as a file that people read."""
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000)

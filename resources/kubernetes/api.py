@@ -4,6 +4,7 @@ Absence and conflict are values. A fault of the connection or of the server is A
 ApiRefusedError; both name the object and chain the original.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from kubernetes import config as k8s_config
 from kubernetes.client.exceptions import ApiException
 
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, KubernetesError, SettingsError
+from resources.kubernetes.pods import Pod, read_pod
 
 REQUEST_TIMEOUT_SECONDS = 10.0
 _TRANSIENT = (0, 401, 408, 410, 425, 429)
@@ -22,24 +24,20 @@ _TRANSIENT = (0, 401, 408, 410, 425, 429)
 same reason. 410: the version of the data to read is gone; the next request gets the present one."""
 
 
-def load_configuration(
-    kubeconfig_file: str | None = None, context: str | None = None
-) -> tuple[k8s.Configuration, bool]:
+def load_configuration(kubeconfig_file: str | None = None) -> tuple[k8s.Configuration, bool]:
     """How to reach the cluster, and whether this process runs in one of its pods.
 
-    Without arguments, the pod's service account if there is one, else a kubeconfig. SettingsError when neither exists.
-    The kubernetes package's global configuration is not changed.
+    Without a file, the pod's service account if there is one, else KUBECONFIG. SettingsError when neither exists. The
+    kubernetes package's global configuration is not changed.
     """
     configuration = k8s.Configuration()
     configuration.retries = 0  # pyright: ignore[reportAttributeAccessIssue]  # a repeated create is the caller's decision, not urllib3's
     try:
-        if kubeconfig_file is None and context is None:
-            try:
+        if kubeconfig_file is None:
+            with contextlib.suppress(k8s_config.ConfigException):
                 k8s_config.load_incluster_config(client_configuration=configuration)
                 return configuration, True
-            except k8s_config.ConfigException:
-                pass
-        k8s_config.load_kube_config(kubeconfig_file, context=context, client_configuration=configuration)
+        k8s_config.load_kube_config(kubeconfig_file, client_configuration=configuration)
     except (k8s_config.ConfigException, OSError) as error:
         raise SettingsError(
             f"No Kubernetes cluster is configured: {error}. Set KUBECONFIG, or run in a pod with a service account."
@@ -98,10 +96,13 @@ class CustomResourceClient(Generic[S]):
     """
 
     resource: type[S]
-    group = version = plural = ""
-    missing_kind_advice = "install its CRD."
-    forbidden_advice = "Give the service account a Role that allows it, or check the namespace's quota."
-    invalid_advice = "Correct the settings."
+    group: ClassVar[str]
+    version: ClassVar[str]
+    plural: ClassVar[str]
+    pod_label: ClassVar[str]
+    """Label with the object's name on its pods."""
+    operator: ClassVar[str]
+    """What has to be installed for the kind, and acts on it."""
 
     def __init__(self, custom: Any, core: Any, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
         self._custom = custom
@@ -109,9 +110,9 @@ class CustomResourceClient(Generic[S]):
         self.request_timeout_seconds = request_timeout_seconds
 
     @classmethod
-    def production(cls, kubeconfig_file: str | None = None, context: str | None = None) -> Self:
+    def production(cls, kubeconfig_file: str | None = None) -> Self:
         """Client of the cluster that `load_configuration` finds. SettingsError when there is none."""
-        api = k8s.ApiClient(load_configuration(kubeconfig_file, context)[0])
+        api = k8s.ApiClient(load_configuration(kubeconfig_file)[0])
         return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
 
     def create(self, manifest: Mapping[str, Any]) -> S | None:
@@ -144,6 +145,15 @@ class CustomResourceClient(Generic[S]):
         options = {"propagationPolicy": "Background", "preconditions": {"uid": found.uid}}
         self._object("delete", found.namespace, found.name, body=options, none_on=(404, 409))
 
+    def replica_of(self, pod: Any) -> str:
+        """What people call a V1Pod, such as worker-3."""
+        return pod.metadata.name
+
+    def pods(self, namespace: str, name: str) -> list[Pod]:
+        """Pods of the object of that name, as master-0, worker-0, worker-10; also those that outlive it."""
+        pods = self.pods_with(namespace, f"{self.pod_label}={name}")
+        return sorted(pods, key=lambda pod: (len(pod.replica), pod.replica))
+
     def log(self, namespace: str, pod: str, container: str, **options: Any) -> str | None:
         """Time-stamped lines of a container's log, or None when it has none (not started, or gone).
 
@@ -168,10 +178,10 @@ class CustomResourceClient(Generic[S]):
         events = sorted(found, key=lambda event: str(event.last_timestamp or event.event_time or ""))
         return [f"{event.reason}: {event.message}" for event in events]
 
-    def _pods_with(self, what: str, namespace: str, label_selector: str) -> list[Any]:
-        """Pods of `what` as the API gives them."""
-        call = self._core.list_namespaced_pod
-        return self._ask(f"list the pods of {what}", call, namespace, label_selector=label_selector).items
+    def pods_with(self, namespace: str, label_selector: str) -> list[Pod]:
+        call, what = self._core.list_namespaced_pod, f"list the pods of {self.resource.kind}s in {namespace}"
+        found = self._ask(what, call, namespace, label_selector=label_selector).items
+        return [read_pod(item, self.replica_of(item)) for item in found]
 
     def _events(self, namespace: str, name: str, selector: str) -> list[Any]:
         """Events of one object as the API gives them; none where they cannot be read: they only add to a report."""
@@ -207,12 +217,12 @@ class CustomResourceClient(Generic[S]):
 
     def _advice(self, error: ApiException) -> str:
         if error.status == 403:
-            return self.forbidden_advice
+            return "Give the service account a Role that allows it (docs/kubernetes.md), or check the quota."
         if error.status == 404 and "namespaces" in _message(error):
             return "Create the namespace, or correct its name."
         if error.status == 404:
-            return f"The cluster has no {self.resource.kind} kind: {self.missing_kind_advice}"
-        return self.invalid_advice
+            return f"The cluster has no {self.resource.kind} kind: install {self.operator} and its CRDs."
+        return "Correct the settings."
 
 
 def _details(error: ApiException) -> Mapping[str, Any]:

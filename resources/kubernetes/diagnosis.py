@@ -27,6 +27,23 @@ class Cause(StrEnum):
     UNKNOWN = "unknown"
 
 
+ADVICE: Mapping[Cause, str] = {
+    Cause.OUT_OF_MEMORY: "Raise `memory`, or let the process use less.",
+    Cause.EXIT_CODE: "The last lines of its log say why.",
+    Cause.KILLED: "The pod was ended from outside: deleted, preempted, or its node shut down. Retry the step.",
+    Cause.NOT_STARTED: "Check `command` and the image's entry point.",
+    Cause.EVICTED: "The node ran short of memory or disk. Retry the step, with requests closer to use.",
+    Cause.DEADLINE: "Raise `active_deadline_seconds`, or give the job less to do.",
+    Cause.UNSCHEDULABLE: "Lower the requests, change node selector or tolerations, or add nodes.",
+    Cause.IMAGE: "Check the image's name and tag, that the node can reach its registry, and `image_pull_secrets`.",
+    Cause.CONFIGURATION: "Create the Secret, ConfigMap or volume that it names, in the job's namespace.",
+    Cause.NO_PODS: "Check that {operator} runs, the namespace's quota, and the events of the job.",
+    Cause.SLOW_START: "The node may still be pulling a large image: raise `start_timeout_seconds`.",
+    Cause.OPERATOR_AWAY: "Check that {operator} runs. The job is kept: the next attempt adopts it.",
+    Cause.UNKNOWN: "Look at the job's pods and events with kubectl describe.",
+}
+"""What to do about each cause, where `operator` looks after the kind."""
+
 NOT_STARTED_REASONS = ("RunContainerError", "StartError", "ContainerCannotRun", "CreateContainerError")
 _WAITING_CAUSES: Mapping[str, Cause] = {
     **dict.fromkeys(NOT_STARTED_REASONS, Cause.NOT_STARTED),

@@ -1,20 +1,18 @@
-"""Bringing exactly one object of a custom resource into being for a step, and removing it again. No Dagster.
+"""Bringing exactly one job into being for a step, and removing it again. No Dagster.
 
-Policy: an object of the same step that works or succeeded, and computes the same thing, is adopted. Any other is
-removed first, and so is what outlived an object that is gone. A create call whose answer was lost is repeated: names
-are deterministic.
+Policy: a job of the same step that works or succeeded, and computes the same thing, is adopted. Any other is removed
+first, and so are pods that outlived theirs. A create call whose answer was lost is repeated: names are deterministic.
 """
 
 import logging
 import time
-from abc import ABC, abstractmethod
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic
 
 from resources.interrupts import sleep
-from resources.kubernetes.api import CustomResource, CustomResourceClient
 from resources.kubernetes.diagnosis import Outage
 from resources.kubernetes.errors import (
     ApiRefusedError,
@@ -22,9 +20,8 @@ from resources.kubernetes.errors import (
     ResourceConflictError,
     ResourceStuckError,
 )
-
-R = TypeVar("R")
-T = TypeVar("T", bound=CustomResource)
+from resources.kubernetes.job import J, Job, JobClient, JobState
+from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL, STEP_LABEL, selector, step_digest
 
 _PAUSE_SECONDS = 1.0
 _REPLACE_GRACE_SECONDS = 10
@@ -32,24 +29,70 @@ _REPLACE_TIMEOUT_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
-class Started(Generic[T]):
-    """The one object of the step."""
+class JobRequest:
+    """A job that a step wants, and whose earlier jobs count as its own."""
 
-    found: T
+    kind: type[Job]
+    name: str
+    namespace: str
+    step_key: str
+    run_id: str
+    ancestor_run_ids: tuple[str, ...]
+    """Runs that this one retries from failure, nearest first: their jobs may be adopted."""
+    work: str
+    """Digest of what the job computes."""
+    launch_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def step_labels(self) -> dict[str, str]:
+        """Of jobs and pods of this step in any run."""
+        return {MANAGED_BY_LABEL: self.kind.managed_by(), STEP_LABEL: step_digest(self.step_key)}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {**self.step_labels, RUN_ID_LABEL: self.run_id}
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        return {self.kind.launch_annotation(): self.launch_id, self.kind.work_annotation(): self.work}
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        return (self.run_id, *self.ancestor_run_ids)
+
+    def owns(self, job: Job) -> bool:
+        """Whether the job was made for this step by this run or one that it retries."""
+        return self.step_labels.items() <= job.labels.items() and job.run_id in self.run_ids
+
+    def why_not(self, job: Job) -> str | None:
+        """Why the step's job may not be adopted; None when it may."""
+        if job.deleting:
+            return "it is being deleted"
+        if job.status.state == JobState.FAILED:
+            return f"it failed: {job.status.message}"
+        return None if job.work == self.work else "it computes something else than this step asks for now"
+
+    def __str__(self) -> str:
+        return f"{self.kind.kind} {self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Started(Generic[J]):
+    """The one job of the step."""
+
+    found: J
     adopted: bool
 
 
-class Launcher(ABC, Generic[R, T]):
-    """Adopts, replaces, creates and removes the objects of one step. The text of a request names its object.
+class JobLauncher(Generic[J]):
+    """Adopts, replaces, creates and removes the jobs of one step, found by their labels.
 
     `shield` wraps the create call, so that an interrupt waits for its answer.
     """
 
-    leftover_advice = ""
-
     def __init__(
         self,
-        client: CustomResourceClient[T],
+        client: JobClient[J],
         *,
         clock: Callable[[], float] = time.monotonic,
         sleeper: Callable[[float], None] = sleep,
@@ -65,10 +108,11 @@ class Launcher(ABC, Generic[R, T]):
         self._outage_seconds = outage_seconds
         self._create_in_doubt = False
         """Whether a create call was sent that may still take effect though no answer came."""
-        self._logged: set[str] = set()
+        self._unwanted: set[str] = set()
+        """Names of jobs that have to go with their pods."""
 
-    def start(self, request: R, manifest: Mapping[str, Any]) -> Started[T]:
-        """The step's object, at work or finished, adopted or new. Never leaves two.
+    def start(self, request: JobRequest, manifest: Mapping[str, Any]) -> Started[J]:
+        """The step's job, at work or finished, adopted or new. Never leaves two.
 
         ResourceConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without
         an answer; ResourceStuckError when the name stays taken, or what is to be replaced does not go away.
@@ -92,68 +136,64 @@ class Launcher(ABC, Generic[R, T]):
                 )
             self._sleep(_PAUSE_SECONDS)
 
-    def remove(self, request: R, *, timeout_seconds: float, grace_seconds: int = _REPLACE_GRACE_SECONDS) -> None:
-        """Delete the step's objects and wait until they and what they own are gone. ResourceStuckError if they stay.
+    def remove(self, request: JobRequest, *, timeout_seconds: float, grace_seconds: int) -> None:
+        """Delete the step's jobs and wait until they and their pods are gone. ResourceStuckError if they stay.
 
         A create call without an answer may still take effect, so after one it looks again for as long as a call may
-        take. When only the objects may be deleted, the refusal of the rest is raised after their deletion.
+        take. When only the jobs may be deleted, the refusal of the rest is raised after their deletion.
         """
         began = self._clock()
         settle_seconds = self._client.request_timeout_seconds if self._create_in_doubt else 0.0
-        own: Sequence[T] = ()
+        own: Sequence[J] = ()
         while self._clock() - began <= timeout_seconds:
             try:
                 own = self._own(request)
                 if not self._clear(request, own, own, grace_seconds) and self._clock() - began >= settle_seconds:
                     return
-            except ResourceConflictError:
-                return
             except ApiUnavailableError as error:
                 self._log.warning("Still removing %s: %s", request, error)
             except ApiRefusedError:
-                for each in own:
-                    self._client.delete(each)
+                for job in own:
+                    self._client.delete(job)
                 raise
             self._sleep(_PAUSE_SECONDS / 2)
         raise ResourceStuckError(
-            f"{request} and what it owns could not be removed within {timeout_seconds:.0f} s. {self.leftover_advice}"
+            f"{request} and its pods could not be removed within {timeout_seconds:.0f} s: delete it by hand unless it "
+            "ends at its deadline or a collector sensor watches its kind."
         )
 
-    @abstractmethod
-    def _own(self, request: R) -> Sequence[T]:
-        """The step's objects, oldest first. ResourceConflictError where the name is someone else's."""
+    def _own(self, request: JobRequest) -> Sequence[J]:
+        found = self._client.find(request.namespace, selector(**request.step_labels))
+        return [job for job in found if request.owns(job)]
 
-    @abstractmethod
-    def _why_not(self, request: R, found: T) -> str | None:
-        """Why the object may not be adopted; None when it may."""
-
-    @abstractmethod
-    def _clear(self, request: R, own: Sequence[T], unwanted: Sequence[T], grace_seconds: int) -> list[str]:
-        """Delete what may not stay: objects, their pods, what outlived one. Returns what is still there."""
-
-    def _take_over(self, request: R, found: T) -> T | None:
-        """The object, marked as this run's; None when it is gone."""
-        return found
-
-    def _after_conflict(self, request: R) -> T | None:
-        """The object of the name that was taken, if it is the step's; None when that has to be settled first."""
-        return None
-
-    def _settle(self, request: R) -> tuple[T | None, list[str]]:
-        """The object to adopt, and what is still there of the others."""
+    def _settle(self, request: JobRequest) -> tuple[J | None, list[str]]:
+        """The job to adopt, and what is still there of the others."""
         own = self._own(request)
-        kept = next((each for each in reversed(own) if self._why_not(request, each) is None), None)
-        unwanted = [each for each in own if each is not kept]
-        for each in unwanted:
-            text = f"Replacing {each}: {self._why_not(request, each) or 'a newer one of the step is kept'}."
-            if text not in self._logged:
-                self._logged.add(text)
-                self._log.info(text)
+        kept = next((job for job in reversed(own) if request.why_not(job) is None), None)
+        unwanted = [job for job in own if job is not kept]
+        for job in unwanted:
+            if job.name not in self._unwanted:
+                reason = request.why_not(job) or "a newer one of the step is kept"
+                self._log.info("Replacing %s: %s.", job, reason)
         return kept, self._clear(request, own, unwanted, _REPLACE_GRACE_SECONDS)
 
-    def _adopt_or_create(self, request: R, kept: T | None, manifest: Mapping[str, Any]) -> Started[T] | None:
+    def _clear(self, request: JobRequest, own: Sequence[J], unwanted: Sequence[J], grace_seconds: int) -> list[str]:
+        """Remove what may not stay: jobs with their pods, and pods whose job is gone. Returns what is still there."""
+        owners = self._client.owners_of_pods(request.namespace, selector(**request.step_labels))
+        known = {job.name for job in own}
+        orphaned = {name for name, run_id in owners if name not in known and run_id in request.run_ids}
+        self._unwanted |= {job.name for job in unwanted} | orphaned
+        uids = {job.uid for job in unwanted}
+        left: list[str] = []
+        for name in sorted({*self._unwanted, request.name}):
+            current = self._client.get(request.namespace, name)
+            if current is None or current.uid in uids:  # not another's job, nor one that is newer than the list
+                left += self._client.remove(request.namespace, name, current, grace_seconds)
+        return left
+
+    def _adopt_or_create(self, request: JobRequest, kept: J | None, manifest: Mapping[str, Any]) -> Started[J] | None:
         if kept is not None:
-            kept = self._take_over(request, kept)
+            kept = self._client.patch(kept, {"metadata": {"labels": {RUN_ID_LABEL: request.run_id}}})
             return None if kept is None else Started(kept, adopted=True)
         self._create_in_doubt = True
         with self._shield():
@@ -161,6 +201,18 @@ class Launcher(ABC, Generic[R, T]):
             self._create_in_doubt = False
         created = created or self._after_conflict(request)
         return None if created is None else Started(created, adopted=False)
+
+    def _after_conflict(self, request: JobRequest) -> J | None:
+        """The job of the name that was taken, where our own create call made it and its answer was lost."""
+        existing = self._client.get(request.namespace, request.name)
+        if existing is None or existing.launch_id == request.launch_id:
+            return existing
+        if not request.owns(existing):
+            raise ResourceConflictError(
+                f"{existing} exists and is not this step's: it carries run id {existing.run_id!r}. "
+                "Delete it, or use another name_prefix."
+            )
+        return None
 
 
 def _why(left: Sequence[str]) -> str:

@@ -28,12 +28,19 @@ def derive_name(prefix: str, *identity: str, reserve: int = 0) -> str:
     return head[: MAX_LABEL_LENGTH - reserve - len(tail)].rstrip("-") + tail
 
 
-def check_dns_1035(kind: str, name: str) -> None:
-    """SettingsError unless the name of an object of that kind has the form of a DNS-1035 label, whatever its length."""
+def check_name(kind: str, name: str, *derived: str) -> None:
+    """SettingsError unless the name of an object of that kind, and what is derived from it, are DNS-1035 labels."""
     if not _DNS_1035.fullmatch(name):
         raise SettingsError(
             f"{kind} name {name!r} is not a DNS-1035 label: use lower case letters, digits and '-', "
             "start with a letter and end with a letter or digit."
+        )
+    longest = max(name, *derived, key=len)
+    excess = len(longest) - MAX_LABEL_LENGTH
+    if excess > 0:
+        raise SettingsError(
+            f"{kind} name {name!r} is too long: {longest!r}, which is derived from it, would have {len(longest)} "
+            f"characters, and Kubernetes takes {MAX_LABEL_LENGTH}. Shorten it by {excess}."
         )
 
 

@@ -1,35 +1,31 @@
-"""Waiting for a custom resource to end, showing its logs meanwhile. No Dagster; clock and sleeper are given.
+"""Waiting for a job to end, showing its logs meanwhile. No Dagster; clock and sleeper are given.
 
-Only the resource's own state says how it ended. Pods, logs and events that cannot be read cost detail and nothing else.
-A look at the resource that fails, in whatever way, is repeated until an outage has lasted too long.
+Only the job's own state says how it ended. Pods, logs and events that cannot be read cost detail and nothing else.
+A look at the job that fails, in whatever way, is repeated until an outage has lasted too long.
 """
 
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic
 
 from resources.interrupts import sleep
-from resources.kubernetes.api import CustomResource, CustomResourceClient
-from resources.kubernetes.diagnosis import Outage, PodHistory, WatchLimits
-from resources.kubernetes.errors import ApiError, ResourceDeletedError
+from resources.kubernetes.diagnosis import Cause, Diagnosis, Outage, Patience, PodHistory, WatchLimits, event_lines
+from resources.kubernetes.errors import ApiError, ResourceDeletedError, ResourceFailedError
+from resources.kubernetes.job import J, JobClient, JobState
 from resources.kubernetes.logs import LogLine, ReplicaLogs, show_line
 from resources.kubernetes.pods import Pod
 
-T = TypeVar("T", bound=CustomResource)
-L = TypeVar("L", bound=WatchLimits)
 
-
-class Watcher(ABC, Generic[T, L]):
-    """Watches one object to its end. A kind says which pods are its own, what to log, and when it is given up."""
+class JobWatcher(Generic[J]):
+    """Watches one job to its end."""
 
     def __init__(
         self,
-        client: CustomResourceClient[T],
-        found: T,
+        client: JobClient[J],
+        job: J,
         *,
-        limits: L,
+        limits: WatchLimits,
         on_log_line: Callable[[LogLine], None] = show_line,
         on_tick: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -37,7 +33,7 @@ class Watcher(ABC, Generic[T, L]):
         logger: logging.Logger,
     ):
         self._client = client
-        self._found = found
+        self._job = job
         self._limits = limits
         self._on_log_line = on_log_line
         self._on_tick = on_tick
@@ -45,60 +41,64 @@ class Watcher(ABC, Generic[T, L]):
         self._sleep = sleeper
         self._log = logger
         self._history = PodHistory()
-        self._logs = ReplicaLogs(client, found.namespace, clock, logger)
+        self._logs = ReplicaLogs(client, job.namespace, clock, logger)
         self._outage = Outage(
             clock, limits.outage_timeout_seconds, logger=logger, meanwhile="the work continues without being watched"
         )
-        self._state = "unknown"
+        self._patience = Patience(limits, clock)
+        self._cause: Cause | None = None
+        self._active_since = clock()
+        self._progress: Sequence[str] = ()
         self._pods: Sequence[Pod] = ()
         self._pods_are_read = True
 
-    def wait_until_finished(self) -> T:
-        """The finished object, however it ended. ApiError after too long an outage; else what the kind raises."""
+    def wait_until_finished(self) -> J:
+        """The succeeded job.
+
+        ResourceFailedError or the kind's own error; ResourceDeletedError; ApiError after too long an outage.
+        """
         while True:
             try:
                 finished = self._look()
                 self._outage.end()
             except ApiError as error:
-                finished = None
+                finished = False
                 self._outage.endure(error)
             self._on_tick()
             if finished:
-                return finished
+                break
             self._sleep(self._limits.poll_interval_seconds)
+        if self._job.status.state == JobState.FAILED:
+            raise self._client.failure(self._job, self._history, self._logs.tails, self._limits, remove=False)
+        return self._job
 
-    @abstractmethod
-    def _report(self, current: T) -> str:
-        """Log what changed since the last look, and return the object's state in a word."""
-
-    @abstractmethod
-    def _pods_of(self, current: T) -> Sequence[Pod]:
-        """Pods whose logs are shown."""
-
-    @abstractmethod
-    def _give_up_if_stuck(self, current: T, pods: Sequence[Pod] | None) -> None:
-        """Raise an error of the kind for an object that will not end. `pods` is None where they cannot be listed."""
-
-    def _look(self) -> T | None:
-        """One look; the object when it has finished."""
-        current = self._client.get(self._found.namespace, self._found.name)
-        if current is None or current.uid != self._found.uid or current.deleting:
+    def _look(self) -> bool:
+        """One look; whether the job has finished."""
+        current = self._client.get(self._job.namespace, self._job.name)
+        if current is None or current.uid != self._job.uid or current.deleting:
             raise ResourceDeletedError(
-                f"{self._found} was deleted by someone else while this step waited for it. Its last state was "
-                f"{self._state}. Run the step again to start a new one."
+                f"{self._job} was deleted by someone else while this step waited for it. Its last state was "
+                f"{self._job.status.state}. Run the step again to start a new one."
             )
-        self._state = self._report(current)
-        pods = self._list_pods(current)
+        self._job = current
+        for text in current.progress:
+            if text not in self._progress:
+                self._log.info("%s: %s", current, text)
+        self._progress = current.progress
+        pods = self._list_pods()
         if current.finished:
             self._show(self._logs.drain(self._pods, self._sleep))
-            return current
+            return True
         self._show(self._logs.poll(pods or ()))
-        self._give_up_if_stuck(current, pods)
-        return None
+        self._give_up_if_final()
+        self._give_up_if_overdue()
+        if pods is not None:
+            self._give_up_if_stuck(pods)
+        return False
 
-    def _list_pods(self, current: T) -> Sequence[Pod] | None:
+    def _list_pods(self) -> Sequence[Pod] | None:
         try:
-            self._pods = self._pods_of(current)
+            self._pods = self._client.pods(self._job.namespace, self._job.name)
         except ApiError as error:
             if self._pods_are_read:
                 self._log.warning("The pods cannot be listed for now: %s", error)
@@ -111,3 +111,46 @@ class Watcher(ABC, Generic[T, L]):
     def _show(self, lines: Iterable[LogLine]) -> None:
         for line in lines:
             self._on_log_line(line)
+
+    def _give_up_if_final(self) -> None:
+        """Give up after an exit code for which a restart cannot help."""
+        if any(end.exit_code in self._limits.final_exit_codes for end in self._history.failures()):
+            raise self._client.failure(self._job, self._history, self._logs.tails, self._limits, remove=True)
+
+    def _give_up_if_overdue(self) -> None:
+        """Give up what its own deadline should have ended, which the operator and the kubelet keep."""
+        now, state = self._clock(), self._job.status.state
+        if state == JobState.SUSPENDED:
+            self._active_since = now
+        waited, deadline = now - self._active_since, self._job.deadline_seconds
+        if deadline is not None and waited >= deadline + self._limits.start_timeout_seconds:
+            summary = f"still {state} after {waited:.0f} s, though its deadline is {deadline} s"
+            advice = "Check that the operator runs: neither it nor the kubelet ended the job."
+            raise ResourceFailedError(
+                Diagnosis(Cause.DEADLINE, summary, advice, transient=False, subject=str(self._job), remove=True)
+            )
+
+    def _give_up_if_stuck(self, pods: Sequence[Pod]) -> None:
+        obstacle = self._client.obstacle(self._job, pods)
+        waited = self._patience.spend(obstacle)
+        if obstacle is None:
+            self._cause = None
+            return
+        cause, allowed = obstacle.cause, self._limits.of(obstacle.cause)
+        if cause != self._cause and cause not in (Cause.SLOW_START, Cause.NO_PODS):
+            left = max(0.0, allowed - waited)
+            self._log.warning("%s waits: %s. It is given up after %.0f s.", self._job, obstacle, left)
+        self._cause = cause
+        if waited >= allowed:
+            phases = [f"{pod.replica}: {pod.phase}" for pod in pods]
+            raise ResourceFailedError(
+                Diagnosis(
+                    cause,
+                    f"{obstacle} (for {waited:.0f} s)",
+                    self._client.advice(cause),
+                    self._limits.is_worth_retrying(cause),
+                    str(self._job),
+                    details=(*phases, *event_lines(self._client.events(self._job, pods))),
+                    remove=cause != Cause.OPERATOR_AWAY,
+                )
+            )

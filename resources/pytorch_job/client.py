@@ -1,15 +1,25 @@
-"""The PyTorchJob custom resource of Kubeflow's training operator: how its status is read, its pods, and advice."""
+"""The PyTorchJob custom resource of Kubeflow's training operator: its status, its pods, its Pipes client."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resources.kubernetes.diagnosis import Cause
+from resources.kubernetes.collector import build_job_collector
 from resources.kubernetes.job import Job, JobClient, JobState, JobStatus
-from resources.pytorch_job.manifest import GROUP, KIND, PLURAL, VERSION
+from resources.kubernetes.pipes import PipesJobClient
+from resources.pytorch_job.config import PyTorchJobConfig
+from resources.pytorch_job.manifest import (
+    GROUP,
+    KIND,
+    LONGEST_SUFFIX,
+    PLURAL,
+    VERSION,
+    build_pytorch_job_manifest,
+)
 
 OPERATOR_JOB_NAME_LABEL = "training.kubeflow.org/job-name"
-OPERATOR_REPLICA_TYPE_LABEL = "training.kubeflow.org/replica-type"
-OPERATOR_REPLICA_INDEX_LABEL = "training.kubeflow.org/replica-index"
+_REPLICA_TYPE_LABEL = "training.kubeflow.org/replica-type"
+_REPLICA_INDEX_LABEL = "training.kubeflow.org/replica-index"
 
 _FINAL = {"Failed": JobState.FAILED, "Succeeded": JobState.SUCCEEDED}
 _PASSING = {
@@ -23,7 +33,7 @@ _PASSING = {
 class PyTorchJob(Job):
     """One stored PyTorchJob."""
 
-    kind, slug = KIND, "pytorch-job"
+    kind, slug, longest_suffix = KIND, "pytorch-job", LONGEST_SUFFIX
 
     @property
     def status(self) -> JobStatus:
@@ -40,28 +50,21 @@ class PyTorchJobClient(JobClient[PyTorchJob]):
     resource = PyTorchJob
     group, version, plural = GROUP, VERSION, PLURAL
     pod_label = OPERATOR_JOB_NAME_LABEL
-    missing_kind_advice = "install the Kubeflow training operator (v1) and its CRDs."
-    forbidden_advice = "Give the service account the Role of docs/kubernetes.md, or check the namespace's quota."
-    invalid_advice = "Correct the job's settings."
-    advice: Mapping[Cause, str] = {
-        Cause.OUT_OF_MEMORY: "Raise `memory`, or let the process use less.",
-        Cause.EXIT_CODE: "The last lines of its log say why.",
-        Cause.KILLED: "The pod was ended from outside: deleted, preempted, or its node shut down. Retry the step.",
-        Cause.NOT_STARTED: "Check `command` and the image's entry point.",
-        Cause.EVICTED: "The node ran short of memory or disk. Retry the step, with requests closer to use.",
-        Cause.DEADLINE: "Raise `run_policy.active_deadline_seconds`, or give the job less to do.",
-        Cause.UNSCHEDULABLE: "Lower the requests, change node selector or tolerations, or add nodes.",
-        Cause.IMAGE: "Check the image's name and tag, that the node can reach its registry, and `image_pull_secrets`.",
-        Cause.CONFIGURATION: "Create the Secret, ConfigMap or volume that it names, in the job's namespace.",
-        Cause.NO_PODS: "Check that the training operator runs, the namespace's quota, and the events of the job.",
-        Cause.SLOW_START: "The node may still be pulling a large image: raise `start_timeout_seconds`.",
-        Cause.OPERATOR_AWAY: "Check that the training operator runs. The job is kept: the next attempt adopts it.",
-        Cause.UNKNOWN: "Look at the job's pods and events with kubectl describe.",
-    }
+    operator = "the Kubeflow training operator"
 
-    def replica_of(self, labels: Mapping[str, str]) -> str:
-        kind, index = labels.get(OPERATOR_REPLICA_TYPE_LABEL, "pod"), labels.get(OPERATOR_REPLICA_INDEX_LABEL, "0")
-        return f"{kind}-{index}"
+    def replica_of(self, pod: Any) -> str:
+        labels = pod.metadata.labels or {}
+        return f"{labels.get(_REPLICA_TYPE_LABEL, 'pod')}-{labels.get(_REPLICA_INDEX_LABEL, '0')}"
+
+
+class PipesPyTorchJobClient(PipesJobClient[PyTorchJobConfig]):
+    """Runs a step's work as a PyTorchJob and waits for it. See PipesJobClient."""
+
+    client_class = PyTorchJobClient
+    build_manifest = staticmethod(build_pytorch_job_manifest)
+
+
+build_pytorch_job_collector = functools.partial(build_job_collector, PyTorchJob)
 
 
 def read_status(status: Mapping[str, Any] | None) -> JobStatus:

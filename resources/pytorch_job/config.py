@@ -3,9 +3,9 @@
 import re
 from typing import Any, Literal
 
-import kubernetes.client
 from dagster_k8s.job import UserDefinedDagsterK8sConfig
 from dagster_k8s.models import k8s_model_from_dict
+from kubernetes import client as k8s
 from pydantic import Field, field_validator, model_validator
 
 from resources.kubernetes.config import StrictConfig, without_secrets
@@ -31,32 +31,22 @@ class PodTemplate(StrictConfig):
 
     @model_validator(mode="after")
     def _known_to_kubernetes(self) -> "PodTemplate":
-        self.user_config()
+        k8s_config = self.k8s_config()
+        if k8s_config.container_config.get("name", CONTAINER_NAME) != CONTAINER_NAME:
+            raise SettingsError(f"pod_template: the training operator only knows one container, {CONTAINER_NAME!r}.")
+        if k8s_config.pod_spec_config.get("restart_policy"):
+            raise SettingsError("pod_template: the training operator sets the pods' restartPolicy: use restart_policy.")
         return self
 
-    def user_config(self) -> UserDefinedDagsterK8sConfig:
+    def k8s_config(self) -> UserDefinedDagsterK8sConfig:
         """The overrides as dagster-k8s reads them; SettingsError for a field that Kubernetes does not have."""
         try:
-            user_config = UserDefinedDagsterK8sConfig(
-                container_config=self.container_config,
-                pod_spec_config=self.pod_spec_config,
-                pod_template_spec_metadata=self.pod_template_spec_metadata,
-            )
-            k8s_model_from_dict(kubernetes.client.V1PodSpec, {**user_config.pod_spec_config, "containers": []})
-            k8s_model_from_dict(kubernetes.client.V1Container, {**user_config.container_config, "name": CONTAINER_NAME})
+            k8s_config = UserDefinedDagsterK8sConfig(**self.model_dump())
+            k8s_model_from_dict(k8s.V1PodSpec, {**k8s_config.pod_spec_config, "containers": []})
+            k8s_model_from_dict(k8s.V1Container, {**k8s_config.container_config, "name": CONTAINER_NAME})
         except Exception as error:  # dagster-k8s raises plain Exception for unknown fields
             raise SettingsError(f"pod_template is not what Kubernetes takes: {error}") from error
-        name = user_config.container_config.get("name", CONTAINER_NAME)
-        if name != CONTAINER_NAME:
-            raise SettingsError(
-                f"pod_template names the container {name!r}: the training operator only knows one named "
-                f"{CONTAINER_NAME!r}."
-            )
-        if user_config.pod_spec_config.get("restart_policy"):
-            raise SettingsError(
-                "pod_template sets the pods' restartPolicy, which the training operator replaces: use restart_policy."
-            )
-        return user_config
+        return k8s_config
 
 
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([munkKMGTPE]|[KMGTPE]i)?")
@@ -69,26 +59,6 @@ class SecretKey(StrictConfig):
 
     secret: str = Field(description="Name of the Secret, in the job's namespace.")
     key: str = Field(description="Key within it.")
-
-
-class Toleration(StrictConfig):
-    """A node taint that the pods tolerate."""
-
-    key: str | None = Field(default=None, description="Taint key; none matches every key.")
-    operator: Literal["Equal", "Exists"] = Field(default="Exists", description="How key and value are compared.")
-    value: str | None = Field(default=None, description="Taint value, with operator Equal.")
-    effect: Literal["Any", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field(
-        default="Any", description="Taint effect."
-    )
-    toleration_seconds: int | None = Field(default=None, ge=0, description="How long NoExecute is tolerated.")
-
-    @model_validator(mode="after")
-    def _value_needs_equal(self) -> "Toleration":
-        if self.operator == "Exists" and self.value is not None:
-            raise ValueError("A toleration with operator Exists takes no value: use operator Equal.")
-        if self.operator == "Equal" and self.key is None:
-            raise ValueError("A toleration with operator Equal needs a key.")
-        return self
 
 
 class RunPolicy(StrictConfig):
@@ -144,7 +114,10 @@ class PyTorchJobConfig(StrictConfig):
     scratch: str | None = Field(default="2Gi", description="Size limit of a writable /tmp; none mounts nothing there.")
 
     node_selector: dict[str, str] = Field(default={}, description="Labels a node must have.")
-    tolerations: list[Toleration] = Field(default=[], description="Taints that the pods tolerate.")
+    tolerations: list[dict[str, Any]] = Field(
+        default=[],
+        description="Taints that the pods tolerate (V1Toleration); operator Exists unless a value is given.",
+    )
     service_account_name: str | None = Field(
         default=None, description="Service account of the pods. Its token is not mounted: training needs no API."
     )

@@ -4,38 +4,20 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import kubernetes.client
 from dagster_k8s.container_context import K8sContainerContext
 from dagster_k8s.job import UserDefinedDagsterK8sConfig
 from dagster_k8s.models import k8s_model_from_dict
-from kubernetes.client import ApiClient
+from kubernetes import client as k8s
 from pydantic.alias_generators import to_camel
 
-from resources.kubernetes.errors import SettingsError
-from resources.kubernetes.naming import MAX_LABEL_LENGTH, check_dns_1035, derive_name
+from resources.kubernetes.naming import check_name
 from resources.pytorch_job.config import CONTAINER_NAME, PyTorchJobConfig
 
 GROUP = "kubeflow.org"
 VERSION = "v1"
 KIND = "PyTorchJob"
 PLURAL = "pytorchjobs"
-_LONGEST_SUFFIX = "-worker-9999"
-
-
-def job_name(prefix: str, *, run_id: str, step_key: str, attempt: int) -> str:
-    """Name of the PyTorchJob of one attempt at one step of one Dagster run."""
-    return derive_name(prefix, run_id, step_key, str(attempt), reserve=len(_LONGEST_SUFFIX))
-
-
-def check_job_name(name: str, replicas: int) -> None:
-    """SettingsError unless the name and everything derived from it is a DNS-1035 label."""
-    check_dns_1035(KIND, name)
-    longest = f"{name}-worker-{max(replicas - 1, 0)}"
-    if len(longest) > MAX_LABEL_LENGTH:
-        raise SettingsError(
-            f"PyTorchJob name {name!r} is too long: its pod {longest!r} would have {len(longest)} characters, and "
-            f"Kubernetes takes {MAX_LABEL_LENGTH}. Shorten it by {len(longest) - MAX_LABEL_LENGTH}."
-        )
+LONGEST_SUFFIX = "-worker-9999"
 
 
 def build_pytorch_job_manifest(
@@ -52,7 +34,7 @@ def build_pytorch_job_manifest(
     SettingsError for a name that the operator, or a pod or service named after it, would not take, and for pod
     overrides that would leave the operator without its container.
     """
-    check_job_name(name, config.replicas)
+    check_name(KIND, name, f"{name}-worker-{max(config.replicas - 1, 0)}")
     all_labels = {**config.labels, **(labels or {})}
     metadata: dict[str, Any] = {"name": name, "namespace": namespace, "labels": all_labels}
     if annotations:
@@ -77,60 +59,50 @@ def build_pytorch_job_manifest(
 
 
 def _pod_template(config: PyTorchJobConfig, env: Mapping[str, str], labels: Mapping[str, str]) -> dict[str, Any]:
-    base = UserDefinedDagsterK8sConfig(
-        container_config=_container(config, env),
-        pod_spec_config=_pod_spec(config),
-        pod_template_spec_metadata={"labels": dict(labels)} if labels else {},
-    )
-    overrides = K8sContainerContext(run_k8s_config=config.pod_template.user_config())
-    merged = K8sContainerContext(run_k8s_config=base).merge(overrides).run_k8s_config
-    pod_spec = dict(merged.pod_spec_config)
-    sidecars = pod_spec.pop("containers", [])
-    pod_spec["containers"] = [{**merged.container_config, "name": CONTAINER_NAME}, *sidecars]
-    template = k8s_model_from_dict(
-        kubernetes.client.V1PodTemplateSpec, {"metadata": dict(merged.pod_template_spec_metadata), "spec": pod_spec}
-    )
-    body: Any = ApiClient().sanitize_for_serialization(template)
-    return body
-
-
-def _container(config: PyTorchJobConfig, env: Mapping[str, str]) -> dict[str, Any]:
-    variables: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in {**config.env, **env}.items()]
-    variables += [
-        {"name": name, "value_from": {"secret_key_ref": {"name": ref.secret, "key": ref.key}}}
-        for name, ref in config.secret_env.items()
-    ]
     gpus = {config.gpu_resource: str(config.gpu)} if config.gpu else {}
-    resources = {
-        "requests": _without_empty({"cpu": config.cpu, "memory": config.memory}) | gpus,
-        "limits": _without_empty({"cpu": config.cpu_limit, "memory": config.memory}) | gpus,
-    }
-    return {
-        "image": config.image,
-        "image_pull_policy": config.image_pull_policy,
-        "security_context": {
+    base = K8sContainerContext(
+        image_pull_policy=config.image_pull_policy,
+        image_pull_secrets=[{"name": name} for name in config.image_pull_secrets],
+        service_account_name=config.service_account_name,
+        env_config_maps=config.env_config_maps,
+        env_secrets=config.env_secrets,
+        env=[
+            *({"name": name, "value": value} for name, value in {**config.env, **env}.items()),
+            *(
+                {"name": name, "value_from": {"secret_key_ref": {"name": ref.secret, "key": ref.key}}}
+                for name, ref in config.secret_env.items()
+            ),
+        ],
+        volume_mounts=[{"name": name, "mount_path": path} for name, path, _ in _volumes(config)],
+        volumes=[{"name": name, "empty_dir": source} for name, _, source in _volumes(config)],
+        labels=labels,
+        resources=_without_empty(
+            {
+                "requests": _without_empty({"cpu": config.cpu, "memory": config.memory}) | gpus,
+                "limits": _without_empty({"cpu": config.cpu_limit, "memory": config.memory}) | gpus,
+            }
+        ),
+        security_context={
             "allow_privilege_escalation": False,
             "capabilities": {"drop": ["ALL"]},
             "read_only_root_filesystem": True,
         },
-        **_without_empty(
-            {
-                "command": list(config.command),
-                "args": list(config.args),
-                "env": variables,
-                "env_from": [
-                    *({"config_map_ref": {"name": name}} for name in config.env_config_maps),
-                    *({"secret_ref": {"name": name}} for name in config.env_secrets),
-                ],
-                "volume_mounts": [{"name": name, "mount_path": path} for name, path, _ in _volumes(config)],
-                "resources": _without_empty(resources),
-            }
-        ),
-    }
+        run_k8s_config=UserDefinedDagsterK8sConfig(container_config=_container(config), pod_spec_config=_pod(config)),
+    )
+    merged = base.merge(K8sContainerContext(run_k8s_config=config.pod_template.k8s_config())).run_k8s_config
+    pod = dict(merged.pod_spec_config)
+    pod["containers"] = [{**merged.container_config, "name": CONTAINER_NAME}, *pod.get("containers", ())]
+    content = {"metadata": dict(merged.pod_template_spec_metadata), "spec": pod}
+    body: Any = k8s.ApiClient().sanitize_for_serialization(k8s_model_from_dict(k8s.V1PodTemplateSpec, content))
+    return body
 
 
-def _pod_spec(config: PyTorchJobConfig) -> dict[str, Any]:
-    tolerations = [toleration.model_dump(exclude_none=True) for toleration in config.tolerations]
+def _container(config: PyTorchJobConfig) -> dict[str, Any]:
+    return _without_empty({"image": config.image, "command": list(config.command), "args": list(config.args)})
+
+
+def _pod(config: PyTorchJobConfig) -> dict[str, Any]:
+    tolerations = [{"operator": "Equal" if "value" in each else "Exists", **each} for each in config.tolerations]
     return {
         # The operator looks at its own deadline only when something else happens to the job (1.9.4 puts the reminder
         # into a queue that nobody reads). A pod's deadline is the kubelet's: it makes that something happen.
@@ -144,18 +116,7 @@ def _pod_spec(config: PyTorchJobConfig) -> dict[str, Any]:
             "fs_group": config.run_as_user,
             "seccomp_profile": {"type": "RuntimeDefault"},
         },
-        **_without_empty(
-            {
-                "image_pull_secrets": [{"name": name} for name in config.image_pull_secrets],
-                "node_selector": dict(config.node_selector),
-                "tolerations": [
-                    {key: value for key, value in each.items() if (key, value) != ("effect", "Any")}
-                    for each in tolerations
-                ],
-                "service_account_name": config.service_account_name,
-                "volumes": [{"name": name, "empty_dir": source} for name, _, source in _volumes(config)],
-            }
-        ),
+        **_without_empty({"node_selector": dict(config.node_selector), "tolerations": tolerations}),
     }
 
 

@@ -13,9 +13,8 @@ from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.steps import as_dagster_failure
 from resources.object_store.resource import ObjectStoreResource
 from resources.object_store.s3_settings import CREDENTIALS
-from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.client import PipesPyTorchJobClient, PyTorchJobClient, build_pytorch_job_collector
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.pipes import PipesPyTorchJobClient, build_pytorch_job_collector
 from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE, PIPES_PREFIX, TrainingSpec
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
@@ -31,7 +30,6 @@ class KubernetesTrainer(TrainerResource):
     job: PyTorchJobConfig = Field(description="What all jobs have in common; the asset's config sets their scale.")
     namespace: str = Field(description="Namespace of the jobs.")
     kubeconfig_file: str | None = Field(default=None, description="By default the service account or KUBECONFIG.")
-    kube_context: str | None = Field(default=None, description="Context of the kubeconfig.")
     store_endpoint_url: str | None = Field(
         default=None, description="Address of the object store for pods, if it differs."
     )
@@ -116,7 +114,7 @@ class KubernetesTrainer(TrainerResource):
 
     def connect(self) -> PyTorchJobClient:
         """Client of the cluster's API. SettingsError when no cluster is configured."""
-        return PyTorchJobClient.production(kubeconfig_file=self.kubeconfig_file, context=self.kube_context)
+        return PyTorchJobClient.production(self.kubeconfig_file)
 
     def collector_target(self) -> CollectorTarget:
         """Where the collector sensor looks for what ended runs left behind."""

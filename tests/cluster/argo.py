@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from resources.argo.client import Workflow, WorkflowClient
-from resources.argo.report import job_name_of
+from resources.argo.client import WorkflowClient
 from resources.argo.template import build_train_template
+from resources.argo.workflow import Workflow
 from resources.object_store.s3 import S3Store
 from resources.pytorch_job.config import PyTorchJobConfig
 from tests.cluster.kubectl import kubectl, wait_for
@@ -77,7 +77,7 @@ class ArgoCluster:
         return wait_for(f"the end of workflow {name}", lambda: self._if_finished(name), seconds)
 
     def job_exists(self, workflow: Workflow) -> bool:
-        return self.client.jobs.get(self.namespace, job_name_of(workflow)) is not None
+        return self.client.jobs.get(self.namespace, workflow.job_name) is not None
 
     def _if_finished(self, name: str) -> Workflow | None:
         workflow = self.workflow(name)

@@ -22,10 +22,10 @@ from cifar_assets.assets.record import data_version
 from cifar_assets.dataset.versions.processed import read_processed
 from cifar_assets.gate import judge
 from resources.argo import PipelineRequest, PipelineResource
-from resources.argo.client import Workflow, WorkflowClient, workflow_name
-from resources.argo.report import explain, job_name_of
+from resources.argo.client import WorkflowClient, explain
 from resources.argo.resource import ArgoPipeline
 from resources.argo.template import FAILURE_CONDITION, SUCCESS_CONDITION, WORKFLOW_LABEL
+from resources.argo.workflow import Workflow
 from resources.kubernetes.job import JobState
 from resources.pytorch_job.client import read_status
 from resources.pytorch_job.manifest import GROUP, KIND, PLURAL, VERSION
@@ -85,8 +85,8 @@ def killed(argo: ArgoCluster, stories: dict[str, str]) -> str:
     name = stories["killed"]
     wait_for("a training that is waited for", lambda: _training(argo, name), 400)
     workflow = argo.workflow(name)
-    (pod,) = [pod for pod in argo.client.pods(workflow) if pod.replica == "train"]
-    job = argo.client.jobs.get(argo.namespace, job_name_of(workflow))
+    (pod,) = [pod for pod in argo.client.pods(argo.namespace, workflow.name) if pod.replica == "train"]
+    job = argo.client.jobs.get(argo.namespace, workflow.job_name)
     assert job
     kubectl("-n", argo.namespace, "delete", "pod", pod.name, "--wait=false")
     return job.uid
@@ -108,7 +108,7 @@ def test_deleting_the_workflow_removes_its_job(argo: ArgoCluster, stories: dict[
 def test_submitting_twice_makes_one_job(
     argo: ArgoCluster, stories: dict[str, str], killed: str, tiny: TinyData
 ) -> None:
-    """Case C16: the pod that submits is lost once the PyTorchJob is there."""
+    """The pod that submits is lost once the PyTorchJob is there."""
     workflow = argo.finished(stories["killed"])
     assert workflow.phase == "Succeeded", explain(argo.client, workflow)
     (job,) = [job for job in argo.client.jobs.find(argo.namespace) if job.labels.get(WORKFLOW_LABEL) == workflow.name]
@@ -160,7 +160,7 @@ def test_cancelling_the_dagster_run_removes_workflow_and_job(argo: ArgoCluster, 
 
         def cancel_once_it_trains() -> None:
             (run,) = wait_for("the run", lambda: instance.get_runs(filters=_STARTED), 60)
-            name = workflow_name("cancelled", run_id=run.run_id, step_key="long_training")
+            name = Workflow.name_for("cancelled", run_id=run.run_id, step_key="long_training", attempt=0)
             wait_for("the workflow", lambda: argo.client.get(argo.namespace, name), 60)
             wait_for("a training that is waited for", lambda: _training(argo, name), 400)
             seen.append(argo.workflow(name))
@@ -231,7 +231,8 @@ def _all_ended(seen: dict[str, tuple[str, bool]], jobs: dict[str, Any]) -> bool:
     [
         ("dagster", "create", "workflows", "yes"),
         ("dagster", "patch", "workflows", "yes"),
-        ("dagster", "list", "workflows", "no"),
+        ("dagster", "list", "workflows", "yes"),
+        ("dagster", "update", "workflows", "no"),
         ("argo-workflow", "create", "pytorchjobs", "yes"),
         ("argo-workflow", "delete", "pytorchjobs", "no"),
         ("argo-workflow", "get", "pods/log", "no"),
@@ -298,7 +299,7 @@ def _training(argo: ArgoCluster, name: str) -> bool:
 
 
 def _pods_left(argo: ArgoCluster, workflow: Workflow) -> bool:
-    return bool(argo.client.pods(workflow) or argo.client.jobs.pods(argo.namespace, job_name_of(workflow)))
+    return bool(argo.client.pods(argo.namespace, workflow.name))
 
 
 def _store_job(api: k8s.CustomObjectsApi, namespace: str, name: str, status: dict[str, Any]) -> None:

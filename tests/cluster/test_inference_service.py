@@ -196,7 +196,7 @@ def test_spec_edited_by_hand_is_written_again(
 
 
 def test_without_the_role_the_error_says_so(namespace: str, models: tuple[DeployRequest, DeployRequest]):
-    with pytest.raises(DeployError, match=r"Role of docs/kubernetes\.md"):
+    with pytest.raises(DeployError, match=r"docs/kubernetes\.md"):
         service(namespace, account="nobody").deploy(models[0])
     assert left_behind(namespace) == []
 

@@ -345,7 +345,7 @@ def test_object_store_away_in_mid_run(story: ClusterStory):
 
 def test_api_server_away_in_mid_run(story: ClusterStory):
     """Away as the run worker sees it; the job continues."""
-    configuration: Any = load_configuration(None, None)[0]
+    configuration: Any = load_configuration()[0]
     server = urlsplit(configuration.host)
     assert server.hostname
     with Proxy.before(server.hostname, server.port or 443) as proxy:

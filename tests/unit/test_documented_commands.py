@@ -131,7 +131,7 @@ def test_python_would_run_it(words: Sequence[str], monkeypatch: pytest.MonkeyPat
     else:
         arguments = words[2:]
         source = ROOT / words[1]
-    takes_arguments = re.search(r"\b(argparse|parse_settings|print_rendered)\b", source.read_text())
+    takes_arguments = re.search(r"\b(argparse|parse_settings|print_manifest)\b", source.read_text())
     assert takes_arguments or not arguments
     if not arguments or any(PLACEHOLDER.fullmatch(argument) for argument in arguments):
         return

@@ -20,7 +20,7 @@ from resources.inference_service.kserve.manifest import (
     VERSION,
 )
 from resources.kubernetes.api import CustomResource, CustomResourceClient
-from resources.kubernetes.pods import Pod, read_pod
+from resources.kubernetes.pods import Pod
 
 DEPLOYED = "Deployed"
 DEPLOY_FAILED = "DeployFailed"
@@ -134,9 +134,8 @@ class InferenceServiceClient(CustomResourceClient[InferenceService]):
 
     resource = InferenceService
     group, version, plural = GROUP, VERSION, PLURAL
-    missing_kind_advice = "install KServe and its CRDs."
-    forbidden_advice = "Give the service account the Role of docs/kubernetes.md, or check the namespace's quota."
-    invalid_advice = "Correct the service's settings."
+    pod_label = "serving.kserve.io/inferenceservice"
+    operator = "KServe"
 
     def replace(
         self, current: InferenceService, manifest: Mapping[str, Any], *, dry_run: bool = False
@@ -154,12 +153,6 @@ class InferenceServiceClient(CustomResourceClient[InferenceService]):
         body["metadata"]["labels"] = {**(body["metadata"].get("labels") or {}), **manifest["metadata"]["labels"]}
         options = {"dry_run": "All"} if dry_run else {}
         return self._object("replace", current.namespace, current.name, body, none_on=(404, 409), **options)
-
-    def pods(self, namespace: str, name: str) -> list[Pod]:
-        """Pods of the service of that name by name, also those that are ending."""
-        label = f"serving.kserve.io/inferenceservice={name}"
-        found = self._pods_with(f"{KIND} {namespace}/{name}", namespace, label)
-        return sorted((read_pod(item, item.metadata.name) for item in found), key=lambda pod: pod.name)
 
     def record(self, namespace: str, name: str, reason: str, message: str) -> None:
         """Record how a deployment ended as an Event of the service, for `kubectl describe` and `last_failure`."""

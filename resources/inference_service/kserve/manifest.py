@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.config import CONTAINER_NAME, PORT, InferenceServiceSettings
 from resources.kubernetes.errors import SettingsError
-from resources.kubernetes.naming import MANAGED_BY_LABEL, MAX_LABEL_LENGTH, check_dns_1035
+from resources.kubernetes.naming import MANAGED_BY_LABEL, check_name
 
 GROUP = "serving.kserve.io"
 VERSION = "v1beta1"
@@ -41,18 +41,11 @@ def predictor_name(name: str) -> str:
 
 def check_service_name(name: str, namespace: str, settings: InferenceServiceSettings) -> None:
     """SettingsError unless the name and what is derived from it are DNS-1035 labels."""
-    check_dns_1035(KIND, name)
     predictor = predictor_name(name)
     derived = [f"isvc.{predictor}", f"{predictor}-{namespace}"]  # a label's value, and the first part of a host name
     if settings.serverless:
         derived += [f"{predictor}-00001-private", f"latest-{predictor}"]
-    longest = max(derived, key=len)
-    excess = len(longest) - MAX_LABEL_LENGTH
-    if excess > 0:
-        raise SettingsError(
-            f"InferenceService name {name!r} is too long: {longest!r}, which is derived from it, would have "
-            f"{len(longest)} characters, and Kubernetes takes {MAX_LABEL_LENGTH}. Shorten it by {excess}."
-        )
+    check_name(KIND, name, *derived)
 
 
 def build_inference_service_manifest(

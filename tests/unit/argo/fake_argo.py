@@ -47,9 +47,19 @@ class FakeArgo(FakeCluster):
             raise not_found("workflows.argoproj.io", name)
         return copy.deepcopy(self.workflows[name])
 
+    def list_namespaced_custom_object(self, group: str, version: str, namespace: str, plural: str, **options: Any):
+        found = super().list_namespaced_custom_object(group, version, namespace, plural, **options)
+        if plural != PLURAL:
+            return found
+        wanted = set(options["label_selector"].split(","))
+        labels = {name: each["metadata"]["labels"].items() for name, each in self.workflows.items()}
+        names = [name for name in labels if wanted <= {f"{key}={value}" for key, value in labels[name]}]
+        return {"items": copy.deepcopy([self.workflows[name] for name in names])}
+
     def patch_namespaced_custom_object(self, group, version, namespace, plural, name, body, **_: Any):
         self.failing("patch")
         self.patches.append(body)
+        self.workflows[name]["metadata"]["labels"] |= body["metadata"].get("labels", {})
         return copy.deepcopy(self.workflows[name])
 
     def delete_namespaced_custom_object(self, group, version, namespace, plural, name, body, **_: Any):
@@ -96,7 +106,7 @@ class FakeArgo(FakeCluster):
             status = {"name": "main", "image": "i", "image_id": "", "ready": False, "restart_count": 0}
             state = {"terminated": {"exit_code": 1, "reason": "Error"}}
             metadata: dict[str, Any] = {"name": node_id, "uid": f"uid-{node_id}"}
-            metadata["annotations"] = {"workflows.argoproj.io/node-id": node_id}
+            metadata["annotations"] = {"workflows.argoproj.io/node-name": f"{workflow}[0].{name}"}
             statuses = [{**status, "state": state}, {**status, "name": "wait", "state": state}]
             self.step_pods.append({"metadata": metadata, "status": {"phase": "Failed", "container_statuses": statuses}})
 

@@ -4,12 +4,14 @@ import logging
 
 import pytest
 
-from resources.argo.client import Workflow, WorkflowClient
-from resources.argo.report import explain
-from resources.argo.resource import WorkflowLauncher, WorkflowLimits, WorkflowWatcher
-from resources.kubernetes.errors import ApiUnavailableError, ResourceDeletedError, ResourceStuckError
+from resources.argo.client import WorkflowClient, WorkflowFailedError, explain, is_argos_own
+from resources.argo.workflow import Workflow
+from resources.kubernetes.diagnosis import Cause, WatchLimits
+from resources.kubernetes.errors import ResourceFailedError
+from resources.kubernetes.launch import JobLauncher
+from resources.kubernetes.watch import JobWatcher
+from tests.unit.argo.conftest import NAME, submit
 from tests.unit.argo.fake_argo import FakeArgo
-from tests.unit.argo.test_launch import NAME, request
 from tests.unit.pytorch_job.fake_cluster import api_error, container_status, pod_body, terminated
 
 STEP_LOG = (
@@ -17,24 +19,23 @@ STEP_LOG = (
     "2026-01-01T00:00:02Z error: objects/abc is missing\n"
     "2026-01-01T00:00:03Z Error: exit status 1\n"
 )
-LIMITS = WorkflowLimits(pending_timeout_seconds=60, total_timeout_seconds=600, outage_timeout_seconds=50)
-LOG = logging.getLogger("test")
+LIMITS = WatchLimits(start_timeout_seconds=60)
 
 
 @pytest.fixture
-def workflow(argo: FakeArgo, client: WorkflowClient) -> Workflow:
-    return WorkflowLauncher(client, clock=argo.clock, sleeper=argo.clock.sleep, logger=LOG).submit(request())
+def workflow(argo: FakeArgo, launcher: JobLauncher[Workflow]) -> Workflow:
+    return submit(launcher)
 
 
-def watcher(argo: FakeArgo, client: WorkflowClient, workflow: Workflow, lines: list[str]) -> WorkflowWatcher:
-    return WorkflowWatcher(
+def watcher(argo: FakeArgo, client: WorkflowClient, workflow: Workflow, lines: list[str]) -> JobWatcher[Workflow]:
+    return JobWatcher(
         client,
         workflow,
         limits=LIMITS,
-        on_log_line=lambda line: lines.append(f"{line.replica}: {line.text}"),
+        on_log_line=lambda line: None if is_argos_own(line.text) else lines.append(f"{line.replica}: {line.text}"),
         clock=argo.clock,
         sleeper=argo.clock.sleep,
-        logger=LOG,
+        logger=logging.getLogger("test"),
     )
 
 
@@ -99,51 +100,46 @@ def test_watching_shows_lines_once_and_without_argos_own(argo: FakeArgo, client:
     lines: list[str] = []
     argo.step(NAME, "verify-data(0)", "Failed", "exit code 1", log=STEP_LOG)
     argo.clock.after(20, lambda: argo.ends(NAME, "Failed"))
-    finished = watcher(argo, client, workflow, lines).wait_until_finished()
+    with pytest.raises(WorkflowFailedError, match="failed at step verify-data: exit code 1") as caught:
+        watcher(argo, client, workflow, lines).wait_until_finished()
     assert lines == ["verify-data: error: objects/abc is missing"]
-    assert finished.failed_step
-    error = watcher(argo, client, workflow, lines).failure(finished)
-    assert error.step
-    assert error.step.name == "verify-data"
-    assert not error.transient
+    assert not caught.value.transient
 
 
-def test_a_workflow_that_vanishes_is_an_error(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
-    argo.clock.after(5, lambda: argo.workflows.pop(NAME))
-    with pytest.raises(ResourceDeletedError, match=NAME):
-        watcher(argo, client, workflow, []).wait_until_finished()
+def test_lines_of_the_training_are_shown(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
+    body = pod_body("job", container_statuses=[container_status(terminated(0))])
+    body["metadata"]["labels"]["cifar/argo-workflow"] = NAME
+    argo.pods["job"] = [body]
+    argo.logs["job-master-0"] = "2026-01-01T00:00:02Z epoch 1\n"
+    argo.step(NAME, "train(0)", "Running", log=STEP_LOG)
+    argo.clock.after(20, lambda: argo.ends(NAME, "Succeeded"))
+    lines: list[str] = []
+    watcher(argo, client, workflow, lines).wait_until_finished()
+    assert lines == ["master-0: epoch 1"]
 
 
 def test_a_controller_that_is_away_is_waited_for_so_long(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
     start = argo.clock.now
-    with pytest.raises(ResourceStuckError, match="controller runs and watches this namespace"):
+    with pytest.raises(ResourceFailedError, match="Argo's controller has not looked at it") as caught:
         watcher(argo, client, workflow, []).wait_until_finished()
     assert 60 <= argo.clock.now - start < 65
+    assert caught.value.diagnosis.cause == Cause.NO_PODS
 
 
 def test_a_workflow_past_its_deadline_is_not_waited_for(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
     argo.ends(NAME, "Running")
-    with pytest.raises(ResourceStuckError, match="should have ended it"):
+    argo.workflows[NAME]["status"]["storedWorkflowTemplateSpec"] = {"activeDeadlineSeconds": 100}
+    with pytest.raises(ResourceFailedError, match="its deadline is 100 s"):
         watcher(argo, client, workflow, []).wait_until_finished()
 
 
-def test_an_outage_is_endured_for_a_while(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
-    argo.failing = lambda call: (_ for _ in ()).throw(api_error(503)) if argo.clock.now < 1030 else None
-    argo.clock.after(40, lambda: argo.ends(NAME, "Succeeded"))
-    assert watcher(argo, client, workflow, []).wait_until_finished().phase == "Succeeded"
-    argo.failing = lambda call: (_ for _ in ()).throw(api_error(503))
-    with pytest.raises(ApiUnavailableError):
+def test_a_step_that_cannot_start_is_given_up(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
+    argo.ends(NAME, "Running")
+    waiting = {"waiting": {"reason": "ErrImagePull", "message": "no such tag"}}
+    pod = pod_body(NAME, phase="Pending", container_statuses=[container_status(waiting) | {"name": "main"}])
+    argo.step_pods.append(pod)
+    with pytest.raises(ResourceFailedError, match="no such tag"):
         watcher(argo, client, workflow, []).wait_until_finished()
-
-
-@pytest.mark.parametrize("status", [403, 410, 500])
-def test_what_only_adds_to_a_report_does_not_change_the_outcome(
-    argo: FakeArgo, client: WorkflowClient, workflow: Workflow, status: int
-):
-    argo.step(NAME, "verify-data(0)", "Succeeded", log=STEP_LOG)
-    argo.clock.after(300, lambda: argo.ends(NAME, "Succeeded"))
-    argo.failing = lambda call: (_ for _ in ()).throw(api_error(status)) if call in ("log", "list pods") else None
-    assert watcher(argo, client, workflow, []).wait_until_finished().phase == "Succeeded"
 
 
 def test_log_that_cannot_be_read_does_not_hide_the_diagnosis(
@@ -157,12 +153,3 @@ def test_log_that_cannot_be_read_does_not_hide_the_diagnosis(
     argo.ends(NAME, "Failed")
     argo.failing = lambda call: (_ for _ in ()).throw(api_error(500)) if call == "log" else None
     assert "master-0/pytorch ended with exit code 2" in explain(client, current(client))
-
-
-@pytest.mark.parametrize("status", [403, 404, 410])
-def test_answer_that_says_nothing_about_the_workflow_does_not_end_the_watch(
-    argo: FakeArgo, client: WorkflowClient, workflow: Workflow, status: int
-):
-    argo.failing = lambda call: (_ for _ in ()).throw(api_error(status)) if argo.clock.now < 1030 else None
-    argo.clock.after(40, lambda: argo.ends(NAME, "Succeeded"))
-    assert watcher(argo, client, workflow, []).wait_until_finished().phase == "Succeeded"

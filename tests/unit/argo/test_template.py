@@ -1,4 +1,4 @@
-"""The committed training step is what the code makes, and cannot make two jobs (case C16)."""
+"""The committed training step is what the code makes, and cannot make two jobs."""
 
 import uuid
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from resources.argo.__main__ import main, render
+from resources.argo.__main__ import main
 from resources.argo.template import FAILURE_CONDITION, SUCCESS_CONDITION, TRAINER_VARIABLES, parameter_of
+from resources.kubernetes.naming import check_name
 from resources.pytorch_job import PyTorchJobConfig, build_pytorch_job_manifest
-from resources.pytorch_job.manifest import check_job_name
 
 FOLDER = Path(__file__).parents[3] / "k8s" / "argo"
 SETTINGS: dict[str, Any] = yaml.safe_load((FOLDER / "train.settings.yaml").read_text())
@@ -55,7 +55,7 @@ def test_a_second_submission_finds_the_first(name: str) -> None:
     assert resource["action"] == "apply"
     assert metadata["name"] == f"cifar10-{UID}"
     assert "generateName" not in metadata
-    check_job_name(metadata["name"], 10_000)
+    check_name("PyTorchJob", metadata["name"], f"{metadata['name']}-worker-9999")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -72,20 +72,14 @@ def test_job_goes_with_its_workflow_and_cannot_hang(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("name: x\n", "expected the keys"), ("name: x\nconfig: {replicas: 0}\n", "replicas"), ("config", "expected")],
+    [("name: x\n", "'config'"), ("name: x\nconfig: {replicas: 0}\n", "replicas"), ("config", "mapping")],
 )
 def test_settings_that_are_wrong_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, complaint: str
 ) -> None:
     path = tmp_path / "my.settings.yaml"
     path.write_text(text)
-    assert main(["train", str(path)]) == 1
+    assert main(["train", str(path)]) == 2
     error = capsys.readouterr().err
     assert "my.settings.yaml" in error
     assert complaint in error
-
-
-def test_render_takes_other_names(tmp_path: Path) -> None:
-    path = tmp_path / "my.settings.yaml"
-    path.write_text("name: other\nconfig: {image: image}\n")
-    assert yaml.safe_load(render(path))["metadata"]["name"] == "other"

@@ -11,7 +11,7 @@ from syrupy.assertion import SnapshotAssertion
 
 from cifar_assets.deployment import serving_for
 from resources.inference_service import DeployRequest
-from resources.inference_service.__main__ import main, render
+from resources.inference_service import __main__ as command
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.manifest import (
     REVISION_ANNOTATION,
@@ -19,6 +19,7 @@ from resources.inference_service.kserve.manifest import (
     request_of,
     with_traffic,
 )
+from resources.kubernetes.config import print_manifest, render_manifest
 from resources.kubernetes.errors import SettingsError
 from tests.fixtures.settings import settings_of
 
@@ -87,7 +88,10 @@ def test_snapshot(mode: str, snapshot: SnapshotAssertion) -> None:
 
 @pytest.mark.parametrize("folder", ["inference-service", "inference-service/serverless"])
 def test_committed_twin_is_what_the_code_builds(folder: str) -> None:
-    assert render(K8S / folder / "server.settings.yaml") == (K8S / folder / "server.yaml").read_text()
+    assert (
+        render_manifest(command.COMMAND, command.build, K8S / folder / "server.settings.yaml")
+        == (K8S / folder / "server.yaml").read_text()
+    )
     assert yaml.safe_load((K8S / folder / "kustomization.yaml").read_text())["resources"][0] == "server.yaml"
 
 
@@ -209,14 +213,16 @@ def test_threads_follow_the_cpu_limit() -> None:
 
 
 def test_command_prints_the_manifest_or_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(path: Path) -> int:
+        return print_manifest(command.COMMAND, command.build, [str(path)])
+
     good = K8S / "inference-service/server.settings.yaml"
-    assert main([str(good)]) == 0
+    assert run(good) == 0
     assert yaml.safe_load(capsys.readouterr().out)["kind"] == "InferenceService"
     bad = tmp_path / "bad.yaml"
     bad.write_text(good.read_text().replace("image:", "imagee:"))
-    assert main([str(bad)]) == 2
+    assert run(bad) == 2
     assert "imagee" in capsys.readouterr().err
     bad.write_text("name: x")
-    assert main([str(bad)]) == 2
-    assert "expected the keys" in capsys.readouterr().err
-    assert main([]) == 2
+    assert run(bad) == 2
+    assert "'namespace', 'model'" in capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_details_of_a_deployed_service(cluster: FakeKServe, kubeconfig: str) -> 
 @pytest.mark.parametrize(
     ("error", "text", "retried"),
     [
-        (api_error(403, "forbidden"), "Role of docs/kubernetes.md", False),
+        (api_error(403, "forbidden"), "docs/kubernetes.md", False),
         (api_error(404, "the server could not find the requested resource"), "install KServe and its CRDs", False),
         (api_error(503, "not ready"), "503", True),
     ],

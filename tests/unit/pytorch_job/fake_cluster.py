@@ -167,6 +167,8 @@ class FakeCluster:
         self.failing("delete pod")
         self.deleted_pod_graces.append(body.grace_period_seconds)
         job = name.rsplit("-", 2)[0]
+        for pod in self.pods.get(job, ()):
+            pod["metadata"]["deletion_timestamp"] = "2026-01-01T00:00:00Z"
         self.clock.after(body.grace_period_seconds, lambda: self.pods.pop(job, None))
 
     def read_namespaced_pod_log(self, name: str, namespace: str, previous: bool = False, **_: Any):

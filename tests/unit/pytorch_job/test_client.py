@@ -68,7 +68,10 @@ def test_no_answer_is_not_a_refusal(client: PyTorchJobClient, cluster: FakeClust
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (api_error(403, 'User "sa" cannot create resource "pytorchjobs"', kind="pytorchjobs"), "sa.*Role of docs"),
+        (
+            api_error(403, 'User "sa" cannot create resource "pytorchjobs"', kind="pytorchjobs"),
+            "sa.*Role that allows it",
+        ),
         (api_error(404, "the server could not find the requested resource"), "install the Kubeflow training operator"),
         (api_error(404, 'namespaces "space" not found', name="space", kind="namespaces"), "Create the namespace"),
         (api_error(422, "spec is invalid", name="job"), "spec is invalid.*Correct"),

@@ -17,9 +17,8 @@ from resources.errors import ConfigError, TrainingError
 from resources.mlflow.target import MlflowTarget
 from resources.object_store.resource import LocalObjectStore
 from resources.pipes_store import STORE_URI_PARAM
-from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.client import PipesPyTorchJobClient, PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.pipes import PipesPyTorchJobClient
 from resources.trainer.contract import EXIT_RESUME
 from resources.trainer.interface import TrainingScale
 from resources.trainer.kubernetes import (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceConflictError, ResourceStuckError
-from resources.kubernetes.job import JobLauncher, JobRequest
+from resources.kubernetes.launch import JobLauncher, JobRequest
 from resources.kubernetes.naming import RUN_ID_LABEL
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error, pod_body

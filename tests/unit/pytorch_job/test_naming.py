@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resources.kubernetes.errors import SettingsError
-from resources.kubernetes.naming import derive_name
-from resources.pytorch_job.manifest import check_job_name, job_name
+from resources.kubernetes.naming import check_name, derive_name
+from resources.pytorch_job.client import PyTorchJob
 
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 RUN = "f81d4fae-7dec-11d0-a765-00a0c91e6bf6"
 
 
 def make(prefix: str, step: str = "cifar10__trained_model", attempt: int = 0) -> str:
-    return job_name(prefix, run_id=RUN, step_key=step, attempt=attempt)
+    return PyTorchJob.name_for(prefix, run_id=RUN, step_key=step, attempt=attempt)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_name_and_all_that_is_derived_from_it_are_dns_labels(prefix: str):
     for derived in (name, f"{name}-master-0", f"{name}-worker-99", f"{name}-worker-9998"):
         assert DNS_1035.fullmatch(derived), derived
         assert len(derived) <= 63
-    check_job_name(name, replicas=10_000)
+    check_name("PyTorchJob", name, f"{name}-worker-9999")
 
 
 @given(st.text(max_size=90), st.text(max_size=90), st.integers(0, 9))
@@ -40,7 +40,7 @@ def test_same_identity_gives_same_name_and_each_part_matters():
     names = {make("train"), make("train", step="other"), make("train", attempt=1), make("trained")}
     assert len(names) == 4
     assert make("train") == make("train")
-    assert job_name("train", run_id="other-run", step_key="s", attempt=0) != make("train", step="s")
+    assert PyTorchJob.name_for("train", run_id="other-run", step_key="s", attempt=0) != make("train", step="s")
 
 
 def test_prefixes_that_are_equal_where_they_are_cut_give_different_names():
@@ -60,12 +60,12 @@ def test_other_names_follow_the_same_rule():
 @pytest.mark.parametrize("name", ["Upper", "under_score", "3d", "ends-", "", "dotted.name", "-start"])
 def test_explicit_name_that_breaks_the_rule_is_refused_by_the_rule(name: str):
     with pytest.raises(SettingsError, match="DNS-1035"):
-        check_job_name(name, replicas=1)
+        check_name("PyTorchJob", name)
 
 
 def test_explicit_name_whose_worker_would_be_too_long_is_refused():
     name = "a" * 54
-    check_job_name(name, replicas=1)
-    check_job_name(name, replicas=10)
+    check_name("PyTorchJob", name)
+    check_name("PyTorchJob", name, f"{name}-worker-9")
     with pytest.raises(SettingsError, match=r"-worker-10.*64 characters.*Shorten it by 1"):
-        check_job_name(name, replicas=11)
+        check_name("PyTorchJob", name, f"{name}-worker-10")

@@ -15,13 +15,12 @@ from dagster._core.pipes.reattach import PIPES_LAUNCH_HANDLE_METADATA_KEY
 from dagster._core.storage.tags import RESUME_RETRY_TAG
 
 from resources.kubernetes.diagnosis import WatchLimits
-from resources.kubernetes.job import JobWatcher
 from resources.kubernetes.messages import PipesStoreMessageReader
+from resources.kubernetes.watch import JobWatcher
 from resources.object_store import FolderStore
 from resources.pipes_store import STORE_URI_PARAM
-from resources.pytorch_job.client import PyTorchJobClient
+from resources.pytorch_job.client import PipesPyTorchJobClient, PyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.pytorch_job.pipes import PipesPyTorchJobClient
 from tests.unit.pytorch_job.fake_cluster import (
     RUNNING,
     FakeCluster,

@@ -8,7 +8,7 @@ import pytest
 
 from resources.kubernetes.diagnosis import Cause, WatchLimits
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceDeletedError, ResourceFailedError
-from resources.kubernetes.job import JobWatcher
+from resources.kubernetes.watch import JobWatcher
 from resources.pytorch_job.client import JobState, PyTorchJobClient
 from tests.unit.pytorch_job.fake_cluster import (
     RUNNING,
@@ -321,7 +321,7 @@ def test_answer_that_says_nothing_about_the_job_does_not_end_the_watch(
 def test_refusal_that_lasts_ends_the_watch(watched: Watched, cluster: FakeCluster):
     watched.create(runs_and_succeeds(seconds=500))
     cluster.clock.after(10, lambda: fail_on(cluster, "get", status=403))
-    with pytest.raises(ApiRefusedError, match="Role of docs"):
+    with pytest.raises(ApiRefusedError, match="Role that allows it"):
         watched.wait()
     assert cluster.clock() - 1000 <= 10 + LIMITS.outage_timeout_seconds + 2
 
