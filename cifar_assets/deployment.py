@@ -11,7 +11,7 @@ from cifar_assets.assets.common import AccuracyGate
 from cifar_assets.settings import Settings
 from resources.errors import ConfigError
 from resources.object_store.resource import LocalObjectStore, ObjectStoreResource, object_store_from_environment
-from resources.run_liveness import watched
+from resources.run_liveness import watched_executor
 
 if TYPE_CHECKING:
     from resources.inference_service.kserve.resource import KServeInferenceService
@@ -37,7 +37,7 @@ def executor_for(settings: Settings) -> dg.ExecutorDefinition:
 
     The steps are one chain and the heavy one runs apart in any case, so on a laptop more processes only cost start-up.
     """
-    return watched(dg.in_process_executor if settings.dagster_deployment == "local" else dg.multiprocess_executor)
+    return watched_executor if settings.dagster_deployment == "local" else dg.multiprocess_executor
 
 
 def sensors_for(settings: Settings) -> list[dg.SensorDefinition]:

@@ -3,6 +3,7 @@
 from dagster._core.definitions.resource_annotation import TreatAsResourceParam
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 from dagster._core.execution.retries import RetryMode
+from dagster._core.executor.in_process import InProcessExecutor
 from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, WorkerStatus
 from dagster._core.pipes.reattach import record_external_launch
 from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
@@ -15,6 +16,7 @@ __all__ = [
     "BulkActionsFilter",
     "CheckRunHealthResult",
     "DefaultRunLauncher",
+    "InProcessExecutor",
     "RetryMode",
     "TreatAsResourceParam",
     "WorkerStatus",

@@ -4,31 +4,31 @@ from resources.redaction import RedactedError
 
 
 class ExplainedError(RedactedError):
-    """Base of this project's own errors."""
+    """Base of this project's own errors. `transient`: the cause lies outside and may pass, so that a retry may help."""
+
+    def __init__(self, *parts: object, transient: bool = False):
+        super().__init__(*parts)
+        self.transient = transient
 
 
 class ConfigError(ExplainedError):
-    """A setting is missing or out of range; trying again without a change fails again."""
+    """A setting is missing or out of range."""
 
 
 class DataError(ExplainedError):
     """Stored or incoming data is not what it claims to be."""
 
 
-class StoreError(ExplainedError):
-    """The object store refused or could not be reached. `transient` says that it was the latter: try again."""
+class IntegrityError(DataError):
+    """Bytes do not have the digest they are addressed by."""
 
-    def __init__(self, message: str, *, transient: bool = False):
-        super().__init__(message)
-        self.transient = transient
+
+class StoreError(ExplainedError):
+    """The object store refused, or could not be reached, which is transient."""
 
 
 class ObjectNotFoundError(StoreError):
     """The named object does not exist."""
-
-
-class IntegrityError(DataError):
-    """Bytes do not have the digest they are addressed by."""
 
 
 class ObjectChangedError(StoreError):
@@ -36,19 +36,8 @@ class ObjectChangedError(StoreError):
 
 
 class TrainingError(ExplainedError):
-    """A training job did not end with a model. `transient` says that the cause lies outside of it: try again."""
-
-    def __init__(self, message: str, *, transient: bool = False):
-        super().__init__(message)
-        self.transient = transient
+    """A training job did not end with a model."""
 
 
 class DeployError(ExplainedError):
-    """A model was not put into service. What served before, if anything did, still serves; the message says why.
-
-    `transient` says that the cause lies outside of the model and its settings: try again.
-    """
-
-    def __init__(self, message: str, *, transient: bool = False):
-        super().__init__(message)
-        self.transient = transient
+    """A model was not put into service. What served before, if anything did, still serves; the message says why."""

@@ -10,7 +10,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Condition, Thread
+from queue import SimpleQueue
+from threading import Event, Thread
 
 from dagster_pipes import PipesDefaultMessageWriter, PipesMessage, PipesMessageWriterChannel, PipesParams
 
@@ -47,8 +48,7 @@ class PipesStoreMessageWriter(PipesDefaultMessageWriter):
             with super().open(params) as channel:
                 yield channel
             return
-        store = self._open_store(params[STORE_URI_PARAM])
-        channel = _StoreChannel(store, self._interval_seconds)
+        channel = _StoreChannel(self._open_store(params[STORE_URI_PARAM]), self._interval_seconds)
         try:
             yield channel
         finally:
@@ -61,54 +61,49 @@ class _StoreChannel(PipesMessageWriterChannel):
     def __init__(self, store: ObjectStore, interval_seconds: float):
         self._store = store
         self._interval_seconds = interval_seconds
-        self._folder = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        self._buffer: list[str] = []
-        self._changed = Condition()
-        self._deadline: float | None = None
-        """Set once the channel is closing."""
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        self._closing = Event()
+        self._deadline = float("inf")
         self._error: Exception | None = None
+        """Why the newest chunk is not in the store."""
         self._thread = Thread(target=self._run, name="pipes-messages", daemon=True)
         self._thread.start()
 
     def write_message(self, message: PipesMessage) -> None:
-        line = f"{json.dumps(message)}\n"  # here, so that the caller of something that is not JSON gets the error
-        with self._changed:
-            self._buffer.append(line)
-            self._changed.notify()
+        self._lines.put(f"{json.dumps(message)}\n")  # here, so that the caller of what is not JSON gets the error
 
     def close(self, timeout_seconds: float) -> None:
         """Write what is buffered. StoreError when the store does not take it in time."""
-        with self._changed:
-            self._deadline = time.monotonic() + timeout_seconds
-            self._changed.notify()
+        self._deadline = time.monotonic() + timeout_seconds
+        self._closing.set()
         self._thread.join()
-        if self._buffer:
+        if self._error:
             raise StoreError(
-                f"{len(self._buffer)} Pipes messages could not be written to {self._store.uri()} within "
-                f"{timeout_seconds:.0f} s: {self._error}",
+                f"Pipes messages could not be written to {self._store.uri()} within {timeout_seconds:.0f} s: "
+                f"{self._error}",
                 transient=isinstance(self._error, StoreError) and self._error.transient,
             ) from self._error
 
     def _run(self) -> None:
-        num_chunks = 0
+        folder, num_chunks = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}", 0
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._buffer or self._deadline is not None)
-                pending = list(self._buffer)
-            if not pending:
-                return
-            try:
-                self._store.write(f"{self._folder}/{num_chunks:08d}.jsonl", "".join(pending).encode())
-                self._error = None
+            closing = self._closing.wait(self._interval_seconds)
+            lines = [self._lines.get() for _ in range(self._lines.qsize())]
+            if lines:
+                self._write(f"{folder}/{num_chunks:08d}.jsonl", "".join(lines).encode())
                 num_chunks += 1
-                with self._changed:
-                    del self._buffer[: len(pending)]
+            elif closing:
+                return
+
+    def _write(self, key: str, chunk: bytes) -> None:
+        while True:
+            try:
+                self._store.write(key, chunk)
+                self._error = None
+                return
             except Exception as error:  # whatever it is must not end the thread, and with it all messages to come
                 _log.warning("Pipes messages wait for the object store: %s", error)
                 self._error = error
-                if self._deadline is not None and time.monotonic() > self._deadline:
-                    return
-            with self._changed:  # messages gather into one chunk, or a store recovers; closing cuts the gathering short
-                closing = self._changed.wait_for(lambda: self._deadline is not None, self._interval_seconds)
-            if closing and self._error:
-                time.sleep(self._interval_seconds)
+            if time.monotonic() > self._deadline:
+                return
+            time.sleep(self._interval_seconds)

@@ -2,7 +2,7 @@
 
 dagster-mlflow's own resource binds one global MLflow run to a Dagster run and leaves closing it to a hook that asset
 materializations do not run. Here the trainer opens and closes its run, tagged with dagster-mlflow's `dagster_run_id`:
-an op with that resource joins it. What a killed trainer left open is closed by the launcher, else by a sensor.
+an op with that resource joins it. What a killed trainer left open is closed by its next attempt, else by a sensor.
 """
 
 from abc import abstractmethod
@@ -15,7 +15,6 @@ import dagster as dg
 from pydantic import Field
 
 from resources.errors import ConfigError
-from resources.kubernetes.steps import is_being_cancelled
 from resources.mlflow.target import DEFAULT_NAME, MlflowTarget, check_tracking_uri, open_client, why_refused
 from resources.verdict import Verdict
 
@@ -82,27 +81,8 @@ class MlflowResource(dg.ConfigurableResource):
             },
         )
 
-    @contextmanager
-    def closing_open_runs(self, context: dg.AssetExecutionContext) -> Iterator[None]:
-        """On leaving with an error, end what the trainer left RUNNING: KILLED when cancelled, FAILED otherwise.
-
-        An interrupt without a cancel, such as an eviction of this process, closes nothing: the training may continue.
-        """
-        try:
-            yield
-        except BaseException as error:
-            interrupted = isinstance(error, dg.DagsterExecutionInterruptedError | KeyboardInterrupt)
-            try:
-                cancelled = is_being_cancelled(context)
-                left_open = self.running(context.run.run_id) if cancelled or not interrupted else {}
-                for run_id in left_open:
-                    self.close_run(run_id, "KILLED" if cancelled else "FAILED")
-            except Exception as failure:
-                context.log.warning(f"Could not close this run's MLflow runs: {failure}")
-            raise
-
-    def running(self, dagster_run_id: str | None = None) -> dict[str, str]:
-        """Ids of the newest runs that MLflow shows as RUNNING, and of their Dagster runs: of the one given, or of any.
+    def running(self) -> dict[str, str]:
+        """Ids of the newest runs that MLflow shows as RUNNING, and of their Dagster runs.
 
         Those of other instances of Dagster, which nobody here can close, must not hide the ones that matter: hence the
         newest, in one page.
@@ -111,10 +91,9 @@ class MlflowResource(dg.ConfigurableResource):
             experiment = client.get_experiment_by_name(self.experiment)
             if experiment is None:
                 return {}
-            wanted = f"= '{dagster_run_id}'" if dagster_run_id else "LIKE '%'"
             found = client.search_runs(
                 [experiment.experiment_id],
-                f"tags.{RUN_ID_TAG} {wanted} and attributes.status = 'RUNNING'",
+                f"tags.{RUN_ID_TAG} LIKE '%' and attributes.status = 'RUNNING'",
                 max_results=_MAX_RUNNING,
                 order_by=["attributes.start_time DESC"],
             )
@@ -178,11 +157,10 @@ class MlflowResource(dg.ConfigurableResource):
             if verdict.passed:
                 client.set_registered_model_alias(self.registered_model, CHAMPION_ALIAS, version.version)
             stored = client.get_model_version(self.registered_model, version.version)
-            if any(stored.tags.get(key) != value for key, value in tags.items()):
-                raise RuntimeError(f"MLflow accepted tags of version {version.version} and does not have them: {tags}")
-            if verdict.passed and CHAMPION_ALIAS not in stored.aliases:
+            if not tags.items() <= stored.tags.items() or (verdict.passed and CHAMPION_ALIAS not in stored.aliases):
                 raise RuntimeError(
-                    f"MLflow accepted the alias {CHAMPION_ALIAS} of version {version.version} and lacks it"
+                    f"MLflow accepted the decision on version {version.version} and does not have it: the version's "
+                    f"tags are {stored.tags}, its aliases {stored.aliases}."
                 )
             return str(version.version)
 
@@ -199,9 +177,9 @@ class LocalMlflow(MlflowResource):
     def artifact_uri(self) -> str | None:
         return (Path(self.path).resolve() / "artifacts").as_uri()
 
-    def running(self, dagster_run_id: str | None = None) -> dict[str, str]:
+    def running(self) -> dict[str, str]:
         # looking would make the database, and without its folder take minutes to fail
-        return super().running(dagster_run_id) if (Path(self.path) / "mlflow.db").exists() else {}
+        return super().running() if (Path(self.path) / "mlflow.db").exists() else {}
 
     def prepare(self) -> None:
         Path(self.path).mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,9 @@
 import logging
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from resources.errors import ConfigError
 from resources.redaction import has_credentials, redacted
@@ -44,7 +44,9 @@ class MlflowTarget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    tracking_uri: str = Field(min_length=1, description="sqlite:///... or http(s)://... URI of the tracking store.")
+    tracking_uri: Annotated[str, AfterValidator(lambda uri: check_tracking_uri(uri))] = Field(
+        min_length=1, description="sqlite:///... or http(s)://... URI of the tracking store."
+    )
     experiment: str = Field(default=DEFAULT_NAME, min_length=1, description="Experiment, made when it does not exist.")
     run_name: str | None = Field(
         default=None, description="Name of the MLflow run; MLflow invents one when it is empty."
@@ -59,14 +61,6 @@ class MlflowTarget(BaseModel):
     artifact_uri: str | None = Field(
         default=None, description="Artifact root for a new experiment; the tracking store's own when it is empty."
     )
-
-    @field_validator("tracking_uri")
-    @classmethod
-    def _without_credentials(cls, value: str) -> str:
-        try:
-            return check_tracking_uri(value)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
 
 
 def open_client(uri: str) -> "MlflowClient":
@@ -91,26 +85,22 @@ def http_status(error: Exception) -> int | None:
 
 def why_refused(error: Exception, uri: str) -> str | None:
     """What MLflow refuses and what a person has to do about it; None for what may pass by itself."""
-    text = str(error)
-    if advice := _advice(error, text, uri):
+    text, status = str(error), http_status(error)
+    advice = next((advice.format(uri=uri) for words, advice in _KNOWN.items() if words in text), None)
+    if match := _OWN_STATE.search(text):
+        kind, identity = match.groups()
+        advice = f"To restore it: MLFLOW_TRACKING_URI={uri} mlflow {kind}s restore --{kind}-id {identity}"
+    elif not advice and status in (401, 403):
+        advice = (
+            "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, with write access."
+        )
+    elif not advice and (getattr(error, "error_code", None) in _FOREIGN or _FOREIGN_TEXTS.search(text)):
+        advice = f"What answers at {uri} is not an MLflow server, or one of another version: check MLFLOW_TRACKING_URI."
+    if advice:
         return f"{first_line(error)} {advice}"
-    return first_line(error) if http_status(error) in (400, 404, 413, 422) else None
+    return first_line(error) if status in (400, 404, 413, 422) else None
 
 
 def first_line(error: Exception) -> str:
     """The beginning of an error's text, or its type."""
     return (str(error).splitlines() or [type(error).__name__])[0].strip()[:300]
-
-
-def _advice(error: Exception, text: str, uri: str) -> str | None:
-    if match := _OWN_STATE.search(text):
-        kind, identity = match.groups()
-        return f"To restore it: MLFLOW_TRACKING_URI={uri} mlflow {kind}s restore --{kind}-id {identity}"
-    for words, advice in _KNOWN.items():
-        if words in text:
-            return advice.format(uri=uri)
-    if http_status(error) in (401, 403):
-        return "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, with write access."
-    if getattr(error, "error_code", None) in _FOREIGN or _FOREIGN_TEXTS.search(text):
-        return f"What answers at {uri} is not an MLflow server, or one of another version: check MLFLOW_TRACKING_URI."
-    return None

@@ -1,4 +1,4 @@
-"""MLflow runs that their trainer left RUNNING: who closes them, and as what (case C12).
+"""MLflow runs that their trainer left RUNNING: who closes them, and as what.
 
 Dagster runs are real, in an instance of the test's own, and so is the sqlite store.
 """
@@ -6,7 +6,7 @@ Dagster runs are real, in an instance of the test's own, and so is the sqlite st
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
 
@@ -67,8 +67,7 @@ def materialize(
             raise dg.Failure("a check refuses the model")
 
     known = {run.run_id for run in instance.get_runs()}
-    with suppress(dg.DagsterExecutionInterruptedError):
-        dg.materialize([model, later], instance=instance, raise_on_error=False)
+    dg.materialize([model, later], instance=instance, raise_on_error=False)
     (run,) = [run for run in instance.get_runs() if run.run_id not in known]
     return run
 
@@ -79,8 +78,7 @@ def training() -> None: ...
 
 def test_a_finished_training_is_finished_even_where_its_dagster_run_fails_later(
     instance: dg.DagsterInstance, mlflow: LocalMlflow
-):
-    """C12 (d)."""
+) -> None:
     left: list[str] = []
 
     def train(context: dg.AssetExecutionContext) -> str:
@@ -95,8 +93,7 @@ def test_a_finished_training_is_finished_even_where_its_dagster_run_fails_later(
     assert "Closed: none" in tick(instance, mlflow)
 
 
-def test_an_attempt_before_the_one_that_finished_failed(instance: dg.DagsterInstance, mlflow: LocalMlflow):
-    """C12 (e)."""
+def test_an_attempt_before_the_one_that_finished_failed(instance: dg.DagsterInstance, mlflow: LocalMlflow) -> None:
     left: list[str] = []
 
     def train(context: dg.AssetExecutionContext) -> str:
@@ -112,7 +109,7 @@ def test_an_attempt_before_the_one_that_finished_failed(instance: dg.DagsterInst
 
 def test_runs_end_as_their_dagster_runs_did_and_when(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     ended = {
         "FINISHED": instance.create_run_for_job(training, status=dg.DagsterRunStatus.SUCCESS),
         "FAILED": instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED),
@@ -134,7 +131,7 @@ def test_runs_end_as_their_dagster_runs_did_and_when(
 
 def test_what_still_trains_or_is_not_known_is_left_alone(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """A retry in progress may adopt the training of a failed run."""
     monkeypatch.setattr(sensors, "ADOPTION_SECONDS", 0)
     going = instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED)
@@ -156,7 +153,7 @@ def test_what_still_trains_or_is_not_known_is_left_alone(
 
 def test_with_mlflow_away_the_tick_says_so_and_a_later_one_closes(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = instance.create_run_for_job(training, status=dg.DagsterRunStatus.CANCELED)
     left = start_run(mlflow, run.run_id)
@@ -168,7 +165,7 @@ def test_with_mlflow_away_the_tick_says_so_and_a_later_one_closes(
 
 def test_a_database_of_another_mlflow_is_named_with_the_command(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, tmp_path: Path
-):
+) -> None:
     shutil.copy(Path(mlflow.path, "mlflow.db"), tmp_path)
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
         database.execute("update alembic_version set version_num = 'bf29a5ff90ea'")
@@ -177,40 +174,15 @@ def test_a_database_of_another_mlflow_is_named_with_the_command(
     assert f"mlflow db upgrade sqlite:///{tmp_path}/mlflow.db" in said
 
 
-def test_without_mlflow_the_tick_says_so_and_makes_nothing(instance: dg.DagsterInstance, tmp_path: Path):
+def test_without_mlflow_the_tick_says_so_and_makes_nothing(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     assert "No MLflow is configured" in tick(instance, MlflowServer(tracking_uri=""))
     assert "Closed: none" in tick(instance, LocalMlflow(path=str(tmp_path / "absent")))
     assert not (tmp_path / "absent").exists()
 
 
-@pytest.mark.parametrize(
-    ("error", "cancelled", "expected"),
-    [
-        (dg.DagsterExecutionInterruptedError(), True, "KILLED"),
-        (dg.DagsterExecutionInterruptedError(), False, "RUNNING"),
-        (dg.Failure("the trainer died"), True, "KILLED"),
-        (dg.Failure("the trainer died"), False, "FAILED"),
-    ],
-)
-def test_a_step_closes_what_its_trainer_left_but_not_when_merely_evicted(
-    instance: dg.DagsterInstance, mlflow: LocalMlflow, error: BaseException, cancelled: bool, expected: str
-):
-    left: list[str] = []
-
-    def train(context: dg.AssetExecutionContext) -> None:
-        with mlflow.closing_open_runs(context):
-            left.append(start_run(mlflow, context.run.run_id))
-            if cancelled:
-                instance.report_run_canceling(context.run)
-            raise error
-
-    materialize(instance, train)
-    assert [status(mlflow, run_id) for run_id in left] == [expected]
-
-
 def test_dagster_mlflows_own_resource_joins_the_trainers_run(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """By the tag: an op that uses it in the same Dagster run logs to the run of the training."""
     from dagster_mlflow import mlflow_tracking
 
@@ -243,7 +215,7 @@ def test_dagster_mlflows_own_resource_joins_the_trainers_run(
 
 def test_a_run_that_mlflow_refuses_to_close_is_named_and_holds_up_no_other(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     run = instance.create_run_for_job(training, status=dg.DagsterRunStatus.SUCCESS)
     left = [start_run(mlflow, run.run_id) for _ in range(3)]
     close = LocalMlflow.close_run
@@ -259,7 +231,7 @@ def test_a_run_that_mlflow_refuses_to_close_is_named_and_holds_up_no_other(
     assert f"{left[1]} (not allowed)" in said
 
 
-def test_without_mlflow_a_trained_model_is_materialized_all_the_same():
+def test_without_mlflow_a_trained_model_is_materialized_all_the_same() -> None:
     nowhere = MlflowServer(tracking_uri="")
     assert nowhere.run_link(None).value == "not tracked"
     assert "MLFLOW_TRACKING_URI is not set" in str(nowhere.run_link("1234").value)
