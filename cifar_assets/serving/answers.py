@@ -1,5 +1,7 @@
-"""What the server answers: predictions, and faults with the HTTP status and the JSON body that tell them."""
+"""What a request asks, what it is answered, and what an error becomes."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,35 +9,36 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from cifar_assets.contracts import CLASSES
 from resources.errors import ExplainedError
 
-JSON_TYPE = "application/json"
+_log = logging.getLogger(__name__)
+
+Headers = tuple[tuple[str, str], ...]
+Images = NDArray[np.uint8]
+Logits = NDArray[np.float32]
 
 
 class RequestError(ExplainedError):
     """A request cannot be answered. `field` names the part of it: `instances[2]`, `image[0]`, `inputs[0].shape`."""
 
-    status = 400
-
-    def __init__(self, field: str, expected: str, received: str, *, status: int | None = None):
+    def __init__(self, field: str, expected: str, received: str, *, status: int = 400, headers: Headers = ()):
         super().__init__(f"{field}: expected {expected}, got {received}.")
         self.field = field
         self.expected = expected
         self.received = received
-        self.status = status or self.status
-        self.headers: tuple[tuple[str, str], ...] = ()
+        self.status = status
+        self.headers = headers
 
 
 class BusyError(RequestError):
     """The server is full. The client should try again after `retry_after` seconds."""
 
-    status = 429
+    def __init__(self, limit: str, received: str, *, retry_after: int = 1):
+        super().__init__("server", limit, received, status=429, headers=(("Retry-After", str(retry_after)),))
 
-    def __init__(self, field: str, expected: str, received: str, *, retry_after: int):
-        super().__init__(field, expected, received)
-        self.retry_after = retry_after
-        self.headers = (("Retry-After", str(retry_after)),)
+
+class NotFiniteError(ExplainedError):
+    """The model answered a picture with values that are not finite: there is no class to name."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,19 @@ class Response:
 
     status: int
     body: bytes
-    content_type: str = JSON_TYPE
-    headers: tuple[tuple[str, str], ...] = ()
+    content_type: str = "application/json"
+    headers: Headers = ()
+
+
+@dataclass(frozen=True)
+class Query:
+    """A request that has been read: images to classify, and how the answer is written."""
+
+    num_pixels: int
+    """Of picture files that are still to be decoded; what `images` costs."""
+    images: Callable[[], Images]
+    """Gives shape (N, 3, 32, 32), or raises RequestError for a file that cannot be decoded."""
+    render: Callable[[Logits], Response]
 
 
 @dataclass(frozen=True)
@@ -57,15 +71,22 @@ class ModelIdentity:
     digest: str
 
 
-def json_response(value: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Response:
+def json_response(value: Any, status: int = 200, headers: Headers = ()) -> Response:
     """A JSON answer."""
-    return Response(status, orjson.dumps(value), JSON_TYPE, headers)
+    return Response(status, orjson.dumps(value), headers=headers)
 
 
-def error_response(error: RequestError) -> Response:
-    """The answer that tells a client what is wrong."""
-    body = {"error": str(error), "field": error.field, "expected": error.expected, "received": error.received}
-    return json_response(body, error.status, error.headers)
+def error_response(error: BaseException) -> Response:
+    """The answer to a request that ended with this error: what is wrong with it, or that it is the server's fault."""
+    if isinstance(error, RequestError):
+        body = {"error": str(error), "field": error.field, "expected": error.expected, "received": error.received}
+        return json_response(body, error.status, error.headers)
+    if isinstance(error, NotFiniteError):
+        _log.error("%s", error)
+        return json_response({"error": f"{error} There is no class to name: the model is broken."}, 500)
+    if not isinstance(error, ConnectionAbortedError):  # its client has gone
+        _log.error("A request failed", exc_info=error)
+    return json_response({"error": "The server failed on this request; its log says why."}, 500)
 
 
 def shorten(value: object) -> str:
@@ -75,18 +96,7 @@ def shorten(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}... ({size} characters)"
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def softmax(logits: Logits) -> NDArray[np.float64]:
     """Probabilities of each row, in float64 so that a row sums to one."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)
-
-
-def predictions(logits: NDArray[np.float32], identity: ModelIdentity) -> Response:
-    """The V1 answer: class, confidence and all probabilities for each image, and which model said so."""
-    found = []
-    for row in softmax(logits).tolist():
-        confidence = max(row)
-        named = dict(zip(CLASSES, row, strict=True))
-        found.append({"class": CLASSES[row.index(confidence)], "confidence": confidence, "probabilities": named})
-    model = {"model_name": identity.name, "model_version": identity.version, "model_digest": identity.digest}
-    return json_response({"predictions": found, **model})

@@ -12,24 +12,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cifar_assets.serving.answers import BusyError
+from cifar_assets.serving.answers import BusyError, Images, Logits, NotFiniteError
 from cifar_assets.serving.metrics import BATCH_IMAGES, QUEUE_IMAGES, RUN_SECONDS
-from resources.errors import ExplainedError
 
 _log = logging.getLogger(__name__)
-
-Images = NDArray[np.uint8]
-Logits = NDArray[np.float32]
-
-
-class NotFiniteError(ExplainedError):
-    """The model answered a picture with values that are not finite: there is no class to name."""
 
 
 @dataclass(eq=False)
@@ -40,21 +31,19 @@ class Ticket:
     done: Callable[[Logits | Exception], None]
     is_wanted: Callable[[], bool]
     num_taken: int = 0
-    logits: Logits | None = None
-    num_answered: int = 0
+    logits: list[Logits] = field(default_factory=list)
+
+    @property
+    def num_left(self) -> int:
+        return len(self.images) - self.num_taken
 
     def add(self, logits: Logits) -> None:
         """Take the logits of the next images, in order; finish when they are complete."""
-        if self.num_answered == 0 and len(logits) == len(self.images):
-            self.logits = logits
-        else:
-            if self.logits is None:
-                self.logits = np.empty((len(self.images), logits.shape[1]), np.float32)
-            self.logits[self.num_answered : self.num_answered + len(logits)] = logits
-        self.num_answered += len(logits)
-        if self.num_answered == len(self.images):
-            finite = bool(np.isfinite(self.logits).all())
-            self.done(self.logits if finite else NotFiniteError("The model answered with values that are not finite."))
+        self.logits.append(logits)
+        if sum(map(len, self.logits)) == len(self.images):
+            found = np.concatenate(self.logits) if len(self.logits) > 1 else logits
+            finite = np.isfinite(found).all()
+            self.done(found if finite else NotFiniteError("The model answered with values that are not finite."))
 
 
 _Batch = list[tuple[Ticket, Images]]
@@ -85,12 +74,8 @@ class MicroBatcher:
         """
         room = self._queue_images if num_images <= self._batch_images else self._queue_images * 3 // 4
         if self._num_waiting and self._num_waiting + num_images > room:
-            raise BusyError(
-                "request",
-                f"room for {num_images} images in the queue of {self._queue_images}",
-                f"{self._num_waiting} waiting",
-                retry_after=self.retry_after(),
-            )
+            limit = f"room for {num_images} images in the queue of {self._queue_images}"
+            raise BusyError(limit, f"{self._num_waiting} waiting", retry_after=self.retry_after())
 
     def submit(
         self, images: Images, done: Callable[[Logits | Exception], None], is_wanted: Callable[[], bool] = lambda: True
@@ -120,41 +105,40 @@ class MicroBatcher:
 
     def _take(self) -> _Batch:
         """The next batch. A request that is larger than what is left of it goes behind the others with its rest."""
-        parts: _Batch = []
+        batch: _Batch = []
         room = self._batch_images
         while self._waiting and room:
             ticket = self._waiting.popleft()
-            images = ticket.images[ticket.num_taken : ticket.num_taken + room]
             if not ticket.is_wanted():
-                self._num_waiting -= len(ticket.images) - ticket.num_taken
+                self._num_waiting -= ticket.num_left
                 ticket.done(ConnectionAbortedError("its client has gone"))
                 continue
-            ticket.num_taken += len(images)
-            self._num_waiting -= len(images)
+            images = ticket.images[ticket.num_taken : ticket.num_taken + room]
+            batch.append((ticket, images))
             room -= len(images)
-            parts.append((ticket, images))
-            if ticket.num_taken < len(ticket.images):
+            self._num_waiting -= len(images)
+            ticket.num_taken += len(images)
+            if ticket.num_left:
                 self._waiting.append(ticket)
-        return parts
+        return batch
 
     def _finish(self, batch: _Batch, outcome: Logits | Exception, seconds: float) -> None:
-        num_images = sum(len(images) for _, images in batch)
-        self._seconds_per_image = seconds / num_images
+        sizes = [len(images) for _, images in batch]
+        self._seconds_per_image = seconds / sum(sizes)
         if isinstance(outcome, Exception):
-            failed = {ticket for ticket, _ in batch}
-            for ticket in failed & set(self._waiting):
+            for ticket in [ticket for ticket, _ in batch if ticket.num_left]:
                 self._waiting.remove(ticket)
-                self._num_waiting -= len(ticket.images) - ticket.num_taken
+                self._num_waiting -= ticket.num_left
         self._start()
         RUN_SECONDS.observe(seconds)
-        BATCH_IMAGES.observe(num_images)
+        BATCH_IMAGES.observe(sum(sizes))
         start = 0
-        for ticket, images in batch:
+        for (ticket, _), size in zip(batch, sizes, strict=True):
             if isinstance(outcome, Exception):
                 ticket.done(outcome)
             else:
-                ticket.add(outcome[start : start + len(images)])
-                start += len(images)
+                ticket.add(outcome[start : start + size])
+                start += size
 
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:

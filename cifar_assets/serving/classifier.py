@@ -5,15 +5,20 @@ import math
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
 from cifar_assets.cpus import available_cpus
 from cifar_assets.model_package import ONNX_FILE, read_file, read_manifest
+from cifar_assets.serving.answers import Images, Logits
 from resources.errors import DataError
 from resources.object_store import open_store
 
 _log = logging.getLogger(__name__)
+_SIGNATURE = [
+    (MODEL_INPUT, "tensor(uint8)", ["N", *IMAGE_SHAPE]),
+    (MODEL_OUTPUT, "tensor(float)", ["N", len(CLASSES)]),
+]
+"""Name, type and shape of the model's input and output."""
 
 
 class Classifier:
@@ -30,33 +35,25 @@ class Classifier:
             self._session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise DataError(f"{source} does not load in ONNX Runtime: {error}") from error
-        self._check_signature(source)
-
-    def _check_signature(self, source: str) -> None:
         found = [
             (tensor.name, tensor.type, [size if isinstance(size, int) else "N" for size in tensor.shape])
             for tensor in (*self._session.get_inputs(), *self._session.get_outputs())
         ]
-        expected = [
-            (MODEL_INPUT, "tensor(uint8)", ["N", *IMAGE_SHAPE]),
-            (MODEL_OUTPUT, "tensor(float)", ["N", len(CLASSES)]),
-        ]
-        if found != expected:
-            raise DataError(f"{source}: expected inputs and outputs {expected}, got {found}. Export the model again.")
+        if found != _SIGNATURE:
+            raise DataError(f"{source}: expected inputs and outputs {_SIGNATURE}, got {found}. Export the model again.")
 
-    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def run(self, images: Images) -> Logits:
         (logits,) = self._session.run([MODEL_OUTPUT], {MODEL_INPUT: images})
         return np.asarray(logits, dtype=np.float32)
 
     def warm_up(self, batch_images: int) -> None:
         """Run the sizes that will be asked for, so that no client pays for the first one. Raises DataError."""
-        for size in dict.fromkeys((1, batch_images, 1)):
+        for size in dict.fromkeys((1, batch_images)):
             logits = self.run(np.zeros((size, *IMAGE_SHAPE), dtype=np.uint8))
-            if logits.shape != (size, len(CLASSES)) or not np.isfinite(logits).all():
-                raise DataError(
-                    f"The model answers {size} black images with {logits.shape} values, finite: "
-                    f"{bool(np.isfinite(logits).all())}; expected {(size, len(CLASSES))} finite ones."
-                )
+            finite = bool(np.isfinite(logits).all())
+            if logits.shape != (size, len(CLASSES)) or not finite:
+                received = f"values of shape {logits.shape}, all finite: {finite}"
+                raise DataError(f"The model answers {size} black images with {received}. Train or export it again.")
 
 
 def load_classifier(model_uri: str, model_digest: str, *, num_threads: int | None, batch_images: int) -> Classifier:
@@ -69,9 +66,8 @@ def load_classifier(model_uri: str, model_digest: str, *, num_threads: int | Non
     manifest = read_manifest(package, model_digest)
     if manifest.classes != CLASSES:
         raise DataError(f"{model_uri}: expected the classes {CLASSES}, got {manifest.classes}.")
-    classifier = Classifier(
-        read_file(package, manifest, ONNX_FILE), num_threads=num_threads, source=package.uri(ONNX_FILE)
-    )
+    onnx = read_file(package, manifest, ONNX_FILE)
+    classifier = Classifier(onnx, num_threads=num_threads, source=package.uri(ONNX_FILE))
     classifier.warm_up(batch_images)
     _log.info("Loaded and verified model %s from %s", model_digest, model_uri)
     return classifier

@@ -1,62 +1,65 @@
-"""JSON bodies, checked for size before they are parsed, and for type where they are read."""
+"""JSON bodies: checked for size before they are parsed, then against a model that says what is expected where."""
 
-from collections.abc import Sequence
+import re
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
 
 from cifar_assets.serving.answers import RequestError, shorten
 from cifar_assets.serving.settings import ServingLimits
 
+_WORDING = re.compile(r"^\w+ should (be|have) | or instance of \w+")
+"""What pydantic's messages say around what was expected."""
+T = TypeVar("T", bound=BaseModel)
 
-def parse_json_object(body: bytes | memoryview, limits: ServingLimits) -> dict[str, Any]:
-    """The JSON object in a body. Raises RequestError."""
-    data = bytes(body)
-    if not data.strip():
-        raise RequestError("body", "a JSON object", "an empty body")
-    num_items = data.count(b",") + data.count(b"[") + data.count(b"{")
+
+def parse_json(kind: type[T], body: bytes, limits: ServingLimits) -> T:
+    """The body as a model of that kind. Raises RequestError with the place of the first fault."""
+    num_items = body.count(b",") + body.count(b"[") + body.count(b"{")
     if num_items > limits.max_json_items:
         raise RequestError("body", f"at most {limits.max_json_items} JSON values", f"about {num_items}", status=413)
     try:
-        value = orjson.loads(data)
+        value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        place = f"{error.msg} at line {error.lineno} column {error.colno}"
-        received = f"{len(data)} bytes that are not valid JSON ({place})"
+        received = f"{len(body)} bytes that are not valid JSON ({error.msg} at line {error.lineno})"
         raise RequestError("body", "a JSON object", received) from error
-    return typed(dict, value, "body", "a JSON object")
+    if not isinstance(value, dict):
+        raise RequestError("body", "a JSON object", describe(value))
+    try:
+        return kind.model_validate(value, strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])[1:]
+        expected = "a value" if fault["type"] == "missing" else _WORDING.sub("", fault["msg"])
+        raise RequestError(field, expected, describe(fault["input"])) from error
 
 
-def typed(kind: type, value: Any, field: str, expected: str) -> Any:
-    """The value, refused with RequestError where its type is not that of `kind`."""
-    if type(value) is not kind:
-        raise RequestError(field, expected, kind_of(value))
-    return value
-
-
-def nested_shape(field: str, value: list[Any], expected: str, *, max_depth: int) -> tuple[int, ...]:
-    """The shape of nested lists, refusing ragged and too deep ones with RequestError."""
-    shape: list[int] = []
-    level: Sequence[Any] = [value]
-    while level and len(shape) <= max_depth:
-        lengths = {len(item) if isinstance(item, list) else None for item in level}
-        if lengths == {None}:
-            return tuple(shape)
-        if len(lengths) > 1:
-            numbers = ["single values"] if None in lengths else []
-            lists = [f"lists of {length}" for length in sorted(length for length in lengths if length is not None)]
-            raise RequestError(field, expected, f"a ragged one: {shorten(' and '.join(numbers + lists))} on one level")
-        shape.append(lengths.pop() or 0)
+def nested_numbers(field: str, value: list[Any], *shapes: tuple[int, ...]) -> tuple[list[Any], tuple[int, ...]]:
+    """The numbers in nested lists, and which of the shapes these have. Raises RequestError."""
+    expected = f"an array of shape {' or '.join(str(list(shape)) for shape in shapes)}"
+    first, shape = value, ()
+    while isinstance(first, list) and len(shape) < 6:
+        shape = (*shape, len(first))
+        first = first[0] if first else None
+    if shape not in shapes:
+        raise RequestError(field, expected, f"shape {list(shape)}")
+    level: list[Any] = [value]
+    for size in shape:
+        if any(type(item) is not list or len(item) != size for item in level):
+            raise RequestError(field, expected, "a ragged one, of lists of different lengths")
         level = list(chain.from_iterable(level))
-    if level:
-        raise RequestError(field, expected, f"lists nested deeper than {max_depth} levels")
-    return tuple(shape)
+    if set(map(type, level)) - {int, float}:
+        other = next(value for value in level if type(value) not in (int, float))
+        raise RequestError(field, "numbers", describe(other))
+    return level, shape
 
 
 def whole_pixels(field: str, numbers: list[int]) -> NDArray[np.uint8]:
-    """JSON whole numbers as pixel values, refusing what no byte holds."""
+    """Whole numbers as pixel values, refusing what no byte holds."""
     low, high = min(numbers), max(numbers)
     if low < 0 or high > 255:
         raise RequestError(field, "whole numbers from 0 to 255", f"values from {shorten(low)} to {shorten(high)}")
@@ -71,20 +74,12 @@ def check_count(field: str, num_images: int, limits: ServingLimits) -> None:
         raise RequestError(field, f"at most {limits.max_images} images", str(num_images), status=413)
 
 
-def kind_of(value: object) -> str:
+def describe(value: object) -> str:
     """A parsed JSON value in words, short enough for an error."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case str():
-            return f"the text {shorten(value)}"
-        case int() | float():
-            return f"the number {shorten(value)}"
-        case list():
-            return f"a list of {len(value)}"
-        case dict():
-            return f"an object with the keys {shorten(sorted(map(str, value)))}"
-        case _:
-            return "something else"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"an object with the keys {shorten(sorted(value))}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return shorten(value)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import uvloop
 
+from cifar_assets.contracts import MODEL_NAME
+from cifar_assets.serving.answers import ModelIdentity
 from cifar_assets.serving.app import App
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.http import HttpServer
@@ -32,74 +34,68 @@ def run_server(settings: ServerSettings) -> None:
 
     Raises ConfigError when the address cannot be had, and what `load_classifier` raises; then nothing ever listened.
     """
-    limits = settings.limits
     classifier = load_classifier(
-        settings.model_uri, settings.model_digest, num_threads=settings.threads, batch_images=limits.batch_images
+        settings.model_uri, settings.model_digest, num_threads=settings.threads, batch_images=settings.batch_images
     )
     try:
         listener = listen(settings.host, settings.port) if settings.fd is None else socket.socket(fileno=settings.fd)
         control = None if settings.control_fd is None else socket.socket(fileno=settings.control_fd)
     except OSError as error:
         raise ConfigError(f"--fd or --control-fd is not an open socket: {error}.") from error
-    _allow_open_files(limits.max_connections + _OTHER_FILES)
-    uvloop.run(_Server(settings, listener).serve(classifier, control))
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_files = settings.max_connections + _OTHER_FILES
+    if 0 <= allowed < num_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num_files if most < 0 else min(num_files, most), most))
+    uvloop.run(_serve(settings, classifier, listener, control))
 
 
-class _Server:
-    """A server from its first connection to its last."""
+async def _serve(
+    settings: ServerSettings, classifier: Classifier, listener: socket.socket, control: socket.socket | None
+) -> None:
+    loop = asyncio.get_running_loop()
+    serving = asyncio.current_task()
+    leave_requested = asyncio.Event()
 
-    def __init__(self, settings: ServerSettings, listener: socket.socket):
-        self._settings = settings
-        self._listener = listener
-        self._is_ready = True
-        self._leave_requested = asyncio.Event()
-        self._drain: asyncio.Task[None] | None = None
+    def on_signal(number: int) -> None:
+        """Begin to leave; asked again by Ctrl-C, leave at once."""
+        if leave_requested.is_set() and number == signal.SIGINT and serving is not None:
+            serving.cancel()
+        leave_requested.set()
 
-    async def serve(self, classifier: Classifier, control: socket.socket | None) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
-        app = App(self._settings.identity, classifier.run, self._settings.limits, lambda: self._is_ready)
-        http = HttpServer(app, self._settings.limits)
-        http.sweep()
-        succession = None
-        if control is not None:
-            leave = self._leave_requested.set
-            succession = _Succession(control, self._listener, self._settings.control_info, leave)
-            await succession.wait_for_turn(http)
-        server = await loop.create_server(http.connect, sock=self._listener, backlog=2048)
-        if succession is not None:
-            succession.begin()
-        _log.info("Serving model %s on %s", self._settings.model_digest, http_url(*self._listener.getsockname()[:2]))
-        await self._leave_requested.wait()
-        self._drain = loop.create_task(self._leave(http, server, succession))
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._drain
-        http.abort()
-        app.close()
-
-    async def _leave(self, http: HttpServer, server: asyncio.Server, succession: "_Succession | None") -> None:
-        if self._settings.drain_delay:
-            self._is_ready = False
-            _log.info("Draining: not ready any more, accepting for another %g s", self._settings.drain_delay)
-            await asyncio.sleep(self._settings.drain_delay)
-        http.is_leaving = True
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    app = App(ModelIdentity(MODEL_NAME, settings.model_version, settings.model_digest), classifier.run, settings)
+    http = HttpServer(app, settings)
+    http.sweep()
+    succession = None if control is None else _Succession(control, listener, settings.control_info, leave_requested.set)
+    if succession is not None:
+        await succession.wait_for_turn(http)
+    server = await loop.create_server(http.connect, sock=listener, backlog=2048)
+    if succession is not None:
+        succession.begin()
+    _log.info("Serving model %s on %s", settings.model_digest, http_url(*listener.getsockname()[:2]))
+    with contextlib.suppress(asyncio.CancelledError):
+        await leave_requested.wait()
+        if settings.drain_delay:
+            app.is_ready = False
+            _log.info("Draining: not ready any more, accepting for another %g s", settings.drain_delay)
+            await asyncio.sleep(settings.drain_delay)
         server.close()
         if succession is not None:
             succession.end()
         _log.info("Draining: accepting no more connections, %d open", len(http.connections))
-        linger = time.monotonic() + self._settings.linger
-        grace = linger + self._settings.grace
-        while http.connections and time.monotonic() < grace:
-            await asyncio.sleep(_POLL_SECONDS)
-            if time.monotonic() > linger:
-                http.close_idle()
+        await _drain(http, settings)
+    http.abort()
+    app.close()
 
-    def _on_signal(self, number: int) -> None:
-        """Begin to leave; asked again by Ctrl-C, leave at once."""
-        if self._drain is not None and number == signal.SIGINT:
-            self._drain.cancel()
-        self._leave_requested.set()
+
+async def _drain(http: HttpServer, settings: ServerSettings) -> None:
+    http.is_leaving = True
+    linger = time.monotonic() + settings.linger
+    while http.connections and time.monotonic() < linger + settings.grace:
+        await asyncio.sleep(_POLL_SECONDS)
+        if time.monotonic() > linger:
+            http.close_idle()
 
 
 class _Succession:
@@ -185,11 +181,3 @@ class _Succession:
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.send(b"\n")
-
-
-def _allow_open_files(number: int) -> None:
-    """Raise the number of files this process may open, as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < number:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (number if hard < 0 else min(number, hard), hard))

@@ -3,57 +3,41 @@
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from pydantic import BaseModel, Field, ValidationError
 
-from cifar_assets.contracts import IMAGE_SIZE, MODEL_NAME
+from cifar_assets.contracts import IMAGE_SIZE
 from cifar_assets.dataset.formats.images import ImageLimits
-from cifar_assets.serving.answers import ModelIdentity
 
 ENVIRONMENT_PREFIX = "CIFAR_SERVING_"
 
 
-@dataclass(frozen=True)
-class ServingLimits:
+class ServingLimits(BaseModel, frozen=True):
     """How much one request, one connection and all of them together may cost.
 
-    Sizes are bytes, times are seconds. What counts is what came and what it costs, not what was declared.
+    What counts is what came and what it costs, not what was declared.
     """
 
-    image: ImageLimits = field(default_factory=ImageLimits)
-    max_header_bytes: int = 16 * 1024
-    """Request line and headers, and trailers after a chunked body."""
-    max_headers: int = 100
-    max_body_bytes: int = 16 * 1024 * 1024
-    max_images: int = 64
-    """Images in one request."""
-    max_pixels: int = 16 * 1024 * 1024
-    """Pixels of all pictures in one request, before they are scaled down."""
-    small_pixels: int = 128 * 128
-    """Pictures up to this size are decoded on the event loop: it takes about as long as the rest of a request."""
-    max_connections: int = 512
-    """One more takes the place of the connection that has waited longest for its client."""
-    max_pending_requests: int = 256
-    """Complete requests that are being answered at the same time."""
-    small_body_bytes: int = 64 * 1024
-    """Every connection may hold this much of a body; only what is beyond it counts as pending."""
-    max_pending_bytes: int = 32 * 1024 * 1024
-    """Large bodies together; this keeps a pod within its memory."""
-    max_pending_pixels: int = 4 * 16 * 1024 * 1024
-    """Pixels of large pictures that wait to be decoded."""
-    queue_images: int = 512
-    """Images waiting for the model."""
-    batch_images: int = 16
-    """Images in one run of the model."""
-    header_timeout: float = 10.0
-    """From the first byte of a request to the end of its headers."""
-    body_timeout: float = 30.0
-    """From the end of the headers to the end of the body."""
-    stall_timeout: float = 10.0
-    """Without a byte of a body, or without a client that reads its answer."""
-    idle_timeout: float = 65.0
-    """Between two requests of a connection."""
+    image: ImageLimits = ImageLimits()
+    max_header_bytes: int = Field(default=16 * 1024, ge=1, description="bytes of a request line and its headers")
+    max_headers: int = Field(default=100, ge=1, description="headers of a request")
+    max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1, description="bytes of a body")
+    max_images: int = Field(default=64, ge=1, description="images in one request")
+    max_pixels: int = Field(default=16 * 1024 * 1024, ge=1, description="pixels of all pictures in one request")
+    small_pixels: int = Field(default=128 * 128, ge=0, description="pixels up to which pictures are decoded at once")
+    max_connections: int = Field(default=512, ge=1, description="open connections")
+    max_pending_requests: int = Field(default=256, ge=1, description="requests answered at a time")
+    small_body_bytes: int = Field(default=64 * 1024, ge=0, description="bytes of a body that every connection may hold")
+    max_pending_bytes: int = Field(default=32 * 1024 * 1024, ge=1, description="bytes of large bodies together")
+    max_pending_pixels: int = Field(default=64 * 1024 * 1024, ge=1, description="pixels that may wait to be decoded")
+    queue_images: int = Field(default=512, ge=1, description="images that may wait for the model")
+    batch_images: int = Field(default=16, ge=1, description="images in one run of the model")
+    header_timeout: float = Field(default=10, gt=0, description="seconds from the first byte of a request to its body")
+    body_timeout: float = Field(default=30, gt=0, description="seconds from the start of a body to its end")
+    stall_timeout: float = Field(
+        default=10, gt=0, description="seconds without a byte of a body or a client that reads"
+    )
+    idle_timeout: float = Field(default=65, gt=0, description="seconds between two requests of a connection")
 
     @property
     def max_large_requests(self) -> int:
@@ -67,8 +51,8 @@ class ServingLimits:
         return self.max_images * (IMAGE_SIZE * IMAGE_SIZE * 3 + rows_and_lists) + 1000
 
 
-class ServerSettings(BaseModel, frozen=True):
-    """Options of one server process. Times are seconds."""
+class ServerSettings(ServingLimits, frozen=True):
+    """Options of one server process."""
 
     model_uri: str = Field(description="where the model package is: file:///... or s3://...")
     model_digest: str = Field(description="the digest the package must have")
@@ -76,29 +60,12 @@ class ServerSettings(BaseModel, frozen=True):
     host: str = Field("127.0.0.1", description="address to listen on; a pod passes ::")
     port: int = Field(8080, ge=0, le=65535, description="port to listen on; PORT of the environment is a default")
     threads: int | None = Field(None, ge=1, description="threads of one run of the model; by default one per CPU")
-    batch_images: int = Field(ServingLimits.batch_images, ge=1, description="images in one run of the model")
-    queue_images: int = Field(ServingLimits.queue_images, ge=1, description="images that may wait")
-    max_pending_requests: int = Field(
-        ServingLimits.max_pending_requests, ge=1, description="requests answered at a time"
-    )
-    max_connections: int = Field(ServingLimits.max_connections, ge=1, description="open connections")
-    drain_delay: float = Field(
-        0, ge=0, le=86400, description="seconds to accept after SIGTERM, with readiness saying no"
-    )
+    drain_delay: float = Field(0, ge=0, le=86400, description="seconds to accept after SIGTERM while not ready")
     linger: float = Field(2, ge=0, le=86400, description="seconds that open connections may then bring requests")
     grace: float = Field(30, ge=0, le=86400, description="seconds that requests in progress may then take")
     fd: int | None = Field(None, description="descriptor of a listening socket, in place of host and port")
     control_fd: int | None = Field(None, description="descriptor of a local deployment's listening Unix socket")
     control_info: str = Field("{}", description="what to answer on that socket, a JSON object")
-
-    @property
-    def identity(self) -> ModelIdentity:
-        return ModelIdentity(MODEL_NAME, self.model_version, self.model_digest)
-
-    @property
-    def limits(self) -> ServingLimits:
-        names = ("batch_images", "queue_images", "max_pending_requests", "max_connections")
-        return ServingLimits(**{name: getattr(self, name) for name in names})
 
 
 def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, str] = os.environ) -> ServerSettings:
@@ -114,15 +81,19 @@ def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, st
     )
     values: dict[str, str] = {"port": environment["PORT"]} if "PORT" in environment else {}
     for name, option in ServerSettings.model_fields.items():
+        if name == "image":
+            continue
         default = "" if option.is_required() or option.default in (None, "") else f" (default: {option.default})"
-        help_text = f"{option.description}{default}".replace("%", "%%")
-        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=help_text)
-        variable = ENVIRONMENT_PREFIX + name.upper()
-        if variable in environment:
-            values[name] = environment[variable]
+        parser.add_argument(_option(name), default=argparse.SUPPRESS, help=f"{option.description}{default}")
+        if ENVIRONMENT_PREFIX + name.upper() in environment:
+            values[name] = environment[ENVIRONMENT_PREFIX + name.upper()]
     values |= vars(parser.parse_args(arguments))
     values["model_version"] = values.get("model_version") or values.get("model_digest", "")[:12]
     try:
-        return ServerSettings(**values)  # pyright: ignore[reportArgumentType] - pydantic converts and checks the texts
+        return ServerSettings.model_validate(values)
     except ValidationError as error:
-        parser.error("; ".join(f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors()))
+        parser.error("; ".join(f"{_option(str(fault['loc'][0]))}: {fault['msg']}" for fault in error.errors()))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

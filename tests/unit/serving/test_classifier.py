@@ -1,7 +1,5 @@
 """Loading: only the model that was asked for, and only one that can be served."""
 
-import dataclasses
-
 import numpy as np
 import onnx
 import pytest
@@ -21,24 +19,24 @@ def load(uri: str, digest: str) -> Classifier:
     return load_classifier(uri, digest, num_threads=1, batch_images=4)
 
 
-def test_the_stored_model_answers_as_it_should(tmp_path):
+def test_the_stored_model_answers_as_it_should(tmp_path) -> None:
     uri, digest = store_tiny_model(FolderStore(tmp_path))
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
     np.testing.assert_allclose(load(uri, digest).run(images), tiny_logits(images), rtol=1e-3, atol=1e-3)
 
 
-def test_another_digest_is_refused(tmp_path):
+def test_another_digest_is_refused(tmp_path) -> None:
     uri, _ = store_tiny_model(FolderStore(tmp_path))
     with pytest.raises(IntegrityError, match="expected sha256 0000"):
         load(uri, "0" * 64)
 
 
-def test_a_missing_model_is_refused(tmp_path):
+def test_a_missing_model_is_refused(tmp_path) -> None:
     with pytest.raises(ObjectNotFoundError, match=MANIFEST_FILE):
         load((tmp_path / "nothing").as_uri(), "0" * 64)
 
 
-def test_a_file_changed_after_it_was_stored_is_refused(tmp_path):
+def test_a_file_changed_after_it_was_stored_is_refused(tmp_path) -> None:
     store = FolderStore(tmp_path)
     uri, digest = store_tiny_model(store)
     store.at(digest).write(ONNX_FILE, tiny_onnx(seed=1))
@@ -47,13 +45,13 @@ def test_a_file_changed_after_it_was_stored_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("onnx_bytes", [b"", b"not a model", tiny_onnx()[:500]])
-def test_a_file_that_is_not_a_model_is_refused(tmp_path, onnx_bytes):
+def test_a_file_that_is_not_a_model_is_refused(tmp_path, onnx_bytes) -> None:
     uri, digest = store_tiny_model(FolderStore(tmp_path), onnx_bytes=onnx_bytes)
     with pytest.raises(DataError, match=r"model\.onnx does not load in ONNX Runtime"):
         load(uri, digest)
 
 
-def test_a_model_with_other_inputs_or_outputs_is_refused(tmp_path):
+def test_a_model_with_other_inputs_or_outputs_is_refused(tmp_path) -> None:
     model = onnx.load_from_string(tiny_onnx())
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["N", 7]))
     renamed = onnx.load_from_string(tiny_onnx())
@@ -64,13 +62,13 @@ def test_a_model_with_other_inputs_or_outputs_is_refused(tmp_path):
             load(uri, digest)
 
 
-def test_a_model_that_answers_with_nothing_finite_is_refused(tmp_path):
+def test_a_model_that_answers_with_nothing_finite_is_refused(tmp_path) -> None:
     uri, digest = store_tiny_model(FolderStore(tmp_path), onnx_bytes=tiny_onnx(bias=float("nan")))
     with pytest.raises(DataError, match="finite"):
         load(uri, digest)
 
 
-def test_other_classes_are_refused(tmp_path):
+def test_other_classes_are_refused(tmp_path) -> None:
     store = FolderStore(tmp_path)
     data = {ONNX_FILE: tiny_onnx()}
     manifest = ModelManifest(
@@ -85,8 +83,8 @@ def test_other_classes_are_refused(tmp_path):
         load(store.at(digest).uri(), digest)
 
 
-def test_the_limits_are_consistent():
+def test_the_limits_are_consistent() -> None:
     limits = ServingLimits()
     assert limits.batch_images <= limits.max_images <= limits.queue_images
     assert limits.image.max_bytes * 4 / 3 < limits.max_body_bytes <= limits.max_pending_bytes
-    assert dataclasses.replace(limits, max_images=1).max_json_items < limits.max_json_items
+    assert ServingLimits(max_images=1).max_json_items < limits.max_json_items

@@ -117,7 +117,7 @@ def chunked(*chunks: bytes) -> bytes:
     return b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(pieces)
 
 
-def test_requests_of_one_connection_are_answered_in_order():
+def test_requests_of_one_connection_are_answered_in_order() -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         answer = await client.ask(GET)
@@ -126,13 +126,11 @@ def test_requests_of_one_connection_are_answered_in_order():
         assert answer.headers["date"]
         assert (await client.ask(post(b"abc"))).json["bytes"] == 3
         assert (await client.ask(chunked(b"ab", b"cde", b""))).json["bytes"] == 5
-        client.send(b"".join(post(b"x" * size) for size in range(20)))
-        assert [(await client.answer()).json["bytes"] for _ in range(20)] == list(range(20))
 
     story(tell)
 
 
-def test_a_request_that_comes_byte_by_byte_is_read():
+def test_a_request_that_comes_byte_by_byte_is_read() -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         for byte in post(b"hello", "X-Long: value"):
@@ -144,17 +142,21 @@ def test_a_request_that_comes_byte_by_byte_is_read():
     story(tell)
 
 
-def test_too_many_pipelined_requests_end_the_connection_after_the_first_ones():
+def test_requests_sent_before_the_answer_end_the_connection_after_it() -> None:
     async def tell(server: Server) -> None:
+        for rest in (GET, GET[:10], b"nonsense", GET * 5000):
+            client = await server.connect()
+            answer = await client.ask(post(b"abc") + rest)
+            assert (answer.json["bytes"], answer.headers["connection"]) == (3, "close")
+            assert await client.is_closed()
+        server.held = []
         client = await server.connect()
-        client.send(GET * 5000)
-        statuses = []
-        while True:
-            answer = await client.answer()
-            statuses.append(answer.status)
-            if answer.headers.get("connection") == "close":
-                break
-        assert statuses == [200] * 32
+        client.send(GET)
+        await server.until(lambda: bool(server.held))
+        client.send(GET)
+        await asyncio.sleep(0.05)
+        server.answer(server.held.pop())
+        assert (await client.answer()).headers["connection"] == "close"
         assert await client.is_closed()
 
     story(tell)
@@ -168,7 +170,7 @@ def test_too_many_pipelined_requests_end_the_connection_after_the_first_ones():
         (b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", True),
     ],
 )
-def test_a_connection_is_kept_as_the_client_asks(head, keeps):
+def test_a_connection_is_kept_as_the_client_asks(head, keeps) -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         answer = await client.ask(head)
@@ -181,7 +183,7 @@ def test_a_connection_is_kept_as_the_client_asks(head, keeps):
     story(tell)
 
 
-def test_head_has_the_headers_of_get_and_no_body():
+def test_head_has_the_headers_of_get_and_no_body() -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         client.send(GET.replace(b"GET", b"HEAD"))
@@ -192,7 +194,7 @@ def test_head_has_the_headers_of_get_and_no_body():
     story(tell)
 
 
-def test_expect_100_continue_is_answered():
+def test_expect_100_continue_is_answered() -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         head, _, body = post(b"abc", "Expect: 100-continue").partition(b"\r\n\r\n")
@@ -205,17 +207,13 @@ def test_expect_100_continue_is_answered():
     story(tell, max_body_bytes=10)
 
 
-def test_an_upgrade_request_is_ignored():
-    """Java's client sends it with every first request."""
-
+def test_a_request_for_another_protocol_is_refused() -> None:
     async def tell(server: Server) -> None:
-        upgrade = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
-        client = await server.connect()
-        for body in (b"", b"abc", b"x" * 100_000):
-            assert (await client.ask(post(body, *upgrade))).json["bytes"] == len(body)
-        client.send(b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n")
-        answer = await client.answer()
-        assert (answer.status, "CONNECT" in answer.json["error"]) == (400, True)
+        for data in (post(b"abc", "Connection: Upgrade", "Upgrade: h2c"), b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n"):
+            client = await server.connect()
+            answer = await client.ask(data)
+            assert (answer.status, answer.json["field"]) == (400, "Upgrade")
+            assert await client.is_closed()
 
     story(tell)
 
@@ -236,7 +234,7 @@ def test_an_upgrade_request_is_ignored():
         b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
 )
-def test_invalid_http_gets_a_json_error_and_closes_the_connection(data):
+def test_invalid_http_gets_a_json_error_and_closes_the_connection(data) -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         answer = await client.ask(data)
@@ -261,7 +259,7 @@ def test_invalid_http_gets_a_json_error_and_closes_the_connection(data):
         chunked(b"a") + b"0\r\n" + b"X-Trailer: 1\r\n" * 101 + b"\r\n",
     ],
 )
-def test_headers_over_the_limits_are_refused(data):
+def test_headers_over_the_limits_are_refused(data) -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         answer = await client.ask(data)
@@ -279,7 +277,7 @@ def test_headers_over_the_limits_are_refused(data):
         b"POST / HTTP/1.1\r\nContent-Length: 9999999999999999999\r\n\r\n",
     ],
 )
-def test_a_body_over_the_limit_is_refused(data):
+def test_a_body_over_the_limit_is_refused(data) -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         answer = await client.ask(data)
@@ -291,7 +289,7 @@ def test_a_body_over_the_limit_is_refused(data):
     story(tell, max_body_bytes=10)
 
 
-def test_the_refusal_reaches_a_client_that_is_still_sending():
+def test_the_refusal_reaches_a_client_that_is_still_sending() -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         client.send(post(bytes(20_000_000)))
@@ -301,7 +299,7 @@ def test_the_refusal_reaches_a_client_that_is_still_sending():
     story(tell)
 
 
-def test_a_compressed_body_is_refused():
+def test_a_compressed_body_is_refused() -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         answer = await client.ask(post(b"x", "Content-Encoding: gzip"))
@@ -318,7 +316,7 @@ def test_a_compressed_body_is_refused():
         pytest.param(b"1;ext=1\r\nx\r\n" * 5_000, id="chunks that are mostly framing"),
     ],
 )
-def test_framing_without_end_is_refused(endless):
+def test_framing_without_end_is_refused(endless) -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         client.send(chunked() + (b"1;" if endless.startswith(b"a") else b""))
@@ -344,7 +342,7 @@ def test_framing_without_end_is_refused(endless):
         (chunked(b"abc"), 408),
     ],
 )
-def test_a_slow_client_is_given_up_even_if_it_keeps_sending(first, status):
+def test_a_slow_client_is_given_up_even_if_it_keeps_sending(first, status) -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         client.send(first)
@@ -364,7 +362,7 @@ def test_a_slow_client_is_given_up_even_if_it_keeps_sending(first, status):
     story(tell, header_timeout=0.3, body_timeout=0.6)
 
 
-def test_a_body_that_stalls_is_given_up_before_its_time_is_over():
+def test_a_body_that_stalls_is_given_up_before_its_time_is_over() -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         assert (await client.ask(post(b"x" * 100)[:-50])).status == 408
@@ -372,17 +370,17 @@ def test_a_body_that_stalls_is_given_up_before_its_time_is_over():
     story(tell, stall_timeout=0.3)
 
 
-def test_a_connection_without_a_request_is_closed():
+def test_a_connection_without_a_request_is_closed() -> None:
     async def tell(server: Server) -> None:
         silent, kept = await server.connect(), await server.connect()
         assert (await kept.ask(GET)).status == 200
         assert await silent.is_closed()
         assert await kept.is_closed()
 
-    story(tell, header_timeout=0.2, idle_timeout=0.5)
+    story(tell, idle_timeout=0.3)
 
 
-def test_a_client_that_does_not_read_is_cut_off():
+def test_a_client_that_does_not_read_is_cut_off() -> None:
     async def tell(server: Server) -> None:
         connection = socket.create_connection(("127.0.0.1", server.port))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -403,7 +401,7 @@ def test_a_client_that_does_not_read_is_cut_off():
     story(tell, stall_timeout=0.3)
 
 
-def test_a_new_connection_takes_the_place_of_the_one_that_waited_longest():
+def test_a_new_connection_takes_the_place_of_the_one_that_waited_longest() -> None:
     async def tell(server: Server) -> None:
         clients = [await server.connect() for _ in range(4)]
         for client in clients:
@@ -412,7 +410,7 @@ def test_a_new_connection_takes_the_place_of_the_one_that_waited_longest():
         clients[0].send(post(b"x"))
         await server.until(lambda: bool(server.held))
         clients[1].send(post(b"xy")[:-1])
-        await server.until(lambda: any(connection.reading.name == "BODY" for connection in server.http.connections))
+        await server.until(lambda: any(connection.state.name == "BODY" for connection in server.http.connections))
         late = await server.connect()
         late.send(GET)
         assert await clients[2].is_closed()
@@ -432,7 +430,7 @@ def test_a_new_connection_takes_the_place_of_the_one_that_waited_longest():
     story(tell, max_connections=4)
 
 
-def test_one_connection_too_many_is_refused_while_all_others_are_busy():
+def test_one_connection_too_many_is_refused_while_all_others_are_busy() -> None:
     async def tell(server: Server) -> None:
         server.held = []
         first = await server.connect()
@@ -446,7 +444,7 @@ def test_one_connection_too_many_is_refused_while_all_others_are_busy():
     story(tell, max_connections=1)
 
 
-def test_an_announced_body_holds_nothing():
+def test_an_announced_body_holds_nothing() -> None:
     async def tell(server: Server) -> None:
         announced = [await server.connect() for _ in range(5)]
         for client in announced:
@@ -458,7 +456,7 @@ def test_an_announced_body_holds_nothing():
     story(tell)
 
 
-def test_large_bodies_share_their_room_and_small_ones_do_not_need_it():
+def test_large_bodies_share_their_room_and_small_ones_do_not_need_it() -> None:
     async def tell(server: Server) -> None:
         first = await server.connect()
         first.send(post(bytes(900))[:-10])
@@ -474,7 +472,7 @@ def test_large_bodies_share_their_room_and_small_ones_do_not_need_it():
     story(tell, small_body_bytes=100, max_pending_bytes=1000)
 
 
-def test_a_large_body_that_takes_long_makes_room_for_another(monkeypatch):
+def test_a_large_body_that_takes_long_makes_room_for_another(monkeypatch) -> None:
     monkeypatch.setattr("cifar_assets.serving.http._YOUNG_BODY_SECONDS", 0.0)
 
     async def tell(server: Server) -> None:
@@ -487,7 +485,7 @@ def test_a_large_body_that_takes_long_makes_room_for_another(monkeypatch):
     story(tell, small_body_bytes=100, max_pending_bytes=1000)
 
 
-def test_a_body_is_held_until_its_request_is_answered_though_the_client_has_gone():
+def test_a_body_is_held_until_its_request_is_answered_though_the_client_has_gone() -> None:
     async def tell(server: Server) -> None:
         server.held = []
         client = await server.connect()
@@ -504,7 +502,7 @@ def test_a_body_is_held_until_its_request_is_answered_though_the_client_has_gone
     story(tell, small_body_bytes=100)
 
 
-def test_answers_close_their_connections_during_the_drain():
+def test_answers_close_their_connections_during_the_drain() -> None:
     async def tell(server: Server) -> None:
         clients = [await server.connect() for _ in range(3)]
         assert (await clients[0].ask(GET)).status == 200
@@ -531,7 +529,7 @@ HEADS = st.sampled_from([GET, post(b"abc"), chunked(b"abc", b""), post(b"", "Upg
     | st.lists(HEADS, max_size=5).map(b"".join),
     cut=st.integers(0, 400),
 )
-def test_any_bytes_are_answered_or_waited_for(data, cut):
+def test_any_bytes_are_answered_or_waited_for(data, cut) -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         client.send(data[:cut])

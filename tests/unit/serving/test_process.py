@@ -16,12 +16,12 @@ from resources.trainer.contract import EXIT_BAD_SPEC
 REQUIRED = ["--model-uri", "file:///m/", "--model-digest", "abcdef0123456789"]
 
 
-def test_a_server_listens_on_loopback_by_default():
+def test_a_server_listens_on_loopback_by_default() -> None:
     settings = parse_settings(REQUIRED, {})
     assert (settings.host, settings.port, settings.model_version) == ("127.0.0.1", 8080, "abcdef012345")
 
 
-def test_options_come_from_the_environment_too_and_the_command_line_wins():
+def test_options_come_from_the_environment_too_and_the_command_line_wins() -> None:
     environment = {
         "CIFAR_SERVING_MODEL_URI": "s3://models/a/",
         "CIFAR_SERVING_MODEL_DIGEST": "aa",
@@ -50,7 +50,7 @@ def test_options_come_from_the_environment_too_and_the_command_line_wins():
         ([*REQUIRED, "--models", "x"], "--models"),
     ],
 )
-def test_wrong_options_end_with_a_usage_message(arguments, word, capsys):
+def test_wrong_options_end_with_a_usage_message(arguments, word, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_settings(arguments, {})
     assert caught.value.code == EXIT_BAD_SPEC
@@ -61,7 +61,7 @@ def test_wrong_options_end_with_a_usage_message(arguments, word, capsys):
     ("uri", "words"),
     [("ftp://x/", "expected a file:///... or s3://"), ("file:///no/such/model/", "no such object")],
 )
-def test_permanent_errors_exit_with_one_line_and_their_own_code(uri, words, caplog, monkeypatch):
+def test_permanent_errors_exit_with_one_line_and_their_own_code(uri, words, caplog, monkeypatch) -> None:
     monkeypatch.setattr("cifar_assets.serving.__main__.configure_logging", lambda: None)
     assert main(["--model-uri", uri, "--model-digest", "0" * 64, "--port", "0"]) == EXIT_BAD_SPEC
     (record,) = [record for record in caplog.records if record.name == "cifar_assets.serving"]
@@ -74,7 +74,7 @@ def run_code(code: str) -> str:
     return output.stdout.splitlines()[-1]
 
 
-def test_the_server_loads_only_what_it_needs():
+def test_the_server_loads_only_what_it_needs() -> None:
     """It stays small enough for a pod of 512 MiB."""
     modules, peak_kilobytes = json.loads(
         run_code(
@@ -90,7 +90,7 @@ def test_the_server_loads_only_what_it_needs():
     assert peak_kilobytes < 120 * 1024
 
 
-def test_the_deployer_imports_nothing_of_the_server():
+def test_the_deployer_imports_nothing_of_the_server() -> None:
     modules = json.loads(
         run_code("import json, sys\nimport resources.inference_service.local\nprint(json.dumps(sorted(sys.modules)))")
     )
@@ -99,7 +99,7 @@ def test_the_deployer_imports_nothing_of_the_server():
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::"])
-def test_any_address_of_this_machine_can_be_listened_on(host):
+def test_any_address_of_this_machine_can_be_listened_on(host) -> None:
     with (
         listen(host, 0) as listener,
         socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=5),
@@ -107,7 +107,7 @@ def test_any_address_of_this_machine_can_be_listened_on(host):
         pass
 
 
-def test_a_taken_port_and_an_unknown_host_are_refused():
+def test_a_taken_port_and_an_unknown_host_are_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: another process listens there"):

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifar_assets.dataset.formats.images import ImageLimits
-from cifar_assets.serving.answers import RequestError
+from cifar_assets.serving.answers import ModelIdentity, RequestError
 from cifar_assets.serving.settings import ServingLimits
 from cifar_assets.serving.v1 import parse_form, parse_predict
 
 LIMITS = ServingLimits()
+IDENTITY = ModelIdentity("cifar10", "7", "a" * 64)
 PIXELS = np.random.default_rng(3).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 CHW = PIXELS.transpose(2, 0, 1)
 
@@ -31,7 +32,7 @@ B64 = base64.b64encode(picture()).decode()
 
 
 def parse(instances: Any, limits: ServingLimits = LIMITS) -> np.ndarray:
-    return parse_predict(json.dumps({"instances": instances}).encode(), limits).decode()
+    return parse_predict(json.dumps({"instances": instances}).encode(), limits, IDENTITY).images()
 
 
 @pytest.mark.parametrize(
@@ -49,18 +50,18 @@ def parse(instances: Any, limits: ServingLimits = LIMITS) -> np.ndarray:
         (CHW / 255).tolist(),
     ],
 )
-def test_each_documented_form_gives_the_same_pixels(instance):
+def test_each_documented_form_gives_the_same_pixels(instance) -> None:
     np.testing.assert_array_equal(parse([instance]), CHW[None])
 
 
-def test_forms_may_be_mixed_and_keep_their_order():
+def test_forms_may_be_mixed_and_keep_their_order() -> None:
     other = 255 - PIXELS
     np.testing.assert_array_equal(parse([B64, other.tolist(), {"b64": B64}])[:, 0, 0, 0], [
         PIXELS[0, 0, 0], other[0, 0, 0], PIXELS[0, 0, 0]
     ])  # fmt: skip
 
 
-def test_one_fraction_makes_all_numbers_fractions():
+def test_one_fraction_makes_all_numbers_fractions() -> None:
     ones = np.ones((32, 32, 3), int).tolist()
     assert (parse([ones]) == 1).all()
     ones[0][0][0] = 1.0
@@ -82,10 +83,10 @@ def changed(value: Any) -> Any:
     [
         (None, "instances[0]", "base64", "null"),
         (True, "instances[0]", "base64", "true"),
-        (3, "instances[0]", "base64", "the number 3"),
+        (3, "instances[0]", "base64", "3"),
         ({}, "instances[0]", "base64", "keys []"),
         ({"b64": B64, "x": 1}, "instances[0]", "base64", "keys ['b64', 'x']"),
-        ({"b64": 3}, "instances[0].b64", "base64", "the number 3"),
+        ({"b64": 3}, "instances[0].b64", "base64", "3"),
         ({"image": B64}, "instances[0]", "base64", "keys ['image']"),
         ("", "instances[0]", "PNG", "an empty file"),
         ("not base64!", "instances[0]", "base64", "not base64"),
@@ -100,7 +101,7 @@ def changed(value: Any) -> Any:
         (nested((28, 28, 3)), "instances[0]", "[32, 32, 3]", "shape [28, 28, 3]"),
         (nested((32, 32, 4)), "instances[0]", "[32, 32, 3]", "shape [32, 32, 4]"),
         (nested((32, 3, 32)), "instances[0]", "[32, 32, 3]", "shape [32, 3, 32]"),
-        (nested((1, 32, 32, 3)), "instances[0]", "[32, 32, 3]", "deeper than 3"),
+        (nested((1, 32, 32, 3)), "instances[0]", "[32, 32, 3]", "shape [1, 32, 32, 3]"),
         (nested((3072,)), "instances[0]", "[32, 32, 3]", "shape [3072]"),
         ([*nested((31, 32, 3)), nested((31, 3))], "instances[0]", "[32, 32, 3]", "ragged"),
         ([*nested((31, 32, 3)), 7], "instances[0]", "[32, 32, 3]", "ragged"),
@@ -110,13 +111,13 @@ def changed(value: Any) -> Any:
         (changed(1.5), "instances[0]", "from 0 to 1", "to 1.5"),
         (changed(-0.1), "instances[0]", "from 0 to 1", "from -0.1"),
         (changed(1e308), "instances[0]", "from 0 to 1", "1e+308"),
-        (changed("1"), "instances[0]", "numbers", "the text '1'"),
+        (changed("1"), "instances[0]", "numbers", "'1'"),
         (changed(None), "instances[0]", "numbers", "null"),
         (changed(True), "instances[0]", "numbers", "true"),
         (changed({}), "instances[0]", "numbers", "an object"),
     ],
 )
-def test_a_bad_instance_is_refused_with_its_place(instance, field, expected, received):
+def test_a_bad_instance_is_refused_with_its_place(instance, field, expected, received) -> None:
     with pytest.raises(RequestError) as caught:
         parse([instance])
     assert caught.value.status == 400
@@ -125,7 +126,7 @@ def test_a_bad_instance_is_refused_with_its_place(instance, field, expected, rec
     assert received in caught.value.received
 
 
-def test_one_bad_instance_refuses_the_whole_and_names_its_index():
+def test_one_bad_instance_refuses_the_whole_and_names_its_index() -> None:
     with pytest.raises(RequestError) as caught:
         parse([B64, PIXELS.tolist(), "bad", B64])
     assert caught.value.field == "instances[2]"
@@ -134,8 +135,7 @@ def test_one_bad_instance_refuses_the_whole_and_names_its_index():
 @pytest.mark.parametrize(
     ("body", "field", "received"),
     [
-        (b"", "body", "an empty body"),
-        (b"  \n", "body", "an empty body"),
+        (b"", "body", "0 bytes that are not valid JSON"),
         (b'{"instances": [', "body", "not valid JSON"),
         (b'{"instances": [NaN]}', "body", "not valid JSON"),
         (b"\xff\xfe", "body", "not valid JSON"),
@@ -145,20 +145,20 @@ def test_one_bad_instance_refuses_the_whole_and_names_its_index():
         (b'{"inputs": []}', "instances", "['inputs']"),
         (b'{"instances": null}', "instances", "null"),
         (b'{"instances": {}}', "instances", "an object"),
-        (b'{"instances": "abc"}', "instances", "the text 'abc'"),
+        (b'{"instances": "abc"}', "instances", "'abc'"),
         (b'{"instances": []}', "instances", "none"),
         (b'{"instances": ' + b"[" * 5000 + b"]" * 5000 + b"}", "body", "not valid JSON"),
     ],
 )
-def test_a_bad_body_is_refused(body, field, received):
+def test_a_bad_body_is_refused(body, field, received) -> None:
     with pytest.raises(RequestError) as caught:
-        parse_predict(body, LIMITS)
+        parse_predict(body, LIMITS, IDENTITY)
     assert caught.value.status == 400
     assert caught.value.field == field
     assert received in caught.value.received
 
 
-def test_limits_are_refused_before_the_bytes_are_read():
+def test_limits_are_refused_before_the_bytes_are_read() -> None:
     small = ServingLimits(image=ImageLimits(max_bytes=100), max_images=2)
     for instances, field in (
         ([B64], "instances[0]"),
@@ -173,7 +173,7 @@ def test_limits_are_refused_before_the_bytes_are_read():
         assert caught.value.field == field
 
 
-def test_the_largest_batch_of_arrays_is_within_the_limit_of_json_values():
+def test_the_largest_batch_of_arrays_is_within_the_limit_of_json_values() -> None:
     images = parse([PIXELS.tolist()] * LIMITS.max_images)
     assert images.shape == (LIMITS.max_images, 3, 32, 32)
 
@@ -186,10 +186,10 @@ def test_the_largest_batch_of_arrays_is_within_the_limit_of_json_values():
         max_leaves=12,
     )
 )
-def test_any_json_is_answered_with_a_fault_of_the_client(value):
+def test_any_json_is_answered_with_a_fault_of_the_client(value) -> None:
     for body in (json.dumps(value).encode(), json.dumps({"instances": value}).encode()):
         with pytest.raises(RequestError) as caught:
-            parse_predict(body, LIMITS)
+            parse_predict(body, LIMITS, IDENTITY)
         assert 400 <= caught.value.status < 500
         assert len(str(caught.value)) < 600
 
@@ -206,51 +206,51 @@ FILE = 'name="image"; filename="a.png"'
 
 
 def parsed_form(content_type: str, body: bytes, limits: ServingLimits = LIMITS) -> np.ndarray:
-    return parse_form(content_type.encode(), body, limits).decode()
+    return parse_form(content_type.encode(), body, limits, IDENTITY).images()
 
 
 class TestForm:
-    def test_parts_are_images_in_order(self):
+    def test_parts_are_images_in_order(self) -> None:
         other = np.zeros((32, 32, 3), np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(other).save(buffer, "PNG")
         body = form((FILE, picture()), (FILE, buffer.getvalue()), ('name="image"', picture()))
         np.testing.assert_array_equal(parsed_form(TYPE, body), [CHW, other.transpose(2, 0, 1), CHW])
 
-    def test_a_quoted_boundary_and_other_headers_are_read(self):
+    def test_a_quoted_boundary_and_other_headers_are_read(self) -> None:
         body = form((f"{FILE}\r\nContent-Type: text/plain\r\nX-Other: 1", picture()))
         np.testing.assert_array_equal(parsed_form('Multipart/Form-Data; boundary="xyz"', body), CHW[None])
 
     @pytest.mark.parametrize(
         ("content_type", "body", "field", "received"),
         [
-            (TYPE, form(), "image", "without parts"),
-            (TYPE, form(('name="file"; filename="a.png"', picture())), "image", "['file']"),
-            (TYPE, form((FILE, picture()), ('name="label"', b"cat")), "image", "['label']"),
+            (TYPE, form(), "image", "none"),
+            (TYPE, form(('name="file"; filename="a.png"', picture())), "image", "'file'"),
+            (TYPE, form((FILE, picture()), ('name="label"', b"cat")), "image", "'label'"),
             (TYPE, form((FILE, b"")), "image[0]", "an empty file"),
             (TYPE, form((FILE, picture()), (FILE, b"hello")), "image[1]", "a file of an unknown kind of 5 bytes"),
             (TYPE, form((FILE, picture()[:900])), "image[0]", "truncated"),
             (TYPE, form((FILE, picture()), end=b""), "image[0]", "cut off"),
             (TYPE, form((FILE, picture()))[:-400], "image[0]", "cut off"),
             (TYPE, b"", "body", "cut off"),
-            (TYPE, b"no form at all", "body", "malformed"),
-            (TYPE, form(("filename=x", picture())), "part 1", "filename=x"),
-            (TYPE, b"--xyz\r\n\r\nabc\r\n--xyz--\r\n", "part 1", "''"),
-            (TYPE, b"--xyz\r\nbad header\r\n\r\nabc\r\n--xyz--\r\n", "body", "malformed"),
+            (TYPE, b"no form at all", "body", "cut off"),
+            (TYPE, form(("filename=x", picture())), "image", "part 1 with the name ''"),
+            (TYPE, b"--xyz\r\n\r\nabc\r\n--xyz--\r\n", "image", "part 1"),
+            (TYPE, b"--xyz\r\nbad header\r\n\r\nabc\r\n--xyz--\r\n", "image", "part 1"),
             ("multipart/form-data", form((FILE, picture())), "Content-Type", "names none"),
             ("multipart/form-data; boundary=", form((FILE, picture())), "Content-Type", "names none"),
-            ("multipart/form-data; boundary=" + "x" * 1000, form((FILE, picture())), "body", "malformed"),
+            ("multipart/form-data; boundary=" + "x" * 1000, form((FILE, picture())), "body", "cut off"),
             ("multipart/form-data; boundary=abc", form((FILE, picture())), "body", ""),
         ],
     )
-    def test_a_bad_form_is_refused_with_its_place(self, content_type, body, field, received):
+    def test_a_bad_form_is_refused_with_its_place(self, content_type, body, field, received) -> None:
         with pytest.raises(RequestError) as caught:
             parsed_form(content_type, body)
         assert caught.value.status == 400
         assert caught.value.field == field
         assert received in caught.value.received
 
-    def test_limits(self):
+    def test_limits(self) -> None:
         small = ServingLimits(image=ImageLimits(max_bytes=100), max_images=2)
         with pytest.raises(RequestError, match=r"image\[0\]: expected an image file of at most 100 bytes") as caught:
             parsed_form(TYPE, form((FILE, picture())), small)
@@ -265,7 +265,7 @@ class TestForm:
         st.integers(0, 400),
         st.binary(min_size=1, max_size=5),
     ))  # fmt: skip
-    def test_any_bytes_are_answered(self, body):
+    def test_any_bytes_are_answered(self, body) -> None:
         try:
             images = parsed_form(TYPE, body)
         except RequestError as error:
