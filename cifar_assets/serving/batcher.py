@@ -22,6 +22,9 @@ from cifar_assets.serving.metrics import BATCH_IMAGES, QUEUE_IMAGES, RUN_SECONDS
 
 _log = logging.getLogger(__name__)
 
+_SHORT_SECONDS = 0.002
+"""A run that is not expected to take longer happens on the event loop: waking up a thread would cost as much."""
+
 
 @dataclass(eq=False)
 class Ticket:
@@ -60,7 +63,7 @@ class MicroBatcher:
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[Ticket] = deque()
         self._num_waiting = 0
-        self._seconds_per_image = 0.0
+        self._seconds_per_image = 0.01
         self._is_busy = False
         self._batches: SimpleQueue[_Batch | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
@@ -100,8 +103,12 @@ class MicroBatcher:
     def _start(self) -> None:
         batch = self._take()
         self._is_busy = bool(batch)
-        if batch:
+        if not batch:
+            return
+        if sum(len(images) for _, images in batch) * self._seconds_per_image > _SHORT_SECONDS:
             self._batches.put(batch)
+        else:
+            self._loop.call_soon(self._finish, batch, *self._run_batch(batch))
 
     def _take(self) -> _Batch:
         """The next batch. A request that is larger than what is left of it goes behind the others with its rest."""
@@ -142,12 +149,17 @@ class MicroBatcher:
 
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:
-            started = time.monotonic()
-            try:
-                images = batch[0][1] if len(batch) == 1 else np.concatenate([images for _, images in batch])
-                outcome: Logits | Exception = self._run(images)
-            except Exception as error:
-                _log.exception("The model failed on a batch of %d requests", len(batch))
-                outcome = error
+            outcome = self._run_batch(batch)
             with contextlib.suppress(RuntimeError):  # the loop was closed by a second Ctrl-C
-                self._loop.call_soon_threadsafe(self._finish, batch, outcome, time.monotonic() - started)
+                self._loop.call_soon_threadsafe(self._finish, batch, *outcome)
+
+    def _run_batch(self, batch: _Batch) -> tuple[Logits | Exception, float]:
+        """The logits of its images or why there are none, and the seconds that took."""
+        started = time.monotonic()
+        try:
+            images = batch[0][1] if len(batch) == 1 else np.concatenate([images for _, images in batch])
+            outcome: Logits | Exception = self._run(images)
+        except Exception as error:
+            _log.exception("The model failed on a batch of %d requests", len(batch))
+            outcome = error
+        return outcome, time.monotonic() - started
