@@ -31,14 +31,17 @@ class RequestError(ExplainedError):
 
 
 class BusyError(RequestError):
-    """The server is full. The client should try again after `retry_after` seconds."""
+    """The server is full. The client should try again a second later."""
 
-    def __init__(self, limit: str, received: str, *, retry_after: int = 1):
-        super().__init__("server", limit, received, status=429, headers=(("Retry-After", str(retry_after)),))
+    def __init__(self, limit: str, received: object):
+        super().__init__("server", limit, str(received), status=429, headers=(("Retry-After", "1"),))
 
 
-class NotFiniteError(ExplainedError):
-    """The model answered a picture with values that are not finite: there is no class to name."""
+class GoneError(RequestError):
+    """Nobody waits for the answer any more."""
+
+    def __init__(self) -> None:
+        super().__init__("connection", "a client that waits for its answer", "one that has gone")
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,21 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Query:
-    """A request that has been read: images to classify, and how the answer is written."""
-
-    num_pixels: int
-    """Of picture files that are still to be decoded; what `images` costs."""
-    images: Callable[[], Images]
-    """Gives shape (N, 3, 32, 32), or raises RequestError for a file that cannot be decoded."""
-    render: Callable[[Logits], Response]
-
-
-@dataclass(frozen=True)
 class ModelIdentity:
     """Name in addresses and answers, version for people, digest for decisions."""
 
     name: str
     version: str
     digest: str
+
+
+@dataclass(frozen=True)
+class Query:
+    """A request that has been read: how its images are decoded, which costs `num_pixels`, and its answer written."""
+
+    num_pixels: int
+    images: Callable[[], Images]
+    render: Callable[[Logits, ModelIdentity], Response]
 
 
 def json_response(value: Any, status: int = 200, headers: Headers = ()) -> Response:
@@ -78,15 +79,13 @@ def json_response(value: Any, status: int = 200, headers: Headers = ()) -> Respo
 
 def error_response(error: BaseException) -> Response:
     """The answer to a request that ended with this error: what is wrong with it, or that it is the server's fault."""
-    if isinstance(error, RequestError):
-        body = {"error": str(error), "field": error.field, "expected": error.expected, "received": error.received}
-        return json_response(body, error.status, error.headers)
-    if isinstance(error, NotFiniteError):
-        _log.error("%s", error)
-        return json_response({"error": f"{error} There is no class to name: the model is broken."}, 500)
-    if not isinstance(error, ConnectionAbortedError):  # its client has gone
+    if not isinstance(error, RequestError):
         _log.error("A request failed", exc_info=error)
-    return json_response({"error": "The server failed on this request; its log says why."}, 500)
+        return json_response({"error": "The server failed on this request; its log says why."}, 500)
+    if error.status == 500:
+        _log.error("%s", error)
+    body = {"error": str(error), "field": error.field, "expected": error.expected, "received": error.received}
+    return json_response(body, error.status, error.headers)
 
 
 def shorten(value: object) -> str:

@@ -1,24 +1,22 @@
 """What is served at which address, and how a request gets to the model.
 
 A small request is read, decoded and queued where it arrives, on the event loop, without a task or another thread. Large
-bodies and large pictures are read in a thread, the cheaper ones first.
+bodies and large pictures are read in a thread, and huge pictures in another one.
 """
 
 import asyncio
-import itertools
-import re
-import threading
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from queue import PriorityQueue
-from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from cifar_assets.serving.answers import (
     BusyError,
+    GoneError,
     Images,
     Logits,
     ModelIdentity,
@@ -38,14 +36,13 @@ from cifar_assets.serving.v2 import HEADER_LENGTH, INPUT_METADATA, OUTPUT_METADA
 
 _METRICS_SECONDS = 0.25
 _OPENAPI = Path(__file__).with_name("openapi.json")
-_SECONDS_PER_PIXEL = 50e-9
-"""How much later a picture's turn comes for each of its pixels."""
+_HUGE_PIXELS = 1024 * 1024
+"""Pictures beyond this are decoded in a thread of their own."""
 _JSON_TYPES = (b"", b"application/json", b"text/plain", b"application/x-www-form-urlencoded")
 """Types under which a body is read as JSON: what curl sends for `-d`, declared or not."""
 _FORM_TYPE = b"multipart/form-data"
 _BINARY_TYPE = b"application/octet-stream"
 
-T = TypeVar("T")
 Parse = Callable[[Request], Query]
 
 
@@ -60,7 +57,8 @@ class App:
         self._metrics_text = b""
         self._metrics_expire_at = 0.0
         self._large_requests: set[asyncio.Task[None]] = set()
-        self._reader = _Reader(limits.max_pending_pixels)
+        self._num_pixels = 0
+        self._readers = [ThreadPoolExecutor(1, thread_name_prefix="reader") for _ in range(2)]
         self._batcher = MicroBatcher(run, batch_images=limits.batch_images, queue_images=limits.queue_images)
         self._read_seconds, self._predict_seconds, self._render_seconds = (
             histogram.labels(identity.name) for histogram in (READ_SECONDS, PREDICT_SECONDS, RENDER_SECONDS)
@@ -81,7 +79,8 @@ class App:
 
     def close(self) -> None:
         """End the threads, after what they are at."""
-        self._reader.close()
+        for reader in self._readers:
+            reader.shutdown(cancel_futures=True)
         self._batcher.close()
 
     def _routes(self) -> tuple[dict[str, Callable[[], Response]], dict[str, Parse]]:
@@ -117,7 +116,7 @@ class App:
         return gets, posts
 
     def _metrics(self) -> Response:
-        """The metrics, gathered again when a prediction came or went, else a few times a second at most."""
+        """The metrics, gathered a few times a second at most."""
         now = time.monotonic()
         if now > self._metrics_expire_at:
             self._metrics_text = generate_latest(REGISTRY)
@@ -130,8 +129,6 @@ class App:
     def _not_here(self, request: Request) -> Response:
         asked = f"{shorten(request.method)} {shorten(request.path)}"
         allowed = "GET, HEAD" if request.path in self._gets else "POST" if request.path in self._posts else None
-        if re.fullmatch(rf"/v1/models/{re.escape(self._identity.name)}:(?!predict$)\w+", request.path):
-            allowed = ""  # a verb of the protocol that this model does not have, such as :explain
         if allowed is not None:
             return json_response({"error": f"{asked}: Method Not Allowed."}, 405, (("Allow", allowed),))
         served = f"model {self._identity.name}, version {self._identity.version}"
@@ -140,27 +137,26 @@ class App:
     def _parse_v1(self, request: Request) -> Query:
         expected = "application/json, or multipart/form-data with a part named 'image'"
         if _body_type(request, _FORM_TYPE, expected) == _FORM_TYPE:
-            return parse_form(request.headers[b"content-type"], request.body, self._limits, self._identity)
-        return parse_predict(request.body, self._limits, self._identity)
+            return parse_form(request.headers[b"content-type"], request.body, self._limits)
+        return parse_predict(request.body, self._limits)
 
     def _parse_v2(self, request: Request) -> Query:
         _body_type(request, _BINARY_TYPE, "application/json or application/octet-stream")
-        return parse_infer(request.body, request.headers.get(HEADER_LENGTH), self._limits, self._identity)
+        return parse_infer(request.body, request.headers.get(HEADER_LENGTH), self._limits)
 
     def _predict(self, request: Request, parse: Parse) -> None:
         started = time.monotonic()
         self._num_pending += 1
-        self._metrics_expire_at = 0.0
         try:
-            self._check_room("requests", self._num_pending - 1, self._limits.max_pending_requests)
+            _check_room("requests", self._num_pending - 1, self._limits.max_pending_requests)
             self._batcher.check_room(1)
             query = None
             if len(request.body) <= self._limits.small_body_bytes:
                 query = parse(request)
                 if query.num_pixels <= self._limits.small_pixels:
-                    self._submit(request, query.images(), query.render, started)
+                    self._submit(request, query.images(), query, started)
                     return
-            self._check_room("large requests", len(self._large_requests), self._limits.max_large_requests)
+            _check_room("large requests", len(self._large_requests), self._limits.max_large_requests)
         except Exception as error:
             self._answer(request, error_response(error))
             return
@@ -169,15 +165,28 @@ class App:
         task.add_done_callback(self._large_requests.discard)
 
     async def _predict_large(self, request: Request, parse: Parse, query: Query | None, started: float) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            if query is None:
-                query = await self._reader.run(request, 0, partial(parse, request))
-            images = await self._reader.run(request, query.num_pixels, query.images)
-            self._submit(request, images, query.render, started)
+            found = query or await loop.run_in_executor(self._readers[False], parse, request)
+            with self._hold_pixels(found.num_pixels):
+                reader = self._readers[found.num_pixels > _HUGE_PIXELS]
+                images = await loop.run_in_executor(reader, _decode, request, found)
+            self._submit(request, images, found, started)
         except Exception as error:
             self._answer(request, error_response(error))
 
-    def _submit(self, request: Request, images: Images, render: Callable[[Logits], Response], started: float) -> None:
+    @contextlib.contextmanager
+    def _hold_pixels(self, num_pixels: int) -> Iterator[None]:
+        if self._num_pixels and self._num_pixels + num_pixels > self._limits.max_pending_pixels:
+            limit = f"at most {self._limits.max_pending_pixels} pixels that wait to be decoded"
+            raise BusyError(limit, f"{self._num_pixels} and {num_pixels}")
+        self._num_pixels += num_pixels
+        try:
+            yield
+        finally:
+            self._num_pixels -= num_pixels
+
+    def _submit(self, request: Request, images: Images, query: Query, started: float) -> None:
         submitted = time.monotonic()
         self._read_seconds.observe(submitted - started)
 
@@ -187,7 +196,7 @@ class App:
             try:
                 if isinstance(outcome, Exception):
                     raise outcome
-                response = render(outcome)
+                response = query.render(outcome, self._identity)
             except Exception as error:
                 response = error_response(error)
             self._render_seconds.observe(time.monotonic() - finished)
@@ -197,55 +206,18 @@ class App:
 
     def _answer(self, request: Request, response: Response) -> None:
         self._num_pending -= 1
-        self._metrics_expire_at = 0.0
         request.answer(response)
 
-    def _check_room(self, what: str, number: int, limit: int) -> None:
-        if number >= limit:
-            raise BusyError(f"at most {limit} {what} at a time", str(number), retry_after=self._batcher.retry_after())
+
+def _decode(request: Request, query: Query) -> Images:
+    if not request.is_wanted:
+        raise GoneError
+    return query.images()
 
 
-class _Reader:
-    """One thread for what would hold up the event loop. Cheap calls overtake expensive ones of the last moments."""
-
-    def __init__(self, max_pixels: int):
-        self._max_pixels = max_pixels
-        self._num_pixels = 0
-        self._calls: PriorityQueue[tuple[float, int, Callable[[], None] | None]] = PriorityQueue()
-        self._count = itertools.count()
-        self._thread = threading.Thread(target=self._work, name="reader", daemon=True)
-        self._thread.start()
-
-    async def run(self, request: Request, num_pixels: int, call: Callable[[], T]) -> T:
-        """What the call gives, which decodes so many pixels. BusyError where too many wait for that already."""
-        if self._num_pixels and self._num_pixels + num_pixels > self._max_pixels:
-            limit = f"at most {self._max_pixels} pixels that wait to be decoded"
-            raise BusyError(limit, f"{self._num_pixels} and {num_pixels}")
-        loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[Any] = loop.create_future()
-
-        def work() -> None:
-            try:
-                if not request.is_wanted:
-                    raise ConnectionAbortedError("its client has gone")
-                loop.call_soon_threadsafe(outcome.set_result, call())
-            except Exception as error:
-                loop.call_soon_threadsafe(outcome.set_exception, error)
-
-        self._num_pixels += num_pixels
-        self._calls.put((time.monotonic() + num_pixels * _SECONDS_PER_PIXEL, next(self._count), work))
-        try:
-            return await outcome
-        finally:
-            self._num_pixels -= num_pixels
-
-    def close(self) -> None:
-        self._calls.put((0.0, next(self._count), None))
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (call := self._calls.get()[2]) is not None:
-            call()
+def _check_room(what: str, number: int, limit: int) -> None:
+    if number >= limit:
+        raise BusyError(f"at most {limit} {what} at a time", number)
 
 
 def _body_type(request: Request, other_type: bytes, expected: str) -> bytes:

@@ -7,7 +7,6 @@ requests are in it, and needs no lock.
 import asyncio
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from cifar_assets.serving.answers import BusyError, Images, Logits, NotFiniteError
+from cifar_assets.serving.answers import BusyError, GoneError, Images, Logits, RequestError
 from cifar_assets.serving.metrics import BATCH_IMAGES, QUEUE_IMAGES, RUN_SECONDS
 
 _log = logging.getLogger(__name__)
@@ -46,7 +45,9 @@ class Ticket:
         if sum(map(len, self.logits)) == len(self.images):
             found = np.concatenate(self.logits) if len(self.logits) > 1 else logits
             finite = np.isfinite(found).all()
-            self.done(found if finite else NotFiniteError("The model answered with values that are not finite."))
+            self.done(
+                found if finite else RequestError("model", "finite values", "some that are not finite", status=500)
+            )
 
 
 _Batch = list[tuple[Ticket, Images]]
@@ -78,7 +79,7 @@ class MicroBatcher:
         room = self._queue_images if num_images <= self._batch_images else self._queue_images * 3 // 4
         if self._num_waiting and self._num_waiting + num_images > room:
             limit = f"room for {num_images} images in the queue of {self._queue_images}"
-            raise BusyError(limit, f"{self._num_waiting} waiting", retry_after=self.retry_after())
+            raise BusyError(limit, f"{self._num_waiting} waiting")
 
     def submit(
         self, images: Images, done: Callable[[Logits | Exception], None], is_wanted: Callable[[], bool] = lambda: True
@@ -90,10 +91,6 @@ class MicroBatcher:
         if not self._is_busy:
             self._is_busy = True
             self._loop.call_soon(self._start)  # after everything that has arrived by now
-
-    def retry_after(self) -> int:
-        """Whole seconds until the queue as it is now will have been worked off, at least 1."""
-        return min(60, max(1, math.ceil(self._num_waiting * self._seconds_per_image)))
 
     def close(self) -> None:
         """End the thread, after the batch it is at."""
@@ -118,7 +115,7 @@ class MicroBatcher:
             ticket = self._waiting.popleft()
             if not ticket.is_wanted():
                 self._num_waiting -= ticket.num_left
-                ticket.done(ConnectionAbortedError("its client has gone"))
+                ticket.done(GoneError())
                 continue
             images = ticket.images[ticket.num_taken : ticket.num_taken + room]
             batch.append((ticket, images))
@@ -130,22 +127,22 @@ class MicroBatcher:
         return batch
 
     def _finish(self, batch: _Batch, outcome: Logits | Exception, seconds: float) -> None:
-        sizes = [len(images) for _, images in batch]
-        self._seconds_per_image = seconds / sum(sizes)
+        num_images = sum(len(images) for _, images in batch)
+        self._seconds_per_image = seconds / num_images
         if isinstance(outcome, Exception):
             for ticket in [ticket for ticket, _ in batch if ticket.num_left]:
                 self._waiting.remove(ticket)
                 self._num_waiting -= ticket.num_left
         self._start()
         RUN_SECONDS.observe(seconds)
-        BATCH_IMAGES.observe(sum(sizes))
+        BATCH_IMAGES.observe(num_images)
         start = 0
-        for (ticket, _), size in zip(batch, sizes, strict=True):
+        for ticket, images in batch:
             if isinstance(outcome, Exception):
                 ticket.done(outcome)
             else:
-                ticket.add(outcome[start : start + size])
-                start += size
+                ticket.add(outcome[start : start + len(images)])
+                start += len(images)
 
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:

@@ -10,7 +10,7 @@ import enum
 import http
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import cast
@@ -24,7 +24,6 @@ from cifar_assets.serving.settings import ServingLimits
 
 _FRAMING_BYTES = 512 * 1024
 """What may come with a request beside its body: headers, one read of the socket, and the framing of chunks."""
-_DISCARDED_BYTES = 64 * 1024 * 1024
 _YOUNG_BODY_SECONDS = 2.0
 _SWEEP_SECONDS = 0.25
 _METHODS = ("GET", "HEAD", "POST")
@@ -84,23 +83,24 @@ class HttpServer:
     def admit(self, connection: "Connection") -> None:
         """Make room for a connection by closing the one that has waited longest for its client. Raises BusyError."""
         if len(self.connections) >= self.limits.max_connections:
-            waiting = [other for other in self.connections if other.state is not State.ANSWER]
-            if not waiting:
-                raise BusyError(f"at most {self.limits.max_connections} connections", "one more")
-            min(waiting, key=lambda other: other.since).evict()
+            limit = f"at most {self.limits.max_connections} connections"
+            self._evict_oldest((other for other in self.connections if other.state is not State.ANSWER), limit)
         self.connections.add(connection)
 
     def hold(self, connection: "Connection", num_bytes: int) -> None:
         """Make room for more of a large body, if need be by closing the oldest slow upload. Raises BusyError."""
+        limit = f"at most {self.limits.max_pending_bytes} bytes of large requests at a time"
         while self.num_held + num_bytes > self.limits.max_pending_bytes:
             latest = time.monotonic() - _YOUNG_BODY_SECONDS
             uploads = (other for other in self.connections if other.state is State.BODY and other.num_held)
-            slow = [other for other in uploads if other is not connection and other.since < latest]
-            if not slow:
-                limit = f"at most {self.limits.max_pending_bytes} bytes of large requests at a time"
-                raise BusyError(limit, f"{self.num_held} and more")
-            min(slow, key=lambda other: other.since).evict()
+            self._evict_oldest((other for other in uploads if other is not connection and other.since < latest), limit)
         self.num_held += num_bytes
+
+    def _evict_oldest(self, candidates: Iterable["Connection"], limit: str) -> None:
+        oldest = min(candidates, key=lambda connection: connection.since, default=None)
+        if oldest is None:
+            raise BusyError(limit, "more")
+        oldest.evict()
 
     def sweep(self) -> None:
         """Close connections that have run out of time, and schedule the next sweep."""
@@ -135,7 +135,7 @@ class Connection(asyncio.Protocol):
         self._request: Request | None = None
         self._is_stuck = False
         """Whether the client does not read."""
-        self._num_received = self._num_discarded = 0
+        self._num_received = 0
         self._begin()
         self._enter(State.IDLE)
 
@@ -166,8 +166,9 @@ class Connection(asyncio.Protocol):
         self._enter(self.state)
 
     def data_received(self, data: bytes) -> None:
-        if self._request is not None or self.state is State.CLOSE:
-            self._discard(len(data))
+        if self._request is not None:  # the next request comes before the answer
+            self._request.keep_alive = False
+        if self.state in (State.ANSWER, State.CLOSE):
             return
         if self.state is State.IDLE:
             self._num_received = 0
@@ -304,14 +305,6 @@ class Connection(asyncio.Protocol):
         if response is not None:
             self._write(response, method)
         self.transport.write_eof()
-
-    def _discard(self, num_bytes: int) -> None:
-        """Ignore what comes after the last request of the connection."""
-        self._num_discarded += num_bytes
-        if self._request is not None:
-            self._request.keep_alive = False
-        if self._num_discarded > _DISCARDED_BYTES:
-            self.transport.abort()
 
     def _write(self, response: Response, method: str = "other", *, close: bool = True) -> None:
         # A client may send any word as a method, and each label is kept for good.

@@ -9,7 +9,7 @@ A JSON instance is one picture, in one of these forms, which may be mixed:
 
 import base64
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -50,39 +50,6 @@ class _Predict(BaseModel):
     instances: list[Any]
 
 
-class _Pictures:
-    """The pictures of a request in order, pixels or files still to be decoded, whose cost is known before that."""
-
-    def __init__(self, limits: ServingLimits, identity: ModelIdentity):
-        self._num_pixels = 0
-        self._limits = limits
-        self._identity = identity
-        self._items: list[tuple[str, Images | Picture]] = []
-
-    def add_pixels(self, field: str, pixels: Images) -> None:
-        self._items.append((field, pixels))
-
-    def add_file(self, field: str, data: bytes) -> None:
-        """RequestError for a file that is not admitted, or with which the request costs too much."""
-        with image_faults(field):
-            picture = open_picture(data, self._limits.image)
-        self._num_pixels += picture.width * picture.height
-        if self._num_pixels > self._limits.max_pixels:
-            limit = f"at most {self._limits.max_pixels} pixels in all pictures of a request"
-            raise RequestError(field, limit, f"{self._num_pixels} up to this one", status=413)
-        self._items.append((field, picture))
-
-    def query(self) -> Query:
-        return Query(self._num_pixels, self._decode, partial(_render, self._identity))
-
-    def _decode(self) -> Images:
-        images = []
-        for field, item in self._items:
-            with image_faults(field):
-                images.append(picture_pixels(item) if isinstance(item, Picture) else item)
-        return images[0][np.newaxis] if len(images) == 1 else np.stack(images)
-
-
 @contextmanager
 def image_faults(field: str) -> Iterator[None]:
     """Turn what is wrong with a picture into what is wrong with that part of the request."""
@@ -93,22 +60,55 @@ def image_faults(field: str) -> Iterator[None]:
         raise RequestError(field, error.expected, error.received, status=status) from error
 
 
-def parse_predict(body: bytes, limits: ServingLimits, identity: ModelIdentity) -> Query:
+def parse_predict(body: bytes, limits: ServingLimits) -> Query:
     """The images of a JSON body. One bad instance refuses the whole. Raises RequestError."""
     instances = parse_json(_Predict, body, limits).instances
     check_count("instances", len(instances), limits)
-    pictures = _Pictures(limits, identity)
+    parts: list[tuple[str, bytes | Images]] = []
     for index, instance in enumerate(instances):
         field = f"instances[{index}]"
         if isinstance(instance, dict) and set(instance) == {"b64"}:
             field, instance = f"{field}.b64", instance["b64"]
         if isinstance(instance, str):
-            pictures.add_file(field, _decode_base64(field, instance, limits))
+            parts.append((field, _decode_base64(field, instance, limits)))
         elif isinstance(instance, list):
-            pictures.add_pixels(field, _pixels(field, instance))
+            parts.append((field, _pixels(field, instance)))
         else:
             raise RequestError(field, _FORMS, describe(instance))
-    return pictures.query()
+    return _query(parts, limits)
+
+
+def _query(parts: Iterable[tuple[str, bytes | Images]], limits: ServingLimits) -> Query:
+    """Admit picture files, at their places in the request, by what they cost. Pixels cost nothing more."""
+    items: list[tuple[str, Picture | Images]] = []
+    num_pixels = 0
+    for field, part in parts:
+        if isinstance(part, bytes):
+            with _image_faults(field):
+                part = open_picture(part, limits.image)
+            num_pixels += part.width * part.height
+            if num_pixels > limits.max_pixels:
+                limit = f"at most {limits.max_pixels} pixels in all pictures of a request"
+                raise RequestError(field, limit, f"{num_pixels} up to this one", status=413)
+        items.append((field, part))
+    return Query(num_pixels, partial(_decode, items), _render)
+
+
+def _decode(items: list[tuple[str, Picture | Images]]) -> Images:
+    images = []
+    for field, item in items:
+        with _image_faults(field):
+            images.append(picture_pixels(item) if isinstance(item, Picture) else item)
+    return images[0][np.newaxis] if len(images) == 1 else np.stack(images)
+
+
+@contextmanager
+def _image_faults(field: str) -> Iterator[None]:
+    try:
+        yield
+    except ImageError as error:
+        status = 413 if isinstance(error, ImageTooLargeError) else 400
+        raise RequestError(field, error.expected, error.received, status=status) from error
 
 
 def _decode_base64(field: str, text: str, limits: ServingLimits) -> bytes:
@@ -117,7 +117,7 @@ def _decode_base64(field: str, text: str, limits: ServingLimits) -> bytes:
         if not comma or not header.lower().endswith(";base64"):
             raise RequestError(field, "a data URI of the form data:image/png;base64,...", shorten(header))
     text = "".join(text.split())
-    with image_faults(field):
+    with _image_faults(field):
         check_size(len(text) * 3 // 4 - text[-2:].count("="), limits.image)
     try:
         return base64.b64decode(text, validate=True)
@@ -140,7 +140,7 @@ def _pixels(field: str, instance: list[Any]) -> Images:
     return pixels if shape == IMAGE_SHAPE else pixels.transpose(2, 0, 1)
 
 
-def parse_form(content_type: bytes, body: bytes, limits: ServingLimits, identity: ModelIdentity) -> Query:
+def parse_form(content_type: bytes, body: bytes, limits: ServingLimits) -> Query:
     """The images of a form, in the order of its parts. Raises RequestError."""
     boundary = _BOUNDARY.search(content_type)
     if boundary is None:
@@ -152,7 +152,7 @@ def parse_form(content_type: bytes, body: bytes, limits: ServingLimits, identity
         field = f"{_PART}[{len(parts) - 1}]" if parts else "body"
         raise RequestError(field, "a form that ends with its boundary", f"one cut off after {len(body)} bytes")
     check_count(_PART, len(parts) - 1, limits)
-    pictures = _Pictures(limits, identity)
+    files: list[tuple[str, bytes]] = []
     for index, part in enumerate(parts[:-1]):
         head, _, content = part.partition(b"\r\n\r\n")
         found = _NAME.search(head)
@@ -160,11 +160,11 @@ def parse_form(content_type: bytes, body: bytes, limits: ServingLimits, identity
         if name != _PART:
             received = f"part {index + 1} with the name {shorten(name)}"
             raise RequestError(_PART, f"only parts named {_PART!r}", received)
-        pictures.add_file(f"{_PART}[{index}]", content)
-    return pictures.query()
+        files.append((f"{_PART}[{index}]", content))
+    return _query(files, limits)
 
 
-def _render(identity: ModelIdentity, logits: Logits) -> Response:
+def _render(logits: Logits, identity: ModelIdentity) -> Response:
     """Class, confidence and all probabilities for each image, and which model said so."""
     found = []
     for row in softmax(logits).tolist():

@@ -31,7 +31,9 @@ INPUT_METADATA = {"name": MODEL_INPUT, "datatype": DATATYPE, "shape": [-1, *IMAG
 OUTPUT_METADATA = [{"name": name, "datatype": "FP32", "shape": [-1, len(CLASSES)]} for name in OUTPUT_NAMES]
 
 
-class _InputParameters(BaseModel):
+class _Parameters(BaseModel):
+    binary_data: bool | None = None
+    binary_data_output: bool | None = None
     binary_data_size: int | None = None
 
 
@@ -40,20 +42,12 @@ class _Input(BaseModel):
     datatype: Literal["UINT8"]
     shape: list[int] = Field(fail_fast=True)
     data: list[Any] | None = None
-    parameters: _InputParameters | None = None
-
-
-class _OutputParameters(BaseModel):
-    binary_data: bool | None = None
+    parameters: _Parameters | None = None
 
 
 class _Output(BaseModel):
     name: Literal["probabilities", "logits"]
-    parameters: _OutputParameters | None = None
-
-
-class _Parameters(BaseModel):
-    binary_data_output: bool | None = None
+    parameters: _Parameters | None = None
 
 
 class _Infer(BaseModel):
@@ -63,7 +57,7 @@ class _Infer(BaseModel):
     parameters: _Parameters | None = None
 
 
-def parse_infer(body: bytes, header_length: bytes | None, limits: ServingLimits, identity: ModelIdentity) -> Query:
+def parse_infer(body: bytes, header_length: bytes | None, limits: ServingLimits) -> Query:
     """Check a request against what the metadata promises. Raises RequestError.
 
     Nothing is allocated by a claimed size.
@@ -73,7 +67,7 @@ def parse_infer(body: bytes, header_length: bytes | None, limits: ServingLimits,
     if len(request.inputs) != 1:
         raise RequestError("inputs", f"a list of the one input {MODEL_INPUT!r}", describe(request.inputs))
     images = _images(request.inputs[0], None if header_length is None else body[num_json_bytes:], limits)
-    return Query(0, lambda: images, partial(_render, request, identity))
+    return Query(0, lambda: images, partial(_render, request))
 
 
 def _header_length(value: bytes, num_body_bytes: int) -> int:
@@ -108,7 +102,7 @@ def _images(tensor: _Input, binary: bytes | None, limits: ServingLimits) -> Imag
     return np.frombuffer(binary, dtype=np.uint8).reshape(tensor.shape)
 
 
-def _render(request: _Infer, identity: ModelIdentity, logits: Logits) -> Response:
+def _render(request: _Infer, logits: Logits, identity: ModelIdentity) -> Response:
     """The answer to a request, whose images gave these logits of shape (N, 10)."""
     values = {"probabilities": softmax(logits).astype("<f4"), "logits": logits.astype("<f4")}
     all_binary = (request.parameters and request.parameters.binary_data_output) or False

@@ -20,7 +20,7 @@ IDENTITY = ModelIdentity("cifar10", "7", "a" * 64)
 
 
 def parse(body: bytes, header_length: bytes | None = None) -> Query:
-    return parse_infer(body, header_length, LIMITS, IDENTITY)
+    return parse_infer(body, header_length, LIMITS)
 
 
 def tensor(**changes: Any) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def test_a_bad_request_is_refused(body, field, received) -> None:
 
 
 def answer(parsed: Query) -> dict[str, Any]:
-    return json.loads(parsed.render(LOGITS).body)
+    return json.loads(parsed.render(LOGITS, IDENTITY).body)
 
 
 def test_null_is_the_same_as_absent() -> None:
@@ -209,7 +209,7 @@ def header_length(answer: Response) -> int:
 
 class TestAnswer:
     def test_json_carries_both_outputs_and_the_model(self) -> None:
-        answer = parse(request(id="r1")).render(LOGITS)
+        answer = parse(request(id="r1")).render(LOGITS, IDENTITY)
         assert answer.headers == ()
         value = json.loads(answer.body)
         assert (value["id"], value["model_name"], value["model_version"]) == ("r1", "cifar10", "7")
@@ -223,7 +223,7 @@ class TestAnswer:
 
     def test_binary_outputs_follow_the_json_in_order(self) -> None:
         outputs = [{"name": "logits", "parameters": {"binary_data": True}}, {"name": "probabilities"}]
-        answer = parse(request(outputs=outputs)).render(LOGITS)
+        answer = parse(request(outputs=outputs)).render(LOGITS, IDENTITY)
         length = header_length(answer)
         value = json.loads(answer.body[:length])
         assert value["outputs"][0]["parameters"] == {"binary_data_size": 80}
@@ -233,7 +233,7 @@ class TestAnswer:
         np.testing.assert_array_equal(logits, LOGITS)
 
     def test_a_request_may_ask_for_all_outputs_as_binary(self) -> None:
-        answer = parse(request(parameters={"binary_data_output": True})).render(LOGITS)
+        answer = parse(request(parameters={"binary_data_output": True})).render(LOGITS, IDENTITY)
         assert len(answer.body) - header_length(answer) == 160
 
     def test_extreme_logits_give_finite_probabilities(self) -> None:
