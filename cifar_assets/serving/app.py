@@ -7,13 +7,14 @@ bodies and large pictures are read in a thread, and huge pictures in another one
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from cifar_assets.serving import v1, v2
 from cifar_assets.serving.answers import (
     BusyError,
     GoneError,
@@ -21,7 +22,6 @@ from cifar_assets.serving.answers import (
     Logits,
     ModelIdentity,
     Query,
-    RequestError,
     Response,
     error_response,
     json_response,
@@ -31,19 +31,12 @@ from cifar_assets.serving.batcher import MicroBatcher
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.metrics import PENDING_REQUESTS, PREDICT_SECONDS, READ_SECONDS, REGISTRY, RENDER_SECONDS
 from cifar_assets.serving.settings import ServingLimits
-from cifar_assets.serving.v1 import parse_form, parse_predict
-from cifar_assets.serving.v2 import HEADER_LENGTH, INPUT_METADATA, OUTPUT_METADATA, parse_infer
 
 _METRICS_SECONDS = 0.25
 _OPENAPI = Path(__file__).with_name("openapi.json")
 _HUGE_PIXELS = 1024 * 1024
 """Pictures beyond this are decoded in a thread of their own."""
-_JSON_TYPES = (b"", b"application/json", b"text/plain", b"application/x-www-form-urlencoded")
-"""Types under which a body is read as JSON: what curl sends for `-d`, declared or not."""
-_FORM_TYPE = b"multipart/form-data"
-_BINARY_TYPE = b"application/octet-stream"
-
-Parse = Callable[[Request], Query]
+Parse = Callable[[Mapping[bytes, bytes], bytes, ServingLimits], Query]
 
 
 class App:
@@ -92,8 +85,8 @@ class App:
             "name": name,
             "versions": [version],
             "platform": "onnxruntime_onnx",
-            "inputs": [INPUT_METADATA],
-            "outputs": OUTPUT_METADATA,
+            "inputs": [v2.INPUT_METADATA],
+            "outputs": v2.OUTPUT_METADATA,
             "properties": {"model_digest": digest},
             "picture_formats": ["PNG", "JPEG"],
         }
@@ -111,8 +104,8 @@ class App:
         for suffix in ("", f"/versions/{version}"):
             gets[f"/v1/models/{name}{suffix}"] = gets[f"/v2/models/{name}{suffix}/ready"] = status
             gets[f"/v2/models/{name}{suffix}"] = partial(json_response, metadata)
-            posts[f"/v1/models/{name}{suffix}:predict"] = self._parse_v1
-            posts[f"/v2/models/{name}{suffix}/infer"] = self._parse_v2
+            posts[f"/v1/models/{name}{suffix}:predict"] = v1.parse
+            posts[f"/v2/models/{name}{suffix}/infer"] = v2.parse
         return gets, posts
 
     def _metrics(self) -> Response:
@@ -134,16 +127,6 @@ class App:
         served = f"model {self._identity.name}, version {self._identity.version}"
         return json_response({"error": f"{asked}: Not Found. Served here: {served}; see /openapi.json."}, 404)
 
-    def _parse_v1(self, request: Request) -> Query:
-        expected = "application/json, or multipart/form-data with a part named 'image'"
-        if _body_type(request, _FORM_TYPE, expected) == _FORM_TYPE:
-            return parse_form(request.headers[b"content-type"], request.body, self._limits)
-        return parse_predict(request.body, self._limits)
-
-    def _parse_v2(self, request: Request) -> Query:
-        _body_type(request, _BINARY_TYPE, "application/json or application/octet-stream")
-        return parse_infer(request.body, request.headers.get(HEADER_LENGTH), self._limits)
-
     def _predict(self, request: Request, parse: Parse) -> None:
         started = time.monotonic()
         self._num_pending += 1
@@ -152,7 +135,7 @@ class App:
             self._batcher.check_room(1)
             query = None
             if len(request.body) <= self._limits.small_body_bytes:
-                query = parse(request)
+                query = parse(request.headers, request.body, self._limits)
                 if query.num_pixels <= self._limits.small_pixels:
                     self._submit(request, query.images(), query, started)
                     return
@@ -167,7 +150,8 @@ class App:
     async def _predict_large(self, request: Request, parse: Parse, query: Query | None, started: float) -> None:
         loop = asyncio.get_running_loop()
         try:
-            found = query or await loop.run_in_executor(self._readers[False], parse, request)
+            content = (request.headers, request.body, self._limits)
+            found = query or await loop.run_in_executor(self._readers[False], parse, *content)
             with self._hold_pixels(found.num_pixels):
                 reader = self._readers[found.num_pixels > _HUGE_PIXELS]
                 images = await loop.run_in_executor(reader, _decode, request, found)
@@ -218,12 +202,3 @@ def _decode(request: Request, query: Query) -> Images:
 def _check_room(what: str, number: int, limit: int) -> None:
     if number >= limit:
         raise BusyError(f"at most {limit} {what} at a time", number)
-
-
-def _body_type(request: Request, other_type: bytes, expected: str) -> bytes:
-    """The declared type of the body, refused where it is neither JSON nor the other one."""
-    declared = request.headers.get(b"content-type", b"")
-    found = declared.partition(b";")[0].strip().lower()
-    if found not in _JSON_TYPES and found != other_type:
-        raise RequestError("Content-Type", expected, shorten(declared.decode("latin-1")), status=415)
-    return found

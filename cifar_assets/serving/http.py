@@ -104,11 +104,11 @@ class HttpServer:
 
     def sweep(self) -> None:
         """Close connections that have run out of time, and schedule the next sweep."""
+        asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self.sweep)
         now = time.monotonic()
         self.date = formatdate(usegmt=True)
         for connection in [other for other in self.connections if other.deadline < now]:
             connection.expire()
-        asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self.sweep)
 
     def close_idle(self) -> None:
         """Close every connection that is between two requests."""
@@ -202,7 +202,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
             if self.state is State.HEAD:
-                self._check_head_size(self._num_received)
+                _check_size("headers", self._num_received, self._limits.max_header_bytes, 431)
             elif self._num_received > _FRAMING_BYTES + len(self._body) * 9 // 8:
                 raise RequestError("body", "chunks that carry data", "mostly framing")
         except httptools.HttpParserCallbackError as error:
@@ -227,12 +227,12 @@ class Connection(asyncio.Protocol):
         self._num_head_bytes += len(name) + len(value) + 4
         if self._num_headers > self._limits.max_headers:
             raise RequestError("headers", f"at most {self._limits.max_headers} headers", "more", status=431)
-        self._check_head_size(self._num_head_bytes)
+        _check_size("headers", self._num_head_bytes, self._limits.max_header_bytes, 431)
         if self.state is State.HEAD:  # later ones are trailers
             self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
-        self._check_head_size(self._num_head_bytes + len(self._url))
+        _check_size("headers", self._num_head_bytes + len(self._url), self._limits.max_header_bytes, 431)
         if self._parser.should_upgrade():
             raise RequestError("Upgrade", "an HTTP/1.1 request", "a wish for another protocol")
         self._enter(State.BODY)
@@ -240,13 +240,13 @@ class Connection(asyncio.Protocol):
         encoding = self._headers.get(b"content-encoding", b"identity")
         if encoding.lower() != b"identity":
             raise RequestError("Content-Encoding", "an uncompressed body", shorten(encoding), status=415)
-        self._check_body_size(int(self._headers.get(b"content-length", b"0")))
+        _check_size("body", int(self._headers.get(b"content-length", b"0")), self._limits.max_body_bytes, 413)
         if b"expect" in self._headers:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, part: bytes) -> None:
         self._body += part
-        self._check_body_size(len(self._body))
+        _check_size("body", len(self._body), self._limits.max_body_bytes, 413)
         num_more = len(self._body) - self._limits.small_body_bytes - self.num_held
         if num_more > 0:
             self._server.hold(self, num_more)
@@ -266,25 +266,14 @@ class Connection(asyncio.Protocol):
         self._body = bytearray()
         self._num_headers = self._num_head_bytes = 0
 
-    def _check_head_size(self, num_bytes: int) -> None:
-        if num_bytes > self._limits.max_header_bytes:
-            limit = f"at most {self._limits.max_header_bytes} bytes"
-            raise RequestError("headers", limit, f"{num_bytes} or more", status=431)
-
-    def _check_body_size(self, num_bytes: int) -> None:
-        if num_bytes > self._limits.max_body_bytes:
-            limit = f"at most {self._limits.max_body_bytes} bytes"
-            raise RequestError("body", limit, f"{num_bytes} or more", status=413)
-
     def _too_slow(self) -> Response | None:
         """The answer to a request that has not come in time, if one has begun."""
-        if self.state is State.HEAD:
-            expected = f"all headers within {self._limits.header_timeout:g} seconds"
-            return error_response(RequestError("headers", expected, f"{self._num_received} bytes", status=408))
-        if self.state is State.BODY:
-            expected = f"a whole body within {self._limits.body_timeout:g} seconds, without long pauses"
-            return error_response(RequestError("body", expected, f"{len(self._body)} bytes", status=408))
-        return None
+        faults = {
+            State.HEAD: ("headers", f"all headers within {self._limits.header_timeout:g} seconds"),
+            State.BODY: ("body", f"a whole body within {self._limits.body_timeout:g} seconds, without long pauses"),
+        }
+        fault = faults.get(self.state)
+        return fault and error_response(RequestError(*fault, f"{self._num_received} bytes", status=408))
 
     def _answer(self, response: Response) -> None:
         self._release()
@@ -304,7 +293,8 @@ class Connection(asyncio.Protocol):
         self._enter(State.CLOSE)
         if response is not None:
             self._write(response, method)
-        self.transport.write_eof()
+        if not self.transport.is_closing():
+            self.transport.write_eof()
 
     def _write(self, response: Response, method: str = "other", *, close: bool = True) -> None:
         # A client may send any word as a method, and each label is kept for good.
@@ -315,7 +305,8 @@ class Connection(asyncio.Protocol):
         )
         more = "".join(f"{name}: {value}\r\n" for name, value in response.headers)
         encoded = f"{head}{more}\r\n".encode("latin-1")
-        self.transport.write(encoded if method == "HEAD" else encoded + response.body)
+        if not self.transport.is_closing():
+            self.transport.write(encoded if method == "HEAD" else encoded + response.body)
 
     def _enter(self, state: State) -> None:
         self.state = state
@@ -325,6 +316,11 @@ class Connection(asyncio.Protocol):
     def _release(self) -> None:
         self._server.num_held -= self.num_held
         self.num_held = 0
+
+
+def _check_size(field: str, num_bytes: int, limit: int, status: int) -> None:
+    if num_bytes > limit:
+        raise RequestError(field, f"at most {limit} bytes", f"{num_bytes} or more", status=status)
 
 
 def _path(url: bytes) -> str:

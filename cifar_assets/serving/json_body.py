@@ -1,6 +1,7 @@
 """JSON bodies: checked for size before they are parsed, then against a model that says what is expected where."""
 
 import re
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -14,7 +15,18 @@ from cifar_assets.serving.settings import ServingLimits
 
 _WORDING = re.compile(r"^\w+ should (be|have) | or instance of \w+")
 """What pydantic's messages say around what was expected."""
+_JSON_TYPES = (b"", b"application/json", b"text/plain", b"application/x-www-form-urlencoded")
+"""Types under which a body is read as JSON: what curl sends for `-d`, declared or not."""
 T = TypeVar("T", bound=BaseModel)
+
+
+def body_type(headers: Mapping[bytes, bytes], other_type: bytes, expected: str) -> bytes:
+    """The declared type of a body, refused where it is neither JSON nor the other one."""
+    declared = headers.get(b"content-type", b"")
+    found = declared.partition(b";")[0].strip().lower()
+    if found not in _JSON_TYPES and found != other_type:
+        raise RequestError("Content-Type", expected, shorten(declared.decode("latin-1")), status=415)
+    return found
 
 
 def parse_json(kind: type[T], body: bytes, limits: ServingLimits) -> T:

@@ -9,7 +9,7 @@ A JSON instance is one picture, in one of these forms, which may be mixed:
 
 import base64
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -37,11 +37,12 @@ from cifar_assets.serving.answers import (
     shorten,
     softmax,
 )
-from cifar_assets.serving.json_body import check_count, describe, nested_numbers, parse_json, whole_pixels
+from cifar_assets.serving.json_body import body_type, check_count, describe, nested_numbers, parse_json, whole_pixels
 from cifar_assets.serving.settings import ServingLimits
 
 _FORMS = 'a base64 string, a data URI, {"b64": ...} or nested lists of numbers'
 _PART = "image"
+_FORM_TYPE = b"multipart/form-data"
 _BOUNDARY = re.compile(rb'(?i);\s*boundary\s*=\s*(?:"([^"]+)"|([^;"\s]+))')
 _NAME = re.compile(rb'(?im)^content-disposition:[^\r\n]*?;\s*name\s*=\s*(?:"([^"\r\n]*)"|([^;"\s]+))')
 
@@ -58,6 +59,14 @@ def image_faults(field: str) -> Iterator[None]:
     except ImageError as error:
         status = 413 if isinstance(error, ImageTooLargeError) else 400
         raise RequestError(field, error.expected, error.received, status=status) from error
+
+
+def parse(headers: Mapping[bytes, bytes], body: bytes, limits: ServingLimits) -> Query:
+    """The images of a request. Raises RequestError."""
+    expected = f"application/json, or multipart/form-data with a part named {_PART!r}"
+    if body_type(headers, _FORM_TYPE, expected) == _FORM_TYPE:
+        return parse_form(headers[b"content-type"], body, limits)
+    return parse_predict(body, limits)
 
 
 def parse_predict(body: bytes, limits: ServingLimits) -> Query:

@@ -3,6 +3,7 @@
 One input, `images`: UINT8, shape [N, 3, 32, 32], RGB pixels. Two outputs, `probabilities` and `logits`: FP32, [N, 10].
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -21,13 +22,13 @@ from cifar_assets.serving.answers import (
     shorten,
     softmax,
 )
-from cifar_assets.serving.json_body import check_count, describe, nested_numbers, parse_json, whole_pixels
+from cifar_assets.serving.json_body import body_type, check_count, describe, nested_numbers, parse_json, whole_pixels
 from cifar_assets.serving.settings import ServingLimits
 
-HEADER_LENGTH = b"inference-header-content-length"
-DATATYPE = "UINT8"
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+_BINARY_TYPE = "application/octet-stream"
 OUTPUT_NAMES = ("probabilities", "logits")
-INPUT_METADATA = {"name": MODEL_INPUT, "datatype": DATATYPE, "shape": [-1, *IMAGE_SHAPE]}
+INPUT_METADATA = {"name": MODEL_INPUT, "datatype": "UINT8", "shape": [-1, *IMAGE_SHAPE]}
 OUTPUT_METADATA = [{"name": name, "datatype": "FP32", "shape": [-1, len(CLASSES)]} for name in OUTPUT_NAMES]
 
 
@@ -57,24 +58,23 @@ class _Infer(BaseModel):
     parameters: _Parameters | None = None
 
 
-def parse_infer(body: bytes, header_length: bytes | None, limits: ServingLimits) -> Query:
+def parse(headers: Mapping[bytes, bytes], body: bytes, limits: ServingLimits) -> Query:
     """Check a request against what the metadata promises. Raises RequestError.
 
     Nothing is allocated by a claimed size.
     """
-    num_json_bytes = len(body) if header_length is None else _header_length(header_length, len(body))
+    body_type(headers, _BINARY_TYPE.encode(), f"application/json or {_BINARY_TYPE}")
+    json_size = headers.get(_HEADER_LENGTH.lower().encode())
+    num_json_bytes = len(body)
+    if json_size is not None:
+        if not (json_size.isdigit() and len(json_size) <= 12) or int(json_size) > len(body):
+            raise RequestError(_HEADER_LENGTH, f"a number of bytes up to the body's {len(body)}", shorten(json_size))
+        num_json_bytes = int(json_size)
     request = parse_json(_Infer, body[:num_json_bytes], limits)
     if len(request.inputs) != 1:
         raise RequestError("inputs", f"a list of the one input {MODEL_INPUT!r}", describe(request.inputs))
-    images = _images(request.inputs[0], None if header_length is None else body[num_json_bytes:], limits)
+    images = _images(request.inputs[0], None if json_size is None else body[num_json_bytes:], limits)
     return Query(0, lambda: images, partial(_render, request))
-
-
-def _header_length(value: bytes, num_body_bytes: int) -> int:
-    if not (value.isdigit() and len(value) <= 12) or int(value) > num_body_bytes:
-        expected = f"a number of bytes up to the body's {num_body_bytes}"
-        raise RequestError("Inference-Header-Content-Length", expected, shorten(value.decode("latin-1")))
-    return int(value)
 
 
 def _images(tensor: _Input, binary: bytes | None, limits: ServingLimits) -> Images:
@@ -90,11 +90,11 @@ def _images(tensor: _Input, binary: bytes | None, limits: ServingLimits) -> Imag
         field = "inputs[0].data"
         numbers, _ = nested_numbers(field, tensor.data, (num_numbers,), tuple(tensor.shape))
         if float in set(map(type, numbers)):
-            raise RequestError(field, f"whole numbers, for {DATATYPE}", "fractions")
+            raise RequestError(field, "whole numbers, for UINT8", "fractions")
         return whole_pixels(field, numbers).reshape(tensor.shape)
     size = tensor.parameters and tensor.parameters.binary_data_size
     if binary is None:
-        expected = f"{num_numbers} numbers, or the header Inference-Header-Content-Length and bytes"
+        expected = f"{num_numbers} numbers, or the header {_HEADER_LENGTH} and bytes"
         raise RequestError("inputs[0].data", expected, "none")
     if not size == len(binary) == num_numbers:
         received = f"{describe(size)}, and {len(binary)} bytes after the JSON"
@@ -129,5 +129,4 @@ def _render(request: _Infer, logits: Logits, identity: ModelIdentity) -> Respons
     header = orjson.dumps(answer)
     if not pieces:
         return Response(200, header)
-    length = ("Inference-Header-Content-Length", str(len(header)))
-    return Response(200, b"".join([header, *pieces]), "application/octet-stream", (length,))
+    return Response(200, b"".join([header, *pieces]), _BINARY_TYPE, ((_HEADER_LENGTH, str(len(header))),))

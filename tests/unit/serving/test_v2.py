@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cifar_assets.serving import v2
 from cifar_assets.serving.answers import ModelIdentity, Query, RequestError, Response, softmax
 from cifar_assets.serving.settings import ServingLimits
-from cifar_assets.serving.v2 import parse_infer
 
 LIMITS = ServingLimits()
 IMAGES = np.random.default_rng(5).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
@@ -20,7 +20,8 @@ IDENTITY = ModelIdentity("cifar10", "7", "a" * 64)
 
 
 def parse(body: bytes, header_length: bytes | None = None) -> Query:
-    return parse_infer(body, header_length, LIMITS)
+    headers = {} if header_length is None else {b"inference-header-content-length": header_length}
+    return v2.parse(headers, body, LIMITS)
 
 
 def tensor(**changes: Any) -> dict[str, Any]:
