@@ -22,7 +22,6 @@ from cifar_assets.model_package import (
     CARD_FILE,
     METRICS_FILE,
     PERFORMANCE_FILE,
-    RECIPE_FILE,
     ModelManifest,
     read_json,
     read_manifest,
@@ -135,11 +134,10 @@ def _changes(processed: ObjectStore, digest: str, previous: str) -> Metadata:
 
 
 def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource, threshold: float) -> Metadata:
-    """Quality and cost of the training, its curves and its confusion matrix."""
+    """Quality and cost of the training, its curves and its confusion matrix; the card has recipe and recalls."""
     package = models.at(result.model_digest)
     manifest = read_manifest(package, result.model_digest)
     metrics = read_json(package, manifest, METRICS_FILE)
-    recalls = metrics.get("per_class_recall", {})
     card = {"model_card": dg.MetadataValue.md(package.read(CARD_FILE).decode())} if package.exists(CARD_FILE) else {}
     return {
         **{name: shown(metrics.get(name)) for name in _NUMBERS},
@@ -157,10 +155,6 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
         ),
         **_of_performance(package),
         **card,
-        "recall": table({"class": name, "recall": _recall_text(recalls.get(name))} for name in CLASSES),
-        "recipe": table(
-            {"field": name, "value": str(value)} for name, value in read_json(package, manifest, RECIPE_FILE).items()
-        ),
     }
 
 
@@ -168,19 +162,10 @@ def _of_performance(package: ObjectStore) -> Metadata:
     """Speed and time of the training. The digest does not cover them, so they may be missing or anything."""
     try:
         found = json.loads(package.read(PERFORMANCE_FILE))
-        phases = found.get("seconds_per_phase", {})
-        return {
-            "images_per_second": shown(found.get("images_per_second")),
-            "train_seconds": shown(found.get("train_seconds")),
-            "mlflow_unsent": ", ".join(found.get("mlflow_unsent", ())) or "nothing",
-            "phases": table({"phase": name, "seconds": seconds} for name, seconds in phases.items()),
-        }
+        numbers = {name: shown(found.get(name)) for name in ("images_per_second", "train_seconds")}
+        return {**numbers, "mlflow_unsent": ", ".join(found.get("mlflow_unsent", ())) or "nothing"}
     except (ObjectNotFoundError, ValueError, TypeError, AttributeError) as error:
         return {"performance": f"unknown: {error}"}
-
-
-def _recall_text(recall: float | None) -> str:
-    return "no test images" if recall is None else f"{recall:.3f}"
 
 
 def of_verdict(model_digest: str, verdict: Verdict) -> Metadata:
