@@ -76,18 +76,16 @@ def trained_model_checks(
 def recall_reached(metrics: Mapping[str, Any], floor: float) -> Verdict:
     """No class of the test split is hardly ever recognized. A class without test images has no recall."""
     recalls = {name: metrics["per_class_recall"].get(name) for name in CLASSES}
+    missing = [name for name, value in recalls.items() if value is None]
     known = {name: float(value) for name, value in recalls.items() if value is not None}
-    missing = [name for name in CLASSES if name not in known]
-    low = {name: value for name, value in known.items() if not value >= floor}
-    texts = []
-    if missing:
-        texts.append(f"No test images of {', '.join(missing)}")
+    low = [f"{name} {value:.3f}" for name, value in known.items() if not value >= floor]
+    texts = [f"No test images of {', '.join(missing)}."] if missing else []
     if low:
-        texts.append(f"Below {floor:.2f}: {', '.join(f'{name} {value:.3f}' for name, value in low.items())}")
+        texts.append(f"Below {floor:.2f}: {', '.join(low)}.")
     elif known:
         worst = min(known, key=lambda name: known[name])
-        texts.append(f"Lowest is {worst} with {known[worst]:.3f}; the floor is {floor:.2f}")
-    return Verdict(not low and not missing, f"{'. '.join(texts)}.")
+        texts.append(f"Lowest is {worst} with {known[worst]:.3f}; the floor is {floor:.2f}.")
+    return Verdict(not low and not missing, " ".join(texts))
 
 
 def calibrated(metrics: Mapping[str, Any], bound: float) -> Verdict:

@@ -1,7 +1,6 @@
 """How checks are declared and how they answer."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import dagster as dg
 
@@ -17,20 +16,15 @@ _WARNS = {"severity": dg.AssetCheckSeverity.WARN.value}
 def declare(
     asset: dg.AssetKey,
     *,
-    blocking: Mapping[str, str] | None = None,
-    failing: Mapping[str, str] | None = None,
-    warning: Mapping[str, str] | None = None,
+    blocking: Mapping[str, str] = {},
+    failing: Mapping[str, str] = {},
+    warning: Mapping[str, str] = {},
 ) -> list[dg.AssetCheckSpec]:
     """Checks of an asset by name, each with what it means: one that fails stops the run, is an error, or only warns."""
-    kinds: tuple[tuple[Mapping[str, str] | None, dict[str, Any]], ...] = (
-        (blocking, {"blocking": True}),
-        (failing, {}),
-        (warning, {"metadata": _WARNS}),
-    )
     return [
-        dg.AssetCheckSpec(name, asset=asset, description=text, **options)
-        for checks, options in kinds
-        for name, text in (checks or {}).items()
+        *(dg.AssetCheckSpec(name, asset=asset, description=text, blocking=True) for name, text in blocking.items()),
+        *(dg.AssetCheckSpec(name, asset=asset, description=text) for name, text in failing.items()),
+        *(dg.AssetCheckSpec(name, asset=asset, description=text, metadata=_WARNS) for name, text in warning.items()),
     ]
 
 
