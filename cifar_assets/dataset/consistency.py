@@ -18,8 +18,8 @@ class Place(NamedTuple):
     row: int
 
 
-class Known(dict[bytes, Place]):
-    """Images that a version uses, by binary pixel digest."""
+Known = dict[bytes, Place]
+"""Images that a version uses, by binary pixel digest."""
 
 
 def check_source(
@@ -33,9 +33,7 @@ def check_source(
         for row, (pixels, label, is_test) in enumerate(index.images()):
             if is_test:
                 known.setdefault(pixels, Place(label, True, item.key, row))
-    conflicting = _labeled_twice(
-        (pixels, label) for _, index in items for pixels, label, is_test in index.images() if not is_test
-    )
+    conflicting = _labeled_twice(image for _, index in items for image in index.images() if not image[2])
     left_out: Counter[str] = Counter()
     checked = []
     for item, index in items:
@@ -43,16 +41,17 @@ def check_source(
         for row, (pixels, label, is_test) in enumerate(index.images()):
             if is_test:
                 continue
-            if pixels in conflicting:
-                reason = "the source gives the same pixels two labels"
-            elif pixels in known:
-                is_leak = known[pixels].is_test
-                reason = "test image in the training data" if is_leak else "an image of the same pixels is used already"
-            else:
+            place = known.get(pixels)
+            if place is None and pixels not in conflicting:
                 known[pixels] = Place(label, False, item.key, row)
                 continue
-            left_out[reason] += 1
             excluded.append(row)
+            if pixels in conflicting:
+                left_out["the source gives the same pixels two labels"] += 1
+            elif place and place.is_test:
+                left_out["test image in the training data"] += 1
+            else:
+                left_out["an image of the same pixels is used already"] += 1
         checked.append(item.model_copy(update={"excluded": ranges_of(excluded)}))
     return checked, dict(left_out)
 
@@ -62,44 +61,36 @@ def check_landed(indexes: Sequence[ObjectIndex], known: Known) -> list[tuple[lis
 
     The order given decides which of several copies is used; it is by content, so that names and times do not matter.
     """
-    conflicting = _labeled_twice(
-        (pixels, label)
-        for index in indexes
-        for row, (pixels, label, _) in enumerate(index.images())
-        if row not in index.refused
-    )
+    conflicting = _labeled_twice(image for index in indexes for image in index.images())
     taken: set[bytes] = set()
     checked = []
     for index in indexes:
         duplicates: list[int] = []
-        rejected = dict(index.refused)
+        rejected: dict[int, str] = {}
         for row, (pixels, label, is_test) in enumerate(index.images()):
-            if row in rejected:
-                continue
             place = known.get(pixels)
-            reason = _refusal(label, is_test, place)
-            if reason is None and place is None and pixels in conflicting:
-                reason = "the same pixels landed with another label too: decide on one and land it alone"
-            if reason is not None:
+            reason = index.refused.get(row) or _refusal(label, is_test, place, pixels in conflicting)
+            if reason:
                 rejected[row] = reason
-            elif place is not None or pixels in taken:
+            elif place or pixels in taken:
                 duplicates.append(row)
             else:
                 taken.add(pixels)
-        checked.append((duplicates, dict(sorted(rejected.items()))))
+        checked.append((duplicates, rejected))
     return checked
 
 
-def _labeled_twice(images: Iterable[tuple[bytes, int]]) -> set[bytes]:
+def _labeled_twice(images: Iterable[tuple[bytes, int, bool]]) -> set[bytes]:
     labels: dict[bytes, int] = {}
-    return {pixels for pixels, label in images if labels.setdefault(pixels, label) != label}
+    return {pixels for pixels, label, _ in images if labels.setdefault(pixels, label) != label}
 
 
-def _refusal(label: int, is_test: bool, place: Place | None) -> str | None:
+def _refusal(label: int, is_test: bool, place: Place | None, is_conflicting: bool) -> str | None:
+    if place is None and is_test:
+        return "belongs to a test split: the source alone defines the test images; land it as training data"
     if place is None:
-        if is_test:
-            return "belongs to a test split: the source alone defines the test images; land it as training data"
-        return None
+        text = "the same pixels landed with another label too: decide on one and land it alone"
+        return text if is_conflicting else None
     where = f"row {place.row} of {place.key}"
     if place.label != label:
         return (

@@ -15,7 +15,7 @@ from cifar_assets.dataset.versions.lineage import (
     models_by_dataset,
 )
 from cifar_assets.dataset.versions.processed import ProcessedVersion, build_processed
-from cifar_assets.dataset.versions.raw import RawVersion, build_raw_version, current_raw_digest
+from cifar_assets.dataset.versions.raw import RawVersion, build_raw_version
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from cifar_assets.model_package import IDENTITY_FILES, ModelManifest, write_package
 from resources.digests import sha256_bytes
@@ -122,14 +122,10 @@ def test_the_commands(make, world: World, capsys, tmp_path: Path) -> None:
     code, out, _ = run(world, capsys, "dataset", world.first[1].digest)
     assert "source object" in out
 
-    code, out, _ = run(world, capsys, "use", world.first[0].digest[:12])
-    assert code == 0
-    assert current_raw_digest(world.stores.raw) == world.first[0].digest
-
 
 @pytest.mark.parametrize(
     "arguments",
-    [("use", "latest"), ("use", "0" * 64), ("model", "0" * 64), ("where", "no-such-file.png"), ("dataset", "x")],
+    [("model", "latest"), ("model", "0" * 64), ("where", "no-such-file.png"), ("dataset", "x")],
 )
 def test_a_wrong_argument_is_one_line(arguments: tuple[str, ...], world: World, capsys) -> None:
     code, out, err = run(world, capsys, *arguments)
