@@ -1,7 +1,7 @@
 """The one interface behind which a folder and an S3 bucket look alike."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -9,9 +9,6 @@ from typing import BinaryIO
 
 from resources.digests import sha256_bytes, sha256_file
 from resources.errors import IntegrityError
-
-Transferred = Callable[[int, int], None]
-"""Called with the bytes moved so far and the bytes there are."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class ObjectStore(ABC):
         """Store a file's content under the key."""
 
     @abstractmethod
-    def download(self, key: str, path: Path, progress: Transferred | None = None) -> None:
+    def download(self, key: str, path: Path) -> None:
         """Write the object's content to a file, atomically; parent folders are made."""
 
     @abstractmethod

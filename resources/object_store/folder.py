@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from resources.errors import ConfigError, ObjectChangedError, ObjectNotFoundError, StoreError
-from resources.object_store.base import ObjectInfo, ObjectStore, Transferred
+from resources.object_store.base import ObjectInfo, ObjectStore
 
 _TEMPORARY_PREFIX = ".writing-"
 _REMOVING_PREFIX = ".removing-"
@@ -59,7 +59,7 @@ class FolderStore(ObjectStore):
         with path.open("rb") as source:
             write_atomically(self._target(key), lambda file: shutil.copyfileobj(source, file))
 
-    def download(self, key: str, path: Path, progress: Transferred | None = None) -> None:
+    def download(self, key: str, path: Path) -> None:
         with self.open(key) as source:
             write_atomically(path, lambda file: shutil.copyfileobj(source, file))
 

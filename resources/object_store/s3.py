@@ -15,7 +15,7 @@ from minio.error import MinioException, S3Error
 from urllib3.exceptions import HTTPError, SSLError
 
 from resources.errors import ConfigError, ObjectChangedError, ObjectNotFoundError, StoreError
-from resources.object_store.base import ObjectInfo, ObjectStore, Transferred
+from resources.object_store.base import ObjectInfo, ObjectStore
 from resources.object_store.folder import write_atomically
 from resources.object_store.s3_settings import ATTEMPTS, S3Client, S3Connection
 
@@ -114,8 +114,8 @@ class S3Store(ObjectStore):
         with self._located(key) as place:
             self._client.fput_object(*place, str(path), part_size=PART_BYTES)
 
-    def download(self, key: str, path: Path, progress: Transferred | None = None) -> None:
-        write_atomically(path, lambda file: self._copy_to(key, file, progress))
+    def download(self, key: str, path: Path) -> None:
+        write_atomically(path, lambda file: self._copy_to(key, file))
 
     def stat(self, key: str) -> ObjectInfo | None:
         try:
@@ -159,7 +159,7 @@ class S3Store(ObjectStore):
         with self._located(key) as place:
             self._client.copy_object(*place, CopySource(*place), metadata=mark, metadata_directive=REPLACE)
 
-    def _copy_to(self, key: str, file: IO[bytes], progress: Transferred | None = None) -> None:
+    def _copy_to(self, key: str, file: IO[bytes]) -> None:
         """Write the object to the file, continuing where a transfer broke off as long as the object is the same."""
         done, etag, attempts_left = 0, "", ATTEMPTS
         with self._located(key) as place:
@@ -167,14 +167,11 @@ class S3Store(ObjectStore):
                 headers: dict[str, Any] = {"If-Match": etag} if etag else {}
                 response = self._client.get_object(*place, offset=done, request_headers=headers)
                 etag = response.headers.get("ETag", etag)
-                total = done + int(response.headers.get("Content-Length", 0))
                 try:
                     # read would drop what arrived before the connection broke
                     while chunk := response.read1(_CHUNK_BYTES):
                         file.write(chunk)
                         done += len(chunk)
-                        if progress:
-                            progress(done, total)
                     return
                 except HTTPError:
                     attempts_left -= 1

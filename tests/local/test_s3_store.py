@@ -222,15 +222,12 @@ def test_the_tag_tells_a_replaced_object(store: ObjectStore) -> None:
 
 
 @pytest.mark.s3
-def test_large_files_go_in_parts_with_progress(s3_server, tmp_path: Path) -> None:
+def test_large_files_go_in_parts(s3_server, tmp_path: Path) -> None:
     store = s3_server.store(s3_server.new_bucket())
     content = bytes(range(256)) * (PART_BYTES // 256 * 2 + 100)
     (tmp_path / "large").write_bytes(content)
-    seen: list[tuple[int, int]] = []
     store.upload("large", tmp_path / "large")
-    store.download("large", tmp_path / "back", progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (len(content), len(content))
-    assert len(seen) >= 3
+    store.download("large", tmp_path / "back")
     info = store.stat("large")
     assert info is not None
     assert info.etag.endswith("-3")  # the number of parts

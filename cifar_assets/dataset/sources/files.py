@@ -5,7 +5,6 @@ import re
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +15,6 @@ from cifar_assets.dataset.formats.images import DEFAULT_LIMITS
 from cifar_assets.dataset.formats.names import ARCHIVE_SUFFIXES, PICTURE_SUFFIXES, class_of, is_test, suffix_of
 from cifar_assets.dataset.formats.rows import SPLITS, Split
 from cifar_assets.dataset.objects import ObjectFormat, printable, unlisted
-from cifar_assets.dataset.progress import report
 from cifar_assets.dataset.sources import synthetic
 from cifar_assets.dataset.sources.download import check_file, fetch, split_digest
 from resources.errors import ConfigError, DataError
@@ -91,8 +89,6 @@ def _locate(address: str) -> tuple[ObjectStore, str]:
     if not address.startswith("s3://"):
         path = Path(os.path.abspath(os.path.expanduser(address)))
         return FolderStore(path.parent), path.name
-    if {".", ".."} & set(address.split("/")):
-        raise ConfigError(f"Source {address!r}: a key with . or .. between slashes cannot be asked for over HTTP.")
     bucket, _, key = address.removeprefix("s3://").partition("/")
     return open_store(f"s3://{bucket}"), key.removesuffix("/")
 
@@ -102,7 +98,7 @@ def _local_copy(store: ObjectStore, key: str, work: Path) -> Path:
     path = store.local_path(key)
     if path is None:
         path = work / "object"
-        store.download(key, path, partial(report, f"downloading {store.uri(key)}"))
+        store.download(key, path)
     return path
 
 

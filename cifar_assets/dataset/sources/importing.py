@@ -61,27 +61,19 @@ def import_source(source: str, raw: ObjectStore, *, resize: bool = False) -> Imp
 
 
 def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, unread: dict[str, str]) -> RawObject:
+    logger.info("Reading %s.", file.name)
     sha256 = sha256_file(file.path)
-    known = index = load_index(raw, sha256, file.split, resize)
-    if index is None:
-        index = read_index(file.path, file.format, file.split, file.name, resize=resize)
+    index = load_index(raw, sha256, file.split, resize) or read_index(
+        file.path, file.format, file.split, file.name, resize=resize
+    )
     if index.refused:  # also by an index kept of a landed file of the same bytes
         raise DataError(_refusal(file, index.refused, len(index)))
     if not len(index):
         raise DataError(f"{file.name} holds no images.")
     unread.update({f"{file.name}, member {member}": reason for member, reason in index.unread.items()})
-    key = store_object(raw, file.path, sha256, file.suffix)
-    if known is None:
-        save_index(raw, sha256, file.split, resize, index)
-    return RawObject(
-        key=key,
-        sha256=sha256,
-        size=file.path.stat().st_size,
-        format=file.format,
-        role="source",
-        split=file.split,
-        rows=len(index),
-    )
+    key, size, rows = store_object(raw, file.path, sha256, file.suffix), file.path.stat().st_size, len(index)
+    save_index(raw, sha256, file.split, resize, index)
+    return RawObject(key=key, sha256=sha256, size=size, format=file.format, role="source", split=file.split, rows=rows)
 
 
 def _refusal(file: SourceFile, refused: dict[int, str], rows: int) -> str:
@@ -89,9 +81,5 @@ def _refusal(file: SourceFile, refused: dict[int, str], rows: int) -> str:
     if file.format == "images":
         with tarfile.open(file.path) as archive:
             names = archive.getnames()
-    shown = [f"{names[row]}: {reason}" for row, reason in refused.items()][:_SHOWN_REFUSALS]
-    more = f" and {len(refused) - len(shown)} more" if len(refused) > len(shown) else ""
-    return (
-        f"{file.name}: {len(refused)} of {rows} rows cannot be used ({'; '.join(shown)}{more}). Correct or remove them "
-        "in the source."
-    )
+    shown = "; ".join(f"{names[row]}: {refused[row]}" for row in list(refused)[:_SHOWN_REFUSALS])
+    return f"{file.name}: {len(refused)} of {rows} rows cannot be used, first {shown}. Correct them in the source."

@@ -405,8 +405,3 @@ def test_keys_of_a_real_server_are_read_as_they_are_written(
     for name in NAMES:
         for address in (f"s3://{bucket}/{name}/{name}.parquet", f"s3://{bucket}/{name}", f"s3://{bucket}/{name}/"):
             assert [item.sha256 for item in import_source(address, raw).objects] == [digests[name]], address
-
-
-def test_s3_address_with_dots_is_refused(raw: FolderStore) -> None:
-    with pytest.raises(ConfigError, match=r"a key with \. or \.\."):
-        import_source("s3://bucket/a/../b", raw)
