@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cifar_assets.dataset.formats.archive import parse_records, read_archive
-from cifar_assets.dataset.formats.encoded import read_image_tar, read_parquet, read_picture
+from cifar_assets.dataset.formats.encoded import read_encoded
 from cifar_assets.dataset.formats.rows import RowBatch, Split, pixel_batches
 from resources.digests import sha256_file
 from resources.errors import DataError, IntegrityError, ObjectNotFoundError
@@ -102,8 +102,7 @@ def read_rows(
         return read_archive(path, name, unread)
     if kind == "records":
         return pixel_batches(*parse_records(path.read_bytes(), name), only)
-    read = {"parquet": read_parquet, "images": read_image_tar, "picture": read_picture}[kind]
-    return read(path, only, name, resize=resize)
+    return read_encoded(path, kind, only, name, resize=resize)
 
 
 @contextmanager

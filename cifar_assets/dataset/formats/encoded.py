@@ -25,32 +25,24 @@ from resources.errors import DataError
 _PARQUET_ROWS = 16
 """Rows in memory at a time: a row may be a picture of several megabytes, however small the file is."""
 
+_Row = tuple[bytes, object]
+"""A picture file and its label, neither of them checked."""
+
 _BINARY = ([pa.binary()], [pa.large_binary()], [pa.binary_view()])
 
 
-def read_parquet(path: Path, split: Split, name: str, *, resize: bool) -> Iterator[RowBatch]:
-    """Decoded rows, in file order. Raises DataError naming the file when it is cut off or has other columns."""
+def read_encoded(path: Path, kind: str, split: Split, name: str, *, resize: bool) -> Iterator[RowBatch]:
+    """Decoded rows of a file with pictures, in its order. DataError naming the file when it is not of its kind."""
+    noun, rows = _KINDS[kind]
     try:
-        with pq.ParquetFile(path) as file:
-            column = _check_schema(file.schema_arrow, name)
-            yield from row_batches(_parquet_rows(file, column), partial(prepare_image, resize=resize), split)
+        yield from row_batches(rows(path, name), partial(prepare_image, resize=resize), split)
     except MemoryError:
         raise
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for names of columns
+    except (pa.ArrowException, tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{name} is not a readable Parquet file ({path.stat().st_size:,} bytes): {error}. "
+            f"{name} is not a readable {noun} ({path.stat().st_size:,} bytes): {error}. "
             "It is cut off, still being written, or another format: fetch or upload it again."
         ) from error
-
-
-def read_image_tar(path: Path, split: Split, name: str, *, resize: bool) -> Iterator[RowBatch]:
-    """Decoded rows in member order."""
-    return row_batches(_tar_rows(path, name), partial(prepare_image, resize=resize), split)
-
-
-def read_picture(path: Path, split: Split, name: str, *, resize: bool) -> Iterator[RowBatch]:
-    """The one row of a picture file, whose name tells the class."""
-    return row_batches([(path.read_bytes(), class_of(name))], partial(prepare_image, resize=resize), split)
 
 
 def pack_images(target: Path, members: Iterable[tuple[str, bytes]]) -> None:
@@ -86,19 +78,29 @@ def _check_schema(schema: pa.Schema, name: str) -> str:
     return column
 
 
-def _parquet_rows(file: pq.ParquetFile, column: str) -> Iterator[tuple[bytes, object]]:
-    for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[f"{column}.bytes", "label"]):
-        for image, label in zip(batch.column(column), batch.column("label"), strict=True):
-            yield (image.as_py() or {}).get("bytes") or b"", label.as_py()
+def _parquet_rows(path: Path, name: str) -> Iterator[_Row]:
+    with pq.ParquetFile(path) as file:
+        column = _check_schema(file.schema_arrow, name)
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[f"{column}.bytes", "label"]):
+            for image, label in zip(batch.column(column), batch.column("label"), strict=True):
+                yield (image.as_py() or {}).get("bytes") or b"", label.as_py()
 
 
-def _tar_rows(path: Path, name: str) -> Iterator[tuple[bytes, object]]:
-    try:
-        with tarfile.open(path, "r|") as archive:
-            for member in archive:
-                file, label = archive.extractfile(member), class_of(member.name)
-                if file is None or label is None:
-                    raise DataError(f"{name}: member {member.name!r} is not an image in a class folder.")
-                yield file.read(), label
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{name} is cut off or damaged: {error}.") from error
+def _tar_rows(path: Path, name: str) -> Iterator[_Row]:
+    with tarfile.open(path, "r|") as archive:
+        for member in archive:
+            file, label = archive.extractfile(member), class_of(member.name)
+            if file is None or label is None:
+                raise DataError(f"{name}: member {member.name!r} is not an image in a class folder.")
+            yield file.read(), label
+
+
+def _picture_rows(path: Path, name: str) -> Iterator[_Row]:
+    yield path.read_bytes(), class_of(name)
+
+
+_KINDS = {
+    "parquet": ("Parquet file", _parquet_rows),
+    "images": ("tar archive", _tar_rows),
+    "picture": ("file", _picture_rows),
+}

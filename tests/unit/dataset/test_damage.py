@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifar_assets.dataset.formats.archive import read_archive
-from cifar_assets.dataset.formats.encoded import read_parquet
+from cifar_assets.dataset.formats.encoded import read_encoded
 from cifar_assets.dataset.formats.images import prepare_image
 from cifar_assets.dataset.formats.pickles import load_fields
 from cifar_assets.dataset.index import build_index
@@ -75,7 +75,7 @@ def test_a_damaged_archive(make, tmp_path: Path, position: int, change: int, cut
 def test_a_damaged_parquet_file(make, tmp_path: Path, position: int, change: int, cut: int) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(damaged(make.parquet(make.images(10), make.labels(10)), position, change, cut))
-    batches, error = attempt(lambda: list(read_parquet(path, "train", "the file", resize=False)))
+    batches, error = attempt(lambda: list(read_encoded(path, "parquet", "train", "the file", resize=False)))
     assert error is None or "the file" in error
     if batches is not None:
         assert sum(len(batch) for batch in batches) <= 10

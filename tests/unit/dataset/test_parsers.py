@@ -19,7 +19,7 @@ from hypothesis.strategies import DrawFn
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.archive import BATCHES, read_archive
-from cifar_assets.dataset.formats.encoded import pack_images, read_image_tar
+from cifar_assets.dataset.formats.encoded import pack_images, read_encoded
 from cifar_assets.dataset.formats.images import ImageError, prepare_image
 from cifar_assets.dataset.formats.pickles import load_fields
 from cifar_assets.dataset.index import build_index, dump_index, parse_index, read_index
@@ -242,7 +242,7 @@ def test_tar_of_pictures(tmp_path: Path, members: list[tuple[str, bytes]], data:
     path = tmp_path / "a.tar"
     pack_images(path, [(f"cat/{name}".replace("\0", ""), content) for name, content in members])
     path.write_bytes(data.draw(damaged(path.read_bytes())))
-    index, error = attempt(lambda: build_index(read_image_tar(path, "train", "it", resize=True)))
+    index, error = attempt(lambda: build_index(read_encoded(path, "images", "train", "it", resize=True)))
     assert error is None or "it" in error
     assert index is None or len(index.refused) == len(index)
 
