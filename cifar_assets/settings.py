@@ -1,6 +1,5 @@
 """The settings: every environment variable that Dagster's code location and the commands read. See docs/settings.md."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, Json, ValidationError, model_validator
@@ -54,7 +53,6 @@ class Settings(BaseSettings):
         default=".cifar/store",
         description="Store that commands read: a folder, or `s3:///` for that of AWS_ENDPOINT_URL.",
     )
-    cifar_downloads: Path = Field(default=Path(".cifar/downloads"), description="Folder of interrupted downloads.")
     mlflow_tracking_uri: str | None = Field(
         default=None, repr=False, description="`kubernetes`: address of the tracking server, without credentials."
     )

@@ -17,7 +17,6 @@ from pydantic import BaseModel, Field
 
 from cifar_assets.dataset.index import INDEX_PREFIX
 from cifar_assets.dataset.objects import OBJECTS_PREFIX, read_state
-from cifar_assets.dataset.sources.download import download_folder
 from cifar_assets.dataset.sources.importing import IMPORTS_PREFIX, Imports
 from cifar_assets.dataset.stores import Stores
 from cifar_assets.dataset.versions.processed import MANIFEST_FILE, PARTS_PREFIX, Part, read_processed
@@ -143,8 +142,8 @@ def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy
 
 
 def leftovers(policy: Policy) -> Iterator[Removal]:
-    """This user's temporary files and interrupted downloads that were not used for a while."""
-    paths = list(download_folder().glob("*"))
+    """This user's temporary files that were not used for a while."""
+    paths: list[Path] = []
     for path in Path(tempfile.gettempdir()).glob("cifar-*"):
         if not path.is_symlink() and path.lstat().st_uid == os.getuid():
             paths += path.iterdir() if path.name.startswith("cifar-shards-") else [path]

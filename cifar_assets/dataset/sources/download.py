@@ -4,8 +4,6 @@ import errno
 import hashlib
 import http.client
 import logging
-import shutil
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -13,8 +11,6 @@ import urllib.request
 from pathlib import Path
 
 from cifar_assets.dataset.progress import report
-from cifar_assets.settings import read_settings
-from resources.digests import sha256_bytes
 from resources.errors import DataError, IntegrityError
 from resources.redaction import redact_error, redacted
 
@@ -33,17 +29,6 @@ _URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~"
 
 class DownloadError(DataError):
     """The address could not be reached, or kept breaking off."""
-
-
-def download_folder() -> Path:
-    """Where an interrupted download waits to be continued: CIFAR_DOWNLOADS, or .cifar/downloads."""
-    folder = read_settings().cifar_downloads
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.gettempdir(), "cifar-downloads")
-        folder.mkdir(exist_ok=True)
-    return folder
 
 
 def split_digest(address: str) -> tuple[str, str]:
@@ -67,59 +52,45 @@ def check_file(path: Path, digest: str, name: str) -> None:
 
 
 def fetch(url: str, target: Path, digest: str) -> None:
-    """Write what the URL serves to `target`, verified.
+    """Write what the URL serves to `target`, verified; with a digest, a transfer that breaks off is continued.
 
-    With a digest, a transfer that breaks off continues where it stopped, now and in a later call; its part lies in
-    `download_folder` until then. Raises DownloadError when the server cannot be reached or keeps breaking off,
-    IntegrityError when the file is not the one expected.
+    Raises DownloadError when the server cannot be reached or keeps breaking off, IntegrityError when the file is not
+    the one expected.
     """
-    name, part = redacted(url), target.with_suffix(".part")
-    if digest:
-        part = download_folder() / f"{sha256_bytes(f'{url}#{digest}'.encode())[:16]}.part"
+    name = redacted(url)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _transfer(url, part, is_continued=bool(digest))
+            _transfer(url, target, is_continued=bool(digest))
             break
         except (OSError, http.client.HTTPException, ValueError) as error:
             if isinstance(error, OSError) and error.errno in FULL_DISK:
-                error.filename = str(part)
+                error.filename = str(target)
                 raise
             redact_error(error)  # urllib repeats the path and query of a URL it cannot use
             is_refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
             if is_refused or isinstance(error, http.client.InvalidURL | ValueError) or attempt == ATTEMPTS:
-                have = part.stat().st_size if part.exists() else 0
+                have = target.stat().st_size if target.exists() else 0
                 raise DownloadError(
                     f"{name}: failed after {attempt} attempts, {have:,} bytes received so far ({error}). Check the "
                     "address and the network, and try again."
                 ) from error
             logger.warning("%s: %s; attempt %d of %d failed, trying again.", name, error, attempt, ATTEMPTS)
             time.sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
-    try:
-        check_file(part, digest, name)
-    except IntegrityError:
-        part.unlink()
-        raise
-    shutil.move(part, target)
+    check_file(target, digest, name)
 
 
-def _transfer(url: str, part: Path, *, is_continued: bool) -> None:
-    """Write the part, or append what is missing; http.client.IncompleteRead when the body ends early."""
-    have = part.stat().st_size if is_continued and part.exists() else 0
+def _transfer(url: str, target: Path, *, is_continued: bool) -> None:
+    """Write the file, or append what is missing; http.client.IncompleteRead when the body ends early."""
+    have = target.stat().st_size if is_continued and target.exists() else 0
     headers = {"User-Agent": "cifar-assets", "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
     request = urllib.request.Request(urllib.parse.quote(url, safe=_URL_CHARACTERS), headers=headers)
-    try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:
-            return  # all of it is here: what failed last time came after the transfer
-        raise
-    with response:
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
         have = have if response.status == 206 else 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length is not None and length.isdecimal() else None
-        with part.open("ab" if have else "wb") as file:
+        with target.open("ab" if have else "wb") as file:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 have += len(chunk)

@@ -93,9 +93,8 @@ def build_raw_version(raw: ObjectStore, source: str, *, digest: str | None = Non
         if error.errno not in FULL_DISK:
             raise
         raise StoreError(
-            f"No space is left for {error.filename or tempfile.gettempdir()}. Free space there, or point TMPDIR and "
-            "CIFAR_DOWNLOADS to another disk, and run again. No version was published; a download continues where it "
-            "stopped."
+            f"No space is left for {error.filename or tempfile.gettempdir()}. Free space there, or point TMPDIR to "
+            "another disk, and run again. No version was published."
         ) from error
 
 

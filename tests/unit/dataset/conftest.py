@@ -136,8 +136,3 @@ def source(tmp_path: Path, make: Maker) -> str:
 def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What tests land was put there a while ago: nobody is still writing it."""
     monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
-
-
-@pytest.fixture(autouse=True)
-def _downloads_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CIFAR_DOWNLOADS", str(tmp_path / "downloads"))

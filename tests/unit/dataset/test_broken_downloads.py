@@ -1,8 +1,6 @@
 """Cut, substituted and interrupted downloads."""
 
 import hashlib
-import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +11,7 @@ import pytest
 
 from cifar_assets.dataset.sources import download
 from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest
-from resources.errors import DataError, ExplainedError, StoreError
+from resources.errors import DataError, ExplainedError
 from resources.object_store import FolderStore
 
 
@@ -80,7 +78,6 @@ def assert_nothing_left(raw: FolderStore, tmp_path: Path) -> None:
     assert list(raw.list("objects/")) == []
     assert list(raw.list("versions/")) == []
     assert current_raw_digest(raw) is None
-    assert [path for path in (tmp_path / "downloads").rglob("*") if path.is_file()] == []
 
 
 HTML = b"<!DOCTYPE html><html><body>Please log in</body></html>"
@@ -136,16 +133,6 @@ def test_interrupted_transfer_continues_where_it_stopped(make, raw: FolderStore,
     assert version.manifest.objects[0].sha256 == hashlib.sha256(server.body).hexdigest()
 
 
-def test_later_run_continues_the_transfer_of_an_earlier_one(make, raw: FolderStore, server: Server) -> None:
-    server.body = make.archive()
-    server.break_after = len(server.body) // 4
-    with pytest.raises(DataError, match="bytes received so far"):
-        build_raw_version(raw, pinned(server))
-    server.break_after = None
-    assert build_raw_version(raw, pinned(server)).manifest.rows == 120
-    assert server.requests[-1] == f"bytes={2 * (len(server.body) // 4)}-"
-
-
 def test_file_without_a_digest_is_fetched_whole(make, raw: FolderStore, server: Server, tmp_path: Path) -> None:
     server.body = make.archive(1)
     server.break_after = 1000
@@ -156,43 +143,6 @@ def test_file_without_a_digest_is_fetched_whole(make, raw: FolderStore, server: 
     version = build_raw_version(raw, server.url)
     assert server.requests == [None] * 3
     assert version.manifest.objects[0].sha256 == hashlib.sha256(server.body).hexdigest()
-
-
-def test_a_server_without_ranges_starts_from_the_beginning(make, raw: FolderStore, server: Server) -> None:
-    server.body, server.ranges = make.archive(), False
-    server.break_after = 1000
-    with pytest.raises(DataError):
-        build_raw_version(raw, pinned(server))
-    server.break_after = None
-    assert build_raw_version(raw, pinned(server)).manifest.rows == 120
-
-
-def test_failure_after_the_transfer_does_not_transfer_again(
-    make, raw: FolderStore, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.body = make.archive()
-
-    def no_space(part: Path, target: Path) -> None:
-        raise StoreError("no space left")
-
-    with monkeypatch.context() as full:
-        full.setattr(download.shutil, "move", no_space)
-        with pytest.raises(StoreError, match="no space"):
-            build_raw_version(raw, pinned(server))
-    assert build_raw_version(raw, pinned(server)).manifest.rows == 120
-    assert server.requests == [None, f"bytes={len(server.body)}-"]
-
-
-@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
-def test_the_part_may_lie_on_another_file_system(
-    make, raw: FolderStore, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.body = make.archive()
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
-        assert os.stat(other).st_dev != tmp_path.stat().st_dev
-        monkeypatch.setenv("CIFAR_DOWNLOADS", other)
-        assert build_raw_version(raw, pinned(server)).manifest.rows == 120
-        assert os.listdir(other) == []
 
 
 def test_refusing_server_is_not_asked_again(raw: FolderStore, server: Server, tmp_path: Path) -> None:

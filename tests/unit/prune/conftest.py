@@ -92,7 +92,6 @@ def png(number: int) -> bytes:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
-    monkeypatch.setenv("CIFAR_DOWNLOADS", str(tmp_path / "downloads"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     (tmp_path / "source").mkdir()
