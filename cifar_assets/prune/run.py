@@ -100,7 +100,8 @@ def _versions(
     in_use |= models.kept | data_of_models(stores.models, models.kept)
     processed = prune_processed(stores.processed, in_use, policy)
     raw = prune_raw(stores.raw, in_use | raw_of_processed(stores.processed, processed.kept), policy)
-    registered = prune_tracking(client, mlflow, in_use, policy) if client else []
+    gone = {removal.name for removal in models.removals}
+    registered = prune_tracking(client, mlflow, gone) if client else []
     # A version in MLflow goes before the model that it names, and a model before its data.
     return [*registered, *models.removals, *processed.removals, *raw.removals], processed.kept, raw.kept
 

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_assets.prune.rules import Policy, Removal
+from cifar_assets.prune.rules import Removal
 from resources.errors import ConfigError
 from resources.mlflow.resource import MlflowResource
 
@@ -35,18 +34,14 @@ def aliased_models(client: "MlflowClient", name: str) -> set[str]:
     return {version.tags.get("model_digest", "") for version in versions}
 
 
-def prune_tracking(
-    client: "MlflowClient", mlflow: MlflowResource, kept: AbstractSet[str], policy: Policy
-) -> Iterator[Removal]:
-    """The registered versions of models that are not kept."""
+def prune_tracking(client: "MlflowClient", mlflow: MlflowResource, gone: AbstractSet[str]) -> Iterator[Removal]:
+    """The registered versions of models that go. Those of models in another store, which may share MLflow, stay."""
     for version in client.search_model_versions(f"name = '{mlflow.registered_model}'"):
-        changed = datetime.fromtimestamp((version.last_updated_timestamp or 0) / 1000, UTC)
-        digest = version.tags.get("model_digest")
-        if digest and digest not in kept and policy.is_old(changed):
-            yield _retirement(client, mlflow.uri, version, digest)
+        if version.tags.get("model_digest") in gone:
+            yield _retirement(client, mlflow.uri, version)
 
 
-def _retirement(client: "MlflowClient", uri: str, version: "ModelVersion", digest: str) -> Removal:
+def _retirement(client: "MlflowClient", uri: str, version: "ModelVersion") -> Removal:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     run = client.get_run(version.run_id) if version.run_id else None
@@ -59,7 +54,7 @@ def _retirement(client: "MlflowClient", uri: str, version: "ModelVersion", diges
                 client.delete_run(run.info.run_id)
             artifacts.delete_artifacts()
 
-    name = f"version {version.version}, model {digest}"
+    name = f"version {version.version}, model {version.tags['model_digest']}"
     return Removal("registered model", name, "its model is not kept", _size(artifacts) if artifacts else 0, remove)
 
 

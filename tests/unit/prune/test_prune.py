@@ -280,8 +280,6 @@ def test_version_in_mlflow_goes_with_its_model_unless_it_has_an_alias(world: Wor
     client, name = world.mlflow.client(), world.mlflow.registered_model
     client.set_registered_model_alias(name, "champion", "1")
     world.prune()
-    assert artifacts(world) == len(tracked), "they were registered a moment ago"
-    world.prune(min_age_hours=0)
     left = {version.version for version in client.search_model_versions(f"name = '{name}'")}
     assert {str(version) for version in left} == {"1", "4", "5"}
     assert artifacts(world) == 3
@@ -289,9 +287,9 @@ def test_version_in_mlflow_goes_with_its_model_unless_it_has_an_alias(world: Wor
     assert [is_whole(world, generation) for generation in world.generations] == [True, False, False, True, True]
 
 
-def test_version_in_mlflow_of_another_project_stays(world: World, tracked: list[str]) -> None:
+def test_version_in_mlflow_of_another_store_stays(world: World, tracked: list[str]) -> None:
     client, name = world.mlflow.client(), world.mlflow.registered_model
-    client.create_model_version(name, "file:///none")
+    client.create_model_version(name, "file:///none", tags={"model_digest": "e" * 64})
     world.prune(min_age_hours=0)
     assert "6" in {str(version.version) for version in client.search_model_versions(f"name = '{name}'")}
 
