@@ -1,7 +1,7 @@
 """A sensor that collects what a Dagster run left behind: jobs that nobody waits for, and messages nobody will read."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,71 +21,12 @@ _MESSAGE_RETENTION = timedelta(days=7)
 
 
 @dataclass(frozen=True)
-class RunEnd:
-    """How and when a Dagster run ended."""
-
-    status: dg.DagsterRunStatus
-    ended_at: float
-    """Seconds since the epoch."""
-
-
-@dataclass(frozen=True)
 class CollectorTarget:
     """Where a collector looks."""
 
     client: JobClient[Any]
     namespace: str
     message_store: ObjectStore
-
-
-def collect_leftovers(
-    client: JobClient[Any],
-    namespace: str,
-    run_end: Callable[[str], RunEnd | None],
-    *,
-    now: float,
-    failure_grace_seconds: float,
-    problems: list[Exception],
-) -> list[tuple[Job, str]]:
-    """Delete the active jobs of ended runs, and return those with the reason. The errors of others join `problems`.
-
-    A failed run's job is left for `failure_grace_seconds`, as a retry of the run may adopt it. `run_end` gives None for
-    a run that has not ended, and for one that this instance does not know: it may be another instance's. Finished jobs
-    end by their time to live.
-    """
-    deleted: list[tuple[Job, str]] = []
-    for job in _managed(client, namespace):
-        end = None if job.finished or job.deleting or job.run_id is None else run_end(job.run_id)
-        if end is None:
-            continue
-        grace = failure_grace_seconds if end.status == dg.DagsterRunStatus.FAILURE else _GRACE_SECONDS
-        if now - end.ended_at < grace:
-            continue
-        try:
-            client.delete(job)
-            deleted.append((job, f"Dagster run {job.run_id} ended as {end.status.value} and nobody waits for it"))
-        except KubernetesError as error:
-            problems.append(error)
-    return deleted
-
-
-def collect_messages(store: ObjectStore, live_launch_ids: Iterable[str], *, older_than: datetime) -> int:
-    """Delete messages, and marks of what was read, of jobs that no longer exist; the number of deleted objects.
-
-    A job's messages stay while any of them is younger than `older_than`: its run may be retried.
-    """
-    live = set(live_launch_ids)
-    keys: dict[str, list[str]] = {}
-    for folder in (MESSAGES_FOLDER, MARKS_FOLDER):
-        for info in store.list(f"{folder}/"):
-            launch_id = info.key.split("/")[1]
-            keys.setdefault(launch_id, []).append(info.key)
-            if info.last_modified > older_than:
-                live.add(launch_id)
-    dead = [key for launch_id, found in keys.items() if launch_id not in live for key in found]
-    for key in dead:
-        store.delete(key)
-    return len(dead)
 
 
 def build_job_collector(
@@ -95,9 +36,10 @@ def build_job_collector(
     required_resource_keys: set[str] | None = None,
     failure_grace_seconds: float = 900.0,
 ) -> dg.SensorDefinition:
-    """A sensor that deletes leftover jobs of the kind, and old messages.
+    """A sensor that deletes the active jobs of ended runs, and old messages. Finished jobs end by their time to live.
 
-    `target` is called at each evaluation, with the resources of `required_resource_keys`; nothing is connected before.
+    A failed run's job is left for `failure_grace_seconds`, as a retry of the run may adopt it. `target` is called at
+    each evaluation, with the resources of `required_resource_keys`; nothing is connected before.
     """
 
     @dg.sensor(
@@ -110,24 +52,26 @@ def build_job_collector(
     def collector(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         where = target(context)
         problems: list[Exception] = []
-        leftovers = collect_leftovers(
-            where.client,
-            where.namespace,
-            lambda run_id: _run_end(context.instance, run_id),
-            now=time.time(),
-            failure_grace_seconds=failure_grace_seconds,
-            problems=problems,
-        )
-        for job, reason in leftovers:
-            context.log.warning(f"Deleted {job}: {reason}.")
-        launch_ids = [job.launch_id for job in _managed(where.client, where.namespace) if job.launch_id]
+        deleted: list[str] = []
+        jobs: list[Job] = where.client.find(where.namespace, selector(**{MANAGED_BY_LABEL: kind.managed_by()}))
+        for job in jobs:
+            status = _ended_as(context.instance, job, failure_grace_seconds)
+            if status is None:
+                continue
+            try:
+                where.client.delete(job)
+            except KubernetesError as error:
+                problems.append(error)
+                continue
+            deleted.append(job.name)
+            context.log.warning(f"Deleted {job}: run {job.run_id} ended as {status.value} and nobody waits for it.")
         num_deleted = 0
         try:
             older_than = datetime.now(UTC) - _MESSAGE_RETENTION
-            num_deleted = collect_messages(where.message_store, launch_ids, older_than=older_than)
+            num_deleted = collect_messages(where.message_store, {job.launch_id for job in jobs}, older_than=older_than)
         except StoreError as error:
             problems.append(error)
-        names = ", ".join(job.name for job, _ in leftovers) or "none"
+        names = ", ".join(deleted) or "none"
         done = f"Leftover {kind.kind}s deleted: {names}. Old message objects deleted: {num_deleted}."
         if problems:
             raise KubernetesError("\n".join([done, *(f"Not deleted: {problem}" for problem in problems)]))
@@ -136,12 +80,37 @@ def build_job_collector(
     return collector
 
 
-def _managed(client: JobClient[Any], namespace: str) -> list[Job]:
-    return client.find(namespace, selector(**{MANAGED_BY_LABEL: client.resource.managed_by()}))
+def collect_messages(store: ObjectStore, live_launch_ids: Collection[str | None], *, older_than: datetime) -> int:
+    """Delete messages, and marks of what was read, of jobs that no longer exist; the number of deleted objects.
+
+    A job's messages stay while any of them is younger than `older_than`: its run may be retried.
+    """
+    live = set(live_launch_ids)
+    keys: list[tuple[str, str]] = []
+    for folder in (MESSAGES_FOLDER, MARKS_FOLDER):
+        for info in store.list(f"{folder}/"):
+            launch_id = info.key.split("/")[1]
+            keys.append((launch_id, info.key))
+            if info.last_modified > older_than:
+                live.add(launch_id)
+    dead = [key for launch_id, key in keys if launch_id not in live]
+    for key in dead:
+        store.delete(key)
+    return len(dead)
 
 
-def _run_end(instance: dg.DagsterInstance, run_id: str) -> RunEnd | None:
-    record = instance.get_run_record_by_id(run_id)
+def is_abandoned(status: dg.DagsterRunStatus, seconds_since_end: float, failure_grace_seconds: float) -> bool:
+    """Whether nobody waits any more for the job of a run that ended like this."""
+    grace = failure_grace_seconds if status == dg.DagsterRunStatus.FAILURE else _GRACE_SECONDS
+    return seconds_since_end >= grace
+
+
+def _ended_as(instance: dg.DagsterInstance, job: Job, failure_grace_seconds: float) -> dg.DagsterRunStatus | None:
+    """How the run ended that abandoned the job; None for a run of another instance, which this one does not know."""
+    if job.finished or job.deleting or job.run_id is None:
+        return None
+    record = instance.get_run_record_by_id(job.run_id)
     if record is None or not record.dagster_run.is_finished:
         return None
-    return RunEnd(record.dagster_run.status, record.end_time or record.update_timestamp.timestamp())
+    status, ended_at = record.dagster_run.status, record.end_time or record.update_timestamp.timestamp()
+    return status if is_abandoned(status, time.time() - ended_at, failure_grace_seconds) else None

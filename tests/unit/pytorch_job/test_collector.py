@@ -10,14 +10,13 @@ import dagster as dg
 import pytest
 
 from resources.errors import StoreError
-from resources.kubernetes.collector import CollectorTarget, RunEnd, collect_leftovers, collect_messages
+from resources.kubernetes.collector import CollectorTarget, collect_messages, is_abandoned
 from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL
 from resources.object_store import FolderStore
 from resources.pytorch_job import PyTorchJob, PyTorchJobClient, build_pytorch_job_collector
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error
 
-NOW = 100_000.0
 FAILURE, CANCELED, SUCCESS = (
     dg.DagsterRunStatus.FAILURE,
     dg.DagsterRunStatus.CANCELED,
@@ -37,33 +36,19 @@ def create(client: PyTorchJobClient, name: str, run_id: str, *, managed: bool = 
 
 
 @pytest.mark.parametrize(
-    ("end", "collected"),
+    ("status", "seconds", "abandoned"),
     [
-        (None, False),
-        (RunEnd(CANCELED, NOW - 61), True),
-        (RunEnd(CANCELED, NOW - 59), False),
-        (RunEnd(SUCCESS, NOW - 61), True),
-        (RunEnd(FAILURE, NOW - 899), False),
-        (RunEnd(FAILURE, NOW - 901), True),
+        (CANCELED, 61, True),
+        (CANCELED, 59, False),
+        (SUCCESS, 61, True),
+        (FAILURE, 899, False),
+        (FAILURE, 901, True),
     ],
-    ids=str,
 )
-def test_active_job_is_collected_when_its_run_ended_long_enough_ago(
-    client: PyTorchJobClient, cluster: FakeCluster, end: RunEnd | None, collected: bool
-):
-    create(client, "job", "run")
-    found = collect_leftovers(client, "space", lambda run_id: end, now=NOW, failure_grace_seconds=900, problems=[])
-    assert [job.name for job, _ in found] == (["job"] if collected else [])
-    assert ("job" in cluster.jobs) != collected
-
-
-def test_finished_and_foreign_jobs_are_left_alone(client: PyTorchJobClient, cluster: FakeCluster):
-    create(client, "finished", "run")
-    cluster.condition("finished", "Succeeded")
-    create(client, "foreign", "run", managed=False)
-    end = RunEnd(CANCELED, 0)
-    assert collect_leftovers(client, "space", lambda run_id: end, now=NOW, failure_grace_seconds=0, problems=[]) == []
-    assert set(cluster.jobs) == {"finished", "foreign"}
+def test_job_is_abandoned_when_its_run_ended_long_enough_ago(
+    status: dg.DagsterRunStatus, seconds: float, abandoned: bool
+) -> None:
+    assert is_abandoned(status, seconds, failure_grace_seconds=900) is abandoned
 
 
 def test_old_messages_go_unless_their_job_exists_or_one_of_them_is_new(tmp_path: Path):
@@ -102,8 +87,11 @@ def test_sensor_collects_by_the_instances_runs(
         create(client, "leftover", failed.run_id)
         create(client, "wanted", going.run_id)
         create(client, "of-another-instance", "unknown")
+        create(client, "finished", failed.run_id)
+        cluster.condition("finished", "Succeeded")
+        create(client, "foreign", failed.run_id, managed=False)
         result: Any = sensor(dg.build_sensor_context(instance=instance))
-    assert set(cluster.jobs) == {"wanted", "of-another-instance"}
+    assert set(cluster.jobs) == {"wanted", "of-another-instance", "finished", "foreign"}
     assert "leftover" in result.skip_message
 
 
