@@ -102,7 +102,7 @@ class Job(CustomResource, ABC):
 
     @classmethod
     def launch_annotation(cls) -> str:
-        """Key of a create call's random id: the stored object shows whose call made it, and where its messages are."""
+        """Key of the create call's random id, which also names the folder of the job's messages."""
         return f"dagster/{cls.slug}-launch"
 
     @classmethod

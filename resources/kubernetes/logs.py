@@ -45,15 +45,15 @@ def show_line(line: LogLine) -> None:
 
 @dataclass
 class _Cursor:
-    """How far one container's log was shown: the last time stamp, and how many lines bore it."""
+    """How far one container's log was shown."""
 
+    restarts: int
     read_at: float | None = None
     retry_at: float | None = None
     """Set while the last read is one that failed."""
     retry_seconds: float = _RETRY_SECONDS
-    stamp: str = ""
-    num_at_stamp: int = 0
-    restarts: int = 0
+    shown: frozenset[str] = frozenset()
+    """Lines of the last read, with their time stamps: the next one overlaps with it."""
     complete: bool = False
 
 
@@ -131,35 +131,14 @@ class ReplicaLogs:
         if text is None:
             return
         cursor.read_at = now
-        final = previous or container.ended
-        for line in _new_lines(text, cursor, final):
-            self._tails.setdefault(pod.replica, deque(maxlen=TAIL_LINES)).append(line)
-            yield LogLine(pod.replica, container.name, line)
-
-
-def _new_lines(text: str, cursor: _Cursor, final: bool) -> Iterator[str]:
-    """Lines after the cursor, which moves along. A last line without its end is left for the next read."""
-    lines = text.split("\n")
-    unfinished = lines.pop()
-    if final:
-        lines.append(unfinished)
-    num_seen_at_stamp = 0
-    start, num_start = cursor.stamp, cursor.num_at_stamp
-    for line in lines:
-        stamp, _, content = line.rstrip("\r").partition(" ")
-        stamp = _padded(stamp)
-        if stamp < start or not stamp[0].isdigit():  # the kubelet answers with a bare sentence when a log is gone
-            continue
-        if stamp == start:
-            num_seen_at_stamp += 1
-            if num_seen_at_stamp <= num_start:
-                continue
-        cursor.num_at_stamp = cursor.num_at_stamp + 1 if stamp == cursor.stamp else 1
-        cursor.stamp = stamp
-        yield content
-
-
-def _padded(stamp: str) -> str:
-    """An RFC 3339 time with nine decimals: the API drops trailing zeros, which breaks the order of the texts."""
-    whole, dot, fraction = stamp.removesuffix("Z").partition(".")
-    return f"{whole}.{fraction if dot else '':0<9}"
+        lines = text.split("\n")
+        if not (previous or container.ended):
+            lines.pop()  # the end of a line that is still being written comes with the next read
+        lines = [line for line in lines if line[:1].isdigit()]  # a bare sentence says that the log is gone
+        for line in lines:
+            if line not in cursor.shown:
+                content = line.partition(" ")[2].rstrip("\r")
+                self._tails.setdefault(pod.replica, deque(maxlen=TAIL_LINES)).append(content)
+                yield LogLine(pod.replica, container.name, content)
+        if lines:
+            cursor.shown = frozenset(lines)
