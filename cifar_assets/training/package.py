@@ -3,7 +3,6 @@
 import io
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -218,38 +217,27 @@ def _performance(trainer: Trainer) -> dict[str, Any]:
 
 def _model_card(spec: JobSpec, metrics: dict[str, Any]) -> str:
     views = " (mean over each image and its mirror image)" if spec.recipe.views == "mirrored" else ""
-    results = {
+    rows = {
         f"test accuracy{views}": f"{_percent(metrics['test_accuracy'])} of {metrics['test_images']} images",
         "validation accuracy": f"{_percent(metrics['validation_accuracy'])} of {metrics['validation_images']} images",
-        "test loss": f"{metrics['test_loss']:.4f}",
         "expected calibration error": f"{metrics['expected_calibration_error']:.4f}",
+        **{f"recall of {name}": _percent(recall) for name, recall in metrics["per_class_recall"].items()},
         "parameters": f"{metrics['parameters']:,}",
+        "training images": f"{metrics['train_images']:,}",
         "processed dataset": f"`{metrics['dataset_digest']}`",
         "raw dataset": f"`{metrics['raw_digest']}`",
-        "training images": metrics["train_images"],
     }
-    recalls = {name: _percent(recall) for name, recall in metrics["per_class_recall"].items()}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""# CIFAR-10 classifier, recipe `{spec.recipe.name}`
 
-Classifies 32x32 color images into ten classes: {", ".join(CLASSES)}.
-It was trained to try out and to show a training and serving pipeline.
-It always answers with one of these classes, whatever the image shows.
+Classifies 32x32 color images into ten classes. It always answers with one of them, whatever the image shows.
+This is one training with seed {spec.seed}; other seeds give somewhat different results. The test split was used once,
+after training. All of the recipe is in `recipe.json`, what it ran on in `environment.json`.
 
-{_table("measure", results)}
-
-The test split was used once, after training.
-This is one training with seed {spec.seed}; other seeds give somewhat different results.
-
-{_table("recall of class", recalls)}
-
-{_table("recipe", spec.recipe.model_dump(mode="json"))}
-
-What it ran on is in `environment.json`, how fast in `performance.json`.
+| measure | value |
+|---|---|
+{table}
 """
-
-
-def _table(title: str, rows: Mapping[str, Any]) -> str:
-    return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 def _percent(value: float | None) -> str:

@@ -109,7 +109,7 @@ def train(proxy: Proxy, experiment: str, patience_seconds: float) -> tuple[Track
 @pytest.mark.parametrize("fault", ["swallow", "halve"])
 def test_a_model_whose_artifacts_were_lost_on_the_way_is_not_registered(
     proxy: Proxy, fault: str, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     proxy.fault, proxy.hits = fault, UPLOADS
     _, unsent = train(proxy, fault, patience_seconds=8)
     assert "model" in unsent
@@ -118,7 +118,7 @@ def test_a_model_whose_artifacts_were_lost_on_the_way_is_not_registered(
     assert MlflowClient(proxy.url).search_model_versions(f"name = '{fault}'") == []
 
 
-def test_a_model_is_registered_once_its_artifacts_are_stored(proxy: Proxy):
+def test_a_model_is_registered_once_its_artifacts_are_stored(proxy: Proxy) -> None:
     """The first upload is lost; the next one is not."""
     proxy.fault, proxy.hits = "halve", UPLOADS
     timer = threading.Timer(3, setattr, (proxy, "fault", None))
@@ -134,7 +134,7 @@ def test_a_model_is_registered_once_its_artifacts_are_stored(proxy: Proxy):
     }
 
 
-def test_a_run_whose_end_was_lost_is_reported(proxy: Proxy, caplog: pytest.LogCaptureFixture):
+def test_a_run_whose_end_was_lost_is_reported(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
     proxy.fault, proxy.hits = "swallow", "/runs/update"
     _, unsent = train(proxy, "unfinished", patience_seconds=8)
     assert unsent == ["end of the run as FINISHED"]

@@ -30,7 +30,9 @@ def place(tmp_path: Path) -> Iterator[Workplace]:
 
 
 @pytest.mark.parametrize(("checkpoints_that_fit", "written"), [(1.5, "checkpoints"), (2.1, "model")])
-def test_a_full_disk_tears_nothing_and_changes_no_bit(place: Workplace, checkpoints_that_fit: float, written: str):
+def test_a_full_disk_tears_nothing_and_changes_no_bit(
+    place: Workplace, checkpoints_that_fit: float, written: str
+) -> None:
     undisturbed = place.spec("undisturbed", "baseline", recipe_fields=RECIPE, execution=EXECUTION)
     assert run_forked(undisturbed)[0] == 0
     digest, _ = place.only_model("undisturbed")

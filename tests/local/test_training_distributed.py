@@ -67,7 +67,7 @@ def two(place: Workplace) -> str:
     return done.stdout
 
 
-def test_two_processes_train_like_one(place: Workplace, two: str):
+def test_two_processes_train_like_one(place: Workplace, two: str) -> None:
     """Batches of 30 and 31 images over two processes, one MLflow run, one model, the accuracy of one process."""
     code, output = run_forked(place.spec("alone", recipe_fields=RECIPE | PLAIN_STEPS))
     assert code == 0, output
@@ -87,7 +87,7 @@ def test_two_processes_train_like_one(place: Workplace, two: str):
         assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
 
 
-def test_three_processes_continue_to_the_same_weights(place: Workplace):
+def test_three_processes_continue_to_the_same_weights(place: Workplace) -> None:
     """Sums of three numbers depend on their order, which two would not show."""
     port = str(free_port())
     specs = [place.spec(name, recipe_fields=RECIPE | {"epochs": 1}, execution=EXECUTION) for name in ("whole", "parts")]
@@ -127,7 +127,7 @@ def train_whole_and_in_parts(rank: int, port: str, whole: JobSpec, parts: JobSpe
     sys.exit(any(not torch.equal(value, expected[name]) for name, value in continued.state.tensors().items()))
 
 
-def test_a_process_that_lost_another_asks_to_be_started_again(place: Workplace, tmp_path: Path):
+def test_a_process_that_lost_another_asks_to_be_started_again(place: Workplace, tmp_path: Path) -> None:
     """Two processes as two pods have them, without launcher: one is killed, the other says so."""
     spec = place.spec("cut", recipe_fields=RECIPE, execution=EXECUTION)
     script = tmp_path / "cut.py"
@@ -143,7 +143,7 @@ def test_a_process_that_lost_another_asks_to_be_started_again(place: Workplace, 
     assert place.checkpoints("cut")
 
 
-def test_the_launcher_says_whether_the_training_continues(place: Workplace, two: str):
+def test_the_launcher_says_whether_the_training_continues(place: Workplace, two: str) -> None:
     """A process is killed, then the launcher is told to stop; the third start ends as an undisturbed training."""
     spec = place.spec("stopped", recipe_fields=RECIPE | PLAIN_STEPS, execution=EXECUTION)
     job = start_trainer(spec, *LAUNCHER)
@@ -166,7 +166,7 @@ def test_the_launcher_says_whether_the_training_continues(place: Workplace, two:
 @pytest.mark.skipif(
     subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0, reason="needs to rename the host"
 )
-def test_processes_of_one_machine_meet_without_its_name(place: Workplace):
+def test_processes_of_one_machine_meet_without_its_name(place: Workplace) -> None:
     spec = place.spec("nameless", recipe_fields=RECIPE | {"epochs": 1}, execution=EXECUTION)
     rename = ["unshare", "--uts", "sh", "-c", 'hostname no-such-host.invalid && exec "$@"', "sh"]
     started = time.monotonic()
@@ -176,12 +176,12 @@ def test_processes_of_one_machine_meet_without_its_name(place: Workplace):
     assert len(place.published("nameless")) == 1
 
 
-def test_the_launcher_says_that_a_spec_is_wrong(place: Workplace):
+def test_the_launcher_says_that_a_spec_is_wrong(place: Workplace) -> None:
     done = run_trainer(place.spec(), *LAUNCHER, env={"CIFAR_JOB_SPEC": "{}"})
     assert done.returncode == EXIT_BAD_SPEC, done.stdout + done.stderr
 
 
-def test_standard_input_is_refused_where_several_would_read_it(place: Workplace):
+def test_standard_input_is_refused_where_several_would_read_it(place: Workplace) -> None:
     done = run_trainer(place.spec(), *COMMAND, "--spec", "-", env={"WORLD_SIZE": "2", "RANK": "0"})
     assert done.returncode == EXIT_BAD_SPEC
     assert "CIFAR_JOB_SPEC" in done.stdout

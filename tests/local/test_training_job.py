@@ -64,7 +64,7 @@ def finished(place: Workplace) -> tuple[str, list[dict[str, Any]]]:
     return done.stdout, [json.loads(line) for line in messages.read_text().splitlines()]
 
 
-def test_the_package_is_complete_and_tells_where_it_comes_from(place: Workplace, finished: object):
+def test_the_package_is_complete_and_tells_where_it_comes_from(place: Workplace, finished: object) -> None:
     digest, metrics = place.only_model()
     manifest = read_manifest(place.models().at(digest), digest)
     assert (manifest.dataset_digest, manifest.raw_digest, manifest.seed) == (place.digest, RAW_DIGEST, 5)
@@ -77,7 +77,7 @@ def test_the_package_is_complete_and_tells_where_it_comes_from(place: Workplace,
     assert place.checkpoints() == []
 
 
-def test_the_metrics_are_those_of_the_stored_model(place: Workplace, finished: object):
+def test_the_metrics_are_those_of_the_stored_model(place: Workplace, finished: object) -> None:
     _, metrics = place.only_model()
     network = place.only_network()
     test = open_data(place.spec(), torch.device("cpu")).test
@@ -92,7 +92,7 @@ def test_the_metrics_are_those_of_the_stored_model(place: Workplace, finished: o
     assert "seconds" not in metrics["history"][0]
 
 
-def test_performance_environment_and_card_are_there_to_read(place: Workplace, finished: object):
+def test_performance_environment_and_card_are_there_to_read(place: Workplace, finished: object) -> None:
     digest, metrics = place.only_model()
     performance = json_file(place.models(), f"{digest}/{PERFORMANCE_FILE}")
     assert {"train", "validate", "checkpoint", "test", "export"} <= set(performance["seconds_per_phase"])
@@ -104,10 +104,10 @@ def test_performance_environment_and_card_are_there_to_read(place: Workplace, fi
     card = place.models().read(f"{digest}/{CARD_FILE}").decode()
     assert f"{100 * metrics['test_accuracy']:.2f} % of 40 images" in card
     assert place.digest in card
-    assert all(f"| {name} |" in card for name in CLASSES)
+    assert all(f"| recall of {name} |" in card for name in CLASSES)
 
 
-def test_the_baseline_weights_object_is_a_copy(place: Workplace, finished: object):
+def test_the_baseline_weights_object_is_a_copy(place: Workplace, finished: object) -> None:
     network = place.only_network().network
     copy = torch.load(io.BytesIO(place.models().read(BASELINE_MODEL_KEY)), weights_only=True)
     assert isinstance(network, ResNet18)
@@ -116,7 +116,7 @@ def test_the_baseline_weights_object_is_a_copy(place: Workplace, finished: objec
     assert all(torch.equal(value, copy[name]) for name, value in expected.items())
 
 
-def test_dagster_receives_epochs_and_result(place: Workplace, finished: tuple[str, list[dict[str, Any]]]):
+def test_dagster_receives_epochs_and_result(place: Workplace, finished: tuple[str, list[dict[str, Any]]]) -> None:
     output, messages = finished
     digest, metrics = place.only_model()
     assert [message["method"] for message in (messages[0], messages[-1])] == ["opened", "closed"]
@@ -142,7 +142,7 @@ def test_dagster_receives_epochs_and_result(place: Workplace, finished: tuple[st
     assert not any(line.startswith("Epoch ") for line in logged), "Dagster shows the output as well"
 
 
-def test_the_same_job_gives_the_same_model(place: Workplace, finished: object):
+def test_the_same_job_gives_the_same_model(place: Workplace, finished: object) -> None:
     """As a process of its own, with its messages through the object store, and from a spec in a file."""
     digest, _ = place.only_model()
     spec = place.spec("again", recipe_fields={"epochs": 4}, seed=5)
@@ -162,20 +162,20 @@ def refused(text: str) -> str:
     return done.stdout
 
 
-def test_a_bad_spec_ends_with_its_own_code_before_anything_is_done(place: Workplace):
+def test_a_bad_spec_ends_with_its_own_code_before_anything_is_done(place: Workplace) -> None:
     spec = json.loads(place.spec("nothing").model_dump_json())
     spec["recipe"]["epochs"] = 0
     assert "recipe.epochs" in refused(json.dumps(spec))
     assert not (place.folder / "nothing").exists()
 
 
-def test_a_loss_that_diverges_ends_with_that_code(place: Workplace):
+def test_a_loss_that_diverges_ends_with_that_code(place: Workplace) -> None:
     spec = place.spec("diverges", recipe_fields={"learning_rate": 1e30})
     assert "Lower learning_rate" in refused(spec.model_dump_json())
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
-def test_bad_data_ends_with_that_code_and_names_the_object(place: Workplace, tmp_path: Path, damage: str):
+def test_bad_data_ends_with_that_code_and_names_the_object(place: Workplace, tmp_path: Path, damage: str) -> None:
     other = Workplace.make(tmp_path)
     shard = next((tmp_path / "processed-data").rglob("*.safetensors"))
     if damage == "missing":

@@ -53,7 +53,7 @@ def runs_of(place: Workplace, experiment: str) -> list[Run]:
     return list(client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"]))
 
 
-def test_a_training_is_tracked_and_its_model_registered(place: Workplace):
+def test_a_training_is_tracked_and_its_model_registered(place: Workplace) -> None:
     code, output = run_forked(tracked(place, "success"))
     assert code == 0, output
     digest, metrics = place.only_model("success")
@@ -80,7 +80,7 @@ def test_a_training_is_tracked_and_its_model_registered(place: Workplace):
     assert not version.aliases
 
 
-def test_a_training_that_fails_is_failed_and_its_retry_is_a_run_of_its_own(place: Workplace):
+def test_a_training_that_fails_is_failed_and_its_retry_is_a_run_of_its_own(place: Workplace) -> None:
     """The loss stops being a number in the second epoch; then a retry with a sane rate."""
     bad = {"warmup": 0.5, "learning_rate": 1e30}
     code, output = run_forked(tracked(place, "failure", bad))
@@ -93,7 +93,7 @@ def test_a_training_that_fails_is_failed_and_its_retry_is_a_run_of_its_own(place
     assert [(run.info.status, run.data.tags["dagster.attempt"]) for run in runs] == [("FAILED", "0"), ("FINISHED", "1")]
 
 
-def test_a_training_that_is_stopped_is_killed_in_mlflow_too(place: Workplace):
+def test_a_training_that_is_stopped_is_killed_in_mlflow_too(place: Workplace) -> None:
     """What a cancel does to the process."""
     process = start_trainer(tracked(place, "stopped", {"epochs": 400}))
     wait_for_line(process, "Epoch 2/")
@@ -103,7 +103,7 @@ def test_a_training_that_is_stopped_is_killed_in_mlflow_too(place: Workplace):
     assert [run.info.status for run in runs_of(place, "stopped")] == ["KILLED"]
 
 
-def test_what_a_killed_process_left_open_is_closed_by_the_next_one(place: Workplace):
+def test_what_a_killed_process_left_open_is_closed_by_the_next_one(place: Workplace) -> None:
     """Where the pod is started again by Kubernetes and the launcher sees one job."""
     spec = tracked(place, "killed", {"epochs": 60})
     process = fork_trainer(spec)
@@ -132,7 +132,7 @@ def port() -> int:
 
 def test_training_continues_without_mlflow_and_names_what_was_not_sent(
     place: Workplace, port: int, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     spec = tracked(place, "away", tracking_uri=f"http://127.0.0.1:{port}", artifact_uri=None, patience_seconds=2)
     code, output = run_forked(spec)
     assert code == 0, output
@@ -157,7 +157,9 @@ def server(place: Workplace, port: int, tmp_path: Path) -> Iterator[subprocess.P
     process.wait(30)
 
 
-def test_mlflow_server_that_starts_late_gets_everything(place: Workplace, port: int, server: subprocess.Popen[bytes]):
+def test_mlflow_server_that_starts_late_gets_everything(
+    place: Workplace, port: int, server: subprocess.Popen[bytes]
+) -> None:
     """Over HTTP, artifacts proxied by the server."""
     uri = f"http://127.0.0.1:{port}"
     code, output = run_forked(tracked(place, "late", tracking_uri=uri, artifact_uri=None))

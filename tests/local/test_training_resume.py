@@ -34,7 +34,7 @@ def wait_for_checkpoints(process: ForkServerProcess, place: Workplace, num_new: 
         seen |= {path.name for path in place.checkpoints("killed")} - before
 
 
-def test_twenty_kills_at_random_moments_change_no_bit(place: Workplace):
+def test_twenty_kills_at_random_moments_change_no_bit(place: Workplace) -> None:
     """SIGKILL, from before the first step to the writing of the model; then the same spec once more."""
     execution = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 2}
     undisturbed = place.spec("undisturbed", recipe_fields=long_recipe(), execution=execution)
@@ -70,7 +70,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(place: Workplace):
     assert list((place.folder / "killed").rglob("*.writing-*")) == []
 
 
-def test_sigterm_leaves_a_checkpoint_and_says_that_there_is_more(place: Workplace):
+def test_sigterm_leaves_a_checkpoint_and_says_that_there_is_more(place: Workplace) -> None:
     recipe = long_recipe(epochs=400)
     spec = place.spec("stopped", recipe_fields=recipe, execution={"threads": 1, "checkpoint_every_steps": 0})
     process = start_trainer(spec)
@@ -83,7 +83,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_that_there_is_more(place: Workplac
     assert place.checkpoints("stopped")
 
 
-def test_unreachable_store_is_a_transient_failure(place: Workplace):
+def test_unreachable_store_is_a_transient_failure(place: Workplace) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{nobody.getsockname()[1]}"
@@ -94,7 +94,7 @@ def test_unreachable_store_is_a_transient_failure(place: Workplace):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_training_continues_where_it_was(place: Workplace, stop: signal.Signals):
+def test_a_stopped_training_continues_where_it_was(place: Workplace, stop: signal.Signals) -> None:
     spec = place.spec("stopped", recipe_fields=long_recipe())
     process = fork_trainer(spec)
     while not place.checkpoints("stopped"):
@@ -118,7 +118,7 @@ def test_a_stopped_training_continues_where_it_was(place: Workplace, stop: signa
     assert "Continuing from the checkpoint" in place.models("stopped").read(f"{digest}/training.log").decode()
 
 
-def test_a_damaged_newest_checkpoint_costs_only_its_steps(place: Workplace):
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(place: Workplace) -> None:
     spec = place.spec("damaged", recipe_fields=long_recipe())
     process = fork_trainer(spec)
     while len(place.checkpoints("damaged")) < 2:
@@ -136,4 +136,4 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(place: Workplace):
     digest = place.only_model("damaged")[0]
     assert digest == place.only_model("undisturbed")[0]
     log = place.models("damaged").read(f"{digest}/training.log").decode()
-    assert f"Checkpoint passed over: {newest.as_uri()}" in log
+    assert f"Checkpoint {newest.as_uri()} is passed over" in log

@@ -21,7 +21,7 @@ def imported(source: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", MODULES)
-def test_resources_import_nothing_of_the_project(path: str):
+def test_resources_import_nothing_of_the_project(path: str) -> None:
     assert [name for name in imported((ROOT / path).read_text()) if name.partition(".")[0] == "cifar_assets"] == []
 
 
@@ -34,7 +34,7 @@ def test_resources_import_nothing_of_the_project(path: str):
     ],
     ids=["trainer", "server", "object store"],
 )
-def test_images_do_without_dagster(modules: tuple[str, ...], absent: tuple[str, ...]):
+def test_images_do_without_dagster(modules: tuple[str, ...], absent: tuple[str, ...]) -> None:
     code = f"import sys; sys.modules |= dict.fromkeys({absent}); import {', '.join(modules)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

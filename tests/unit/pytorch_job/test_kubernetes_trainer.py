@@ -92,7 +92,7 @@ def say(cluster: FakeCluster, folder: Path, *messages: dict[str, Any]) -> None:
 
 def test_epochs_become_observations_and_the_result_is_returned(
     train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster, tmp_path: Path
-):
+) -> None:
     cluster.on_created = runs_and_succeeds()
     epoch = {"type": "epoch", "epoch": 1, "epochs": 1, "train_loss": 0.5}
     cluster.clock.after(5, lambda: say(cluster, tmp_path, epoch, RESULT))
@@ -106,7 +106,7 @@ def test_epochs_become_observations_and_the_result_is_returned(
 
 def test_collector_uses_the_trainer_that_dagster_resolves(
     trainer: KubernetesTrainer, client: PyTorchJobClient, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(KubernetesTrainer, "connect", lambda trainer: client)
     with dg.build_sensor_context(resources={"trainer": trainer}) as context:
         result = build_trainer_collector().evaluate_tick(context)
@@ -114,7 +114,9 @@ def test_collector_uses_the_trainer_that_dagster_resolves(
     assert "Leftover PyTorchJobs deleted: none" in result.skip_message
 
 
-def test_job_without_a_result_is_an_error(train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster):
+def test_job_without_a_result_is_an_error(
+    train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster
+) -> None:
     cluster.on_created = runs_and_succeeds()
     result = train()
     (failure,) = [e for e in result.all_node_events if e.is_step_failure]
@@ -124,7 +126,7 @@ def test_job_without_a_result_is_an_error(train: Callable[..., dg.ExecuteInProce
 @pytest.mark.parametrize(("exit_code", "allowed"), [(1, False), (2, False), (EXIT_RESUME, True), (143, True)])
 def test_retry_is_allowed_only_where_the_training_was_ended_from_outside(
     train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster, exit_code: int, allowed: bool
-):
+) -> None:
     cluster.on_created = failing(exit_code)
     result = train(retry_policy=dg.RetryPolicy(max_retries=1))
     assert cluster.num_created == (2 if allowed else 1)
@@ -135,7 +137,7 @@ def test_retry_is_allowed_only_where_the_training_was_ended_from_outside(
     assert "RuntimeError: broken" in str(data.description)
 
 
-def test_cluster_that_is_not_configured_is_a_failure_without_a_retry(tmp_path: Path):
+def test_cluster_that_is_not_configured_is_a_failure_without_a_retry(tmp_path: Path) -> None:
     @dg.asset(retry_policy=dg.RetryPolicy(max_retries=3))
     def trained(context: dg.AssetExecutionContext, trainer: KubernetesTrainer) -> None:
         trainer.train(context, SPEC, TrainingScale(), STORE)
@@ -154,7 +156,7 @@ def test_cluster_that_is_not_configured_is_a_failure_without_a_retry(tmp_path: P
     assert "Set KUBECONFIG" in str(data.description)
 
 
-def test_a_cancelled_training_is_removed_and_not_retried(trainer: KubernetesTrainer, cluster: FakeCluster):
+def test_a_cancelled_training_is_removed_and_not_retried(trainer: KubernetesTrainer, cluster: FakeCluster) -> None:
     cluster.on_created = runs_and_succeeds(seconds=3600)
     seen: list[type[BaseException]] = []
     with dg.DagsterInstance.ephemeral() as instance:
@@ -181,7 +183,9 @@ def test_a_cancelled_training_is_removed_and_not_retried(trainer: KubernetesTrai
     assert (cluster.num_created, cluster.jobs) == (1, {})
 
 
-def test_credentials_are_never_in_the_manifest(train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster):
+def test_credentials_are_never_in_the_manifest(
+    train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster
+) -> None:
     cluster.on_created = runs_and_succeeds()
     train()
     text = json.dumps(cluster.jobs)
@@ -191,7 +195,7 @@ def test_credentials_are_never_in_the_manifest(train: Callable[..., dg.ExecuteIn
     assert '{"secretRef": {"name": "object-store"}}' in text
 
 
-def test_job_without_a_secret_for_the_store_is_refused(tmp_path: Path):
+def test_job_without_a_secret_for_the_store_is_refused(tmp_path: Path) -> None:
     trainer = KubernetesTrainer(
         object_store=LocalObjectStore(path=str(tmp_path)), job=PyTorchJobConfig(image="x"), namespace="space"
     )
@@ -200,7 +204,7 @@ def test_job_without_a_secret_for_the_store_is_refused(tmp_path: Path):
     assert trainer.job_config(SPEC, TrainingScale(), {}).env["CIFAR_JOB_SPEC"] == SPEC.model_dump_json()
 
 
-def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer):
+def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer) -> None:
     scale = TrainingScale(replicas=3, nproc_per_node=2, cpu="4", memory="9Gi", gpu=2)
     config = trainer.job_config(SPEC, scale, STORE)
     assert (config.replicas, config.nproc_per_node, config.cpu, config.memory, config.gpu) == (3, 2, "4", "9Gi", 2)
@@ -208,12 +212,12 @@ def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer):
     assert trainer.job_config(SPEC, TrainingScale(), STORE).command == []
 
 
-def test_invalid_scale_is_refused_naming_the_field(trainer: KubernetesTrainer):
+def test_invalid_scale_is_refused_naming_the_field(trainer: KubernetesTrainer) -> None:
     with pytest.raises(ConfigError, match="memory"):
         trainer.job_config(SPEC, TrainingScale(memory="4GB"), STORE)
 
 
-def test_pods_get_their_own_addresses_of_the_platform(tmp_path: Path):
+def test_pods_get_their_own_addresses_of_the_platform(tmp_path: Path) -> None:
     environment = {
         "TRAINER_IMAGE": "trainer:2",
         "TRAINER_JOB": '{"cpu": "2", "run_policy": {"backoff_limit": 1}}',
@@ -230,7 +234,7 @@ def test_pods_get_their_own_addresses_of_the_platform(tmp_path: Path):
     assert spec.identity == SPEC.identity
 
 
-def test_wrong_field_of_the_job_is_refused_by_name(tmp_path: Path):
+def test_wrong_field_of_the_job_is_refused_by_name(tmp_path: Path) -> None:
     settings = settings_of({"TRAINER_IMAGE": "x", "TRAINER_JOB": '{"cpuu": "1"}'})
     with pytest.raises(ConfigError, match=r"TRAINER_JOB.*cpuu"):
         trainer_for(settings, LocalObjectStore(path=str(tmp_path)))

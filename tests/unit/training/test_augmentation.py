@@ -19,13 +19,13 @@ def recipe_with(**changes: object) -> Recipe:
     return get_recipe("resnet18", {"flip": "none", "translate": 0, "cutout": 0, **changes})
 
 
-def test_no_augmentation_changes_nothing(images: Tensor):
+def test_no_augmentation_changes_nothing(images: Tensor) -> None:
     augmentation = EpochAugmentation(recipe_with(), 0, 0, NUM_IMAGES)
     assert torch.equal(augmentation.shift_and_flip(images, INDICES), images)
     assert torch.equal(augmentation.cut_out(images.float(), INDICES), images.float())
 
 
-def test_an_image_is_treated_alike_in_any_company(images: Tensor):
+def test_an_image_is_treated_alike_in_any_company(images: Tensor) -> None:
     """Two processes that share a batch make of it what one makes alone."""
     recipe = recipe_with(flip="random", translate=4, cutout=8)
 
@@ -40,7 +40,7 @@ def test_an_image_is_treated_alike_in_any_company(images: Tensor):
 
 
 @pytest.mark.parametrize("flip", ["random", "alternating"])
-def test_epochs_differ_and_repeat(images: Tensor, flip: str):
+def test_epochs_differ_and_repeat(images: Tensor, flip: str) -> None:
     recipe = recipe_with(flip=flip, translate=2)
 
     def epoch(number: int) -> Tensor:
@@ -51,7 +51,7 @@ def test_epochs_differ_and_repeat(images: Tensor, flip: str):
 
 
 @pytest.mark.parametrize("padding", ["zero", "reflect"])
-def test_a_shift_is_a_crop_of_the_padded_image(images: Tensor, padding: str):
+def test_a_shift_is_a_crop_of_the_padded_image(images: Tensor, padding: str) -> None:
     result = EpochAugmentation(recipe_with(translate=3, padding=padding), 0, 0, NUM_IMAGES).shift_and_flip(
         images, INDICES
     )
@@ -67,7 +67,7 @@ def test_a_shift_is_a_crop_of_the_padded_image(images: Tensor, padding: str):
     assert len(seen) > NUM_IMAGES // 3
 
 
-def test_alternating_shows_each_image_both_ways_in_any_two_epochs(images: Tensor):
+def test_alternating_shows_each_image_both_ways_in_any_two_epochs(images: Tensor) -> None:
     recipe = recipe_with(flip="alternating")
     for epoch in range(3):
         first = EpochAugmentation(recipe, 9, epoch, NUM_IMAGES).shift_and_flip(images, INDICES)
@@ -78,7 +78,7 @@ def test_alternating_shows_each_image_both_ways_in_any_two_epochs(images: Tensor
 
 
 @pytest.mark.parametrize(("size", "side"), [(32, 8), (16, 4)])
-def test_cutout_blanks_one_square_that_shrinks_with_the_image(size: int, side: int):
+def test_cutout_blanks_one_square_that_shrinks_with_the_image(size: int, side: int) -> None:
     ones = torch.ones(NUM_IMAGES, 3, size, size)
     result = EpochAugmentation(recipe_with(cutout=8), 0, 0, NUM_IMAGES).cut_out(ones, INDICES)
     assert torch.equal(result[:, 0], result[:, 1])

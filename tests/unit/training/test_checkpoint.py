@@ -21,7 +21,7 @@ def save_steps(checkpoints: CheckpointStore, *steps: int) -> None:
         checkpoints.save(step, {"a": torch.full((2, 2), float(step))}, {"epoch": step})
 
 
-def test_what_was_saved_is_loaded(store: FolderStore):
+def test_what_was_saved_is_loaded(store: FolderStore) -> None:
     tensors = {
         "weight": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
         "count": torch.tensor(7),
@@ -35,12 +35,12 @@ def test_what_was_saved_is_loaded(store: FolderStore):
     assert all(torch.equal(found.tensors[name], value) for name, value in tensors.items())
 
 
-def test_the_newest_are_kept(store: FolderStore):
+def test_the_newest_are_kept(store: FolderStore) -> None:
     save_steps(CheckpointStore(store, 2), 1, 2, 3, 10, 9)
     assert [info.key.split("-")[1] for info in store.list()] == ["000000009", "000000010"]
 
 
-def test_there_is_none_before_the_first(store: FolderStore):
+def test_there_is_none_before_the_first(store: FolderStore) -> None:
     assert CheckpointStore(store, 2).load_newest() is None
     with pytest.raises(ObjectNotFoundError, match="step 5"):
         CheckpointStore(store, 2).load_step(5)
@@ -55,7 +55,7 @@ def damage_flip(data: bytes) -> bytes:
     [damage_flip, lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data + b"\0"],
     ids=["bit", "cut", "empty", "longer"],
 )
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(store: FolderStore, damage, caplog):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(store: FolderStore, damage, caplog) -> None:
     checkpoints = CheckpointStore(store, 3)
     save_steps(checkpoints, 1, 2, 3)
     newest = max(info.key for info in store.list())
@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(store: FolderStore, d
     assert not store.exists(newest)
 
 
-def test_a_pickle_under_a_checkpoints_name_is_not_run(store: FolderStore, tmp_path: Path):
+def test_a_pickle_under_a_checkpoints_name_is_not_run(store: FolderStore, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
 
     class Trap:
@@ -84,7 +84,7 @@ def test_a_pickle_under_a_checkpoints_name_is_not_run(store: FolderStore, tmp_pa
     assert not marker.exists()
 
 
-def test_foreign_objects_are_left_alone(store: FolderStore):
+def test_foreign_objects_are_left_alone(store: FolderStore) -> None:
     store.write("notes.txt", b"x")
     store.write("step-1.pt", b"x")
     checkpoints = CheckpointStore(store, 1)

@@ -26,7 +26,7 @@ class RemoteStore(FolderStore):
 
 def test_users_of_one_machine_have_caches_of_their_own(
     make_spec: SpecMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     spec = make_spec()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(data, "open_store", lambda uri: RemoteStore(Path(uri.removeprefix("file://"))))
@@ -46,7 +46,7 @@ class DrawnImages:
         return np.broadcast_to(indices.astype(np.uint8)[:, None, None, None], (len(indices), 3, 32, 32)).copy()
 
 
-def test_a_split_is_in_memory_once_while_it_is_read():
+def test_a_split_is_in_memory_once_while_it_is_read() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = peak_bytes()
     split = data.TensorSplit(cast(SplitReader, DrawnImages()), torch.device("cpu"), 1 << 30)

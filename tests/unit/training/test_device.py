@@ -14,7 +14,7 @@ from cifar_assets.training.spec import Execution
 from resources.errors import ConfigError
 
 
-def test_processes_of_one_machine_share_its_threads(monkeypatch: pytest.MonkeyPatch):
+def test_processes_of_one_machine_share_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert default_threads() == 1
@@ -23,13 +23,13 @@ def test_processes_of_one_machine_share_its_threads(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_missing_gpu_is_an_error_that_says_so():
+def test_a_missing_gpu_is_an_error_that_says_so() -> None:
     assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match="no GPU"):
         choose_device("cuda")
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
@@ -40,7 +40,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("device", "repeatable"), [("cuda", True), ("cpu", False)])
-def test_gpu_kernels_are_deterministic(device: str, repeatable: bool, monkeypatch: pytest.MonkeyPatch):
+def test_gpu_kernels_are_deterministic(device: str, repeatable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     for name, value in (("benchmark", True), ("deterministic", False), ("allow_tf32", True)):
@@ -56,7 +56,7 @@ def test_gpu_kernels_are_deterministic(device: str, repeatable: bool, monkeypatc
         torch.use_deterministic_algorithms(False)
 
 
-def test_precision_is_what_was_asked_for():
+def test_precision_is_what_was_asked_for() -> None:
     cpu = Execution(device="cpu")
     assert choose_processor(cpu, "float32").dtype == torch.float32
     processor = choose_processor(cpu, "bfloat16")
@@ -65,7 +65,7 @@ def test_precision_is_what_was_asked_for():
 
 
 @pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "1"), ("x", "1"), ("0", "")])
-def test_an_impossible_rank_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str, world: str):
+def test_an_impossible_rank_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str, world: str) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ConfigError, match="RANK"):

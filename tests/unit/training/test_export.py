@@ -35,12 +35,12 @@ def torch_logits(network: PublishedNetwork) -> np.ndarray:
 
 @pytest.mark.parametrize("views", ["plain", "mirrored"])
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_onnx_answers_as_torch_does(recipe: str, views: Views):
+def test_onnx_answers_as_torch_does(recipe: str, views: Views) -> None:
     network = make_network(recipe, views)
     assert onnx_difference(onnx_bytes(network), IMAGES, torch_logits(network)) < 1e-4
 
 
-def test_the_onnx_model_is_what_serving_expects():
+def test_the_onnx_model_is_what_serving_expects() -> None:
     session = onnxruntime.InferenceSession(onnx_bytes(make_network()), providers=["CPUExecutionProvider"])
     (images,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (images.name, images.type, images.shape[1:]) == ("images", "tensor(uint8)", [3, 32, 32])
@@ -50,7 +50,7 @@ def test_the_onnx_model_is_what_serving_expects():
         assert np.asarray(answer).shape == (count, len(CLASSES))
 
 
-def test_exports_repeat_to_the_byte_and_tell_nothing_of_the_machine():
+def test_exports_repeat_to_the_byte_and_tell_nothing_of_the_machine() -> None:
     first, second = onnx_bytes(make_network()), onnx_bytes(make_network())
     assert first == second
     assert weights_bytes(make_network()) == weights_bytes(make_network())
@@ -60,7 +60,7 @@ def test_exports_repeat_to_the_byte_and_tell_nothing_of_the_machine():
     assert str(Path.cwd()).encode() not in first
 
 
-def test_an_onnx_model_of_other_weights_is_refused():
+def test_an_onnx_model_of_other_weights_is_refused() -> None:
     other = make_network()
     with torch.no_grad():
         other.network.state_dict()["fc.bias"].add_(1.0)
@@ -68,7 +68,7 @@ def test_an_onnx_model_of_other_weights_is_refused():
         onnx_difference(onnx_bytes(other), IMAGES, torch_logits(make_network()))
 
 
-def test_an_onnx_model_whose_output_is_not_finite_is_refused():
+def test_an_onnx_model_whose_output_is_not_finite_is_refused() -> None:
     network = make_network()
     with torch.no_grad():
         network.network.state_dict()["fc.bias"].fill_(float("inf"))
@@ -76,7 +76,7 @@ def test_an_onnx_model_whose_output_is_not_finite_is_refused():
         onnx_difference(onnx_bytes(network), IMAGES, torch_logits(make_network()))
 
 
-def test_the_baseline_copy_is_a_plain_state_dict():
+def test_the_baseline_copy_is_a_plain_state_dict() -> None:
     network = PublishedNetwork(ResNet18(), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
     loaded = torch.load(io.BytesIO(baseline_copy_bytes(network)), weights_only=True)
     theirs = resnet18(num_classes=10)

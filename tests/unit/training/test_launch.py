@@ -28,12 +28,14 @@ KILLED, TOLD = -signal.SIGKILL, -signal.SIGTERM
         ([1, TOLD], 1),
     ],
 )
-def test_a_process_that_failed_by_itself_decides(codes: list[int], expected: int):
+def test_a_process_that_failed_by_itself_decides(codes: list[int], expected: int) -> None:
     assert exit_code(codes) == expected
 
 
 @pytest.mark.parametrize("error", [RendezvousConnectionError("gone"), DistNetworkError("gone")])
-def test_machines_that_lose_one_another_ask_to_be_started_again(error: Exception, monkeypatch: pytest.MonkeyPatch):
+def test_machines_that_lose_one_another_ask_to_be_started_again(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def lose(options: object) -> None:
         raise error
 
@@ -41,7 +43,7 @@ def test_machines_that_lose_one_another_ask_to_be_started_again(error: Exception
     assert launch.main(["--nproc-per-node=1"]) == EXIT_RESUME
 
 
-def test_only_a_process_that_has_others_can_lose_them():
+def test_only_a_process_that_has_others_can_lose_them() -> None:
     with pytest.raises(PeerLostError, match="Process 0 of 2 lost the others"), noticing_lost_peers(Processes(0, 2)):
         raise DistNetworkError("connection reset")
     with pytest.raises(DistNetworkError), noticing_lost_peers(Processes()):
@@ -66,7 +68,7 @@ class PipesSession:
             raise StoreError("away", transient=True)
 
 
-def test_checkpoints_stay_until_dagster_has_the_result(monkeypatch: pytest.MonkeyPatch):
+def test_checkpoints_stay_until_dagster_has_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """A restart continues from them."""
     cleared: list[object] = []
     monkeypatch.setenv("DAGSTER_PIPES_CONTEXT", "started by Pipes")

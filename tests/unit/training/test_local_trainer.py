@@ -22,7 +22,7 @@ def train(spec: JobSpec) -> None:
 
 def test_a_shell_of_another_training_makes_no_process_wait(
     make_spec: SpecMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """As a shell has them that torchrun started, or that a pod of a PyTorchJob opens."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1", "PET_NNODES": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -30,7 +30,9 @@ def test_a_shell_of_another_training_makes_no_process_wait(
     assert list((tmp_path / "models").glob("*/manifest.json"))
 
 
-def test_a_learning_rate_that_ruins_the_weights_is_named(make_spec: SpecMaker, capfd: pytest.CaptureFixture[str]):
+def test_a_learning_rate_that_ruins_the_weights_is_named(
+    make_spec: SpecMaker, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(Exception, match="the training diverged"):
         train(make_spec("baseline", epochs=1, learning_rate=1e30, weight_decay=1e30, batch_size=96))
     output = capfd.readouterr().out

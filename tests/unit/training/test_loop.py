@@ -69,7 +69,7 @@ def elsewhere(spec: JobSpec, path: Path) -> JobSpec:
 
 
 @pytest.mark.parametrize("recipe", ["progressive", *sorted(RECIPES)])
-def test_a_run_cut_at_every_step_ends_as_an_undisturbed_one(make_spec: SpecMaker, tmp_path: Path, recipe: str):
+def test_a_run_cut_at_every_step_ends_as_an_undisturbed_one(make_spec: SpecMaker, tmp_path: Path, recipe: str) -> None:
     spec = make_spec(recipe)
     whole = make_trainer(elsewhere(spec, tmp_path / "whole"))
     records = finish(whole)
@@ -94,7 +94,7 @@ def test_a_run_cut_at_every_step_ends_as_an_undisturbed_one(make_spec: SpecMaker
     assert told == [(r.train_loss, r.validation_loss, r.validation_accuracy) for r in records]
 
 
-def test_a_step_redone_after_a_kill_gives_the_same(make_spec: SpecMaker, tmp_path: Path):
+def test_a_step_redone_after_a_kill_gives_the_same(make_spec: SpecMaker, tmp_path: Path) -> None:
     """A kill loses the steps since the last checkpoint: they are done again."""
     spec = make_spec("progressive", spec={"execution": {"threads": 1, "checkpoint_every_steps": 4}})
     whole = make_trainer(elsewhere(spec, tmp_path / "whole"))
@@ -131,7 +131,7 @@ class FailingCheckpoints(CheckpointStore):
         super().save(step, tensors, position)
 
 
-def test_an_outage_of_the_store_costs_checkpoints_and_no_training(make_spec: SpecMaker, caplog):
+def test_an_outage_of_the_store_costs_checkpoints_and_no_training(make_spec: SpecMaker, caplog) -> None:
     spec = make_spec(spec={"execution": {"threads": 1, "checkpoint_every_steps": 2}})
     trainer = make_trainer(spec, checkpoints=FailingCheckpoints(spec, True, {2, 6, 8}))
     with caplog.at_level("WARNING"):
@@ -140,7 +140,7 @@ def test_an_outage_of_the_store_costs_checkpoints_and_no_training(make_spec: Spe
     assert make_trainer(spec).resumed_from == NUM_STEPS
 
 
-def test_a_stop_while_the_store_is_away_is_a_stop(make_spec: SpecMaker):
+def test_a_stop_while_the_store_is_away_is_a_stop(make_spec: SpecMaker) -> None:
     spec, stop = make_spec(), StopSignal()
     trainer = make_trainer(spec, stop, checkpoints=FailingCheckpoints(spec, True, {8}))
 
@@ -152,7 +152,7 @@ def test_a_stop_while_the_store_is_away_is_a_stop(make_spec: SpecMaker):
     assert make_trainer(spec).resumed_from == 6
 
 
-def test_a_store_that_refuses_checkpoints_ends_the_training(make_spec: SpecMaker):
+def test_a_store_that_refuses_checkpoints_ends_the_training(make_spec: SpecMaker) -> None:
     spec = make_spec()
     with pytest.raises(StoreError, match="away"):
         finish(make_trainer(spec, checkpoints=FailingCheckpoints(spec, False, {6})))
@@ -169,7 +169,9 @@ def test_a_store_that_refuses_checkpoints_ends_the_training(make_spec: SpecMaker
     ],
     ids=["weight", "momentum", "shape", "position", "history"],
 )
-def test_a_whole_checkpoint_that_does_not_fit_falls_back_to_the_one_before(make_spec: SpecMaker, caplog, change):
+def test_a_whole_checkpoint_that_does_not_fit_falls_back_to_the_one_before(
+    make_spec: SpecMaker, caplog, change
+) -> None:
     spec = make_spec(epochs=2)
     finish(make_trainer(spec))
     checkpoints = CheckpointStore(open_store(spec.output_uri), 3)
@@ -182,7 +184,7 @@ def test_a_whole_checkpoint_that_does_not_fit_falls_back_to_the_one_before(make_
     assert f"step-{newest.step + 1:09d}" in caplog.text
 
 
-def test_a_start_after_none_that_fits_is_a_fresh_one(make_spec: SpecMaker, tmp_path: Path):
+def test_a_start_after_none_that_fits_is_a_fresh_one(make_spec: SpecMaker, tmp_path: Path) -> None:
     spec = make_spec("fast", epochs=1)
     trainer = make_trainer(spec)
     fresh = final_tensors(trainer)
@@ -197,7 +199,7 @@ def test_a_start_after_none_that_fits_is_a_fresh_one(make_spec: SpecMaker, tmp_p
     assert_same(fresh, final_tensors(trainer))
 
 
-def test_a_continuation_that_rounds_otherwise_says_so(make_spec: SpecMaker, caplog):
+def test_a_continuation_that_rounds_otherwise_says_so(make_spec: SpecMaker, caplog) -> None:
     spec = make_spec(epochs=1)
     trainer = make_trainer(spec)
     finish(trainer)
@@ -211,7 +213,7 @@ def test_a_continuation_that_rounds_otherwise_says_so(make_spec: SpecMaker, capl
     assert "was made with {'processes': 3, 'device': 'cpu', 'precision': 'bfloat16'}" in caplog.text
 
 
-def test_images_read_batch_by_batch_train_alike(make_spec: SpecMaker, tmp_path: Path):
+def test_images_read_batch_by_batch_train_alike(make_spec: SpecMaker, tmp_path: Path) -> None:
     resident = make_trainer(make_spec())
     finish(resident)
     streamed_spec = make_spec(spec={"execution": {"threads": 1, "resident_megabytes": 0}})
@@ -220,20 +222,20 @@ def test_images_read_batch_by_batch_train_alike(make_spec: SpecMaker, tmp_path: 
     assert_same(final_tensors(resident), final_tensors(streamed))
 
 
-def test_seeds_differ(make_spec: SpecMaker, tmp_path: Path):
+def test_seeds_differ(make_spec: SpecMaker, tmp_path: Path) -> None:
     first = make_trainer(make_spec(epochs=1))
     second = make_trainer(elsewhere(make_spec(epochs=1, spec={"seed": 4}), tmp_path / "second"))
     assert finish(first)[0].train_loss != finish(second)[0].train_loss
 
 
-def test_the_last_weights_are_published(make_spec: SpecMaker):
+def test_the_last_weights_are_published(make_spec: SpecMaker) -> None:
     trainer = make_trainer(make_spec("baseline", epochs=1))
     finish(trainer)
     last = trainer.state.network.state_dict()
     assert_same(dict(trainer.published().state_dict()), dict(last))
 
 
-def test_one_step_of_the_baseline_recipe_is_plain_sgd(make_spec: SpecMaker):
+def test_one_step_of_the_baseline_recipe_is_plain_sgd(make_spec: SpecMaker) -> None:
     """Against a step written out in torch: same loss, same weights."""
     spec = make_spec("baseline", epochs=1, translate=0, flip="none", batch_size=96)
     trainer = make_trainer(spec)
@@ -255,7 +257,7 @@ def test_one_step_of_the_baseline_recipe_is_plain_sgd(make_spec: SpecMaker):
         assert torch.allclose(value.float(), expected[name].float(), atol=1e-5), name
 
 
-def test_a_golden_loss_curve(make_spec: SpecMaker):
+def test_a_golden_loss_curve(make_spec: SpecMaker) -> None:
     """A change that should alter no numbers alters none. Raise spec.ALGORITHM with these when one is meant to."""
     records = finish(
         make_trainer(make_spec("progressive", epochs=4, learning_rate=0.01, warmup=0.2, label_smoothing=0.1))
@@ -268,14 +270,14 @@ def test_a_golden_loss_curve(make_spec: SpecMaker):
 GOLDEN_LOSSES = [2.406, 2.342, 2.457, 2.518]
 
 
-def test_a_diverging_training_is_an_error_and_leaves_no_checkpoint(make_spec: SpecMaker):
+def test_a_diverging_training_is_an_error_and_leaves_no_checkpoint(make_spec: SpecMaker) -> None:
     trainer = make_trainer(make_spec("baseline", learning_rate=1e30))
     with pytest.raises(DivergedError, match="learning_rate"):
         finish(trainer)
     assert make_trainer(make_spec("baseline", learning_rate=1e30)).resumed_from is None
 
 
-def test_weights_ruined_by_the_last_step_are_an_error(make_spec: SpecMaker):
+def test_weights_ruined_by_the_last_step_are_an_error(make_spec: SpecMaker) -> None:
     """The only loss is finite: it is that of the initial weights."""
     spec = make_spec("baseline", learning_rate=1e30, weight_decay=1e30, epochs=1, batch_size=96)
     trainer = make_trainer(spec)
@@ -285,7 +287,7 @@ def test_weights_ruined_by_the_last_step_are_an_error(make_spec: SpecMaker):
     assert make_trainer(spec).resumed_from is None
 
 
-def test_a_stop_right_after_weights_were_ruined_saves_nothing(make_spec: SpecMaker):
+def test_a_stop_right_after_weights_were_ruined_saves_nothing(make_spec: SpecMaker) -> None:
     spec, stop = make_spec("baseline", learning_rate=1e30, weight_decay=1e30, epochs=1), StopSignal()
     stop.is_set = True
     with pytest.raises(DivergedError, match="not finite"):
@@ -293,7 +295,7 @@ def test_a_stop_right_after_weights_were_ruined_saves_nothing(make_spec: SpecMak
     assert make_trainer(spec).resumed_from is None
 
 
-def test_outputs_that_overflow_in_validation_are_an_error(make_spec: SpecMaker):
+def test_outputs_that_overflow_in_validation_are_an_error(make_spec: SpecMaker) -> None:
     """Every weight is finite, and so is the training loss, whose batch norm divides by the batch's own variance."""
     spec = make_spec("baseline", epochs=1, learning_rate=1e-8)
     trainer = make_trainer(spec)
@@ -308,7 +310,7 @@ def test_outputs_that_overflow_in_validation_are_an_error(make_spec: SpecMaker):
     assert make_trainer(spec).resumed_from is None
 
 
-def test_a_checkpoint_that_is_not_finite_is_passed_over(make_spec: SpecMaker, caplog):
+def test_a_checkpoint_that_is_not_finite_is_passed_over(make_spec: SpecMaker, caplog) -> None:
     spec = make_spec("baseline", epochs=1)
     trainer = make_trainer(spec)
     finish(trainer)
@@ -320,12 +322,12 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(make_spec: SpecMaker, ca
     assert "network.fc.bias holds numbers that are not finite" in caplog.text
 
 
-def test_batches_too_small_for_the_processes_are_refused(make_spec: SpecMaker):
+def test_batches_too_small_for_the_processes_are_refused(make_spec: SpecMaker) -> None:
     with pytest.raises(ConfigError, match="5 processes"):
         make_trainer(make_spec(batch_size=8), processes=Processes(0, 5))
 
 
-def test_an_empty_split_is_refused(make_spec: SpecMaker, tmp_path: Path):
+def test_an_empty_split_is_refused(make_spec: SpecMaker, tmp_path: Path) -> None:
     digest = store_dataset(tmp_path / "processed", validation=1)
     spec = make_spec(spec={"dataset_uri": FolderStore(tmp_path / "processed").uri(digest), "dataset_digest": digest})
     finish(make_trainer(spec))

@@ -7,7 +7,7 @@ from cifar_assets.training.data import resize
 from cifar_assets.training.package import calibration_error, measure
 
 
-def test_measures_of_a_small_case_by_hand():
+def test_measures_of_a_small_case_by_hand() -> None:
     labels = np.array([0, 0, 1, 2])
     logits = np.full((4, 10), -20.0, dtype=np.float32)
     for row, predicted in enumerate([0, 1, 1, 2]):
@@ -24,7 +24,7 @@ def test_measures_of_a_small_case_by_hand():
     assert found["expected_calibration_error"] == pytest.approx(0.25)
 
 
-def test_calibration_error_of_honest_and_of_boastful_probabilities():
+def test_calibration_error_of_honest_and_of_boastful_probabilities() -> None:
     honest = np.tile([0.8, 0.2], (10, 1))
     labels = np.array([0] * 8 + [1] * 2)
     assert calibration_error(honest, labels) == pytest.approx(0.0)
@@ -32,13 +32,13 @@ def test_calibration_error_of_honest_and_of_boastful_probabilities():
 
 
 @pytest.mark.parametrize("size", [16, 24, 31])
-def test_resizing_keeps_flat_pictures_flat(size: int):
+def test_resizing_keeps_flat_pictures_flat(size: int) -> None:
     picture = torch.arange(3.0).view(1, 3, 1, 1).expand(2, 3, 32, 32)
     resized = resize(picture, size)
     assert resized.shape == (2, 3, size, size)
     assert torch.allclose(resized, picture[..., :size, :size], atol=1e-5)
 
 
-def test_full_size_is_left_alone():
+def test_full_size_is_left_alone() -> None:
     picture = torch.randn(1, 3, 32, 32)
     assert resize(picture, 32) is picture

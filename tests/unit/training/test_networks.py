@@ -7,7 +7,7 @@ from cifar_assets.training.networks import PublishedNetwork, ResNet18, SpeedNet,
 from cifar_assets.training.recipes import get_recipe
 
 
-def test_the_resnet_is_that_of_torchvision():
+def test_the_resnet_is_that_of_torchvision() -> None:
     """Though it leaves out the taps that only meet padding: gradients are those of torchvision, too."""
     torch.manual_seed(0)
     ours, theirs = ResNet18(64).double(), resnet18(num_classes=10).double()
@@ -26,7 +26,7 @@ def test_the_resnet_is_that_of_torchvision():
 
 
 @pytest.mark.parametrize(("size", "stride"), [(2, 2), (1, 1), (1, 2)])
-def test_a_trimmed_convolution_is_the_whole_one(size: int, stride: int):
+def test_a_trimmed_convolution_is_the_whole_one(size: int, stride: int) -> None:
     torch.manual_seed(0)
     conv = TrimmedConv2d(3, 5, stride, size)
     assert conv.weight.shape == (5, 3, size, size)
@@ -35,18 +35,18 @@ def test_a_trimmed_convolution_is_the_whole_one(size: int, stride: int):
     assert torch.allclose(conv(images), expected, atol=1e-6)
 
 
-def test_a_trimmed_convolution_takes_a_smaller_map():
+def test_a_trimmed_convolution_takes_a_smaller_map() -> None:
     conv = TrimmedConv2d(3, 5, 2, 2)
     images = torch.randn(2, 3, 1, 1)
     expected = nn.functional.conv2d(images, conv.full_kernel(), stride=2, padding=1)
     assert torch.allclose(conv(images), expected, atol=1e-6)
 
 
-def test_resnet18_keeps_the_weights_that_can_matter():
+def test_resnet18_keeps_the_weights_that_can_matter() -> None:
     assert sum(parameter.numel() for parameter in ResNet18(64).parameters()) == 11_181_642 - 6_946_816
 
 
-def test_initial_weights_are_drawn_from_torchs_generator():
+def test_initial_weights_are_drawn_from_torchs_generator() -> None:
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         return build_network(get_recipe("resnet18", {"width": 4})).state_dict()["layer1.0.conv1.weight"]
@@ -57,12 +57,12 @@ def test_initial_weights_are_drawn_from_torchs_generator():
 
 @pytest.mark.parametrize("size", [16, 24, 32])
 @pytest.mark.parametrize("recipe", ["baseline", "resnet18", "fast"])
-def test_every_network_takes_every_size(recipe: str, size: int):
+def test_every_network_takes_every_size(recipe: str, size: int) -> None:
     network = build_network(get_recipe(recipe, {"width": 4}))
     assert network(torch.randn(3, 3, size, size)).shape == (3, 10)
 
 
-def test_whitening_leaves_uncorrelated_patches_of_unit_variance():
+def test_whitening_leaves_uncorrelated_patches_of_unit_variance() -> None:
     torch.manual_seed(0)
     images = nn.functional.avg_pool2d(torch.randn(64, 3, 34, 34), 3, 1)
     network = SpeedNet(4)
@@ -75,7 +75,7 @@ def test_whitening_leaves_uncorrelated_patches_of_unit_variance():
     assert torch.allclose(mirrored, -patches)
 
 
-def test_a_published_network_normalizes_and_averages_over_mirror_images():
+def test_a_published_network_normalizes_and_averages_over_mirror_images() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)

@@ -8,7 +8,7 @@ from cifar_assets.training.recipes import RECIPES, get_recipe
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8), (12, 12)])
-def test_singular_values_become_nearly_one_and_vectors_stay(shape: tuple[int, int]):
+def test_singular_values_become_nearly_one_and_vectors_stay(shape: tuple[int, int]) -> None:
     """Three iterations bring every singular value that is not tiny close to 1, by the quintic each."""
     torch.manual_seed(0)
     matrix = torch.randn(shape, dtype=torch.float64)
@@ -19,7 +19,7 @@ def test_singular_values_become_nearly_one_and_vectors_stay(shape: tuple[int, in
     assert torch.allclose(orthogonalize(matrix), left @ torch.diag(values) @ right, atol=1e-6)
 
 
-def test_a_step_of_muon_is_that_of_its_formula():
+def test_a_step_of_muon_is_that_of_its_formula() -> None:
     torch.manual_seed(0)
     bank = nn.Parameter(torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last))
     gradients = [torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)]
@@ -34,7 +34,7 @@ def test_a_step_of_muon_is_that_of_its_formula():
     assert torch.allclose(bank, expected, atol=1e-5)
 
 
-def test_orthogonalization_in_bfloat16_is_close_to_that_in_float32():
+def test_orthogonalization_in_bfloat16_is_close_to_that_in_float32() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(16, 144)
     exact, rounded = orthogonalize(matrix), orthogonalize(matrix.to(torch.bfloat16)).float()
@@ -42,7 +42,7 @@ def test_orthogonalization_in_bfloat16_is_close_to_that_in_float32():
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_trained_parameter_has_one_optimizer(name: str):
+def test_every_trained_parameter_has_one_optimizer(name: str) -> None:
     recipe = get_recipe(name, {"width": 4})
     network = build_network(recipe)
     optimizers = build_optimizers(network, recipe, torch.float32)
@@ -52,7 +52,7 @@ def test_every_trained_parameter_has_one_optimizer(name: str):
     assert {id(parameter) for parameter in found} == {id(parameter) for parameter in trained}
 
 
-def test_muon_trains_the_inner_convolutions_of_a_resnet():
+def test_muon_trains_the_inner_convolutions_of_a_resnet() -> None:
     recipe = get_recipe("resnet18", {"width": 4})
     network = build_network(recipe)
     muon, sgd = build_optimizers(network, recipe, torch.float32)

@@ -11,17 +11,17 @@ from resources.mlflow.target import MlflowTarget
 
 
 @pytest.mark.parametrize("model", [Recipe, ResolutionPhase, JobSpec, Execution, MlflowTarget])
-def test_every_field_says_what_it_is(model: type[BaseModel]):
+def test_every_field_says_what_it_is(model: type[BaseModel]) -> None:
     undescribed = [name for name, field in model.model_fields.items() if not field.description]
     assert undescribed == []
 
 
-def test_the_recipes_are_found_under_their_names():
+def test_the_recipes_are_found_under_their_names() -> None:
     assert {"baseline", "resnet18", "fast", DEFAULT_RECIPE} <= set(RECIPES)
     assert all(recipe.name == name for name, recipe in RECIPES.items())
 
 
-def test_baseline_is_the_configuration_of_the_pipeline_it_comes_from():
+def test_baseline_is_the_configuration_of_the_pipeline_it_comes_from() -> None:
     baseline = get_recipe("baseline")
     assert (baseline.network, baseline.epochs, baseline.batch_size) == ("resnet18", 10, 32)
     assert (baseline.learning_rate, baseline.weight_decay) == (0.01, 5e-4)
@@ -34,12 +34,12 @@ def test_baseline_is_the_configuration_of_the_pipeline_it_comes_from():
     assert [phase.size for phase in baseline.resolutions] == [32]
 
 
-def test_the_earlier_name_of_baseline_still_works(caplog: pytest.LogCaptureFixture):
+def test_the_earlier_name_of_baseline_still_works(caplog: pytest.LogCaptureFixture) -> None:
     assert get_recipe("seed", {"epochs": 2}) == get_recipe("baseline", {"epochs": 2})
     assert "'seed' is now called 'baseline'" in caplog.text
 
 
-def test_one_field_is_overridden_and_the_rest_stays():
+def test_one_field_is_overridden_and_the_rest_stays() -> None:
     recipe = get_recipe("resnet18", {"epochs": 3, "resolutions": [{"start": 0, "size": 24}]})
     assert recipe.epochs == 3
     assert recipe.resolutions == (ResolutionPhase(start=0, size=24),)
@@ -66,17 +66,17 @@ def test_one_field_is_overridden_and_the_rest_stays():
         ({"precision": "float16"}, "precision"),
     ],
 )
-def test_a_wrong_override_is_refused_by_name(overrides: dict, named: str):
+def test_a_wrong_override_is_refused_by_name(overrides: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         get_recipe("resnet18", overrides)
 
 
-def test_an_unknown_recipe_is_refused_with_the_choices():
+def test_an_unknown_recipe_is_refused_with_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"'resnet50'.*baseline.*best.*fast.*resnet18"):
         get_recipe("resnet50")
 
 
-def test_building_a_spec_loads_no_torch():
+def test_building_a_spec_loads_no_torch() -> None:
     code = "import sys, cifar_assets.training.spec; print(sorted({'torch', 'mlflow', 'dagster'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -19,18 +19,18 @@ def make_spec(**changes: object) -> JobSpec:
     return JobSpec.model_validate(values | changes)
 
 
-def test_a_spec_survives_the_way_through_json():
+def test_a_spec_survives_the_way_through_json() -> None:
     spec = make_spec(seed=7, mlflow={"tracking_uri": "sqlite:///x.db", "tags": {"a": "b"}})
     assert parse_spec(spec.model_dump_json(), "here") == spec
 
 
-def test_the_processed_bucket_is_the_folder_above_the_dataset():
+def test_the_processed_bucket_is_the_folder_above_the_dataset() -> None:
     assert make_spec().processed_uri == "file:///store/processed-data/"
     without_slash = make_spec(dataset_uri=f"s3://processed-data/{DIGEST}")
     assert without_slash.processed_uri == "s3://processed-data/"
 
 
-def test_the_identity_follows_what_decides_the_weights():
+def test_the_identity_follows_what_decides_the_weights() -> None:
     base = make_spec()
     assert make_spec(seed=1).identity != base.identity
     assert make_spec(recipe=get_recipe("resnet18", {"epochs": 2}).model_dump()).identity != base.identity
@@ -38,7 +38,7 @@ def test_the_identity_follows_what_decides_the_weights():
     assert make_spec(dataset_uri=f"file:///p/{other}", dataset_digest=other).identity != base.identity
 
 
-def test_the_identity_does_not_follow_where_and_how_it_runs():
+def test_the_identity_does_not_follow_where_and_how_it_runs() -> None:
     elsewhere = make_spec(
         dataset_uri=f"s3://processed-data/{DIGEST}/",
         output_uri="s3://models/",
@@ -67,13 +67,13 @@ def test_a_spec_of_an_earlier_release_is_read_and_what_is_gone_is_named(caplog: 
     assert ", ".join(sorted(EARLIER_FIELDS)) in caplog.text
 
 
-def test_a_network_that_is_gone_is_named():
+def test_a_network_that_is_gone_is_named() -> None:
     with pytest.raises(ConfigError, match=r"a plan.*resnet18 with a 3x3 stem"):
         parse_spec(earlier_spec("resnet18"), "a plan")
 
 
 @pytest.mark.parametrize("field", EARLIER_FIELDS)
-def test_a_recipe_field_that_is_gone_is_refused_in_a_new_spec(field: str):
+def test_a_recipe_field_that_is_gone_is_refused_in_a_new_spec(field: str) -> None:
     spec = json.loads(make_spec().model_dump_json())
     spec["recipe"][field] = EARLIER_FIELDS[field]
     with pytest.raises(ConfigError, match=rf"recipe\.{field}"):
@@ -92,13 +92,13 @@ def test_a_recipe_field_that_is_gone_is_refused_in_a_new_spec(field: str):
         ({"recipe": {"name": "x"}}, r"recipe\.network"),
     ],
 )
-def test_a_wrong_spec_is_refused_by_field_and_source(change: dict, named: str):
+def test_a_wrong_spec_is_refused_by_field_and_source(change: dict, named: str) -> None:
     text = json.dumps(json.loads(make_spec().model_dump_json()) | change)
     with pytest.raises(ConfigError, match=f"my-file.*{named}"):
         parse_spec(text, "my-file")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', b"\xff\xfe"])
-def test_invalid_spec_is_refused(text: str | bytes):
+def test_invalid_spec_is_refused(text: str | bytes) -> None:
     with pytest.raises(ConfigError, match="standard input"):
         parse_spec(text, "standard input")

@@ -75,7 +75,7 @@ def set_schema(mlflow: LocalMlflow, revision: str) -> str:
     return before
 
 
-def test_a_run_left_open_is_failed_by_the_next_attempt_at_the_same_training(mlflow: LocalMlflow):
+def test_a_run_left_open_is_failed_by_the_next_attempt_at_the_same_training(mlflow: LocalMlflow) -> None:
     left = {identity: start(mlflow.uri, identity * 64) for identity in "01"}
     deadline = time.monotonic() + 60
     while not all(tracker.run_id for tracker in left.values()) and time.monotonic() < deadline:
@@ -88,14 +88,16 @@ def test_a_run_left_open_is_failed_by_the_next_attempt_at_the_same_training(mlfl
 
 def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(
     mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     identity = experiment_id(mlflow)
     mlflow.client().delete_experiment(identity)
     command = f"MLFLOW_TRACKING_URI={mlflow.uri} mlflow experiments restore --experiment-id {identity}"
     assert_said_and_not_waited_for(start(mlflow.uri), command, caplog)
 
 
-def test_an_experiment_restored_while_the_training_lasts_is_used(mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture):
+def test_an_experiment_restored_while_the_training_lasts_is_used(
+    mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture
+) -> None:
     identity = experiment_id(mlflow)
     mlflow.client().delete_experiment(identity)
     tracker = start(mlflow.uri)
@@ -112,7 +114,7 @@ def test_an_experiment_restored_while_the_training_lasts_is_used(mlflow: LocalMl
 @pytest.mark.parametrize("revision", ["bf29a5ff90ea", "ffffffffffff"], ids=["older", "newer"])
 def test_a_database_of_another_mlflow_is_named_with_the_command_that_upgrades_it(
     mlflow: LocalMlflow, revision: str, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     set_schema(mlflow, revision)
     assert_said_and_not_waited_for(start(mlflow.uri), f"mlflow db upgrade {mlflow.uri}", caplog)
     with pytest.raises(ConfigError, match="mlflow db upgrade sqlite:///"):
@@ -121,7 +123,7 @@ def test_a_database_of_another_mlflow_is_named_with_the_command_that_upgrades_it
         mlflow.running()
 
 
-def test_a_database_that_cannot_be_written_is_named(mlflow: LocalMlflow):
+def test_a_database_that_cannot_be_written_is_named(mlflow: LocalMlflow) -> None:
     """The error is SQLite's own: root, who may run the tests, can write any file."""
     with (
         closing(sqlite3.connect(f"file:{mlflow.path}/mlflow.db?mode=ro", uri=True)) as database,
@@ -131,13 +133,13 @@ def test_a_database_that_cannot_be_written_is_named(mlflow: LocalMlflow):
     assert "write permission on the database file" in (why_refused(refused.value, mlflow.uri) or "")
 
 
-def test_a_file_that_is_not_a_database_is_named(mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture):
+def test_a_file_that_is_not_a_database_is_named(mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture) -> None:
     Path(mlflow.path, "mlflow.db").write_bytes(b"not a database" * 100)
     assert_said_and_not_waited_for(start(mlflow.uri), "Move that file away", caplog)
 
 
 @pytest.mark.parametrize("uri", ["mlflow.svc:5000", "ftp://mlflow"])
-def test_an_address_of_no_known_kind_is_named(uri: str, caplog: pytest.LogCaptureFixture):
+def test_an_address_of_no_known_kind_is_named(uri: str, caplog: pytest.LogCaptureFixture) -> None:
     assert_said_and_not_waited_for(start(uri), "Set MLFLOW_TRACKING_URI to an address such as", caplog)
 
 
@@ -177,7 +179,7 @@ def answer() -> Iterator[tuple[str, dict[str, object]]]:
 )
 def test_an_answer_that_waiting_does_not_change_is_a_refusal(
     answer: tuple[str, dict[str, object]], status: int, body: str, expected: str, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     uri, wanted = answer
     wanted.update(status=status, body=body)
     assert_said_and_not_waited_for(start(uri), expected, caplog)
@@ -188,7 +190,7 @@ def test_an_answer_that_waiting_does_not_change_is_a_refusal(
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
 def test_an_answer_that_may_change_is_waited_for(
     answer: tuple[str, dict[str, object]], status: int, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     caplog.set_level(logging.WARNING)
     uri, wanted = answer
     wanted.update(status=status, body="busy")
@@ -202,7 +204,7 @@ def test_an_answer_that_may_change_is_waited_for(
 
 def test_a_refusal_after_the_run_was_opened_holds_up_nothing_else(
     mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     tracker = start(mlflow.uri)
     tracker.log("tags", tags={"": "a tag without a name"})
     tracker.log("metrics of step 2", metrics={"train_loss": 0.5}, step=2)
