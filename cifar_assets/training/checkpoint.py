@@ -7,10 +7,11 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -25,11 +26,9 @@ from resources.object_store import ObjectStore
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step-\d{9}-[0-9a-f]{64}\.safetensors")
 _METADATA_KEY = "checkpoint"
-_POSITION_VERSION = 1
 
 
-@dataclass
-class EpochRecord:
+class EpochRecord(BaseModel):
     """Result of one finished epoch. Losses and accuracy are repeatable; seconds and images/s are not.
 
     Epochs that are not validated have no validation loss and accuracy. The learning rate is that of the last step.
@@ -45,28 +44,16 @@ class EpochRecord:
     images_per_second: float
 
 
-@dataclass
-class Position:
+class Position(BaseModel):
     """Where a training stands: the next step is `step` of epoch `epoch`, both counted from 0."""
 
+    version: Literal[1] = 1
     epoch: int = 0
     step: int = 0
     epoch_seconds: float = 0.0
-    history: list[EpochRecord] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"version": _POSITION_VERSION, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Position":
-        """The position that `to_json` gave; the first form had no version. DataError for anything else."""
-        if (version := value.get("version", _POSITION_VERSION)) != _POSITION_VERSION:
-            raise DataError(f"Its position has version {version}, expected {_POSITION_VERSION}: train again.")
-        try:
-            history = [EpochRecord(**record) for record in value["history"]]
-            return cls(value["epoch"], value["step"], value["epoch_seconds"], history)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"There is no position in it: {error!r}.") from error
+    history: list[EpochRecord] = []
+    made_with: dict[str, Any] = {}
+    """What rounding depends on and the spec leaves open."""
 
 
 class TrainingState:
@@ -119,7 +106,7 @@ class Checkpoint:
 
     step: int
     tensors: dict[str, Tensor]
-    position: dict[str, Any]
+    position: Position
 
 
 class CheckpointStore:
@@ -129,10 +116,10 @@ class CheckpointStore:
         self._store = store
         self._keep = keep
 
-    def save(self, step: int, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], position: Position) -> None:
         data = save(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            metadata={_METADATA_KEY: json.dumps(position)},
+            metadata={_METADATA_KEY: position.model_dump_json()},
         )
         key = f"step-{step:09d}-{sha256_bytes(data)}.safetensors"
         self._store.write(key, data)
@@ -177,7 +164,7 @@ class CheckpointStore:
         data = self._store.read_verified(key, digest)
         try:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            position = json.loads(header["__metadata__"][_METADATA_KEY])
+            position = Position.model_validate_json(header["__metadata__"][_METADATA_KEY])
             return Checkpoint(int(step), load(data), position)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{key} is not a checkpoint of this project: {error}") from error

@@ -4,7 +4,6 @@ import io
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 _STOP_PATIENCE_SECONDS = 8.0
 """Kubernetes kills thirty seconds after SIGTERM: the checkpoint comes first, MLflow gets a part of what is left."""
 CHECKPOINTS = "checkpoints"
-_EPOCH_METRICS = ("train_loss", "validation_loss", "validation_accuracy", "images_per_second", "learning_rate")
+_EPOCH_METRICS = {"train_loss", "validation_loss", "validation_accuracy", "images_per_second", "learning_rate"}
 
 
 SendMessage = Callable[[dict[str, Any]], None]
@@ -117,8 +116,7 @@ def _report_epoch(spec: JobSpec, record: EpochRecord, send: SendMessage, tracker
 
 def _measured(record: EpochRecord) -> dict[str, float]:
     """What a finished epoch measured, by the names of Dagster's and MLflow's metrics."""
-    values = asdict(record)
-    return {name: values[name] for name in _EPOCH_METRICS if values[name] is not None}
+    return record.model_dump(include=_EPOCH_METRICS, exclude_none=True)
 
 
 def _publish(

@@ -18,7 +18,6 @@ from cifar_assets.training.checkpoint import (
     Checkpoint,
     CheckpointStore,
     EpochRecord,
-    Position,
     TrainingState,
     first_not_finite,
 )
@@ -226,10 +225,10 @@ class Trainer:
         self._saved_step = self.global_step
         if self.processes.rank:
             return
-        position = self.state.position.to_json() | {"made_with": self._made_with()}
+        self.state.position.made_with = self._made_with()
         try:
             with self.timed("checkpoint"):
-                self._checkpoints.save(self.global_step, tensors, position)
+                self._checkpoints.save(self.global_step, tensors, self.state.position)
         except StoreError as error:
             if not error.transient:
                 raise
@@ -251,8 +250,8 @@ class Trainer:
             self.state.network.set_whitening(self._normalize(images, images.shape[-1]))
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
-        self.state.load(checkpoint.tensors, Position.from_json(checkpoint.position))
-        made_with = checkpoint.position.get("made_with", self._made_with())
+        self.state.load(checkpoint.tensors, checkpoint.position)
+        made_with = checkpoint.position.made_with or self._made_with()
         if made_with != self._made_with():
             _LOG.warning(
                 "The checkpoint of step %d was made with %s, this training continues with %s: the weights will not be "

@@ -3,7 +3,6 @@
 import io
 import json
 import warnings
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ _BATCH = 500
 _CALIBRATION_BINS = 15
 _TOLERANCE = 1e-3
 """Largest difference between ONNX Runtime and torch that is accepted, as a fraction of the largest logit."""
-_REPEATABLE = ("epoch", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "resolution")
+_REPEATABLE = {"epoch", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "resolution"}
 
 
 def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelManifest, dict[str, bytes]]:
@@ -62,7 +61,7 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
         **{f"validation_{name}": validation[name] for name in ("accuracy", "loss", "images")},
         **{name: test[name] for name in ("per_class_recall", "confusion_matrix", "expected_calibration_error")},
         "views": spec.recipe.views,
-        "history": [{key: asdict(record)[key] for key in _REPEATABLE} for record in trainer.state.position.history],
+        "history": [record.model_dump(include=_REPEATABLE) for record in trainer.state.position.history],
         "dataset_digest": spec.dataset_digest,
         "raw_digest": data.manifest.raw_digest,
         "seed": spec.seed,

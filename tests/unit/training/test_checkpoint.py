@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
-from cifar_assets.training.checkpoint import CheckpointStore
+from cifar_assets.training.checkpoint import CheckpointStore, Position
 from resources.digests import sha256_bytes
 from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import FolderStore
@@ -18,7 +19,7 @@ def store(tmp_path: Path) -> FolderStore:
 
 def save_steps(checkpoints: CheckpointStore, *steps: int) -> None:
     for step in steps:
-        checkpoints.save(step, {"a": torch.full((2, 2), float(step))}, {"epoch": step})
+        checkpoints.save(step, {"a": torch.full((2, 2), float(step))}, Position(epoch=step))
 
 
 def test_what_was_saved_is_loaded(store: FolderStore) -> None:
@@ -28,10 +29,11 @@ def test_what_was_saved_is_loaded(store: FolderStore) -> None:
         "half": torch.randn(3).to(torch.bfloat16),
         "sum": torch.tensor(1 / 3, dtype=torch.float64),
     }
-    CheckpointStore(store, 2).save(12, tensors, {"history": [0.1, 1e-17]})
+    position = Position(epoch=1, epoch_seconds=1e-17)
+    CheckpointStore(store, 2).save(12, tensors, position)
     found = CheckpointStore(store, 2).load_newest()
     assert found is not None
-    assert (found.step, found.position) == (12, {"history": [0.1, 1e-17]})
+    assert (found.step, found.position) == (12, position)
     assert all(torch.equal(found.tensors[name], value) for name, value in tensors.items())
 
 
@@ -91,3 +93,10 @@ def test_foreign_objects_are_left_alone(store: FolderStore) -> None:
     save_steps(checkpoints, 1, 2)
     checkpoints.clear()
     assert [info.key for info in store.list()] == ["notes.txt", "step-1.pt"]
+
+
+def test_a_checkpoint_without_a_position_of_this_release_is_refused(store: FolderStore) -> None:
+    data = save({"a": torch.zeros(1)}, metadata={"checkpoint": '{"version": 99}'})
+    store.write(f"step-000000009-{sha256_bytes(data)}.safetensors", data)
+    with pytest.raises(DataError, match="version"):
+        CheckpointStore(store, 2).load_step(9)
