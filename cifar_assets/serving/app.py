@@ -5,9 +5,8 @@ bodies and large pictures are read in a thread, and huge pictures in another one
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -149,24 +148,20 @@ class App:
 
     async def _predict_large(self, request: Request, parse: Parse, query: Query | None, started: float) -> None:
         loop = asyncio.get_running_loop()
+        num_pixels = 0
         try:
             content = (request.headers, request.body, self._limits)
             found = query or await loop.run_in_executor(self._readers[False], parse, *content)
-            with self._hold_pixels(found.num_pixels):
-                reader = self._readers[found.num_pixels > _HUGE_PIXELS]
-                images = await loop.run_in_executor(reader, _decode, request, found)
+            num_pixels = found.num_pixels
+            self._num_pixels += num_pixels
+            if self._num_pixels > self._limits.max_pending_pixels:
+                limit = f"at most {self._limits.max_pending_pixels} pixels that wait to be decoded"
+                raise BusyError(limit, self._num_pixels)
+            reader = self._readers[num_pixels > _HUGE_PIXELS]
+            images = await loop.run_in_executor(reader, _decode, request, found)
             self._submit(request, images, found, started)
         except Exception as error:
             self._answer(request, error_response(error))
-
-    @contextlib.contextmanager
-    def _hold_pixels(self, num_pixels: int) -> Iterator[None]:
-        if self._num_pixels and self._num_pixels + num_pixels > self._limits.max_pending_pixels:
-            limit = f"at most {self._limits.max_pending_pixels} pixels that wait to be decoded"
-            raise BusyError(limit, f"{self._num_pixels} and {num_pixels}")
-        self._num_pixels += num_pixels
-        try:
-            yield
         finally:
             self._num_pixels -= num_pixels
 

@@ -6,7 +6,6 @@ requests are in it, and needs no lock.
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from collections import deque
@@ -18,8 +17,6 @@ import numpy as np
 
 from cifar_assets.serving.answers import BusyError, GoneError, Images, Logits, RequestError
 from cifar_assets.serving.metrics import BATCH_IMAGES, QUEUE_IMAGES, RUN_SECONDS
-
-_log = logging.getLogger(__name__)
 
 _SHORT_SECONDS = 0.002
 """A run that is not expected to take longer happens on the event loop: waking up a thread would cost as much."""
@@ -45,9 +42,7 @@ class Ticket:
         if sum(map(len, self.logits)) == len(self.images):
             found = np.concatenate(self.logits) if len(self.logits) > 1 else logits
             finite = np.isfinite(found).all()
-            self.done(
-                found if finite else RequestError("model", "finite values", "some that are not finite", status=500)
-            )
+            self.done(found if finite else RequestError("model", "finite values", "not finite ones", status=500))
 
 
 _Batch = list[tuple[Ticket, Images]]
@@ -157,6 +152,5 @@ class MicroBatcher:
             images = batch[0][1] if len(batch) == 1 else np.concatenate([images for _, images in batch])
             outcome: Logits | Exception = self._run(images)
         except Exception as error:
-            _log.exception("The model failed on a batch of %d requests", len(batch))
             outcome = error
         return outcome, time.monotonic() - started
