@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from cifar_assets.serving.answers import RequestError, shorten
+from cifar_assets.serving.answers import Images, RequestError, shorten
 from cifar_assets.serving.settings import ServingLimits
 
 _WORDING = re.compile(r"^\w+ should (be|have) | or instance of \w+")
@@ -50,8 +49,11 @@ def parse_json(kind: type[T], body: bytes, limits: ServingLimits) -> T:
         raise RequestError(field, expected, describe(fault["input"])) from error
 
 
-def nested_numbers(field: str, value: list[Any], *shapes: tuple[int, ...]) -> tuple[list[Any], tuple[int, ...]]:
-    """The numbers in nested lists, and which of the shapes these have. Raises RequestError."""
+def nested_pixels(field: str, value: list[Any], *shapes: tuple[int, ...], fractions: bool) -> Images:
+    """Pixels from nested lists of one of the shapes: whole numbers as they are, fractions from 0 to 1 times 255.
+
+    With `fractions`, one number with a fraction makes all of them fractions. Raises RequestError.
+    """
     expected = f"an array of shape {' or '.join(str(list(shape)) for shape in shapes)}"
     first, shape = value, ()
     while isinstance(first, list) and len(shape) < 6:
@@ -59,23 +61,22 @@ def nested_numbers(field: str, value: list[Any], *shapes: tuple[int, ...]) -> tu
         first = first[0] if first else None
     if shape not in shapes:
         raise RequestError(field, expected, f"shape {list(shape)}")
-    level: list[Any] = [value]
+    numbers: list[Any] = [value]
     for size in shape:
-        if any(type(item) is not list or len(item) != size for item in level):
+        if any(type(item) is not list or len(item) != size for item in numbers):
             raise RequestError(field, expected, "a ragged one, of lists of different lengths")
-        level = list(chain.from_iterable(level))
-    if set(map(type, level)) - {int, float}:
-        other = next(value for value in level if type(value) not in (int, float))
-        raise RequestError(field, "numbers", describe(other))
-    return level, shape
-
-
-def whole_pixels(field: str, numbers: list[int]) -> NDArray[np.uint8]:
-    """Whole numbers as pixel values, refusing what no byte holds."""
+        numbers = list(chain.from_iterable(numbers))
+    allowed = (int, float) if fractions else (int,)
+    kinds = set(map(type, numbers))
+    if not kinds.issubset(allowed):
+        other = next(number for number in numbers if type(number) not in allowed)
+        raise RequestError(field, "numbers" if fractions else "whole numbers", describe(other))
     low, high = min(numbers), max(numbers)
-    if low < 0 or high > 255:
-        raise RequestError(field, "whole numbers from 0 to 255", f"values from {shorten(low)} to {shorten(high)}")
-    return np.array(numbers, dtype=np.uint8)
+    if low < 0 or high > (1 if float in kinds else 255):
+        expected = "numbers from 0 to 1 where any has a fraction" if float in kinds else "whole numbers from 0 to 255"
+        raise RequestError(field, expected, f"values from {shorten(low)} to {shorten(high)}")
+    pixels = np.rint(np.array(numbers) * 255) if float in kinds else np.array(numbers)
+    return pixels.astype(np.uint8).reshape(shape)
 
 
 def check_count(field: str, num_images: int, limits: ServingLimits) -> None:

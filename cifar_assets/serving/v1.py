@@ -37,7 +37,7 @@ from cifar_assets.serving.answers import (
     shorten,
     softmax,
 )
-from cifar_assets.serving.json_body import body_type, check_count, describe, nested_numbers, parse_json, whole_pixels
+from cifar_assets.serving.json_body import body_type, check_count, describe, nested_pixels, parse_json
 from cifar_assets.serving.settings import ServingLimits
 
 _FORMS = 'a base64 string, a data URI, {"b64": ...} or nested lists of numbers'
@@ -81,7 +81,8 @@ def parse_predict(body: bytes, limits: ServingLimits) -> Query:
         if isinstance(instance, str):
             parts.append((field, _decode_base64(field, instance, limits)))
         elif isinstance(instance, list):
-            parts.append((field, _pixels(field, instance)))
+            pixels = nested_pixels(field, instance, (IMAGE_SIZE, IMAGE_SIZE, 3), IMAGE_SHAPE, fractions=True)
+            parts.append((field, pixels if pixels.shape == IMAGE_SHAPE else pixels.transpose(2, 0, 1)))
         else:
             raise RequestError(field, _FORMS, describe(instance))
     return _query(parts, limits)
@@ -132,21 +133,6 @@ def _decode_base64(field: str, text: str, limits: ServingLimits) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
         raise RequestError(field, _FORMS, f"text that is not base64, {shorten(text)} ({error})") from error
-
-
-def _pixels(field: str, instance: list[Any]) -> Images:
-    """Nested numbers as pixel values: whole numbers as they are, fractions from 0 to 1 scaled to 255."""
-    numbers, shape = nested_numbers(field, instance, (IMAGE_SIZE, IMAGE_SIZE, 3), IMAGE_SHAPE)
-    if float in set(map(type, numbers)):
-        low, high = min(numbers), max(numbers)
-        if low < 0 or high > 1:
-            expected = "numbers from 0 to 1 where any has a fraction (whole numbers may be 0 to 255)"
-            raise RequestError(field, expected, f"values from {shorten(low)} to {shorten(high)}")
-        pixels = np.rint(np.array(numbers, dtype=np.float64) * 255).astype(np.uint8)
-    else:
-        pixels = whole_pixels(field, numbers)
-    pixels = pixels.reshape(shape)
-    return pixels if shape == IMAGE_SHAPE else pixels.transpose(2, 0, 1)
 
 
 def parse_form(content_type: bytes, body: bytes, limits: ServingLimits) -> Query:

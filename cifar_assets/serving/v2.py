@@ -22,7 +22,7 @@ from cifar_assets.serving.answers import (
     shorten,
     softmax,
 )
-from cifar_assets.serving.json_body import body_type, check_count, describe, nested_numbers, parse_json, whole_pixels
+from cifar_assets.serving.json_body import body_type, check_count, describe, nested_pixels, parse_json
 from cifar_assets.serving.settings import ServingLimits
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -87,11 +87,9 @@ def _images(tensor: _Input, binary: bytes | None, limits: ServingLimits) -> Imag
     if binary and tensor.data is not None:
         raise RequestError("inputs[0].data", "no data in JSON where bytes follow it", describe(tensor.data))
     if tensor.data is not None:
-        field = "inputs[0].data"
-        numbers, _ = nested_numbers(field, tensor.data, (num_numbers,), tuple(tensor.shape))
-        if float in set(map(type, numbers)):
-            raise RequestError(field, "whole numbers, for UINT8", "fractions")
-        return whole_pixels(field, numbers).reshape(tensor.shape)
+        return nested_pixels(
+            "inputs[0].data", tensor.data, (num_numbers,), tuple(tensor.shape), fractions=False
+        ).reshape(tensor.shape)
     size = tensor.parameters and tensor.parameters.binary_data_size
     if binary is None:
         expected = f"{num_numbers} numbers, or the header {_HEADER_LENGTH} and bytes"

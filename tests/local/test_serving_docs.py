@@ -31,7 +31,7 @@ def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_every_curl_line_answers(tmp_path):
+def test_every_curl_line_answers(tmp_path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     Image.fromarray(pixels).save(tmp_path / "other.jpg")
@@ -50,7 +50,7 @@ def test_every_curl_line_answers(tmp_path):
             assert result.stdout
 
 
-def test_the_commands_of_the_local_deployment_exist(tmp_path):
+def test_the_commands_of_the_local_deployment_exist(tmp_path) -> None:
     lines = [command for command in COMMANDS if command.startswith("python")]
     assert len(lines) == 2
     for line in lines:
@@ -59,7 +59,7 @@ def test_the_commands_of_the_local_deployment_exist(tmp_path):
         assert "Nothing is running in .cifar/serving" in result.stdout
 
 
-def test_the_numbers_are_those_of_the_code():
+def test_the_numbers_are_those_of_the_code() -> None:
     limits = ServingLimits()
     settings = parse_settings(["--model-uri", "x", "--model-digest", "y"], {})
     for text in (

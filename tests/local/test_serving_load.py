@@ -60,7 +60,7 @@ def busy(tmp_path_factory) -> Iterator[ServerProcess]:
         yield server
 
 
-def test_requests_over_the_limit_get_429_and_the_rest_are_answered(busy):
+def test_requests_over_the_limit_get_429_and_the_rest_are_answered(busy) -> None:
     with ThreadPoolExecutor(24) as pool:
         answers = list(pool.map(lambda _: predict(busy), range(48)))
     statuses = Counter(answer.status for answer in answers)
@@ -73,7 +73,7 @@ def test_requests_over_the_limit_get_429_and_the_rest_are_answered(busy):
     assert predict(busy).status == 200
 
 
-def test_health_answers_while_requests_wait(busy):
+def test_health_answers_while_requests_wait(busy) -> None:
     with ThreadPoolExecutor(4) as pool:  # as many as the queue holds
         futures = [pool.submit(predict, busy) for _ in range(4)]
         wait_for(lambda: metric(busy, "cifar10_queue_images") >= 2)
@@ -83,7 +83,7 @@ def test_health_answers_while_requests_wait(busy):
         assert [future.result().status for future in futures] == [200] * 4
 
 
-def test_clients_that_leave_or_send_nonsense_do_no_harm(busy):
+def test_clients_that_leave_or_send_nonsense_do_no_harm(busy) -> None:
     request = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
     for data in (
         b"",
@@ -102,7 +102,7 @@ def test_clients_that_leave_or_send_nonsense_do_no_harm(busy):
     assert "Traceback" not in busy.log
 
 
-def test_on_sigterm_everything_begun_is_answered_and_nothing_new_is_taken(tmp_path):
+def test_on_sigterm_everything_begun_is_answered_and_nothing_new_is_taken(tmp_path) -> None:
     with slow_server(tmp_path, 8, "--linger", "5") as server, ThreadPoolExecutor(6) as pool:
         with contextlib.closing(server.connect()) as kept, contextlib.closing(server.connect()) as idle:
             for connection in (kept, idle):
@@ -118,7 +118,7 @@ def test_on_sigterm_everything_begun_is_answered_and_nothing_new_is_taken(tmp_pa
         assert server.process.wait(120) == 0
 
 
-def test_readiness_fails_during_the_drain_delay(tmp_path):
+def test_readiness_fails_during_the_drain_delay(tmp_path) -> None:
     with slow_server(tmp_path, 0, "--drain-delay", "4") as server:
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: server.get("/v2/health/ready").status == 503)
@@ -171,12 +171,12 @@ HEAD = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\n"
         pytest.param(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 200, id="answers that nobody reads"),
     ],
 )
-def test_others_are_served_whatever_a_hundred_connections_wait_for(quick, data):
+def test_others_are_served_whatever_a_hundred_connections_wait_for(quick, data) -> None:
     with many_connections(quick, 100, data):
         check_others_are_served(quick)
 
 
-def test_memory_stays_bounded_under_headers_and_bodies_without_end(quick):
+def test_memory_stays_bounded_under_headers_and_bodies_without_end(quick) -> None:
     before = memory_of(quick)
     endless = b"GET / HTTP/1.1\r\nX-Endless: " + b"x" * (4 << 20)
     body = f"{HEAD}Content-Length: 16777216\r\n\r\n".encode() + bytes(8 << 20)
@@ -197,7 +197,7 @@ def large_pictures(number: int, side: int) -> tuple[bytes, str]:
     return form(*[("image", buffer.getvalue())] * number)
 
 
-def test_a_request_may_not_cost_more_than_one_large_picture(quick):
+def test_a_request_may_not_cost_more_than_one_large_picture(quick) -> None:
     started = time.monotonic()
     answer = quick.post(PREDICT, *large_pictures(64, 2800))
     assert answer.status == 413
@@ -206,7 +206,7 @@ def test_a_request_may_not_cost_more_than_one_large_picture(quick):
     assert quick.post(PREDICT, *large_pictures(16, 1000)).status == 200
 
 
-def test_small_pictures_do_not_wait_for_large_ones(quick):
+def test_small_pictures_do_not_wait_for_large_ones(quick) -> None:
     body = large_pictures(2, 2800)
     with ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(quick.post, PREDICT, *body) for _ in range(16)]
@@ -215,7 +215,7 @@ def test_small_pictures_do_not_wait_for_large_ones(quick):
     assert quick.post(PREDICT, *body).status == 200
 
 
-def test_large_requests_take_half_of_the_places_at_most(tmp_path):
+def test_large_requests_take_half_of_the_places_at_most(tmp_path) -> None:
     uri, digest = store_tiny_model(FolderStore(tmp_path / "models"))
     with run_server(uri, digest, tmp_path, "--max-pending-requests", "4") as server, ThreadPoolExecutor(12) as pool:
         futures = [pool.submit(server.post, PREDICT, *large_pictures(2, 2800)) for _ in range(24)]
@@ -226,7 +226,7 @@ def test_large_requests_take_half_of_the_places_at_most(tmp_path):
         assert any("at most 2 large requests" in answer.json["error"] for answer in answers if answer.status == 429)
 
 
-def test_a_killed_server_can_be_replaced_at_once(tmp_path):
+def test_a_killed_server_can_be_replaced_at_once(tmp_path) -> None:
     with slow_server(tmp_path, 8) as server, ThreadPoolExecutor(1) as pool:
         future = pool.submit(predict, server)
         wait_for(lambda: metric(server, "cifar10_pending_requests") == 1)

@@ -52,7 +52,9 @@ VALID_BODIES = [
     value=st.binary(max_size=50) | st.sampled_from([b"[" * 5000, b"9" * 5000, b'"' * 99, b"null", b"\r\n--a-boundary"]),
     header=st.sampled_from(["", "-1", "9" * 30, "14", "\xb2"]),
 )
-def test_any_body_is_answered_and_never_with_a_fault_of_the_server(server, valid, position, num_cut, value, header):
+def test_any_body_is_answered_and_never_with_a_fault_of_the_server(
+    server, valid, position, num_cut, value, header
+) -> None:
     path, body, content_type, headers = valid
     changed = body[:position] + value + body[position + num_cut :]
     named = {"Inference-Header-Content-Length": header or headers.get("length")} if header or headers else {}

@@ -39,7 +39,7 @@ class Silent:
         (1.0, "silent", "connection refused"),
     ],
 )
-def test_canary_has_to_answer_as_evaluated(tmp_path: Path, accuracy: float, canary: str, fault: str | None):
+def test_canary_has_to_answer_as_evaluated(tmp_path: Path, accuracy: float, canary: str, fault: str | None) -> None:
     root = open_store(tmp_path.as_uri())
     models, processed = root.at("models"), root.at("processed-data")
     data = store_tiny_data(root)
