@@ -23,9 +23,6 @@ from cifar_assets.contracts import IMAGE_SHAPE, IMAGE_SIZE
 from resources.digests import sha256_bytes
 from resources.errors import DataError
 
-BACKGROUND = (255, 255, 255)
-"""RGB shown where a picture is transparent."""
-
 _SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 _DRAFT_SIZE = (8 * IMAGE_SIZE, 8 * IMAGE_SIZE)
 _JPEG_FACTOR = 2
@@ -235,7 +232,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     visible = image.convert("RGBA")
-    canvas = Image.new("RGB", visible.size, BACKGROUND)
+    canvas = Image.new("RGB", visible.size, "white")
     canvas.paste(visible, mask=visible.getchannel("A"))
     return canvas
 

@@ -20,15 +20,17 @@ OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 OFFICIAL_MD5 = "c58f30108f718f92721af3b95e74349a"
 """As in torchvision.datasets.CIFAR10 (url, tgz_md5) and on https://www.cs.toronto.edu/~kriz/cifar.html."""
 
+CHOICES = (
+    "Choices for CIFAR10_SOURCE: 'download' (the official archive, needs the network), 'synthetic' (drawn from a seed, "
+    "needs nothing), or a path, s3:// or http(s):// address of the official python or binary archive, of Parquet files "
+    "in the Hugging Face layout, or of a folder of class folders."
+)
+
 ATTEMPTS = 5
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _TIMEOUT_SECONDS = 30
 _URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~"
 """Kept as they are in an address; anything else, such as a space, is sent percent-encoded."""
-
-
-class DownloadError(DataError):
-    """The address could not be reached, or kept breaking off."""
 
 
 def split_digest(address: str) -> tuple[str, str]:
@@ -54,8 +56,8 @@ def check_file(path: Path, digest: str, name: str) -> None:
 def fetch(url: str, target: Path, digest: str) -> None:
     """Write what the URL serves to `target`, verified; with a digest, a transfer that breaks off is continued.
 
-    Raises DownloadError when the server cannot be reached or keeps breaking off, IntegrityError when the file is not
-    the one expected.
+    Raises DataError when the server cannot be reached or keeps breaking off, IntegrityError when the file is not the
+    one expected.
     """
     name = redacted(url)
     for attempt in range(1, ATTEMPTS + 1):
@@ -70,9 +72,9 @@ def fetch(url: str, target: Path, digest: str) -> None:
             is_refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
             if is_refused or isinstance(error, http.client.InvalidURL | ValueError) or attempt == ATTEMPTS:
                 have = target.stat().st_size if target.exists() else 0
-                raise DownloadError(
-                    f"{name}: failed after {attempt} attempts, {have:,} bytes received so far ({error}). Check the "
-                    "address and the network, and try again."
+                raise DataError(
+                    f"Cannot fetch {name}: failed after {attempt} attempts, {have:,} bytes received so far ({error}). "
+                    f"Check the address and the network, and try again. {CHOICES}"
                 ) from error
             logger.warning("%s: %s; attempt %d of %d failed, trying again.", name, error, attempt, ATTEMPTS)
             time.sleep(min(0.5 * 2 ** (attempt - 1), 10.0))

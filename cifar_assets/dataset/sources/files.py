@@ -16,16 +16,10 @@ from cifar_assets.dataset.formats.names import ARCHIVE_SUFFIXES, PICTURE_SUFFIXE
 from cifar_assets.dataset.formats.rows import SPLITS, Split
 from cifar_assets.dataset.objects import ObjectFormat, printable, unlisted
 from cifar_assets.dataset.sources import synthetic
-from cifar_assets.dataset.sources.download import check_file, fetch, split_digest
+from cifar_assets.dataset.sources.download import CHOICES, check_file, fetch, split_digest
 from resources.errors import ConfigError, DataError
 from resources.object_store import FolderStore, ObjectStore, open_store
 from resources.redaction import redacted
-
-CHOICES = (
-    "Choices for CIFAR10_SOURCE: 'download' (the official archive, needs the network), 'synthetic' (drawn from a seed, "
-    "needs nothing), or a path, s3:// or http(s):// address of the official python or binary archive, of Parquet files "
-    "in the Hugging Face layout, or of a folder of class folders."
-)
 
 _PACK_IMAGES = 20_000
 """Images per packed object, so that one object stays easy to move."""
@@ -53,17 +47,16 @@ def source_files(address: str, work: Path, unread: dict[str, str]) -> Iterator[S
         yield from _synthetic_files(address, work)
         return
     base, digest = split_digest(address)
+    if base.startswith(("http://", "https://")):
+        fetch(base, work / "object", digest)
+        yield _one_file(work / "object", urllib.parse.unquote(urllib.parse.urlsplit(base).path), redacted(base))
+        return
     try:
-        base.encode()
-        url = urllib.parse.urlsplit(base) if base.startswith(("http://", "https://")) else None
-        store, key = (None, "") if url else _locate(base)
-        is_file = bool(store and key and store.exists(key))
+        store, key = _locate(base)
+        is_file = bool(key) and store.exists(key)
     except (ValueError, OSError) as error:
         raise ConfigError(f"Source {redacted(address)[:200]!r} cannot be looked at: {error}. {CHOICES}") from error
-    if store is None:
-        fetch(base, work / "object", digest)
-        yield _one_file(work / "object", urllib.parse.unquote(url.path if url else ""), redacted(base))
-    elif is_file:
+    if is_file:
         path = _local_copy(store, key, work)
         check_file(path, digest, base)
         yield _one_file(path, key, base)

@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 
 from cifar_assets.dataset.index import load_index, read_index, save_index
 from cifar_assets.dataset.objects import RawObject, is_stored, read_state, store_object
-from cifar_assets.dataset.sources.download import OFFICIAL_MD5, OFFICIAL_URL, DownloadError, split_digest
-from cifar_assets.dataset.sources.files import CHOICES, SourceFile, source_files
+from cifar_assets.dataset.sources.download import OFFICIAL_MD5, OFFICIAL_URL, split_digest
+from cifar_assets.dataset.sources.files import SourceFile, source_files
 from resources.digests import sha256_file, sha256_json
 from resources.errors import DataError
 from resources.object_store import ObjectStore
@@ -49,11 +49,8 @@ def import_source(source: str, raw: ObjectStore, *, resize: bool = False) -> Imp
         return known
     unread: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="cifar-source-") as work:
-        try:
-            files = source_files(address, Path(work), unread)
-            objects = tuple([_import_file(file, raw, resize, unread) for file in files])
-        except DownloadError as error:
-            raise DownloadError(f"Cannot fetch the raw data: {error} {CHOICES}") from error
+        files = source_files(address, Path(work), unread)
+        objects = tuple([_import_file(file, raw, resize, unread) for file in files])
     imported = Imports(objects=objects, unread=unread)
     if is_pinned_url:
         raw.write(key, imported.model_dump_json().encode())
