@@ -65,28 +65,27 @@ class InferenceClient:
     @cached_property
     def model_name(self) -> str:
         """The name in the addresses of the model."""
-        return self._ask("/v1/models", lambda body, _: str(json.loads(body)["models"][0]))
+        return self._ask("/v1/models", lambda answer, _: str(answer["models"][0]))
 
     @cached_property
     def _input(self) -> tuple[str, tuple[int, ...]]:
-        """Name and shape of the model's input, as its metadata declare them."""
+        """Name of the model's input and shape of one image, as its metadata declare them."""
 
-        def read(body: bytes, _: Any) -> tuple[str, tuple[int, ...]]:
-            (found,) = json.loads(body)["inputs"]
-            return str(found["name"]), tuple(map(int, found["shape"]))
+        def read(answer: Any, _: Any) -> tuple[str, tuple[int, ...]]:
+            (found,) = answer["inputs"]
+            return str(found["name"]), tuple(map(int, found["shape"][1:]))
 
         return self._ask(f"/v2/models/{self.model_name}", read)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """Shape of one image."""
-        return self._input[1][1:]
+        return self._input[1]
 
     def served_model(self) -> ServedModel:
         """Which model answers now. Raises ServerError where none does, or it is not ready."""
 
-        def read(body: bytes, _: Any) -> ServedModel:
-            answer = json.loads(body)
+        def read(answer: Any, _: Any) -> ServedModel:
             return ServedModel(bool(answer["ready"]), str(answer["model_digest"]), str(answer["model_version"]))
 
         return self._ask(f"/v1/models/{self.model_name}", read)
@@ -105,8 +104,7 @@ class InferenceClient:
     def predict_files(self, paths: Sequence[Path]) -> Predictions:
         """Classify picture files in one multipart request."""
 
-        def read(body: bytes, _: Any) -> Predictions:
-            answer = json.loads(body)
+        def read(answer: Any, _: Any) -> Predictions:
             found = answer["predictions"]
             rows = [list(prediction["probabilities"].values()) for prediction in found]
             probabilities = np.array(rows, dtype=np.float64).reshape(len(paths), -1)
@@ -117,11 +115,11 @@ class InferenceClient:
         return self._ask(f"/v1/models/{self.model_name}:predict", read, form, {"Content-Type": kind})
 
     def _infer(self, images: NDArray[np.uint8]) -> Predictions:
-        def read(body: bytes, headers: Mapping[str, str]) -> Predictions:
-            header_length = int(headers["Inference-Header-Content-Length"])
-            answer = json.loads(body[:header_length])
-            values = np.frombuffer(body[header_length:], dtype="<f4").reshape(len(images), -1).astype(np.float64)
-            return Predictions(values, str(answer["parameters"]["model_digest"]), str(answer["model_version"]))
+        def read(answer: Any, binary: bytes) -> Predictions:
+            values = np.frombuffer(binary, dtype="<f4").reshape(len(images), -1)
+            return Predictions(
+                values.astype(np.float64), str(answer["parameters"]["model_digest"]), str(answer["model_version"])
+            )
 
         pixels = np.ascontiguousarray(images).tobytes()
         tensor = {"name": self._input[0], "datatype": "UINT8", "shape": images.shape}
@@ -136,25 +134,24 @@ class InferenceClient:
     def _ask(
         self,
         path: str,
-        read: Callable[[bytes, Mapping[str, str]], T],
+        read: Callable[[Any, bytes], T],
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> T:
-        """What `read` finds in the body and headers of the answer. A new connection each time, and no proxy."""
+        """What `read` finds in the answer's JSON and binary parts. A new connection each time, and no proxy."""
         method, url = "GET" if body is None else "POST", self.base_url.rstrip("/") + path
-        what = f"{method} {url}"
         try:
             with urllib3.PoolManager(timeout=self.timeout, retries=False) as pool:
                 answer = pool.request(method, url, body=body, headers={**self.headers, **(headers or {})})
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise ServerError(f"{what} was not answered: {type(error).__name__}: {error}") from error
+            raise ServerError(f"{method} {url} was not answered: {type(error).__name__}: {error}") from error
         if answer.status != 200:
             text = answer.data[:2000].decode("utf-8", "replace")
-            raise ServerError(f"{what} answered {answer.status}: {text}", answer.status)
+            raise ServerError(f"{method} {url} answered {answer.status}: {text}", answer.status)
         try:
-            return read(answer.data, answer.headers)
+            length = int(answer.headers.get("Inference-Header-Content-Length", len(answer.data)))
+            return read(json.loads(answer.data[:length]), answer.data[length:])
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ServerError(
-                f"{what} is answered, but not as a model server does: {answer.data[:100]!r} "
-                f"({type(error).__name__}: {error})"
+                f"{url} does not answer as a model server: {answer.data[:100]!r} ({type(error).__name__}: {error})"
             ) from error

@@ -23,7 +23,7 @@ from resources.inference_service import DeployedService, DeployRequest, LocalInf
 from resources.inference_service.client import InferenceClient
 from resources.inference_service.local import resource
 from resources.inference_service.local.__main__ import main as local_command
-from resources.inference_service.local.process import find_server
+from resources.inference_service.local.resource import find_server
 from resources.object_store import FolderStore
 from tests.unit.serving.server_process import ask, ask_on
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_onnx

@@ -6,7 +6,7 @@ No Dagster, no waiting, no policy. Absence and conflict are values; everything e
 import copy
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from resources.inference_service.kserve.manifest import (
     DEPLOYMENT_ANNOTATION,
@@ -29,18 +29,12 @@ _EVENT_SOURCE = "cifar-dagster"
 _KNATIVE_REVISION_LABEL = "serving.knative.dev/revision"
 
 
-class Mark(NamedTuple):
-    """What a spec was written for. KServe copies it from the service to its pods, so equal marks mean the same spec."""
+def mark_of(annotations: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """What a spec was written for: digest of settings and model, id of the deploy call.
 
-    revision: str | None
-    """Digest of settings and model; None on what this package did not write."""
-    deployment: str | None
-    """Id of the deploy call."""
-
-
-def mark_of(annotations: Mapping[str, str]) -> Mark:
-    """The mark in the annotations of a service or a pod."""
-    return Mark(annotations.get(REVISION_ANNOTATION), annotations.get(DEPLOYMENT_ANNOTATION))
+    KServe copies them from the service to its pods, so equal marks mean the same spec.
+    """
+    return annotations.get(REVISION_ANNOTATION), annotations.get(DEPLOYMENT_ANNOTATION)
 
 
 class InferenceService(CustomResource):
@@ -49,7 +43,7 @@ class InferenceService(CustomResource):
     kind = KIND
 
     @property
-    def mark(self) -> Mark:
+    def mark(self) -> tuple[str | None, str | None]:
         return mark_of(self.annotations)
 
     @property

@@ -7,6 +7,7 @@ only one that is still as it found or wrote it.
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from resources.errors import DeployError, ExplainedError, StoreError
@@ -100,7 +101,7 @@ class ServiceDeployer:
         return True
 
     def _refuse_foreign(self, service: InferenceService) -> None:
-        if service.mark.revision is None:
+        if REVISION_ANNOTATION not in service.annotations:
             raise DeployError(
                 f"{service} exists and was not made by this project: it lacks the annotation {REVISION_ANNOTATION}. "
                 "Delete it, or give the service another name."
@@ -108,7 +109,7 @@ class ServiceDeployer:
 
     def _is_made_by(self, current: InferenceService, manifest: Mapping[str, Any]) -> bool:
         """Whether writing the manifest would change nothing but the traffic: nobody edited the spec."""
-        if current.mark.revision != manifest["metadata"]["annotations"][REVISION_ANNOTATION]:
+        if current.mark[0] != manifest["metadata"]["annotations"][REVISION_ANNOTATION]:
             return False
         wanted = self._client.replace(current, manifest, dry_run=True)
         if wanted and with_traffic(wanted.body, None)["spec"] == with_traffic(current.body, None)["spec"]:
@@ -136,7 +137,7 @@ class ServiceDeployer:
     ) -> None:
         transient = False
         try:
-            fault = find_fault(self._view.endpoint.client(canary, canary=True))
+            fault = find_fault(self._view.asking(canary, True))
         except ExplainedError as error:
             fault = f"it could not be judged: {error}"
             transient = isinstance(error, StoreError | DeployError) and error.transient
@@ -174,7 +175,7 @@ class ServiceDeployer:
     def _is_own(self, current: InferenceService) -> bool:
         """Whether this deployment found or wrote it as it is."""
         known = {each.mark for each in (self._found, self._earlier) if each}
-        return current.mark.deployment == self._id or current.mark in known
+        return current.mark[1] == self._id or current.mark in known
 
     def _failure(self, request: DeployRequest, error: ResourceFailedError) -> DeployError:
         """The error of a deployment that is given up, after putting back what was there."""
@@ -209,25 +210,18 @@ class ServiceDeployer:
             stored = self._write(with_traffic(earlier.body, percent))
             if not wait:
                 return f"It was set back to {name}."
-            if not self._is_settled(stored):
-                return f"It was set back to {name}, which was not seen to serve within the time allowed."
+            try:
+                self._view.until("put back", seconds, partial(self._find_settled, stored))
+            except DeployError as error:
+                return f"It was set back to {name}, which was not seen to serve within the time allowed: {error}"
         if was_canary:
             return f"It was set back to {name}, a canary without requests: all go to the revision before it."
         return f"It was set back to {name}, which serves as before."
 
-    def _is_settled(self, stored: InferenceService) -> bool:
-        """Whether its revision gets the requests meant for it, and no other does, within the time allowed."""
-
-        def look() -> None:
-            if missing := self._view.unchanged(stored).find_missing(self._view.pods()):
-                raise NotYetError(missing)
-
-        try:
-            self._view.until("put back", self._view.limits.settle_timeout_seconds, look)
-        except DeployError as error:
-            self._log.warning("%s", error)
-            return False
-        return True
+    def _find_settled(self, stored: InferenceService) -> None:
+        """NotYetError until its revision gets the requests meant for it, and no other does."""
+        if missing := self._view.unchanged(stored).find_missing(self._view.pods()):
+            raise NotYetError(missing)
 
     def _remove(self, service: InferenceService) -> None:
         """Delete this service, and no other that takes its name; wait until it and its pods are gone."""

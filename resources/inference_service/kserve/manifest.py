@@ -39,22 +39,20 @@ def predictor_name(name: str) -> str:
     return f"{name}-predictor"
 
 
-def check_service_name(name: str, namespace: str, settings: InferenceServiceSettings) -> None:
-    """SettingsError unless the name and what is derived from it are DNS-1035 labels."""
+def check_service_name(name: str, namespace: str) -> None:
+    """SettingsError unless the name and what KServe and Knative derive from it are DNS-1035 labels."""
     predictor = predictor_name(name)
-    derived = [f"isvc.{predictor}", f"{predictor}-{namespace}"]  # a label's value, and the first part of a host name
-    if settings.serverless:
-        derived += [f"{predictor}-00001-private", f"latest-{predictor}"]
-    check_name(KIND, name, *derived)
+    check_name(KIND, name, f"isvc.{predictor}", f"{predictor}-{namespace}", f"{predictor}-00001-private")
 
 
 def build_inference_service_manifest(
     settings: InferenceServiceSettings, request: DeployRequest, *, name: str, namespace: str
 ) -> dict[str, Any]:
     """The whole custom resource. SettingsError for a name that something derived from it would not take."""
-    check_service_name(name, namespace, settings)
-    predictor = _predictor(settings, request)
-    annotations = {**settings.annotations, MODE_ANNOTATION: settings.mode, **_scaling_annotations(settings)}
+    check_service_name(name, namespace)
+    scaling_annotations, scaling = _scaling(settings)
+    predictor = _predictor(settings, request, scaling)
+    annotations = {**settings.annotations, MODE_ANNOTATION: settings.mode, **scaling_annotations}
     labels = {**settings.labels, MANAGED_BY_LABEL: "dagster-inference-service"}
     identity = {"predictor": _without_traffic(predictor), "annotations": annotations, "labels": labels}
     annotations |= {
@@ -96,42 +94,42 @@ def _without_traffic(predictor: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in predictor.items() if key != "canaryTrafficPercent"}
 
 
-def _scaling_annotations(settings: InferenceServiceSettings) -> dict[str, str]:
+def _scaling(settings: InferenceServiceSettings) -> tuple[dict[str, str], dict[str, Any]]:
+    """Annotations of the service and fields of its predictor that differ between the modes."""
     if settings.serverless:
-        # Names for the newest revision and the one before it, so that a canary can be asked by itself.
-        return {TAG_ROUTING_ANNOTATION: "true"} if settings.canary_percent else {}
-    return {AUTOSCALER_ANNOTATION: "hpa" if settings.max_replicas > settings.min_replicas else "none"}
-
-
-def _predictor(settings: InferenceServiceSettings, request: DeployRequest) -> dict[str, Any]:
-    predictor = {
-        "minReplicas": settings.min_replicas,
-        "maxReplicas": settings.max_replicas,
-        **_scaling(settings),
-        "imagePullSecrets": [{"name": secret} for secret in settings.image_pull_secrets],
-        "serviceAccountName": settings.service_account_name,
-        "automountServiceAccountToken": False,
-        "containers": [_container(settings, request)],
-        "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": settings.scratch}}],
-    }
-    both = sorted(set(predictor) & set(settings.extra_predictor))
-    if both:
-        raise SettingsError(f"extra_predictor sets {', '.join(both)}, which other settings make: use those.")
-    return {**_without_empty(predictor), **copy.deepcopy(settings.extra_predictor)}
-
-
-def _scaling(settings: InferenceServiceSettings) -> dict[str, Any]:
-    if settings.serverless:
-        # Knative keeps its own grace time: requests are drained by its queue proxy before the server is told to end.
-        canary = {"canaryTrafficPercent": settings.canary_percent} if settings.canary_percent else {}
-        return {"scaleMetric": "concurrency", "scaleTarget": settings.target_concurrency, **canary}
-    return {
+        # Tags name the newest revision and the one before it, so that a canary can be asked by itself. Knative keeps
+        # its own grace time: its queue proxy drains requests before the server is told to end.
+        fields = {"scaleMetric": "concurrency", "scaleTarget": settings.target_concurrency}
+        percent = settings.canary_percent
+        return (
+            ({TAG_ROUTING_ANNOTATION: "true"}, {**fields, "canaryTrafficPercent": percent}) if percent else ({}, fields)
+        )
+    scaler = "hpa" if settings.max_replicas > settings.min_replicas else "none"
+    return {AUTOSCALER_ANNOTATION: scaler}, {
         "scaleMetric": "cpu",
         "scaleTarget": settings.target_cpu_percent,
         # A replica leaves only after one that is ready has taken its place.
         "deploymentStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
         "terminationGracePeriodSeconds": settings.termination_grace_seconds,
     }
+
+
+def _predictor(
+    settings: InferenceServiceSettings, request: DeployRequest, scaling: Mapping[str, Any]
+) -> dict[str, Any]:
+    predictor = {
+        "minReplicas": settings.min_replicas,
+        "maxReplicas": settings.max_replicas,
+        **scaling,
+        "imagePullSecrets": [{"name": secret} for secret in settings.image_pull_secrets],
+        "serviceAccountName": settings.service_account_name,
+        "automountServiceAccountToken": False,
+        "containers": [_container(settings, request)],
+        "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": settings.scratch}}],
+    }
+    if both := sorted(set(predictor) & set(settings.extra_predictor)):
+        raise SettingsError(f"extra_predictor sets {', '.join(both)}, which other settings make: use those.")
+    return {**_without_empty(predictor), **copy.deepcopy(settings.extra_predictor)}
 
 
 def _container(settings: InferenceServiceSettings, request: DeployRequest) -> dict[str, Any]:

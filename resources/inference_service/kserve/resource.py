@@ -1,14 +1,26 @@
-"""The model server as a KServe InferenceService."""
+"""The model server as a KServe InferenceService, and where it is reached.
 
+Outside of the cluster that is a port of this machine which leads to a Service. `kubectl port-forward svc/...` stays
+with one pod, which an update ends; here each connection goes to a pod that is ready when it begins.
+"""
+
+import contextlib
+import random
+import socket
+import socketserver
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import dagster as dg
+from kubernetes import client as k8s
+from kubernetes.stream import portforward
 from pydantic import Field, model_validator
 
 from resources.errors import DeployError
-from resources.inference_service.client import ServerError
+from resources.inference_service.client import InferenceClient, ServerError
 from resources.inference_service.interface import (
     DeployedService,
     DeployRequest,
@@ -18,7 +30,6 @@ from resources.inference_service.interface import (
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.deployer import ServiceDeployer
-from resources.inference_service.kserve.endpoint import ServiceEndpoint
 from resources.inference_service.kserve.manifest import (
     build_inference_service_manifest,
     check_service_name,
@@ -27,9 +38,14 @@ from resources.inference_service.kserve.manifest import (
 from resources.inference_service.kserve.watch import RolloutLimits, ServiceView
 from resources.kubernetes.api import load_configuration
 from resources.kubernetes.errors import KubernetesError, with_notes
+from resources.kubernetes.pods import read_pod
 
 DEFAULT_NAME = "cifar10"
 DEFAULT_GATEWAY = "kourier-system/kourier-internal"
+_ASK_SECONDS = 10.0
+_WAKE_SECONDS = 60.0
+"""A serverless revision without pods takes this long at most to get one."""
+_TIMEOUT = {"_request_timeout": 10.0}
 
 
 class KServeInferenceService(InferenceServiceResource):
@@ -67,14 +83,14 @@ class KServeInferenceService(InferenceServiceResource):
 
     @model_validator(mode="after")
     def _names_hold(self) -> "KServeInferenceService":
-        check_service_name(self.name, self.namespace, self.settings)
+        check_service_name(self.name, self.namespace)
         return self
 
     def deploy(self, request: DeployRequest) -> DeployedService:
         with self._explained(f"model {request.model_digest} was not deployed"):
             view = self._view()
             outcome = ServiceDeployer(view, self._build).deploy(request)
-            client = view.endpoint.client(outcome.service)
+            client = view.asking(outcome.service, False)
         return DeployedService(
             url=client.base_url,
             model_digest=request.model_digest,
@@ -92,7 +108,7 @@ class KServeInferenceService(InferenceServiceResource):
             reason = view.client.last_failure(self.namespace, self.name)
             if service is None:
                 return ServiceStatus(False, None, None, None, reason or f"There is no {self._label}.")
-            client = view.endpoint.client(service)
+            client = view.asking(service, False)
         except KubernetesError as error:
             return ServiceStatus(False, None, None, None, str(error))
         ready, digest, version = False, None, None
@@ -108,7 +124,7 @@ class KServeInferenceService(InferenceServiceResource):
         with self._explained("it was not deleted"):
             return ServiceDeployer(self._view(), self._build).delete()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _explained(self, failure: str) -> Iterator[None]:
         try:
             yield
@@ -125,14 +141,13 @@ class KServeInferenceService(InferenceServiceResource):
             "deployment": f"KServe, {self.settings.mode} mode",
             "inference_service": f"{self.namespace}/{self.name}",
             "cluster_url": f"http://{predictor}.{self.namespace}.svc",
+            "kserve_url": str(service.status.get("url") or ""),
         }
-        if service.status.get("url"):
-            details["kserve_url"] = str(service.status["url"])
         if url.startswith("http://127.0.0.1:") and not self.base_url:
             details["url_is"] = "forwarded by this run's process and gone with it"
             if not self.settings.serverless:
                 details["to_reach_it"] = f"kubectl -n {self.namespace} port-forward svc/{predictor} 8080:80"
-        return details
+        return {name: value for name, value in details.items() if value}
 
     def _build(self, request: DeployRequest) -> dict[str, Any]:
         return build_inference_service_manifest(self.settings, request, name=self.name, namespace=self.namespace)
@@ -140,11 +155,30 @@ class KServeInferenceService(InferenceServiceResource):
     def _client(self) -> InferenceServiceClient:
         return InferenceServiceClient.production(self.kubeconfig_file)
 
+    def _asking(
+        self, configuration: k8s.Configuration, in_cluster: bool, service: InferenceService, canary: bool
+    ) -> InferenceClient:
+        """A client that asks it as its users do; with `canary`, its newest revision alone."""
+        name = predictor_name(service.name)
+        host = f"{'latest-' if canary else ''}{name}.{service.namespace}.svc"
+        headers: dict[str, str] = {}
+        if self.base_url:
+            url = self.base_url.rstrip("/")
+            headers["Host"] = self.host or urlsplit(service.status.get("url") or "").netloc or host
+        elif in_cluster:
+            url = f"http://{host}"
+        elif service.serverless:
+            url = _forwarded_url(configuration, *self.gateway.split("/"))
+            headers["Host"] = f"{host}.cluster.local"
+        else:
+            url = _forwarded_url(configuration, service.namespace, name)
+        return InferenceClient(url, timeout=_WAKE_SECONDS if service.serverless else _ASK_SECONDS, headers=headers)
+
     def _view(self) -> ServiceView:
         configuration, in_cluster = load_configuration(self.kubeconfig_file)
         return ServiceView(
             client=self._client(),
-            endpoint=ServiceEndpoint(configuration, in_cluster, self.gateway, self.base_url, self.host),
+            asking=partial(self._asking, configuration, in_cluster),
             namespace=self.namespace,
             name=self.name,
             limits=RolloutLimits(
@@ -154,3 +188,72 @@ class KServeInferenceService(InferenceServiceResource):
             ),
             log=dg.get_dagster_logger(),
         )
+
+
+class _Forwarder(socketserver.ThreadingTCPServer):
+    """Listens on loopback as long as this process lives. What cannot be carried to a pod is answered with 502."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, configuration: k8s.Configuration, namespace: str, service: str):
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self._configuration = configuration
+        self._namespace = namespace
+        self._service = service
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, name=f"port to {namespace}/{service}", daemon=True).start()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Carry the bytes of one connection, both ways."""
+        try:
+            far, forward = self._connect()
+        except Exception as error:
+            text = f"A port could not be forwarded: {str(error).strip()[:300]}".encode()
+            request.recv(1 << 16)
+            request.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text))
+            return
+        back = threading.Thread(target=_pump, args=(far, request), daemon=True)
+        back.start()
+        _pump(request, far)
+        back.join()
+        with contextlib.suppress(OSError):
+            forward.close()
+
+    def _connect(self) -> tuple[Any, Any]:
+        """A socket that leads to a ready pod behind the Service, and what it belongs to."""
+        # A client of its own: the stream functions change the one they use while they do.
+        core: Any = k8s.CoreV1Api(k8s.ApiClient(self._configuration))
+        service = core.read_namespaced_service(self._service, self._namespace, **_TIMEOUT)
+        selector = ",".join(f"{key}={value}" for key, value in service.spec.selector.items())
+        found = core.list_namespaced_pod(self._namespace, label_selector=selector, **_TIMEOUT).items
+        ready = [pod.metadata.name for pod in found if read_pod(pod, pod.metadata.name).ready]
+        if not ready:
+            raise LookupError(f"no pod is ready behind Service {self._namespace}/{self._service}")
+        port = str(next(port.target_port for port in service.spec.ports if port.port == 80))
+        call = core.connect_get_namespaced_pod_portforward
+        forward = portforward(call, random.choice(ready), self._namespace, ports=port, **_TIMEOUT)
+        far = forward.socket(int(port))
+        far.setblocking(True)
+        return far, forward
+
+
+_forwarders: dict[tuple[str, str, str], _Forwarder] = {}
+_lock = threading.Lock()
+
+
+def _forwarded_url(configuration: k8s.Configuration, namespace: str, service: str) -> str:
+    """Address of this process's one port that leads there."""
+    key = (configuration.host, namespace, service)
+    with _lock:
+        if key not in _forwarders:
+            _forwarders[key] = _Forwarder(configuration, namespace, service)
+        return _forwarders[key].url
+
+
+def _pump(source: Any, sink: Any) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from resources.errors import DeployError
 from resources.inference_service.client import InferenceClient, ServedModel, ServerError
@@ -15,7 +15,6 @@ from resources.interrupts import sleep
 from resources.kubernetes.diagnosis import (
     Cause,
     Diagnosis,
-    Obstacle,
     Patience,
     PodHistory,
     WatchLimits,
@@ -39,19 +38,13 @@ _ADVICE: Mapping[Cause, str] = {
     Cause.IMAGE: "Check the image's name and tag, that the node can reach its registry, and `image_pull_secrets`.",
     Cause.CONFIGURATION: "Create the Secret or ConfigMap that it names, in the service's namespace, or correct "
     "`env_secrets` and `env_config_maps`.",
-    Cause.NO_PODS: "Check that KServe's controller runs, its log, and the namespace's quota.",
-    Cause.SLOW_START: "Look at the pods with kubectl describe, or raise `rollout_timeout_seconds`.",
+    Cause.SLOW_START: "Look at the pods with kubectl describe, or raise `rollout_timeout_seconds`. Where there is no "
+    "pod, check that KServe's controller runs, its log, and the namespace's quota.",
 }
 
 
 class NotYetError(Exception):
     """What is waited for is not there yet. The text says what is missing."""
-
-
-class Endpoint(Protocol):
-    """Knows where the service answers."""
-
-    def client(self, service: InferenceService, *, canary: bool = False) -> InferenceClient: ...
 
 
 @dataclass(frozen=True)
@@ -63,8 +56,6 @@ class RolloutLimits(WatchLimits):
     blocked_timeout_seconds: float = 45.0
     start_timeout_seconds: float = 600.0
     """For the whole rollout."""
-    no_pods_timeout_seconds: float = 180.0
-    """KServe does nothing. Long enough for its controller, which every new pod needs as well, to be started again."""
     settle_timeout_seconds: float = 120.0
     """For a write, and for what is put back, or deleted, to take effect."""
     final_exit_codes: tuple[int, ...] = (2,)
@@ -72,16 +63,14 @@ class RolloutLimits(WatchLimits):
     max_restarts: int = 3
     """Of a server that ends with an exit code that a restart might cure."""
 
-    def of(self, cause: Cause) -> float:
-        return self.no_pods_timeout_seconds if cause == Cause.NO_PODS else super().of(cause)
-
 
 @dataclass(frozen=True)
 class ServiceView:
     """The InferenceService of one name: how it is looked at, and how long."""
 
     client: InferenceServiceClient
-    endpoint: Endpoint
+    asking: Callable[[InferenceService, bool], InferenceClient]
+    """A client that asks the service as its users do; where true is given, its newest revision alone."""
     namespace: str
     name: str
     limits: RolloutLimits
@@ -132,7 +121,7 @@ class ServiceView:
     def why_not_serving(self, service: InferenceService, request: DeployRequest) -> str | None:
         """What the endpoint, or the canary's where there is one, answers instead of the model; None when it is that."""
         try:
-            served = self.endpoint.client(service, canary=service.canary_percent is not None).served_model()
+            served = self.asking(service, service.canary_percent is not None).served_model()
         except ServerError as error:
             return str(error)
         if served == ServedModel(True, request.model_digest, request.model_version):
@@ -191,9 +180,7 @@ class RevisionWatch:
             raise self._failed(exit_cause(end), exit_line(end) + restarts, end)
 
     def _give_up_if_stuck(self) -> None:
-        obstacle = Obstacle(Cause.NO_PODS, "service", "KServe has made no pod for this version")
-        if self._pods:
-            obstacle = find_obstacle(self._pods)
+        obstacle = find_obstacle(self._pods)
         waited = self._patience.spend(obstacle)
         if obstacle and waited >= self._limits.of(obstacle.cause):
             raise self._failed(obstacle.cause, f"{obstacle} (for {waited:.0f} s)")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from resources.errors import ExplainedError
 from resources.inference_service.client import InferenceClient
-from resources.inference_service.local.process import ServerInfo, find_server, stop_server
-from resources.inference_service.local.resource import LocalInferenceService
+from resources.inference_service.local.resource import LocalInferenceService, ServerInfo, find_server, stop_server
 
 _DEFAULT_FOLDER = Path(LocalInferenceService.model_fields["state_dir"].default)
 

@@ -119,7 +119,7 @@ class FakeKServe:
 
     # Requests
 
-    def client(self, service: InferenceService, *, canary: bool = False) -> Any:
+    def client(self, service: InferenceService, canary: bool) -> Any:
         assert canary == (service.canary_percent is not None)
         return SimpleNamespace(service=service, served_model=lambda: self.served_model())
 

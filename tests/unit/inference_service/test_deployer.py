@@ -33,7 +33,7 @@ def build(request: DeployRequest) -> dict[str, Any]:
 def view_of(cluster: FakeKServe, limits: RolloutLimits = LIMITS) -> ServiceView:
     client = InferenceServiceClient(cluster, cluster)
     log = logging.getLogger("test")
-    return ServiceView(client, cluster, "space", "cifar10", limits, log, cluster.clock, cluster.clock.sleep)
+    return ServiceView(client, cluster.client, "space", "cifar10", limits, log, cluster.clock, cluster.clock.sleep)
 
 
 def deployer(cluster: FakeKServe, limits: RolloutLimits = LIMITS) -> ServiceDeployer:

@@ -20,7 +20,7 @@ from cifar_assets.serving.http import HttpServer
 from cifar_assets.serving.server import _Succession
 from cifar_assets.serving.settings import ServingLimits
 from resources.errors import DeployError
-from resources.inference_service.local.process import RunningServer, ServerInfo, _meet, find_server
+from resources.inference_service.local.resource import RunningServer, ServerInfo, _meet, find_server
 
 INFO = ServerInfo("127.0.0.1", 8080, "u", "d", "1", {}, "server.log", os.getpid(), 1)
 ANSWERS = st.one_of(
@@ -74,7 +74,7 @@ def test_a_server_of_another_version_is_reported_with_its_process() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         answering(Path(folder), answer, sends_descriptor=True),
-        pytest.raises(DeployError, match=r"another version of this project.*\"process_id\": 4711.*End that process"),
+        pytest.raises(DeployError, match=r"this version of the project.*\"process_id\": 4711.*End that process"),
     ):
         find_server(Path(folder))
 

@@ -17,7 +17,6 @@ from resources.inference_service import DeployRequest
 from resources.inference_service.client import InferenceClient, ServerError
 from resources.inference_service.kserve import resource as module
 from resources.inference_service.kserve.client import InferenceService, InferenceServiceClient
-from resources.inference_service.kserve.endpoint import ServiceEndpoint
 from resources.inference_service.kserve.resource import KServeInferenceService
 from resources.inference_service.kserve.watch import ServiceView
 from tests.fixtures.settings import settings_of
@@ -73,44 +72,40 @@ def service(mode: str = "Standard", **status: Any) -> InferenceService:
     return InferenceService({"metadata": metadata, "spec": {"predictor": {}}, "status": status})
 
 
-def endpoint(**options: Any) -> ServiceEndpoint:
-    return ServiceEndpoint(k8s.Configuration(), **{"in_cluster": False, "gateway": "gateways/inner", **options})
+def client(of: InferenceService, canary: bool = False, *, in_cluster: bool = False, **fields: str) -> InferenceClient:
+    found = serving().model_copy(update={"gateway": "gateways/inner", **fields})
+    return found._asking(k8s.Configuration(host="http://127.0.0.1:9"), in_cluster, of, canary)
 
 
-def address(found: ServiceEndpoint, of: InferenceService, *, canary: bool = False) -> tuple[str, Mapping[str, str]]:
-    client = found.client(of, canary=canary)
-    return client.base_url, client.headers
+def address(of: InferenceService, canary: bool = False, **options: Any) -> tuple[str, Mapping[str, str]]:
+    found = client(of, canary, **options)
+    return found.base_url, found.headers
 
 
 def test_address_in_a_pod_is_the_clusters_own() -> None:
-    found = endpoint(in_cluster=True)
-    assert address(found, service()) == ("http://cifar10-predictor.space.svc", {})
-    assert address(found, service("Knative"), canary=True) == ("http://latest-cifar10-predictor.space.svc", {})
+    assert address(service(), in_cluster=True) == ("http://cifar10-predictor.space.svc", {})
+    serverless = address(service("Knative"), canary=True, in_cluster=True)
+    assert serverless == ("http://latest-cifar10-predictor.space.svc", {})
 
 
 def test_address_by_an_ingress_carries_the_host() -> None:
-    found = endpoint(base_url="http://ingress.example/")
-    expected = "http://ingress.example", {"Host": "cifar10.example"}
-    assert address(found, service(url="http://cifar10.example")) == expected
-    named = endpoint(base_url="http://ingress.example", host="mine.example")
-    assert address(named, service(url="http://cifar10.example"))[1] == {"Host": "mine.example"}
+    found, by = service(url="http://cifar10.example"), "http://ingress.example/"
+    assert address(found, base_url=by) == ("http://ingress.example", {"Host": "cifar10.example"})
+    assert address(found, base_url=by, host="mine.example")[1] == {"Host": "mine.example"}
 
 
 def test_address_outside_of_the_cluster_is_a_port_of_this_process() -> None:
-    found = endpoint()
-    plain, again = address(found, service()), address(found, service())
+    plain, again = address(service()), address(service())
     assert plain[0].startswith("http://127.0.0.1:")
     assert plain == again
-    serverless = address(found, service("Knative"))
+    serverless = address(service("Knative"))
     assert serverless[0] != plain[0]
     assert serverless[1] == {"Host": "cifar10-predictor.space.svc.cluster.local"}
 
 
 def test_failed_port_forward_is_explained() -> None:
-    configuration = k8s.Configuration(host="http://127.0.0.1:9")
-    nowhere = ServiceEndpoint(configuration, in_cluster=False, gateway="gateways/inner")
     with pytest.raises(ServerError, match=r"502: A port could not be forwarded: .*Connection refused"):
-        nowhere.client(service()).served_model()
+        client(service()).served_model()
 
 
 @pytest.fixture
