@@ -18,16 +18,6 @@ def has_credentials(address: str) -> bool:
     return redacted(address) != address
 
 
-def redact_error(error: BaseException) -> None:
-    """Redact the messages of an error of a library, which may repeat an address, and of what caused it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        seen.args = tuple(redacted(part) if isinstance(part, str) else part for part in seen.args)
-        if isinstance(seen, OSError) and isinstance(seen.strerror, str):
-            seen.strerror = redacted(seen.strerror)
-        seen = seen.__cause__ or seen.__context__
-
-
 class RedactedError(Exception):
     """An error that shows no credentials of the addresses in its message."""
 

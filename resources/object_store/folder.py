@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +17,6 @@ from resources.errors import ConfigError, ObjectChangedError, ObjectNotFoundErro
 from resources.object_store.base import ObjectInfo, ObjectStore
 
 _TEMPORARY_PREFIX = ".writing-"
-_REMOVING_PREFIX = ".removing-"
-_MAX_NAME_BYTES = 255
 _ABANDONED_SECONDS = 24 * 3600
 """A file that nobody has written to for so long has no writer."""
 _swept: set[Path] = set()
@@ -73,7 +72,7 @@ class FolderStore(ObjectStore):
             str(Path(folder, name).relative_to(self.root)).replace(os.sep, "/")
             for folder, _, names in os.walk(base)
             for name in names
-            if not name.startswith((_TEMPORARY_PREFIX, _REMOVING_PREFIX))
+            if not name.startswith(_TEMPORARY_PREFIX)
         )
         for key in sorted(keys):
             if key.startswith(prefix):
@@ -86,7 +85,6 @@ class FolderStore(ObjectStore):
 
     def delete(self, key: str, etag: str | None = None) -> bool:
         path = self._path(key)
-        _remove_abandoned(path.parent)
         try:
             if etag is not None:
                 return _remove_unchanged(path, etag)
@@ -132,29 +130,24 @@ def _etag(status: os.stat_result) -> str:
 
 
 def _remove_unchanged(path: Path, etag: str) -> bool:
-    """Remove a file that still has the etag. It is set aside first, so that what is looked at is what is removed."""
-    aside = path.with_name(_REMOVING_PREFIX + path.name)
+    """Remove a file that still has the etag.
+
+    It is set aside first, so that what is looked at is what is removed. What a process that is killed here leaves is an
+    object, under the other name.
+    """
+    aside = path.with_name(f"removing-{uuid.uuid4().hex}{path.suffix[:20]}")
     try:
         if _etag(path.stat()) != etag:
             return False
-        if len(os.fsencode(aside.name)) > _MAX_NAME_BYTES:
-            path.unlink()
-            return True
         path.rename(aside)
-        if _etag(aside.stat()) == etag:
-            aside.unlink()
-            return True
-        _put_back(aside)
     except FileNotFoundError:
         return True
-    return False
-
-
-def _put_back(aside: Path) -> None:
-    """Give a file its name again, unless a newer one has taken it."""
-    with contextlib.suppress(FileExistsError):
-        os.link(aside, aside.with_name(aside.name.removeprefix(_REMOVING_PREFIX)), follow_symlinks=False)
+    unchanged = _etag(aside.stat()) == etag
+    if not unchanged:
+        with contextlib.suppress(FileExistsError):  # a newer one has taken its name
+            os.link(aside, path, follow_symlinks=False)
     aside.unlink()
+    return unchanged
 
 
 def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace: bool = True) -> bool:
@@ -187,7 +180,7 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Tidy what killed processes left in a folder, once per process: half-written and half-removed files."""
+    """Remove what killed processes left half-written in a folder, once per process."""
     if folder in _swept:
         return
     _swept.add(folder)
@@ -195,6 +188,3 @@ def _remove_abandoned(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
-    for path in folder.glob(f"{_REMOVING_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError):
-            _put_back(path)

@@ -216,21 +216,13 @@ class S3Store(ObjectStore):
             advice = _ADVICE.get(error.code or "", "See the server's log.")
             text = f"{place}: {error.code}: {error.message}. {advice}"
             raise kind(text, transient=error.code in _TRANSIENT_CODES) from error
-        except MinioException as error:
+        except (HTTPError, MinioException) as error:
+            insecure = isinstance(getattr(error, "reason", None), SSLError)
             raise StoreError(
-                f"{place}: the answer is not from an S3 server ({error}). AWS_ENDPOINT_URL may name a web console or "
-                "a proxy, or use http:// for a server that speaks TLS."
-            ) from error
-        except HTTPError as error:
-            if isinstance(getattr(error, "reason", None), SSLError):
-                raise StoreError(
-                    f"{place}: no secure connection ({error}). Set AWS_CA_BUNDLE to the server's certificate "
-                    "authority, or use http:// in AWS_ENDPOINT_URL where the server speaks no TLS."
-                ) from error
-            raise StoreError(
-                f"{place}: no answer in {ATTEMPTS} attempts ({error}). Check that the server runs and that "
-                "AWS_ENDPOINT_URL names its host and port.",
-                transient=True,
+                f"{place}: no answer of an S3 server in {ATTEMPTS} attempts ({error}). Check that it runs, that "
+                "AWS_ENDPOINT_URL names its scheme, host and port and not a web console, and for https:// that "
+                "AWS_CA_BUNDLE names its certificate authority.",
+                transient=isinstance(error, HTTPError) and not insecure,
             ) from error
         except OSError as error:
             raise StoreError(

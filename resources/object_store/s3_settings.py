@@ -2,17 +2,16 @@
 
 import os
 import re
-import ssl
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import certifi
 import urllib3
 from minio import Minio
-from urllib3.util import Retry, Timeout, make_headers, parse_url
+from urllib3.util import Retry, Timeout
 
 from resources.errors import ConfigError
 
@@ -118,7 +117,9 @@ class S3Connection:
                 http_client=self.pool(),
             )
         except ValueError as error:
-            raise ConfigError(f"AWS_ENDPOINT_URL is {self.endpoint_url!r}: {error}.") from None
+            raise ConfigError(
+                f"AWS_ENDPOINT_URL is {self.endpoint_url!r}: it, or a proxy of the environment, is not an address: {error}."
+            ) from None
         if self.addressing == "virtual":
             client.enable_virtual_style_endpoint()
         if self.addressing == "path":
@@ -127,39 +128,24 @@ class S3Connection:
 
     def pool(self) -> urllib3.PoolManager:
         """Connections that try again, trust AWS_CA_BUNDLE and use the proxy of the environment."""
+        retries = Retry(
+            ATTEMPTS - 1,
+            redirect=False,
+            status_forcelist=_OVERLOADED,
+            allowed_methods=None,
+            backoff_factor=self.pause_seconds,
+            respect_retry_after_header=False,
+        )
+        authorities = [os.environ[name] for name in CA_VARIABLES if os.environ.get(name)]
         options: dict[str, Any] = {
             "timeout": Timeout(connect=5.0, read=self.read_seconds),
-            "maxsize": 10,
-            "retries": Retry(
-                ATTEMPTS - 1,
-                redirect=False,
-                status_forcelist=_OVERLOADED,
-                allowed_methods=None,
-                backoff_factor=self.pause_seconds,
-                respect_retry_after_header=False,
-            ),
+            "retries": retries,
             "cert_reqs": "CERT_REQUIRED",
-            "ca_certs": _ca_bundle() if self.secure else certifi.where(),
+            "ca_certs": authorities[0] if authorities else certifi.where(),
         }
         parts = urlsplit(self.endpoint_url)
         host = parts.hostname or ""
         proxy = urllib.request.getproxies().get(parts.scheme)
         if not proxy or host in ("localhost", "127.0.0.1", "::1") or urllib.request.proxy_bypass(host):
             return urllib3.PoolManager(**options)
-        try:
-            user = parse_url(proxy).auth
-        except ValueError:
-            raise ConfigError(f"The proxy for {parts.scheme} is {proxy!r}: expected http://host:port.") from None
-        headers = make_headers(proxy_basic_auth=unquote(user)) if user else None
-        return urllib3.ProxyManager(proxy, proxy_headers=headers, **options)
-
-
-def _ca_bundle() -> str:
-    """The certificate authorities to trust. ConfigError for a variable that names no such file."""
-    name = next((name for name in CA_VARIABLES if os.environ.get(name)), None)
-    path = os.environ[name] if name else certifi.where()
-    try:
-        ssl.create_default_context(cafile=path)
-    except OSError as error:
-        raise ConfigError(f"{name} is {path!r}: expected a file of certificates in PEM format ({error}).") from error
-    return path
+        return urllib3.ProxyManager(proxy, **options)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cifar_assets.dataset.progress import report
 from resources.errors import DataError, IntegrityError
-from resources.redaction import redact_error, redacted
+from resources.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +68,15 @@ def fetch(url: str, target: Path, digest: str) -> None:
             if isinstance(error, OSError) and error.errno in FULL_DISK:
                 error.filename = str(target)
                 raise
-            redact_error(error)  # urllib repeats the path and query of a URL it cannot use
+            reason = redacted(error)  # urllib repeats the path and query of a URL it cannot use
             is_refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
             if is_refused or isinstance(error, http.client.InvalidURL | ValueError) or attempt == ATTEMPTS:
                 have = target.stat().st_size if target.exists() else 0
                 raise DataError(
-                    f"Cannot fetch {name}: failed after {attempt} attempts, {have:,} bytes received so far ({error}). "
+                    f"Cannot fetch {name}: failed after {attempt} attempts, {have:,} bytes received so far ({reason}). "
                     f"Check the address and the network, and try again. {CHOICES}"
-                ) from error
-            logger.warning("%s: %s; attempt %d of %d failed, trying again.", name, error, attempt, ATTEMPTS)
+                ) from None
+            logger.warning("%s: %s; attempt %d of %d failed, trying again.", name, reason, attempt, ATTEMPTS)
             time.sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
     check_file(target, digest, name)
 

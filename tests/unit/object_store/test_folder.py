@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -114,10 +115,27 @@ def test_a_replaced_file_is_not_removed_and_comes_back_under_its_name(
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_file_that_a_killed_process_was_removing_comes_back(tmp_path: Path) -> None:
-    (tmp_path / ".removing-x").write_bytes(b"1")
+def test_a_file_that_a_killed_process_was_removing_is_still_an_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = FolderStore(tmp_path)
+    store.write("x.png", b"1")
+    info = store.stat("x.png")
+    assert info is not None
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", Mock(side_effect=KeyboardInterrupt))
+        store.delete("x.png", info.etag)
+    (left,) = store.list()
+    assert store.read(left.key) == b"1"
+    assert left.key.endswith(".png")
+
+
+def test_a_file_with_the_longest_name_is_removed(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    name = "x" * 251 + ".png"
+    store.write(name[:200], b"1")
+    (tmp_path / name[:200]).rename(tmp_path / name)
+    info = store.stat(name)
+    assert info is not None
+    assert store.delete(name, info.etag)
     assert list(store.list()) == []
-    store.write("y", b"2")
-    assert store.read("x") == b"1"
-    assert sorted(os.listdir(tmp_path)) == ["x", "y"]

@@ -11,7 +11,7 @@ import pytest
 from resources.errors import ConfigError, StoreError
 from resources.object_store import open_store
 from resources.object_store.s3 import S3Store
-from resources.object_store.s3_settings import ATTEMPTS, S3Connection
+from resources.object_store.s3_settings import ATTEMPTS, CA_VARIABLES, S3Connection
 
 Answer = Callable[[BaseHTTPRequestHandler, int], None]
 BODY = bytes(range(256)) * 400
@@ -150,7 +150,7 @@ def test_mistakes_are_not_retried_and_say_what_to_do(status: int, code: str, adv
 
 def test_server_without_s3_is_recognized(fake: Fake) -> None:
     fake.answer = lambda handler, number: reply(handler, 404, b"<html>console</html>", Content_Type="text/html")
-    with pytest.raises(StoreError, match="not from an S3 server"):
+    with pytest.raises(StoreError, match="no answer of an S3 server.*not a web console"):
         fake.store().read("x")
 
 
@@ -158,14 +158,31 @@ def test_nobody_there(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        with pytest.raises(StoreError, match=r"no answer in 5 attempts.*AWS_ENDPOINT_URL") as caught:
+        with pytest.raises(StoreError, match=r"no answer of an S3 server in 5 attempts.*AWS_ENDPOINT_URL") as caught:
             S3Store(S3Connection(endpoint, "a", "b", pause_seconds=0), "bucket").read("x")
         assert caught.value.transient
 
 
 def test_tls_against_a_plain_server_says_so(fake: Fake) -> None:
     fake.endpoint = fake.endpoint.replace("http:", "https:")
-    with pytest.raises(StoreError, match=r"no secure connection.*AWS_CA_BUNDLE") as caught:
+    with pytest.raises(StoreError, match="SSL.*AWS_CA_BUNDLE") as caught:
+        fake.store().read("x")
+    assert not caught.value.transient
+
+
+@pytest.mark.parametrize("name", CA_VARIABLES)
+@pytest.mark.parametrize("content", [None, "not a certificate"])
+def test_unusable_ca_bundle_is_an_error_that_names_the_variable(
+    name: str, content: str | None, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in CA_VARIABLES:
+        monkeypatch.delenv(other, raising=False)
+    if content:
+        (tmp_path / "ca.pem").write_text(content)
+    monkeypatch.setenv(name, str(tmp_path / "ca.pem"))
+    assert fake.store().read("x") == BODY, "plain HTTP needs none"
+    fake.endpoint = fake.endpoint.replace("http:", "https:")
+    with pytest.raises(StoreError, match="AWS_CA_BUNDLE") as caught:
         fake.store().read("x")
     assert not caught.value.transient
 

@@ -73,21 +73,6 @@ def test_unusable_setting_is_refused_by_name(
         resource(monkeypatch, **variables).root()
 
 
-@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
-@pytest.mark.parametrize("content", [None, "not a certificate"])
-def test_unusable_ca_bundle_is_refused_by_name(
-    name: str, content: str | None, tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
-    path = tmp_path / "ca.pem"
-    if content:
-        path.write_text(content)
-    monkeypatch.setenv(name, str(path))
-    with pytest.raises(ConfigError, match=f"{name} is '{path}'"):
-        read(AWS_ENDPOINT_URL="https://host").client()
-    read().client()  # plain HTTP needs none
-
-
 @pytest.mark.parametrize(
     ("endpoint", "style", "expected"),
     [
