@@ -118,7 +118,7 @@ class S3Connection:
             )
         except ValueError as error:
             raise ConfigError(
-                f"AWS_ENDPOINT_URL is {self.endpoint_url!r}: it, or a proxy of the environment, is not an address: {error}."
+                f"AWS_ENDPOINT_URL is {self.endpoint_url!r}: it, or the proxy for it, is not an address: {error}."
             ) from None
         if self.addressing == "virtual":
             client.enable_virtual_style_endpoint()

@@ -75,7 +75,7 @@ def test_untrusted_certificate_is_an_error_that_names_the_variable(
     with pytest.raises(StoreError, match="AWS_CA_BUNDLE"):
         resource().models.read("x")
     monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such/bundle")
-    with pytest.raises(StoreError, match="No such file.*AWS_CA_BUNDLE"):
+    with pytest.raises(StoreError, match=r"No such file.*AWS_CA_BUNDLE"):
         resource().models.read("x")
 
 

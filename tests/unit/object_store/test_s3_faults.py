@@ -150,7 +150,7 @@ def test_mistakes_are_not_retried_and_say_what_to_do(status: int, code: str, adv
 
 def test_server_without_s3_is_recognized(fake: Fake) -> None:
     fake.answer = lambda handler, number: reply(handler, 404, b"<html>console</html>", Content_Type="text/html")
-    with pytest.raises(StoreError, match="no answer of an S3 server.*not a web console"):
+    with pytest.raises(StoreError, match=r"no answer of an S3 server.*not a web console"):
         fake.store().read("x")
 
 
@@ -165,7 +165,7 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 def test_tls_against_a_plain_server_says_so(fake: Fake) -> None:
     fake.endpoint = fake.endpoint.replace("http:", "https:")
-    with pytest.raises(StoreError, match="SSL.*AWS_CA_BUNDLE") as caught:
+    with pytest.raises(StoreError, match=r"SSL.*AWS_CA_BUNDLE") as caught:
         fake.store().read("x")
     assert not caught.value.transient
 
