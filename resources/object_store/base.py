@@ -37,7 +37,7 @@ class ObjectStore(ABC):
         """The same store rooted at a prefix. At the top of an S3 store the first segment is the bucket."""
 
     def bucket(self, name: str) -> "ObjectStore":
-        """The bucket of this name; an S3 store may have it under a name with a prefix."""
+        """The bucket of this name, which S3 may know by a name with a prefix."""
         return self.at(name)
 
     def read(self, key: str) -> bytes:
@@ -56,8 +56,7 @@ class ObjectStore(ABC):
         """Write the object only where there is none yet. Of several that try at once, one gets True."""
 
     @abstractmethod
-    def upload(self, key: str, path: Path) -> None:
-        """Store a file's content under the key."""
+    def upload(self, key: str, path: Path) -> None: ...
 
     @abstractmethod
     def download(self, key: str, path: Path) -> None:

@@ -57,14 +57,8 @@ class S3Store(ObjectStore):
 
     @classmethod
     def from_environment(cls, path: str = "") -> "S3Store":
-        """The store rooted at `bucket/prefix`, with endpoint and credentials from AWS_... variables.
-
-        ConfigError naming the variable that is missing or malformed; no connection is opened.
-        """
-        try:
-            return cls(S3Connection.from_environment(), unquote(path))
-        except ConfigError as error:
-            raise ConfigError(f"Cannot open s3://{path}: {error}") from error
+        """The store rooted at `bucket/prefix` on the server that the AWS_... variables describe; not connected yet."""
+        return cls(S3Connection.from_environment(), unquote(path))
 
     def bucket(self, name: str) -> "S3Store":
         return self.at(self._connection.bucket_prefix + name)

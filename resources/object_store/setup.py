@@ -6,7 +6,6 @@ policies up to date. The AWS_... variables name MinIO and its root user.
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,35 +58,29 @@ def policy_of(role: str, bucket_prefix: str = "") -> dict[str, Any]:
     return {"Version": "2012-10-17", "Statement": statements}
 
 
-def set_up(connection: S3Connection, secret_keys: dict[str, str], report: Callable[[str], object]) -> None:
-    """Make what is missing, and give every role's user its key and its policy."""
-    S3Store(connection).ensure_buckets(connection.bucket_prefix + name for name in ALL_BUCKETS)
-    report(f"buckets: {', '.join(connection.bucket_prefix + name for name in ALL_BUCKETS)}")
-    admin = MinioAdmin(
-        endpoint=connection.host,
-        credentials=StaticProvider(connection.access_key, connection.secret_key),
-        region=connection.region,
-        secure=connection.secure,
-        http_client=connection.pool(),
-    )
-    for role in ROLES:
-        admin.policy_add(user_of(role), policy=policy_of(role, connection.bucket_prefix))
-        admin.user_add(user_of(role), secret_keys[role])
-        admin.policy_set(user_of(role), user=user_of(role))
-        report(f"user {user_of(role)}: {', '.join(ROLES[role])}")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Set up the server that the AWS_... variables name."""
+    """Make what is missing on the server that the AWS_... variables name; give every role's user its key and policy."""
     parser = argparse.ArgumentParser(prog="python -m resources.object_store.setup", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with a file per role that holds its secret key")
     folder: Path = parser.parse_args(arguments).folder
     try:
-        missing = [role for role in ROLES if not (folder / role).is_file()]
-        if missing:
+        if missing := [role for role in ROLES if not (folder / role).is_file()]:
             raise ConfigError(f"{folder} has no file {', '.join(missing)}: each holds the secret key of a role's user.")
-        keys = {role: (folder / role).read_text().strip() for role in ROLES}
-        set_up(S3Connection.from_environment(), keys, lambda line: sys.stdout.write(f"{line}\n"))
+        connection = S3Connection.from_environment()
+        prefix = connection.bucket_prefix
+        S3Store(connection).ensure_buckets(prefix + name for name in ALL_BUCKETS)
+        admin = MinioAdmin(
+            endpoint=connection.host,
+            credentials=StaticProvider(connection.access_key, connection.secret_key),
+            region=connection.region,
+            secure=connection.secure,
+            http_client=connection.pool(),
+        )
+        for role, places in ROLES.items():
+            admin.policy_add(user_of(role), policy=policy_of(role, prefix))
+            admin.user_add(user_of(role), (folder / role).read_text().strip())
+            admin.policy_set(user_of(role), user=user_of(role))
+            sys.stdout.write(f"user {user_of(role)}: {', '.join(prefix + place for place in places)}\n")
     except ExplainedError as error:
         sys.stderr.write(f"{error}\n")
         return 1
