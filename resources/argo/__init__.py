@@ -1,6 +1,6 @@
 """The pipeline's four steps apart from Dagster: as an Argo workflow, or on this machine. See docs/argo.md.
 
-`template` is pure; `client` and `report` need no Dagster; `resource` and `local` implement `interface`.
+`template` and `workflow` are pure; `client` says why a workflow failed; `resource` and `local` implement `interface`.
 """
 
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult

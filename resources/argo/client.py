@@ -77,7 +77,8 @@ class WorkflowClient(JobClient[Workflow]):
     def obstacle(self, job: Workflow, pods: Sequence[Pod]) -> Obstacle | None:
         if job.status.state == JobState.PENDING:
             return Obstacle(Cause.NO_PODS, "workflow", "Argo's controller has not looked at it")
-        return find_obstacle(pods)
+        found = find_obstacle(pods)
+        return None if found and found.cause == Cause.SLOW_START else found  # Argo ends a step at its own deadline
 
     def failure(
         self,

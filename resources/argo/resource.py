@@ -32,9 +32,7 @@ class ArgoPipeline(PipelineResource):
     )
     poll_interval_seconds: float = Field(default=2.0, gt=0, description="Time between two looks at the workflow.")
     pending_timeout_seconds: float = Field(
-        default=300.0,
-        gt=0,
-        description="How long Argo's controller may take to begin, and a pod to start while nothing is wrong.",
+        default=300.0, gt=0, description="How long Argo's controller may take to begin."
     )
 
     def connect(self) -> WorkflowClient:

@@ -1,5 +1,5 @@
-"""What a step that owns a custom resource needs, of any kind: API, pods, launch, watch, diagnosis, errors.
+"""What a step that owns a custom resource needs, of any kind. docs/pytorch_job.md lists the modules.
 
-`job` and `pipes` go further for kinds that run pods to an end. No kind is named here: `resources.pytorch_job`,
-`resources.argo` and `resources.inference_service.kserve` add manifest, status and advice.
+No kind is named here: `resources.pytorch_job`, `resources.argo` and `resources.inference_service.kserve` add manifest,
+status and advice.
 """

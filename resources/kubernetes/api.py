@@ -77,11 +77,6 @@ class CustomResource:
     def annotations(self) -> Mapping[str, str]:
         return self.body["metadata"].get("annotations") or {}
 
-    @property
-    def finished(self) -> bool:
-        """Whether it has ended, for kinds that end by themselves."""
-        return False
-
     def __str__(self) -> str:
         return f"{self.kind} {self.namespace}/{self.name}"
 

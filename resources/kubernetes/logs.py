@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resources.kubernetes.api import CustomResourceClient
-from resources.kubernetes.errors import ApiRefusedError, KubernetesError
+from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.pods import Container, Pod
 
 TAIL_LINES = 30
@@ -65,16 +65,14 @@ class ReplicaLogs:
         client: CustomResourceClient[Any],
         namespace: str,
         clock: Callable[[], float],
-        logger: logging.Logger | None = None,
+        logger: logging.Logger,
     ):
         self._client = client
         self._namespace = namespace
         self._clock = clock
-        self._log = logger or logging.getLogger(__name__)
+        self._log = logger
         self._cursors: dict[tuple[str, str], _Cursor] = {}
         self._tails: dict[str, deque[str]] = {}
-        self.refused: ApiRefusedError | None = None
-        """Set when logs may not be read; the work continues without them."""
 
     @property
     def tails(self) -> Mapping[str, Sequence[str]]:
@@ -86,7 +84,7 @@ class ReplicaLogs:
         for pod in pods:
             for container in pod.containers:
                 in_time = self._clock() - began < _PATIENCE_SECONDS
-                if container.started and not container.init and self.refused is None and in_time:
+                if container.started and not container.init and in_time:
                     yield from self._poll(pod, container)
 
     def drain(self, pods: Sequence[Pod], sleeper: Callable[[float], None]) -> Iterator[LogLine]:
@@ -114,9 +112,6 @@ class ReplicaLogs:
         except KubernetesError as error:
             if cursor.retry_at is None:
                 self._log.warning("Lines are not shown for now: %s", error)
-            if isinstance(error, ApiRefusedError):
-                self.refused = error
-                return
             cursor.retry_at = self._clock() + cursor.retry_seconds
             cursor.retry_seconds = min(2 * cursor.retry_seconds, _LONGEST_RETRY_SECONDS)
             return

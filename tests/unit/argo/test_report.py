@@ -45,7 +45,9 @@ def current(client: WorkflowClient) -> Workflow:
     return found
 
 
-def test_failed_step_with_its_message_and_last_lines(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
+def test_failed_step_with_its_message_and_last_lines(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
+) -> None:
     argo.step(NAME, "verify-data(0)", "Failed", "main: Error (exit code 1): objects/abc is missing", log=STEP_LOG)
     argo.ends(NAME, "Failed", "child 'x' failed")
     text = explain(client, current(client))
@@ -55,7 +57,9 @@ def test_failed_step_with_its_message_and_last_lines(argo: FakeArgo, client: Wor
     )
 
 
-def test_failed_training_is_diagnosed_as_dagsters_own(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
+def test_failed_training_is_diagnosed_as_dagsters_own(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
+) -> None:
     job = f"cifar10-{workflow.uid}"
     argo.jobs[job] = {"metadata": {"name": job, "namespace": "cifar", "uid": "job"}}
     argo.condition(job, "Failed", "failed")
@@ -69,7 +73,9 @@ def test_failed_training_is_diagnosed_as_dagsters_own(argo: FakeArgo, client: Wo
     assert "no such device" in text
 
 
-def test_attempt_repeated_with_success_is_not_a_failure(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
+def test_attempt_repeated_with_success_is_not_a_failure(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
+) -> None:
     argo.step(NAME, "train(0)", "Error", "pod deleted")
     argo.step(NAME, "train(1)", "Succeeded")
     argo.step(NAME, f"{NAME}.onExit", "Running")
@@ -78,7 +84,9 @@ def test_attempt_repeated_with_success_is_not_a_failure(argo: FakeArgo, client: 
     assert explain(client, found) == f"Workflow cifar/{NAME}: no step failed; done: train."
 
 
-def test_a_workflow_that_ends_before_any_step_says_so(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
+def test_a_workflow_that_ends_before_any_step_says_so(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
+) -> None:
     argo.ends(NAME, "Error", 'workflowtemplates.argoproj.io "pipeline" not found')
     assert "ended before a step could fail" in explain(client, current(client))
     assert '"pipeline" not found' in explain(client, current(client))
@@ -86,7 +94,7 @@ def test_a_workflow_that_ends_before_any_step_says_so(argo: FakeArgo, client: Wo
 
 def test_rights_that_are_missing_cost_detail_but_not_the_report(
     argo: FakeArgo, client: WorkflowClient, workflow: Workflow
-):
+) -> None:
     argo.step(NAME, "verify-data(0)", "Failed", "main: Error (exit code 1): objects/abc is missing")
     argo.ends(NAME, "Failed")
     found = current(client)
@@ -96,7 +104,9 @@ def test_rights_that_are_missing_cost_detail_but_not_the_report(
     assert "could not be read" in text
 
 
-def test_watching_shows_lines_once_and_without_argos_own(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
+def test_watching_shows_lines_once_and_without_argos_own(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
+) -> None:
     lines: list[str] = []
     argo.step(NAME, "verify-data(0)", "Failed", "exit code 1", log=STEP_LOG)
     argo.clock.after(20, lambda: argo.ends(NAME, "Failed"))
@@ -106,7 +116,7 @@ def test_watching_shows_lines_once_and_without_argos_own(argo: FakeArgo, client:
     assert not caught.value.transient
 
 
-def test_lines_of_the_training_are_shown(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
+def test_lines_of_the_training_are_shown(argo: FakeArgo, client: WorkflowClient, workflow: Workflow) -> None:
     body = pod_body("job", container_statuses=[container_status(terminated(0))])
     body["metadata"]["labels"]["cifar/argo-workflow"] = NAME
     argo.pods["job"] = [body]
@@ -118,7 +128,9 @@ def test_lines_of_the_training_are_shown(argo: FakeArgo, client: WorkflowClient,
     assert lines == ["master-0: epoch 1"]
 
 
-def test_a_controller_that_is_away_is_waited_for_so_long(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
+def test_a_controller_that_is_away_is_waited_for_so_long(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
+) -> None:
     start = argo.clock.now
     with pytest.raises(ResourceFailedError, match="Argo's controller has not looked at it") as caught:
         watcher(argo, client, workflow, []).wait_until_finished()
@@ -126,14 +138,16 @@ def test_a_controller_that_is_away_is_waited_for_so_long(argo: FakeArgo, client:
     assert caught.value.diagnosis.cause == Cause.NO_PODS
 
 
-def test_a_workflow_past_its_deadline_is_not_waited_for(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
+def test_a_workflow_past_its_deadline_is_not_waited_for(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
+) -> None:
     argo.ends(NAME, "Running")
     argo.workflows[NAME]["status"]["storedWorkflowTemplateSpec"] = {"activeDeadlineSeconds": 100}
     with pytest.raises(ResourceFailedError, match="its deadline is 100 s"):
         watcher(argo, client, workflow, []).wait_until_finished()
 
 
-def test_a_step_that_cannot_start_is_given_up(argo: FakeArgo, client: WorkflowClient, workflow: Workflow):
+def test_a_step_that_cannot_start_is_given_up(argo: FakeArgo, client: WorkflowClient, workflow: Workflow) -> None:
     argo.ends(NAME, "Running")
     waiting = {"waiting": {"reason": "ErrImagePull", "message": "no such tag"}}
     pod = pod_body(NAME, phase="Pending", container_statuses=[container_status(waiting) | {"name": "main"}])
@@ -144,7 +158,7 @@ def test_a_step_that_cannot_start_is_given_up(argo: FakeArgo, client: WorkflowCl
 
 def test_log_that_cannot_be_read_does_not_hide_the_diagnosis(
     argo: FakeArgo, client: WorkflowClient, workflow: Workflow
-):
+) -> None:
     job = f"cifar10-{workflow.uid}"
     argo.jobs[job] = {"metadata": {"name": job, "namespace": "cifar", "uid": "job"}}
     argo.condition(job, "Failed", "failed")

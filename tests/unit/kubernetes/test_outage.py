@@ -10,7 +10,7 @@ from resources.kubernetes.errors import ApiUnavailableError
 
 def test_outage_is_logged_once_and_limited_from_its_first_error(
     caplog: pytest.LogCaptureFixture,
-):
+) -> None:
     seconds = iter([0, 9, 100, 109, 200, 210])
     outage = Outage(lambda: next(seconds), 10, logger=logging.getLogger("test"), meanwhile="work continues")
     error = ApiUnavailableError("no answer")

@@ -19,7 +19,7 @@ def job(client: PyTorchJobClient) -> PyTorchJob:
     return created
 
 
-def test_absence_and_conflict_are_values(client: PyTorchJobClient, job: PyTorchJob):
+def test_absence_and_conflict_are_values(client: PyTorchJobClient, job: PyTorchJob) -> None:
     assert client.create(MANIFEST) is None
     assert client.get("space", "other") is None
     assert client.get("space", "job") == job
@@ -29,14 +29,14 @@ def test_absence_and_conflict_are_values(client: PyTorchJobClient, job: PyTorchJ
     assert client.patch(job, {"metadata": {"labels": {"a": "2"}}}) is None
 
 
-def test_deletes_exactly_the_job_it_was_given(client: PyTorchJobClient, job: PyTorchJob):
+def test_deletes_exactly_the_job_it_was_given(client: PyTorchJobClient, job: PyTorchJob) -> None:
     client.delete(job)
     again = client.create(MANIFEST)
     client.delete(job)
     assert client.get("space", "job") == again
 
 
-def test_finds_by_labels_oldest_first(client: PyTorchJobClient, cluster: FakeCluster, job: PyTorchJob):
+def test_finds_by_labels_oldest_first(client: PyTorchJobClient, cluster: FakeCluster, job: PyTorchJob) -> None:
     cluster.clock.sleep(1)
     client.create({"metadata": {"name": "another", "namespace": "space", "labels": {"a": "1"}}})
     client.create({"metadata": {"name": "unlabelled", "namespace": "space"}})
@@ -53,7 +53,7 @@ def test_finds_by_labels_oldest_first(client: PyTorchJobClient, cluster: FakeClu
     ],
     ids=str,
 )
-def test_no_answer_is_not_a_refusal(client: PyTorchJobClient, cluster: FakeCluster, error: Exception):
+def test_no_answer_is_not_a_refusal(client: PyTorchJobClient, cluster: FakeCluster, error: Exception) -> None:
     cluster.failing = raising(error)
     for call in (
         lambda: client.create(MANIFEST),
@@ -78,7 +78,9 @@ def test_no_answer_is_not_a_refusal(client: PyTorchJobClient, cluster: FakeClust
         (api_error(400, "admission webhook denied the request: Master.replicas must be 1"), "must be 1"),
     ],
 )
-def test_refusals_say_what_to_do(client: PyTorchJobClient, cluster: FakeCluster, error: Exception, message: str):
+def test_refusals_say_what_to_do(
+    client: PyTorchJobClient, cluster: FakeCluster, error: Exception, message: str
+) -> None:
     cluster.failing = raising(error)
     with pytest.raises(ApiRefusedError, match=message) as caught:
         client.create(MANIFEST)
@@ -86,13 +88,13 @@ def test_refusals_say_what_to_do(client: PyTorchJobClient, cluster: FakeCluster,
     assert not caught.value.transient
 
 
-def test_missing_kind_is_an_error_also_when_reading(client: PyTorchJobClient, cluster: FakeCluster):
+def test_missing_kind_is_an_error_also_when_reading(client: PyTorchJobClient, cluster: FakeCluster) -> None:
     cluster.failing = raising(api_error(404, "the server could not find the requested resource"))
     with pytest.raises(ApiRefusedError, match="training operator"):
         client.get("space", "job")
 
 
-def test_pods_are_read_with_their_replica_and_exits(client: PyTorchJobClient, cluster: FakeCluster):
+def test_pods_are_read_with_their_replica_and_exits(client: PyTorchJobClient, cluster: FakeCluster) -> None:
     cluster.pods["job"] = [
         pod_body("job", "worker-10"),
         pod_body("job", "worker-2"),
@@ -110,20 +112,20 @@ def test_pods_are_read_with_their_replica_and_exits(client: PyTorchJobClient, cl
     assert second.containers == ()
 
 
-def test_log_is_none_before_there_is_one(client: PyTorchJobClient, cluster: FakeCluster):
+def test_log_is_none_before_there_is_one(client: PyTorchJobClient, cluster: FakeCluster) -> None:
     assert client.log("space", "job-master-0", "pytorch") is None
     cluster.logs["job-master-0"] = "2026-01-01T00:00:00Z hello\n"
     assert client.log("space", "job-master-0", "pytorch") == "2026-01-01T00:00:00Z hello\n"
 
 
-def test_events_that_may_not_be_read_are_left_out(client: PyTorchJobClient, cluster: FakeCluster):
+def test_events_that_may_not_be_read_are_left_out(client: PyTorchJobClient, cluster: FakeCluster) -> None:
     cluster.events["job"] = ["FailedCreatePod: exceeded quota"]
     assert client.warnings("space", "job") == ["FailedCreatePod: exceeded quota"]
     cluster.failing = raising(api_error(403, "forbidden"))
     assert client.warnings("space", "job") == []
 
 
-def test_no_cluster_configured_is_a_config_error(monkeypatch: pytest.MonkeyPatch, tmp_path):
+def test_no_cluster_configured_is_a_config_error(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(SettingsError, match="KUBECONFIG"):
         PyTorchJobClient.production(kubeconfig_file=str(tmp_path / "missing"))

@@ -51,7 +51,7 @@ def test_job_is_abandoned_when_its_run_ended_long_enough_ago(
     assert is_abandoned(status, seconds, failure_grace_seconds=900) is abandoned
 
 
-def test_old_messages_go_unless_their_job_exists_or_one_of_them_is_new(tmp_path: Path):
+def test_old_messages_go_unless_their_job_exists_or_one_of_them_is_new(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     week_ago = datetime.now(UTC) - timedelta(days=7)
     for key in ("messages/old/w/0.jsonl", "read/old/run.json", "messages/live/w/0.jsonl", "messages/new/w/0.jsonl"):
@@ -70,7 +70,7 @@ def test_old_messages_go_unless_their_job_exists_or_one_of_them_is_new(tmp_path:
 
 def test_sensor_collects_by_the_instances_runs(
     client: PyTorchJobClient, cluster: FakeCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     caplog.set_level(logging.WARNING)
     sensor = build_pytorch_job_collector(
         lambda context: CollectorTarget(client, "space", FolderStore(tmp_path)),
@@ -97,7 +97,7 @@ def test_sensor_collects_by_the_instances_runs(
 
 def test_job_that_cannot_be_deleted_does_not_keep_the_others_and_is_named(
     client: PyTorchJobClient, cluster: FakeCluster, tmp_path: Path
-):
+) -> None:
     class Away(FolderStore):
         def list(self, prefix: str = ""):
             raise StoreError("the store is away", transient=True)

@@ -50,7 +50,7 @@ def retry(request: JobRequest = REQUEST, **changes: Any) -> JobRequest:
     return replace(request, **{"name": "job-1", "launch_id": "2nd", **changes})
 
 
-def test_creates_where_there_is_nothing(launcher: JobLauncher, cluster: FakeCluster):
+def test_creates_where_there_is_nothing(launcher: JobLauncher, cluster: FakeCluster) -> None:
     started = start(launcher)
     assert not started.adopted
     assert started.found.name == "job-0"
@@ -58,7 +58,9 @@ def test_creates_where_there_is_nothing(launcher: JobLauncher, cluster: FakeClus
 
 
 @pytest.mark.parametrize("condition", [None, "Created", "Running", "Restarting", "Suspended", "Succeeded"])
-def test_retry_adopts_a_job_that_runs_or_succeeded(launcher: JobLauncher, cluster: FakeCluster, condition: str | None):
+def test_retry_adopts_a_job_that_runs_or_succeeded(
+    launcher: JobLauncher, cluster: FakeCluster, condition: str | None
+) -> None:
     first = start(launcher)
     if condition:
         cluster.condition("job-0", condition)
@@ -68,7 +70,9 @@ def test_retry_adopts_a_job_that_runs_or_succeeded(launcher: JobLauncher, cluste
     assert cluster.num_created == 1
 
 
-def test_failed_job_is_gone_with_its_pods_before_the_next_is_created(launcher: JobLauncher, cluster: FakeCluster):
+def test_failed_job_is_gone_with_its_pods_before_the_next_is_created(
+    launcher: JobLauncher, cluster: FakeCluster
+) -> None:
     start(launcher)
     cluster.condition("job-0", "Failed")
     cluster.pods["job-0"] = [pod_body("job-0", "worker-0")]
@@ -81,7 +85,9 @@ def test_failed_job_is_gone_with_its_pods_before_the_next_is_created(launcher: J
     assert cluster.most_active == 1
 
 
-def test_failed_job_of_the_same_attempt_is_replaced_under_the_same_name(launcher: JobLauncher, cluster: FakeCluster):
+def test_failed_job_of_the_same_attempt_is_replaced_under_the_same_name(
+    launcher: JobLauncher, cluster: FakeCluster
+) -> None:
     start(launcher)
     cluster.condition("job-0", "Failed")
     again = start(launcher, replace(REQUEST, launch_id="2nd"))
@@ -90,7 +96,7 @@ def test_failed_job_of_the_same_attempt_is_replaced_under_the_same_name(launcher
     assert cluster.num_created == 2
 
 
-def test_running_job_that_computes_something_else_is_replaced(launcher: JobLauncher, cluster: FakeCluster):
+def test_running_job_that_computes_something_else_is_replaced(launcher: JobLauncher, cluster: FakeCluster) -> None:
     start(launcher)
     cluster.condition("job-0", "Running")
     again = start(launcher, retry(work="other digest"))
@@ -99,7 +105,7 @@ def test_running_job_that_computes_something_else_is_replaced(launcher: JobLaunc
     assert cluster.most_active == 1
 
 
-def test_job_that_is_being_deleted_is_waited_for(launcher: JobLauncher, cluster: FakeCluster):
+def test_job_that_is_being_deleted_is_waited_for(launcher: JobLauncher, cluster: FakeCluster) -> None:
     start(launcher)
     cluster.jobs["job-0"]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     again = start(launcher, retry())
@@ -107,7 +113,7 @@ def test_job_that_is_being_deleted_is_waited_for(launcher: JobLauncher, cluster:
     assert cluster.most_active == 1
 
 
-def test_retried_run_adopts_its_parents_job_and_takes_it_over(launcher: JobLauncher, cluster: FakeCluster):
+def test_retried_run_adopts_its_parents_job_and_takes_it_over(launcher: JobLauncher, cluster: FakeCluster) -> None:
     start(launcher)
     child = retry(run_id="run-2", ancestor_run_ids=("run-1",))
     again = start(launcher, child)
@@ -118,7 +124,7 @@ def test_retried_run_adopts_its_parents_job_and_takes_it_over(launcher: JobLaunc
     assert cluster.num_created == 1
 
 
-def test_unrelated_run_and_other_step_start_their_own(launcher: JobLauncher, cluster: FakeCluster):
+def test_unrelated_run_and_other_step_start_their_own(launcher: JobLauncher, cluster: FakeCluster) -> None:
     start(launcher)
     start(launcher, retry(run_id="run-2"))
     start(launcher, retry(name="job-2", step_key="other"))
@@ -126,7 +132,7 @@ def test_unrelated_run_and_other_step_start_their_own(launcher: JobLauncher, clu
     assert len(cluster.jobs) == 3
 
 
-def test_of_two_jobs_the_newer_stays(launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient):
+def test_of_two_jobs_the_newer_stays(launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient) -> None:
     start(launcher)
     cluster.clock.sleep(5)
     client.create(manifest(retry()))
@@ -137,14 +143,14 @@ def test_of_two_jobs_the_newer_stays(launcher: JobLauncher, cluster: FakeCluster
 
 def test_foreign_job_of_the_same_name_is_left_alone(
     launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient
-):
+) -> None:
     client.create({"metadata": {"name": "job-0", "namespace": "space", "labels": {RUN_ID_LABEL: "someone"}}})
     with pytest.raises(ResourceConflictError, match=r"space/job-0 exists and is not this step's.*'someone'"):
         start(launcher)
     assert list(cluster.jobs) == ["job-0"]
 
 
-def test_create_whose_answer_was_lost_makes_one_job(launcher: JobLauncher, cluster: FakeCluster):
+def test_create_whose_answer_was_lost_makes_one_job(launcher: JobLauncher, cluster: FakeCluster) -> None:
     def lose_answer() -> None:
         cluster.after_create = lambda: None
         raise TimeoutError("no answer")
@@ -155,7 +161,7 @@ def test_create_whose_answer_was_lost_makes_one_job(launcher: JobLauncher, clust
     assert cluster.num_created == 1
 
 
-def test_api_outage_is_tolerated_until_its_limit(launcher: JobLauncher, cluster: FakeCluster):
+def test_api_outage_is_tolerated_until_its_limit(launcher: JobLauncher, cluster: FakeCluster) -> None:
     def fail(call: str) -> None:
         raise api_error(503, "away")
 
@@ -167,7 +173,7 @@ def test_api_outage_is_tolerated_until_its_limit(launcher: JobLauncher, cluster:
         start(launcher, retry())
 
 
-def test_refusal_is_not_retried(launcher: JobLauncher, cluster: FakeCluster):
+def test_refusal_is_not_retried(launcher: JobLauncher, cluster: FakeCluster) -> None:
     calls: list[str] = []
 
     def fail(call: str) -> None:
@@ -180,7 +186,7 @@ def test_refusal_is_not_retried(launcher: JobLauncher, cluster: FakeCluster):
     assert len(calls) == 1
 
 
-def test_pods_that_do_not_go_away_stop_the_replacement(launcher: JobLauncher, cluster: FakeCluster):
+def test_pods_that_do_not_go_away_stop_the_replacement(launcher: JobLauncher, cluster: FakeCluster) -> None:
     start(launcher)
     cluster.condition("job-0", "Failed")
     cluster.pods["job-0"] = [pod_body("job-0")]
@@ -191,7 +197,7 @@ def test_pods_that_do_not_go_away_stop_the_replacement(launcher: JobLauncher, cl
     assert cluster.num_created == 1
 
 
-def test_removal_takes_job_and_pods_within_the_short_grace_time(launcher: JobLauncher, cluster: FakeCluster):
+def test_removal_takes_job_and_pods_within_the_short_grace_time(launcher: JobLauncher, cluster: FakeCluster) -> None:
     start(launcher)
     cluster.pods["job-0"] = [pod_body("job-0")]
     begin = cluster.clock()
@@ -203,7 +209,7 @@ def test_removal_takes_job_and_pods_within_the_short_grace_time(launcher: JobLau
 
 def test_pods_are_asked_before_the_garbage_collector_asks_them_with_their_own_grace_time(
     launcher: JobLauncher, cluster: FakeCluster
-):
+) -> None:
     start(launcher)
     cluster.pods["job-0"] = [pod_body("job-0")]
     calls: list[str] = []
@@ -214,14 +220,16 @@ def test_pods_are_asked_before_the_garbage_collector_asks_them_with_their_own_gr
 
 def test_removal_leaves_a_foreign_job_of_the_same_name_and_its_pods_alone(
     launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient
-):
+) -> None:
     client.create({"metadata": {"name": "job-0", "namespace": "space", "labels": {RUN_ID_LABEL: "someone"}}})
     cluster.pods["job-0"] = [pod_body("job-0")]
     launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
     assert (list(cluster.jobs), list(cluster.pods)) == (["job-0"], ["job-0"])
 
 
-def test_removal_catches_a_job_that_appears_late(launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient):
+def test_removal_catches_a_job_that_appears_late(
+    launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient
+) -> None:
     """The create call times out, the step is cancelled before it tries again, and the job is stored after that."""
 
     def lose(call: str) -> None:
@@ -242,7 +250,7 @@ def test_removal_catches_a_job_that_appears_late(launcher: JobLauncher, cluster:
     assert cluster.jobs == {}
 
 
-def test_removal_says_when_it_ran_out_of_time(launcher: JobLauncher, cluster: FakeCluster):
+def test_removal_says_when_it_ran_out_of_time(launcher: JobLauncher, cluster: FakeCluster) -> None:
     def fail(call: str) -> None:
         raise api_error(503)
 
@@ -263,7 +271,7 @@ def orphaned_pod(cluster: FakeCluster, request: JobRequest, phase: str = "Runnin
 )
 def test_pods_whose_job_vanished_are_gone_before_the_next_is_created(
     launcher: JobLauncher, cluster: FakeCluster, next_request: JobRequest
-):
+) -> None:
     start(launcher)
     cluster.jobs.clear()
     orphaned_pod(cluster, REQUEST)
@@ -274,27 +282,29 @@ def test_pods_whose_job_vanished_are_gone_before_the_next_is_created(
     assert list(cluster.jobs) == [next_request.name]
 
 
-def test_pods_whose_job_vanished_are_removed_beside_a_job_that_is_adopted(launcher: JobLauncher, cluster: FakeCluster):
+def test_pods_whose_job_vanished_are_removed_beside_a_job_that_is_adopted(
+    launcher: JobLauncher, cluster: FakeCluster
+) -> None:
     start(launcher)
     orphaned_pod(cluster, replace(REQUEST, name="job-9"))
     assert start(launcher, retry()).adopted
     assert cluster.pods == {}
 
 
-def test_pods_of_another_run_or_step_are_left_alone(launcher: JobLauncher, cluster: FakeCluster):
+def test_pods_of_another_run_or_step_are_left_alone(launcher: JobLauncher, cluster: FakeCluster) -> None:
     orphaned_pod(cluster, replace(REQUEST, name="job-8", run_id="run-2"))
     orphaned_pod(cluster, replace(REQUEST, name="job-9", step_key="other"))
     start(launcher)
     assert set(cluster.pods) == {"job-8", "job-9"}
 
 
-def test_removal_takes_pods_whose_job_vanished(launcher: JobLauncher, cluster: FakeCluster):
+def test_removal_takes_pods_whose_job_vanished(launcher: JobLauncher, cluster: FakeCluster) -> None:
     orphaned_pod(cluster, replace(REQUEST, name="job-9"))
     launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
     assert cluster.pods == {}
 
 
-def test_name_that_stays_taken_is_not_tried_for_ever(launcher: JobLauncher, cluster: FakeCluster):
+def test_name_that_stays_taken_is_not_tried_for_ever(launcher: JobLauncher, cluster: FakeCluster) -> None:
     """As a quota that is being updated answers each time."""
 
     def conflict(call: str) -> None:
@@ -307,7 +317,7 @@ def test_name_that_stays_taken_is_not_tried_for_ever(launcher: JobLauncher, clus
 
 
 @pytest.mark.parametrize("call", ["list pods", "delete pod"])
-def test_refused_pods_do_not_keep_the_job(launcher: JobLauncher, cluster: FakeCluster, call: str):
+def test_refused_pods_do_not_keep_the_job(launcher: JobLauncher, cluster: FakeCluster, call: str) -> None:
     start(launcher)
     cluster.pods["job-0"] = [pod_body("job-0")]
 

@@ -1,5 +1,6 @@
 """Every line of every replica is shown once, in order, whatever interrupts the reading."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ POD = "job-master-0"
 @pytest.fixture
 def logs(client: PyTorchJobClient, cluster: FakeCluster) -> ReplicaLogs:
     cluster.pods["job"] = [pod_body("job", container_statuses=[container_status(RUNNING)])]
-    return ReplicaLogs(client, "space", cluster.clock)
+    return ReplicaLogs(client, "space", cluster.clock, logging.getLogger("test"))
 
 
 def poll(logs: ReplicaLogs, client: PyTorchJobClient) -> list[str]:
@@ -32,7 +33,7 @@ def stamped(*lines: str, second: int = 0) -> str:
     return "".join(f"2026-01-01T00:00:{second:02d}.{i:09d}Z {line}\n" for i, line in enumerate(lines, start=1))
 
 
-def test_lines_that_overlap_are_shown_once(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster):
+def test_lines_that_overlap_are_shown_once(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster) -> None:
     cluster.logs[POD] = stamped("a", "b")
     assert poll(logs, client) == ["a", "b"]
     assert poll(logs, client) == []
@@ -40,7 +41,9 @@ def test_lines_that_overlap_are_shown_once(logs: ReplicaLogs, client: PyTorchJob
     assert poll(logs, client) == ["c"]
 
 
-def test_lines_of_one_time_stamp_are_all_shown(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster):
+def test_lines_of_one_time_stamp_are_all_shown(
+    logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster
+) -> None:
     stamp = "2026-01-01T00:00:00.5Z"
     cluster.logs[POD] = f"{stamp} one\n{stamp} two\n"
     assert poll(logs, client) == ["one", "two"]
@@ -48,7 +51,7 @@ def test_lines_of_one_time_stamp_are_all_shown(logs: ReplicaLogs, client: PyTorc
     assert poll(logs, client) == ["three"]
 
 
-def test_unfinished_line_waits_for_its_end(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster):
+def test_unfinished_line_waits_for_its_end(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster) -> None:
     cluster.logs[POD] = stamped("whole") + "2026-01-01T00:00:01.0Z ha"
     assert poll(logs, client) == ["whole"]
     cluster.logs[POD] += "lf\n"
@@ -57,7 +60,7 @@ def test_unfinished_line_waits_for_its_end(logs: ReplicaLogs, client: PyTorchJob
 
 def test_last_line_of_an_ended_container_needs_no_end(
     logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster
-):
+) -> None:
     cluster.pods["job"] = [pod_body("job", container_statuses=[container_status(terminated(1))])]
     cluster.logs[POD] = "2026-01-01T00:00:01.0Z no newline"
     assert poll(logs, client) == ["no newline"]
@@ -66,7 +69,7 @@ def test_last_line_of_an_ended_container_needs_no_end(
 
 def test_restarted_container_gives_the_rest_of_the_old_log_first(
     logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster
-):
+) -> None:
     cluster.logs[POD] = stamped("old 1")
     assert poll(logs, client) == ["old 1"]
     cluster.logs[f"{POD}/previous"] = stamped("old 1", "old 2")
@@ -78,7 +81,7 @@ def test_restarted_container_gives_the_rest_of_the_old_log_first(
 
 def test_bare_sentence_in_place_of_a_log_is_passed_over(
     logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster
-):
+) -> None:
     cluster.logs[POD] = stamped("a")
     assert poll(logs, client) == ["a"]
     cluster.logs[POD] = "unable to retrieve container logs for containerd://x"
@@ -87,7 +90,7 @@ def test_bare_sentence_in_place_of_a_log_is_passed_over(
     assert poll(logs, client) == ["b"]
 
 
-def test_api_outage_loses_no_line(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster):
+def test_api_outage_loses_no_line(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster) -> None:
     cluster.logs[POD] = stamped("a")
     pods = client.pods("space", "job")
 
@@ -103,7 +106,7 @@ def test_api_outage_loses_no_line(logs: ReplicaLogs, client: PyTorchJobClient, c
 
 def test_log_that_cannot_be_read_does_not_hold_up_the_others(
     logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """Each read of a log on a node that is down takes as long as a request may take."""
     names = [f"worker-{n}" for n in range(8)]
     cluster.pods["job"] = [pod_body("job", name, container_statuses=[container_status(RUNNING)]) for name in names]
@@ -130,22 +133,7 @@ def test_log_that_cannot_be_read_does_not_hold_up_the_others(
     assert list(logs.drain(client.pods("space", "job"), cluster.clock.sleep)) == []
 
 
-def test_logs_that_may_not_be_read_are_given_up_once(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster):
-    pods = client.pods("space", "job")
-    calls: list[str] = []
-
-    def fail(call: str) -> None:
-        calls.append(call)
-        raise api_error(403, "pods/log is forbidden")
-
-    cluster.failing = fail
-    assert list(logs.poll(pods)) == []
-    assert list(logs.poll(pods)) == []
-    assert len(calls) == 1
-    assert "forbidden" in str(logs.refused)
-
-
-def test_tails_outlive_the_pods(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster):
+def test_tails_outlive_the_pods(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster) -> None:
     cluster.logs[POD] = stamped(*(f"line {i}" for i in range(100)))
     poll(logs, client)
     cluster.pods.clear()

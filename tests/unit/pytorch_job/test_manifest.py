@@ -96,20 +96,20 @@ def _config_with(model: type[BaseModel], name: str, value: Any) -> PyTorchJobCon
 @pytest.mark.parametrize(
     ("model", "name"), [(model, name) for model, fields in SENTINELS.items() for name in fields], ids=str
 )
-def test_every_setting_reaches_the_manifest(model: type[BaseModel], name: str):
+def test_every_setting_reaches_the_manifest(model: type[BaseModel], name: str) -> None:
     value, expected = SENTINELS[model][name]
     text = json.dumps(build(_config_with(model, name, value)))
     assert expected in text
 
 
-def test_sentinel_tables_cover_every_field_of_every_model():
+def test_sentinel_tables_cover_every_field_of_every_model() -> None:
     models = {each for each in StrictConfig.__subclasses__() if each.__module__.startswith("resources.pytorch_job.")}
     assert set(SENTINELS) == models
     for model, fields in SENTINELS.items():
         assert set(fields) == set(model.model_fields), model
 
 
-def test_one_master_and_workers():
+def test_one_master_and_workers() -> None:
     spec = build(minimal(replicas=3))["spec"]["pytorchReplicaSpecs"]
     assert spec["Master"]["replicas"] == 1
     assert spec["Worker"]["replicas"] == 2
@@ -117,7 +117,7 @@ def test_one_master_and_workers():
     assert set(build(minimal())["spec"]["pytorchReplicaSpecs"]) == {"Master"}
 
 
-def test_pod_overrides_merge_as_dagster_k8s_does():
+def test_pod_overrides_merge_as_dagster_k8s_does() -> None:
     overrides: dict[str, Any] = {
         "container_config": {
             "env": [{"name": "MORE", "value": "2"}],
@@ -146,7 +146,7 @@ def test_pod_overrides_merge_as_dagster_k8s_does():
     assert tolerations == ["gpu", "other"]
 
 
-def test_settings_are_run_config_of_an_asset():
+def test_settings_are_run_config_of_an_asset() -> None:
     seen: list[PyTorchJobConfig] = []
 
     @dg.asset
@@ -158,7 +158,7 @@ def test_settings_are_run_config_of_an_asset():
     assert seen == [PyTorchJobConfig(image="image:1", replicas=2, tolerations=[{"key": "gpu", "effect": "NoSchedule"}])]
 
 
-def test_builder_leaves_its_inputs_alone():
+def test_builder_leaves_its_inputs_alone() -> None:
     config = minimal(
         env={"A": "1"},
         labels={"a": "b"},
@@ -177,7 +177,7 @@ def test_builder_leaves_its_inputs_alone():
     assert names == ["A", "C", "B"]
 
 
-def test_pods_are_restricted_and_bounded_by_default():
+def test_pods_are_restricted_and_bounded_by_default() -> None:
     manifest = build(minimal())
     template = manifest["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
     assert template["automountServiceAccountToken"] is False
@@ -206,17 +206,17 @@ def test_pods_are_restricted_and_bounded_by_default():
         ({"pod_template": {"pod_spec_config": {"volumes": [{"nme": "x"}]}}}, "nme"),
     ],
 )
-def test_settings_that_the_operator_would_refuse_or_ignore_are_refused(settings: dict[str, Any], message: str):
+def test_settings_that_the_operator_would_refuse_or_ignore_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises((ValidationError, SettingsError), match=message):
         PyTorchJobConfig(**{"image": "image:1", **settings})
 
 
-def test_bad_name_is_refused():
+def test_bad_name_is_refused() -> None:
     with pytest.raises(SettingsError, match="DNS-1035"):
         build_pytorch_job_manifest(minimal(), name="Not_A_Name", namespace="space")
 
 
-def test_whole_manifest(snapshot: SnapshotAssertion):
+def test_whole_manifest(snapshot: SnapshotAssertion) -> None:
     config = minimal(
         replicas=2,
         command=["python", "-m", "train"],
@@ -234,17 +234,19 @@ def test_whole_manifest(snapshot: SnapshotAssertion):
 
 
 @pytest.mark.parametrize("settings", sorted(COMMITTED.glob("*.settings.yaml")), ids=lambda path: path.name)
-def test_committed_manifest_equals_what_the_code_builds(settings: Path):
+def test_committed_manifest_equals_what_the_code_builds(settings: Path) -> None:
     committed = settings.with_name(settings.name.replace(".settings.yaml", ".yaml"))
     text = render_manifest(command.COMMAND, command.build, settings)
     assert committed.read_text() == text, f"Run: {command.COMMAND} {settings} > {committed}"
 
 
-def test_there_is_a_committed_manifest():
+def test_there_is_a_committed_manifest() -> None:
     assert list(COMMITTED.glob("*.settings.yaml"))
 
 
-def test_command_prints_the_manifest_and_refuses_bad_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command_prints_the_manifest_and_refuses_bad_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(*arguments: str) -> int:
         return print_manifest(command.COMMAND, command.build, arguments)
 

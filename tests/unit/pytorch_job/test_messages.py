@@ -110,7 +110,7 @@ def speak(params: Any, *epochs: int, text: str = "hello") -> None:
             pipes.report_custom_message({"epoch": epoch})
 
 
-def test_messages_arrive_in_order(store: FlakyStore):
+def test_messages_arrive_in_order(store: FlakyStore) -> None:
     handler, reader = Handler(), reader_of(store)
     with reader.read_messages(handler) as params:
         speak(params, 1, 2, 3)
@@ -121,7 +121,7 @@ def test_messages_arrive_in_order(store: FlakyStore):
     assert handler.texts() == ["hello"]
 
 
-def test_arrives_while_the_process_still_runs(store: FlakyStore):
+def test_arrives_while_the_process_still_runs(store: FlakyStore) -> None:
     handler, reader = Handler(), reader_of(store)
     with reader.read_messages(handler) as params, process(params) as pipes:
         pipes.report_custom_message({"epoch": 1})
@@ -130,7 +130,7 @@ def test_arrives_while_the_process_still_runs(store: FlakyStore):
         assert handler.payloads() == [{"epoch": 1}]
 
 
-def test_poll_gives_nothing_twice(store: FlakyStore):
+def test_poll_gives_nothing_twice(store: FlakyStore) -> None:
     handler, reader = Handler(), reader_of(store)
     with reader.read_messages(handler) as params:
         speak(params, 1)
@@ -139,7 +139,7 @@ def test_poll_gives_nothing_twice(store: FlakyStore):
         assert handler.payloads() == [{"epoch": 1}]
 
 
-def test_restarted_process_adds_messages_and_closes_once(store: FlakyStore):
+def test_restarted_process_adds_messages_and_closes_once(store: FlakyStore) -> None:
     handler, reader = Handler(), reader_of(store)
     with reader.read_messages(handler) as params:
         speak(params, 1)
@@ -151,7 +151,7 @@ def test_restarted_process_adds_messages_and_closes_once(store: FlakyStore):
     assert handler.methods()[-1] == "closed"
 
 
-def test_process_that_was_killed_and_started_again_counts_as_not_closed_until_it_ends(store: FlakyStore):
+def test_process_that_was_killed_and_started_again_counts_as_not_closed_until_it_ends(store: FlakyStore) -> None:
     handler, reader = Handler(), reader_of(store)
     with reader.read_messages(handler) as params:
         speak(params, 1)
@@ -162,7 +162,7 @@ def test_process_that_was_killed_and_started_again_counts_as_not_closed_until_it
     assert "closed" not in handler.methods()
 
 
-def test_reattached_run_gets_results_again_but_logs_only_once(store: FlakyStore):
+def test_reattached_run_gets_results_again_but_logs_only_once(store: FlakyStore) -> None:
     seen: list[tuple[Any, bool]] = []
     first = Handler()
     reader = reader_of(store, on_message=lambda payload, replayed: seen.append((payload["epoch"], replayed)))
@@ -179,7 +179,7 @@ def test_reattached_run_gets_results_again_but_logs_only_once(store: FlakyStore)
     assert seen == [(1, False), (1, True), (2, False)]
 
 
-def test_another_run_that_adopts_the_job_records_everything_itself(store: FlakyStore):
+def test_another_run_that_adopts_the_job_records_everything_itself(store: FlakyStore) -> None:
     reader = reader_of(store)
     with reader.read_messages(Handler()) as params:
         speak(params, 1)
@@ -190,7 +190,7 @@ def test_another_run_that_adopts_the_job_records_everything_itself(store: FlakyS
     assert handler.texts() == ["hello"]
 
 
-def test_reader_attaches_to_the_job_it_adopts(store: FlakyStore):
+def test_reader_attaches_to_the_job_it_adopts(store: FlakyStore) -> None:
     with reader_of(store).read_messages(Handler()) as params:
         speak(params, 1)
     handler = Handler()
@@ -201,7 +201,7 @@ def test_reader_attaches_to_the_job_it_adopts(store: FlakyStore):
     assert handler.payloads() == [{"epoch": 1}]
 
 
-def test_store_that_is_away_for_a_while_loses_nothing(store: FlakyStore):
+def test_store_that_is_away_for_a_while_loses_nothing(store: FlakyStore) -> None:
     handler, reader = Handler(), reader_of(store)
     opened: list[FlakyStore] = []
 
@@ -221,7 +221,7 @@ def test_store_that_is_away_for_a_while_loses_nothing(store: FlakyStore):
     assert handler.payloads() == [{"epoch": epoch} for epoch in range(50)]
 
 
-def test_writer_that_cannot_deliver_does_not_end_as_a_success(store: FlakyStore):
+def test_writer_that_cannot_deliver_does_not_end_as_a_success(store: FlakyStore) -> None:
     gone = FlakyStore(store.root)
     gone.away = True
     writer = PipesStoreMessageWriter(open_store=lambda uri: gone, interval_seconds=0.01, close_timeout_seconds=0.05)
@@ -234,7 +234,7 @@ def test_writer_that_cannot_deliver_does_not_end_as_a_success(store: FlakyStore)
     assert caught.value.transient
 
 
-def test_invalid_json_message_is_rejected(store: FlakyStore):
+def test_invalid_json_message_is_rejected(store: FlakyStore) -> None:
     handler, reader = Handler(), reader_of(store)
     with reader.read_messages(handler) as params:
         with process(params) as pipes:
@@ -245,7 +245,9 @@ def test_invalid_json_message_is_rejected(store: FlakyStore):
     assert handler.payloads() == [{"epoch": 1}]
 
 
-def test_store_that_fails_in_an_unforeseen_way_is_tried_again(store: FlakyStore, monkeypatch: pytest.MonkeyPatch):
+def test_store_that_fails_in_an_unforeseen_way_is_tried_again(
+    store: FlakyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failures = [OSError("odd"), KeyError("odder")]
 
     class Odd(FlakyStore):
@@ -263,7 +265,7 @@ def test_store_that_fails_in_an_unforeseen_way_is_tried_again(store: FlakyStore,
     assert handler.payloads() == [{"epoch": 1}]
 
 
-def test_lost_messages_are_an_error_after_the_timeout(store: FlakyStore):
+def test_lost_messages_are_an_error_after_the_timeout(store: FlakyStore) -> None:
     clock = FakeClock()
     reader = reader_of(store)
     with reader.read_messages(Handler()):
@@ -276,7 +278,7 @@ def test_lost_messages_are_an_error_after_the_timeout(store: FlakyStore):
         reader.drain(timeout_seconds=60, clock=clock, sleeper=clock.sleep)
 
 
-def test_mark_is_written_again_when_the_store_refused_it(store: FlakyStore, monkeypatch: pytest.MonkeyPatch):
+def test_mark_is_written_again_when_the_store_refused_it(store: FlakyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     handler, reader = Handler(), reader_of(store)
     with reader.read_messages(handler) as params:
         speak(params, 1)
@@ -291,7 +293,7 @@ def test_mark_is_written_again_when_the_store_refused_it(store: FlakyStore, monk
     assert handler.payloads() == [{"epoch": 1}]
 
 
-def test_writer_falls_back_to_the_default_of_dagster_pipes(tmp_path: Path):
+def test_writer_falls_back_to_the_default_of_dagster_pipes(tmp_path: Path) -> None:
     path = tmp_path / "messages"
     with process({"path": str(path)}) as pipes:
         pipes.report_custom_message({"epoch": 1})
@@ -315,7 +317,7 @@ LINES = st.one_of(
 
 @pytest.mark.fuzz
 @given(before=st.lists(LINES, max_size=4), after=st.lists(LINES, max_size=4), mark=LINES)
-def test_lines_that_are_not_messages_are_named_and_ignored(before, after, mark):
+def test_lines_that_are_not_messages_are_named_and_ignored(before, after, mark) -> None:
     message = {"__dagster_pipes_version": "0.1", "method": "report_custom_message", "params": {"payload": {"epoch": 1}}}
     data = b"\n".join([*before, json.dumps(message).encode(), *after])
     with tempfile.TemporaryDirectory() as folder:

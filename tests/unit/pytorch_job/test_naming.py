@@ -21,7 +21,7 @@ def make(prefix: str, step: str = "cifar10__trained_model", attempt: int = 0) ->
 @pytest.mark.parametrize(
     "prefix", ["a" * 70, "Cifar10_Training.v2", "ends-with-", "3d-net", "", "---", "ümlaut", "a" * 40 + "-" * 30]
 )
-def test_name_and_all_that_is_derived_from_it_are_dns_labels(prefix: str):
+def test_name_and_all_that_is_derived_from_it_are_dns_labels(prefix: str) -> None:
     name = make(prefix)
     for derived in (name, f"{name}-master-0", f"{name}-worker-99", f"{name}-worker-9998"):
         assert DNS_1035.fullmatch(derived), derived
@@ -30,40 +30,40 @@ def test_name_and_all_that_is_derived_from_it_are_dns_labels(prefix: str):
 
 
 @given(st.text(max_size=90), st.text(max_size=90), st.integers(0, 9))
-def test_any_text_gives_a_valid_name(prefix: str, step: str, attempt: int):
+def test_any_text_gives_a_valid_name(prefix: str, step: str, attempt: int) -> None:
     name = make(prefix, step, attempt)
     assert DNS_1035.fullmatch(f"{name}-worker-9999")
     assert len(f"{name}-worker-9999") <= 63
 
 
-def test_same_identity_gives_same_name_and_each_part_matters():
+def test_same_identity_gives_same_name_and_each_part_matters() -> None:
     names = {make("train"), make("train", step="other"), make("train", attempt=1), make("trained")}
     assert len(names) == 4
     assert make("train") == make("train")
     assert PyTorchJob.name_for("train", run_id="other-run", step_key="s", attempt=0) != make("train", step="s")
 
 
-def test_prefixes_that_are_equal_where_they_are_cut_give_different_names():
+def test_prefixes_that_are_equal_where_they_are_cut_give_different_names() -> None:
     assert make("a" * 60 + "one") != make("a" * 60 + "two")
 
 
-def test_name_shows_prefix_and_run():
+def test_name_shows_prefix_and_run() -> None:
     assert make("cifar10-training").startswith("cifar10-training-f81d4fae-")
 
 
-def test_other_names_follow_the_same_rule():
+def test_other_names_follow_the_same_rule() -> None:
     name = derive_name("Inference Service", "digest", reserve=20)
     assert DNS_1035.fullmatch(name)
     assert len(name) <= 43
 
 
 @pytest.mark.parametrize("name", ["Upper", "under_score", "3d", "ends-", "", "dotted.name", "-start"])
-def test_explicit_name_that_breaks_the_rule_is_refused_by_the_rule(name: str):
+def test_explicit_name_that_breaks_the_rule_is_refused_by_the_rule(name: str) -> None:
     with pytest.raises(SettingsError, match="DNS-1035"):
         check_name("PyTorchJob", name)
 
 
-def test_explicit_name_whose_worker_would_be_too_long_is_refused():
+def test_explicit_name_whose_worker_would_be_too_long_is_refused() -> None:
     name = "a" * 54
     check_name("PyTorchJob", name)
     check_name("PyTorchJob", name, f"{name}-worker-9")

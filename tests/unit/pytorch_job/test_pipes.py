@@ -105,7 +105,7 @@ def story(cluster: FakeCluster, tmp_path: Path) -> Iterator[Story]:
         yield Story(cluster, FolderStore(tmp_path), instance)
 
 
-def test_success_brings_results_metadata_and_logs(story: Story, capsys: pytest.CaptureFixture[str]):
+def test_success_brings_results_metadata_and_logs(story: Story, capsys: pytest.CaptureFixture[str]) -> None:
     story.cluster.on_created = runs_and_succeeds(10, log="2026-01-01T00:00:00Z loss 0.5\n")
     story.cluster.clock.after(5, lambda: story.say(1, 2))
     result = story.run()
@@ -118,7 +118,7 @@ def test_success_brings_results_metadata_and_logs(story: Story, capsys: pytest.C
     assert "[master-0] loss 0.5" in capsys.readouterr().out
 
 
-def test_manifest_carries_run_step_and_pipes(story: Story):
+def test_manifest_carries_run_step_and_pipes(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds()
     result = story.run()
     (job,) = story.cluster.jobs.values()
@@ -130,7 +130,7 @@ def test_manifest_carries_run_step_and_pipes(story: Story):
         assert {"DAGSTER_PIPES_CONTEXT", "DAGSTER_PIPES_MESSAGES"} <= names
 
 
-def test_launch_is_recorded_for_dagsters_own_reattachment(story: Story):
+def test_launch_is_recorded_for_dagsters_own_reattachment(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds()
     result = story.run()
     events = story.instance.all_logs(result.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
@@ -153,7 +153,7 @@ def failing(exit_code: int, reason: str = "Error") -> Callable[[FakeCluster, str
     return act
 
 
-def test_failure_says_why_and_is_retried_by_a_new_job(story: Story):
+def test_failure_says_why_and_is_retried_by_a_new_job(story: Story) -> None:
     attempts: list[str] = []
 
     def act(cluster: FakeCluster, name: str) -> None:
@@ -167,7 +167,7 @@ def test_failure_says_why_and_is_retried_by_a_new_job(story: Story):
     assert story.cluster.most_active == 1
 
 
-def test_failure_that_a_retry_cannot_help_is_not_retried(story: Story):
+def test_failure_that_a_retry_cannot_help_is_not_retried(story: Story) -> None:
     story.cluster.on_created = failing(137, "OOMKilled")
     result = story.run()
     assert story.cluster.num_created == 1
@@ -177,7 +177,7 @@ def test_failure_that_a_retry_cannot_help_is_not_retried(story: Story):
     assert "RuntimeError: broken" in failure.metadata["log of master-0"].value
 
 
-def test_job_that_never_starts_is_removed(story: Story):
+def test_job_that_never_starts_is_removed(story: Story) -> None:
     def act(cluster: FakeCluster, name: str) -> None:
         condition = {"type": "PodScheduled", "status": "False", "message": "0/1 nodes are available"}
         cluster.pods[name] = [pod_body(name, phase="Pending", conditions=[condition])]
@@ -188,7 +188,7 @@ def test_job_that_never_starts_is_removed(story: Story):
     assert (story.cluster.jobs, story.cluster.pods) == ({}, {})
 
 
-def test_cancelled_after_the_create_call_was_sent_and_before_its_answer(story: Story):
+def test_cancelled_after_the_create_call_was_sent_and_before_its_answer(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds(seconds=3600)
     story.cluster.after_create = story.cancel
     result = story.run()
@@ -196,14 +196,14 @@ def test_cancelled_after_the_create_call_was_sent_and_before_its_answer(story: S
     assert (story.cluster.jobs, story.cluster.pods) == ({}, {})
 
 
-def test_cancelled_before_the_create_call_took_effect(story: Story):
+def test_cancelled_before_the_create_call_took_effect(story: Story) -> None:
     story.cluster.before_create = story.cancel
     result = story.run()
     assert story.status(result) == dg.DagsterRunStatus.CANCELED
     assert story.cluster.jobs == {}
 
 
-def test_cancelled_with_a_job_and_no_pods(story: Story):
+def test_cancelled_with_a_job_and_no_pods(story: Story) -> None:
     story.cluster.clock.after(5, story.cancel)
     result = story.run()
     assert story.cluster.num_created == 1
@@ -211,7 +211,7 @@ def test_cancelled_with_a_job_and_no_pods(story: Story):
     assert story.cluster.jobs == {}
 
 
-def test_cancelled_while_a_create_call_without_an_answer_is_on_its_way(story: Story):
+def test_cancelled_while_a_create_call_without_an_answer_is_on_its_way(story: Story) -> None:
     """The call times out, and the object is stored only after the run was cancelled."""
     late: list[Any] = []
 
@@ -241,7 +241,7 @@ def test_cancelled_while_a_create_call_without_an_answer_is_on_its_way(story: St
 
 
 @pytest.mark.parametrize("seconds", [0.5, 20])
-def test_cancelled_while_pods_start_or_run(story: Story, seconds: float):
+def test_cancelled_while_pods_start_or_run(story: Story, seconds: float) -> None:
     story.cluster.on_created = runs_and_succeeds(seconds=3600)
     story.cluster.clock.after(seconds, story.cancel)
     begin = story.cluster.clock()
@@ -251,7 +251,7 @@ def test_cancelled_while_pods_start_or_run(story: Story, seconds: float):
     assert story.cluster.clock() - begin - seconds < 15
 
 
-def test_cancelled_without_a_retry_policy_ends_as_dagster_ends_it(story: Story):
+def test_cancelled_without_a_retry_policy_ends_as_dagster_ends_it(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds(seconds=3600)
     story.cluster.clock.after(20, story.cancel)
     with execute(story) as result:
@@ -261,7 +261,7 @@ def test_cancelled_without_a_retry_policy_ends_as_dagster_ends_it(story: Story):
     assert (story.cluster.jobs, story.cluster.pods) == ({}, {})
 
 
-def test_second_signal_does_not_stop_the_clean_up(story: Story):
+def test_second_signal_does_not_stop_the_clean_up(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds(seconds=3600)
     story.cluster.clock.after(20, story.cancel)
     story.cluster.clock.after(21, story.evict)
@@ -270,7 +270,7 @@ def test_second_signal_does_not_stop_the_clean_up(story: Story):
     assert (story.cluster.jobs, story.cluster.pods) == ({}, {})
 
 
-def test_evicted_run_worker_leaves_the_job(story: Story):
+def test_evicted_run_worker_leaves_the_job(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds(seconds=3600)
     story.cluster.clock.after(20, story.evict)
     with execute(story) as result:
@@ -278,14 +278,14 @@ def test_evicted_run_worker_leaves_the_job(story: Story):
     assert len(story.cluster.jobs) == 1
 
 
-def test_interrupt_that_dagster_answers_with_a_step_retry_adopts_the_job(story: Story):
+def test_interrupt_that_dagster_answers_with_a_step_retry_adopts_the_job(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds(seconds=100)
     story.cluster.clock.after(20, story.evict)
     assert story.run().success
     assert story.cluster.num_created == 1
 
 
-def test_step_retry_after_an_outage_adopts_the_job_and_records_metrics_once(story: Story):
+def test_step_retry_after_an_outage_adopts_the_job_and_records_metrics_once(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds(seconds=200)
     clock = story.cluster.clock
 
@@ -304,7 +304,7 @@ def test_step_retry_after_an_outage_adopts_the_job_and_records_metrics_once(stor
     assert (metadata["epochs"].value, metadata["pytorch_job_adopted"].value) == (2, True)
 
 
-def test_job_that_succeeded_is_not_run_again_when_the_step_fails_later(story: Story):
+def test_job_that_succeeded_is_not_run_again_when_the_step_fails_later(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds()
     story.cluster.clock.after(5, lambda: story.say(1))
     failures = [RuntimeError("the store was away")]
@@ -352,7 +352,7 @@ def execute(story: Story, parent: JobExecutionResult | None = None, *, from_fail
     )
 
 
-def test_retried_run_adopts_the_job_that_an_evicted_worker_left(story: Story):
+def test_retried_run_adopts_the_job_that_an_evicted_worker_left(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds(seconds=100)
     clock = story.cluster.clock
     clock.after(5, lambda: story.say(1))
@@ -368,7 +368,7 @@ def test_retried_run_adopts_the_job_that_an_evicted_worker_left(story: Story):
     assert story.epochs == [(1, False), (1, False), (2, False)], "each run records the metrics once"
 
 
-def test_job_that_finished_while_nobody_watched_is_adopted(story: Story):
+def test_job_that_finished_while_nobody_watched_is_adopted(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds(seconds=100)
     story.cluster.clock.after(20, story.evict)
     with execute(story) as first:
@@ -380,7 +380,7 @@ def test_job_that_finished_while_nobody_watched_is_adopted(story: Story):
     assert [epoch for epoch, _ in story.epochs] == [1, 2]
 
 
-def test_job_that_failed_while_nobody_watched_is_replaced(story: Story):
+def test_job_that_failed_while_nobody_watched_is_replaced(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds(seconds=1000)
     story.cluster.clock.after(20, story.evict)
     with execute(story) as first:
@@ -394,7 +394,7 @@ def test_job_that_failed_while_nobody_watched_is_replaced(story: Story):
     assert story.cluster.most_active == 1
 
 
-def test_cancelling_a_run_that_adopted_a_job_deletes_it(story: Story):
+def test_cancelling_a_run_that_adopted_a_job_deletes_it(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds(seconds=3600)
     story.cluster.clock.after(20, story.evict)
     with execute(story) as first:
@@ -406,7 +406,7 @@ def test_cancelling_a_run_that_adopted_a_job_deletes_it(story: Story):
     assert (story.cluster.jobs, story.cluster.pods) == ({}, {})
 
 
-def test_intended_reexecution_starts_afresh(story: Story):
+def test_intended_reexecution_starts_afresh(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds()
     with execute(story) as first, execute(story, first, from_failure=False) as second:
         assert first.success
@@ -414,7 +414,7 @@ def test_intended_reexecution_starts_afresh(story: Story):
     assert story.cluster.num_created == 2
 
 
-def test_name_that_breaks_the_rule_is_refused_before_any_call(story: Story):
+def test_name_that_breaks_the_rule_is_refused_before_any_call(story: Story) -> None:
     calls: list[str] = []
     story.cluster.failing = calls.append
 
@@ -434,7 +434,7 @@ def never_starts(cluster: FakeCluster, name: str) -> None:
 
 
 @pytest.mark.parametrize(("status", "text"), [(403, "pytorchjobs is forbidden"), (500, "could not be removed within")])
-def test_refused_clean_up_is_added_to_the_first_error(story: Story, status: int, text: str):
+def test_refused_clean_up_is_added_to_the_first_error(story: Story, status: int, text: str) -> None:
     def refuse(call: str) -> None:
         if call in ("delete", "delete pod"):
             raise api_error(status, "pytorchjobs is forbidden")
@@ -447,7 +447,7 @@ def test_refused_clean_up_is_added_to_the_first_error(story: Story, status: int,
     assert text in description
 
 
-def test_refused_clean_up_does_not_hide_a_cancellation(story: Story):
+def test_refused_clean_up_does_not_hide_a_cancellation(story: Story) -> None:
     def refuse(call: str) -> None:
         if call in ("delete", "delete pod"):
             raise api_error(403, "forbidden")
@@ -461,7 +461,9 @@ def test_refused_clean_up_does_not_hide_a_cancellation(story: Story):
         assert run.status == dg.DagsterRunStatus.CANCELED
 
 
-def test_last_messages_that_cannot_be_handled_do_not_hide_the_failure(story: Story, monkeypatch: pytest.MonkeyPatch):
+def test_last_messages_that_cannot_be_handled_do_not_hide_the_failure(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def break_down(self: object) -> None:
         raise ValueError("not a message")
 
@@ -486,7 +488,7 @@ def once_ticked(wait: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return wait_without_ticks
 
 
-def test_closed_output_does_not_change_the_outcome(story: Story, monkeypatch: pytest.MonkeyPatch):
+def test_closed_output_does_not_change_the_outcome(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed:
         def write(self, text: str) -> None:
             raise BrokenPipeError
@@ -498,7 +500,7 @@ def test_closed_output_does_not_change_the_outcome(story: Story, monkeypatch: py
     assert story.run().success
 
 
-def test_job_that_vanished_while_its_pods_live_on_gets_no_second_one_beside_it(story: Story):
+def test_job_that_vanished_while_its_pods_live_on_gets_no_second_one_beside_it(story: Story) -> None:
     beside: list[bool] = []
 
     def act(cluster: FakeCluster, name: str) -> None:
@@ -516,7 +518,7 @@ def test_job_that_vanished_while_its_pods_live_on_gets_no_second_one_beside_it(s
     assert beside == [False, False]
 
 
-def test_job_whose_end_nobody_recorded_is_adopted_by_the_next_attempt(story: Story):
+def test_job_whose_end_nobody_recorded_is_adopted_by_the_next_attempt(story: Story) -> None:
     def act(cluster: FakeCluster, name: str) -> None:
         cluster.pods[name] = [pod_body(name, phase="Succeeded")]
         cluster.condition(name, "Running")

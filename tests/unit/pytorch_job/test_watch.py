@@ -78,21 +78,21 @@ def pods_at(seconds: float, *bodies: dict[str, Any]) -> Callable[[FakeCluster, s
     return act
 
 
-def test_success_with_logs_and_ticks(watched: Watched):
+def test_success_with_logs_and_ticks(watched: Watched) -> None:
     watched.create(runs_and_succeeds(seconds=5, log="2026-01-01T00:00:00Z epoch 1\n"))
     assert watched.wait().status.state.finished
     assert watched.lines == ["master-0 epoch 1"]
     assert len(watched.ticks) >= 5
 
 
-def test_job_that_has_finished_already_is_seen_at_once(watched: Watched, cluster: FakeCluster):
+def test_job_that_has_finished_already_is_seen_at_once(watched: Watched, cluster: FakeCluster) -> None:
     watched.create()
     cluster.condition("job", "Succeeded")
     watched.wait()
     assert watched.ticks == [cluster.clock()]
 
 
-def test_failing_exit_code_with_the_lines_that_matter(watched: Watched, cluster: FakeCluster):
+def test_failing_exit_code_with_the_lines_that_matter(watched: Watched, cluster: FakeCluster) -> None:
     status = container_status(terminated(3))
     watched.create(pods_at(2, pod_body("job", phase="Failed", container_statuses=[status])))
     cluster.logs["job-master-0"] = "2026-01-01T00:00:00Z ValueError: no such column\n"
@@ -102,7 +102,7 @@ def test_failing_exit_code_with_the_lines_that_matter(watched: Watched, cluster:
     assert error.transient
 
 
-def test_final_exit_code_is_not_restarted_in_vain(watched: Watched, cluster: FakeCluster):
+def test_final_exit_code_is_not_restarted_in_vain(watched: Watched, cluster: FakeCluster) -> None:
     crashed = container_status({"waiting": {"reason": "CrashLoopBackOff"}}, restarts=1, last=terminated(2))
     watched.create(pods_at(0, pod_body("job", container_statuses=[crashed])))
     cluster.logs["job-master-0/previous"] = cluster.logs["job-master-0"] = "2026-01-01T00:00:00Z bad spec\n"
@@ -111,7 +111,7 @@ def test_final_exit_code_is_not_restarted_in_vain(watched: Watched, cluster: Fak
     assert cluster.clock() < 1005
 
 
-def test_first_of_several_failures_is_the_cause(watched: Watched, cluster: FakeCluster):
+def test_first_of_several_failures_is_the_cause(watched: Watched, cluster: FakeCluster) -> None:
     worker = pod_body(
         "job",
         "worker-0",
@@ -129,7 +129,7 @@ def test_first_of_several_failures_is_the_cause(watched: Watched, cluster: FakeC
     assert "master-0/pytorch ended with exit code 1" in str(error)
 
 
-def test_exit_of_a_pod_that_is_gone_is_remembered(watched: Watched, cluster: FakeCluster):
+def test_exit_of_a_pod_that_is_gone_is_remembered(watched: Watched, cluster: FakeCluster) -> None:
     crashed = container_status({"waiting": {"reason": "CrashLoopBackOff"}}, restarts=2, last=terminated(7))
     watched.create(pods_at(0, pod_body("job", container_statuses=[crashed])))
     cluster.clock.after(5, lambda: cluster.pods.clear())
@@ -176,7 +176,7 @@ def test_exit_of_a_pod_that_is_gone_is_remembered(watched: Watched, cluster: Fak
 )
 def test_pod_that_cannot_start_is_given_up_after_its_own_limit(
     watched: Watched, cluster: FakeCluster, pod: dict[str, Any], cause: Cause, text: str
-):
+) -> None:
     watched.create(pods_at(0, pod))
     cluster.events["job-master-0"] = ["FailedMount: secret not found"]
     begin = cluster.clock()
@@ -185,13 +185,13 @@ def test_pod_that_cannot_start_is_given_up_after_its_own_limit(
     assert error.diagnosis.remove
 
 
-def test_no_pods_at_all_shows_the_events_of_the_job(watched: Watched, cluster: FakeCluster):
+def test_no_pods_at_all_shows_the_events_of_the_job(watched: Watched, cluster: FakeCluster) -> None:
     watched.create()
     cluster.events["job"] = ["FailedCreatePod: exceeded quota: cpu"]
     watched.fails(Cause.NO_PODS, "exceeded quota: cpu")
 
 
-def test_obstacle_that_goes_away_in_time_does_no_harm(watched: Watched, cluster: FakeCluster):
+def test_obstacle_that_goes_away_in_time_does_no_harm(watched: Watched, cluster: FakeCluster) -> None:
     waiting = container_status({"waiting": {"reason": "ErrImagePull", "message": ""}})
     watched.create(pods_at(0, pod_body("job", phase="Pending", container_statuses=[waiting])))
     running = pod_body("job", container_statuses=[container_status(RUNNING)])
@@ -200,21 +200,21 @@ def test_obstacle_that_goes_away_in_time_does_no_harm(watched: Watched, cluster:
     assert watched.wait().status.state.finished
 
 
-def test_suspended_job_is_not_given_up(watched: Watched, cluster: FakeCluster):
+def test_suspended_job_is_not_given_up(watched: Watched, cluster: FakeCluster) -> None:
     watched.create()
     cluster.condition("job", "Suspended")
     cluster.clock.after(2000, lambda: cluster.condition("job", "Succeeded"))
     assert watched.wait().status.state.finished
 
 
-def test_deadline_shows_what_the_replicas_were_doing(watched: Watched, cluster: FakeCluster):
+def test_deadline_shows_what_the_replicas_were_doing(watched: Watched, cluster: FakeCluster) -> None:
     watched.create(runs_and_succeeds(seconds=1000, log="2026-01-01T00:00:00Z epoch 3 of 90\n"))
     message = "Job job has failed because it was active longer than specified deadline"
     cluster.clock.after(30, lambda: cluster.condition("job", "Failed", message))
     watched.fails(Cause.DEADLINE, "active_deadline_seconds", "epoch 3 of 90")
 
 
-def test_evicted_pod_is_named(watched: Watched, cluster: FakeCluster):
+def test_evicted_pod_is_named(watched: Watched, cluster: FakeCluster) -> None:
     pod = pod_body("job", phase="Failed", reason="Evicted", message="The node was low on resource: memory")
     watched.create(pods_at(0, pod))
     cluster.clock.after(2, lambda: cluster.condition("job", "Failed"))
@@ -222,14 +222,14 @@ def test_evicted_pod_is_named(watched: Watched, cluster: FakeCluster):
     assert error.transient
 
 
-def test_failure_without_a_trace_still_gives_the_operators_words(watched: Watched, cluster: FakeCluster):
+def test_failure_without_a_trace_still_gives_the_operators_words(watched: Watched, cluster: FakeCluster) -> None:
     watched.create()
     cluster.condition("job", "Failed", "managed elsewhere")
     watched.fails(Cause.UNKNOWN, "managed elsewhere")
 
 
 @pytest.mark.parametrize("recreated", [False, True])
-def test_job_deleted_by_someone_else(watched: Watched, cluster: FakeCluster, recreated: bool):
+def test_job_deleted_by_someone_else(watched: Watched, cluster: FakeCluster, recreated: bool) -> None:
     watched.create(runs_and_succeeds(seconds=100))
 
     def delete() -> None:
@@ -243,7 +243,7 @@ def test_job_deleted_by_someone_else(watched: Watched, cluster: FakeCluster, rec
         watched.wait()
 
 
-def test_api_outage_shorter_than_the_limit_is_tolerated(watched: Watched, cluster: FakeCluster):
+def test_api_outage_shorter_than_the_limit_is_tolerated(watched: Watched, cluster: FakeCluster) -> None:
     watched.create(runs_and_succeeds(seconds=50))
 
     def fail(call: str) -> None:
@@ -255,7 +255,7 @@ def test_api_outage_shorter_than_the_limit_is_tolerated(watched: Watched, cluste
     assert len(watched.ticks) >= 45
 
 
-def test_api_outage_longer_than_the_limit_ends_the_watch(watched: Watched, cluster: FakeCluster):
+def test_api_outage_longer_than_the_limit_ends_the_watch(watched: Watched, cluster: FakeCluster) -> None:
     watched.create(runs_and_succeeds(seconds=500))
 
     def fail(call: str) -> None:
@@ -281,7 +281,7 @@ def fail_on(cluster: FakeCluster, *calls: str, status: int = 500, seconds: float
 @pytest.mark.parametrize("call", ["log", "events", "list pods"])
 def test_what_only_adds_to_a_report_does_not_change_the_outcome(
     watched: Watched, cluster: FakeCluster, call: str, status: int
-):
+) -> None:
     watched.create(runs_and_succeeds(seconds=2000, log="2026-01-01T00:00:00Z epoch 1\n"))
     fail_on(cluster, call, status=status)
     assert watched.wait().status.state == JobState.SUCCEEDED
@@ -290,7 +290,7 @@ def test_what_only_adds_to_a_report_does_not_change_the_outcome(
 @pytest.mark.parametrize("status", [403, 500])
 def test_log_that_cannot_be_read_does_not_hide_the_cause_of_a_failure(
     watched: Watched, cluster: FakeCluster, status: int
-):
+) -> None:
     ended = container_status(terminated(3))
     watched.create(pods_at(0, pod_body("job", phase="Failed", container_statuses=[ended])))
     cluster.clock.after(20, lambda: cluster.condition("job", "Failed"))
@@ -299,7 +299,7 @@ def test_log_that_cannot_be_read_does_not_hide_the_cause_of_a_failure(
     assert cluster.clock() < 1000 + 60
 
 
-def test_last_lines_are_read_again_for_a_short_time(watched: Watched, cluster: FakeCluster):
+def test_last_lines_are_read_again_for_a_short_time(watched: Watched, cluster: FakeCluster) -> None:
     ended = container_status(terminated(3))
     watched.create()
     cluster.pods["job"] = [pod_body("job", phase="Failed", container_statuses=[ended])]
@@ -312,13 +312,13 @@ def test_last_lines_are_read_again_for_a_short_time(watched: Watched, cluster: F
 @pytest.mark.parametrize("status", [403, 404, 409, 410, 500, 507])
 def test_answer_that_says_nothing_about_the_job_does_not_end_the_watch(
     watched: Watched, cluster: FakeCluster, status: int
-):
+) -> None:
     watched.create(runs_and_succeeds(seconds=100))
     cluster.clock.after(10, lambda: fail_on(cluster, "get", status=status, seconds=30))
     assert watched.wait().status.state == JobState.SUCCEEDED
 
 
-def test_refusal_that_lasts_ends_the_watch(watched: Watched, cluster: FakeCluster):
+def test_refusal_that_lasts_ends_the_watch(watched: Watched, cluster: FakeCluster) -> None:
     watched.create(runs_and_succeeds(seconds=500))
     cluster.clock.after(10, lambda: fail_on(cluster, "get", status=403))
     with pytest.raises(ApiRefusedError, match="Role that allows it"):
@@ -334,7 +334,7 @@ def succeeds_without_the_operator(cluster: FakeCluster, name: str) -> None:
     cluster.condition(name, "Running")
 
 
-def test_pods_that_ended_while_the_operator_is_away_end_the_watch(watched: Watched, cluster: FakeCluster):
+def test_pods_that_ended_while_the_operator_is_away_end_the_watch(watched: Watched, cluster: FakeCluster) -> None:
     watched.create(succeeds_without_the_operator)
     error = watched.fails(Cause.OPERATOR_AWAY, "master-0: it ended as Succeeded", "training operator", "adopts it")
     assert LIMITS.start_timeout_seconds <= cluster.clock() - 1000 <= LIMITS.start_timeout_seconds + 3
@@ -342,13 +342,13 @@ def test_pods_that_ended_while_the_operator_is_away_end_the_watch(watched: Watch
     assert error.transient
 
 
-def test_operator_that_comes_back_in_time_is_waited_for(watched: Watched, cluster: FakeCluster):
+def test_operator_that_comes_back_in_time_is_waited_for(watched: Watched, cluster: FakeCluster) -> None:
     watched.create(succeeds_without_the_operator)
     cluster.clock.after(250, lambda: cluster.condition("job", "Succeeded"))
     assert watched.wait().status.state == JobState.SUCCEEDED
 
 
-def test_worker_may_end_before_its_master(watched: Watched, cluster: FakeCluster):
+def test_worker_may_end_before_its_master(watched: Watched, cluster: FakeCluster) -> None:
     master = pod_body("job", container_statuses=[container_status(RUNNING)])
     watched.create(pods_at(0, master, pod_body("job", "worker-0", phase="Succeeded")))
     cluster.clock.after(2000, lambda: cluster.condition("job", "Succeeded"))
@@ -378,14 +378,14 @@ NO_NODE = {"type": "PodScheduled", "status": "False", "message": "0/1 nodes"}
     ],
     ids=["creating", "unschedulable", "running"],
 )
-def test_pod_that_flaps_is_given_up(watched: Watched, cluster: FakeCluster, other: dict[str, Any]):
+def test_pod_that_flaps_is_given_up(watched: Watched, cluster: FakeCluster, other: dict[str, Any]) -> None:
     watched.create()
     alternating(cluster, waiting("ErrImagePull"), other, every=5, times=400)
     watched.fails(Cause.IMAGE, "ErrImagePull (for 2")
     assert cluster.clock() - 1000 < 3 * LIMITS.blocked_timeout_seconds
 
 
-def test_obstacles_of_long_ago_are_forgotten(watched: Watched, cluster: FakeCluster):
+def test_obstacles_of_long_ago_are_forgotten(watched: Watched, cluster: FakeCluster) -> None:
     """Preempted now and then, it waits for a node again, and trains for long in between."""
     watched.create()
     running = pod_body("job", container_statuses=[container_status(RUNNING)])
@@ -397,7 +397,7 @@ def test_obstacles_of_long_ago_are_forgotten(watched: Watched, cluster: FakeClus
     assert watched.wait().status.state == JobState.SUCCEEDED
 
 
-def test_job_that_outlives_its_deadline_is_given_up(watched: Watched, cluster: FakeCluster):
+def test_job_that_outlives_its_deadline_is_given_up(watched: Watched, cluster: FakeCluster) -> None:
     """The operator is gone, and the node that would end the pod as well."""
     watched.create(runs_and_succeeds(seconds=100_000))
     cluster.jobs["job"]["spec"] = {"runPolicy": {"activeDeadlineSeconds": 1000}}
