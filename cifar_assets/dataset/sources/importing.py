@@ -60,16 +60,17 @@ def import_source(source: str, raw: ObjectStore, *, resize: bool = False) -> Imp
 def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, unread: dict[str, str]) -> RawObject:
     logger.info("Reading %s.", file.name)
     sha256 = sha256_file(file.path)
-    index = load_index(raw, sha256, file.split, resize) or read_index(
-        file.path, file.format, file.split, file.name, resize=resize
-    )
+    known = index = load_index(raw, sha256, file.split, resize)
+    if index is None:
+        index = read_index(file.path, file.format, file.split, file.name, resize=resize)
     if index.refused:  # also by an index kept of a landed file of the same bytes
         raise DataError(_refusal(file, index.refused, len(index)))
     if not len(index):
         raise DataError(f"{file.name} holds no images.")
     unread.update({f"{file.name}, member {member}": reason for member, reason in index.unread.items()})
     key, size, rows = store_object(raw, file.path, sha256, file.suffix), file.path.stat().st_size, len(index)
-    save_index(raw, sha256, file.split, resize, index)
+    if known is None:
+        save_index(raw, sha256, file.split, resize, index)
     return RawObject(key=key, sha256=sha256, size=size, format=file.format, role="source", split=file.split, rows=rows)
 
 
