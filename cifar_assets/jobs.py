@@ -15,39 +15,26 @@ _MODEL = dg.AssetSelection.assets(TRAINED_MODEL)
 _SERVICE = dg.AssetSelection.assets(INFERENCE_SERVICE)
 
 retrain = dg.define_asset_job(
-    "retrain",
-    selection=_DATA | _MODEL | _SERVICE,
-    description="From the source and everything landed to a served model, each step behind its checks.",
+    "retrain", _DATA | _MODEL | _SERVICE, description="From the source and everything landed to a served model."
 )
-
-train = dg.define_asset_job(
-    "train",
-    selection=_DATA | _MODEL,
-    description="Like retrain, without deploying.",
-)
-
+train = dg.define_asset_job("train", _DATA | _MODEL, description="Like retrain, without deploying.")
 deploy = dg.define_asset_job(
-    "deploy",
-    selection=_SERVICE,
-    description="Serve the last trained model, or the one named by model_digest, if the gate passes it.",
+    "deploy", _SERVICE, description="Serve the last trained model, or model_digest, if the gate passes it."
 )
-
 rollback = dg.define_asset_job(
     "rollback",
-    selection=_SERVICE,
+    _SERVICE,
     description="Serve again what was served before the current model, if the gate passes it.",
     config={"ops": {INFERENCE_SERVICE.to_python_identifier(): {"config": {"rollback": True}}}},
 )
-
 argo_parity = dg.define_asset_job(
     "argo_parity",
-    selection=dg.AssetSelection.assets(ARGO_TRAINED_MODEL),
+    dg.AssetSelection.assets(ARGO_TRAINED_MODEL),
     description="Train the last model once more by the Argo workflow, and compare the two.",
 )
-
 verify_service = dg.define_asset_job(
     "verify_service",
-    selection=dg.AssetSelection.checks_for_assets(INFERENCE_SERVICE),
+    dg.AssetSelection.checks_for_assets(INFERENCE_SERVICE),
     description="Ask the running service whether it still serves the right model, and how fast.",
 )
 

@@ -1,11 +1,12 @@
 """When landed objects start a run: the landing sensor's decision, without Dagster."""
 
+import time
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from cifar_assets.contracts import LANDING_PREFIX
 from cifar_assets.dataset.landing.zone import LandingScan, fingerprint
@@ -37,27 +38,20 @@ class LandingCursor(BaseModel):
     Fingerprints (of key, etag and size) instead of keys keep it small with thousands of objects.
     """
 
-    model_config = ConfigDict(extra="ignore")
-
     version: Literal[2] = 2  # the first form had none, and the same fields
     covered: list[str] = []
-    sequence: int = 0
+    sequence: int = Field(default_factory=lambda: int(1000 * time.time()))
+    """Counts the requests. It begins with the time: Dagster never runs the key of an earlier cursor again."""
     attempt: int = 0
     run_key: str | None = None
 
     @classmethod
     def load(cls, text: str | None) -> tuple["LandingCursor", str]:
         """The cursor that Dagster kept, and a note where it cannot be read and is started again."""
-        if not text:
-            return cls(), ""
         try:
-            return cls.model_validate_json(text), ""
+            return cls.model_validate_json(text) if text else cls(), ""
         except ValidationError:
-            return cls(), f" The cursor could not be read and was started again; it was {text[:100]!r}."
-
-    def run_key_after(self, skipped: int = 0) -> str:
-        """Key of this cursor's run, or of a later one for the same objects."""
-        return f"landing-{self.sequence + skipped}-{sha256_json(self.covered)[:12]}"
+            return cls(), f" The cursor could not be read and was started again; it was {str(text)[:100]!r}."
 
 
 @dataclass(frozen=True)
@@ -94,33 +88,37 @@ def decide(
         last: the run that was asked for before; None where there was none, or it was deleted.
         read: fingerprints that the last build of the raw dataset read; None where that is not known.
     """
-    ready = {fingerprint(info): info.key for info in scan.ready}
-    new = ready.keys() - set(cursor.covered)
-    missed = set() if new else _missed(ready.keys(), last, read)
     notes = "".join(f" Skipped {count}: {reason}." for reason, count in sorted(Counter(scan.skipped.values()).items()))
+
+    def wait(reason: str) -> Decision:
+        return Decision(cursor, None, reason + notes)
+
+    ready = {fingerprint(info): info.key for info in scan.ready}
     if not ready:
-        return Decision(cursor, None, f"No data under {LANDING_PREFIX}.{notes}")
-    if not new and not missed:
-        state = _STATES[last.outcome if last else None]
-        objects = f"the {_objects(len(ready))} under {LANDING_PREFIX}"
-        return Decision(cursor, None, state.format(objects=objects, run=last and last.run_id) + notes)
-    what = _objects(len(new), "new ")
-    if not new:
+        return wait(f"No data under {LANDING_PREFIX}.")
+    if new := ready.keys() - set(cursor.covered):
+        what, attempt = _objects(len(new), "new "), 1
+    elif missed := _missed(ready.keys(), last, read):
         keys = sorted(ready[each] for each in missed)
-        more = f" and {len(keys) - _NAMES_SHOWN} more" if len(keys) > _NAMES_SHOWN else ""
+        names = ", ".join(keys[:_NAMES_SHOWN]) + (
+            f" and {len(keys) - _NAMES_SHOWN} more" if keys[_NAMES_SHOWN:] else ""
+        )
         why = "their run is no longer in Dagster"
         if last:
             why = f"run {last.run_id} {'failed' if last.outcome == 'crashed' else 'did not read them'}"
-        what = f"{_objects(len(keys))} ({', '.join(keys[:_NAMES_SHOWN])}{more}), as {why}"
-        if cursor.attempt >= MAX_ATTEMPTS:
-            gave_up = f"Given up after {cursor.attempt} runs: {what}. Its log says why. {_BY_HAND}"
-            return Decision(cursor, None, gave_up + notes)
+        what, attempt = f"{_objects(len(keys))} ({', '.join(keys[:_NAMES_SHOWN])}{more}), as {why}", cursor.attempt + 1
+        if attempt > MAX_ATTEMPTS:
+            return wait(f"Given up after {cursor.attempt} runs: {what}. Its log says why. {_BY_HAND}")
+    else:
+        objects = f"the {_objects(len(ready))} under {LANDING_PREFIX}"
+        return wait(_STATES[last.outcome if last else None].format(objects=objects, run=last and last.run_id))
     if busy:
-        return Decision(cursor, None, f"Waiting for {busy} to end: {what}.{notes}")
-    after = LandingCursor(covered=sorted(ready), sequence=cursor.sequence + 1, attempt=1 if new else cursor.attempt + 1)
-    after.run_key = after.run_key_after()
-    attempt = f" (attempt {after.attempt} of {MAX_ATTEMPTS})" if after.attempt > 1 else ""
-    return Decision(after, after.run_key, f"Retraining{attempt}: {what}.{notes}")
+        return wait(f"Waiting for {busy} to end: {what}.")
+    covered, sequence = sorted(ready), cursor.sequence + 1
+    run_key = f"landing-{sequence}-{sha256_json(covered)[:12]}"
+    again = f" (attempt {attempt} of {MAX_ATTEMPTS})" if attempt > 1 else ""
+    after = LandingCursor(covered=covered, sequence=sequence, attempt=attempt, run_key=run_key)
+    return Decision(after, run_key, f"Retraining{again}: {what}.{notes}")
 
 
 def _missed(ready: Collection[str], last: LastRun | None, read: Collection[str] | None) -> set[str]:

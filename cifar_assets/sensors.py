@@ -50,24 +50,18 @@ def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStor
     )
     if decision.run_key is None:
         return dg.SensorResult(skip_reason=decision.reason + note)
-    after, run_key = decision.cursor, decision.run_key
-    skipped = 0
-    while (known := last_run(instance, run_key)) is not None:
-        # Dagster does not run a key twice, and does not say so.
-        if cursor.sequence:
-            reason = f"Run {known.run_id} was started for these objects by a tick that could not be recorded."
-            return dg.SensorResult(skip_reason=reason, cursor=after.model_dump_json())
-        skipped += 1  # the cursor was reset: another run is wanted
-        run_key = after.run_key_after(skipped)
-    after = after.model_copy(update={"sequence": after.sequence + skipped, "run_key": run_key})
+    after = decision.cursor.model_dump_json()
+    if known := last_run(instance, decision.run_key):  # Dagster does not run a key twice, and does not say so
+        reason = f"Run {known.run_id} was started for these objects by a tick that could not be recorded."
+        return dg.SensorResult(skip_reason=reason, cursor=after)
     context.log.info(decision.reason + note)
     training = {"reuse": True, **read_settings().retrain_config}
     request = dg.RunRequest(
-        run_key=run_key,
+        run_key=decision.run_key,
         run_config={"ops": {TRAINED_MODEL.to_python_identifier(): {"config": training}}},
         tags={"landing": decision.reason[:200]},
     )
-    return dg.SensorResult(run_requests=[request], cursor=after.model_dump_json())
+    return dg.SensorResult(run_requests=[request], cursor=after)
 
 
 def training_in_flight(instance: dg.DagsterInstance) -> str | None:
@@ -116,34 +110,28 @@ def mlflow_end(
 ) -> tuple[str, float | None] | None:
     """How and when a training ended that MLflow shows as RUNNING, by what Dagster knows of its run.
 
-    A materialization that names the MLflow run says that it finished, however the Dagster run ended after it; one
-    that names another says that this was an earlier attempt. None while the Dagster run continues, or a retry of it,
-    which may have adopted the training, or may soon after a failure; and for a run that this instance does not know, as
-    it may belong to another instance.
+    FINISHED where a materialization names the MLflow run, otherwise KILLED or FAILED. None for a run of another
+    instance, and while the run or a retry continues, or failed just now: a retry may adopt the training.
     """
     record = instance.get_run_record_by_id(dagster_run_id)
     if record is None:
         return None
     run = record.dagster_run
-    root = dg.RunsFilter(tags={_ROOT_RUN_TAG: run.root_run_id or run.run_id})
-    records = {each.dagster_run.run_id: each for each in (record, *instance.get_run_records(root))}
-    if not all(each.dagster_run.is_finished for each in records.values()):
+    records = [record, *instance.get_run_records(dg.RunsFilter(tags={_ROOT_RUN_TAG: run.root_run_id or run.run_id}))]
+    if not all(each.dagster_run.is_finished for each in records):
         return None
-    trained = False
-    for run_id in records:
-        for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION):
+    for each in records:
+        for entry in instance.all_logs(each.dagster_run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION):
             materialization = entry.asset_materialization
             link = materialization.metadata.get(RUN_METADATA) if materialization else None
             if link and mlflow_run_id in str(link.value):
                 return "FINISHED", entry.timestamp
-            trained = trained or link is not None
     if run.status == dg.DagsterRunStatus.CANCELED:
         return "KILLED", record.end_time
-    last_end = max(each.end_time or 0.0 for each in records.values())
+    last_end = max(each.end_time or 0.0 for each in records)
     if run.status == dg.DagsterRunStatus.FAILURE and time.time() - last_end < ADOPTION_SECONDS:
         return None
-    finished = run.status == dg.DagsterRunStatus.SUCCESS and not trained
-    return "FINISHED" if finished else "FAILED", record.end_time
+    return "FAILED", record.end_time
 
 
 @dg.sensor(
@@ -153,32 +141,26 @@ def mlflow_end(
 )
 def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResource) -> dg.SkipReason:
     """Nothing stays RUNNING in MLflow: what one tick cannot close while MLflow is down, the next one finds again."""
-    from mlflow.exceptions import MlflowException
-
     try:
         running = mlflow.running()
     except ConfigError as error:
         return dg.SkipReason(f"Nothing was closed. {error}")
     except Exception as error:
         return dg.SkipReason(f"MLflow at {mlflow.uri} did not answer; the next tick asks again: {error}")
-    closed: list[str] = []
-    refused: list[str] = []
+    closed, refused = [], []
     for run_id, dagster_run_id in running.items():
         if end := mlflow_end(context.instance, run_id, dagster_run_id):
             try:
                 mlflow.close_run(run_id, *end)
                 closed.append(f"{run_id} as {end[0]}")
-            except (MlflowException, ConfigError) as error:
+            except Exception as error:
                 refused.append(f"{run_id} ({error})")
-                if isinstance(error, MlflowException) and error.get_http_status_code() >= 500:
-                    break  # it is down, rather than refusing: each further call would take its time to fail
     num_left = len(running) - len(closed) - len(refused)
-    reason = f"Still RUNNING, as their Dagster runs continue, failed just now or are not known here: {num_left}."
-    if refused:
-        reason += f" Not closed, and tried again by the next tick: {', '.join(refused)}."
-    if closed:
-        context.log.warning(f"Closed in MLflow, as their Dagster runs had ended: {', '.join(closed)}")
-    return dg.SkipReason(f"{reason} Closed: {', '.join(closed) or 'none'}.")
+    return dg.SkipReason(
+        f"Closed, as their Dagster runs had ended: {', '.join(closed) or 'none'}. "
+        f"Not closed, and tried again by the next tick: {', '.join(refused) or 'none'}. "
+        f"Still RUNNING, as their Dagster runs continue, failed just now or are not known here: {num_left}."
+    )
 
 
 deploy_when_trained = dg.AutomationConditionSensorDefinition(

@@ -57,7 +57,8 @@ def test_a_burst_gives_one_run_and_arrivals_meanwhile_one_follow_up() -> None:
 
 def test_a_replayed_tick_asks_for_the_same_run() -> None:
     objects = [landed("a.parquet"), landed("b.parquet")]
-    assert tick(LandingCursor(), objects).run_key == tick(LandingCursor(), objects[::-1]).run_key
+    cursor = LandingCursor()
+    assert tick(cursor, objects).run_key == tick(cursor, objects[::-1]).run_key
 
 
 @pytest.mark.parametrize(
@@ -218,5 +219,5 @@ def test_a_cursor_of_the_first_form_is_migrated() -> None:
 @pytest.mark.parametrize("text", ["{", "7", '{"version": 3}', '{"covered": 1}'])
 def test_a_cursor_that_cannot_be_read_is_started_again_with_a_note(text: str) -> None:
     cursor, note = LandingCursor.load(text)
-    assert cursor == LandingCursor()
+    assert cursor.covered == []
     assert text in note

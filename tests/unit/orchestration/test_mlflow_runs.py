@@ -90,7 +90,7 @@ def test_a_finished_training_is_finished_even_where_its_dagster_run_fails_later(
     said = tick(instance, mlflow)
     assert [status(mlflow, run_id) for run_id in left] == ["FINISHED", "FINISHED"]
     assert all(f"{run_id} as FINISHED" in said for run_id in left)
-    assert "Closed: none" in tick(instance, mlflow)
+    assert "had ended: none" in tick(instance, mlflow)
 
 
 def test_an_attempt_before_the_one_that_finished_failed(instance: dg.DagsterInstance, mlflow: LocalMlflow) -> None:
@@ -111,7 +111,6 @@ def test_runs_end_as_their_dagster_runs_did_and_when(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = {
-        "FINISHED": instance.create_run_for_job(training, status=dg.DagsterRunStatus.SUCCESS),
         "FAILED": instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED),
         "KILLED": instance.create_run_for_job(training, status=dg.DagsterRunStatus.STARTED),
     }
@@ -176,7 +175,7 @@ def test_a_database_of_another_mlflow_is_named_with_the_command(
 
 def test_without_mlflow_the_tick_says_so_and_makes_nothing(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     assert "No MLflow is configured" in tick(instance, MlflowServer(tracking_uri=""))
-    assert "Closed: none" in tick(instance, LocalMlflow(path=str(tmp_path / "absent")))
+    assert "had ended: none" in tick(instance, LocalMlflow(path=str(tmp_path / "absent")))
     assert not (tmp_path / "absent").exists()
 
 
@@ -216,7 +215,7 @@ def test_dagster_mlflows_own_resource_joins_the_trainers_run(
 def test_a_run_that_mlflow_refuses_to_close_is_named_and_holds_up_no_other(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = instance.create_run_for_job(training, status=dg.DagsterRunStatus.SUCCESS)
+    run = instance.create_run_for_job(training, status=dg.DagsterRunStatus.CANCELED)
     left = [start_run(mlflow, run.run_id) for _ in range(3)]
     close = LocalMlflow.close_run
 
@@ -227,7 +226,7 @@ def test_a_run_that_mlflow_refuses_to_close_is_named_and_holds_up_no_other(
 
     monkeypatch.setattr(LocalMlflow, "close_run", refuse_one)
     said = tick(instance, mlflow)
-    assert [status(mlflow, run_id) for run_id in left] == ["FINISHED", "RUNNING", "FINISHED"]
+    assert [status(mlflow, run_id) for run_id in left] == ["KILLED", "RUNNING", "KILLED"]
     assert f"{left[1]} (not allowed)" in said
 
 
