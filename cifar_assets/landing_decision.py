@@ -100,9 +100,7 @@ def decide(
         what, attempt = _objects(len(new), "new "), 1
     elif missed := _missed(ready.keys(), last, read):
         keys = sorted(ready[each] for each in missed)
-        names = ", ".join(keys[:_NAMES_SHOWN]) + (
-            f" and {len(keys) - _NAMES_SHOWN} more" if keys[_NAMES_SHOWN:] else ""
-        )
+        more = f" and {len(keys) - _NAMES_SHOWN} more" if len(keys) > _NAMES_SHOWN else ""
         why = "their run is no longer in Dagster"
         if last:
             why = f"run {last.run_id} {'failed' if last.outcome == 'crashed' else 'did not read them'}"

@@ -128,8 +128,6 @@ def _changes(processed: ObjectStore, digest: str, previous: str) -> Metadata:
     return {
         "previous_digest": previous,
         "changes": table(rows),
-        "num_moved_between_splits": changes.moved,
-        "num_relabelled": changes.relabelled,
     }
 
 

@@ -1,8 +1,7 @@
 """Which data made a model, and where an image is used: answered from stored manifests alone."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,27 +17,24 @@ from resources.errors import ConfigError
 from resources.object_store import ObjectStore
 
 
-@dataclass(frozen=True)
-class UsedObject:
-    """A raw object and how many of its images each split took."""
+class UsedObject(NamedTuple):
+    """A raw object, the names it landed under, and how many of its images each split took."""
 
     item: RawObject
-    landed_as: tuple[str, ...]
+    landed_as: list[str]
     images: dict[SplitName, int]
 
 
-@dataclass(frozen=True)
-class DatasetLineage:
+class DatasetLineage(NamedTuple):
     """A processed version and all that it was made from."""
 
     processed_digest: str
     raw_digest: str
     source: str
-    objects: tuple[UsedObject, ...]
+    objects: list[UsedObject]
 
 
-@dataclass(frozen=True)
-class ImageOrigin:
+class ImageOrigin(NamedTuple):
     """One image of a processed version: label, and the object and row it came from."""
 
     processed_digest: str
@@ -50,15 +46,11 @@ class ImageOrigin:
     row: int
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What differs between two processed versions, in images per split."""
+class Changes(NamedTuple):
+    """What differs between two processed versions, in images per split. One that got another label is in both."""
 
     added: dict[SplitName, int]
     removed: dict[SplitName, int]
-    moved: int
-    """Images that changed their split: not possible between versions of one split configuration."""
-    relabelled: int
 
 
 def model_lineage(stores: Stores, model_digest: str) -> tuple[ModelManifest, DatasetLineage]:
@@ -72,22 +64,22 @@ def dataset_lineage(stores: Stores, processed_digest: str) -> DatasetLineage:
 
     Raises ObjectNotFoundError that names the first link that is not stored any more.
     """
-    manifest = read_processed(stores.processed, processed_digest)
-    raw = read_raw(stores.raw, manifest.raw_digest)
-    provenance = read_provenance(stores.raw, manifest.raw_digest)
-    landed = provenance.get("landed")
-    names: dict[str, list[str]] = landed if isinstance(landed, dict) else {}
+    raw_digest = read_processed(stores.processed, processed_digest).raw_digest
+    items = read_raw(stores.raw, raw_digest).objects
+    provenance = read_provenance(stores.raw, raw_digest)
     counts = {
-        split: np.bincount(open_split(stores.processed, processed_digest, split).objects, minlength=len(raw.objects))
+        split: np.bincount(open_split(stores.processed, processed_digest, split).objects, minlength=len(items))
         for split in SPLIT_NAMES
     }
-    objects = tuple(
+    objects = [
         UsedObject(
-            item, tuple(names.get(item.sha256, ())), {split: int(counts[split][number]) for split in SPLIT_NAMES}
+            item,
+            provenance.landed.get(item.sha256, []),
+            {split: int(counts[split][number]) for split in SPLIT_NAMES},
         )
-        for number, item in enumerate(raw.objects)
-    )
-    return DatasetLineage(processed_digest, manifest.raw_digest, str(provenance.get("source", "unknown")), objects)
+        for number, item in enumerate(items)
+    ]
+    return DatasetLineage(processed_digest, raw_digest, provenance.source, objects)
 
 
 def images_of(
@@ -95,22 +87,14 @@ def images_of(
 ) -> Iterator[ImageOrigin]:
     """The images of a split in stored order, or those of one pixel digest, with their exact object and row."""
     rows = open_split(stores.processed, processed_digest, split)
-    positions: Iterable[int] = range(len(rows))
+    positions = np.arange(len(rows))
     if pixel_digest is not None:
-        positions = np.flatnonzero((rows.digests == _binary(pixel_digest)).all(axis=1)).tolist()
-        if not positions:
-            return
-    objects = read_raw(stores.raw, read_processed(stores.processed, processed_digest).raw_digest).objects
-    for position in positions:
-        yield ImageOrigin(
-            processed_digest,
-            split,
-            position,
-            rows.digest(position),
-            CLASSES[int(rows.labels[position])],
-            objects[int(rows.objects[position])].key,
-            int(rows.rows[position]),
-        )
+        positions = np.flatnonzero((rows.digests == _binary(pixel_digest)).all(axis=1))
+    objects = read_raw(stores.raw, rows.manifest.raw_digest).objects if len(positions) else ()
+    for position in positions.tolist():
+        label, key = CLASSES[int(rows.labels[position])], objects[int(rows.objects[position])].key
+        digest, row = rows.digest(position), int(rows.rows[position])
+        yield ImageOrigin(processed_digest, split, position, digest, label, key, row)
 
 
 def find_image(stores: Stores, pixel_digest: str) -> list[ImageOrigin]:
@@ -136,27 +120,17 @@ def models_by_dataset(models: ObjectStore) -> dict[str, list[str]]:
 
 def changes_since(processed: ObjectStore, digest: str, previous: str) -> Changes:
     """What changed from the previous processed version to this one, image by image."""
-    now, before = _placed(processed, digest), _placed(processed, previous)
-    both = now.keys() & before.keys()
-    added = Counter(now[key][0] for key in now.keys() - both)
-    removed = Counter(before[key][0] for key in before.keys() - both)
-    return Changes(
-        {split: added[split] for split in SPLIT_NAMES},
-        {split: removed[split] for split in SPLIT_NAMES},
-        moved=sum(now[key][0] != before[key][0] for key in both),
-        relabelled=sum(now[key][1] != before[key][1] for key in both),
-    )
-
-
-def _placed(processed: ObjectStore, digest: str) -> dict[bytes, tuple[SplitName, int]]:
-    """Split and label by pixel digest."""
-    placed: dict[bytes, tuple[SplitName, int]] = {}
+    changes = Changes({}, {})
     for split in SPLIT_NAMES:
-        rows = open_split(processed, digest, split)
-        data = rows.digests.tobytes()
-        for position, label in enumerate(rows.labels.tolist()):
-            placed[data[32 * position : 32 * position + 32]] = (split, label)
-    return placed
+        now, before = _labeled_images(processed, digest, split), _labeled_images(processed, previous, split)
+        changes.added[split], changes.removed[split] = len(now - before), len(before - now)
+    return changes
+
+
+def _labeled_images(processed: ObjectStore, digest: str, split: SplitName) -> set[bytes]:
+    rows = open_split(processed, digest, split)
+    labeled = np.column_stack([rows.digests, rows.labels.astype(np.uint8)])
+    return {row.tobytes() for row in labeled}
 
 
 def _binary(pixel_digest: str) -> np.ndarray:

@@ -5,21 +5,21 @@ import logging
 import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.consistency import Known, check_source
 from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.landing.join import LandingReport, join_landed
-from cifar_assets.dataset.objects import RawObject
+from cifar_assets.dataset.objects import RawObject, read_state
 from cifar_assets.dataset.sources.download import FULL_DISK
 from cifar_assets.dataset.sources.importing import import_source
 from cifar_assets.dataset.versions.manifest import Manifest
 from cifar_assets.dataset.versions.splits import splits_filled
 from resources.digests import canonical_json
-from resources.errors import ConfigError, DataError, ObjectNotFoundError, StoreError
+from resources.errors import ConfigError, DataError, StoreError
 from resources.object_store import ObjectStore
 from resources.redaction import redacted
 
@@ -62,8 +62,16 @@ class RawVersion:
     landing: LandingReport = field(default_factory=LandingReport)
 
 
-@dataclass(frozen=True)
-class VersionInfo:
+class Provenance(BaseModel):
+    """Where a version came from, as first noted. The digest does not cover it."""
+
+    version: Literal[1] = 1
+    source: str = "unknown"
+    created: str = "unknown"
+    landed: dict[str, list[str]] = Field(default={}, description="Names under which objects landed, by sha256.")
+
+
+class VersionInfo(NamedTuple):
     """One line of the list of versions."""
 
     digest: str
@@ -105,13 +113,12 @@ def _build(raw: ObjectStore, source: str, resize: bool) -> RawVersion:
     landed, landing = join_landed(raw, known, resize=resize)
     manifest = RawManifest(resize=resize, objects=(*sources, *landed))
     digest = manifest.digest
-    provenance = {
-        "version": 1,
-        "source": redacted(source),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "landed": {sha256: sorted(landing.names[sha256]) for sha256 in sorted(landing.names)},
-    }
-    raw.create(_key(digest, "provenance"), json.dumps(provenance, indent=1).encode())  # or stays as first written
+    provenance = Provenance(
+        source=redacted(source),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        landed={sha256: sorted(landing.names[sha256]) for sha256 in sorted(landing.names)},
+    )
+    raw.create(_key(digest, "provenance"), provenance.model_dump_json(indent=1).encode())
     manifest.write(raw, _key(digest, "manifest"))
     try:
         make_current(raw, digest)
@@ -171,18 +178,15 @@ def list_raw_versions(raw: ObjectStore) -> list[VersionInfo]:
             logger.warning("A version is left out: %s", error)
             continue
         landed = sum(item.used_rows for item in manifest.objects if item.role == "landed")
-        source, created = (str(provenance.get(name, "unknown")) for name in ("source", "created"))
-        versions.append(VersionInfo(digest, manifest.rows, landed, source, created, digest == current))
+        versions.append(
+            VersionInfo(digest, manifest.rows, landed, provenance.source, provenance.created, digest == current)
+        )
     return sorted(versions, key=lambda version: version.created)
 
 
-def read_provenance(raw: ObjectStore, digest: str) -> dict[str, object]:
-    """Where a version came from (source, created, landed names by sha256), not covered by the digest; {} if unknown."""
-    try:
-        found = json.loads(raw.read(_key(digest, "provenance")))
-    except (ObjectNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and found.get("version", 1) == 1 else {}
+def read_provenance(raw: ObjectStore, digest: str) -> Provenance:
+    """Where a version came from, as far as that is known."""
+    return read_state(raw, _key(digest, "provenance"), Provenance) or Provenance()
 
 
 def _key(digest: str, name: str) -> str:

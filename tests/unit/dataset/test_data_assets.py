@@ -82,5 +82,4 @@ def test_what_a_version_holds_and_what_changed_is_in_the_metadata(make, tmp_path
     changes = by("split", metadata["changes"])
     assert changes["train"]["added"] + changes["validation"]["added"] == 10
     assert changes["test"] == {"added": 0, "removed": 0}
-    assert metadata["num_moved_between_splits"].value == 0
     assert "data:image/png;base64," in str(metadata["samples"].value)
