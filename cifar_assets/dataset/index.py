@@ -5,13 +5,14 @@ goes stale. It makes validating an unchanged object cheap and is derived data: d
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -26,9 +27,14 @@ PREPARATION = 3
 """Increased whenever `prepare_image` gives different pixels for an image it accepted before, or refuses it."""
 
 INDEX_PREFIX = "index/"
-_VERSION = "1"
 MAX_REFUSED_ROWS = 100_000
 """Of one object; with more, the object as a whole is refused."""
+
+
+class _Notes(BaseModel):
+    version: Literal[2] = 2  # the first form had them in the header: such an index is made again
+    refused: dict[int, str]
+    unread: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -79,20 +85,16 @@ def build_index(batches: Iterable[RowBatch], what: str = "images") -> ObjectInde
 
 def dump_index(index: ObjectIndex) -> bytes:
     """The index as bytes."""
-    tensors = {"digests": index.digests, "labels": index.labels, "splits": index.splits}
-    refused = json.dumps({str(row): reason for row, reason in index.refused.items()})
-    return save(tensors, {"refused": refused, "unread": json.dumps(index.unread), "version": _VERSION})
+    notes = _Notes(refused=index.refused, unread=index.unread).model_dump_json().encode()
+    arrays = {"digests": index.digests, "labels": index.labels, "splits": index.splits}
+    return save({**arrays, "notes": np.frombuffer(notes, np.uint8)})
 
 
 def parse_index(data: bytes) -> ObjectIndex | None:
-    """The inverse of `dump_index`; None when the bytes are not an index."""
+    """The inverse of `dump_index`; None when the bytes are not an index that this release understands."""
     try:
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        if header["__metadata__"].get("version", _VERSION) != _VERSION:  # the first indexes had none
-            return None
-        unread = dict(json.loads(header["__metadata__"].get("unread", "{}")))
-        refused = {int(row): str(why) for row, why in json.loads(header["__metadata__"]["refused"]).items()}
+        notes = _Notes.model_validate_json(tensors["notes"].tobytes())
         digests, labels, splits = (tensors[name] for name in ("digests", "labels", "splits"))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -102,7 +104,7 @@ def parse_index(data: bytes) -> ObjectIndex | None:
         return None
     if not (np.all((labels >= REFUSED_LABEL) & (labels < len(CLASSES))) and np.all(splits < len(SPLITS))):
         return None
-    return ObjectIndex(digests, labels, splits, refused, unread)
+    return ObjectIndex(digests, labels, splits, notes.refused, notes.unread)
 
 
 def read_index(path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool) -> ObjectIndex:

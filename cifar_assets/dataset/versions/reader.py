@@ -13,7 +13,7 @@ from cifar_assets.dataset.versions.processed import ProcessedManifest, read_proc
 from cifar_assets.dataset.versions.shards import Shard, Tensors, map_shard
 from cifar_assets.dataset.versions.splits import SplitName
 from resources.digests import sha256_file
-from resources.errors import DataError, IntegrityError, ObjectNotFoundError
+from resources.errors import IntegrityError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
 _MOST_OPEN = 64
@@ -40,14 +40,11 @@ class SplitReader:
         self._paths = shards
         self._map = lru_cache(_MOST_OPEN)(lambda number: map_shard(shards[number])["images"])
         known = [_EMPTY]
-        for path, shard in zip(shards, manifest.shards[split], strict=True):
-            tensors = map_shard(path)
-            _check_images(tensors, shard.rows, path)
-            if rows is None:
-                positions = np.asarray(shard.objects, np.int32)
-                known.append({**_copied(tensors), "objects": positions[tensors["objects"]]})
+        for path, shard in zip(shards, manifest.shards[split], strict=True) if rows is None else ():
+            tensors = _known(path)
+            known.append({**tensors, "objects": np.asarray(shard.objects, np.int32)[tensors["objects"]]})
         if rows is not None:
-            known.append(_copied(map_shard(rows)))
+            known.append(_known(rows))
         self.labels, self.digests, self.objects, self.rows = (
             np.concatenate([each[name] for each in known]) for name in _EMPTY
         )
@@ -94,15 +91,9 @@ def open_split(processed: ObjectStore, digest: str, split: SplitName, cache: Pat
     return SplitReader(manifest, split, shards, _verified(processed, old.key(digest), old, folder) if old else None)
 
 
-def _check_images(tensors: Tensors, rows: int, path: Path) -> None:
-    images, labels = tensors.get("images"), tensors.get("labels")
-    if images is None or labels is None or images.shape != (rows, *IMAGE_SHAPE) or labels.shape != (rows,):
-        found = {key: value.shape for key, value in tensors.items()}
-        raise DataError(f"{path}: expected {rows} images and labels, got {found}.")
-
-
-def _copied(tensors: Tensors) -> Tensors:
-    return {name: np.array(tensors[name]) for name in _EMPTY}
+def _known(path: Path) -> Tensors:
+    tensors = map_shard(path)
+    return {name: np.array(tensors[name]) for name in _EMPTY}  # copies: a map would hold the file open
 
 
 def _verified(processed: ObjectStore, key: str, shard: Shard, cache: Path) -> Path:
