@@ -81,12 +81,8 @@ def decide(
 ) -> Decision:
     """Whether to retrain now. Pure: the same cursor and listing give the same run key, so that a replay adds no run.
 
-    Args:
-        cursor: what was asked for before.
-        scan: the landing zone.
-        busy: what trains already, in words; arrivals wait for it.
-        last: the run that was asked for before; None where there was none, or it was deleted.
-        read: fingerprints that the last build of the raw dataset read; None where that is not known.
+    `busy` says what trains already, `last` is the run that was asked for before, if it is still known, and `read` holds
+    the fingerprints of what the last build of the raw dataset read, or None.
     """
     notes = "".join(f" Skipped {count}: {reason}." for reason, count in sorted(Counter(scan.skipped.values()).items()))
 

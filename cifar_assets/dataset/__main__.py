@@ -14,7 +14,7 @@ from cifar_assets.dataset.versions.lineage import (
     model_lineage,
     models_by_dataset,
 )
-from cifar_assets.dataset.versions.raw import list_raw_versions
+from cifar_assets.dataset.versions.raw import current_raw_digest, list_raw_versions
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from resources.errors import ExplainedError
 
@@ -43,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _answer(stores: Stores, options: argparse.Namespace) -> Iterator[str]:
     if options.command == "versions":
-        for version in list_raw_versions(stores.raw):
-            mark, rows = "*" if version.is_current else " ", f"{version.rows:,} images ({version.landed_rows:,} landed)"
-            yield f"{mark} {version.digest}  {version.created}  {rows}  {version.source}"
+        current = current_raw_digest(stores.raw)
+        for digest, (manifest, provenance) in list_raw_versions(stores.raw).items():
+            mark, rows = "*" if digest == current else " ", f"{manifest.rows:,} images ({manifest.landed_rows:,} landed)"
+            yield f"{mark} {digest}  {provenance.created}  {rows}  {provenance.source}"
     elif options.command == "model":
         manifest, lineage = model_lineage(stores, options.digest)
         yield f"model      {options.digest} (seed {manifest.seed})"

@@ -58,8 +58,8 @@ def digests(root: FolderStore) -> dict[str, str]:
 
 def test_a_raw_version_is_found_and_used(stores: Stores, digests: dict[str, str]) -> None:
     assert current_raw_digest(stores.raw) == digests["raw"]
-    (version,) = list_raw_versions(stores.raw)
-    assert (version.digest, version.rows, version.source) == (digests["raw"], 10, "/old/source")
+    ((digest, (manifest, provenance)),) = list_raw_versions(stores.raw).items()
+    assert (digest, manifest.rows, provenance.source) == (digests["raw"], 10, "/old/source")
     (objection,) = objections(judge_raw(stores.raw, digests["raw"]))
     assert "no images of frog, horse, ship, truck" in objection  # its ten images are of six classes
     assert read_raw(stores.raw, digests["raw"]).rows == 10
@@ -144,7 +144,7 @@ def test_a_manifest_of_an_unknown_kind_is_named(stores: Stores, digests: dict[st
     stores.raw.write(f"versions/{digest}/manifest.json", data)
     with pytest.raises(DataError, match="cifar10-raw/1"):
         read_raw(stores.raw, digest)
-    assert [version.digest for version in list_raw_versions(stores.raw)] == [digests["raw"]]
+    assert [*list_raw_versions(stores.raw)] == [digests["raw"]]
 
 
 def test_an_index_of_another_version_is_not_used(stores: Stores, digests: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from resources.object_store import ObjectStore
 
 _GZIP_LEVEL = 1
+_PROTOCOL = 2  # Python 2 can read it as well, like the official archive
 
 
 def write_baseline_raw(raw: ObjectStore, processed: ObjectStore, processed_digest: str) -> str:
@@ -44,7 +45,7 @@ def _official_files(processed: ObjectStore, digest: str) -> Iterator[tuple[str, 
     train, validation, test = (open_split(processed, digest, split) for split in SPLIT_NAMES)
     parts = np.array_split(np.arange(len(train) + len(validation)), len(BATCHES) - 1)
     meta = {"num_cases_per_batch": len(parts[0]), "label_names": list(CLASSES), "num_vis": 3072}
-    yield f"{PYTHON_FOLDER}/batches.meta", _pickled(meta)
+    yield f"{PYTHON_FOLDER}/batches.meta", pickle.dumps(meta, _PROTOCOL)
     for name, part in zip(BATCHES, parts, strict=False):
         first, second = part[part < len(train)], part[part >= len(train)] - len(train)
         images = np.concatenate([train.take(first), validation.take(second)])
@@ -84,15 +85,10 @@ def _write_archive(store: ObjectStore, key: str, files: Iterator[tuple[str, byte
 
 
 def _batch(name: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> bytes:
-    return _pickled(
-        {
-            "batch_label": name,
-            "labels": labels.tolist(),
-            "data": np.ascontiguousarray(images).reshape(len(images), -1),
-            "filenames": [f"{CLASSES[int(label)]}_{number:06d}.png" for number, label in enumerate(labels)],
-        }
-    )
-
-
-def _pickled(value: object) -> bytes:
-    return pickle.dumps(value, protocol=2)  # Python 2 can read it as well, like the official archive
+    fields = {
+        "batch_label": name,
+        "labels": labels.tolist(),
+        "data": np.ascontiguousarray(images).reshape(len(images), -1),
+        "filenames": [f"{CLASSES[int(label)]}_{number:06d}.png" for number, label in enumerate(labels)],
+    }
+    return pickle.dumps(fields, _PROTOCOL)

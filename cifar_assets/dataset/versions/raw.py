@@ -5,7 +5,7 @@ import logging
 import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
@@ -43,6 +43,11 @@ class RawManifest(Manifest):
         return sum(item.used_rows for item in self.objects)
 
     @property
+    def landed_rows(self) -> int:
+        """Images that landed."""
+        return sum(item.used_rows for item in self.objects if item.role == "landed")
+
+    @property
     def size(self) -> int:
         """Bytes of all its objects."""
         return sum(item.size for item in self.objects)
@@ -69,17 +74,6 @@ class Provenance(BaseModel):
     source: str = "unknown"
     created: str = "unknown"
     landed: dict[str, list[str]] = Field(default={}, description="Names under which objects landed, by sha256.")
-
-
-class VersionInfo(NamedTuple):
-    """One line of the list of versions."""
-
-    digest: str
-    rows: int
-    landed_rows: int
-    source: str
-    created: str
-    is_current: bool
 
 
 def build_raw_version(raw: ObjectStore, source: str, *, digest: str | None = None, resize: bool = True) -> RawVersion:
@@ -167,21 +161,15 @@ def list_raw_digests(raw: ObjectStore) -> list[str]:
     return [info.key.split("/")[1] for info in raw.list(VERSIONS_PREFIX) if info.key.endswith("/manifest.json")]
 
 
-def list_raw_versions(raw: ObjectStore) -> list[VersionInfo]:
-    """Every published version, oldest first."""
-    current = current_raw_digest(raw)
-    versions = []
+def list_raw_versions(raw: ObjectStore) -> dict[str, tuple[RawManifest, Provenance]]:
+    """Every published version by digest, oldest first."""
+    versions = {}
     for digest in list_raw_digests(raw):
         try:
-            manifest, provenance = read_raw(raw, digest), read_provenance(raw, digest)
+            versions[digest] = read_raw(raw, digest), read_provenance(raw, digest)
         except DataError as error:
             logger.warning("A version is left out: %s", error)
-            continue
-        landed = sum(item.used_rows for item in manifest.objects if item.role == "landed")
-        versions.append(
-            VersionInfo(digest, manifest.rows, landed, provenance.source, provenance.created, digest == current)
-        )
-    return sorted(versions, key=lambda version: version.created)
+    return dict(sorted(versions.items(), key=lambda item: item[1][1].created))
 
 
 def read_provenance(raw: ObjectStore, digest: str) -> Provenance:

@@ -54,9 +54,9 @@ def test_wherever_a_build_stops_no_half_version_is_visible(make, source: str, tm
         try:
             digest = build_raw_version(raw, source).digest
         except KeyboardInterrupt:
-            for version in list_raw_versions(raw):
-                make_current(FolderStore(raw.root), version.digest)
-                assert version.digest == expected
+            for digest in list_raw_versions(raw):
+                make_current(FolderStore(raw.root), digest)
+                assert digest == expected
             raw.left = 100
             assert build_raw_version(raw, source).digest == expected
         else:
@@ -68,15 +68,16 @@ def test_wherever_a_build_stops_no_half_version_is_visible(make, source: str, tm
 
 def test_versions_are_listed_with_the_current_one_marked(make, raw: FolderStore, source: str) -> None:
     assert current_raw_digest(raw) is None
-    assert list_raw_versions(raw) == []
+    assert list_raw_versions(raw) == {}
     first = build_raw_version(raw, source)
     raw.write("landing/a.parquet", make.parquet(make.images(10, 5), make.labels(10)))
     second = build_raw_version(raw, source)
-    listed = {version.digest: version for version in list_raw_versions(raw)}
-    assert {digest: (version.rows, version.landed_rows, version.is_current) for digest, version in listed.items()} == {
-        first.digest: (80, 0, False),
-        second.digest: (90, 10, True),
+    listed = {digest: manifest for digest, (manifest, _) in list_raw_versions(raw).items()}
+    assert {digest: (manifest.rows, manifest.landed_rows) for digest, manifest in listed.items()} == {
+        first.digest: (80, 0),
+        second.digest: (90, 10),
     }
+    assert current_raw_digest(raw) == second.digest
 
 
 def test_a_changed_manifest_is_noticed(raw: FolderStore, source: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -85,7 +86,7 @@ def test_a_changed_manifest_is_noticed(raw: FolderStore, source: str, caplog: py
     raw.write(key, raw.read(key).replace(b'"rows":60', b'"rows":61'))
     with pytest.raises(IntegrityError):
         read_raw(raw, digest)
-    assert list_raw_versions(raw) == []
+    assert list_raw_versions(raw) == {}
     assert key in caplog.text
 
 
