@@ -45,7 +45,8 @@ def _answer(stores: Stores, options: argparse.Namespace) -> Iterator[str]:
     if options.command == "versions":
         current = current_raw_digest(stores.raw)
         for digest, (manifest, provenance) in list_raw_versions(stores.raw).items():
-            mark, rows = "*" if digest == current else " ", f"{manifest.rows:,} images ({manifest.landed_rows:,} landed)"
+            mark = "*" if digest == current else " "
+            rows = f"{manifest.rows:,} images ({manifest.landed_rows:,} landed)"
             yield f"{mark} {digest}  {provenance.created}  {rows}  {provenance.source}"
     elif options.command == "model":
         manifest, lineage = model_lineage(stores, options.digest)
