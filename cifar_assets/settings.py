@@ -97,8 +97,7 @@ class Settings(BaseSettings):
     def _names_its_images(self) -> "Settings":
         for name in ("trainer_image", "server_image"):
             if self.dagster_deployment == "kubernetes" and not getattr(self, name):
-                example = f"localhost/cifar-{name.removesuffix('_image')}:dev"
-                raise ValueError(f"{name.upper()} is not set: name an image, such as {example}")
+                raise ValueError(f"{name.upper()} is not set: name the image that `make images` built for it")
         return self
 
 

@@ -26,6 +26,7 @@ _FRAMING_BYTES = 512 * 1024
 """What may come with a request beside its body: headers, one read of the socket, and the framing of chunks."""
 _YOUNG_BODY_SECONDS = 2.0
 _SWEEP_SECONDS = 0.25
+_UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
 _METHODS = ("GET", "HEAD", "POST")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 
@@ -205,6 +206,8 @@ class Connection(asyncio.Protocol):
                 _check_size("headers", self._num_received, self._limits.max_header_bytes, 431)
             elif self._num_received > _FRAMING_BYTES + len(self._body) * 9 // 8:
                 raise RequestError("body", "chunks that carry data", "mostly framing")
+        except httptools.HttpParserUpgrade as upgrade:
+            return self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError as error:
             return error.__context__  # what a method below raised
         except httptools.HttpParserError as error:
@@ -212,6 +215,15 @@ class Connection(asyncio.Protocol):
         except RequestError as error:
             return error
         return None
+
+    def _ignore_upgrade(self, rest: bytes) -> BaseException | None:
+        """Read a request that asks for another protocol as one that does not, as RFC 9110 allows."""
+        method = self._parser.get_method()
+        if method == b"CONNECT":
+            return RequestError("request", "a request to this server", "CONNECT, which asks for a proxy")
+        headers = [name + b": " + value for name, value in self._headers.items() if name not in _UPGRADE_HEADERS]
+        self._parser = httptools.HttpRequestParser(self)
+        return self._parse(b"\r\n".join([method + b" " + bytes(self._url) + b" HTTP/1.1", *headers, b"", rest]))
 
     def on_message_begin(self) -> None:
         if self._request is not None:
@@ -234,7 +246,7 @@ class Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         _check_size("headers", self._num_head_bytes + len(self._url), self._limits.max_header_bytes, 431)
         if self._parser.should_upgrade():
-            raise RequestError("Upgrade", "an HTTP/1.1 request", "a wish for another protocol")
+            return
         self._enter(State.BODY)
         self._method = self._parser.get_method().decode()
         encoding = self._headers.get(b"content-encoding", b"identity")
@@ -254,6 +266,8 @@ class Connection(asyncio.Protocol):
         self.deadline = min(self.since + self._limits.body_timeout, time.monotonic() + self._limits.stall_timeout)
 
     def on_message_complete(self) -> None:
+        if self._parser.should_upgrade():
+            return
         path = _path(bytes(self._url))
         keep_alive = self._parser.should_keep_alive()
         self._request = Request(self._answer, self._method, path, self._headers, bytes(self._body), keep_alive)

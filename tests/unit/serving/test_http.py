@@ -207,13 +207,17 @@ def test_expect_100_continue_is_answered() -> None:
     story(tell, max_body_bytes=10)
 
 
-def test_a_request_for_another_protocol_is_refused() -> None:
+def test_a_wish_for_another_protocol_is_ignored() -> None:
+    """Java's client sends it with every first request."""
+
     async def tell(server: Server) -> None:
-        for data in (post(b"abc", "Connection: Upgrade", "Upgrade: h2c"), b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n"):
-            client = await server.connect()
-            answer = await client.ask(data)
-            assert (answer.status, answer.json["field"]) == (400, "Upgrade")
-            assert await client.is_closed()
+        upgrade = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
+        client = await server.connect()
+        for body in (b"", b"abc", b"x" * 100_000):
+            assert (await client.ask(post(body, *upgrade))).json["bytes"] == len(body)
+        client.send(b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = await client.answer()
+        assert (answer.status, "CONNECT" in answer.json["error"]) == (400, True)
 
     story(tell)
 
