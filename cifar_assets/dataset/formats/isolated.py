@@ -1,8 +1,8 @@
 """Outside bytes are read in a process of their own: a file that kills its reader costs nothing but itself.
 
-A child (`isolated_child`) forks a process for each file, with limits on memory and time and none of the environment's
-credentials. That protects the parent from crashes, memory use and endless loops; it is not a sandbox against code that
-a file manages to run.
+A child (`isolated_child`) forks processes that read, with limits on the memory and time of each file and none of the
+environment's credentials. That protects the parent from crashes, memory use and endless loops; it is not a sandbox
+against code that a file manages to run.
 """
 
 import json
