@@ -23,7 +23,7 @@ from cifar_assets.dataset.versions.processed import MANIFEST_FILE, PARTS_PREFIX,
 from cifar_assets.dataset.versions.raw import VERSIONS_PREFIX, current_raw_digest, read_raw
 from cifar_assets.dataset.versions.shards import SHARDS_PREFIX
 from cifar_assets.model_package import read_manifest
-from resources.object_store import ObjectInfo, ObjectStore
+from resources.object_store import FolderStore, ObjectInfo, ObjectStore
 
 _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
@@ -40,6 +40,8 @@ class Policy(dg.Config):
         description="Nothing younger is removed. Below 12 only while no run is in progress: a run may be using what "
         "an earlier one left.",
     )
+
+    log_days: float = Field(default=30.0, ge=0, description="Days that compute logs are kept.")
 
     def is_old(self, changed: datetime) -> bool:
         """Whether something last changed then may be removed."""
@@ -152,6 +154,22 @@ def leftovers(policy: Policy) -> Iterator[Removal]:
         if found and policy.is_old(datetime.fromtimestamp(max(each.st_mtime for each in found), UTC)):
             size = sum(each.st_size for each in found)
             yield Removal("temporary file", str(path), "not used for a while", size, lambda path=path: _delete(path))
+
+
+def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore) -> Iterator[Removal]:
+    """Compute logs older than log_days, in the folder or bucket that the instance's dagster.yaml names."""
+    data = getattr(instance.compute_log_manager, "inst_data", None)
+    settings = {
+        name: os.environ[value["env"]] if isinstance(value, dict) else str(value)
+        for name, value in (data.config_dict if data else {}).items()
+        if name in ("base_dir", "bucket", "prefix")
+    }
+    store: ObjectStore | None = FolderStore(Path(settings["base_dir"])) if "base_dir" in settings else None
+    if "bucket" in settings:
+        store = root.at(f"{settings['bucket']}/{settings.get('prefix', 'dagster')}")
+    for info in store.list() if store else ():
+        if "/compute_logs/" in info.key and datetime.now(UTC) - info.last_modified >= timedelta(days=policy.log_days):
+            yield _removal(store, [info], "compute log", info.key, f"older than {policy.log_days:g} days")
 
 
 def _delete(path: Path) -> None:

@@ -14,6 +14,7 @@ from cifar_assets.dataset.versions.raw import list_raw_digests
 from cifar_assets.prune.rules import (
     Policy,
     Removal,
+    compute_logs,
     data_of_models,
     find_digests,
     leftovers,
@@ -87,6 +88,7 @@ def prune(
         processed, raw = set(list_processed_versions(stores.processed)), set(list_raw_digests(stores.raw))
     handle(orphans(stores, processed, raw, policy))
     handle(leftovers(policy))
+    handle(compute_logs(policy, instance, object_store.root()))
     return done
 
 

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -294,17 +295,19 @@ def test_version_in_mlflow_of_another_store_stays(world: World, tracked: list[st
     assert "6" in {str(version.version) for version in client.search_model_versions(f"name = '{name}'")}
 
 
-def test_temporary_files_go_when_they_are_old(world: World) -> None:
+def test_temporary_files_and_compute_logs_go_when_they_are_old(world: World) -> None:
     temporary = world.folder / "tmp"
+    manager = world.instance.compute_log_manager
+    log = Path(manager.get_captured_local_path(["run-1", "compute_logs", "step"], "err"))  # pyright: ignore[reportAttributeAccessIssue]
     old_paths = [temporary / "cifar-landed-abc" / "object", temporary / f"cifar-shards-{os.getuid()}" / "old"]
     new_paths = [temporary / f"cifar-shards-{os.getuid()}" / "new", temporary / "other" / "file"]
-    for path in (*old_paths, *new_paths):
+    for path in (*old_paths, *new_paths, log):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
-    for path in (*old_paths, old_paths[0].parent, new_paths[1]):
+    for path in (*old_paths, old_paths[0].parent, log, new_paths[1]):
         os.utime(path, (0, 0))
     world.prune()
-    assert [path.exists() for path in (*old_paths, *new_paths)] == [False, False, True, True]
+    assert [path.exists() for path in (*old_paths, *new_paths, log)] == [False, False, True, True, False]
 
 
 def test_the_job_reports_what_it_removed(world: World) -> None:
