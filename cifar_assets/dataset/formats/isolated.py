@@ -1,6 +1,6 @@
 """Outside bytes are read in a process of their own: a file that kills its reader costs nothing but itself.
 
-A child (`isolated_child`) forks processes that read, with limits on the memory and time of each file and none of the
+A child (`isolated_child`) reads one file after the other, with limits on memory and on the time of each and none of the
 environment's credentials. That protects the parent from crashes, memory use and endless loops; it is not a sandbox
 against code that a file manages to run.
 """
@@ -52,24 +52,27 @@ def ask(arguments: Mapping[str, Any], name: str, num_bytes: int) -> bytes:
     anything that no reader should raise.
     """
     seconds = CPU_SECONDS + CPU_SECONDS_PER_MIB * (num_bytes >> 20)
-    limits = {"memory": MEMORY_BYTES, "cpu": seconds, "wall": seconds * WALL_SECONDS_PER_CPU_SECOND}
+    question = {"arguments": arguments, "seconds": {"cpu": seconds, "wall": seconds * WALL_SECONDS_PER_CPU_SECOND}}
     with _lock:
-        child, connection = _running_child()
-        try:
-            send(connection, {"arguments": arguments, "limits": limits})
-            answer, data = receive(connection)
-        except (EOFError, OSError):
-            connection.close()  # ends a child that sent what cannot be an answer
-            code = child.wait()
-            code = code - 256 if code > 128 else code
-            cause = _CAUSES.get(code) or f"ended its reader with {_shown(code)}"
-            raise ReaderKilledError(
-                f"{name} {cause} (limits: {MEMORY_BYTES >> 20:,} MiB of memory, {seconds:,} s of processor time). It "
-                "is damaged, made to do harm, or far larger than it looks."
-            ) from None
-        except BaseException:
-            stop()  # nobody waits for what it still sends
-            raise
+        while True:
+            is_fresh = _child is None or _child[0].poll() is not None
+            child, connection = _running_child()
+            try:
+                send(connection, question)
+                answer, data = receive(connection)
+                break
+            except (EOFError, OSError):
+                connection.close()  # ends a child that sent what cannot be an answer
+                code = child.wait()
+                if is_fresh:  # one that read other files before may have died of those
+                    cause = _CAUSES.get(code) or f"ended its reader with {_shown(code)}"
+                    raise ReaderKilledError(
+                        f"{name} {cause} (limits: {MEMORY_BYTES >> 20:,} MiB of memory, {seconds:,} s of processor "
+                        "time). It is damaged, made to do harm, or far larger than it looks."
+                    ) from None
+            except BaseException:
+                stop()  # nobody waits for what it still sends
+                raise
     if "failed" in answer:
         raise ReaderFailedError(f"{name} cannot be read, see the log for the cause: {answer['failed']}")
     if "refused" in answer:
@@ -109,11 +112,13 @@ def _running_child() -> tuple[subprocess.Popen[bytes], Connection]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     # Each of these would reserve address space far beyond what it uses.
     environment |= {"MALLOC_ARENA_MAX": "2", "ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "2"}
-    environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # threads do not survive a fork
+    environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     ours, theirs = socket.socketpair()
     with theirs:
         stdin = theirs.fileno()
-        process = subprocess.Popen(_COMMAND, stdin=stdin, stdout=2, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            [*_COMMAND, str(MEMORY_BYTES)], stdin=stdin, stdout=2, env=environment, start_new_session=True
+        )
     _child = process, Connection(ours.detach())
     try:
         receive(_child[1])

@@ -1,11 +1,11 @@
-"""The process that reads outside bytes for `isolated`: forks of it answer the questions that come on stdin."""
+"""The process that reads outside bytes for `isolated`: it answers the questions that come on stdin."""
 
+import contextlib
 import os
 import resource
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,11 +16,6 @@ from cifar_assets.dataset.index import build_index, dump_index
 from cifar_assets.dataset.objects import read_rows
 from resources.errors import DataError
 
-_FILES_PER_READER = 100
-"""A fork costs as much as reading ten pictures."""
-_CLOSED = 87
-"""Exit status of a reader whose parent asks nothing more."""
-
 
 def index_file(*, path: str, format: Any, split: str, name: str, resize: bool) -> bytes:
     """The index of a file's rows."""
@@ -30,54 +25,45 @@ def index_file(*, path: str, format: Any, split: str, name: str, resize: bool) -
 
 
 def main() -> None:
-    """Answer until the parent closes the connection, or a file kills its reader: then end as that did."""
+    """Answer until the parent closes the connection."""
+    _limit_memory(int(sys.argv[1]))
     parent = Connection(0)
     send(parent, {"ready": True})
-    status = 0
-    while not status:
-        if not (reader := os.fork()):
-            _answer_some(parent)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1])
-    os._exit(status % 256)
-
-
-def _answer_some(parent: Connection) -> None:
-    for _ in range(_FILES_PER_READER):
+    while True:
         try:
             question, _ = receive(parent)
         except (EOFError, OSError):
-            os._exit(_CLOSED)
-        _answer(parent, question)
+            return
+        _limit_time(**question["seconds"])
+        try:
+            send(parent, {}, index_file(**question["arguments"]))
+        except MemoryError:
+            os._exit(OUT_OF_MEMORY)
+        except DataError as error:
+            send(parent, {"refused": str(error)})
+        except Exception as error:
+            traceback.print_exc()
+            send(parent, {"failed": repr(error)})
 
 
-def _answer(parent: Connection, question: Mapping[str, Any]) -> None:
-    try:
-        _limit(**question["limits"])
-        send(parent, {}, index_file(**question["arguments"]))
-    except MemoryError:
-        os._exit(OUT_OF_MEMORY)
-    except DataError as error:
-        send(parent, {"refused": str(error)})
-    except Exception as error:
-        traceback.print_exc()
-        send(parent, {"failed": repr(error)})
-
-
-def _limit(memory: int, cpu: int, wall: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def _limit_time(cpu: int, wall: int) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(used.ru_utime + used.ru_stime) + cpu
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     signal.alarm(wall)
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Once, before the first file: what a file leaves behind does not raise the limit of the next."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than its parent
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + num_bytes
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (_least(pages * resource.getpagesize() + memory, hard), hard))
-
-
-def _least(wanted: int, hard: int) -> int:
-    return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 if __name__ == "__main__":
