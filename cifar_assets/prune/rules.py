@@ -167,7 +167,9 @@ def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore
     store: ObjectStore | None = FolderStore(Path(settings["base_dir"])) if "base_dir" in settings else None
     if "bucket" in settings:
         store = root.at(f"{settings['bucket']}/{settings.get('prefix', 'dagster')}")
-    for info in store.list() if store else ():
+    if store is None:
+        return
+    for info in store.list():
         if "/compute_logs/" in info.key and datetime.now(UTC) - info.last_modified >= timedelta(days=policy.log_days):
             yield _removal(store, [info], "compute log", info.key, f"older than {policy.log_days:g} days")
 
