@@ -10,7 +10,6 @@ Pillow never sees the whole file, only the parts that the pixels and the rotatio
 previews cost nothing, and Pillow and its decoders cannot disagree about a file's size.
 """
 
-import contextlib
 import io
 import struct
 from dataclasses import dataclass
@@ -23,6 +22,16 @@ from cifar_assets.contracts import IMAGE_SHAPE, IMAGE_SIZE
 from resources.digests import sha256_bytes
 from resources.errors import DataError
 
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 _DRAFT_SIZE = (8 * IMAGE_SIZE, 8 * IMAGE_SIZE)
 _JPEG_FACTOR = 2
@@ -34,6 +43,8 @@ _MAX_SCANS = 32
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 _PNG_PALETTE = 3
+_PNG_MAX_EXIF = 64 << 10
+"""As long as a JPEG's can be. A longer one is left out."""
 
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _JPEG_START_OF_SCAN = 0xDA
@@ -131,9 +142,7 @@ def picture_pixels(picture: Picture) -> NDArray[np.uint8]:
             image.load()
             if image.mode == "P" and np.asarray(image).max() >= num_colors:
                 raise ImageError(f"pixels of the palette's {num_colors} colors", "one that is not among them")
-            with contextlib.suppress(Exception):  # a broken EXIF block is treated as absent, as viewers do
-                ImageOps.exif_transpose(image, in_place=True)
-            rgb = _to_rgb(image)
+            rgb = _to_rgb(_upright(image))
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, zlib.error
@@ -173,7 +182,7 @@ def _open_png(data: bytes, limits: ImageLimits) -> Picture:
             raise ImageError("a complete PNG image", f"one with two {kind.decode()} chunks")
         if kind == b"tRNS" and color != _PNG_PALETTE and depth != 8:
             raise ImageError("an alpha channel or 8-bit samples", f"a transparent color of {depth}-bit samples")
-        if kind in _PNG_KEPT:
+        if kind in _PNG_KEPT and (kind != b"eXIf" or length <= _PNG_MAX_EXIF):
             parts.append(data[position:end])
             seen.add(kind)
         if kind == b"IEND":
@@ -223,6 +232,17 @@ def _check_pixels(width: int, height: int, max_pixels: int, limits: ImageLimits)
         raise ImageError("an image with pixels", f"{width}x{height}")
     if width * height > max_pixels or max(width, height) > limits.max_side:
         raise ImageTooLargeError(f"at most {max_pixels} pixels and {limits.max_side} on a side", f"{width}x{height}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF rotation. ImageOps.exif_transpose would parse and write every other tag too."""
+    try:
+        method = _TRANSPOSES.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    except MemoryError:
+        raise
+    except Exception:  # a broken EXIF block is treated as absent, as viewers do
+        return image
+    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

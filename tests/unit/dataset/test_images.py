@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from cifar_assets.dataset.formats.images import (
     ImageError,
@@ -204,6 +205,44 @@ def test_broken_exif_block_is_ignored():
     exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40
     broken = data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
     np.testing.assert_array_equal(prepare_image(broken), prepare_image(data))
+
+
+def rational_tags(num_tags: int) -> bytes:
+    """An EXIF block of 18 bytes for each tag: a rotation, then fractions."""
+    tags = [struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)]
+    tags += [struct.pack(">HHII", 0x9000 + i, 5, 1, 10 + 12 * num_tags) for i in range(1, num_tags)]
+    return b"MM\0*\0\0\0\x08" + struct.pack(">H", num_tags) + b"".join(tags) + bytes(6 * num_tags + 16)
+
+
+def test_of_exif_only_the_rotation_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    original = ImageFileDirectory_v2.__getitem__
+    monkeypatch.setattr(ImageFileDirectory_v2, "__getitem__", lambda ifd, tag: read.append(tag) or original(ifd, tag))
+    plain = encode(PIXELS, "PNG")
+    with_tags = plain[:33] + chunk(b"eXIf", rational_tags(3000)) + plain[33:]
+    np.testing.assert_array_equal(prepare_image(with_tags), chw(np.rot90(PIXELS, -1)))
+    assert set(read) == {0x0112}
+
+
+@pytest.mark.parametrize("num_bytes", [(64 << 10) + 1, 9 << 20])
+def test_png_exif_longer_than_a_jpeg_can_hold_is_left_out(num_bytes: int) -> None:
+    plain = encode(PIXELS, "PNG")
+    exif = rational_tags(3000)
+    long = plain[:33] + chunk(b"eXIf", exif + bytes(num_bytes - len(exif))) + plain[33:]
+    assert open_picture(long).essence == open_picture(plain).essence
+    np.testing.assert_array_equal(prepare_image(long), chw(PIXELS))
+
+
+def test_memory_that_ends_while_exif_is_read_is_not_a_broken_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(exif: Image.Exif, data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Exif, "load", fail)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(PIXELS, "PNG", exif=exif.tobytes())
+    with pytest.raises(MemoryError):
+        prepare_image(data)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 32), (1, 1), (500, 20), (20, 500), (1024, 768)])
