@@ -1,7 +1,7 @@
 """The official CIFAR-10 archives, python and binary. Members are read in place: nothing is ever unpacked to disk.
 
 A binary record is one label byte, then 3072 bytes of one image: red, green and blue planes, row by row. What an archive
-costs to unpack is limited by the process that reads it.
+costs to unpack is limited by the process that reads it, and by the size of a member, as not every system limits memory.
 """
 
 import gzip
@@ -22,6 +22,8 @@ from resources.errors import DataError
 PYTHON_FOLDER = "cifar-10-batches-py"
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
+_MAX_MEMBER_BYTES = 64 << 20
+"""Of a batch, which has 31 MB."""
 _META = ("batches.meta", "batches.meta.txt")
 _MAX_UNREAD = 1000
 _IMAGE_BYTES = int(np.prod(IMAGE_SHAPE))
@@ -95,7 +97,7 @@ def _unpacked(path: Path) -> IO[bytes]:
 
 
 def _checked_name(member: tarfile.TarInfo, where: str) -> str:
-    """The last part of a file's name. Refuses what an unpacking tool could be tricked with."""
+    """The last part of a file's name. Refuses what could trick an unpacking tool or its memory, and unknown batches."""
     parts = member.name.replace("\\", "/").split("/")
     is_plain = (member.isreg() and not member.issparse()) or member.isdir()
     if not parts[0] or ".." in parts or ":" in parts[0] or not is_plain:
@@ -103,7 +105,13 @@ def _checked_name(member: tarfile.TarInfo, where: str) -> str:
             f"{where} points outside the archive's folder, or is a link or special file. Nothing was unpacked; do not "
             "use the archive, fetch it from its source again."
         )
-    return parts[-1]
+    base = parts[-1]
+    is_wanted = base.removesuffix(".bin") in BATCHES or base in _META
+    if member.isreg() and not is_wanted and base.startswith(("data_batch", "test_batch")):
+        raise DataError(f"{where} is not a batch of the official archive, {', '.join(BATCHES)}. Remove or rename it.")
+    if is_wanted and member.size > _MAX_MEMBER_BYTES:
+        raise DataError(f"{where} claims {member.size:,} bytes; at most {_MAX_MEMBER_BYTES:,} are read.")
+    return base
 
 
 def _parse_pickle(data: bytes, where: str) -> _Rows:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cifar_assets.dataset.formats.archive import read_archive
 from cifar_assets.dataset.formats.pickles import load_fields
 from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_digest
 from resources.errors import DataError
@@ -229,4 +230,22 @@ def test_sparse_member_is_refused(make, raw: FolderStore, tmp_path: Path) -> Non
     odd.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 40)}
     path.write_bytes(make.tar(make.python_members(), [(odd, b"x")]))
     with pytest.raises(DataError, match="special file"):
+        build_raw_version(raw, str(path))
+
+
+@pytest.mark.parametrize("name", ["data_batch_1.bin", "test_batch", "batches.meta"])
+def test_member_that_claims_too_much_is_refused_before_it_is_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    odd = member(f"cifar-10-batches-py/{name}")
+    odd.size = (64 << 20) + 1
+    path.write_bytes(odd.tobuf())  # reading it would find the archive cut off
+    with pytest.raises(DataError, match=f"{name}' claims 67,108,865 bytes; at most 67,108,864"):
+        list(read_archive(path, "a.tar"))
+
+
+@pytest.mark.parametrize("name", ["data_batch_6", "data_batch_1.pkl", "test_batch_2.bin"])
+def test_unknown_batch_is_an_error(name: str, make, raw: FolderStore, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(make.tar(make.python_members(), [(member(f"cifar-10-batches-py/{name}"), b"x")]))
+    with pytest.raises(DataError, match=f"{name}' is not a batch of the official archive"):
         build_raw_version(raw, str(path))
