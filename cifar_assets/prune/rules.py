@@ -29,7 +29,7 @@ _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
 class Policy(dg.Config):
-    """How much of the past is kept, besides everything that a served, champion or pinned model needs."""
+    """How much of the past is kept, besides everything that a served, champion, registered or pinned model needs."""
 
     keep_versions: int = Field(
         default=5, ge=1, description="Newest raw versions, processed versions and models kept, of each."
@@ -40,8 +40,12 @@ class Policy(dg.Config):
         description="Nothing younger is removed. Below 12 only while no run is in progress: a run may be using what "
         "an earlier one left.",
     )
-
     log_days: float = Field(default=30.0, ge=0, description="Days that compute logs are kept.")
+    retire_registered: bool = Field(
+        default=False,
+        description="Also remove old models that are registered in MLflow, with their versions and runs there, unless "
+        "the version has an alias.",
+    )
 
     def is_old(self, changed: datetime) -> bool:
         """Whether something last changed then may be removed."""

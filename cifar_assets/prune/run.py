@@ -24,7 +24,7 @@ from cifar_assets.prune.rules import (
     prune_raw,
     raw_of_processed,
 )
-from cifar_assets.prune.tracking import aliased_models, open_tracking, prune_tracking
+from cifar_assets.prune.tracking import open_tracking, prune_tracking, registered_models
 from cifar_assets.settings import read_settings
 from resources.errors import ExplainedError
 from resources.inference_service import InferenceServiceResource
@@ -97,13 +97,13 @@ def _versions(
 ) -> tuple[list[Removal], set[str], set[str]]:
     """Models and versions to remove, and the processed and raw versions that stay."""
     client = open_tracking(mlflow)
-    in_use |= aliased_models(client, mlflow.registered_model) if client else set()
+    in_use |= registered_models(client, mlflow.registered_model, policy) if client else set()
     models = prune_models(stores.models, in_use, policy)
     in_use |= models.kept | data_of_models(stores.models, models.kept)
     processed = prune_processed(stores.processed, in_use, policy)
     raw = prune_raw(stores.raw, in_use | raw_of_processed(stores.processed, processed.kept), policy)
     gone = {removal.name for removal in models.removals}
-    registered = prune_tracking(client, mlflow, gone) if client else []
+    registered = prune_tracking(client, mlflow, gone, policy) if client else []
     # A version in MLflow goes before the model that it names, and a model before its data.
     return [*registered, *models.removals, *processed.removals, *raw.removals], processed.kept, raw.kept
 

@@ -1,16 +1,18 @@
-"""MLflow follows the store: a version without an alias goes with its model, and takes its run and artifacts along."""
+"""MLflow: which models are registered, and what goes there: retired versions with their runs, files of deleted runs."""
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_assets.prune.rules import Removal
+from cifar_assets.prune.rules import Policy, Removal
 from resources.errors import ConfigError
 from resources.mlflow.resource import MlflowResource
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
@@ -27,25 +29,65 @@ def open_tracking(mlflow: MlflowResource) -> "MlflowClient | None":
         return None
 
 
-def aliased_models(client: "MlflowClient", name: str) -> set[str]:
-    """Digests of the models whose versions have an alias, such as champion."""
-    models = client.search_registered_models(f"name = '{name}'")
-    versions = [client.get_model_version(name, str(each)) for model in models for each in model.aliases.values()]
+def registered_models(client: "MlflowClient", name: str, policy: Policy) -> set[str]:
+    """Digests of the models that registered versions name; only of those with an alias where the others may retire."""
+    if policy.retire_registered:
+        models = client.search_registered_models(f"name = '{name}'")
+        versions = [client.get_model_version(name, str(each)) for model in models for each in model.aliases.values()]
+    else:
+        versions = _versions(client, name)
     return {version.tags.get("model_digest", "") for version in versions}
 
 
-def prune_tracking(client: "MlflowClient", mlflow: MlflowResource, gone: AbstractSet[str]) -> Iterator[Removal]:
-    """The registered versions of models that go. Those of models in another store, which may share MLflow, stay."""
-    for version in client.search_model_versions(f"name = '{mlflow.registered_model}'"):
+def prune_tracking(
+    client: "MlflowClient", mlflow: MlflowResource, gone: AbstractSet[str], policy: Policy
+) -> Iterator[Removal]:
+    """The registered versions of models that go, and the artifacts of runs that somebody deleted.
+
+    Versions of models in another store, which may share MLflow, stay.
+    """
+    from mlflow.entities import ViewType
+
+    versions = _versions(client, mlflow.registered_model)
+    for version in versions:
         if version.tags.get("model_digest") in gone:
             yield _retirement(client, mlflow.uri, version)
+    experiment = client.get_experiment_by_name(mlflow.experiment)
+    numbers = [experiment.experiment_id] if experiment else []
+    for run in client.search_runs(numbers, run_view_type=ViewType.DELETED_ONLY, max_results=50_000):
+        changed = datetime.fromtimestamp((run.info.end_time or run.info.start_time) / 1000, UTC)
+        if run.info.run_id not in {version.run_id for version in versions} and policy.is_old(changed):
+            artifacts = _artifacts(mlflow.uri, run)
+            if size := _size(artifacts):
+                reason = "the run was deleted in MLflow"
+                yield Removal("MLflow artifacts", run.info.run_id, reason, size, artifacts.delete_artifacts)
+
+
+def _versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
+    return list(client.search_model_versions(f"name = '{name}'", max_results=200_000))
+
+
+def _artifacts(uri: str, run: "Run") -> "ArtifactRepository":
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(str(run.info.artifact_uri), tracking_uri=uri)
+
+
+def _run(client: "MlflowClient", run_id: str | None) -> "Run | None":
+    """None where there is none, as after `mlflow gc`."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
 
 
 def _retirement(client: "MlflowClient", uri: str, version: "ModelVersion") -> Removal:
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    run = client.get_run(version.run_id) if version.run_id else None
-    artifacts = get_artifact_repository(str(run.info.artifact_uri), tracking_uri=uri) if run else None
+    run = _run(client, version.run_id)
+    artifacts = _artifacts(uri, run) if run else None
 
     def remove() -> None:
         client.delete_model_version(version.name, str(version.version))

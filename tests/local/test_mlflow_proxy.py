@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from cifar_assets.prune.tracking import aliased_models, prune_tracking
+from cifar_assets.prune.rules import Policy
+from cifar_assets.prune.tracking import prune_tracking, registered_models
 from cifar_assets.training.tracking import Tracker
 from resources.mlflow.resource import MlflowServer
 from resources.mlflow.target import MlflowTarget
@@ -145,13 +146,13 @@ def test_prune_removes_the_version_the_run_and_the_artifacts_of_a_model(proxy: P
     tracker, unsent = train(proxy, "pruned", 60)
     assert unsent == []
     mlflow = MlflowServer(tracking_uri=proxy.url, experiment="pruned", registered_model="pruned")
-    client = MlflowClient(proxy.url)
-    assert list(prune_tracking(client, mlflow, {"e" * 64})) == []
+    client, policy = MlflowClient(proxy.url), Policy(retire_registered=True)
+    assert list(prune_tracking(client, mlflow, {"e" * 64}, policy)) == []
     client.set_registered_model_alias("pruned", "champion", "1")
-    assert aliased_models(client, "pruned") == {"d" * 64}
-    (removal,) = prune_tracking(client, mlflow, {"d" * 64})
+    assert registered_models(client, "pruned", policy) == {"d" * 64}
+    (removal,) = prune_tracking(client, mlflow, {"d" * 64}, policy)
     assert removal.size == sum(len(data) for data in FILES.values())
     removal.remove()
-    assert list(prune_tracking(client, mlflow, {"d" * 64})) == []
+    assert list(prune_tracking(client, mlflow, {"d" * 64}, policy)) == []
     assert client.list_artifacts(str(tracker.run_id)) == []
     assert client.get_run(str(tracker.run_id)).info.lifecycle_stage == "deleted"

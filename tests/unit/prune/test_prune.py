@@ -88,11 +88,16 @@ def serve(world: World, generation: Generation) -> Serving:
 
 
 def crown(world: World, generation: Generation) -> None:
+    register(world, generation)
+    client, name = world.mlflow.client(), world.mlflow.registered_model
+    client.set_registered_model_alias(name, "champion", "1")
+
+
+def register(world: World, generation: Generation) -> None:
     client, name = world.mlflow.client(), world.mlflow.registered_model
     world.mlflow.prepare()
     client.create_registered_model(name)
     client.create_model_version(name, "file:///none", tags={"model_digest": generation.model})
-    client.set_registered_model_alias(name, "champion", "1")
 
 
 def pin_model(world: World, generation: Generation) -> None:
@@ -117,7 +122,7 @@ def record(world: World, key: dg.AssetKey, digest: str) -> None:
     world.instance.report_runless_asset_event(dg.AssetMaterialization(key, tags={DATA_VERSION_TAG: digest}))
 
 
-@pytest.mark.parametrize("use", [serve, crown, pin_model, deploy, train, name_in_a_run])
+@pytest.mark.parametrize("use", [serve, register, crown, pin_model, deploy, train, name_in_a_run])
 def test_a_model_in_use_stays_with_all_it_came_from(
     use: Callable[[World, Generation], Serving | None], world: World
 ) -> None:
@@ -277,10 +282,16 @@ def tracked(world: World) -> list[str]:
     return [log_model(world, generation) for generation in world.generations]
 
 
-def test_version_in_mlflow_goes_with_its_model_unless_it_has_an_alias(world: World, tracked: list[str]) -> None:
+def test_registered_models_stay_with_all_they_came_from(world: World, tracked: list[str]) -> None:
+    world.prune()
+    assert all(is_whole(world, generation) for generation in world.generations)
+    assert artifacts(world) == len(tracked)
+
+
+def test_registered_models_without_an_alias_retire_on_demand(world: World, tracked: list[str]) -> None:
     client, name = world.mlflow.client(), world.mlflow.registered_model
     client.set_registered_model_alias(name, "champion", "1")
-    world.prune()
+    world.prune(retire_registered=True)
     left = {version.version for version in client.search_model_versions(f"name = '{name}'")}
     assert {str(version) for version in left} == {"1", "4", "5"}
     assert artifacts(world) == 3
@@ -288,10 +299,29 @@ def test_version_in_mlflow_goes_with_its_model_unless_it_has_an_alias(world: Wor
     assert [is_whole(world, generation) for generation in world.generations] == [True, False, False, True, True]
 
 
+def test_a_version_retires_whose_run_mlflow_gc_removed(world: World, tracked: list[str]) -> None:
+    client, name = world.mlflow.client(), world.mlflow.registered_model
+    client.delete_run(tracked[0])
+    client._tracking_client.store._hard_delete_run(tracked[0])  # pyright: ignore[reportAttributeAccessIssue]
+    world.prune(retire_registered=True)
+    left = {version.version for version in client.search_model_versions(f"name = '{name}'")}
+    assert {str(version) for version in left} == {"4", "5"}
+
+
+def test_artifacts_of_runs_deleted_in_mlflow_go_unless_a_version_has_them(world: World, tracked: list[str]) -> None:
+    client, name = world.mlflow.client(), world.mlflow.registered_model
+    for run_id in tracked[:2]:
+        client.delete_run(run_id)
+    client.delete_model_version(name, "1")
+    removals = world.prune()
+    assert [removal.name for removal in removals if removal.kind == "MLflow artifacts"] == [tracked[0]]
+    assert artifacts(world) == len(tracked) - 1
+
+
 def test_version_in_mlflow_of_another_store_stays(world: World, tracked: list[str]) -> None:
     client, name = world.mlflow.client(), world.mlflow.registered_model
     client.create_model_version(name, "file:///none", tags={"model_digest": "e" * 64})
-    world.prune(min_age_hours=0)
+    world.prune(min_age_hours=0, retire_registered=True)
     assert "6" in {str(version.version) for version in client.search_model_versions(f"name = '{name}'")}
 
 
