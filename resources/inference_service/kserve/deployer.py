@@ -22,7 +22,7 @@ from resources.inference_service.kserve.manifest import (
 )
 from resources.inference_service.kserve.watch import NotYetError, RevisionWatch, ServiceView
 from resources.kubernetes.diagnosis import Diagnosis
-from resources.kubernetes.errors import KubernetesError, ResourceFailedError, added_to
+from resources.kubernetes.errors import ApiError, KubernetesError, ResourceFailedError, added_to
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class ServiceDeployer:
     def _put_back(self, *, wait: bool) -> str:
         """Restore what was there, and say so. An interrupt leaves no time to `wait` until that alone has pods."""
         seconds = self._view.limits.settle_timeout_seconds if wait else 0
-        current, earlier = self._view.until("read", seconds, self._view.get), self._earlier
+        current, earlier = self._view.until("read", seconds, self._view.get, tolerated=ApiError), self._earlier
         if current is None or current.deleting or not self._is_own(current):
             return "The InferenceService was deleted or changed by someone else meanwhile, and left as it is now."
         if self._found is None and earlier is None:
@@ -211,7 +211,7 @@ class ServiceDeployer:
             if not wait:
                 return f"It was set back to {name}."
             try:
-                self._view.until("put back", seconds, partial(self._find_settled, stored))
+                self._view.until("put back", seconds, partial(self._find_settled, stored), tolerated=ApiError)
             except DeployError as error:
                 return f"It was set back to {name}, which was not seen to serve within the time allowed: {error}"
         if was_canary:

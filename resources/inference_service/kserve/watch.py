@@ -23,7 +23,13 @@ from resources.kubernetes.diagnosis import (
     exit_line,
     find_obstacle,
 )
-from resources.kubernetes.errors import ApiUnavailableError, KubernetesError, ResourceFailedError
+from resources.kubernetes.errors import (
+    ApiError,
+    ApiRefusedError,
+    ApiUnavailableError,
+    KubernetesError,
+    ResourceFailedError,
+)
 from resources.kubernetes.pods import ContainerExit, Pod
 
 T = TypeVar("T")
@@ -97,8 +103,12 @@ class ServiceView:
             )
         return service
 
-    def until(self, what: str, seconds: float, look: Callable[[], T]) -> T:
-        """What `look` returns, called until it raises neither NotYetError nor ApiUnavailableError.
+    def until(
+        self, what: str, seconds: float, look: Callable[[], T], *, tolerated: type[ApiError] = ApiUnavailableError
+    ) -> T:
+        """What `look` returns, called until it raises neither NotYetError nor what is tolerated.
+
+        A look that only reads may tolerate every ApiError: an API server that starts refuses what it later allows.
 
         DeployError, which is transient and has the last of these as its cause, after that many seconds.
         """
@@ -107,7 +117,7 @@ class ServiceView:
         while True:
             try:
                 return look()
-            except (NotYetError, ApiUnavailableError) as error:
+            except (NotYetError, tolerated) as error:
                 missing = str(error).rstrip(".")
                 if self.clock() >= deadline:
                     raise DeployError(
@@ -145,13 +155,16 @@ class RevisionWatch:
         """The service, once the revision answers and has what is meant for it.
 
         ResourceFailedError for one that does not come up; DeployError for a service that others changed, or an API
-        server that does not answer.
+        server that does not answer; ApiRefusedError where it still refuses at the end.
         """
         try:
-            service = self._view.until("serving", self._limits.start_timeout_seconds, self._look)
+            limit = self._limits.start_timeout_seconds
+            service = self._view.until("serving", limit, self._look, tolerated=ApiError)
         except DeployError as error:
             if isinstance(error.__cause__, NotYetError):
                 raise self._failed(Cause.SLOW_START, str(error)) from error
+            if isinstance(error.__cause__, ApiRefusedError):
+                raise error.__cause__ from None
             raise
         self._view.log.info("%s serves model %s", self._view, self._request.model_digest)
         return service

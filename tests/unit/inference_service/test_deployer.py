@@ -207,16 +207,17 @@ def test_answer_of_a_write_that_is_lost(cluster: FakeKServe) -> None:
     assert len(cluster.writes) == 1
 
 
-def away_from(cluster: FakeKServe, begin: float, seconds: float) -> None:
+def away_from(cluster: FakeKServe, begin: float, seconds: float, status: int = 503) -> None:
     def refuse(call: str) -> None:
         if begin <= cluster.clock.now < begin + seconds:
-            raise api_error(503, "apiserver not ready")
+            raise api_error(status, "apiserver not ready")
 
     cluster.failing = refuse
 
 
-def test_outage_of_the_api_server_is_tolerated(serving_a: FakeKServe) -> None:
-    away_from(serving_a, serving_a.clock.now + 3, 60)
+@pytest.mark.parametrize("status", [503, 403])
+def test_outage_of_the_api_server_is_tolerated(serving_a: FakeKServe, status: int) -> None:
+    away_from(serving_a, serving_a.clock.now + 3, 60, status)
     assert deployer(serving_a).deploy(B).changed
 
 

@@ -331,14 +331,15 @@ def test_refusal_at_the_write_is_not_followed_by_a_clean_up(half_of_a: FakeKServ
     assert half_of_a.deleted == []
 
 
-def test_put_back_tolerates_an_outage(serving_a: FakeKServe) -> None:
+@pytest.mark.parametrize("status", [503, 403])
+def test_put_back_tolerates_an_outage(serving_a: FakeKServe, status: int) -> None:
     serving_a.behaviours[B.model_digest] = fake.ends(2)
 
     def away(call: str) -> None:
         if call == "log":
             begin.append(serving_a.clock.now)
         if begin and serving_a.clock.now - begin[0] < 40:
-            raise api_error(503)
+            raise api_error(status)
 
     begin: list[float] = []
     serving_a.failing = away
