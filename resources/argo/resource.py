@@ -1,6 +1,7 @@
 """The four steps as an Argo workflow, from Dagster: one step of a run, one workflow."""
 
 import json
+from dataclasses import replace
 
 import dagster as dg
 from pydantic import Field
@@ -17,8 +18,9 @@ from resources.kubernetes.watch import JobWatcher
 class ArgoPipeline(PipelineResource):
     """Submits the WorkflowTemplate of k8s/argo with the request's parameters, and follows it.
 
-    A run worker that dies leaves the workflow; the step's next attempt adopts it. A failed workflow is dg.Failure,
-    which forbids a retry: Argo itself has retried what a retry can cure.
+    A run worker that dies leaves the workflow; the step's next attempt adopts it. All attempts of a run share
+    one name, which leads to what outlived a workflow that vanished. A failed workflow is dg.Failure, which forbids a
+    retry: Argo itself has retried what a retry can cure.
     """
 
     namespace: str = Field(description="Namespace of the workflows; k8s/argo is applied there.")
@@ -49,6 +51,11 @@ class ArgoPipeline(PipelineResource):
             wanted = job_request(
                 context, Workflow, namespace=self.namespace, prefix=self.name_prefix, work=json.dumps(parameters)
             )
+            names = tuple(
+                Workflow.name_for(self.name_prefix, run_id=run_id, step_key=wanted.step_key, attempt=0)
+                for run_id in wanted.run_ids
+            )
+            wanted = replace(wanted, name=names[0], names=names)
             manifest = build_workflow_manifest(wanted, self.workflow_template, parameters)
             with owned_job(context, client, wanted, manifest) as started:
                 context.log.info(f"Following {started.found}.")

@@ -41,6 +41,8 @@ class JobRequest:
     """Runs that this one retries from failure, nearest first: their jobs may be adopted."""
     work: str
     """Digest of what the job computes."""
+    names: tuple[str, ...] = ()
+    """Names that jobs of this step by these runs may have, newest first, where they are known: nothing is listed."""
     launch_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -85,7 +87,7 @@ class Started(Generic[J]):
 
 
 class JobLauncher(Generic[J]):
-    """Adopts, replaces, creates and removes the jobs of one step, found by their labels.
+    """Adopts, replaces, creates and removes the jobs of one step, found by their labels or names.
 
     `shield` wraps the create call, so that an interrupt waits for its answer.
     """
@@ -163,6 +165,9 @@ class JobLauncher(Generic[J]):
         )
 
     def _own(self, request: JobRequest) -> Sequence[J]:
+        if request.names:
+            named = [self._client.get(request.namespace, name) for name in reversed(request.names)]
+            return [job for job in named if job and request.owns(job)]
         found = self._client.find(request.namespace, selector(**request.step_labels))
         return [job for job in found if request.owns(job)]
 
@@ -185,7 +190,7 @@ class JobLauncher(Generic[J]):
         self._unwanted |= {job.name for job in unwanted} | orphaned
         uids = {job.uid for job in unwanted}
         left: list[str] = []
-        for name in sorted({*self._unwanted, request.name}):
+        for name in sorted({*self._unwanted, *request.names, request.name}):
             current = self._client.get(request.namespace, name)
             if current is None or current.uid in uids:  # not another's job, nor one that is newer than the list
                 left += self._client.remove(request.namespace, name, current, grace_seconds)

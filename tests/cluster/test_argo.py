@@ -231,7 +231,7 @@ def _all_ended(seen: dict[str, tuple[str, bool]], jobs: dict[str, Any]) -> bool:
     [
         ("dagster", "create", "workflows", "yes"),
         ("dagster", "patch", "workflows", "yes"),
-        ("dagster", "list", "workflows", "yes"),
+        ("dagster", "list", "workflows", "no"),
         ("dagster", "update", "workflows", "no"),
         ("argo-workflow", "create", "pytorchjobs", "yes"),
         ("argo-workflow", "delete", "pytorchjobs", "no"),

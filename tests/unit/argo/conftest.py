@@ -9,7 +9,14 @@ from tests.unit.argo.fake_argo import FakeArgo
 
 NAME = Workflow.name_for("parity", run_id="run-1", step_key="step", attempt=0)
 REQUEST = JobRequest(
-    Workflow, NAME, namespace="cifar", step_key="step", run_id="run-1", ancestor_run_ids=(), work="digest"
+    Workflow,
+    NAME,
+    namespace="cifar",
+    step_key="step",
+    run_id="run-1",
+    ancestor_run_ids=(),
+    work="digest",
+    names=(NAME,),
 )
 
 

@@ -11,6 +11,15 @@ from tests.unit.argo.conftest import NAME, REQUEST, submit
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.pytorch_job.fake_cluster import api_error, pod_body
 
+CHILD = replace(
+    REQUEST,
+    name="child",
+    names=("child", NAME),
+    run_id="run-2",
+    ancestor_run_ids=("run-1",),
+    launch_id="2nd",
+)
+
 
 def remove(launcher: JobLauncher[Workflow]) -> None:
     launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
@@ -83,6 +92,20 @@ def test_what_outlived_its_workflow_is_gone_before_the_next_is_submitted(
     argo.on_submitted = lambda argo, name: beside.extend([*argo.jobs, *argo.pods, *argo.step_pods])
     assert submit(launcher).uid == "uid-1"
     assert beside == []
+
+
+def test_a_retried_run_adopts_its_parents_workflow(argo: FakeArgo, launcher: JobLauncher[Workflow]) -> None:
+    first = submit(launcher)
+    assert submit(launcher, CHILD).uid == first.uid
+    assert argo.workflows[NAME]["metadata"]["labels"]["dagster/run-id"] == "run-2"
+
+
+def test_a_retried_run_removes_what_outlived_its_parents_workflow(
+    argo: FakeArgo, launcher: JobLauncher[Workflow]
+) -> None:
+    orphans(argo, job=True)
+    assert submit(launcher, CHILD).name == "child"
+    assert (argo.jobs, argo.pods, argo.step_pods) == ({}, {}, [])
 
 
 def test_removal_takes_what_outlived_its_workflow(argo: FakeArgo, launcher: JobLauncher[Workflow]) -> None:

@@ -12,6 +12,7 @@ from cifar_assets.deployment import resources_for
 from resources.argo import PipelineRequest, PipelineResource
 from resources.argo.client import WorkflowClient
 from resources.argo.resource import ArgoPipeline
+from resources.argo.template import WORKFLOW_LABEL
 from tests.fixtures.settings import settings_of
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.orchestration.test_definitions import KUBERNETES_ENVIRONMENT
@@ -44,15 +45,23 @@ def model(context: dg.AssetExecutionContext, argo: PipelineResource) -> dg.Mater
     return dg.MaterializeResult(metadata={"digest": result.training.model_digest, "run": result.run, **verdict})
 
 
+@dg.asset(retry_policy=dg.RetryPolicy(max_retries=1))
+def retried(context: dg.AssetExecutionContext, argo: PipelineResource) -> None:
+    """The same, tried twice."""
+    argo.run(context, REQUEST)
+
+
 @pytest.fixture
 def fake() -> FakeArgo:
     CURRENT.append(FakeArgo())
     return CURRENT[-1]
 
 
-def materialize(instance: dg.DagsterInstance | None = None) -> dg.ExecuteInProcessResult:
+def materialize(
+    instance: dg.DagsterInstance | None = None, asset: dg.AssetsDefinition = model
+) -> dg.ExecuteInProcessResult:
     resource = FakePipeline(namespace="cifar", poll_interval_seconds=0.01, parameters={"trainer-image": "trainer"})
-    return dg.materialize([model], resources={"argo": resource}, instance=instance, raise_on_error=False)
+    return dg.materialize([asset], resources={"argo": resource}, instance=instance, raise_on_error=False)
 
 
 def reported(passed: bool) -> list[dict[str, str]]:
@@ -173,6 +182,29 @@ def test_interrupted_process_leaves_the_workflow(fake: FakeArgo) -> None:
     assert not materialize().success
     assert len(fake.workflows) == 1
     assert not fake.patches
+
+
+def test_the_retry_after_a_workflow_that_vanished_first_removes_its_job(fake: FakeArgo) -> None:
+    """Deleted with `--cascade=orphan` while the first attempt waited for it."""
+    beside: list[tuple[str, ...]] = []
+
+    def vanish(call: str) -> None:
+        if call == "list pods":  # the watch's first look has just read the workflow
+            fake.failing = lambda call: None
+            fake.workflows.clear()
+
+    def act(argo: FakeArgo, name: str) -> None:
+        beside.append(tuple(argo.jobs))
+        if len(beside) > 1:
+            ending(verified("Succeeded", True), phase="Succeeded")(argo, name)
+            return
+        metadata = {"name": "cifar10-old", "namespace": "cifar", "uid": "old", "labels": {WORKFLOW_LABEL: name}}
+        argo.jobs["cifar10-old"] = {"metadata": metadata}
+        argo.failing = vanish
+
+    fake.on_submitted = act
+    assert materialize(asset=retried).success
+    assert beside == [(), ()]
 
 
 def test_settings_from_the_environment() -> None:
