@@ -64,6 +64,8 @@ class RolloutLimits(WatchLimits):
     """For the whole rollout."""
     settle_timeout_seconds: float = 120.0
     """For a write, and for what is put back, or deleted, to take effect."""
+    outage_timeout_seconds: float = 120.0
+    """Without a usable answer for so long before the deadline, it is not known what became of a revision."""
     final_exit_codes: tuple[int, ...] = (2,)
     """The server ends with 2 for a wrong digest, a missing model or wrong options."""
     max_restarts: int = 3
@@ -150,6 +152,7 @@ class RevisionWatch:
         self._history = PodHistory()
         self._patience = Patience(view.limits, view.clock)
         self._pods: Sequence[Pod] = ()
+        self._missing, self._missing_at = "", 0.0
 
     def wait_until_serving(self) -> InferenceService:
         """The service, once the revision answers and has what is meant for it.
@@ -157,12 +160,15 @@ class RevisionWatch:
         ResourceFailedError for one that does not come up; DeployError for a service that others changed, or an API
         server that does not answer; ApiRefusedError where it still refuses at the end.
         """
+        limit = self._limits.start_timeout_seconds
         try:
-            limit = self._limits.start_timeout_seconds
             service = self._view.until("serving", limit, self._look, tolerated=ApiError)
         except DeployError as error:
-            if isinstance(error.__cause__, NotYetError):
-                raise self._failed(Cause.SLOW_START, str(error)) from error
+            if error.__cause__ is None:
+                raise
+            if self._missing and self._view.clock() - self._missing_at <= self._limits.outage_timeout_seconds:
+                summary = f"{self._view} was not serving within {limit:.0f} s: {self._missing}."
+                raise self._failed(Cause.SLOW_START, summary) from error
             if isinstance(error.__cause__, ApiRefusedError):
                 raise error.__cause__ from None
             raise
@@ -177,6 +183,7 @@ class RevisionWatch:
         self._give_up_if_stuck()
         missing = self._service.find_missing(pods) or self._view.why_not_serving(self._service, self._request)
         if missing:
+            self._missing, self._missing_at = missing.rstrip("."), self._view.clock()
             raise NotYetError(missing)
         return self._service
 

@@ -228,6 +228,16 @@ def test_long_outage_of_the_api_server_is_a_transient_error(serving_a: FakeKServ
     assert "was not serving within 600 s: Could not read" in str(error)
 
 
+@pytest.mark.parametrize("status", [503, 403])
+def test_error_of_the_last_look_does_not_keep_a_broken_revision(serving_a: FakeKServe, status: int) -> None:
+    serving_a.behaviours[B.model_digest] = fake.never_ready
+    away_from(serving_a, serving_a.clock.now + 590, 30, status)
+    error = failure(serving_a, B)
+    assert "was not serving within 600 s: 0 of 1 new pods are ready." in str(error)
+    assert f"set back to model {A.model_digest} version 1, which serves as before" in str(error)
+    assert "DeployFailed" in [event.reason for event in serving_a.events]
+
+
 def test_refusal_changes_nothing(serving_a: FakeKServe) -> None:
     def refuse(call: str) -> None:
         if call == "replace":
