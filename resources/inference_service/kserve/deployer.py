@@ -68,9 +68,12 @@ class ServiceDeployer:
             if found.canary_percent is None and self._is_serving(found, request):
                 return Outcome(found, changed=False, previous_digest=request.model_digest)
             # An attempt that was cut off is continued. Its annotations are in its pods: others would make new ones.
-            manifest = with_traffic(found.body, _percent(manifest))
+            # What has all requests already is not made a canary.
+            manifest = with_traffic(found.body, None if found.canary_percent is None else _percent(manifest))
         others = [pod for pod in ready if found is None or mark_of(pod.annotations) != found.mark]
         answering = next(filter(None, (request_of(pod.annotations) for pod in others)), None)
+        if found and found.canary_percent is None and len(others) < len(ready):
+            answering = None  # its own pods answer; Knative keeps those of the revision before for a while
         if found and (not written or found.canary_percent is not None):
             self._earlier = found
         elif answering:
@@ -111,8 +114,17 @@ class ServiceDeployer:
         """Whether writing the manifest would change nothing but the traffic: nobody edited the spec."""
         if current.mark[0] != manifest["metadata"]["annotations"][REVISION_ANNOTATION]:
             return False
-        wanted = self._client.replace(current, manifest, dry_run=True)
-        if wanted and with_traffic(wanted.body, None)["spec"] == with_traffic(current.body, None)["spec"]:
+
+        def compare() -> bool:
+            latest = self._view.get()
+            if latest is None or latest.mark != current.mark:
+                return False
+            wanted = self._client.replace(latest, manifest, dry_run=True)
+            if wanted is None:  # KServe writes its status all along
+                raise NotYetError("it changed while it was compared")
+            return with_traffic(wanted.body, None)["spec"] == with_traffic(latest.body, None)["spec"]
+
+        if self._view.until("compared", self._view.limits.settle_timeout_seconds, compare):
             return True
         self._log.warning("%s: its spec was edited by hand; it is written again", current)
         return False

@@ -219,6 +219,18 @@ def test_spec_edited_by_hand_is_written_again(serving_a: FakeKServe, fields: dic
     assert deployer(serving_a).deploy(A).changed is False
 
 
+def test_status_written_during_the_comparison_is_no_edit(serving_a: FakeKServe) -> None:
+    def write_status(call: str) -> None:
+        if call == "dry run":
+            assert serving_a.service is not None
+            serving_a.service["metadata"]["resourceVersion"] = "99"
+            serving_a.failing = lambda call: None
+
+    serving_a.failing = write_status
+    assert not deployer(serving_a).deploy(A).changed
+    assert len(serving_a.writes) == 1
+
+
 def test_part_added_to_the_spec_by_hand_is_removed(serving_a: FakeKServe) -> None:
     assert serving_a.service is not None
     serving_a.service["spec"]["transformer"] = {"containers": [{"name": "kserve-container", "image": "other"}]}

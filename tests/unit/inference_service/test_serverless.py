@@ -141,6 +141,22 @@ def test_without_a_canary_the_new_model_gets_all_at_once(serving_a: FakeKnative)
     assert serving_a.shares == [{A.model_digest: 100}, {B.model_digest: 100}]
 
 
+def test_repair_of_the_model_that_serves_is_no_canary(serving_a: FakeKnative) -> None:
+    serving_a.set_ready(False)
+    serving_a.clock.after(5, serving_a._route)
+    judge = Judge("would be refused")
+    deploy(serving_a, A, judge)
+    assert judge.asked == []
+    assert serving_a.shares == [{A.model_digest: 100}]
+
+
+def test_previous_model_is_the_one_that_answers_while_pods_of_an_earlier_one_stay(serving_a: FakeKnative) -> None:
+    deploy(serving_a, B)
+    assert [pod["metadata"]["name"] for pod in serving_a.pods] == ["pod-1", "pod-2"]
+    c = DeployRequest("s3://models/c/", "c" * 64, "2", "run-c")
+    assert deploy(serving_a, c).previous_digest == B.model_digest
+
+
 def test_same_again_while_asleep_writes_nothing(serving_a: FakeKnative) -> None:
     serving_a.pods.clear()
     assert not deploy(serving_a, A).changed
