@@ -3,7 +3,7 @@
 import io
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -23,7 +23,10 @@ PART_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
 _NOT_FOUND = ("NoSuchKey", "NoSuchObject", "NotFound")
 _BUCKET_EXISTS = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
-_TRANSIENT_CODES = ("InternalError", "NoSuchUpload", "OperationAborted", "PreconditionFailed", "RequestTimeout")
+_AGAIN_CODES = ("NoSuchUpload", "OperationAborted", "RequestTimeout")
+"""Of answers after which to store the object once more. NoSuchUpload answers the client's second request to complete an
+upload when the first did so, but its answer was lost."""
+_TRANSIENT_CODES = (*_AGAIN_CODES, "InternalError", "PreconditionFailed")
 """Of answers that the client does not try again. A replaced object can be read from its beginning."""
 _ADVICE = {
     "AccessDenied": "The credentials are known but not allowed to do this: check the policy of AWS_ACCESS_KEY_ID.",
@@ -93,8 +96,7 @@ class S3Store(ObjectStore):
         return file  # pyright: ignore[reportReturnType]  (a binary file in all but its declared type)
 
     def write(self, key: str, data: bytes) -> None:
-        with self._located(key) as place:
-            self._client.put_object(*place, io.BytesIO(data), len(data))
+        self._store(key, lambda bucket, name: self._client.put_object(bucket, name, io.BytesIO(data), len(data)))
 
     def create(self, key: str, data: bytes) -> bool:
         try:
@@ -105,8 +107,7 @@ class S3Store(ObjectStore):
         return True
 
     def upload(self, key: str, path: Path) -> None:
-        with self._located(key) as place:
-            self._client.fput_object(*place, str(path), part_size=PART_BYTES)
+        self._store(key, lambda bucket, name: self._client.fput_object(bucket, name, str(path), part_size=PART_BYTES))
 
     def download(self, key: str, path: Path) -> None:
         write_atomically(path, lambda file: self._copy_to(key, file))
@@ -152,6 +153,18 @@ class S3Store(ObjectStore):
         mark: dict[str, Any] = {"touched": str(time.time_ns())}  # S3 copies an object onto itself only with a change
         with self._located(key) as place:
             self._client.copy_object(*place, CopySource(*place), metadata=mark, metadata_directive=REPLACE)
+
+    def _store(self, key: str, call: Callable[[str, str], object]) -> None:
+        """Make a call that stores the object whatever was there; the whole call again after a passing answer."""
+        with self._located(key) as place:
+            for attempt in range(ATTEMPTS):
+                try:
+                    call(*place)
+                    return
+                except S3Error as error:
+                    if error.code not in _AGAIN_CODES or attempt == ATTEMPTS - 1:
+                        raise
+                time.sleep(self._connection.pause_seconds * 2**attempt)
 
     def _copy_to(self, key: str, file: IO[bytes]) -> None:
         """Write the object to the file, continuing where a transfer broke off as long as the object is the same."""

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -85,6 +86,54 @@ def test_passing_faults_are_tried_again(fault: str, fake: Fake) -> None:
     fake.answer = answer
     assert fake.store().read("x") == BODY
     assert len(fake.requests) == 3
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, "RequestTimeout"), (409, "OperationAborted")])
+def test_refused_objects_are_sent_again(status: int, code: str, fake: Fake, tmp_path: Path) -> None:
+    def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
+        if refuses or number < 3:
+            reply(handler, status, error(code), Content_Type="application/xml")
+        else:
+            reply(handler, 200)
+
+    refuses = False
+    fake.answer = answer
+    (tmp_path / "x").write_bytes(BODY)
+    fake.store().upload("x", tmp_path / "x")
+    assert len(fake.requests) == 3
+    refuses = True
+    with pytest.raises(StoreError, match=code) as caught:
+        fake.store().write("x", b"1")
+    assert caught.value.transient
+    assert len(fake.requests) == 3 + ATTEMPTS
+
+
+def test_large_object_is_stored_though_the_answer_to_its_last_request_is_lost(fake: Fake) -> None:
+    data, parts, stored, lost = bytes(11 << 20), {}, [], []
+
+    def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
+        query = parse_qs(urlsplit(handler.path).query, keep_blank_values=True)
+        if "uploads" in query:
+            parts.clear()
+            reply(handler, 200, b"<Upload><UploadId>id</UploadId></Upload>")
+        elif handler.command == "PUT":
+            parts[query["partNumber"][0]] = int(handler.headers["Content-Length"])
+            reply(handler, 200, ETag='"tag"')
+        elif not parts:
+            reply(handler, 404, error("NoSuchUpload"), Content_Type="application/xml")
+        else:
+            stored.append(sum(parts.values()))
+            parts.clear()
+            if lost:
+                reply(handler, 200, b"<Done><ETag>tag</ETag></Done>")
+            else:
+                lost.append(number)
+                handler.connection.shutdown(socket.SHUT_RDWR)
+                handler.close_connection = True
+
+    fake.answer = answer
+    fake.store().write("x", data)
+    assert stored == [len(data)] * 2
 
 
 def test_faults_that_stay_end_in_an_error_that_names_object_and_server(fake: Fake) -> None:
