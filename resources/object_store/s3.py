@@ -1,6 +1,7 @@
 """An object store in S3 (MinIO or any other server that speaks it)."""
 
 import io
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,13 +12,13 @@ from urllib.parse import quote, unquote
 
 from minio.commonconfig import REPLACE, CopySource
 from minio.datatypes import Object
-from minio.error import MinioException, S3Error
+from minio.error import InvalidResponseError, MinioException, S3Error
 from urllib3.exceptions import HTTPError, SSLError
 
 from resources.errors import ConfigError, ObjectChangedError, ObjectNotFoundError, StoreError
 from resources.object_store.base import ObjectInfo, ObjectStore
 from resources.object_store.folder import write_atomically
-from resources.object_store.s3_settings import ATTEMPTS, S3Client, S3Connection
+from resources.object_store.s3_settings import ATTEMPTS, OVERLOADED, S3Client, S3Connection
 
 PART_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
@@ -26,7 +27,7 @@ _BUCKET_EXISTS = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
 _AGAIN_CODES = ("NoSuchUpload", "OperationAborted", "RequestTimeout")
 """Of answers after which to store the object once more. NoSuchUpload answers the client's second request to complete an
 upload when the first did so, but its answer was lost."""
-_TRANSIENT_CODES = (*_AGAIN_CODES, "InternalError", "PreconditionFailed")
+_TRANSIENT_CODES = (*_AGAIN_CODES, "PreconditionFailed")
 """Of answers that the client does not try again. A replaced object can be read from its beginning."""
 _ADVICE = {
     "AccessDenied": "The credentials are known but not allowed to do this: check the policy of AWS_ACCESS_KEY_ID.",
@@ -222,19 +223,27 @@ class S3Store(ObjectStore):
             kind = ObjectChangedError if error.code == "PreconditionFailed" else StoreError
             advice = _ADVICE.get(error.code or "", "See the server's log.")
             text = f"{place}: {error.code}: {error.message}. {advice}"
-            raise kind(text, transient=error.code in _TRANSIENT_CODES) from error
+            raise kind(text, transient=error.code in _TRANSIENT_CODES or _is_overloaded(error)) from error
         except (HTTPError, MinioException) as error:
             insecure = isinstance(getattr(error, "reason", None), SSLError)
             raise StoreError(
                 f"{place}: no answer of an S3 server in {ATTEMPTS} attempts ({error}). Check that it runs, that "
                 "AWS_ENDPOINT_URL names its scheme, host and port and not a web console, and for https:// that "
                 "AWS_CA_BUNDLE names its certificate authority.",
-                transient=isinstance(error, HTTPError) and not insecure,
+                transient=(isinstance(error, HTTPError) and not insecure) or _is_overloaded(error),
             ) from error
         except OSError as error:
             raise StoreError(
                 f"{place}: this machine's disk failed ({error}). Check free space and permissions."
             ) from error
+
+
+def _is_overloaded(error: Exception) -> bool:
+    """Whether the server, or a proxy before it, answers that it cannot serve now."""
+    if isinstance(error, InvalidResponseError):
+        return re.search(r"Response code: (429|5\d\d)\b", str(error)) is not None  # it gives the status nowhere else
+    status = error.response.status if isinstance(error, S3Error) else getattr(error, "status_code", 0)
+    return status in OVERLOADED
 
 
 def _info(key: str, found: Object) -> ObjectInfo:

@@ -28,6 +28,8 @@ VARIABLES = {
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 CA_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE")
 ATTEMPTS = 5
+OVERLOADED = (429, 500, 502, 503, 504)
+"""Statuses of answers that the client tries again; the last of them is an error of its own."""
 
 _EXPECTED = {
     "endpoint_url": (r"https?://[^/?#@\s]+/?", "http://host:port or https://host:port, without path, query or user"),
@@ -38,7 +40,6 @@ _EXPECTED = {
         "at most 49 lower-case letters, digits and hyphens, the first not a hyphen, such as my-team-",
     ),
 }
-_OVERLOADED = (429, 500, 502, 503, 504)
 
 
 def main_variable(key: str) -> str:
@@ -131,7 +132,8 @@ class S3Connection:
         retries = Retry(
             ATTEMPTS - 1,
             redirect=False,
-            status_forcelist=_OVERLOADED,
+            status_forcelist=OVERLOADED,
+            raise_on_status=False,
             allowed_methods=None,
             backoff_factor=self.pause_seconds,
             respect_retry_after_header=False,

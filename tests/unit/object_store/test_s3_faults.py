@@ -136,12 +136,26 @@ def test_large_object_is_stored_though_the_answer_to_its_last_request_is_lost(fa
     assert stored == [len(data)] * 2
 
 
-def test_faults_that_stay_end_in_an_error_that_names_object_and_server(fake: Fake) -> None:
-    fake.answer = lambda handler, number: reply(handler, 503, error("SlowDown"), Content_Type="application/xml")
-    with pytest.raises(StoreError, match=r"s3://bucket/x at http://127\.0\.0\.1.*too many 503") as caught:
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "reason"),
+    [
+        (503, error("SlowDownWrite"), "application/xml", "SlowDownWrite: told so"),
+        (500, error("InternalError"), "application/xml", "InternalError: told so"),
+        (502, b"<html>Bad Gateway</html>", "text/html", "Response code: 502"),
+        (503, b"", "application/xml", "Response code: 503"),
+    ],
+)
+def test_faults_that_stay_end_in_an_error_that_names_object_server_and_reason(
+    status: int, body: bytes, kind: str, reason: str, fake: Fake
+) -> None:
+    fake.answer = lambda handler, number: reply(handler, status, body, Content_Type=kind)
+    with pytest.raises(StoreError, match=rf"s3://bucket/x at http://127\.0\.0\.1.*{reason}") as caught:
         fake.store().write("x", b"1")
     assert caught.value.transient
     assert len(fake.requests) == ATTEMPTS
+    with pytest.raises(StoreError, match=f"{status}|{reason}") as caught:
+        fake.store().stat("x")
+    assert caught.value.transient
 
 
 def test_interrupted_download_resumes(fake: Fake, tmp_path: Path) -> None:
