@@ -91,6 +91,8 @@ class _StoreChannel(PipesMessageWriterChannel):
             lines = [self._lines.get() for _ in range(self._lines.qsize())]
             if lines:
                 self._write(f"{folder}/{num_chunks:08d}.jsonl", "".join(lines).encode())
+                if self._error:  # given up: a later chunk that is taken must not hide that this one is lost
+                    return
                 num_chunks += 1
             elif closing:
                 return

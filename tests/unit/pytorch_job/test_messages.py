@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from resources.errors import StoreError
 from resources.kubernetes.messages import MessagesLostError, PipesStoreMessageReader
 from resources.object_store import FolderStore
-from resources.pipes_store import PipesStoreMessageWriter
+from resources.pipes_store import PipesStoreMessageWriter, _StoreChannel
 from tests.unit.pytorch_job.fake_cluster import FakeClock
 
 CONTEXT = {
@@ -232,6 +232,25 @@ def test_writer_that_cannot_deliver_does_not_end_as_a_success(store: FlakyStore)
     ):
         pipes.log.info("never heard")
     assert caught.value.transient
+
+
+def test_chunk_that_was_given_up_is_an_error_though_the_store_takes_the_next(tmp_path: Path) -> None:
+    class FailsOnce(FolderStore):
+        failures = 0
+
+        def write(self, key: str, data: bytes) -> None:
+            self.failures += 1
+            if self.failures > 1:
+                return super().write(key, data)
+            channel.write_message(message)
+            raise StoreError("away")
+
+    message: Any = {"method": "log"}
+    channel = _StoreChannel(FailsOnce(tmp_path), interval_seconds=60)
+    channel.write_message(message)
+    with pytest.raises(StoreError, match=r"could not be written.*away"):
+        channel.close(timeout_seconds=-1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_invalid_json_message_is_rejected(store: FlakyStore) -> None:
