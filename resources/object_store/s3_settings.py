@@ -141,6 +141,7 @@ class S3Connection:
         authorities = [os.environ[name] for name in CA_VARIABLES if os.environ.get(name)]
         options: dict[str, Any] = {
             "timeout": Timeout(connect=5.0, read=self.read_seconds),
+            "maxsize": 10,  # a large upload sends three parts at once, and threads share a store
             "retries": retries,
             "cert_reqs": "CERT_REQUIRED",
             "ca_certs": authorities[0] if authorities else certifi.where(),

@@ -108,7 +108,9 @@ def test_refused_objects_are_sent_again(status: int, code: str, fake: Fake, tmp_
     assert len(fake.requests) == 3 + ATTEMPTS
 
 
-def test_large_object_is_stored_though_the_answer_to_its_last_request_is_lost(fake: Fake) -> None:
+def test_large_object_is_stored_though_the_answer_to_its_last_request_is_lost(
+    fake: Fake, caplog: pytest.LogCaptureFixture
+) -> None:
     data, parts, stored, lost = bytes(11 << 20), {}, [], []
 
     def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
@@ -134,6 +136,7 @@ def test_large_object_is_stored_though_the_answer_to_its_last_request_is_lost(fa
     fake.answer = answer
     fake.store().write("x", data)
     assert stored == [len(data)] * 2
+    assert "pool is full" not in caplog.text, "parts are sent at once"
 
 
 @pytest.mark.parametrize(
