@@ -27,6 +27,7 @@ VARIABLES = {
 """The variables of each setting; the first that is set counts."""
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 CA_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE")
+_REFUSED = ("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT")
 ATTEMPTS = 5
 OVERLOADED = (429, 500, 502, 503, 504)
 """Statuses of answers that the client tries again; the last of them is an error of its own."""
@@ -48,7 +49,13 @@ def main_variable(key: str) -> str:
 
 
 def variables_set(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variable that gives each setting, without the settings that no variable gives."""
+    """The variable that gives each setting, without the settings that no variable gives.
+
+    ConfigError for a switch of AWS's tools that would be ignored.
+    """
+    for name in _REFUSED:
+        if environment.get(name, "").lower() in ("1", "true"):
+            raise ConfigError(f"{name} is not supported: unset it, and name the endpoint in AWS_ENDPOINT_URL.")
     found = {key: [name for name in names if environment.get(name)] for key, names in VARIABLES.items()}
     return {key: names[0] for key, names in found.items() if names}
 

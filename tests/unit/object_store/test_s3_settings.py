@@ -54,6 +54,9 @@ def test_pods_get_the_settings_that_the_resource_has(monkeypatch: pytest.MonkeyP
         ({"AWS_S3_ADDRESSING_STYLE": "host"}, "AWS_S3_ADDRESSING_STYLE is 'host'"),
         ({"CIFAR_BUCKET_PREFIX": "My_"}, "CIFAR_BUCKET_PREFIX is 'My_'"),
         ({"CIFAR_BUCKET_PREFIX": "p" * 50}, "CIFAR_BUCKET_PREFIX"),
+        ({"AWS_USE_FIPS_ENDPOINT": "true"}, "AWS_USE_FIPS_ENDPOINT is not supported"),
+        ({"AWS_USE_DUALSTACK_ENDPOINT": "True"}, "AWS_USE_DUALSTACK_ENDPOINT is not supported"),
+        ({"AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS is not supported"),
         (
             {"AWS_ACCESS_KEY_ID": "", "AWS_PROFILE": "work"},
             "set AWS_ACCESS_KEY_ID .* profiles, roles and web identities",
