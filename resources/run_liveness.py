@@ -141,18 +141,30 @@ def watched_executor(context: dg.InitExecutorContext) -> dg.Executor:
 
 def _watch(instance: dg.DagsterInstance, run_id: str, log: dg.DagsterLogManager, stop: threading.Event) -> None:
     """Say whom the run waits for, once for each holder of its pool, and settle a holder that dies meanwhile."""
-    storage = instance.event_log_storage
     told: set[str] = set()
     while not stop.wait(POLL_SECONDS):
-        pools = [storage.get_concurrency_info(key) for key in storage.get_concurrency_keys()]
-        for pool in [pool for pool in pools if run_id in pool.pending_run_ids]:
-            settle_dead_runs(instance)
-            for holder in (pool.active_run_ids | pool.assigned_run_ids) - {run_id} - told:
-                told.add(holder)
-                run = instance.get_run_by_id(holder)
-                state = f"{run.status.value} ({run.job_name})" if run else "no longer in Dagster"
-                log.warning(
-                    f"Waiting for the pool {pool.concurrency_key!r}, held by run {holder}, which is {state}. To stop "
-                    "waiting, end that run; if it died on another machine, terminate it in the UI with 'Force "
-                    "termination immediately'."
-                )
+        try:
+            _watch_once(instance, run_id, log, told)
+        except Exception as error:  # this thread must outlive a locked database
+            log.debug(f"The pools cannot be read for now: {error}")
+
+
+def _watch_once(instance: dg.DagsterInstance, run_id: str, log: dg.DagsterLogManager, told: set[str]) -> None:
+    storage = instance.event_log_storage
+    for pool in [storage.get_concurrency_info(key) for key in storage.get_concurrency_keys()]:
+        # Two runs that look for a slot at the same moment are both assigned one, though only one can claim it.
+        if run_id not in (pool.pending_run_ids | pool.assigned_run_ids) - pool.active_run_ids:
+            continue
+        settle_dead_runs(instance)
+        holders = pool.active_run_ids or pool.assigned_run_ids - {run_id}
+        if not holders and run_id in pool.pending_run_ids:  # a slot was freed between this run's look and its entry
+            storage.assign_pending_steps([pool.concurrency_key])  # pyright: ignore[reportAttributeAccessIssue]: of SQL
+        for holder in holders - told:
+            told.add(holder)
+            run = instance.get_run_by_id(holder)
+            state = f"{run.status.value} ({run.job_name})" if run else "no longer in Dagster"
+            log.warning(
+                f"Waiting for the pool {pool.concurrency_key!r}, held by run {holder}, which is {state}. To stop "
+                "waiting, end that run; if it died on another machine, terminate it in the UI with 'Force "
+                "termination immediately'."
+            )

@@ -1,5 +1,7 @@
 """Runs whose process was killed: real commands in an instance of their own."""
 
+import io
+import logging
 import os
 import shutil
 import signal
@@ -7,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
 from dagster._core.launcher import WorkerStatus
 
+from resources import run_liveness
 from resources.run_liveness import WatchedRunLauncher, holding_lock, lock_path, settle_dead_runs
 from tests.fixtures.workspace import ROOT, wait_until
 
@@ -191,3 +195,32 @@ def test_two_commands_at_once_run_one_after_the_other(
         assert process.wait(120) == 0, output.read_text()
     assert sorted((folder / "log-model").read_text().split()) == sorted(str(process.pid) for process, _ in both)
     assert num_slots(instance) == (0, 0)
+
+
+def watched(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
+    log = io.StringIO()
+    logger = logging.Logger("watch")
+    logger.addHandler(logging.StreamHandler(log))
+    run_liveness._watch_once(instance, run.run_id, logger, set())  # pyright: ignore[reportArgumentType]
+    return log.getvalue()
+
+
+def test_two_runs_that_were_assigned_the_same_slot_say_who_waits(instance: dg.DagsterInstance) -> None:
+    holder, waiting = started_run(instance), started_run(instance)
+    storage: Any = instance.event_log_storage
+    storage.initialize_concurrency_limit_to_default(POOL)
+    for run in (holder, waiting):
+        storage.add_pending_step(POOL, run.run_id, "model", should_assign=True)
+    assert storage.claim_concurrency_slot(POOL, holder.run_id, "model").is_claimed
+    assert f"held by run {holder.run_id}" in watched(instance, waiting)
+    assert watched(instance, holder) == ""
+
+
+def test_a_run_that_missed_the_end_of_the_one_before_gets_its_slot(instance: dg.DagsterInstance) -> None:
+    run = started_run(instance)
+    storage: Any = instance.event_log_storage
+    storage.initialize_concurrency_limit_to_default(POOL)
+    storage.add_pending_step(POOL, run.run_id, "model", should_assign=False)
+    assert not storage.claim_concurrency_slot(POOL, run.run_id, "model").is_claimed
+    watched(instance, run)
+    assert storage.claim_concurrency_slot(POOL, run.run_id, "model").is_claimed
