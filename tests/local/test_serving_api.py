@@ -296,7 +296,6 @@ class TestPictureModes:
             ("TIFF", "TIFF"),
             ("GIF", "GIF"),
             ("WEBP", "WebP"),
-            ("PPM", "Netpbm"),
             ("JPEG2000", "JPEG 2000"),
         ):
             answer = upload(server, encode(Image.fromarray(PIXELS), kind))

@@ -181,12 +181,6 @@ def test_the_launcher_says_that_a_spec_is_wrong(place: Workplace) -> None:
     assert done.returncode == EXIT_BAD_SPEC, done.stdout + done.stderr
 
 
-def test_standard_input_is_refused_where_several_would_read_it(place: Workplace) -> None:
-    done = run_trainer(place.spec(), *COMMAND, "--spec", "-", env={"WORLD_SIZE": "2", "RANK": "0"})
-    assert done.returncode == EXIT_BAD_SPEC
-    assert "CIFAR_JOB_SPEC" in done.stdout
-
-
 CUT = """
 import os, signal, sys
 from cifar_assets.training import loop
