@@ -147,15 +147,20 @@ def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResourc
         return dg.SkipReason(f"Nothing was closed. {error}")
     except Exception as error:
         return dg.SkipReason(f"MLflow at {mlflow.uri} did not answer; the next tick asks again: {error}")
-    closed, refused = [], []
+    closed, refused, num_left = [], [], 0
     for run_id, dagster_run_id in running.items():
-        if end := mlflow_end(context.instance, run_id, dagster_run_id):
-            try:
-                mlflow.close_run(run_id, *end)
-                closed.append(f"{run_id} as {end[0]}")
-            except Exception as error:
-                refused.append(f"{run_id} ({error})")
-    num_left = len(running) - len(closed) - len(refused)
+        end = mlflow_end(context.instance, run_id, dagster_run_id)
+        if end is None:
+            num_left += 1
+            continue
+        try:
+            mlflow.close_run(run_id, *end)
+            closed.append(f"{run_id} as {end[0]}")
+        except ConfigError as error:
+            refused.append(f"{run_id} ({error})")
+        except Exception as error:  # with MLflow down, each of the others would wait for its own timeout
+            refused.append(f"{run_id} and those after it ({error})")
+            break
     return dg.SkipReason(
         f"Closed, as their Dagster runs had ended: {', '.join(closed) or 'none'}. "
         f"Not closed, and tried again by the next tick: {', '.join(refused) or 'none'}. "

@@ -109,7 +109,8 @@ def trained_model(
             if before:
                 result, origin = _stored(models, data_version(before.materialization), before)
             else:
-                result = trainer.train(context, spec, config.scale, object_store.child_environment())
+                with mlflow.closing_open_runs(context):
+                    result = trainer.train(context, spec, config.scale, object_store.child_environment())
                 check_made_by(spec, models, result.model_digest)
                 origin = {JOB_METADATA: spec.identity, "origin": "trained by this run"}
         return dg.MaterializeResult(

@@ -2,7 +2,7 @@
 
 dagster-mlflow's own resource binds one global MLflow run to a Dagster run and leaves closing it to a hook that asset
 materializations do not run. Here the trainer opens and closes its run, tagged with dagster-mlflow's `dagster_run_id`:
-an op with that resource joins it. What a killed trainer left open is closed by its next attempt, else by a sensor.
+an op with that resource joins it. What a killed trainer left open is closed by its step, its next attempt or a sensor.
 """
 
 from abc import abstractmethod
@@ -15,6 +15,7 @@ import dagster as dg
 from pydantic import Field
 
 from resources.errors import ConfigError
+from resources.kubernetes.steps import is_being_cancelled
 from resources.mlflow.target import DEFAULT_NAME, MlflowTarget, check_tracking_uri, open_client, why_refused
 from resources.verdict import Verdict
 
@@ -80,6 +81,24 @@ class MlflowResource(dg.ConfigurableResource):
                 JOB_TAG: context.run.job_name,
             },
         )
+
+    @contextmanager
+    def closing_open_runs(self, context: dg.AssetExecutionContext) -> Iterator[None]:
+        """On leaving with an error, end what the trainer left RUNNING: KILLED when cancelled, FAILED otherwise.
+
+        An interrupt without a cancel, such as an eviction of this process, closes nothing: the training may continue.
+        """
+        try:
+            yield
+        except BaseException as error:
+            try:
+                if (cancelled := is_being_cancelled(context)) or isinstance(error, Exception):
+                    for run_id, dagster_run_id in self.running().items():
+                        if dagster_run_id == context.run.run_id:
+                            self.close_run(run_id, "KILLED" if cancelled else "FAILED")
+            except Exception as failure:
+                context.log.warning(f"Could not close this run's MLflow runs; a sensor tries again: {failure}")
+            raise
 
     def running(self) -> dict[str, str]:
         """Ids of the newest runs that MLflow shows as RUNNING, and of their Dagster runs.

@@ -13,10 +13,9 @@ from uuid import uuid4
 import dagster as dg
 import pytest
 from mlflow import end_run, set_tracking_uri
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from cifar_assets import sensors
+from resources.errors import ConfigError
 from resources.mlflow.resource import RUN_ID_TAG, RUN_METADATA, LocalMlflow, MlflowResource, MlflowServer
 
 
@@ -221,13 +220,58 @@ def test_a_run_that_mlflow_refuses_to_close_is_named_and_holds_up_no_other(
 
     def refuse_one(resource: LocalMlflow, run_id: str, *end: object) -> None:
         if run_id == left[1]:
-            raise MlflowException("not allowed", PERMISSION_DENIED)
+            raise ConfigError("MLflow refused: not allowed")
         close(resource, run_id, *end)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(LocalMlflow, "close_run", refuse_one)
     said = tick(instance, mlflow)
     assert [status(mlflow, run_id) for run_id in left] == ["KILLED", "RUNNING", "KILLED"]
-    assert f"{left[1]} (not allowed)" in said
+    assert f"{left[1]} (MLflow refused: not allowed)" in said
+
+
+def test_a_tick_during_which_mlflow_goes_away_waits_for_it_once(
+    instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = instance.create_run_for_job(training, status=dg.DagsterRunStatus.CANCELED)
+    left = {start_run(mlflow, run.run_id) for _ in range(3)}
+    tried: list[str] = []
+
+    def time_out(_: LocalMlflow, run_id: str, *end: object) -> None:
+        tried.append(run_id)
+        raise ConnectionError("timed out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalMlflow, "close_run", time_out)
+        assert "and those after it (timed out)" in tick(instance, mlflow)
+    assert len(tried) == 1
+    tick(instance, mlflow)
+    assert {status(mlflow, run_id) for run_id in left} == {"KILLED"}
+
+
+@pytest.mark.parametrize(
+    ("error", "cancelled", "expected"),
+    [
+        (dg.DagsterExecutionInterruptedError(), True, "KILLED"),
+        (dg.DagsterExecutionInterruptedError(), False, "RUNNING"),
+        (dg.Failure("the trainer died"), True, "KILLED"),
+        (dg.Failure("the trainer died"), False, "FAILED"),
+    ],
+)
+def test_a_step_closes_what_its_trainer_left_but_not_when_merely_evicted(
+    instance: dg.DagsterInstance, mlflow: LocalMlflow, error: BaseException, cancelled: bool, expected: str
+) -> None:
+    left: list[str] = []
+    another = start_run(mlflow, "of-another-instance")
+
+    def train(context: dg.AssetExecutionContext) -> None:
+        with mlflow.closing_open_runs(context):
+            left.append(start_run(mlflow, context.run.run_id))
+            if cancelled:
+                instance.report_run_canceling(context.run)
+            raise error
+
+    materialize(instance, train)
+    assert [status(mlflow, run_id) for run_id in (*left, another)] == [expected, "RUNNING"]
 
 
 def test_without_mlflow_a_trained_model_is_materialized_all_the_same() -> None:
