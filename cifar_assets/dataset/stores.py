@@ -1,10 +1,11 @@
 """The three buckets that data runs through, and how a command is told where they are."""
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_assets.settings import read_settings
+from cifar_assets.settings import Settings
 from resources.object_store import MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET, FolderStore, ObjectStore, open_store
 
 
@@ -26,7 +27,7 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
     """`--store`, for `open_stores`; by default CIFAR_STORE, or the folder that Dagster uses on a laptop."""
     parser.add_argument(
         "--store",
-        default=read_settings().cifar_store,
+        default=os.environ.get("CIFAR_STORE") or Settings.model_fields["cifar_store"].default,  # no other variable
         help="folder above the buckets, or s3:/// for the server at AWS_ENDPOINT_URL (default: %(default)s)",
     )
 

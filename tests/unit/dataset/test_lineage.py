@@ -170,3 +170,12 @@ def test_the_well_known_processed_archive_holds_manifest_and_shards(world: World
         assert member is not None
         assert sha256_bytes(member.read()) == built.digest
     assert built.manifest.shards["train"][0].file in names
+
+
+def test_a_command_ignores_variables_it_does_not_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCURACY_THRESHOLD", "80")
+    monkeypatch.setenv("CIFAR_STORE", str(tmp_path))
+    assert main(["versions"]) == 0
+    assert capsys.readouterr().err == ""
