@@ -1,7 +1,7 @@
 """Recipes: everything that decides what weights a training ends with, apart from its data and its seed. No torch."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -155,6 +155,12 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def check_fields(setting: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """ConfigError naming the fields that cannot be set there, and those that can."""
+    if unknown := sorted(set(given) - set(allowed)):
+        raise ConfigError(f"{setting}: {', '.join(unknown)} cannot be set. Choose from {', '.join(sorted(allowed))}.")
+
+
 def get_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe by name, with fields replaced. Raises ConfigError naming the choices, or the field that is wrong."""
     if name in _RENAMED:
@@ -162,6 +168,7 @@ def get_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
         name = _RENAMED[name]
     if name not in RECIPES:
         raise ConfigError(f"Recipe {name!r} does not exist: choose one of {', '.join(sorted(RECIPES))}.")
+    check_fields("overrides", overrides or {}, Recipe.model_fields.keys() - {"name"})
     try:
         return Recipe.model_validate({**RECIPES[name].model_dump(), **(overrides or {})})
     except ValidationError as error:

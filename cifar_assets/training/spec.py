@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cifar_assets.training.recipes import Recipe, get_recipe
+from cifar_assets.training.recipes import Recipe, check_fields, get_recipe
 from resources.digests import sha256_json
 from resources.errors import ConfigError
 from resources.mlflow.target import MlflowTarget
@@ -114,6 +114,7 @@ def build_spec(
 ) -> JobSpec:
     """The job that Dagster and the other pipelines run. ConfigError naming the recipe or the field that is wrong."""
     chosen = get_recipe(recipe, overrides)
+    check_fields("execution", execution, Execution.model_fields)
     try:
         return JobSpec(
             dataset_uri=processed.at(dataset_digest).uri(),
