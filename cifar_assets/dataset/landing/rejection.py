@@ -1,6 +1,8 @@
 """Putting refused data aside, with a reason that a person can act on. Nothing is ever deleted for good."""
 
 import json
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cifar_assets.contracts import LANDING_PREFIX, REJECTED_PREFIX
@@ -68,5 +70,26 @@ def _rejected_key(key: str, sha256: str) -> str:
 
 def _write_reason(raw: ObjectStore, target: str, key: str, sha256: str, reason: str, rows: dict[int, str]) -> None:
     shown = [{"row": row, "reason": why} for row, why in list(rows.items())[:_SHOWN_ROWS]]
-    content = {"object": key, "sha256": sha256, "reason": reason, "rejected_rows": len(rows), "rows": shown}
+    further: defaultdict[str, list[int]] = defaultdict(list)
+    for row, why in list(rows.items())[_SHOWN_ROWS:]:
+        further[why].append(row)
+    content = {
+        "object": key,
+        "sha256": sha256,
+        "reason": reason,
+        "rejected_rows": len(rows),
+        "rows": shown,
+        "further_rows": [{"rows": _ranges(numbers), "reason": why} for why, numbers in further.items()],
+    }
     raw.write(target + REASON_SUFFIX, json.dumps(content, indent=1, ensure_ascii=True).encode())
+
+
+def _ranges(rows: Iterable[int]) -> str:
+    """Row numbers in short, such as "3, 7-9"."""
+    ranges: list[list[int]] = []
+    for row in sorted(rows):
+        if ranges and row == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], row]
+        else:
+            ranges.append([row])
+    return ", ".join("-".join(map(str, each)) for each in ranges)

@@ -419,3 +419,14 @@ def test_object_moved_by_another_build_is_not_an_error(raw: FolderStore, source:
     version = build_raw_version(raw, source)
     assert version.landing.rejected[0].moved_to in rejected_keys(raw, "cat/x.png")
     assert read_rejected(raw, "cat/x.png") == b"bad"
+
+
+def test_rows_beyond_those_listed_one_by_one_have_their_reason_too(raw: FolderStore) -> None:
+    rows = {row: "dark" for row in range(1500) if row != 1200} | {1499: "blurred"}
+    rejection.reject_rows(raw, "landing/x.parquet", "a" * 64, 2000, rows)
+    reason = reason_of(raw, "x.parquet")
+    assert len(reason["rows"]) == 1000
+    assert reason["further_rows"] == [
+        {"rows": "1000-1199, 1201-1498", "reason": "dark"},
+        {"rows": "1499", "reason": "blurred"},
+    ]
