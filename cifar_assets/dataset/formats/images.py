@@ -1,7 +1,7 @@
 """One way from picture bytes to the 32x32 pixels a model sees, used for stored data and for requests alike.
 
 Accepted: JPEG and PNG, under any name or content type. Every other format is refused, and so are samples that would not
-be read exactly: CMYK and 12-bit JPEG, and a transparent color among samples of other than 8 bits. Of an animated PNG,
+be read exactly: CMYK and 12-bit JPEG, and a transparent color in a 16-bit RGB PNG. Of an animated PNG,
 the default image counts. EXIF rotation is applied. Transparent parts show a white background. 16-bit samples keep their
 high byte. Color profiles are ignored. A picture of another size is cropped to its central square and scaled with an
 antialiased bicubic filter; a 32x32 picture keeps the pixels that Pillow decodes.
@@ -12,6 +12,7 @@ previews cost nothing, and Pillow and its decoders cannot disagree about a file'
 
 import io
 import struct
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +43,7 @@ _MAX_SCANS = 32
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
-_PNG_PALETTE = 3
+_PNG_GRAY, _PNG_RGB = 0, 2
 _PNG_MAX_EXIF = 64 << 10
 """As long as a JPEG's can be. A longer one is left out."""
 
@@ -180,15 +181,23 @@ def _open_png(data: bytes, limits: ImageLimits) -> Picture:
             raise IndexError(end)
         if kind in seen and kind != b"IDAT":
             raise ImageError("a complete PNG image", f"one with two {kind.decode()} chunks")
-        if kind == b"tRNS" and color != _PNG_PALETTE and depth != 8:
-            raise ImageError("an alpha channel or 8-bit samples", f"a transparent color of {depth}-bit samples")
+        if kind == b"tRNS" and color == _PNG_RGB and depth == 16:
+            raise ImageError("an alpha channel or 8-bit samples", "a transparent color of 16-bit samples")
         if kind in _PNG_KEPT and (kind != b"eXIf" or length <= _PNG_MAX_EXIF):
-            parts.append(data[position:end])
+            is_scaled = kind == b"tRNS" and color == _PNG_GRAY and depth in (2, 4)
+            parts.append(_scaled_gray(data, position, depth) if is_scaled else data[position:end])
             seen.add(kind)
         if kind == b"IEND":
             return Picture(width, height, b"".join(parts))
         position = end
     raise ImageTooLargeError(f"a PNG of at most {_MAX_PARTS} chunks", "more")
+
+
+def _scaled_gray(data: bytes, position: int, depth: int) -> bytes:
+    """A transparent gray of 2 or 4 bits as one of 8 bits: Pillow scales the pixels, and not this."""
+    (value,) = struct.unpack_from(">H", data, position + 8)
+    body = b"tRNS" + struct.pack(">H", (value & 2**depth - 1) * 255 // (2**depth - 1))
+    return struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
 
 
 def _open_jpeg(data: bytes, limits: ImageLimits) -> Picture:
@@ -248,7 +257,10 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB pixels of a picture of any mode."""
     if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        gray = (values >> 8).astype(np.uint8)
+        gray[values == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(gray)
     if not image.has_transparency_data:
         return image.convert("RGB")
     visible = image.convert("RGBA")

@@ -98,14 +98,17 @@ def test_one_bit_is_black_and_white():
     np.testing.assert_array_equal(prepare_image(encode(bits, "PNG")), expected)
 
 
-@pytest.mark.parametrize("depth", [2, 4])
-def test_gray_below_eight_bits_is_read_exactly(depth: int) -> None:
+@pytest.mark.parametrize("transparent", [None, 0, 1, 3])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_gray_below_eight_bits_is_read_exactly(depth: int, transparent: int | None) -> None:
     top = 2**depth - 1
     values = np.arange(32 * 32).reshape(32, 32) % (top + 1)
     bits = ((values[:, :, None] >> np.arange(depth - 1, -1, -1)) & 1).astype(np.uint8)
     rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(bits.reshape(32, -1), axis=1))
-    data = png(32, 32, depth=depth, color=0, rows=rows)
-    np.testing.assert_array_equal(prepare_image(data), np.stack([values * 255 // top] * 3))
+    extra = b"" if transparent is None else chunk(b"tRNS", struct.pack(">H", transparent))
+    expected = np.where(values == (-1 if transparent is None else transparent & top), 255, values * 255 // top)
+    data = png(32, 32, depth=depth, color=0, rows=rows, extra=extra)
+    np.testing.assert_array_equal(prepare_image(data), np.stack([expected] * 3))
 
 
 @pytest.mark.parametrize("scale", [256, 257])
@@ -120,12 +123,19 @@ def test_sixteen_bit_color_keeps_the_high_byte():
     np.testing.assert_array_equal(prepare_image(png(32, 32, depth=16, color=2, rows=rows)), chw(PIXELS))
 
 
-@pytest.mark.parametrize(("depth", "color", "samples"), [(16, 2, 3), (16, 0, 1), (4, 0, 1), (2, 0, 1), (1, 0, 1)])
-def test_transparent_color_of_other_than_eight_bits_is_refused(depth: int, color: int, samples: int) -> None:
-    rows = bytes((1 + 4 * depth * samples) * 32)
-    data = png(32, 32, depth=depth, color=color, rows=rows, extra=chunk(b"tRNS", bytes(2 * samples)))
-    with pytest.raises(ImageError, match=f"a transparent color of {depth}-bit samples"):
-        prepare_image(data)
+def test_sixteen_bit_gray_with_a_transparent_value_shows_the_background() -> None:
+    gray = np.full((32, 32), 1000, dtype=">u2")
+    gray[0, 0] = 40000
+    rows = b"".join(b"\0" + row.tobytes() for row in gray)
+    prepared = prepare_image(png(32, 32, depth=16, color=0, rows=rows, extra=chunk(b"tRNS", struct.pack(">H", 40000))))
+    assert (prepared[:, 0, 0] == 255).all()
+    assert (prepared[:, 1, 1] == 1000 >> 8).all()
+
+
+def test_sixteen_bit_transparent_color_is_refused() -> None:
+    rows = b"".join(b"\0" + row.tobytes() for row in PIXELS.astype(">u2") * 257)
+    with pytest.raises(ImageError, match="a transparent color of 16-bit samples"):
+        prepare_image(png(32, 32, depth=16, color=2, rows=rows, extra=chunk(b"tRNS", bytes(6))))
 
 
 def test_jpeg_samples_that_are_not_read_exactly_are_refused():
