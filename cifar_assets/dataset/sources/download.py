@@ -69,7 +69,11 @@ def fetch(url: str, target: Path, digest: str) -> None:
                 error.filename = str(target)
                 raise
             reason = redacted(error)  # urllib repeats the path and query of a URL it cannot use
-            is_refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
+            code = error.code if isinstance(error, urllib.error.HTTPError) else 500
+            is_past_end = code == 416 and target.exists()
+            if is_past_end:  # all of it had come, or of another file: from the start
+                target.unlink()
+            is_refused = code < 500 and code != 429 and not is_past_end
             if is_refused or isinstance(error, http.client.InvalidURL | ValueError) or attempt == ATTEMPTS:
                 have = target.stat().st_size if target.exists() else 0
                 raise DataError(

@@ -133,6 +133,19 @@ def test_interrupted_transfer_continues_where_it_stopped(make, raw: FolderStore,
     assert version.manifest.objects[0].sha256 == hashlib.sha256(server.body).hexdigest()
 
 
+@pytest.mark.parametrize("extra", [b"", b"of another file"])
+def test_transfer_that_broke_off_after_the_last_byte_starts_again(
+    extra: bytes, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    server.body = b"x" * 1000
+    target = tmp_path / "object"
+    target.write_bytes(server.body + extra)
+    download.fetch(server.url, target, f"md5={md5(server.body)}")
+    assert target.read_bytes() == server.body
+    assert server.requests == [f"bytes={1000 + len(extra)}-", None]
+
+
 def test_file_without_a_digest_is_fetched_whole(make, raw: FolderStore, server: Server, tmp_path: Path) -> None:
     server.body = make.archive(1)
     server.break_after = 1000
