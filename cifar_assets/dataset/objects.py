@@ -22,6 +22,7 @@ from resources.object_store import ObjectStore
 ObjectFormat = Literal["archive", "parquet", "images", "picture", "records"]
 """Official archive (python or binary), Parquet in the Hugging Face layout, tar of image files, one, binary records."""
 
+LINKED_FOLDER = "a link to a folder: copy the folder, or link its files"
 OBJECTS_PREFIX = "objects/"
 
 YOUNG = timedelta(hours=12)
@@ -188,7 +189,7 @@ def unlisted(store: ObjectStore, prefix: str) -> dict[str, str]:
     for folder, folders, files in os.walk(root / prefix, onerror=unreadable):
         for path in (Path(folder, name) for name in (*folders, *files)):
             if path.is_symlink() and path.is_dir():
-                reasons[path] = "a link to a folder: copy the folder, or link its files"
+                reasons[path] = LINKED_FOLDER
             elif not (path.is_file() or path.is_dir()):
                 reasons[path] = "a link that leads nowhere" if path.is_symlink() else "not a file"
             elif path.is_file() and printable(str(path)) != str(path):

@@ -14,7 +14,7 @@ from cifar_assets.dataset.formats.encoded import pack_images
 from cifar_assets.dataset.formats.images import DEFAULT_LIMITS
 from cifar_assets.dataset.formats.names import ARCHIVE_SUFFIXES, PICTURE_SUFFIXES, class_of, is_test, suffix_of
 from cifar_assets.dataset.formats.rows import SPLITS, Split
-from cifar_assets.dataset.objects import ObjectFormat, printable, unlisted
+from cifar_assets.dataset.objects import LINKED_FOLDER, ObjectFormat, printable, unlisted
 from cifar_assets.dataset.sources import synthetic
 from cifar_assets.dataset.sources.download import CHOICES, check_file, fetch, split_digest
 from resources.errors import ConfigError, DataError
@@ -109,6 +109,9 @@ def _folder_files(
 ) -> Iterator[SourceFile]:
     """The files of a folder or prefix: Parquet, or images in class folders."""
     unread.update({key.removeprefix(prefix): reason for key, reason in unlisted(store, prefix).items()})
+    for name, reason in unread.items():
+        if reason == LINKED_FOLDER and "/." not in f"/{name}":  # it may be the test split
+            raise DataError(f"{source}: {name} is {reason}, or remove the link.")
     sizes = {info.key.removeprefix(prefix): info.size for info in store.list(prefix) if not info.key.endswith("/")}
     if not sizes and not unread:
         raise ConfigError(f"Source {source!r}: there is no file, folder, object or prefix of this name. {CHOICES}")

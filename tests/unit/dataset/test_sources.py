@@ -251,33 +251,35 @@ def write_classes(make, folder: Path, names: Iterable[str] = CLASSES) -> Path:
 
 def test_everything_that_is_not_read_is_named(make, raw: FolderStore, tmp_path: Path) -> None:
     folder = write_classes(make, tmp_path / "pictures")
-    (folder / "ferry").symlink_to(folder / "ship")
     (folder / "cat" / "gone.png").symlink_to(tmp_path / "nothing")
     (folder / "cat" / "notes.txt").write_text("x")
     (folder / "cats").mkdir()
     (folder / "cats" / "a.png").write_bytes(b"x")
     (folder / ".cache" / "dog").mkdir(parents=True)
     (folder / ".cache" / "dog" / "1.png").write_bytes(b"x")
+    (folder / ".cache" / "ferry").symlink_to(folder / "ship")
     os.mkfifo(folder / "cat" / "pipe.png")
     Path(os.fsdecode(os.fsencode(folder / "cat") + b"/\xff.png")).write_bytes(b"x")
     only = "only images in class folders are read"
     assert build_raw_version(raw, str(folder)).unread == {
-        "ferry": "a link to a folder: copy the folder, or link its files",
         "cat/gone.png": "a link that leads nowhere",
         "cat/notes.txt": only,
         "cats/a.png": only,
         ".cache/dog/1.png": "hidden",
+        ".cache/ferry": "a link to a folder: copy the folder, or link its files",
         "cat/pipe.png": "not a file",
         "cat/\\udcff.png": "its name is not UTF-8",
     }
 
 
-def test_class_folders_that_are_links_are_named(make, raw: FolderStore, tmp_path: Path) -> None:
-    write_classes(make, tmp_path / "elsewhere", ["cat"])
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
-    with pytest.raises(DataError, match=r"found cat \(a link to a folder: copy the folder"):
+@pytest.mark.parametrize("name", ["test", "train/cat"])
+def test_link_to_a_folder_is_refused(name: str, make, raw: FolderStore, tmp_path: Path) -> None:
+    write_classes(make, tmp_path / "elsewhere")
+    write_classes(make, tmp_path / "pictures" / "train", ["dog"])
+    (tmp_path / "pictures" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=f"{name} is a link to a folder: copy the folder, or link its files, or remove"):
         import_source(str(tmp_path / "pictures"), raw)
+    assert list(raw.list()) == []
 
 
 def test_members_of_an_archive_that_are_not_read_are_named(make, raw: FolderStore, tmp_path: Path) -> None:
