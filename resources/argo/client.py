@@ -7,7 +7,7 @@ from typing import Any
 from resources.argo.template import GROUP, VERSION, WORKFLOW_LABEL
 from resources.argo.workflow import Step, Workflow, without_attempt
 from resources.kubernetes.api import REQUEST_TIMEOUT_SECONDS
-from resources.kubernetes.diagnosis import Cause, Obstacle, PodHistory, WatchLimits, event_lines, find_obstacle
+from resources.kubernetes.diagnosis import Cause, Obstacle, PodHistory, WatchLimits, event_lines
 from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.job import JobClient, JobState
 from resources.kubernetes.logs import TAIL_LINES
@@ -77,8 +77,7 @@ class WorkflowClient(JobClient[Workflow]):
     def obstacle(self, job: Workflow, pods: Sequence[Pod]) -> Obstacle | None:
         if job.status.state == JobState.PENDING:
             return Obstacle(Cause.NO_PODS, "workflow", "Argo's controller has not looked at it")
-        found = find_obstacle(pods)
-        return None if found and found.cause == Cause.SLOW_START else found  # Argo ends a step at its own deadline
+        return None  # Argo ends a step whose pod does not start at the step's own deadline
 
     def failure(
         self,

@@ -60,10 +60,17 @@ class Workflow(Job):
 
     @property
     def status(self) -> JobStatus:
-        """A workflow whose last step only refuses the model has done its work."""
-        refused = self.phase == "Failed" and self._only_refused
-        state = JobState.SUCCEEDED if refused else _STATES.get(self.phase, JobState.PENDING)
-        return JobStatus(state, self._status.get("message") or "")
+        """A workflow whose last step only refuses the model has done its work.
+
+        One that Argo's controller holds back, for its parallelism, a mutex or a semaphore, is Pending with a message.
+        """
+        message = self._status.get("message") or ""
+        state = _STATES.get(self.phase, JobState.PENDING)
+        if self.phase == "Failed" and self._only_refused:
+            state = JobState.SUCCEEDED
+        if state == JobState.PENDING and message:
+            state = JobState.SUSPENDED
+        return JobStatus(state, message)
 
     @property
     def phase(self) -> str:
@@ -77,7 +84,8 @@ class Workflow(Job):
 
     @property
     def progress(self) -> Sequence[str]:
-        return [f"step {step.name}: {step.phase} {step.message}".rstrip() for step in self.steps]
+        waits = [f"Argo holds it back: {self.status.message}"] if self.status.state == JobState.SUSPENDED else []
+        return waits + [f"step {step.name}: {step.phase} {step.message}".rstrip() for step in self.steps]
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:

@@ -147,12 +147,25 @@ def test_a_workflow_past_its_deadline_is_not_waited_for(
         watcher(argo, client, workflow, []).wait_until_finished()
 
 
-def test_a_step_that_cannot_start_is_given_up(argo: FakeArgo, client: WorkflowClient, workflow: Workflow) -> None:
+def test_a_workflow_that_argo_holds_back_is_waited_for(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow, caplog: pytest.LogCaptureFixture
+) -> None:
+    argo.ends(NAME, "Pending", "Waiting for cifar/Mutex/training lock")
+    argo.clock.after(1000, lambda: argo.ends(NAME, "Succeeded"))
+    caplog.set_level(logging.INFO)
+    watcher(argo, client, workflow, []).wait_until_finished()
+    assert caplog.text.count("Waiting for cifar/Mutex/training lock") == 1
+
+
+def test_a_step_that_cannot_start_is_left_to_argos_deadline(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
+) -> None:
     argo.ends(NAME, "Running")
     waiting = {"waiting": {"reason": "ErrImagePull", "message": "no such tag"}}
     pod = pod_body(NAME, phase="Pending", container_statuses=[container_status(waiting) | {"name": "main"}])
     argo.step_pods.append(pod)
-    with pytest.raises(ResourceFailedError, match="no such tag"):
+    argo.clock.after(1000, lambda: argo.ends(NAME, "Failed", "deadline"))
+    with pytest.raises(WorkflowFailedError):
         watcher(argo, client, workflow, []).wait_until_finished()
 
 
