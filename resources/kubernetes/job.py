@@ -25,7 +25,7 @@ from resources.kubernetes.diagnosis import (
     find_obstacle,
 )
 from resources.kubernetes.errors import KubernetesError, ResourceFailedError
-from resources.kubernetes.naming import RUN_ID_LABEL, derive_name
+from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL, derive_name
 from resources.kubernetes.pods import Pod
 
 
@@ -133,9 +133,13 @@ class JobClient(CustomResourceClient[J], Generic[J]):
         The other way round, the garbage collector asks the pods with their own grace time, which a kubelet does not
         shorten later. The job goes at once after them, before its operator could make them again.
         """
-        left = self.remove_pods(namespace, self.pods(namespace, name), grace_seconds)
-        if job is None:
-            return left
+        pods = self.pods(namespace, name)
+        if job is None:  # another's job of that name may have left pods too
+            ours = self.resource.managed_by()
+            return self.remove_pods(
+                namespace, [pod for pod in pods if pod.labels.get(MANAGED_BY_LABEL) == ours], grace_seconds
+            )
+        left = self.remove_pods(namespace, pods, grace_seconds)
         self.delete(job)
         return [*left, str(job)]
 

@@ -15,7 +15,8 @@ from dagster_k8s.models import k8s_model_from_dict
 from kubernetes import client as k8s
 from kubernetes.client.exceptions import ApiException
 
-from resources.pytorch_job.client import OPERATOR_JOB_NAME_LABEL
+from resources.kubernetes.naming import MANAGED_BY_LABEL
+from resources.pytorch_job.client import OPERATOR_JOB_NAME_LABEL, PyTorchJob
 
 
 class FakeClock:
@@ -59,6 +60,7 @@ def pod_body(job: str, replica: str = "master-0", *, phase: str = "Running", **s
             "uid": f"uid-{job}-{replica}",
             "labels": {
                 OPERATOR_JOB_NAME_LABEL: job,
+                MANAGED_BY_LABEL: PyTorchJob.managed_by(),
                 "training.kubeflow.org/replica-type": kind,
                 "training.kubeflow.org/replica-index": index,
             },

@@ -8,7 +8,7 @@ import pytest
 
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceConflictError, ResourceStuckError
 from resources.kubernetes.launch import JobLauncher, JobRequest
-from resources.kubernetes.naming import RUN_ID_LABEL
+from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL
 from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error, pod_body
 
@@ -296,6 +296,16 @@ def test_pods_of_another_run_or_step_are_left_alone(launcher: JobLauncher, clust
     orphaned_pod(cluster, replace(REQUEST, name="job-9", step_key="other"))
     start(launcher)
     assert set(cluster.pods) == {"job-8", "job-9"}
+
+
+def test_pods_of_the_requests_name_that_another_made_are_left_alone(
+    launcher: JobLauncher, cluster: FakeCluster
+) -> None:
+    body = pod_body("job-0")
+    del body["metadata"]["labels"][MANAGED_BY_LABEL]
+    cluster.pods["job-0"] = [body]
+    start(launcher)
+    assert set(cluster.pods) == {"job-0"}
 
 
 def test_removal_takes_pods_whose_job_vanished(launcher: JobLauncher, cluster: FakeCluster) -> None:
