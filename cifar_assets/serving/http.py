@@ -70,6 +70,8 @@ class HttpServer:
             State.CLOSE: limits.stall_timeout,
         }
         self.connections: set[Connection] = set()
+        self.evicted: set[Connection] = set()
+        """Those closed for others that have not sent all they have to yet."""
         self.num_held = 0
         """Bytes of large bodies, complete or not."""
         self.is_leaving = False
@@ -108,7 +110,7 @@ class HttpServer:
         asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self.sweep)
         now = time.monotonic()
         self.date = formatdate(usegmt=True)
-        for connection in [other for other in self.connections if other.deadline < now]:
+        for connection in [other for other in (*self.connections, *self.evicted) if other.deadline < now]:
             connection.expire()
 
     def close_idle(self) -> None:
@@ -150,6 +152,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
+        self._server.evicted.discard(self)
         if self._request is not None:
             self._request.is_wanted = False
         else:
@@ -191,11 +194,15 @@ class Connection(asyncio.Protocol):
     def evict(self) -> None:
         """Close now, to make room for others."""
         self._server.connections.discard(self)
+        self._server.evicted.add(self)
         self._release()
         response = self._too_slow()
-        if response is not None and not self._is_stuck:
+        self._enter(State.CLOSE)
+        if self._is_stuck:
+            self.transport.abort()
+            return
+        if response is not None:
             self._write(response)
-        self.state = State.CLOSE
         self.transport.close()
 
     def _parse(self, data: bytes) -> BaseException | None:
@@ -204,7 +211,7 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
             if self.state is State.HEAD:
                 _check_size("headers", self._num_received, self._limits.max_header_bytes, 431)
-            elif self._num_received > _FRAMING_BYTES + len(self._body) * 9 // 8:
+            elif self.state is State.BODY and self._num_received > _FRAMING_BYTES + len(self._body) * 9 // 8:
                 raise RequestError("body", "chunks that carry data", "mostly framing")
         except httptools.HttpParserUpgrade as upgrade:
             return self._ignore_upgrade(data[upgrade.args[0] :])
@@ -271,6 +278,7 @@ class Connection(asyncio.Protocol):
         path = _path(bytes(self._url))
         keep_alive = self._parser.should_keep_alive()
         self._request = Request(self._answer, self._method, path, self._headers, bytes(self._body), keep_alive)
+        self._body = bytearray()  # the request has its own copy
         self._enter(State.ANSWER)
 
     def _begin(self) -> None:
@@ -291,10 +299,9 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, response: Response) -> None:
         self._release()
-        request = self._request
+        request, self._request = self._request, None
         if request is None or not request.is_wanted:
             return
-        self._request = None
         if request.keep_alive and not self._server.is_leaving:
             self._enter(State.IDLE)
             self._write(response, request.method, close=False)
@@ -328,6 +335,7 @@ class Connection(asyncio.Protocol):
         self.deadline = self.since + (self._limits.stall_timeout if self._is_stuck else self._server.seconds[state])
 
     def _release(self) -> None:
+        self._body = bytearray()
         self._server.num_held -= self.num_held
         self.num_held = 0
 

@@ -5,14 +5,14 @@ import json
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_assets.serving.answers import json_response
+from cifar_assets.serving.answers import Response, json_response
 from cifar_assets.serving.http import HttpServer, Request
 from cifar_assets.serving.settings import ServingLimits
 
@@ -504,6 +504,45 @@ def test_a_body_is_held_until_its_request_is_answered_though_the_client_has_gone
         assert server.http.num_held == 0
 
     story(tell, small_body_bytes=100)
+
+
+def test_a_connection_keeps_no_body_beside_its_request() -> None:
+    async def tell(server: Server) -> None:
+        server.held = []
+        client = await server.connect()
+        client.send(post(bytes(100_000)))
+        await server.until(lambda: bool(server.held))
+        (connection,) = server.http.connections
+        assert not connection._body
+        server.answer(server.held.pop())
+        assert (await client.answer()).json["bytes"] == 100_000
+        assert not connection._body
+        client.send(chunked(bytes(100_000), bytes(100_000)))
+        assert (await client.answer()).status == 413
+        assert connection in server.http.connections
+        assert not connection._body
+
+    story(tell, max_body_bytes=150_000)
+
+
+@pytest.mark.parametrize("is_stuck", [True, False])
+def test_an_evicted_client_that_does_not_read_keeps_no_socket(is_stuck) -> None:
+    async def tell(server: Server) -> None:
+        server.held = []
+        client = await server.connect()
+        cast(asyncio.Transport, client.writer.transport).pause_reading()
+        client.send(GET)
+        await server.until(lambda: bool(server.held))
+        (connection,) = server.http.connections
+        if not is_stuck:
+            connection.transport.set_write_buffer_limits(1 << 30)
+        server.held.pop().answer(Response(200, bytes(20_000_000)))
+        server.held = None
+        assert (await (await server.connect()).ask(GET)).status == 200
+        assert connection not in server.http.connections
+        await server.until(lambda: not server.http.evicted)
+
+    story(tell, max_connections=1, stall_timeout=60 if is_stuck else 0.3)
 
 
 def test_answers_close_their_connections_during_the_drain() -> None:
