@@ -150,8 +150,7 @@ class App:
         loop = asyncio.get_running_loop()
         num_pixels = 0
         try:
-            content = (request.headers, request.body, self._limits)
-            found = query or await loop.run_in_executor(self._readers[False], parse, *content)
+            found = query or await loop.run_in_executor(self._readers[False], _parse, request, parse, self._limits)
             num_pixels = found.num_pixels
             self._num_pixels += num_pixels
             if self._num_pixels > self._limits.max_pending_pixels:
@@ -186,6 +185,12 @@ class App:
     def _answer(self, request: Request, response: Response) -> None:
         self._num_pending -= 1
         request.answer(response)
+
+
+def _parse(request: Request, parse: Parse, limits: ServingLimits) -> Query:
+    if not request.is_wanted:
+        raise GoneError
+    return parse(request.headers, request.body, limits)
 
 
 def _decode(request: Request, query: Query) -> Images:

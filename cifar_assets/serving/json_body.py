@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from cifar_assets.serving.answers import Images, RequestError, shorten
 from cifar_assets.serving.settings import ServingLimits
 
-_WORDING = re.compile(r"^\w+ should (be|have) | or instance of \w+")
+_WORDING = re.compile(r"^\w+ should (be|have) | or instance of \w+| after validation, not \d+$")
 """What pydantic's messages say around what was expected."""
 _JSON_TYPES = (b"", b"application/json", b"text/plain", b"application/x-www-form-urlencoded")
 """Types under which a body is read as JSON: what curl sends for `-d`, declared or not."""

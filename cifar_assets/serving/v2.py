@@ -53,8 +53,8 @@ class _Output(BaseModel):
 
 class _Infer(BaseModel):
     id: str | None = Field(None, max_length=1024)
-    inputs: list[_Input] = Field(fail_fast=True)
-    outputs: list[_Output] | None = Field(None, fail_fast=True)
+    inputs: list[_Input] = Field(max_length=1, fail_fast=True)
+    outputs: list[_Output] | None = Field(None, max_length=len(OUTPUT_NAMES), fail_fast=True)
     parameters: _Parameters | None = None
 
 

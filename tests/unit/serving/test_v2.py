@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cifar_assets.serving import v2
-from cifar_assets.serving.answers import ModelIdentity, Query, RequestError, Response, softmax
+from cifar_assets.serving.answers import GoneError, ModelIdentity, Query, RequestError, Response, softmax
+from cifar_assets.serving.app import _parse
+from cifar_assets.serving.http import Request
 from cifar_assets.serving.settings import ServingLimits
 
 LIMITS = ServingLimits()
@@ -124,8 +126,10 @@ def test_a_huge_claim_costs_nothing() -> None:
         (request(inputs=None), "inputs", "null"),
         (request(inputs={"images": 1}), "inputs", "an object"),
         (request(inputs=[3]), "inputs[0]", "3"),
-        (request(inputs=[tensor(), tensor(name="mask")]), "inputs[1].name", "'mask'"),
+        (request(inputs=[tensor(), tensor(name="mask")]), "inputs", "a list of 2"),
         (request(inputs=[tensor(), tensor()]), "inputs", "a list of 2"),
+        (request(outputs=[{"name": "logits"}] * 3), "outputs", "a list of 3"),
+        (request(outputs=[{"name": "logits"}] * 65_000), "outputs", "a list of 65000"),
         (request(id=3), "id", "3"),
         (request(id="x" * 1025), "id", "(1025 characters)"),
         (request(parameters=[]), "parameters", "a list"),
@@ -148,6 +152,12 @@ def test_a_bad_request_is_refused(body, field, received) -> None:
     assert caught.value.status == 400
     assert caught.value.field == field
     assert received in caught.value.received
+
+
+def test_a_large_request_whose_client_has_gone_is_not_parsed() -> None:
+    gone = Request(lambda _: None, "POST", "/", {}, request(), keep_alive=True, is_wanted=False)
+    with pytest.raises(GoneError):
+        _parse(gone, v2.parse, LIMITS)
 
 
 def answer(parsed: Query) -> dict[str, Any]:
