@@ -24,6 +24,7 @@ from cifar_assets.serving.settings import ServingLimits
 
 _FRAMING_BYTES = 512 * 1024
 """What may come with a request beside its body: headers, one read of the socket, and the framing of chunks."""
+_DISCARDED_BYTES = 64 * 1024 * 1024
 _YOUNG_BODY_SECONDS = 2.0
 _SWEEP_SECONDS = 0.25
 _UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
@@ -138,6 +139,8 @@ class Connection(asyncio.Protocol):
         self._request: Request | None = None
         self._is_stuck = False
         """Whether the client does not read."""
+        self._is_ahead = False
+        """Whether the client sent more than the request that is being answered."""
         self._num_received = 0
         self._begin()
         self._enter(State.IDLE)
@@ -146,6 +149,7 @@ class Connection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)  # what uvloop gives is one, without the base class
         try:
             self._server.admit(self)
+            self.deadline = self.since + self._limits.header_timeout
         except BusyError as error:
             self._write(error_response(error))
             self.transport.close()
@@ -170,26 +174,31 @@ class Connection(asyncio.Protocol):
         self._enter(self.state)
 
     def data_received(self, data: bytes) -> None:
-        if self._request is not None:  # the next request comes before the answer
-            self._request.keep_alive = False
-        if self.state in (State.ANSWER, State.CLOSE):
+        if self.state is State.ANSWER:  # the next request comes before the answer
+            self._is_ahead = True
+            self.transport.pause_reading()
+            return
+        if self.state is State.CLOSE:
+            self._num_received += len(data)
+            if self._num_received > _DISCARDED_BYTES:
+                self.transport.abort()
             return
         if self.state is State.IDLE:
             self._num_received = 0
         self._num_received += len(data)
         fault = self._parse(data)
         if self._request is not None:
-            self._request.keep_alive &= fault is None
+            self._is_ahead = fault is not None
             self._server.app(self._request)
         elif fault is not None:
-            self._close(error_response(fault))
+            self._close(error_response(fault), is_sending=True)
 
     def expire(self) -> None:
         """The time for what the connection is doing is over."""
         if self.state is State.CLOSE or self._is_stuck:
             self.transport.abort()
         else:
-            self._close(self._too_slow())
+            self._close(self._too_slow(), is_sending=self.state is not State.IDLE)
 
     def evict(self) -> None:
         """Close now, to make room for others."""
@@ -302,20 +311,25 @@ class Connection(asyncio.Protocol):
         request, self._request = self._request, None
         if request is None or not request.is_wanted:
             return
-        if request.keep_alive and not self._server.is_leaving:
+        if request.keep_alive and not self._is_ahead and not self._server.is_leaving:
             self._enter(State.IDLE)
             self._write(response, request.method, close=False)
         else:
-            self._close(response, request.method)
+            self._close(response, request.method, is_sending=self._is_ahead)
 
-    def _close(self, response: Response | None, method: str = "other") -> None:
-        """Send the last answer. What still comes is read for a while: a client that is sending would get a reset."""
+    def _close(self, response: Response | None, method: str = "other", *, is_sending: bool) -> None:
+        """Send the last answer. What a client still sends is read for a while, as it would get a reset."""
         self._release()
         self._enter(State.CLOSE)
         if response is not None:
             self._write(response, method)
-        if not self.transport.is_closing():
+        self._num_received = 0
+        if not is_sending:
+            self.transport.close()
+        elif not self.transport.is_closing():
             self.transport.write_eof()
+            if not self._is_stuck:
+                self.transport.resume_reading()
 
     def _write(self, response: Response, method: str = "other", *, close: bool = True) -> None:
         # A client may send any word as a method, and each label is kept for good.

@@ -32,7 +32,9 @@ class ServingLimits(BaseModel, frozen=True):
     max_pending_pixels: int = Field(default=64 * 1024 * 1024, ge=1, description="pixels that may wait to be decoded")
     queue_images: int = Field(default=512, ge=1, description="images that may wait for the model")
     batch_images: int = Field(default=16, ge=1, description="images in one run of the model")
-    header_timeout: float = Field(default=10, gt=0, description="seconds from the first byte of a request to its body")
+    header_timeout: float = Field(
+        default=10, gt=0, description="seconds from a connection or a later request on to a body"
+    )
     body_timeout: float = Field(default=30, gt=0, description="seconds from the start of a body to its end")
     stall_timeout: float = Field(
         default=10, gt=0, description="seconds without a byte of a body or a client that reads"

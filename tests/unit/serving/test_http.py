@@ -381,7 +381,39 @@ def test_a_connection_without_a_request_is_closed() -> None:
         assert await silent.is_closed()
         assert await kept.is_closed()
 
-    story(tell, idle_timeout=0.3)
+    story(tell, idle_timeout=0.3, header_timeout=0.3)
+
+
+def test_a_connection_that_never_sends_has_the_time_for_headers_only() -> None:
+    async def tell(server: Server) -> None:
+        assert await (await server.connect()).is_closed()
+
+    story(tell, header_timeout=0.3)
+
+
+def test_a_last_answer_does_not_wait_for_the_client_to_close() -> None:
+    async def tell(server: Server) -> None:
+        client = await server.connect()
+        assert (await client.ask(GET.replace(b"Host", b"Connection: close\r\nHost"))).status == 200
+        await server.until(lambda: not server.http.connections)
+
+    story(tell, stall_timeout=60)
+
+
+def test_what_comes_before_the_answer_is_not_read_without_end() -> None:
+    async def tell(server: Server) -> None:
+        server.held = []
+        client = await server.connect()
+        client.send(GET)
+        await server.until(lambda: bool(server.held))
+        client.send(bytes(50_000_000))
+        await asyncio.sleep(0.3)
+        assert cast(asyncio.WriteTransport, client.writer.transport).get_write_buffer_size() > 10_000_000
+        server.answer(server.held.pop())
+        assert (await client.answer()).headers["connection"] == "close"
+        assert await client.is_closed()
+
+    story(tell)
 
 
 def test_a_client_that_does_not_read_is_cut_off() -> None:
