@@ -15,7 +15,6 @@ import dagster as dg
 from pydantic import Field
 
 from resources.errors import ConfigError
-from resources.kubernetes.steps import is_being_cancelled
 from resources.mlflow.target import DEFAULT_NAME, MlflowTarget, check_tracking_uri, open_client, why_refused
 from resources.verdict import Verdict
 
@@ -88,6 +87,8 @@ class MlflowResource(dg.ConfigurableResource):
 
         An interrupt without a cancel, such as an eviction of this process, closes nothing: the training may continue.
         """
+        from resources.kubernetes.steps import is_being_cancelled  # not at loading: a laptop needs no kubernetes
+
         try:
             yield
         except BaseException as error:
