@@ -6,7 +6,7 @@ from examples.pytorch_job import defs
 from tests.cluster.conftest import STORY_IMAGE, Minio
 
 
-def test_pytorch_job(namespace: str, minio: Minio, no_jobs_left: None, monkeypatch: pytest.MonkeyPatch):
+def test_pytorch_job(namespace: str, minio: Minio, no_jobs_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {"EXAMPLE_IMAGE": STORY_IMAGE, "EXAMPLE_STORE": "s3://stories/example", "EXAMPLE_NAMESPACE": namespace}
     for name, value in {**minio.environment(), **variables}.items():
         monkeypatch.setenv(name, value)

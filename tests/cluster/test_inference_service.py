@@ -54,7 +54,7 @@ def pod_names(namespace: str) -> list[str]:
 
 def test_deploy_update_and_roll_back_without_a_failed_request(
     namespace: str, models: tuple[DeployRequest, DeployRequest], picture: Path, nothing_serves: None
-):
+) -> None:
     first, second = models
     serving = service(namespace)
     deployed = serving.deploy(first)
@@ -87,7 +87,7 @@ def test_deploy_update_and_roll_back_without_a_failed_request(
 
 def test_broken_versions_fail_with_the_cause_while_the_old_one_answers(
     namespace: str, models: tuple[DeployRequest, DeployRequest], nothing_serves: None
-):
+) -> None:
     first, second = models
     serving = service(namespace)
     serving.deploy(first)
@@ -129,7 +129,7 @@ def test_broken_versions_fail_with_the_cause_while_the_old_one_answers(
 
 def test_a_first_version_that_fails_leaves_nothing(
     namespace: str, models: tuple[DeployRequest, DeployRequest], nothing_serves: None
-):
+) -> None:
     first, second = models
     serving = service(namespace)
     with pytest.raises(DeployError, match="Nothing served before, so the InferenceService was deleted"):
@@ -159,7 +159,7 @@ def test_model_in_service_survives_a_repair_that_fails(
     models: tuple[DeployRequest, DeployRequest],
     nothing_serves: None,
     cordoned_later: Callable[[], None],
-):
+) -> None:
     first, _ = models
     serving = service(namespace, patience=6, min_replicas=2, max_replicas=2)
     serving.deploy(first)
@@ -180,7 +180,7 @@ def test_model_in_service_survives_a_repair_that_fails(
 
 def test_spec_edited_by_hand_is_written_again(
     namespace: str, models: tuple[DeployRequest, DeployRequest], nothing_serves: None
-):
+) -> None:
     first, _ = models
     serving = service(namespace)
     serving.deploy(first)
@@ -195,14 +195,16 @@ def test_spec_edited_by_hand_is_written_again(
         wait_for("the end of the edited spec's pod", lambda: len(pod_names(namespace)) == 1, 60)
 
 
-def test_without_the_role_the_error_says_so(namespace: str, models: tuple[DeployRequest, DeployRequest]):
+def test_without_the_role_the_error_says_so(namespace: str, models: tuple[DeployRequest, DeployRequest]) -> None:
     with pytest.raises(DeployError, match=r"docs/kubernetes\.md"):
         service(namespace, account="nobody").deploy(models[0])
     assert left_behind(namespace) == []
 
 
 @pytest.mark.parametrize("folder", ["inference-service", "inference-service/serverless"])
-def test_kserve_accepts_the_committed_service(folder: str, namespace: str, models: tuple[DeployRequest, DeployRequest]):
+def test_kserve_accepts_the_committed_service(
+    folder: str, namespace: str, models: tuple[DeployRequest, DeployRequest]
+) -> None:
     documents = list(yaml.safe_load_all(kubectl("kustomize", str(K8S / folder))))
     for document in documents:
         document["metadata"]["namespace"] = namespace

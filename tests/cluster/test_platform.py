@@ -29,7 +29,7 @@ def objects_in(folder: str, namespace: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("folder", ["overlays/minikube", "overlays/gpu", "pytorchjob"])
-def test_api_server_takes_every_object(folder: str, core: Any):
+def test_api_server_takes_every_object(folder: str, core: Any) -> None:
     with temporary_namespace("dry-run") as namespace:
         objects = objects_in(folder, namespace)
         text = yaml.safe_dump_all(objects)
@@ -51,14 +51,14 @@ def limited(
         yield ClusterStory(namespace, core, jobs, minio, instance, client=limited_client)
 
 
-def test_role_is_enough_to_run_and_see_a_job(limited: ClusterStory):
+def test_role_is_enough_to_run_and_see_a_job(limited: ClusterStory) -> None:
     config = story_config("epochs", "3", service_account_name="trainer")
     with limited.run(config) as result:
         assert result.success
     assert "master-0: rank 0 epoch 2" in limited.lines
 
 
-def test_role_is_enough_to_explain_and_replace_a_failure(limited: ClusterStory):
+def test_role_is_enough_to_explain_and_replace_a_failure(limited: ClusterStory) -> None:
     config = story_config("fail", "3", restart_policy="Never")
     with limited.run(config) as first:
         assert not first.success
@@ -67,7 +67,7 @@ def test_role_is_enough_to_explain_and_replace_a_failure(limited: ClusterStory):
     assert len(limited.names()) == 1
 
 
-def test_role_is_enough_to_cancel(limited: ClusterStory):
+def test_role_is_enough_to_cancel(limited: ClusterStory) -> None:
     limited.when(limited.running, limited.cancel)
     with limited.run(story_config("epochs", "600")) as result:
         assert limited.status(result) == dg.DagsterRunStatus.CANCELED
@@ -85,7 +85,7 @@ def test_role_is_enough_to_cancel(limited: ClusterStory):
     ],
     ids=" ".join,
 )
-def test_role_allows_nothing_else(limited: ClusterStory, question: list[str]):
+def test_role_allows_nothing_else(limited: ClusterStory, question: list[str]) -> None:
     account = f"system:serviceaccount:{limited.namespace}:dagster"
     review = {
         "apiVersion": "authorization.k8s.io/v1",

@@ -34,7 +34,7 @@ def story(
         yield ClusterStory(namespace, core, jobs, minio, instance)
 
 
-def test_success(story: ClusterStory):
+def test_success(story: ClusterStory) -> None:
     with story.run(story_config("epochs", "4")) as result:
         assert result.success
         assert result.asset_materializations_for_node("trained")[0].metadata["epochs"].value == 4
@@ -42,7 +42,7 @@ def test_success(story: ClusterStory):
     assert [line for line in story.lines if "epoch" in line] == [f"master-0: rank 0 epoch {i}" for i in range(4)]
 
 
-def test_metrics_and_logs_arrive_while_the_job_runs(story: ClusterStory):
+def test_metrics_and_logs_arrive_while_the_job_runs(story: ClusterStory) -> None:
     seen: list[int] = []
     story.when(lambda: len(story.epochs) >= 2 and len(story.lines) >= 2, lambda: seen.append(len(story.epochs)))
     with story.run(story_config("epochs", "12")) as result:
@@ -51,31 +51,31 @@ def test_metrics_and_logs_arrive_while_the_job_runs(story: ClusterStory):
     assert seen[0] < 12
 
 
-def test_one_master_and_two_workers(story: ClusterStory):
+def test_one_master_and_two_workers(story: ClusterStory) -> None:
     with story.run(story_config("peers", "3", replicas=3)) as result:
         assert result.success
     assert "master-0: rank 0 was greeted by [1, 2]" in story.lines
     assert {"worker-0: rank 1 greeted", "worker-1: rank 2 greeted"} <= set(story.lines)
 
 
-def test_failing_exit_code(story: ClusterStory):
+def test_failing_exit_code(story: ClusterStory) -> None:
     error = story.failure(story_config("fail", "3", restart_policy="Never"))
     assert "ended with exit code 3" in error
     assert "ValueError: the data has 11 classes, expected 10" in error
 
 
-def test_crash_at_import(story: ClusterStory):
+def test_crash_at_import(story: ClusterStory) -> None:
     error = story.failure(story_config("crash", restart_policy="Never"))
     assert "ModuleNotFoundError: No module named 'no_such_module'" in error
 
 
-def test_backoff_limit_bounds_the_restarts(story: ClusterStory):
+def test_backoff_limit_bounds_the_restarts(story: ClusterStory) -> None:
     error = story.failure(story_config("fail", "3", run_policy={"backoff_limit": 1}))
     assert "ended with exit code 3" in error
     assert "ValueError: the data has 11 classes" in error
 
 
-def test_out_of_memory(story: ClusterStory):
+def test_out_of_memory(story: ClusterStory) -> None:
     error = story.failure(story_config("memory", "16", restart_policy="Never", memory="64Mi"))
     assert "out of memory" in error
     assert "exit code 137" in error
@@ -83,12 +83,12 @@ def test_out_of_memory(story: ClusterStory):
     assert "took 16 MiB" in error
 
 
-def test_failure_of_a_worker_is_the_error_that_is_shown(story: ClusterStory):
+def test_failure_of_a_worker_is_the_error_that_is_shown(story: ClusterStory) -> None:
     config = story_config("fail", "7", replicas=2, restart_policy="Never")
     assert "ended with exit code 7" in story.failure(config)
 
 
-def test_missing_image(story: ClusterStory):
+def test_missing_image(story: ClusterStory) -> None:
     begin = time.monotonic()
     error = story.failure(
         story_config("epochs", "1", image="localhost/never-loaded:1", image_pull_policy="IfNotPresent")
@@ -99,39 +99,39 @@ def test_missing_image(story: ClusterStory):
     assert (story.names(), story.pods()) == ([], [])
 
 
-def test_unschedulable(story: ClusterStory):
+def test_unschedulable(story: ClusterStory) -> None:
     error = story.failure(story_config("epochs", "1", node_selector={"no-such": "node"}))
     assert "unschedulable" in error
     assert "node" in error
     assert (story.names(), story.pods()) == ([], [])
 
 
-def test_missing_secret(story: ClusterStory):
+def test_missing_secret(story: ClusterStory) -> None:
     error = story.failure(story_config("epochs", "1", env_secrets=["no-such-secret"]))
     assert "pod configuration" in error
     assert 'secret "no-such-secret" not found' in error
     assert (story.names(), story.pods()) == ([], [])
 
 
-def test_deadline_exceeded(story: ClusterStory):
+def test_deadline_exceeded(story: ClusterStory) -> None:
     error = story.failure(story_config("epochs", "600", run_policy={"active_deadline_seconds": 6}))
     assert "deadline exceeded" in error
     assert "rank 0 epoch" in error
 
 
-def test_command_that_does_not_exist(story: ClusterStory):
+def test_command_that_does_not_exist(story: ClusterStory) -> None:
     error = story.failure(story_config(command=["/no/such/program"], restart_policy="Never"))
     assert "/no/such/program" in error
 
 
-def test_refused_by_the_admission_webhook(story: ClusterStory):
+def test_refused_by_the_admission_webhook(story: ClusterStory) -> None:
     config = story_config("epochs", "1", extra_spec={"pytorchReplicaSpecs": {"Master": {"replicas": 2}}})
     error = story.failure(config)
     assert "must be 1" in error
     assert story.names() == []
 
 
-def test_no_permission(story: ClusterStory):
+def test_no_permission(story: ClusterStory) -> None:
     api = k8s.ApiClient(story.core.api_client.configuration)
     api.set_default_header("Impersonate-User", f"system:serviceaccount:{story.namespace}:nobody")
     story.client = PyTorchJobClient(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
@@ -140,7 +140,7 @@ def test_no_permission(story: ClusterStory):
     assert "Role" in error
 
 
-def test_kind_that_is_not_installed(story: ClusterStory, monkeypatch: pytest.MonkeyPatch):
+def test_kind_that_is_not_installed(story: ClusterStory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PyTorchJobClient, "plural", "pytorchjobsofanotherversion")
     error = story.failure(story_config("epochs", "1"))
     assert "install the Kubeflow training operator" in error
@@ -151,7 +151,7 @@ def assert_gone_soon(story: ClusterStory, since: float) -> None:
 
 
 @pytest.mark.parametrize("moment", ["created", "running", "image pull", "ignoring SIGTERM"])
-def test_cancel(story: ClusterStory, moment: str):
+def test_cancel(story: ClusterStory, moment: str) -> None:
     config = story_config("deaf" if moment == "ignoring SIGTERM" else "epochs", "600")
     if moment == "image pull":
         config = story_config("epochs", "1", image="localhost/never-loaded:1")
@@ -177,7 +177,7 @@ def test_cancel(story: ClusterStory, moment: str):
     assert_gone_soon(story, cancelled_at[0])
 
 
-def test_killed_run_worker(story: ClusterStory, home: Path):
+def test_killed_run_worker(story: ClusterStory, home: Path) -> None:
     config = story_config("epochs", "20")
     worker = story.in_another_process(config, home)
     wait_for("the job to run", story.running, 90)
@@ -195,7 +195,7 @@ def test_killed_run_worker(story: ClusterStory, home: Path):
     assert [epoch for epoch, replayed in story.epochs if not replayed] == list(range(20))
 
 
-def test_finished_while_nobody_watched(story: ClusterStory, home: Path):
+def test_finished_while_nobody_watched(story: ClusterStory, home: Path) -> None:
     config = story_config("epochs", "5")
     worker = story.in_another_process(config, home)
     wait_for("the job to run", story.running, 90)
@@ -211,7 +211,7 @@ def test_finished_while_nobody_watched(story: ClusterStory, home: Path):
     assert [epoch for epoch, _ in story.epochs] == list(range(5))
 
 
-def test_failed_while_nobody_watched(story: ClusterStory, home: Path):
+def test_failed_while_nobody_watched(story: ClusterStory, home: Path) -> None:
     config = story_config("fail", "3", restart_policy="Never")
     worker = story.in_another_process(config, home)
     assert worker.wait(90) == 1
@@ -223,7 +223,7 @@ def test_failed_while_nobody_watched(story: ClusterStory, home: Path):
     assert story.names() != [name]
 
 
-def test_evicted_run_worker(story: ClusterStory, home: Path):
+def test_evicted_run_worker(story: ClusterStory, home: Path) -> None:
     config = story_config("epochs", "20")
     worker = story.in_another_process(config, home)
     wait_for("the job to run", story.running, 90)
@@ -236,7 +236,7 @@ def test_evicted_run_worker(story: ClusterStory, home: Path):
     assert len(story.names()) == 1
 
 
-def test_pod_deleted_in_mid_run(story: ClusterStory):
+def test_pod_deleted_in_mid_run(story: ClusterStory) -> None:
     def delete_pod() -> None:
         kubectl("-n", story.namespace, "delete", "pod", story.pods()[0].metadata.name, "--grace-period=1")
 
@@ -247,7 +247,7 @@ def test_pod_deleted_in_mid_run(story: ClusterStory):
     assert len(story.epochs) > 6, "the second process said its epochs again"
 
 
-def test_operator_restarted(story: ClusterStory):
+def test_operator_restarted(story: ClusterStory) -> None:
     def restart() -> None:
         kubectl("-n", "kubeflow", "rollout", "restart", "deploy/training-operator")
 
@@ -269,7 +269,7 @@ def operator_returns() -> Iterator[None]:
     kubectl("-n", "kubeflow", "rollout", "status", "deploy/training-operator", "--timeout=90s")
 
 
-def test_operator_away_until_after_the_end(story: ClusterStory, operator_returns: None):
+def test_operator_away_until_after_the_end(story: ClusterStory, operator_returns: None) -> None:
     config = story_config("epochs", "20")
     story.when(story.running, lambda: scale_operator(0))
     with story.run(config) as first:
@@ -287,7 +287,7 @@ def test_operator_away_until_after_the_end(story: ClusterStory, operator_returns
     assert story.metadata["pytorch_job_adopted"].value is True
 
 
-def test_job_that_vanished_while_its_pod_lives_on(story: ClusterStory):
+def test_job_that_vanished_while_its_pod_lives_on(story: ClusterStory) -> None:
     config = story_config("epochs", "30")
 
     def orphan() -> None:
@@ -315,7 +315,7 @@ def test_job_that_vanished_while_its_pod_lives_on(story: ClusterStory):
     assert [each.metadata.uid for each in story.pods()] != [pod.metadata.uid]
 
 
-def test_logs_and_events_that_may_not_be_read_do_not_change_the_outcome(story: ClusterStory):
+def test_logs_and_events_that_may_not_be_read_do_not_change_the_outcome(story: ClusterStory) -> None:
     inside = ["-n", story.namespace, "create"]
     verbs = "--verb=create,get,list,patch,delete"
     kubectl(*inside, "role", "no-logs", verbs, "--resource=pytorchjobs.kubeflow.org,pods")
@@ -329,7 +329,7 @@ def test_logs_and_events_that_may_not_be_read_do_not_change_the_outcome(story: C
     assert "ended with exit code 3" in story.failure(story_config("fail", "3", restart_policy="Never"))
 
 
-def test_object_store_away_in_mid_run(story: ClusterStory):
+def test_object_store_away_in_mid_run(story: ClusterStory) -> None:
     def away() -> None:
         story.minio.scale(0)
         time.sleep(12)
@@ -343,7 +343,7 @@ def test_object_store_away_in_mid_run(story: ClusterStory):
     assert [epoch for epoch, _ in story.epochs] == list(range(15))
 
 
-def test_api_server_away_in_mid_run(story: ClusterStory):
+def test_api_server_away_in_mid_run(story: ClusterStory) -> None:
     """Away as the run worker sees it; the job continues."""
     configuration: Any = load_configuration()[0]
     server = urlsplit(configuration.host)

@@ -78,12 +78,12 @@ def starting_with(program: str) -> list[Any]:
     ]
 
 
-def test_commands_are_found():
+def test_commands_are_found() -> None:
     assert all(starting_with(program) for program in ("dg", "python", "make"))
     assert not starting_with("uv"), "the docs print commands as an activated environment takes them, without `uv run`"
 
 
-def test_files_of_ours_exist():
+def test_files_of_ours_exist() -> None:
     for page, command in COMMANDS:
         for word in shlex.split(command.replace("\\\n", "")):
             if word.startswith(OUR_FILES):
@@ -91,7 +91,7 @@ def test_files_of_ours_exist():
 
 
 @pytest.mark.parametrize("words", [*starting_with("dagster"), *starting_with("dg")])
-def test_dagster_would_run_it(words: Sequence[str]):
+def test_dagster_would_run_it(words: Sequence[str]) -> None:
     options = parsed_by(create_dagster_cli() if words[0] == "dagster" else create_dg_cli(), words[1:])
     repository = defs.get_repository_def()
     if words[0] == "dagster" and "module_name" in options:
@@ -119,7 +119,7 @@ def parsed_by(command: click.Command, words: Sequence[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("words", starting_with("python"))
-def test_python_would_run_it(words: Sequence[str], monkeypatch: pytest.MonkeyPatch):
+def test_python_would_run_it(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if words[1] == "-m":
         name, arguments = words[2], words[3:]
         found = importlib.util.find_spec(name)
@@ -152,7 +152,7 @@ def test_python_would_run_it(words: Sequence[str], monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("words", starting_with("make"))
-def test_make_has_the_target(words: Sequence[str]):
+def test_make_has_the_target(words: Sequence[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     result = subprocess.run(
         ["make", "--dry-run", *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -160,7 +160,7 @@ def test_make_has_the_target(words: Sequence[str]):
     assert result.returncode == 0, result.stderr
 
 
-def test_jobs_assets_and_checks_that_sentences_name_exist():
+def test_jobs_assets_and_checks_that_sentences_name_exist() -> None:
     graph = defs.resolve_asset_graph()
     known = {
         "job": {job.name for job in defs.get_repository_def().get_all_jobs()},

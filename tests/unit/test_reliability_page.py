@@ -15,7 +15,7 @@ def source(path: str) -> str:
     return (ROOT / path).read_text()
 
 
-def test_every_test_on_the_page_exists():
+def test_every_test_on_the_page_exists() -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
     assert sum("tests/" in row for row in rows) > 100
     missing = []

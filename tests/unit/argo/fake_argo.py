@@ -58,7 +58,7 @@ class FakeArgo(FakeCluster):
         self.workflows[name]["metadata"]["labels"] |= body["metadata"].get("labels", {})
         return copy.deepcopy(self.workflows[name])
 
-    def delete_namespaced_custom_object(self, group, version, namespace, plural, name, body, **_: Any):
+    def delete_namespaced_custom_object(self, group, version, namespace, plural, name, body, **_: Any) -> None:
         if plural != PLURAL:
             super().delete_namespaced_custom_object(group, version, namespace, plural, name, body)
             return

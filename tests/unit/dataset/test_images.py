@@ -54,7 +54,7 @@ def with_alpha(pixels: np.ndarray, alpha: np.ndarray | int) -> np.ndarray:
     return np.dstack([pixels, np.broadcast_to(np.uint8(alpha), pixels.shape[:2])])
 
 
-def test_png_keeps_every_pixel():
+def test_png_keeps_every_pixel() -> None:
     prepared = prepare_image(encode(PIXELS, "PNG"))
     assert prepared.dtype == np.uint8
     assert prepared.flags.c_contiguous
@@ -62,37 +62,37 @@ def test_png_keeps_every_pixel():
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"comment": "x" * 1000}])
-def test_jpeg_keeps_what_pillow_decodes(options):
+def test_jpeg_keeps_what_pillow_decodes(options) -> None:
     data = encode(SMOOTH, "JPEG", quality=90, **options)
     with Image.open(io.BytesIO(data)) as image:
         expected = chw(np.asarray(image.convert("RGB")))
     np.testing.assert_array_equal(prepare_image(data), expected)
 
 
-def test_opaque_alpha_changes_nothing():
+def test_opaque_alpha_changes_nothing() -> None:
     np.testing.assert_array_equal(prepare_image(encode(with_alpha(PIXELS, 255), "PNG")), chw(PIXELS))
 
 
-def test_palette_shows_its_colors():
+def test_palette_shows_its_colors() -> None:
     few = (PIXELS // 128 * 255).astype(np.uint8)
     palette = Image.fromarray(few).convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
     np.testing.assert_array_equal(prepare_image(encode(palette, "PNG")), chw(few))
 
 
 @pytest.mark.parametrize("palette", [b"", chunk(b"PLTE", bytes(6))])
-def test_pixel_outside_the_palette_is_refused(palette):
+def test_pixel_outside_the_palette_is_refused(palette) -> None:
     rows = b"\0\0\1\2\3" * 4
     with pytest.raises(ImageError, match="palette"):
         prepare_image(png(4, 4, depth=8, color=3, rows=rows, extra=palette))
 
 
-def test_gray_is_three_equal_channels():
+def test_gray_is_three_equal_channels() -> None:
     gray = PIXELS[:, :, 0]
     for data in (encode(gray, "PNG"), encode(np.dstack([gray, gray * 0 + 255]), "PNG")):
         np.testing.assert_array_equal(prepare_image(data), np.stack([gray] * 3))
 
 
-def test_one_bit_is_black_and_white():
+def test_one_bit_is_black_and_white() -> None:
     bits = Image.fromarray((PIXELS[:, :, 0] > 127).astype(np.uint8) * 255).convert("1")
     expected = np.stack([np.where(PIXELS[:, :, 0] > 127, 255, 0).astype(np.uint8)] * 3)
     np.testing.assert_array_equal(prepare_image(encode(bits, "PNG")), expected)
@@ -112,12 +112,12 @@ def test_gray_below_eight_bits_is_read_exactly(depth: int, transparent: int | No
 
 
 @pytest.mark.parametrize("scale", [256, 257])
-def test_sixteen_bit_gray_keeps_the_high_byte(scale):
+def test_sixteen_bit_gray_keeps_the_high_byte(scale) -> None:
     gray = PIXELS[:, :, 0]
     np.testing.assert_array_equal(prepare_image(encode(gray.astype(np.uint16) * scale, "PNG")), np.stack([gray] * 3))
 
 
-def test_sixteen_bit_color_keeps_the_high_byte():
+def test_sixteen_bit_color_keeps_the_high_byte() -> None:
     wide = PIXELS.astype(">u2") * 257
     rows = b"".join(b"\0" + row.tobytes() for row in wide)
     np.testing.assert_array_equal(prepare_image(png(32, 32, depth=16, color=2, rows=rows)), chw(PIXELS))
@@ -138,7 +138,7 @@ def test_sixteen_bit_transparent_color_is_refused() -> None:
         prepare_image(png(32, 32, depth=16, color=2, rows=rows, extra=chunk(b"tRNS", bytes(6))))
 
 
-def test_jpeg_samples_that_are_not_read_exactly_are_refused():
+def test_jpeg_samples_that_are_not_read_exactly_are_refused() -> None:
     with pytest.raises(ImageError, match="got a CMYK one"):
         prepare_image(encode(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG"))
     data = bytearray(encode(SMOOTH, "JPEG"))
@@ -147,7 +147,7 @@ def test_jpeg_samples_that_are_not_read_exactly_are_refused():
         prepare_image(bytes(data))
 
 
-def test_colors_under_full_transparency_do_not_matter():
+def test_colors_under_full_transparency_do_not_matter() -> None:
     alpha = np.where(np.arange(32)[:, None] + np.arange(32)[None] < 32, 0, 255).astype(np.uint8)
     other = np.where(alpha[:, :, None] == 0, 255 - PIXELS, PIXELS)
     first, second = (prepare_image(encode(with_alpha(pixels, alpha), "PNG")) for pixels in (PIXELS, other))
@@ -156,7 +156,7 @@ def test_colors_under_full_transparency_do_not_matter():
     np.testing.assert_array_equal(first[:, 31, 31], PIXELS[31, 31])
 
 
-def test_transparent_palette_colors_do_not_matter():
+def test_transparent_palette_colors_do_not_matter() -> None:
     indices = (np.arange(1024) % 4).astype(np.uint8).reshape(32, 32)
     prepared = []
     for hidden in ((255, 0, 0), (0, 0, 255)):
@@ -167,19 +167,19 @@ def test_transparent_palette_colors_do_not_matter():
     assert (prepared[0][:, 0, 0] == 255).all()
 
 
-def test_partly_transparent_pixels_mix_with_white():
+def test_partly_transparent_pixels_mix_with_white() -> None:
     prepared = prepare_image(encode(with_alpha(np.zeros((32, 32, 3), np.uint8), 128), "PNG"))
     assert (prepared == 127).all()
 
 
-def test_a_transparent_rgb_value_shows_the_background():
+def test_a_transparent_rgb_value_shows_the_background() -> None:
     pixels = PIXELS.copy()
     pixels[0, 0] = (1, 2, 3)
     prepared = prepare_image(encode(pixels, "PNG", transparency=(1, 2, 3)))
     assert (prepared[:, 0, 0] == 255).all()
 
 
-def test_animated_png_is_its_default_image():
+def test_animated_png_is_its_default_image() -> None:
     first, second = (Image.new("RGB", (32, 32), color) for color in ((255, 0, 0), (0, 0, 255)))
     data = encode(first, "PNG", save_all=True, append_images=[second])
     np.testing.assert_array_equal(prepare_image(data), prepare_image(encode(first, "PNG")))
@@ -187,7 +187,7 @@ def test_animated_png_is_its_default_image():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_exif_rotation_is_applied(orientation, kind):
+def test_exif_rotation_is_applied(orientation, kind) -> None:
     quarters = np.zeros((32, 32, 3), np.uint8)
     quarters[:16, :16] = (250, 10, 10)
     quarters[16:, :16] = (10, 250, 10)
@@ -210,7 +210,7 @@ def test_exif_rotation_is_applied(orientation, kind):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_block_is_ignored():
+def test_broken_exif_block_is_ignored() -> None:
     data = encode(SMOOTH, "JPEG", quality=95)
     exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40
     broken = data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
@@ -256,7 +256,7 @@ def test_memory_that_ends_while_exif_is_read_is_not_a_broken_block(monkeypatch: 
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 32), (1, 1), (500, 20), (20, 500), (1024, 768)])
-def test_other_sizes_are_cut_to_the_central_square_and_scaled(size):
+def test_other_sizes_are_cut_to_the_central_square_and_scaled(size) -> None:
     width, height = size
     picture = np.zeros((height, width, 3), np.uint8)
     side = min(size)
@@ -268,7 +268,7 @@ def test_other_sizes_are_cut_to_the_central_square_and_scaled(size):
         np.testing.assert_allclose(prepared[:, 8:24, 8:24].mean(axis=(1, 2)), (200, 100, 50), atol=3)
 
 
-def test_without_resizing_other_sizes_are_refused():
+def test_without_resizing_other_sizes_are_refused() -> None:
     with pytest.raises(ImageError, match="32x32 image, got 64x64 pixels"):
         prepare_image(encode(np.zeros((64, 64, 3), np.uint8), "PNG"), resize=False)
     np.testing.assert_array_equal(prepare_image(encode(PIXELS, "PNG"), resize=False), chw(PIXELS))
@@ -288,7 +288,7 @@ def test_without_resizing_other_sizes_are_refused():
         (b"\xff\xd8\xff", "damaged JPEG"),
     ],
 )
-def test_file_of_another_kind_is_named(data, name):
+def test_file_of_another_kind_is_named(data, name) -> None:
     with pytest.raises(ImageError, match=name):
         prepare_image(data)
 
@@ -297,12 +297,12 @@ def test_file_of_another_kind_is_named(data, name):
     ("kind", "name"),
     [("WEBP", "WebP"), ("GIF", "GIF"), ("BMP", "BMP"), ("TIFF", "TIFF"), ("PPM", "unknown kind")],
 )
-def test_other_formats_are_refused_by_name(kind, name):
+def test_other_formats_are_refused_by_name(kind, name) -> None:
     with pytest.raises(ImageError, match=f"Expected a PNG or JPEG image, got an? .*{name}"):
         prepare_image(encode(PIXELS, kind))
 
 
-def test_pillow_gets_only_what_pixels_and_rotation_depend_on():
+def test_pillow_gets_only_what_pixels_and_rotation_depend_on() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     text = PngInfo()
@@ -316,7 +316,7 @@ def test_pillow_gets_only_what_pixels_and_rotation_depend_on():
     np.testing.assert_array_equal(prepare_image(png_data), chw(np.rot90(PIXELS, -1)))
 
 
-def test_file_with_two_sizes_is_refused():
+def test_file_with_two_sizes_is_refused() -> None:
     data = encode(PIXELS, "PNG")
     header = data[8:33]
     with pytest.raises(ImageError, match="two IHDR chunks"):
@@ -329,7 +329,7 @@ def test_file_with_two_sizes_is_refused():
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-def test_a_cut_picture_is_refused(kind, kept):
+def test_a_cut_picture_is_refused(kind, kept) -> None:
     noise = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encode(noise, kind)
     with pytest.raises(ImageError, match=r"truncated|damaged"):
@@ -339,23 +339,23 @@ def test_a_cut_picture_is_refused(kind, kept):
 class TestLimits:
     """Decided from size and headers, so the pictures here have hardly any pixel data."""
 
-    def test_bytes(self):
+    def test_bytes(self) -> None:
         with pytest.raises(ImageTooLargeError, match="at most 10 bytes, got 11 bytes"):
             prepare_image(b"x" * 11, limits=ImageLimits(max_bytes=10))
 
     @pytest.mark.parametrize("size", [(60000, 60000), (2**31 - 1, 1), (4097, 2048)])
-    def test_pixels_of_a_png_that_has_none(self, size):
+    def test_pixels_of_a_png_that_has_none(self, size) -> None:
         with pytest.raises(ImageTooLargeError):
             prepare_image(png(*size, depth=8, color=2, rows=b""))
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-    def test_pixels_and_sides(self, kind):
+    def test_pixels_and_sides(self, kind) -> None:
         with pytest.raises(ImageTooLargeError, match=r"at most (100|200) pixels and 16384 on a side, got 32x32"):
             prepare_image(encode(PIXELS, kind), limits=ImageLimits(max_pixels=100))
         with pytest.raises(ImageTooLargeError, match="31 on a side, got 32x32"):
             prepare_image(encode(PIXELS, kind), limits=ImageLimits(max_side=31))
 
-    def test_parts(self):
+    def test_parts(self) -> None:
         picture = encode(PIXELS, "PNG")
         with pytest.raises(ImageTooLargeError, match="4096 chunks"):
             prepare_image(picture[:33] + chunk(b"tEXt", b"a\0") * 500_000 + picture[33:])
@@ -365,7 +365,7 @@ class TestLimits:
                 prepare_image(jpeg[:2] + part * 2_000_000 + jpeg[2:])
 
     @pytest.mark.parametrize("kind", ["RGBA PNG of 16-bit samples", "progressive JPEG"])
-    def test_memory_of_the_largest_picture(self, kind):
+    def test_memory_of_the_largest_picture(self, kind) -> None:
         if kind == "progressive JPEG":
             data = encode(Image.new("RGB", (4096, 4096)), "JPEG", progressive=True, subsampling=0)
         else:
@@ -380,14 +380,14 @@ class TestLimits:
         run = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=False)
         assert run.stdout == b"(3, 32, 32)\n", run.stderr.decode()
 
-    def test_scans_of_a_jpeg(self):
+    def test_scans_of_a_jpeg(self) -> None:
         data = encode(SMOOTH, "JPEG", progressive=True)
         start = data.index(b"\xff\xda")
         with pytest.raises(ImageTooLargeError, match="scans"):
             prepare_image(data[:start] + data[start:-2] * 200 + data[-2:])
 
 
-def test_pixel_digest_is_the_sha256_of_the_stored_bytes():
+def test_pixel_digest_is_the_sha256_of_the_stored_bytes() -> None:
     image = prepare_image(encode(PIXELS, "PNG"))
     assert pixel_digest(image) == sha256_bytes(chw(PIXELS).tobytes())
     with pytest.raises(ValueError, match="shape"):

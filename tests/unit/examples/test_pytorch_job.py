@@ -23,18 +23,18 @@ print([name for name in sys.modules if name.split(".")[0] == "cifar_assets"])
 """
 
 
-def test_example_imports_no_cifar_code():
+def test_example_imports_no_cifar_code() -> None:
     done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_example_builds_a_manifest():
+def test_example_builds_a_manifest() -> None:
     manifest = PyTorchJobs(image="image:1", store="file:///tmp", namespace="space").manifest()
     (container,) = manifest["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]  # pyright: ignore
     assert (container["image"], container["command"]) == ("image:1", ["python", "-c", SCRIPT])
 
 
-def test_example_trains_through_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_example_trains_through_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = FakeCluster()
     monkeypatch.setattr(PyTorchJobClient, "production", lambda: PyTorchJobClient(cluster, cluster))
     monkeypatch.setattr(PipesContext, "_instance", None)

@@ -72,7 +72,7 @@ class FakeKServe:
 
     def delete_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str, name: str, body: Any, **_: Any
-    ):
+    ) -> None:
         self.failing("delete")
         if self.service is None:
             raise not_found("inferenceservices.serving.kserve.io", name)
@@ -106,7 +106,7 @@ class FakeKServe:
         items = [SimpleNamespace(reason=r, message=m, last_timestamp=None, event_time=None) for r, m in split]
         return SimpleNamespace(items=items)
 
-    def create_namespaced_event(self, namespace: str, body: dict[str, Any], **_: Any):
+    def create_namespaced_event(self, namespace: str, body: dict[str, Any], **_: Any) -> None:
         self.failing("event")
         self.events.append(
             SimpleNamespace(

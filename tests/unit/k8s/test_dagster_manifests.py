@@ -58,7 +58,7 @@ def resolved(data: ConfigurableClassData | None) -> dict[str, Any]:
     return value
 
 
-def test_instance_is_valid_and_its_storage_is_the_database_of_the_settings(instance: InstanceRef):
+def test_instance_is_valid_and_its_storage_is_the_database_of_the_settings(instance: InstanceRef) -> None:
     stored = resolved(instance.storage_data)["postgres_db"]
     (service,) = [o for o in OBJECTS if o["kind"] == "Service" and o["metadata"]["name"] == stored["hostname"]]
     assert service["spec"]["ports"][0]["port"] == stored["port"]
@@ -72,14 +72,14 @@ def test_instance_is_valid_and_its_storage_is_the_database_of_the_settings(insta
     assert DagsterPostgresStorage.__name__ == instance.storage_data.class_name  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def test_compute_logs_go_to_the_object_store(instance: InstanceRef):
+def test_compute_logs_go_to_the_object_store(instance: InstanceRef) -> None:
     logs = resolved(instance.compute_logs_data)
     assert logs["endpoint_url"] == PLATFORM["AWS_ENDPOINT_URL"]
     assert logs["bucket"] == SETTINGS["DAGSTER_LOGS_BUCKET"]
     assert logs["local_dir"].startswith("/tmp/")
 
 
-def test_run_workers_are_restricted_and_get_what_the_code_location_gets(instance: InstanceRef):
+def test_run_workers_are_restricted_and_get_what_the_code_location_gets(instance: InstanceRef) -> None:
     launcher = resolved(instance.run_launcher_data)
     code = PATCH["containers"][0]
     assert launcher["env_config_maps"] == [e["configMapRef"]["name"] for e in code["envFrom"] if "configMapRef" in e]
@@ -97,7 +97,7 @@ def test_run_workers_are_restricted_and_get_what_the_code_location_gets(instance
     }
 
 
-def test_pools_retries_and_monitoring_are_those_of_a_checkout(instance: InstanceRef):
+def test_pools_retries_and_monitoring_are_those_of_a_checkout(instance: InstanceRef) -> None:
     local = yaml.safe_load((ROOT / "dagster.yaml").read_text())
     cluster = settings_of(instance)
     assert cluster["concurrency"].pop("runs") == {"max_concurrent_runs": 4}
@@ -107,14 +107,14 @@ def test_pools_retries_and_monitoring_are_those_of_a_checkout(instance: Instance
     assert {name: cluster[name] for name in SAME_SECTIONS} == {name: local[name] for name in SAME_SECTIONS}
 
 
-def test_a_typo_in_the_instance_is_noticed(tmp_path: Path):
+def test_a_typo_in_the_instance_is_noticed(tmp_path: Path) -> None:
     """The validation that the other tests rely on does refuse."""
     (tmp_path / "dagster.yaml").write_text((DAGSTER / "dagster.yaml").read_text().replace("run_retries:", "run_retry:"))
     with pytest.raises(Exception, match="run_retry"):
         dagster_instance_config(str(tmp_path))
 
 
-def test_workspace_names_the_service_and_port_of_the_code_location():
+def test_workspace_names_the_service_and_port_of_the_code_location() -> None:
     (entry,) = yaml.safe_load((DAGSTER / "workspace.yaml").read_text())["load_from"]
     server = entry["grpc_server"]
     (service,) = [o for o in OBJECTS if o["kind"] == "Service" and o["metadata"]["name"] == server["host"]]
@@ -122,7 +122,7 @@ def test_workspace_names_the_service_and_port_of_the_code_location():
     assert str(server["port"]) in DEPLOYMENTS["dagster-code"]["containers"][0]["args"]
 
 
-def test_pods_are_restricted():
+def test_pods_are_restricted() -> None:
     kustomization = yaml.safe_load((DAGSTER / "kustomization.yaml").read_text())
     assert {"path": "pods.patch.yaml", "target": {"kind": "Deployment"}} in kustomization["patches"]
     for spec in DEPLOYMENTS.values():
@@ -140,14 +140,14 @@ def test_pods_are_restricted():
             assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
 
 
-def test_dagster_asks_for_little_cpu():
+def test_dagster_asks_for_little_cpu() -> None:
     """Beside the platform, a run worker and a training pod on a node with two CPUs."""
     containers = [spec["containers"][0] for spec in [*DEPLOYMENTS.values(), POSTGRES]]
     requests = [container["resources"]["requests"]["cpu"] for container in containers]
     assert sum(int(request.removesuffix("m")) for request in requests) == 350
 
 
-def test_roles_name_verbs_and_resources_without_wildcards_and_are_in_the_docs():
+def test_roles_name_verbs_and_resources_without_wildcards_and_are_in_the_docs() -> None:
     page = (ROOT / "docs/dagster_in_the_cluster.md").read_text()
     roles = {o["metadata"]["name"]: o["rules"] for o in OBJECTS if o["kind"] in ("Role", "ClusterRole")}
     assert set(roles) == {"run-launcher", "run-canceller"}
@@ -163,7 +163,7 @@ def test_roles_name_verbs_and_resources_without_wildcards_and_are_in_the_docs():
     assert "*" not in str(roles)
 
 
-def test_every_file_is_used():
+def test_every_file_is_used() -> None:
     kustomization = yaml.safe_load((DAGSTER / "kustomization.yaml").read_text())
     files = {path.name for path in DAGSTER.glob("*")}
     (generated,) = kustomization["configMapGenerator"]
@@ -171,7 +171,7 @@ def test_every_file_is_used():
     assert files == used | {"kustomization.yaml", "helm-values.yaml"}
 
 
-def test_helm_values_keep_retries_pools_and_logs_of_the_manifests(instance: InstanceRef):
+def test_helm_values_keep_retries_pools_and_logs_of_the_manifests(instance: InstanceRef) -> None:
     values = yaml.safe_load((DAGSTER / "helm-values.yaml").read_text())
     daemon = values["dagsterDaemon"]
     settings = settings_of(instance)

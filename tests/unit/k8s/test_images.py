@@ -42,7 +42,7 @@ def locked(role: str) -> set[str]:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_runs_as_a_numeric_user_and_takes_versions_from_the_lock_file(role: str):
+def test_runs_as_a_numeric_user_and_takes_versions_from_the_lock_file(role: str) -> None:
     assert "USER 1000:1000" in lines(role)
     (install,) = [line for line in lines(role) if line.startswith("RUN")]
     assert "$SYNC" in install
@@ -51,13 +51,13 @@ def test_runs_as_a_numeric_user_and_takes_versions_from_the_lock_file(role: str)
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_extras_exist(role: str):
+def test_extras_exist(role: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(extras(role)) <= set(project["optional-dependencies"])
 
 
 @pytest.mark.parametrize("role", ["trainer", "server", "dagster", "kfp"])
-def test_our_code_is_the_last_layer(role: str):
+def test_our_code_is_the_last_layer(role: str) -> None:
     kinds = [line.split()[0] for line in lines(role)]
     last_run = max(i for i, kind in enumerate(kinds) if kind == "RUN")
     code = [i for i, line in enumerate(lines(role)) if line.startswith(("COPY cifar_assets", "COPY resources"))]
@@ -66,7 +66,7 @@ def test_our_code_is_the_last_layer(role: str):
     assert set(kinds[min(code) :]) == {"COPY"}
 
 
-def test_only_the_trainer_has_torch():
+def test_only_the_trainer_has_torch() -> None:
     assert "torch" in locked("trainer")
     for role in ("server", "dagster", "mlflow"):
         assert "torch" not in locked(role)
@@ -74,7 +74,7 @@ def test_only_the_trainer_has_torch():
     assert "dagster" not in locked("server") | locked("trainer")
 
 
-def test_context_holds_only_what_is_copied():
+def test_context_holds_only_what_is_copied() -> None:
     ignore = (ROOT / "images/Dockerfile.dockerignore").read_text().splitlines()
     assert "*" in ignore
     copies = [line for role in ROLES for line in lines(role) if line.startswith("COPY")]

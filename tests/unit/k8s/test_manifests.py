@@ -51,14 +51,14 @@ def quantity(text: str) -> float:
     return float(match[1]) * UNITS[match[2]]
 
 
-def test_no_secret_is_committed():
+def test_no_secret_is_committed() -> None:
     assert not [name for name, document in OBJECTS if document["kind"] == "Secret"]
     text = "\n".join(path.read_text() for path in K8S.rglob("*.yaml"))
     assert "secretGenerator" not in text
 
 
 @pytest.mark.parametrize(("name", "spec"), PODS, ids=[name for name, _ in PODS])
-def test_pods_are_restricted(name: str, spec: dict[str, Any]):
+def test_pods_are_restricted(name: str, spec: dict[str, Any]) -> None:
     assert spec["automountServiceAccountToken"] is False
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -71,7 +71,7 @@ def test_pods_are_restricted(name: str, spec: dict[str, Any]):
         assert "memory" in container["resources"]["limits"]
 
 
-def test_platform_and_one_training_fit_a_small_minikube():
+def test_platform_and_one_training_fit_a_small_minikube() -> None:
     """4 CPU and 8 GB, of which Kubernetes itself, its operators and Dagster take about half."""
     cpu = memory = 0.0
     for _, spec in PODS:
@@ -83,7 +83,7 @@ def test_platform_and_one_training_fit_a_small_minikube():
     assert memory <= 4 * 2**30
 
 
-def test_roles_name_verbs_and_resources_without_wildcards_and_are_in_the_docs():
+def test_roles_name_verbs_and_resources_without_wildcards_and_are_in_the_docs() -> None:
     table = (ROOT / "docs/kubernetes.md").read_text()
     roles = [document for _, document in OBJECTS if document["kind"] in ("Role", "ClusterRole")]
     assert roles
@@ -96,7 +96,7 @@ def test_roles_name_verbs_and_resources_without_wildcards_and_are_in_the_docs():
 
 
 @pytest.mark.parametrize("overlay", ["minikube", "gpu"])
-def test_trainer_settings_of_the_overlays_are_valid(overlay: str):
+def test_trainer_settings_of_the_overlays_are_valid(overlay: str) -> None:
     overlays = ["minikube", overlay]
     values: dict[str, str] = {}
     for name in overlays:
@@ -111,7 +111,7 @@ def test_trainer_settings_of_the_overlays_are_valid(overlay: str):
     assert isinstance(trainer.object_store.models, FolderStore)
 
 
-def test_every_file_belongs_to_a_kustomization():
+def test_every_file_belongs_to_a_kustomization() -> None:
     for folder in ("platform", "access", "pytorchjob"):
         kustomization = yaml.safe_load((K8S / folder / "kustomization.yaml").read_text())
         files = {path.name for path in (K8S / folder).glob("*.yaml")}

@@ -52,14 +52,14 @@ REPLACED = {image["name"] for objects in OBJECTS.values() for o in objects for i
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_manifest_names_only_listed_images(path: Path):
+def test_manifest_names_only_listed_images(path: Path) -> None:
     for image in image_fields(OBJECTS[path]):
         parameter = image.startswith("{{")  # filled in by Argo
         assert parameter or image in LISTED | REPLACED, f"{image} is not in k8s/images.yaml"
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_text_names_only_listed_images(path: Path):
+def test_text_names_only_listed_images(path: Path) -> None:
     text = path.read_text()
     for repository in REGISTRY.findall(text):
         assert repository in REPOSITORIES, f"{repository} is not in k8s/images.yaml"
@@ -69,7 +69,7 @@ def test_text_names_only_listed_images(path: Path):
 
 
 @pytest.mark.parametrize("path", tracked("*Dockerfile"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_dockerfile_starts_from_a_listed_image(path: Path):
+def test_dockerfile_starts_from_a_listed_image(path: Path) -> None:
     text = path.read_text()
     default = dict(re.findall(r"^ARG (\w+)=(\S+)", text, re.MULTILINE))
     bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
@@ -80,7 +80,7 @@ def test_dockerfile_starts_from_a_listed_image(path: Path):
     assert all(entry.get("target") in targets or not targets for entry in built)
 
 
-def test_every_listed_image_is_used_and_every_digest_is_real_or_unknown():
+def test_every_listed_image_is_used_and_every_digest_is_real_or_unknown() -> None:
     text = "\n".join(
         path.read_text() for path in [*TEXTS, *tracked("*Dockerfile", "*.mk")] if path.name != "images.yaml"
     )
@@ -92,13 +92,13 @@ def test_every_listed_image_is_used_and_every_digest_is_real_or_unknown():
         assert digest == "unknown" or re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
 
 
-def test_pinned_component_has_every_known_digest():
+def test_pinned_component_has_every_known_digest() -> None:
     component = yaml.safe_load((ROOT / "k8s/pinned/kustomization.yaml").read_text())
     pinned = {entry["name"]: entry["digest"] for entry in component["images"]}
     assert pinned == {image.rpartition(":")[0]: digest for image, digest in DIGESTS.items() if digest != "unknown"}
 
 
-def test_actions_are_pinned_by_commit():
+def test_actions_are_pinned_by_commit() -> None:
     for path in tracked(".github/workflows"):
         uses = re.findall(r"uses: *(.+)", path.read_text())
         assert uses
@@ -106,13 +106,13 @@ def test_actions_are_pinned_by_commit():
             assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", action), action
 
 
-def test_uv_has_one_version_everywhere():
+def test_uv_has_one_version_everywhere() -> None:
     texts = [path.read_text() for path in tracked("Makefile", "*.mk", "*Dockerfile", ".github", ".ci")]
     (version,) = re.findall(r"^UV_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {found for text in texts for found in re.findall(r"\buv==([\w.]+)", text)} == {version}
 
 
-def test_pip_installs_only_exact_versions():
+def test_pip_installs_only_exact_versions() -> None:
     installs = [
         (path.name, line)
         for path in tracked("Makefile", "*.mk", "*Dockerfile", ".github", ".ci", "README.md", "docs/*.md")

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Never
 
 import dagster as dg
 import pytest
@@ -204,7 +205,7 @@ def test_who_does_not_answer_stops_it(world: World, monkeypatch: pytest.MonkeyPa
     before = world.all_keys()
 
     class Away(Serving):
-        def status(self):
+        def status(self) -> Never:
             raise ConnectionError("no route to host")
 
     with pytest.raises(PruneError, match=r"Nothing was removed.*no route to host"):

@@ -148,7 +148,7 @@ class FakeCluster:
 
     def delete_namespaced_custom_object(
         self, group: str, version: str, namespace: str, plural: str, name: str, body, **_
-    ):
+    ) -> None:
         self.failing("delete")
         job = self.jobs.get(name)
         if job is None:
@@ -165,7 +165,7 @@ class FakeCluster:
         found = [body for body in found if wanted.items() <= body["metadata"]["labels"].items()]
         return SimpleNamespace(items=[k8s_model_from_dict(k8s.V1Pod, body) for body in found])
 
-    def delete_namespaced_pod(self, name: str, namespace: str, body: Any, **_: Any):
+    def delete_namespaced_pod(self, name: str, namespace: str, body: Any, **_: Any) -> None:
         self.failing("delete pod")
         self.deleted_pod_graces.append(body.grace_period_seconds)
         job = name.rsplit("-", 2)[0]

@@ -4,7 +4,7 @@ import logging
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import dagster as dg
 import pytest
@@ -99,7 +99,7 @@ def test_job_that_cannot_be_deleted_does_not_keep_the_others_and_is_named(
     client: PyTorchJobClient, cluster: FakeCluster, tmp_path: Path
 ) -> None:
     class Away(FolderStore):
-        def list(self, prefix: str = ""):
+        def list(self, prefix: str = "") -> Never:
             raise StoreError("the store is away", transient=True)
 
     refused: list[str] = []
