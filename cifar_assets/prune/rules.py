@@ -24,6 +24,7 @@ from cifar_assets.dataset.versions.raw import VERSIONS_PREFIX, current_raw_diges
 from cifar_assets.dataset.versions.shards import SHARDS_PREFIX
 from cifar_assets.model_package import read_manifest
 from resources.object_store import FolderStore, ObjectInfo, ObjectStore
+from resources.object_store.folder import TEMPORARY_PREFIX
 
 _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
@@ -147,9 +148,10 @@ def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy
                 yield _removal(store, [info], kind, info.key, "no version that is kept uses it")
 
 
-def leftovers(policy: Policy) -> Iterator[Removal]:
-    """This user's temporary files that were not used for a while."""
-    paths: list[Path] = []
+def leftovers(policy: Policy, root: ObjectStore) -> Iterator[Removal]:
+    """This user's temporary files, and what killed writers left in a store that is a folder, not used for a while."""
+    store = root.local_path("")
+    paths = [path for path in store.rglob(f"{TEMPORARY_PREFIX}*") if path.is_file()] if store else []
     for path in Path(tempfile.gettempdir()).glob("cifar-*"):
         if not path.is_symlink() and path.lstat().st_uid == os.getuid():
             paths += path.iterdir() if path.name.startswith("cifar-shards-") else [path]

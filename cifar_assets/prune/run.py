@@ -87,7 +87,7 @@ def prune(
     if apply:  # including those published in the meantime
         processed, raw = set(list_processed_versions(stores.processed)), set(list_raw_digests(stores.raw))
     handle(orphans(stores, processed, raw, policy))
-    handle(leftovers(policy))
+    handle(leftovers(policy, object_store.root()))
     handle(compute_logs(policy, instance, object_store.root()))
     return done
 

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -16,10 +15,8 @@ from typing import BinaryIO
 from resources.errors import ConfigError, ObjectChangedError, ObjectNotFoundError, StoreError
 from resources.object_store.base import ObjectInfo, ObjectStore
 
-_TEMPORARY_PREFIX = ".writing-"
-_ABANDONED_SECONDS = 24 * 3600
-"""A file that nobody has written to for so long has no writer."""
-_swept: set[Path] = set()
+TEMPORARY_PREFIX = ".writing-"
+"""Of the name of a file that is being written. One that a killed writer left is not an object."""
 
 
 class FolderStore(ObjectStore):
@@ -72,7 +69,7 @@ class FolderStore(ObjectStore):
             str(Path(folder, name).relative_to(self.root)).replace(os.sep, "/")
             for folder, _, names in os.walk(base)
             for name in names
-            if not name.startswith(_TEMPORARY_PREFIX)
+            if not name.startswith(TEMPORARY_PREFIX)
         )
         for key in sorted(keys):
             if key.startswith(prefix):
@@ -157,9 +154,8 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace:
     project's own errors pass through.
     """
     try:
-        _remove_abandoned(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 fill(file)
@@ -177,14 +173,3 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace:
             Path(name).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"Could not write {path}: {error}. Check free space and permissions.") from error
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder, once per process."""
-    if folder in _swept:
-        return
-    _swept.add(folder)
-    for path in folder.glob(f"{_TEMPORARY_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                path.unlink()

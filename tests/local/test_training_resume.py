@@ -67,7 +67,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(place: Workplace) -> None:
     assert resumed_steps
     assert set(place.published("killed")) == set(place.published("undisturbed")) == set(place.published("again"))
     assert place.checkpoints("killed") == []
-    assert len(list((place.folder / "killed").rglob(".writing-*"))) <= kills  # a day later they are removed
+    assert len(list((place.folder / "killed").rglob(".writing-*"))) <= kills  # which prune removes a day later
 
 
 def test_sigterm_leaves_a_checkpoint_and_says_that_there_is_more(place: Workplace) -> None:

@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -9,7 +7,6 @@ import pytest
 from resources.errors import ConfigError, ObjectNotFoundError, StoreError
 from resources.object_store import FolderStore
 from resources.object_store.folder import write_atomically
-from tests.fixtures.workspace import ROOT
 
 
 def test_a_failed_write_leaves_the_old_object_and_nothing_else(tmp_path: Path) -> None:
@@ -70,17 +67,6 @@ def test_a_folder_marker_is_refused_before_it_blocks_the_folder(key: str, tmp_pa
         store.write(key, b"")
     store.write(f"{key}x", b"1")
     assert store.read(f"{key}x") == b"1"
-
-
-def test_leftover_of_a_killed_writer_is_removed_after_a_day(tmp_path: Path) -> None:
-    write = "from resources.object_store.folder import write_atomically\nwrite_atomically(Path(sys.argv[1]), "
-    for fill in ("lambda file: os.kill(os.getpid(), signal.SIGKILL))", "lambda file: file.write(b'other'))"):
-        code = f"import os, signal, sys\nfrom pathlib import Path\n{write}{fill}"
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], cwd=ROOT, check=False)
-    (left,) = tmp_path.glob(".writing-*")
-    os.utime(left, (0, 0))
-    write_atomically(tmp_path / "y", lambda file: file.write(b"mine"))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x": b"other", "y": b"mine"}
 
 
 def test_a_link_that_is_removed_leaves_what_it_links_to(tmp_path: Path) -> None:

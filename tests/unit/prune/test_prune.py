@@ -1,6 +1,8 @@
 """Pruning removes what nothing needs, says so first, and never what something needs."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,9 @@ from cifar_assets.prune.rules import Policy
 from cifar_assets.prune.run import PruneError, prune_job
 from resources.mlflow.resource import LocalMlflow
 from resources.object_store import FolderStore
+from resources.object_store.folder import TEMPORARY_PREFIX
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.workspace import ROOT
 from tests.unit.prune.conftest import KEPT, Generation, Serving, World, png
 
 
@@ -339,6 +343,22 @@ def test_temporary_files_and_compute_logs_go_when_they_are_old(world: World) -> 
         os.utime(path, (0, 0))
     world.prune()
     assert [path.exists() for path in (*old_paths, *new_paths, log)] == [False, False, True, True, False]
+
+
+def test_file_that_a_killed_writer_left_in_the_store_goes_when_it_is_old(world: World) -> None:
+    folder = world.folder / "store" / "models" / "checkpoints" / "job"
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom resources.object_store.folder import write_atomically\n"
+        "write_atomically(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder / "x")], cwd=ROOT, check=False)
+    (left,) = folder.iterdir()
+    in_use = left.with_name(f"{TEMPORARY_PREFIX}young")
+    in_use.touch()
+    os.utime(left, (0, 0))
+    assert str(left) in {removal.name for removal in world.prune(apply=False)}
+    world.prune()
+    assert list(folder.iterdir()) == [in_use]
 
 
 def test_the_job_reports_what_it_removed(world: World) -> None:
