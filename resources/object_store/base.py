@@ -52,8 +52,11 @@ class ObjectStore(ABC):
     def write(self, key: str, data: bytes) -> None: ...
 
     @abstractmethod
-    def create(self, key: str, data: bytes) -> bool:
-        """Write the object only where there is none yet. Of several that try at once, one gets True."""
+    def create(self, key: str, data: bytes) -> None:
+        """Write the object only where there is none yet; one that is there stays, and is not an error.
+
+        It does not tell which of the two happened: after a lost answer S3's client finds its own object.
+        """
 
     @abstractmethod
     def upload(self, key: str, path: Path) -> None: ...

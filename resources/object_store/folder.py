@@ -48,8 +48,8 @@ class FolderStore(ObjectStore):
     def write(self, key: str, data: bytes) -> None:
         write_atomically(self._target(key), lambda file: file.write(data))
 
-    def create(self, key: str, data: bytes) -> bool:
-        return write_atomically(self._target(key), lambda file: file.write(data), replace=False)
+    def create(self, key: str, data: bytes) -> None:
+        write_atomically(self._target(key), lambda file: file.write(data), replace=False)
 
     def upload(self, key: str, path: Path) -> None:
         with path.open("rb") as source:
@@ -147,11 +147,11 @@ def _remove_unchanged(path: Path, etag: str) -> bool:
     return unchanged
 
 
-def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace: bool = True) -> bool:
+def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace: bool = True) -> None:
     """Let `fill` write a temporary file next to the path and rename it into place; nothing is left when it fails.
 
-    Without `replace` a file that exists stays, and the result is False. Raises StoreError when the disk refuses; this
-    project's own errors pass through.
+    Without `replace` a file that exists stays. Raises StoreError when the disk refuses; this project's own errors pass
+    through.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,11 +164,9 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], object], *, replace:
             os.chmod(name, 0o644)
             if replace:
                 os.replace(name, path)
-                return True
+                return
             with contextlib.suppress(FileExistsError):
                 os.link(name, path)
-                return True
-            return False
         finally:
             Path(name).unlink(missing_ok=True)
     except OSError as error:

@@ -5,7 +5,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 from urllib.parse import quote, unquote
@@ -99,13 +99,9 @@ class S3Store(ObjectStore):
     def write(self, key: str, data: bytes) -> None:
         self._store(key, lambda bucket, name: self._client.put_object(bucket, name, io.BytesIO(data), len(data)))
 
-    def create(self, key: str, data: bytes) -> bool:
-        try:
-            with self._located(key) as place:
-                self._client.put_new(*place, data)
-        except ObjectChangedError:
-            return False
-        return True
+    def create(self, key: str, data: bytes) -> None:
+        with suppress(ObjectChangedError), self._located(key) as place:
+            self._client.put_new(*place, data)
 
     def upload(self, key: str, path: Path) -> None:
         self._store(key, lambda bucket, name: self._client.fput_object(bucket, name, str(path), part_size=PART_BYTES))

@@ -159,9 +159,9 @@ class Interrupted(FolderStore):
         self._count()
         super().upload(key, path)
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes) -> None:
         self._count()
-        return super().create(key, data)
+        super().create(key, data)
 
     def copy(self, key: str, to_key: str, etag: str | None = None) -> None:
         self._count()

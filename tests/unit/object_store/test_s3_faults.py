@@ -139,6 +139,20 @@ def test_large_object_is_stored_though_the_answer_to_its_last_request_is_lost(
     assert "pool is full" not in caplog.text, "parts are sent at once"
 
 
+def test_object_is_created_though_the_answer_is_lost(fake: Fake) -> None:
+    def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
+        assert handler.headers["If-None-Match"] == "*"
+        if number == 1:  # stored
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            handler.close_connection = True
+        else:
+            reply(handler, 412, error("PreconditionFailed"), Content_Type="application/xml")
+
+    fake.answer = answer
+    fake.store().create("x", b"1")
+    assert len(fake.requests) == 2
+
+
 @pytest.mark.parametrize(
     ("status", "body", "kind", "reason"),
     [
