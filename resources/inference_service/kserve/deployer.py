@@ -68,8 +68,9 @@ class ServiceDeployer:
             if found.canary_percent is None and self._is_serving(found, request):
                 return Outcome(found, changed=False, previous_digest=request.model_digest)
             # An attempt that was cut off is continued. Its annotations are in its pods: others would make new ones.
-            # What has all requests already is not made a canary.
-            manifest = with_traffic(found.body, None if found.canary_percent is None else _percent(manifest))
+            manifest = with_traffic(found.body, _percent(manifest))
+        if found and found.canary_percent is None and found.mark[0] == _revision(manifest):
+            manifest = with_traffic(manifest, None)  # what has all requests already is repaired, not made a canary
         others = [pod for pod in ready if found is None or mark_of(pod.annotations) != found.mark]
         answering = next(filter(None, (request_of(pod.annotations) for pod in others)), None)
         if found and found.canary_percent is None and len(others) < len(ready):
@@ -112,7 +113,7 @@ class ServiceDeployer:
 
     def _is_made_by(self, current: InferenceService, manifest: Mapping[str, Any]) -> bool:
         """Whether writing the manifest would change nothing but the traffic: nobody edited the spec."""
-        if current.mark[0] != manifest["metadata"]["annotations"][REVISION_ANNOTATION]:
+        if current.mark[0] != _revision(manifest):
             return False
 
         def compare() -> bool:
@@ -253,6 +254,11 @@ class ServiceDeployer:
             self._client.record(self._view.namespace, self._view.name, reason, message)
         except KubernetesError as error:
             self._log.warning("%s: the outcome was not recorded as an event: %s", self._view, error)
+
+
+def _revision(manifest: Mapping[str, Any]) -> str:
+    """Digest of the model and of all settings."""
+    return manifest["metadata"]["annotations"][REVISION_ANNOTATION]
 
 
 def _percent(manifest: Mapping[str, Any]) -> int | None:

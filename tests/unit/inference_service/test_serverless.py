@@ -15,14 +15,16 @@ from resources.kubernetes.errors import ApiRefusedError
 from tests.unit.inference_service import fake_kserve as fake
 from tests.unit.inference_service.fake_kserve import FakeKnative
 from tests.unit.inference_service.test_deployer import view_of
+from tests.unit.inference_service.test_repairs import edit
 from tests.unit.pytorch_job.fake_cluster import api_error
 
 A = DeployRequest("s3://models/a/", "a" * 64, "1", "run-a")
 B = DeployRequest("s3://models/b/", "b" * 64, "2", "run-b")
+IMAGE = "server:1"
 
 
 def build(request: DeployRequest, percent: int | None = 10) -> dict[str, Any]:
-    settings = InferenceServiceSettings(image="server:1", mode="Knative", min_replicas=0, canary_percent=percent)
+    settings = InferenceServiceSettings(image=IMAGE, mode="Knative", min_replicas=0, canary_percent=percent)
     return build_inference_service_manifest(settings, request, name="cifar10", namespace="space")
 
 
@@ -148,6 +150,25 @@ def test_repair_of_the_model_that_serves_is_no_canary(serving_a: FakeKnative) ->
     deploy(serving_a, A, judge)
     assert judge.asked == []
     assert serving_a.shares == [{A.model_digest: 100}]
+
+
+def test_edited_spec_of_the_model_that_serves_is_written_again_without_a_canary(serving_a: FakeKnative) -> None:
+    edit(serving_a, nodeSelector={"a": "b"})
+    serving_a.clock.sleep(30)
+    judge = Judge("would be refused")
+    assert deploy(serving_a, A, judge).changed
+    assert judge.asked == []
+    first, _, *repairs = (body["spec"] for body in serving_a.writes)
+    assert repairs == [first]
+
+
+def test_other_settings_for_the_model_that_serves_are_a_canary(
+    serving_a: FakeKnative, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.IMAGE", "server:2")
+    judge = Judge()
+    deploy(serving_a, A, judge)
+    assert judge.asked == [(A.model_digest, 10)]
 
 
 def test_previous_model_is_the_one_that_answers_while_pods_of_an_earlier_one_stay(serving_a: FakeKnative) -> None:
