@@ -145,8 +145,9 @@ class Tracker:
                 if refusal and label != _START:
                     _LOG.warning("MLflow: %s %s", label, what)
                     return
+                self._refusal = refusal
                 _LOG.log(logging.DEBUG if what == said else logging.WARNING, "MLflow: %s %s", label, what)
-                self._refusal, said = refusal, what
+                said = what
             time.sleep(max(0.0, min(_PAUSE_SECONDS, self._deadline - time.monotonic())))
             if time.monotonic() >= self._deadline:
                 return

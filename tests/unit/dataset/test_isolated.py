@@ -61,8 +61,9 @@ def test_file_that_does_not_end_is_rejected(
 ) -> None:
     build_raw_version(raw, source)
     raw.write("landing/bad.parquet", make.parquet(make.images(2, 5), make.labels(2)))
-    monkeypatch.setattr(isolated, "CPU_SECONDS", 1)
-    monkeypatch.setattr(isolated, "WALL_SECONDS_PER_CPU_SECOND", 5 if "pause" in code else 60)
+    cpu_seconds, wall_seconds = (5, 5) if "pause" in code else (1, 400)
+    monkeypatch.setattr(isolated, "CPU_SECONDS", cpu_seconds)
+    monkeypatch.setattr(isolated, "WALL_SECONDS_PER_CPU_SECOND", wall_seconds // cpu_seconds)
     child(fault(code))
     assert build_raw_version(raw, source).manifest.rows == 80
     assert cause in reason_of(raw, "bad.parquet")["reason"]

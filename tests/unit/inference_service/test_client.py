@@ -59,7 +59,7 @@ def http(body: bytes, status: str = "200 OK", length: int | None = None) -> byte
     ],
 )
 def test_an_answer_of_another_server_is_a_server_error(answering: Answering, tmp_path: Path, answer: bytes) -> None:
-    client = InferenceClient(f"http://127.0.0.1:{answering(answer)}", timeout=5)
+    client = InferenceClient(f"http://127.0.0.1:{answering(answer)}", timeout=60)
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"x")
     for ask in (client.served_model, lambda: client.predict_arrays(IMAGE), lambda: client.predict_files([picture])):

@@ -92,7 +92,7 @@ def test_a_server_answers_until_it_drains_whatever_others_send(nonsense) -> None
         left = asyncio.Event()
         succession = _Succession(control, listener, json.dumps(info), left.set)
         waiting = asyncio.create_task(succession.wait_for_turn(HttpServer(lambda request: None, ServingLimits())))
-        starter = await asyncio.to_thread(_meet, connection, folder / "starting.sock", 10)
+        starter = await asyncio.to_thread(_meet, connection, folder / "starting.sock", 60)
         assert starter is not None
         assert starter.info.private_port
         taking_over = asyncio.create_task(asyncio.to_thread(starter.take_over, folder, None))
@@ -116,7 +116,7 @@ def test_a_server_answers_until_it_drains_whatever_others_send(nonsense) -> None
             server.__exit__()
 
     with tempfile.TemporaryDirectory() as name, socket.create_server(("127.0.0.1", 0)) as listener:
-        uvloop.run(asyncio.wait_for(run(Path(name), listener), 60))
+        uvloop.run(asyncio.wait_for(run(Path(name), listener), 300))
 
 
 def test_a_folder_whose_path_is_longer_than_an_address_works(tmp_path, monkeypatch) -> None:

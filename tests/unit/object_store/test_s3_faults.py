@@ -41,7 +41,7 @@ class Fake:
         self.requests: list[tuple[str, str | None]] = []
 
     def store(self) -> S3Store:
-        return S3Store(S3Connection(self.endpoint, "a", "b", read_seconds=2, pause_seconds=0), "bucket")
+        return S3Store(S3Connection(self.endpoint, "a", "b", read_seconds=60, pause_seconds=0), "bucket")
 
 
 @pytest.fixture

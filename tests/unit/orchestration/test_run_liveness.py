@@ -87,7 +87,7 @@ def test_the_command_after_a_killed_one_fails_its_run_and_takes_its_slot(
     assert killed.status == dg.DagsterRunStatus.STARTED
     assert num_slots(instance) == (1, 0)
     process, output = materialize(processes, folder)
-    assert process.wait(120) == 0, output.read_text()
+    assert process.wait(400) == 0, output.read_text()
     assert f"Run {killed.run_id} was found dead" in output.read_text()
     assert instance.get_run_by_id(killed.run_id).status == dg.DagsterRunStatus.FAILURE  # pyright: ignore
     assert "start the run again to continue" in failure_of(instance, killed.run_id)
@@ -102,11 +102,12 @@ def test_a_command_says_whom_it_waits_for_and_takes_over_when_that_run_is_killed
     kill_while_it_works(processes, folder, with_child=True)
     (killed,) = instance.get_runs()
     process, output = materialize(processes, folder)
-    wait_until(lambda: "Waiting for the pool" in output.read_text() or process.poll() is not None, "the message")
-    assert f"held by run {killed.run_id}, which is STARTED" in output.read_text()
+    message = f"held by run {killed.run_id}, which is STARTED"
+    wait_until(lambda: message in output.read_text() or process.poll() is not None, "the message")
+    assert process.poll() is None, output.read_text()
     assert settle_dead_runs(instance) == []
     os.kill(int((folder / "child").read_text()), signal.SIGKILL)
-    assert process.wait(120) == 0, output.read_text()
+    assert process.wait(400) == 0, output.read_text()
     assert "killed or crashed" in failure_of(instance, killed.run_id)
 
 
@@ -189,10 +190,12 @@ def test_two_commands_at_once_run_one_after_the_other(
     (folder / "hold-model").touch()
     both = [materialize(processes, folder) for _ in range(2)]
     wait_until(lambda: any("Waiting for the pool" in output.read_text() for _, output in both), "one to wait")
+    wait_until(lambda: (folder / "log-model").exists(), "the other one to work")
+    wait_until(lambda: "\n" in (folder / "log-model").read_text(), "its process")
     assert len((folder / "log-model").read_text().split()) == 1
     (folder / "hold-model").unlink()
     for process, output in both:
-        assert process.wait(120) == 0, output.read_text()
+        assert process.wait(400) == 0, output.read_text()
     assert sorted((folder / "log-model").read_text().split()) == sorted(str(process.pid) for process, _ in both)
     assert num_slots(instance) == (0, 0)
 

@@ -38,7 +38,7 @@ class ServerProcess:
     def log(self) -> str:
         return self.log_file.read_text()
 
-    def connect(self, timeout: float = 60) -> http.client.HTTPConnection:
+    def connect(self, timeout: float = 300) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
 
     def get(self, path: str) -> Answer:
@@ -58,7 +58,7 @@ class ServerProcess:
 def ask(
     port: int, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
 ) -> Answer:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     with contextlib.closing(connection):
         return ask_on(connection, method, path, body, headers)
 
@@ -91,7 +91,7 @@ def run_server(model_uri: str, digest: str, folder: Path, *options: str) -> Iter
     finally:
         process.terminate()
         try:
-            process.wait(60)
+            process.wait(300)
         finally:
             process.kill()
             process.wait()

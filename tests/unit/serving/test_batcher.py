@@ -22,7 +22,7 @@ class GatedModel:
 
     def run(self, images: np.ndarray) -> np.ndarray:
         self.started.release()
-        assert self.may_run.acquire(timeout=20)
+        assert self.may_run.acquire(timeout=200)
         self.sizes.append(len(images))
         if (images == 255).all(axis=(1, 2, 3)).any():
             raise ValueError("a bad image")
@@ -40,7 +40,7 @@ def story(
     async def run() -> None:
         batcher = MicroBatcher(model.run, batch_images=batch_images, queue_images=queue_images)
         try:
-            await asyncio.wait_for(tell(batcher), 60)
+            await asyncio.wait_for(tell(batcher), 300)
         finally:
             batcher.close()
 
@@ -67,7 +67,7 @@ async def first_pixels(future: "asyncio.Future[Logits]") -> list[float]:
 
 
 async def until_started(model: GatedModel) -> None:
-    assert await asyncio.to_thread(model.started.acquire, timeout=20)
+    assert await asyncio.to_thread(model.started.acquire, timeout=200)
 
 
 def test_a_single_request_runs_at_once() -> None:

@@ -435,12 +435,16 @@ def test_what_comes_before_the_answer_is_not_read_without_end() -> None:
 def test_a_client_that_does_not_read_is_cut_off() -> None:
     async def tell(server: Server) -> None:
         request = post(b"", f"X-Echo: {'x' * 10_000}")
+
+        async def flood() -> None:
+            while True:
+                await asyncio.get_running_loop().sock_sendall(connection, request)
+
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.setblocking(False)
             with pytest.raises(ConnectionError):
-                while True:
-                    await asyncio.get_running_loop().sock_sendall(connection, request)
+                await flood()
         await server.until(lambda: not server.http.connections)
 
     story(tell, stall_timeout=0.3)

@@ -70,7 +70,7 @@ def test_permanent_errors_exit_with_one_line_and_their_own_code(uri, words, capl
 
 
 def run_code(code: str) -> str:
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return output.stdout.splitlines()[-1]
 
 
@@ -102,7 +102,7 @@ def test_the_deployer_imports_nothing_of_the_server() -> None:
 def test_any_address_of_this_machine_can_be_listened_on(host) -> None:
     with (
         listen(host, 0) as listener,
-        socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=5),
+        socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=60),
     ):
         pass
 

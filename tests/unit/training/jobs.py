@@ -90,14 +90,13 @@ class Workplace:
 
 
 def run_trainer(
-    spec: JobSpec, *launcher: str, timeout: float = 240, env: Mapping[str, str] | None = None
+    spec: JobSpec, *launcher: str, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a job in a process of its own to its end; `launcher` is another command than the plain one."""
     return subprocess.run(
         launcher or COMMAND,
         capture_output=True,
         text=True,
-        timeout=timeout,
         env={**os.environ, "CIFAR_JOB_SPEC": spec.model_dump_json(), **(env or {})},
     )
 
