@@ -30,7 +30,8 @@ class Cause(StrEnum):
 ADVICE: Mapping[Cause, str] = {
     Cause.OUT_OF_MEMORY: "Raise `memory`, or let the process use less.",
     Cause.EXIT_CODE: "The last lines of its log say why.",
-    Cause.KILLED: "The pod was ended from outside: deleted, preempted, or its node shut down. Retry the step.",
+    Cause.KILLED: "The pod was deleted or preempted, its node shut down, or its process asks to be started again: "
+    "the last lines of its log say which. Retry the step.",
     Cause.NOT_STARTED: "Check `command` and the image's entry point.",
     Cause.EVICTED: "The node ran short of memory or disk. Retry the step, with requests closer to use.",
     Cause.DEADLINE: "Raise `active_deadline_seconds`, or give the job less to do.",
@@ -184,16 +185,15 @@ class WatchLimits:
     """No answer from the API server."""
     final_exit_codes: tuple[int, ...] = ()
     """Exit codes after which a restart cannot help: the work is given up at the first one."""
-    retried_exit_codes: tuple[int, ...] | None = None
-    """The only exit codes after which another attempt may help; None: all that are not final."""
+    retry_other_exit_codes: bool = True
+    """Whether another attempt may help after the others, except those of a process that got SIGKILL or SIGTERM."""
     calm_seconds: float = 600.0
     """How long all pods have to run before what kept them from starting earlier is forgotten."""
 
     def is_worth_retrying(self, cause: Cause, exit_code: int | None = None) -> bool:
         """Whether another attempt at the same work may help. Errors carry this answer, and Dagster's retries."""
         if cause == Cause.EXIT_CODE:
-            is_known = self.retried_exit_codes is None or exit_code in self.retried_exit_codes
-            return is_known and exit_code not in self.final_exit_codes
+            return self.retry_other_exit_codes and exit_code not in self.final_exit_codes
         return cause in _TRANSIENT_CAUSES
 
     def of(self, cause: Cause) -> float:

@@ -13,13 +13,16 @@ from resources.trainer.contract import TrainingSpec
 
 
 class TrainingScale(dg.Config):
-    """How many processes train, and what each replica is given. The local trainer heeds the numbers of processes."""
+    """How many processes train, and what each replica is given. A field left out is the trainer's own setting.
 
-    replicas: int = Field(default=1, ge=1, le=64, description="Pods of the job: one master, the others workers.")
-    nproc_per_node: int = Field(default=1, ge=1, le=64, description="Training processes in each replica.")
+    The local trainer heeds the numbers of processes; its own are 1.
+    """
+
+    replicas: int | None = Field(default=None, ge=1, le=64, description="Pods: one master, the others workers.")
+    nproc_per_node: int | None = Field(default=None, ge=1, le=64, description="Training processes in each replica.")
     cpu: str | None = Field(default=None, description="CPU of each replica, such as '2'.")
     memory: str | None = Field(default=None, description="Memory of each replica, such as '4Gi'.")
-    gpu: int = Field(default=0, ge=0, le=16, description="GPUs of each replica.")
+    gpu: int | None = Field(default=None, ge=0, le=16, description="GPUs of each replica.")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from resources.object_store.resource import ObjectStoreResource
 from resources.object_store.s3_settings import CREDENTIALS
 from resources.pytorch_job.client import PipesPyTorchJobClient, PyTorchJobClient, build_pytorch_job_collector
 from resources.pytorch_job.config import PyTorchJobConfig
-from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE, PIPES_PREFIX, TrainingSpec
+from resources.trainer.contract import EXIT_BAD_SPEC, JOB_SPEC_VARIABLE, PIPES_PREFIX, TrainingSpec
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
 
@@ -27,7 +27,9 @@ class KubernetesTrainer(TrainerResource):
     """
 
     object_store: dg.ResourceDependency[ObjectStoreResource]
-    job: PyTorchJobConfig = Field(description="What all jobs have in common; the asset's config sets their scale.")
+    job: PyTorchJobConfig = Field(
+        description="What all jobs have in common; the asset's config may change their scale."
+    )
     namespace: str = Field(description="Namespace of the jobs.")
     kubeconfig_file: str | None = Field(default=None, description="By default the service account or KUBECONFIG.")
     store_endpoint_url: str | None = Field(
@@ -64,7 +66,7 @@ class KubernetesTrainer(TrainerResource):
                 context=context,
                 config=config,
                 name_prefix=spec.name,
-                work=json.dumps([spec.identity, scale.replicas, scale.nproc_per_node, config.image]),
+                work=json.dumps([spec.identity, config.replicas, config.nproc_per_node, config.image]),
                 on_message=on_message,
             )
         return messages.result()
@@ -82,11 +84,9 @@ class KubernetesTrainer(TrainerResource):
         if self.store_endpoint_url:
             env["AWS_ENDPOINT_URL"] = self.store_endpoint_url
         env[JOB_SPEC_VARIABLE] = self._spec_for_pods(spec).model_dump_json()
-        settings = self.job.model_dump()
-        settings |= {"replicas": scale.replicas, "nproc_per_node": scale.nproc_per_node, "gpu": scale.gpu}
-        settings |= {name: value for name in ("cpu", "memory") if (value := getattr(scale, name))}
+        settings = self.job.model_dump() | scale.model_dump(exclude_none=True)
         settings["env"] = {**self.job.env, **env}
-        if scale.nproc_per_node > 1 and not self.job.command:
+        if settings["nproc_per_node"] > 1 and not self.job.command:
             # the operator sets what torchrun needs to know in PET_... variables
             settings["command"] = ["python", "-m", f"{self.module}.launch"]
         try:
@@ -103,13 +103,13 @@ class KubernetesTrainer(TrainerResource):
         )
 
     def limits(self) -> WatchLimits:
-        """How long to wait, and after which exit codes another attempt may help: the trainer says so by EXIT_RESUME."""
+        """How long to wait, and after which exit codes another attempt may help: EXIT_RESUME, and that of SIGKILL."""
         return WatchLimits(
             unschedulable_timeout_seconds=self.unschedulable_timeout_seconds,
             blocked_timeout_seconds=self.blocked_timeout_seconds,
             start_timeout_seconds=self.start_timeout_seconds,
             final_exit_codes=(EXIT_BAD_SPEC,),
-            retried_exit_codes=(EXIT_RESUME,),
+            retry_other_exit_codes=False,
         )
 
     def connect(self) -> PyTorchJobClient:

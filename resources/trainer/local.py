@@ -45,7 +45,7 @@ class LocalTrainer(TrainerResource):
             message_reader=dg.PipesTempFileMessageReader(),
         ) as session:
             process = subprocess.Popen(
-                self._command(scale.replicas * scale.nproc_per_node),
+                self._command((scale.replicas or 1) * (scale.nproc_per_node or 1)),
                 env={
                     **own_environment(),
                     **child_environment,

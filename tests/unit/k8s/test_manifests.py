@@ -108,6 +108,7 @@ def test_trainer_settings_of_the_overlays_are_valid(overlay: str) -> None:
     assert trainer.job.image == values["TRAINER_IMAGE"]
     assert trainer.job.memory == json.loads(values["TRAINER_JOB"])["memory"]
     assert isinstance(trainer.job, PyTorchJobConfig)
+    assert trainer.job.gpu == (1 if overlay == "gpu" else 0)
     assert isinstance(trainer.object_store.models, FolderStore)
 
 

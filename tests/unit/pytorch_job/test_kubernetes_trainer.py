@@ -123,8 +123,8 @@ def test_job_without_a_result_is_an_error(
     assert TrainingError.__name__ in str(failure.step_failure_data.error)
 
 
-@pytest.mark.parametrize(("exit_code", "allowed"), [(1, False), (2, False), (EXIT_RESUME, True), (143, True)])
-def test_retry_is_allowed_only_where_the_training_was_ended_from_outside(
+@pytest.mark.parametrize(("exit_code", "allowed"), [(1, False), (2, False), (EXIT_RESUME, True), (137, True)])
+def test_retry_is_allowed_only_where_the_training_was_ended_or_asks_for_it(
     train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster, exit_code: int, allowed: bool
 ) -> None:
     cluster.on_created = failing(exit_code)
@@ -135,6 +135,7 @@ def test_retry_is_allowed_only_where_the_training_was_ended_from_outside(
     assert data
     assert data.metadata["exit_code"].value == exit_code
     assert "RuntimeError: broken" in str(data.description)
+    assert ("or its process asks to be started again" in str(data.description)) == allowed
 
 
 def test_cluster_that_is_not_configured_is_a_failure_without_a_retry(tmp_path: Path) -> None:
@@ -210,6 +211,15 @@ def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer) -> None:
     assert (config.replicas, config.nproc_per_node, config.cpu, config.memory, config.gpu) == (3, 2, "4", "9Gi", 2)
     assert config.command == ["python", "-m", "cifar_assets.training.launch"]
     assert trainer.job_config(SPEC, TrainingScale(), STORE).command == []
+
+
+def test_what_the_scale_leaves_out_stays_as_the_trainers_job_has_it(tmp_path: Path) -> None:
+    environment = {"TRAINER_IMAGE": "x", "TRAINER_JOB": '{"gpu": 1, "replicas": 2, "nproc_per_node": 2, "cpu": "4"}'}
+    trainer = trainer_for(settings_of(environment), LocalObjectStore(path=str(tmp_path)))
+    config = trainer.job_config(SPEC, TrainingScale(replicas=3, gpu=0), STORE)
+    assert (config.gpu, config.replicas, config.nproc_per_node, config.cpu) == (0, 3, 2, "4")
+    assert config.command == ["python", "-m", "cifar_assets.training.launch"]
+    assert trainer.job_config(SPEC, TrainingScale(), STORE).gpu == 1
 
 
 def test_invalid_scale_is_refused_naming_the_field(trainer: KubernetesTrainer) -> None:
