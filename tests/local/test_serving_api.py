@@ -23,7 +23,7 @@ from cifar_assets.contracts import CLASSES
 from cifar_assets.serving.answers import softmax
 from resources.inference_service.client import InferenceClient, ServerError
 from resources.object_store import FolderStore
-from tests.unit.serving.server_process import Answer, ServerProcess, ask, form, run_server
+from tests.unit.serving.server_process import PATIENT, Answer, ServerProcess, ask, form, run_server
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_logits, tiny_onnx
 
 PREDICT = "/v1/models/cifar10:predict"
@@ -37,7 +37,7 @@ SMOOTH = np.array(Image.fromarray(PIXELS[:4, :4]).resize((32, 32), Image.Resampl
 def digest_and_server(tmp_path_factory) -> Iterator[tuple[str, ServerProcess]]:
     folder = tmp_path_factory.mktemp("server")
     uri, digest = store_tiny_model(FolderStore(folder / "models"))
-    with run_server(uri, digest, folder, "--model-version", "7") as server:
+    with run_server(uri, digest, folder, "--model-version", "7", *PATIENT) as server:
         yield digest, server
         assert "Traceback" not in server.log
 
@@ -194,7 +194,7 @@ class TestTensors:
     def test_flat_nested_and_binary_give_equal_probabilities(self, server) -> None:
         flat = server.post(INFER, self.tensor(self.IMAGES)).json["outputs"][0]["data"]
         nested = server.post(INFER, self.tensor(self.IMAGES, data=self.IMAGES.tolist())).json["outputs"][0]["data"]
-        binary = InferenceClient(server.url).predict_arrays(self.IMAGES).probabilities
+        binary = InferenceClient(server.url, timeout=300).predict_arrays(self.IMAGES).probabilities
         assert flat == nested
         np.testing.assert_array_equal(np.float32(flat).reshape(2, 10), binary.astype(np.float32))
         np.testing.assert_allclose(binary, expected_probabilities(PIXELS, SMOOTH), atol=1e-4)
@@ -319,7 +319,7 @@ class TestLimits:
 
     def test_an_endless_body(self, server) -> None:
         """Chunked, without an end: answered when the limit is reached, though the client keeps on sending."""
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=300) as connection:
             connection.sendall(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
             chunk = b"100000\r\n" + bytes(0x100000) + b"\r\n"
             with contextlib.suppress(ConnectionError):
@@ -466,7 +466,7 @@ class TestSurface:
 class TestClient:
     def test_arrays_of_any_number_and_files(self, digest_and_server, tmp_path) -> None:
         digest, server = digest_and_server
-        client = InferenceClient(server.url)
+        client = InferenceClient(server.url, timeout=300)
         images = RNG.integers(0, 256, (150, 3, 32, 32), dtype=np.uint8)
         predictions = client.predict_arrays(images)
         assert (predictions.model_digest, predictions.model_version) == (digest, "7")
@@ -484,7 +484,7 @@ class TestClient:
 
     def test_errors_name_the_request(self, server, tmp_path, monkeypatch) -> None:
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # loopback is not asked through a proxy
-        client = InferenceClient(server.url)
+        client = InferenceClient(server.url, timeout=300)
         (tmp_path / "x.png").write_bytes(b"x")
         with pytest.raises(ServerError, match=r"image\[0\]") as caught:
             client.predict_files([tmp_path / "x.png"])
@@ -502,7 +502,7 @@ class TestKserveClient:
     @staticmethod
     def ask(server: ServerProcess, protocol: str, method: str, *arguments: Any, **options: Any) -> Any:
         async def run() -> Any:
-            async with InferenceRESTClient(RESTConfig(protocol=protocol)) as client:
+            async with InferenceRESTClient(RESTConfig(protocol=protocol, timeout=300)) as client:
                 return await getattr(client, method)(server.url, *arguments, **options)
 
         return asyncio.run(run())
@@ -554,4 +554,4 @@ def test_every_address_of_both_families_can_be_served(tmp_path) -> None:
     uri, digest = store_tiny_model(FolderStore(tmp_path / "models"))
     with run_server(uri, digest, tmp_path, "--host", "::") as server:
         for host in ("127.0.0.1", "[::1]"):
-            assert InferenceClient(f"http://{host}:{server.port}").served_model().model_digest == digest
+            assert InferenceClient(f"http://{host}:{server.port}", timeout=300).served_model().model_digest == digest

@@ -27,7 +27,7 @@ COMMANDS = [
 
 
 def run(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

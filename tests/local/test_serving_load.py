@@ -8,9 +8,10 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -18,27 +19,58 @@ import pytest
 from PIL import Image
 
 from resources.object_store import FolderStore
-from tests.unit.serving.server_process import Answer, ServerProcess, ask, ask_on, form, run_server
-from tests.unit.serving.tiny_model import store_tiny_model, tiny_onnx
+from tests.fixtures.ports import free_port
+from tests.unit.serving.server_process import PATIENT, Answer, ServerProcess, ask, ask_on, form, run_server
+from tests.unit.serving.tiny_model import store_tiny_model
 
 PREDICT = "/v1/models/cifar10:predict"
 BODY = json.dumps({"instances": [np.zeros((32, 32, 3), int).tolist()]}).encode()
 JSON = {"Content-Type": "application/json"}
 
 
-def store_slow_model(folder: Path, work: int) -> tuple[str, str]:
-    """A model that takes about 40 ms times `work` for a run."""
-    return store_tiny_model(FolderStore(folder / "models"), onnx_bytes=tiny_onnx(work=work))
+HELD = """
+import sys, time
+from pathlib import Path
+from cifar_assets.serving import app
+from cifar_assets.serving.__main__ import main
+from cifar_assets.serving.classifier import Classifier
+
+def held(function, name):
+    file = Path(sys.argv[1], f"hold-{name}")
+    def call(*arguments):
+        time.sleep(0.01)  # a model that is quicker than 2 ms runs on the event loop, which nothing may hold
+        while file.exists():
+            time.sleep(0.01)
+        return function(*arguments)
+    return call
+
+Classifier.run = held(Classifier.run, "model")
+app._decode = held(app._decode, "decoder")
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@contextlib.contextmanager
+def holdable_server(folder: Path, *options: str) -> Iterator[ServerProcess]:
+    """A server of the tiny model, for `held`."""
+    model = store_tiny_model(FolderStore(folder / "models"))
+    with run_server(*model, folder, *options, *PATIENT, program=("-c", HELD, str(folder))) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def held(server: ServerProcess, what: Literal["model", "decoder"]) -> Iterator[None]:
+    """The server's model, or its decoder of large pictures, finishes nothing until the block ends."""
+    file = server.log_file.with_name(f"hold-{what}")
+    file.touch()
+    try:
+        yield
+    finally:
+        file.unlink()
 
 
 def predict(server: ServerProcess) -> Answer:
     return ask(server.port, "POST", PREDICT, BODY, JSON)
-
-
-@contextlib.contextmanager
-def slow_server(folder: Path, work: int, *options: str) -> Iterator[ServerProcess]:
-    with run_server(*store_slow_model(folder, work), folder, "--batch-images", "1", *options) as server:
-        yield server
 
 
 def metric(server: ServerProcess, name: str) -> float:
@@ -46,26 +78,34 @@ def metric(server: ServerProcess, name: str) -> float:
     return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
+    """Waits for a state that lasts: it may be looked at seldom."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
+def num_done(futures: Iterable[Future[Answer]]) -> int:
+    return sum(future.done() for future in futures)
+
+
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory) -> Iterator[ServerProcess]:
-    options = ("--queue-images", "4", "--max-pending-requests", "12")
-    with slow_server(tmp_path_factory.mktemp("busy"), 4, *options) as server:
+    with holdable_server(tmp_path_factory.mktemp("busy"), "--queue-images", "4", "--batch-images", "1") as server:
         yield server
 
 
 def test_requests_over_the_limit_get_429_and_the_rest_are_answered(busy) -> None:
-    with ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(lambda _: predict(busy), range(48)))
-    statuses = Counter(answer.status for answer in answers)
-    assert set(statuses) == {200, 429}
-    assert statuses[200] >= 5
+    with ThreadPoolExecutor(48) as pool:
+        with held(busy, "model"):
+            futures = [pool.submit(predict, busy)]
+            wait_for(lambda: metric(busy, "cifar10_pending_requests") == 1)
+            wait_for(lambda: metric(busy, "cifar10_queue_images") == 0)  # the model is at it
+            futures += [pool.submit(predict, busy) for _ in range(47)]
+            wait_for(lambda: num_done(futures) >= 43)
+        answers = [future.result() for future in futures]
+    assert Counter(answer.status for answer in answers) == {200: 5, 429: 43}
     for answer in answers:
         if answer.status == 429:
             assert int(answer.headers["Retry-After"]) >= 1
@@ -74,12 +114,13 @@ def test_requests_over_the_limit_get_429_and_the_rest_are_answered(busy) -> None
 
 
 def test_health_answers_while_requests_wait(busy) -> None:
-    with ThreadPoolExecutor(4) as pool:  # as many as the queue holds
-        futures = [pool.submit(predict, busy) for _ in range(4)]
-        wait_for(lambda: metric(busy, "cifar10_queue_images") >= 2)
-        for path in ("/v2/health/live", "/v2/health/ready", "/v1/models/cifar10", "/metrics"):
-            assert busy.get(path).status == 200
-        assert not all(future.done() for future in futures)
+    with ThreadPoolExecutor(4) as pool:
+        with held(busy, "model"):
+            futures = [pool.submit(predict, busy) for _ in range(4)]
+            wait_for(lambda: metric(busy, "cifar10_queue_images") == 3)
+            for path in ("/v2/health/live", "/v2/health/ready", "/v1/models/cifar10", "/metrics"):
+                assert busy.get(path).status == 200
+            assert num_done(futures) == 0
         assert [future.result().status for future in futures] == [200] * 4
 
 
@@ -94,7 +135,7 @@ def test_clients_that_leave_or_send_nonsense_do_no_harm(busy) -> None:
         request + BODY[:100],
         request + BODY,
     ):
-        with socket.create_connection(("127.0.0.1", busy.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", busy.port), timeout=300) as connection:
             connection.sendall(data)
     wait_for(lambda: metric(busy, "cifar10_pending_requests") == 0)
     assert metric(busy, "cifar10_pending_bytes") == 0
@@ -103,36 +144,38 @@ def test_clients_that_leave_or_send_nonsense_do_no_harm(busy) -> None:
 
 
 def test_on_sigterm_everything_begun_is_answered_and_nothing_new_is_taken(tmp_path) -> None:
-    with slow_server(tmp_path, 8, "--linger", "5") as server, ThreadPoolExecutor(6) as pool:
+    options = ("--batch-images", "1", "--linger", "300")
+    with holdable_server(tmp_path, *options) as server, ThreadPoolExecutor(7) as pool:
         with contextlib.closing(server.connect()) as kept, contextlib.closing(server.connect()) as idle:
             for connection in (kept, idle):
                 assert ask_on(connection, "GET", "/v1/models/cifar10").status == 200
-            futures = [pool.submit(predict, server) for _ in range(6)]
-            wait_for(lambda: metric(server, "cifar10_pending_requests") >= 3)
-            server.process.send_signal(signal.SIGTERM)
-            wait_for(lambda: is_refused(server.port))
-            last = ask_on(kept, "POST", PREDICT, BODY, JSON)
-            assert (last.status, last.headers["Connection"]) == (200, "close")
+            with held(server, "model"):
+                futures = [pool.submit(predict, server) for _ in range(6)]
+                wait_for(lambda: metric(server, "cifar10_pending_requests") == 6)
+                server.process.send_signal(signal.SIGTERM)
+                wait_for(lambda: is_refused(server.port))
+                last = pool.submit(ask_on, kept, "POST", PREDICT, BODY, JSON)
+            assert (last.result().status, last.result().headers["Connection"]) == (200, "close")
             assert [future.result().status for future in futures] == [200] * 6
-            wait(futures)
-        assert server.process.wait(120) == 0
+        assert server.process.wait(300) == 0
 
 
 def test_readiness_fails_during_the_drain_delay(tmp_path) -> None:
-    with slow_server(tmp_path, 0, "--drain-delay", "4") as server:
+    model = store_tiny_model(FolderStore(tmp_path / "models"))
+    with run_server(*model, tmp_path, "--drain-delay", "3600") as server:
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: server.get("/v2/health/ready").status == 503)
         assert server.get("/v1/models/cifar10").json["ready"] is False
         assert server.get("/v2/health/live").status == 200
         assert predict(server).status == 200
         server.process.send_signal(signal.SIGINT)  # asked again: at once
-        assert server.process.wait(120) == 0
+        assert server.process.wait(300) == 0
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("quick")
-    with run_server(*store_tiny_model(FolderStore(folder / "models")), folder, "--max-connections", "64") as server:
+    """A server that waits for its clients as long as they like."""
+    with holdable_server(tmp_path_factory.mktemp("quick"), "--max-connections", "64") as server:
         yield server
         assert "Traceback" not in server.log
 
@@ -142,19 +185,17 @@ def many_connections(server: ServerProcess, number: int, data: bytes) -> Iterato
     with contextlib.ExitStack() as stack:
         connections = []
         for _ in range(number):
-            connections.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30)))
+            connections.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=300)))
             with contextlib.suppress(ConnectionError):
                 connections[-1].sendall(data)
         yield connections
 
 
 def check_others_are_served(server: ServerProcess) -> None:
-    """Somebody with a small picture gets an answer, and so does the kubelet. A machine that is busy takes its time."""
+    """Somebody with a small picture gets an answer, and so does the kubelet, while the others stay as they are."""
     for _ in range(5):
-        started = time.monotonic()
         assert predict(server).status == 200
         assert server.get("/v2/health/ready").status == 200
-        assert time.monotonic() - started < 3
 
 
 HEAD = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\n"
@@ -198,43 +239,45 @@ def large_pictures(number: int, side: int) -> tuple[bytes, str]:
 
 
 def test_a_request_may_not_cost_more_than_one_large_picture(quick) -> None:
-    started = time.monotonic()
-    answer = quick.post(PREDICT, *large_pictures(64, 2800))
+    with held(quick, "decoder"):  # it is refused before that
+        answer = quick.post(PREDICT, *large_pictures(64, 2800))
     assert answer.status == 413
     assert "at most 16777216 pixels in all pictures of a request" in answer.json["error"]
-    assert time.monotonic() - started < 2
     assert quick.post(PREDICT, *large_pictures(16, 1000)).status == 200
 
 
 def test_small_pictures_do_not_wait_for_large_ones(quick) -> None:
+    """Four large requests are as many as there is room for."""
     body = large_pictures(2, 2800)
-    with ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(quick.post, PREDICT, *body) for _ in range(16)]
-        check_others_are_served(quick)
-        assert {future.result().status for future in futures} <= {200, 429}
+    with ThreadPoolExecutor(16) as pool:
+        with held(quick, "decoder"):
+            futures = [pool.submit(quick.post, PREDICT, *body) for _ in range(16)]
+            wait_for(lambda: num_done(futures) >= 12)
+            check_others_are_served(quick)
+        assert Counter(future.result().status for future in futures) == {200: 4, 429: 12}
     assert quick.post(PREDICT, *body).status == 200
 
 
 def test_large_requests_take_half_of_the_places_at_most(tmp_path) -> None:
-    uri, digest = store_tiny_model(FolderStore(tmp_path / "models"))
-    with run_server(uri, digest, tmp_path, "--max-pending-requests", "4") as server, ThreadPoolExecutor(12) as pool:
-        futures = [pool.submit(server.post, PREDICT, *large_pictures(2, 2800)) for _ in range(24)]
-        while not all(future.done() for future in futures):
-            assert predict(server).status == 200
+    with holdable_server(tmp_path, "--max-pending-requests", "4") as server, ThreadPoolExecutor(24) as pool:
+        with held(server, "decoder"):
+            futures = [pool.submit(server.post, PREDICT, *large_pictures(2, 2800)) for _ in range(24)]
+            wait_for(lambda: num_done(futures) >= 22)
+            check_others_are_served(server)
         answers = [future.result() for future in futures]
-        assert {answer.status for answer in answers} == {200, 429}
-        assert any("at most 2 large requests" in answer.json["error"] for answer in answers if answer.status == 429)
+        assert Counter(answer.status for answer in answers) == {200: 2, 429: 22}
+        assert all("at most 2 large requests" in answer.json["error"] for answer in answers if answer.status == 429)
 
 
 def test_a_killed_server_can_be_replaced_at_once(tmp_path) -> None:
-    with slow_server(tmp_path, 8) as server, ThreadPoolExecutor(1) as pool:
+    port = ("--port", str(free_port()))
+    with holdable_server(tmp_path, *port) as server, ThreadPoolExecutor(1) as pool, held(server, "model"):
         future = pool.submit(predict, server)
         wait_for(lambda: metric(server, "cifar10_pending_requests") == 1)
         server.process.kill()
         with pytest.raises((ConnectionError, http.client.HTTPException)):
             future.result()
-    uri, digest = store_slow_model(tmp_path, 0)
-    with run_server(uri, digest, tmp_path, "--port", str(server.port)) as again:
+    with holdable_server(tmp_path, *port) as again:
         assert predict(again).status == 200
 
 

@@ -25,6 +25,7 @@ from resources.inference_service.local import resource
 from resources.inference_service.local.__main__ import main as local_command
 from resources.inference_service.local.resource import find_server
 from resources.object_store import FolderStore
+from tests.fixtures.ports import free_port
 from tests.unit.serving.server_process import ask, ask_on
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_onnx
 
@@ -50,12 +51,15 @@ class Deployment:
         return self.service.deploy(self.request(seed))
 
     def served_digest(self) -> str:
-        return InferenceClient(f"http://127.0.0.1:{self.service.port}").served_model().model_digest
+        return InferenceClient(f"http://127.0.0.1:{self.service.port}", timeout=300).served_model().model_digest
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+@pytest.fixture(scope="module", autouse=True)
+def _patient_servers() -> Iterator[None]:
+    """A server that leaves closes no connection whose client on a busy machine pauses for seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIFAR_SERVING_LINGER", "300")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
         with subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
         ) as process:
-            output, _ = process.communicate(timeout=300)
+            output, _ = process.communicate(timeout=500)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         assert output.strip() == f"http://127.0.0.1:{deployment.service.port}"
@@ -88,10 +92,14 @@ class Load:
 
     def __init__(self, port: int):
         self.port = port
-        self.digests: list[str] = []
+        self.digests: list[list[str]] = [[], [], [], []]
+        """Of the answers to each client, in order."""
         self.failures: list[str] = []
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._work, args=(kept,)) for kept in (True, True, False, False)]
+        self._threads = [
+            threading.Thread(target=self._work, args=(number < 2, digests))
+            for number, digests in enumerate(self.digests)
+        ]
 
     def __enter__(self) -> "Load":
         for thread in self._threads:
@@ -103,13 +111,17 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def _work(self, kept: bool) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    def wait_for(self, digest: str) -> None:
+        """Until each client got its last five answers from this model."""
+        wait_for(lambda: all(digests[-5:] == [digest] * 5 for digests in self.digests) or self.failures)
+
+    def _work(self, kept: bool, digests: list[str]) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         with contextlib.closing(connection):
             while not self._stop.is_set():
                 try:
                     answer = ask_on(connection, "POST", PREDICT, BODY, {"Content-Type": "application/json"})
-                    self.digests.append(answer.json["model_digest"])
+                    digests.append(answer.json["model_digest"])
                 except Exception as error:
                     self.failures.append(repr(error))
                     connection.close()
@@ -129,18 +141,21 @@ def test_a_deployment_outlives_the_process_that_made_it(running) -> None:
 def test_swaps_and_a_swap_that_fails_lose_no_request(running) -> None:
     first, second = running.request(0).model_digest, running.request(1).model_digest
     with Load(running.service.port) as load:
+        load.wait_for(first)
         deployed = running.deploy(1)
         assert running.served_digest() == second
-        num_before_failure = len(load.digests)
+        load.wait_for(second)
+        num_before_failure = [len(digests) for digests in load.digests]
         bad = DeployRequest(running.request(0).model_uri, "0" * 64, "v9")
         with pytest.raises(DeployError, match=f"expected sha256 0000.*Model {second} still serves") as caught:
             running.service.deploy(bad)
         assert ".. " not in str(caught.value)
+        load.wait_for(second)
     assert load.failures == []
     assert (deployed.previous_digest, deployed.changed) == (first, True)
-    assert len(load.digests) > num_before_failure > 0
-    assert set(load.digests) == {first, second}
-    assert set(load.digests[-20:]) == {second}
+    for digests, before in zip(load.digests, num_before_failure, strict=True):
+        assert set(digests) == {first, second}
+        assert set(digests[before:]) == {second}
     status = running.service.status()
     assert (status.ready, status.model_digest) == (True, second)
     assert not list(Path(running.service.state_dir).glob("starting.sock"))
@@ -157,12 +172,16 @@ def test_deploying_what_serves_changes_nothing(running) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_deployment_is_undone_when_its_run_dies(running, number) -> None:
+    """At any moment between the start of the new server and the check of its answers, which never ends."""
     running.deploy(1)
     request = running.request(2)
     folder = Path(running.service.state_dir)
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # a parent may ignore it
+        "import time;"
         "from resources.inference_service import *;"
+        "from resources.inference_service.local import resource;"
+        "resource._check_answers = lambda info: time.sleep(3600);"
         f"s = LocalInferenceService(**{running.service.model_dump()!r});"
         f"s.deploy(DeployRequest({request.model_uri!r}, {request.model_digest!r}, 'v2'))"
     )
@@ -190,7 +209,7 @@ def open_files(folder: Path) -> list[str]:
 
 
 def wait_for(condition) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -264,8 +283,8 @@ def test_a_killed_server_does_not_block_the_next_deployment(own) -> None:
     own.deploy(0)
     pid = int(own.service.status().details["process_id"])
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not own.service.status().ready)
-    assert "No model server is running" in (own.service.status().reason or "")
+    wait_for(lambda: "No model server is running" in (own.service.status().reason or ""))
+    assert not own.service.status().ready
     assert not own.service.delete()
     deployed = own.deploy(1)
     assert own.served_digest() == deployed.model_digest == own.request(1).model_digest
@@ -302,7 +321,7 @@ def test_a_run_killed_while_the_servers_change_leaves_only_the_new_one(own: Depl
         f"s = LocalInferenceService(**{own.service.model_dump()!r});"
         f"s.deploy(DeployRequest({request.model_uri!r}, {request.model_digest!r}, 'v1'))"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", code], timeout=500).returncode == -signal.SIGKILL
     wait_for(lambda: not Path(f"/proc/{old}/fd").is_dir() or not open_files(Path(f"/proc/{old}/fd")))
     assert own.service.status().model_digest == request.model_digest
     assert {own.served_digest() for _ in range(20)} == {request.model_digest}
@@ -326,7 +345,9 @@ def test_the_host_may_be_any_name_of_this_machine(tmp_path, host) -> None:
     try:
         for seed in (0, 1):
             deployed = own.deploy(seed)
-            assert InferenceClient(deployed.url).served_model().model_digest == own.request(seed).model_digest
+            assert (
+                InferenceClient(deployed.url, timeout=300).served_model().model_digest == own.request(seed).model_digest
+            )
     finally:
         own.service.delete()
 

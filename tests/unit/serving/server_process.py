@@ -7,10 +7,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+PATIENT = ("--header-timeout", "3600", "--body-timeout", "3600", "--stall-timeout", "3600")
+"""Options of a server that does not take the clients of a busy machine for slow ones."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,12 @@ def ask_on(
 
 
 @contextlib.contextmanager
-def run_server(model_uri: str, digest: str, folder: Path, *options: str) -> Iterator[ServerProcess]:
-    """A server on a free port, ready when the block begins and gone when it ends."""
+def run_server(
+    model_uri: str, digest: str, folder: Path, *options: str, program: Sequence[str] = ("-m", "cifar_assets.serving")
+) -> Iterator[ServerProcess]:
+    """A server on a free port, ready when the block begins and gone when it ends. `program` is what Python runs."""
     log_file = folder / "server.log"
-    command = [sys.executable, "-m", "cifar_assets.serving", "--model-uri", model_uri, "--model-digest", digest]
+    command = [sys.executable, *program, "--model-uri", model_uri, "--model-digest", digest]
     command += ["--port", "0", "--threads", "1", "--linger", "0.2", *options]
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)

@@ -21,10 +21,9 @@ def tiny_logits(images: np.ndarray, seed: int = 0) -> np.ndarray:
     return pooled.reshape(len(images), 48) @ tiny_weights(seed).astype(np.float64)
 
 
-def tiny_onnx(seed: int = 0, *, bias: float = 0.0, work: int = 0, breaks_on_white: bool = False) -> bytes:
+def tiny_onnx(seed: int = 0, *, bias: float = 0.0, breaks_on_white: bool = False) -> bytes:
     """images uint8 [N,3,32,32] -> cast, scale, average pooling, matmul -> logits float32 [N,10].
 
-    `work` adds that many 1024x1024 matrix products, about 2 GFLOP each, whose result does not change the answer.
     With `breaks_on_white` the answer to a picture with a white area is not finite.
     """
     weights = numpy_helper.from_array(tiny_weights(seed), "weights")
@@ -38,38 +37,16 @@ def tiny_onnx(seed: int = 0, *, bias: float = 0.0, work: int = 0, breaks_on_whit
         helper.make_node("MatMul", ["features", "weights"], ["product"]),
         helper.make_node("Add", ["product", "shift"], ["logits"]),
     ]
-    if work:
-        nodes[-1:] = _busy_nodes(work)
     graph = helper.make_graph(
         nodes,
         "tiny",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 3, 32, 32])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 10])],
-        [weights, scale, shift, _BUSY_SHAPE, _ZERO],
+        [weights, scale, shift],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)
     return model.SerializeToString()
-
-
-_BUSY_SHAPE = numpy_helper.from_array(np.array([1024, 1024], dtype=np.int64), "busy_shape")
-_ZERO = numpy_helper.from_array(np.array(0, dtype=np.float32), "zero")
-
-
-def _busy_nodes(work: int) -> list[onnx.NodeProto]:
-    """Matrix products that start from the images, so that they cannot be worked out beforehand."""
-    nodes = [
-        helper.make_node("ReduceMean", ["scaled"], ["mean"], keepdims=0),
-        helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
-        helper.make_node("Expand", ["nothing", "busy_shape"], ["busy_0"]),
-    ]
-    for step in range(work):
-        nodes.append(helper.make_node("MatMul", [f"busy_{step}", f"busy_{step}"], [f"busy_{step + 1}"]))
-    return [
-        *nodes,
-        helper.make_node("ReduceMean", [f"busy_{work}"], ["busy_mean"], keepdims=0),
-        helper.make_node("Sum", ["product", "shift", "busy_mean"], ["logits"]),
-    ]
 
 
 def store_tiny_model(models: ObjectStore, seed: int = 0, *, onnx_bytes: bytes | None = None) -> tuple[str, str]:
