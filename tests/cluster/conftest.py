@@ -17,7 +17,7 @@ from kubernetes import config as k8s_config
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
 from resources.pytorch_job.client import PyTorchJobClient
-from tests.cluster.kubectl import forwarded, free_port, kubectl, temporary_namespace, wait_for
+from tests.cluster.kubectl import PATIENCE, forwarded, free_port, kubectl, temporary_namespace, wait_for
 from tests.cluster.platform import Platform, is_kept
 
 STORY_IMAGE = os.environ.get("TEST_STORY_IMAGE", "localhost/pytorch-job-story:test")
@@ -29,14 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/cluster" in str(item.path):
             item.add_marker(pytest.mark.cluster)
+            item.add_marker(pytest.mark.timeout(1800))  # longer than all waits of any one test that passes
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Puts the namespace's state into the report of a test that failed."""
     report: Any = yield
-    if report.when == "call" and report.failed and "namespace" in getattr(item, "fixturenames", ()):
-        name = item.funcargs["namespace"]  # pyright: ignore[reportAttributeAccessIssue]  # set by pytest for functions
+    name = getattr(item, "funcargs", {}).get("namespace")
+    if report.when != "teardown" and report.failed and name:
         report.sections.append((f"state of namespace {name}", dump(name)))
     return report
 
@@ -48,8 +49,9 @@ def dump(namespace: str) -> str:
         ["get", "events", "--sort-by=.lastTimestamp"],
         ["get", "pytorchjobs", "-o", "yaml"],
     ):
-        done = subprocess.run(["kubectl", "-n", namespace, *arguments], capture_output=True, text=True, timeout=60)
-        parts.append(f"$ kubectl {' '.join(arguments)}\n{done.stdout}{done.stderr}"[-20_000:])
+        command = ["kubectl", "--request-timeout=30s", "-n", namespace, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        parts.append(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}"[-20_000:])
     return "\n".join(parts)
 
 
@@ -60,7 +62,7 @@ def core() -> Any:
         pytest.skip("no kubectl")
     try:
         api = k8s_config.new_client_from_config()
-        version: Any = k8s.VersionApi(api).get_code(_request_timeout=5)
+        version: Any = k8s.VersionApi(api).get_code(_request_timeout=30)
     except Exception as error:
         pytest.skip(f"no cluster answers (KUBECONFIG={os.environ.get('KUBECONFIG')}): {str(error)[:200]}")
     names: Any = k8s.ApisApi(api).get_api_versions()
@@ -132,7 +134,7 @@ class Minio:
         kubectl("-n", self.namespace, "apply", "-f", "-", text=yaml.safe_dump_all(objects))
 
     def wait_until_ready(self) -> None:
-        kubectl("-n", self.namespace, "rollout", "status", "deploy/minio", "--timeout=90s")
+        kubectl("-n", self.namespace, "rollout", "status", "deploy/minio", PATIENCE)
 
     def scale(self, replicas: int) -> None:
         kubectl("-n", self.namespace, "scale", "deploy/minio", f"--replicas={replicas}")
@@ -166,7 +168,7 @@ def minio(namespace: str) -> Iterator[Minio]:
 def no_jobs_left(namespace: str, core: Any) -> Iterator[None]:
     """Deletes the jobs of one test, so that the next one has the node to itself."""
     yield
-    kubectl("-n", namespace, "delete", "pytorchjobs", "--all", "--wait=true", "--timeout=60s")
+    kubectl("-n", namespace, "delete", "pytorchjobs", "--all", "--wait=true", PATIENCE)
     selector = ["-l", "training.kubeflow.org/job-name", "--ignore-not-found"]
     kubectl("-n", namespace, "delete", "pods", *selector, "--grace-period=0", "--force")
     wait_for("removal of pods", lambda: not pods_of(core, namespace))
@@ -183,4 +185,4 @@ def platform(core: Any) -> Iterator[Platform]:
     with Platform.deployed() as deployed:
         yield deployed
     if not is_kept():
-        wait_for(f"removal of {everything() - before}", lambda: everything() <= before, 120)
+        wait_for(f"removal of {everything() - before}", lambda: everything() <= before)

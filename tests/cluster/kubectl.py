@@ -1,5 +1,7 @@
 """kubectl as the tests use it: commands, forwarded ports, waits."""
 
+import json
+import random
 import socket
 import subprocess
 import time
@@ -9,15 +11,24 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any
 
+import yaml
+
+PATIENCE_SECONDS = 300.0
+"""Far longer than anything here takes, so that a test on a busy machine fails only for what never happens."""
+PATIENCE = f"--timeout={PATIENCE_SECONDS:.0f}s"
+_IMAGE_FAULTS = ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName")
+
 
 def kubectl(*arguments: str, text: str | None = None) -> str:
-    done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        ["kubectl", *arguments], input=text, capture_output=True, text=True, timeout=2 * PATIENCE_SECONDS
+    )
     if done.returncode:
         raise RuntimeError(f"kubectl {' '.join(arguments)}: {done.stderr}")
     return done.stdout
 
 
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> Any:
     """The condition's first true value, looked at every quarter second."""
     deadline = time.monotonic() + seconds
     while True:
@@ -36,12 +47,42 @@ def temporary_namespace(prefix: str) -> Iterator[str]:
     try:
         yield name
     finally:
-        kubectl("delete", "namespace", name, "--wait=true", "--timeout=110s")
+        kubectl("delete", "namespace", name, "--wait=true", PATIENCE)
+
+
+def missing_images(*images: str) -> list[str]:
+    """Those that the cluster neither has nor can pull. A node's status leaves out some, and new ones for a while."""
+    containers = [
+        {"name": f"image-{number}", "image": image, "imagePullPolicy": "IfNotPresent", "command": ["true"]}
+        for number, image in enumerate(images)
+    ]
+    spec = {"containers": containers, "restartPolicy": "Never", "terminationGracePeriodSeconds": 0}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "images"}, "spec": spec}
+
+    def verdicts(namespace: str) -> dict[str, bool]:
+        answer = json.loads(kubectl("-n", namespace, "get", "pod", "images", "-o", "json"))
+        found = {}
+        for status in answer["status"].get("containerStatuses", ()):
+            reason = status["state"].get("waiting", {}).get("reason", "")
+            if "waiting" not in status["state"] or reason in _IMAGE_FAULTS:
+                found[status["name"]] = not reason
+        return found if len(found) == len(images) else {}
+
+    with temporary_namespace("images") as namespace:
+        kubectl("-n", namespace, "create", "-f", "-", text=yaml.safe_dump(pod))
+        is_there = wait_for("a verdict on every image", lambda: verdicts(namespace))
+    return [image for number, image in enumerate(images) if not is_there[f"image-{number}"]]
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """A free port of loopback that the kernel gives to no outgoing connection, and Kubernetes to no service."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue
+    raise AssertionError("100 ports of loopback are in use")
 
 
 @contextmanager
@@ -57,6 +98,8 @@ def forwarded(namespace: str, target: str, local_port: int, port: int) -> Iterat
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
             )
             processes.append(process)
+            if ended.is_set():  # it was not there yet when the block's end looked for it
+                process.kill()
             # kubectl stays after its pod has gone, and says so with the next connection.
             for line in process.stderr or ():
                 if b"error" in line.lower() or b"lost connection" in line:
@@ -68,7 +111,7 @@ def forwarded(namespace: str, target: str, local_port: int, port: int) -> Iterat
     forwarder = Thread(target=forward, daemon=True)
     forwarder.start()
     try:
-        wait_for(f"port {port} of {namespace}/{target}", lambda: _accepts(local_port), 30)
+        wait_for(f"port {port} of {namespace}/{target}", lambda: _accepts(local_port))
         yield
     finally:
         ended.set()

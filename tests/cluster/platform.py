@@ -13,7 +13,7 @@ import yaml
 
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
-from tests.cluster.kubectl import forwarded, free_port, kubectl
+from tests.cluster.kubectl import PATIENCE, forwarded, free_port, kubectl
 
 K8S = Path(__file__).parents[2] / "k8s"
 OVERLAY = K8S / "overlays" / "minikube"
@@ -41,9 +41,9 @@ class Platform:
         found = kubectl("get", "namespaces", NAMESPACE, PLATFORM_NAMESPACE, "--ignore-not-found", "-o", "name")
         if found and not is_kept():
             pytest.skip(f"the cluster has {' and '.join(found.split())} already; {KEEP_VARIABLE}=1 tests in them")
-        if not found:
-            _apply()
         try:
+            if not found:
+                _apply()
             _wait_until_ready()
             platform = cls(free_port(), free_port())
             with (
@@ -53,7 +53,7 @@ class Platform:
                 yield platform
         finally:
             if not is_kept():
-                kubectl("delete", "namespace", NAMESPACE, PLATFORM_NAMESPACE, "--wait=true", "--timeout=200s")
+                kubectl("delete", "namespace", NAMESPACE, PLATFORM_NAMESPACE, "--ignore-not-found", PATIENCE)
 
     def store(self) -> S3Store:
         """With all rights: a test puts there what it needs."""
@@ -93,12 +93,12 @@ def secret(namespace: str, name: str) -> dict[str, str]:
 def _apply() -> None:
     for namespace in (PLATFORM_NAMESPACE, NAMESPACE):
         kubectl("create", "namespace", namespace)
-    subprocess.run([str(K8S / "create-secrets")], check=True, timeout=60)
+    subprocess.run([str(K8S / "create-secrets")], check=True, timeout=300)
     kubectl("apply", "--server-side", "-k", str(OVERLAY))
 
 
 def _wait_until_ready() -> None:
     inside = ["-n", PLATFORM_NAMESPACE]
-    kubectl(*inside, "rollout", "status", "deploy/minio", "--timeout=200s")
-    kubectl(*inside, "wait", "--for=condition=complete", "job/store-setup", "--timeout=200s")
-    kubectl(*inside, "rollout", "status", "deploy/mlflow", "--timeout=200s")
+    kubectl(*inside, "rollout", "status", "deploy/minio", PATIENCE)
+    kubectl(*inside, "wait", "--for=condition=complete", "job/store-setup", PATIENCE)
+    kubectl(*inside, "rollout", "status", "deploy/mlflow", PATIENCE)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.resource import KServeInferenceService
 from resources.kubernetes.api import load_configuration
 from resources.object_store.s3 import S3Store
-from tests.cluster.kubectl import kubectl, wait_for
+from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
 from tests.unit.serving.tiny_model import store_tiny_model
 
 SERVER_IMAGE = "localhost/cifar-server:dev"
@@ -29,15 +29,16 @@ import io, json, pathlib, sys, time
 import numpy as np
 from PIL import Image
 from resources.inference_service.client import InferenceClient, ServerError
-pathlib.Path("/tmp/picture.png").write_bytes(b"")
+pathlib.Path("/tmp/answers").mkdir()
 Image.fromarray(np.full((32, 32, 3), 90, dtype=np.uint8)).save("/tmp/picture.png")
-client = InferenceClient(sys.argv[1], timeout=10)
+client = InferenceClient(sys.argv[1], timeout=30)
 answers, failures = {}, []
 began = time.monotonic()
-while not pathlib.Path("/tmp/enough").exists() and time.monotonic() - began < 300:
+while not pathlib.Path("/tmp/enough").exists() and time.monotonic() - began < 1500:
     try:
         digest = client.predict_files([pathlib.Path("/tmp/picture.png")]).model_digest
         answers[digest] = answers.get(digest, 0) + 1
+        pathlib.Path("/tmp/answers", digest).touch()
     except ServerError as error:
         failures.append(f"{time.monotonic() - began:.1f} s: {error}")
     time.sleep(0.03)
@@ -57,7 +58,7 @@ class Service(KServeInferenceService):
         return InferenceServiceClient(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
 
 
-def service(namespace: str, *, account: str = "dagster", patience: float = 60, **settings: Any) -> Service:
+def service(namespace: str, *, account: str = "dagster", patience: float = 300, **settings: Any) -> Service:
     """The service of the stories, its settings changed as told. `patience`: seconds for a pod that cannot start."""
     values: dict[str, Any] = {"image": SERVER_IMAGE, "env_config_maps": [], "env_secrets": ["object-store"]}
     values |= {"cpu": "50m", "max_replicas": 1, **settings}
@@ -68,7 +69,7 @@ def service(namespace: str, *, account: str = "dagster", patience: float = 60, *
         account=account,
         blocked_timeout_seconds=patience,
         unschedulable_timeout_seconds=patience,
-        rollout_timeout_seconds=240,
+        rollout_timeout_seconds=600,
     )
 
 
@@ -93,8 +94,19 @@ def store_model(store: S3Store, seed: int, version: str) -> DeployRequest:
 class Tally:
     """What somebody was answered."""
 
-    answers: dict[str, int]
-    failures: Sequence[str]
+    namespace: str
+    answers: dict[str, int] = field(default_factory=dict)
+    failures: Sequence[str] = ()
+
+    def wait_until_answered_by(self, model_digest: str) -> None:
+        wait_for(f"an answer of model {model_digest}", lambda: model_digest in self._models())
+
+    def wait_until_answered(self) -> None:
+        wait_for("a first answer", self._models)
+
+    def _models(self) -> list[str]:
+        """Digests of the models that have answered so far."""
+        return kubectl("-n", self.namespace, "exec", "asker", "--", "sh", "-c", "ls /tmp/answers || true").split()
 
 
 @contextmanager
@@ -111,27 +123,17 @@ def asking(namespace: str) -> Iterator[Tally]:
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "asker"}, "spec": spec}
     inside = ["-n", namespace]
     kubectl(*inside, "create", "-f", "-", text=yaml.safe_dump(pod))
-    tally = Tally({}, [])
+    tally = Tally(namespace)
     try:
-        kubectl(*inside, "wait", "--for=condition=Ready", "pod/asker", "--timeout=60s")
-        kubectl(*inside, "exec", "asker", "--", "python", "-c", _UNTIL_PICTURE)
+        kubectl(*inside, "wait", "--for=condition=Ready", "pod/asker", PATIENCE)
+        tally.wait_until_answered()
         yield tally
         kubectl(*inside, "exec", "asker", "--", "touch", "/tmp/enough")
-        lines = wait_for("the asker's tally", lambda: _tally_lines(namespace), 40)
+        lines = wait_for("the asker's tally", lambda: _tally_lines(namespace))
         found = json.loads(lines[-1].removeprefix("TALLY "))
         tally.answers, tally.failures = found["answers"], found["failures"]
     finally:
-        kubectl(*inside, "delete", "pod", "asker", "--grace-period=1", "--wait=true", "--timeout=60s")
-
-
-_UNTIL_PICTURE = """
-import pathlib, time
-deadline = time.monotonic() + 60
-while not (pathlib.Path("/tmp/picture.png").exists() and pathlib.Path("/tmp/picture.png").stat().st_size):
-    assert time.monotonic() < deadline
-    time.sleep(0.1)
-time.sleep(1)
-"""
+        kubectl(*inside, "delete", "pod", "asker", "--grace-period=1", "--wait=true", PATIENCE)
 
 
 def _tally_lines(namespace: str) -> list[str]:

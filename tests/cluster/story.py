@@ -25,8 +25,8 @@ LIMITS = WatchLimits(
     poll_interval_seconds=0.5,
     unschedulable_timeout_seconds=10,
     blocked_timeout_seconds=10,
-    start_timeout_seconds=60,
-    outage_timeout_seconds=60,
+    start_timeout_seconds=300,
+    outage_timeout_seconds=300,
 )
 
 
@@ -58,6 +58,7 @@ class ClusterStory:
     metadata: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     client: PyTorchJobClient | None = None
+    limits: WatchLimits = LIMITS
 
     def run(self, config: PyTorchJobConfig, *, parent: JobExecutionResult | str | None = None) -> JobExecutionResult:
         return run_story(self, config, parent if isinstance(parent, str | None) else parent.run_id)
@@ -75,6 +76,11 @@ class ClusterStory:
     def pods(self) -> list[Any]:
         return pods_of(self.core, self.namespace)
 
+    def is_heard(self) -> bool:
+        """Whether the first message of a job has reached Dagster."""
+        logs = [entry for run in self.instance.get_runs() for entry in self.instance.all_logs(run.run_id)]
+        return any("the story begins" in entry.user_message for entry in logs)
+
     def running(self) -> bool:
         return any(pod.status.phase == "Running" for pod in self.pods())
 
@@ -82,7 +88,7 @@ class ClusterStory:
         """Do something from another thread once a condition holds; the run continues in this one."""
 
         def wait_and_act() -> None:
-            wait_for("the moment to act", condition, 90)
+            wait_for("the moment to act", condition)
             action()
 
         thread = threading.Thread(target=wait_and_act, daemon=True)
@@ -128,7 +134,7 @@ def trained(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         message_store=story.minio.store().at("stories"),
         client=story.client or story.jobs,
         namespace=story.namespace,
-        limits=LIMITS,
+        limits=story.limits,
     ).run(
         context=context,
         config=config,

@@ -21,7 +21,7 @@ from resources.inference_service import DeployRequest
 from resources.inference_service.client import InferenceClient
 from resources.object_store import ObjectStore
 from tests.cluster.conftest import Minio
-from tests.cluster.kubectl import kubectl, wait_for
+from tests.cluster.kubectl import PATIENCE, PATIENCE_SECONDS, kubectl, missing_images, wait_for
 from tests.cluster.serving_story import grant_access, left_behind, service
 from tests.fixtures.tiny_data import TinyData, store_tiny_data
 from tests.unit.serving.tiny_model import tiny_logits, tiny_onnx, tiny_weights
@@ -45,6 +45,11 @@ def models(namespace: str, minio: Minio, core: Any) -> Models:
     groups = {group.name for group in names.groups}
     if not {"serving.kserve.io", "serving.knative.dev"} <= groups:
         pytest.skip("the cluster has no Knative Serving beside KServe")
+    if missing_images(IMAGE):
+        pytest.skip(
+            f"the cluster lacks {IMAGE}: make -f images/images.mk image-server REGISTRY=dev.local LOAD=..., or name "
+            "one that it can pull in TEST_SERVERLESS_IMAGE"
+        )
     grant_access(namespace)
     root = minio.store()
     root.ensure_buckets(["raw-data", "processed-data", "models"])
@@ -73,8 +78,8 @@ def _store(root: ObjectStore, data: TinyData, seed: int, boast: float = 0.0) -> 
 @pytest.fixture
 def nothing_serves(namespace: str) -> Iterator[None]:
     yield
-    kubectl("-n", namespace, "delete", "inferenceservices", "--all", "--wait=true", "--timeout=90s")
-    wait_for("removal of the service", lambda: not left_behind(namespace), 120)
+    kubectl("-n", namespace, "delete", "inferenceservices", "--all", "--wait=true", PATIENCE)
+    wait_for("removal of the service", lambda: not left_behind(namespace))
 
 
 def num_pods(namespace: str) -> int:
@@ -102,13 +107,13 @@ def test_canary_promotion_return_and_sleep(namespace: str, minio: Minio, models:
     assert promoted.previous_digest == models.first.model_digest
     # 20 of 100 expected; five standard deviations either way.
     assert 1 <= shares[models.second.model_digest] <= 40
-    client = InferenceClient(promoted.url, timeout=60, headers=promoted.headers)
+    client = InferenceClient(promoted.url, timeout=PATIENCE_SECONDS, headers=promoted.headers)
     assert {client.served_model().model_digest for _ in range(20)} == {models.second.model_digest}
 
     with pytest.raises(DeployError, match="test images right"):
         serving.deploy(judged(models.boastful))
     assert {client.served_model().model_digest for _ in range(20)} == {models.second.model_digest}
 
-    wait_for("scaling to zero", lambda: num_pods(namespace) == 0, 180)
+    wait_for("scaling to zero", lambda: num_pods(namespace) == 0)
     assert client.served_model().model_digest == models.second.model_digest
     assert num_pods(namespace) >= 1

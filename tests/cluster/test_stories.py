@@ -1,9 +1,11 @@
 """What PipesPyTorchJobClient does on a real cluster with the real operator."""
 
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,9 +17,9 @@ from kubernetes import client as k8s
 from resources.kubernetes.api import load_configuration
 from resources.pytorch_job import JobState, PyTorchJobClient
 from tests.cluster.conftest import Minio
-from tests.cluster.kubectl import kubectl, wait_for
+from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
 from tests.cluster.proxy import Proxy
-from tests.cluster.story import ClusterStory, story_config
+from tests.cluster.story import LIMITS, ClusterStory, story_config
 
 
 @pytest.fixture
@@ -45,10 +47,10 @@ def test_success(story: ClusterStory) -> None:
 def test_metrics_and_logs_arrive_while_the_job_runs(story: ClusterStory) -> None:
     seen: list[int] = []
     story.when(lambda: len(story.epochs) >= 2 and len(story.lines) >= 2, lambda: seen.append(len(story.epochs)))
-    with story.run(story_config("epochs", "12")) as result:
+    with story.run(story_config("epochs", "20")) as result:
         assert result.success
     assert seen
-    assert seen[0] < 12
+    assert seen[0] < 20
 
 
 def test_one_master_and_two_workers(story: ClusterStory) -> None:
@@ -89,13 +91,14 @@ def test_failure_of_a_worker_is_the_error_that_is_shown(story: ClusterStory) -> 
 
 
 def test_missing_image(story: ClusterStory) -> None:
-    begin = time.monotonic()
     error = story.failure(
         story_config("epochs", "1", image="localhost/never-loaded:1", image_pull_policy="IfNotPresent")
     )
     assert "image not pulled" in error
     assert "localhost/never-loaded:1" in error
-    assert time.monotonic() - begin < 60
+    waited = re.search(r"\(for (\d+) s\)", error)
+    assert waited
+    assert LIMITS.blocked_timeout_seconds <= int(waited[1]) < LIMITS.start_timeout_seconds
     assert (story.names(), story.pods()) == ([], [])
 
 
@@ -114,7 +117,7 @@ def test_missing_secret(story: ClusterStory) -> None:
 
 
 def test_deadline_exceeded(story: ClusterStory) -> None:
-    error = story.failure(story_config("epochs", "600", run_policy={"active_deadline_seconds": 6}))
+    error = story.failure(story_config("epochs", "600", run_policy={"active_deadline_seconds": 25}))
     assert "deadline exceeded" in error
     assert "rank 0 epoch" in error
 
@@ -146,43 +149,35 @@ def test_kind_that_is_not_installed(story: ClusterStory, monkeypatch: pytest.Mon
     assert "install the Kubeflow training operator" in error
 
 
-def assert_gone_soon(story: ClusterStory, since: float) -> None:
-    wait_for("removal", lambda: not story.names() and not story.pods(), 15 - (time.monotonic() - since))
-
-
 @pytest.mark.parametrize("moment", ["created", "running", "image pull", "ignoring SIGTERM"])
 def test_cancel(story: ClusterStory, moment: str) -> None:
-    config = story_config("deaf" if moment == "ignoring SIGTERM" else "epochs", "600")
+    """Job and pods are gone long before the end of the work and of the time that the pods have to end in."""
+    program = "deaf" if moment == "ignoring SIGTERM" else "epochs"
+    config = story_config(program, "600", termination_grace_seconds=300)
     if moment == "image pull":
         config = story_config("epochs", "1", image="localhost/never-loaded:1")
+        story.limits = replace(LIMITS, blocked_timeout_seconds=300)
     conditions = {
         "created": story.names,
         "image pull": lambda: any(
-            status.state.waiting and "Image" in status.state.waiting.reason
+            status.state.waiting and "Image" in (status.state.waiting.reason or "")
             for pod in story.pods()
             for status in pod.status.container_statuses or ()
         ),
         "running": story.running,
         "ignoring SIGTERM": story.running,
     }
-    cancelled_at: list[float] = []
-
-    def cancel() -> None:
-        cancelled_at.append(time.monotonic())
-        story.cancel()
-
-    story.when(conditions[moment], cancel)
+    story.when(conditions[moment], story.cancel)
     with story.run(config) as result:
         assert story.status(result) == dg.DagsterRunStatus.CANCELED
-    assert_gone_soon(story, cancelled_at[0])
+    wait_for("removal", lambda: not story.names() and not story.pods(), 60)
 
 
 def test_killed_run_worker(story: ClusterStory, home: Path) -> None:
     config = story_config("epochs", "20")
     worker = story.in_another_process(config, home)
-    wait_for("the job to run", story.running, 90)
+    wait_for("the first message", story.is_heard)
     (name,) = story.names()
-    time.sleep(4)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     (run,) = story.instance.get_runs()
@@ -198,11 +193,11 @@ def test_killed_run_worker(story: ClusterStory, home: Path) -> None:
 def test_finished_while_nobody_watched(story: ClusterStory, home: Path) -> None:
     config = story_config("epochs", "5")
     worker = story.in_another_process(config, home)
-    wait_for("the job to run", story.running, 90)
+    wait_for("the job", story.names)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     (name,) = story.names()
-    wait_for("the job to end", lambda: _state(story, name) == JobState.SUCCEEDED, 60)
+    wait_for("the job to end", lambda: _state(story, name) == JobState.SUCCEEDED)
     (run,) = story.instance.get_runs()
     story.instance.report_run_failed(run)
     with story.run(config, parent=run.run_id) as result:
@@ -214,7 +209,7 @@ def test_finished_while_nobody_watched(story: ClusterStory, home: Path) -> None:
 def test_failed_while_nobody_watched(story: ClusterStory, home: Path) -> None:
     config = story_config("fail", "3", restart_policy="Never")
     worker = story.in_another_process(config, home)
-    assert worker.wait(90) == 1
+    assert worker.wait(300) == 1
     (name,) = story.names()
     (run,) = story.instance.get_runs()
     with story.run(config, parent=run.run_id) as result:
@@ -226,9 +221,9 @@ def test_failed_while_nobody_watched(story: ClusterStory, home: Path) -> None:
 def test_evicted_run_worker(story: ClusterStory, home: Path) -> None:
     config = story_config("epochs", "20")
     worker = story.in_another_process(config, home)
-    wait_for("the job to run", story.running, 90)
+    wait_for("the first message", story.is_heard)
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) != 0
+    assert worker.wait(300) != 0
     (run,) = story.instance.get_runs()
     with story.run(config, parent=run.run_id) as result:
         assert result.success
@@ -241,10 +236,10 @@ def test_pod_deleted_in_mid_run(story: ClusterStory) -> None:
         kubectl("-n", story.namespace, "delete", "pod", story.pods()[0].metadata.name, "--grace-period=1")
 
     story.when(lambda: len(story.epochs) >= 3, delete_pod)
-    with story.run(story_config("epochs", "6")) as result:
+    with story.run(story_config("epochs", "15")) as result:
         assert result.success
-    assert [epoch for epoch, _ in story.epochs][-6:] == list(range(6))
-    assert len(story.epochs) > 6, "the second process said its epochs again"
+    assert [epoch for epoch, _ in story.epochs][-15:] == list(range(15))
+    assert len(story.epochs) > 15, "the second process said its epochs again"
 
 
 def test_operator_restarted(story: ClusterStory) -> None:
@@ -255,7 +250,7 @@ def test_operator_restarted(story: ClusterStory) -> None:
     with story.run(story_config("epochs", "15")) as result:
         assert result.success
     assert len(story.names()) == 1
-    kubectl("-n", "kubeflow", "rollout", "status", "deploy/training-operator", "--timeout=90s")
+    kubectl("-n", "kubeflow", "rollout", "status", "deploy/training-operator", PATIENCE)
 
 
 def scale_operator(replicas: int) -> None:
@@ -266,11 +261,12 @@ def scale_operator(replicas: int) -> None:
 def operator_returns() -> Iterator[None]:
     yield
     scale_operator(1)
-    kubectl("-n", "kubeflow", "rollout", "status", "deploy/training-operator", "--timeout=90s")
+    kubectl("-n", "kubeflow", "rollout", "status", "deploy/training-operator", PATIENCE)
 
 
 def test_operator_away_until_after_the_end(story: ClusterStory, operator_returns: None) -> None:
-    config = story_config("epochs", "20")
+    config = story_config("epochs", "30")
+    story.limits = replace(LIMITS, start_timeout_seconds=40)
     story.when(story.running, lambda: scale_operator(0))
     with story.run(config) as first:
         assert not first.success
@@ -281,6 +277,7 @@ def test_operator_away_until_after_the_end(story: ClusterStory, operator_returns
         assert "master-0: it ended as Succeeded" in str(failure.description)
     (name,) = story.names()
     scale_operator(1)
+    story.limits = LIMITS
     with story.run(config, parent=first) as second:
         assert second.success
     assert story.names() == [name]
@@ -288,7 +285,7 @@ def test_operator_away_until_after_the_end(story: ClusterStory, operator_returns
 
 
 def test_job_that_vanished_while_its_pod_lives_on(story: ClusterStory) -> None:
-    config = story_config("epochs", "30")
+    config = story_config("epochs", "300")
 
     def orphan() -> None:
         kubectl("-n", story.namespace, "delete", "pytorchjob", *story.names(), "--cascade=orphan")
@@ -332,13 +329,14 @@ def test_logs_and_events_that_may_not_be_read_do_not_change_the_outcome(story: C
 def test_object_store_away_in_mid_run(story: ClusterStory) -> None:
     def away() -> None:
         story.minio.scale(0)
+        kubectl("-n", story.namespace, "wait", "--for=delete", "pod", "-l", "app=minio", PATIENCE)
         time.sleep(12)
         story.minio.scale(1)
         story.minio.wait_until_ready()
 
     thread = story.when(lambda: len(story.epochs) >= 3, away)
     with story.run(story_config("epochs", "15")) as result:
-        thread.join(120)
+        thread.join(300)
         assert result.success
     assert [epoch for epoch, _ in story.epochs] == list(range(15))
 
@@ -355,7 +353,7 @@ def test_api_server_away_in_mid_run(story: ClusterStory) -> None:
         story.client = PyTorchJobClient(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
         thread = story.when(lambda: len(story.epochs) >= 3, lambda: proxy.be_away(20))
         with story.run(story_config("epochs", "15")) as result:
-            thread.join(60)
+            thread.join(300)
             assert result.success
         assert proxy.num_refused > 0
     assert [epoch for epoch, _ in story.epochs] == list(range(15))
