@@ -15,7 +15,7 @@ from resources.argo.template import build_train_template
 from resources.argo.workflow import Workflow
 from resources.object_store.s3 import S3Store
 from resources.pytorch_job.config import PyTorchJobConfig
-from tests.cluster.kubectl import kubectl, wait_for
+from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
 from tests.fixtures.tiny_data import TINY_RECIPE
 
 FOLDER = Path(__file__).parents[2] / "k8s" / "argo"
@@ -30,6 +30,8 @@ PARAMETERS = {
     "execution": json.dumps({"threads": 1}),
     "threshold": "0",
 }
+WORKFLOW_SECONDS = 900
+"""Far longer than a workflow takes while all of them run at once."""
 _SMALL = {"cpu": "200m", "memory": "2Gi", "scratch": "1Gi"}
 
 
@@ -50,9 +52,9 @@ class ArgoCluster:
         try:
             yield
         finally:
-            kubectl("-n", self.namespace, "delete", "workflows", "--all", "--wait=true", "--timeout=100s")
+            kubectl("-n", self.namespace, "delete", "workflows", "--all", "--wait=true", PATIENCE)
             kubectl("-n", self.namespace, "delete", "--ignore-not-found", "-f", "-", text=text)
-            ours = ["-l", "app.kubernetes.io/managed-by=argo-workflow", "--wait=true", "--timeout=60s"]
+            ours = ["-l", "app.kubernetes.io/managed-by=argo-workflow", "--wait=true", PATIENCE]
             kubectl("-n", self.namespace, "delete", "pytorchjobs", *ours)
 
     def create(self, file: str = "workflow.yaml", **parameters: str) -> str:
@@ -72,7 +74,7 @@ class ArgoCluster:
         assert found, f"workflow {name} is gone"
         return found
 
-    def finished(self, name: str, seconds: float = 400) -> Workflow:
+    def finished(self, name: str, seconds: float = WORKFLOW_SECONDS) -> Workflow:
         """The workflow once its exit handler has ended."""
         return wait_for(f"the end of workflow {name}", lambda: self._if_finished(name), seconds)
 

@@ -29,13 +29,15 @@ from resources.argo.workflow import Workflow
 from resources.kubernetes.job import JobState
 from resources.pytorch_job.client import read_status
 from resources.pytorch_job.manifest import GROUP, KIND, PLURAL, VERSION
-from tests.cluster.argo import IMAGES, ArgoCluster
+from tests.cluster.argo import IMAGES, WORKFLOW_SECONDS, ArgoCluster
 from tests.cluster.kubectl import kubectl, wait_for
 from tests.cluster.platform import Platform
 from tests.fixtures.tiny_data import TINY_RECIPE, TinyData, store_tiny_data
 from tests.fixtures.workspace import ROOT, Workspace
 
 STATUS_SERIES = ROOT / "tests/unit/pytorch_job/status_series.yaml"
+ENDLESS = {**TINY_RECIPE, "epochs": 1000, "width": 64}
+"""For trainings that are ended from outside: they take far longer than any test waits."""
 NO_DEVICE = json.dumps({"threads": 1, "device": "cuda"})
 
 
@@ -69,8 +71,8 @@ def tiny(argo: ArgoCluster, damaged: TinyData) -> TinyData:
 def stories(argo: ArgoCluster, tiny: TinyData, damaged: TinyData) -> dict[str, str]:
     """Names of workflows that run all at once, as most of their time is spent waiting."""
     return {
-        "killed": argo.create(overrides=_long(300)),
-        "deleted": argo.create(overrides=_long(1000)),
+        "killed": argo.create(overrides=json.dumps({**TINY_RECIPE, "epochs": 300})),
+        "deleted": argo.create(overrides=json.dumps(ENDLESS)),
         "missing": argo.create(dataset="f" * 64),
         "damaged": argo.create(dataset=damaged.processed),
         "training": argo.create(execution=NO_DEVICE),
@@ -83,7 +85,7 @@ def stories(argo: ArgoCluster, tiny: TinyData, damaged: TinyData) -> dict[str, s
 def killed(argo: ArgoCluster, stories: dict[str, str]) -> str:
     """Deletes the pod that waits for the training of one story; gives the uid of that PyTorchJob."""
     name = stories["killed"]
-    wait_for("a training that is waited for", lambda: _training(argo, name), 400)
+    wait_for("a training that is waited for", lambda: _training(argo, name), WORKFLOW_SECONDS)
     workflow = argo.workflow(name)
     (pod,) = [pod for pod in argo.client.pods(argo.namespace, workflow.name) if pod.replica == "train"]
     job = argo.client.jobs.get(argo.namespace, workflow.job_name)
@@ -92,17 +94,13 @@ def killed(argo: ArgoCluster, stories: dict[str, str]) -> str:
     return job.uid
 
 
-def _long(epochs: int) -> str:
-    return json.dumps({**TINY_RECIPE, "epochs": epochs})
-
-
 def test_deleting_the_workflow_removes_its_job(argo: ArgoCluster, stories: dict[str, str], killed: str) -> None:
     name = stories["deleted"]
-    wait_for("a training that is waited for", lambda: _training(argo, name), 400)
+    wait_for("a training that is waited for", lambda: _training(argo, name), WORKFLOW_SECONDS)
     workflow = argo.workflow(name)
     kubectl("-n", argo.namespace, "delete", "workflow", name, "--wait=false")
-    wait_for("the end of its PyTorchJob", lambda: not argo.job_exists(workflow), 60)
-    wait_for("the end of its pods", lambda: not _pods_left(argo, workflow), 90)
+    wait_for("the end of its PyTorchJob", lambda: not argo.job_exists(workflow))
+    wait_for("the end of its pods", lambda: not _pods_left(argo, workflow))
 
 
 def test_submitting_twice_makes_one_job(
@@ -150,7 +148,7 @@ def test_the_demo_trains_nothing(argo: ArgoCluster, stories: dict[str, str]) -> 
 def long_training(context: dg.AssetExecutionContext, argo: PipelineResource) -> None:
     """Waits for a workflow that takes long."""
     (digest,) = context.run.tags["dataset"].split()
-    request = PipelineRequest(digest, "fast", {**TINY_RECIPE, "epochs": 1000}, {"threads": 1}, 0, 1, 0.0)
+    request = PipelineRequest(digest, "fast", ENDLESS, {"threads": 1}, 0, 1, 0.0)
     argo.run(context, request)
 
 
@@ -159,10 +157,10 @@ def test_cancelling_the_dagster_run_removes_workflow_and_job(argo: ArgoCluster, 
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
 
         def cancel_once_it_trains() -> None:
-            (run,) = wait_for("the run", lambda: instance.get_runs(filters=_STARTED), 60)
+            (run,) = wait_for("the run", lambda: instance.get_runs(filters=_STARTED))
             name = Workflow.name_for("cancelled", run_id=run.run_id, step_key="long_training", attempt=0)
-            wait_for("the workflow", lambda: argo.client.get(argo.namespace, name), 60)
-            wait_for("a training that is waited for", lambda: _training(argo, name), 400)
+            wait_for("the workflow", lambda: argo.client.get(argo.namespace, name))
+            wait_for("a training that is waited for", lambda: _training(argo, name), WORKFLOW_SECONDS)
             seen.append(argo.workflow(name))
             instance.report_run_canceling(run)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -177,7 +175,7 @@ def test_cancelling_the_dagster_run_removes_workflow_and_job(argo: ArgoCluster, 
             tags={"dataset": tiny.processed},
             raise_on_error=False,
         )
-        canceller.join(60)
+        canceller.join(300)
         run = instance.get_run_by_id(result.run_id)
     assert run
     assert run.status == dg.DagsterRunStatus.CANCELED
@@ -204,7 +202,7 @@ def test_the_controller_reads_a_status_as_the_pipes_client_does(argo: ArgoCluste
         return {job: (step.phase, "failure condition" in step.message) for job, step in steps.items()}
 
     final = {job: end for job, end in expected.items() if end}
-    wait_for(f"the ends of {list(final)}", lambda: final.keys() <= seen().keys() and _all_ended(seen(), final), 300)
+    wait_for(f"the ends of {list(final)}", lambda: final.keys() <= seen().keys() and _all_ended(seen(), final))
     found = seen()
     assert {job: found[job] for job in final} == final
     assert {found[job][0] for job in expected.keys() - final.keys()} <= {"Pending", "Running"}

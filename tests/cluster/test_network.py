@@ -5,7 +5,8 @@ One small pod stands for each kind of pod, with its labels, and listens on every
 
 import json
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.kubectl import kubectl, temporary_namespace
+from tests.cluster.kubectl import PATIENCE, kubectl, temporary_namespace
 
 K8S = Path(__file__).parents[2] / "k8s"
 FOLDERS = ("platform", "access", "dagster", "argo")
@@ -54,11 +55,15 @@ _DAGSTER = ("webserver", "daemon", "code", "run")
 _REPLICAS = ("first-replica", "replica")
 
 
-def _between(one: str, other: str) -> set[tuple[str, str, str]]:
+Way = tuple[str, str, str]
+"""Two kinds of pod, and the port of the second."""
+
+
+def _between(one: str, other: str) -> set[Way]:
     return {way for port in PORTS for way in ((one, other, port), (other, one, port))}
 
 
-OPEN: set[tuple[str, str, str]] = {
+OPEN: set[Way] = {
     *((client, "minio", "minio") for client in (*_DAGSTER, *_REPLICAS, "server", "step", "mlflow", "store-setup")),
     *((client, "mlflow", "mlflow") for client in ("code", "run", "first-replica")),
     *((client, "postgresql", "postgresql") for client in _DAGSTER),
@@ -68,6 +73,10 @@ OPEN: set[tuple[str, str, str]] = {
     *_between("application", "stranger"),  # namespaces that are not ours
 }
 """Who reaches whom, on which port."""
+_OPEN_SECONDS, _SHUT_SECONDS = 30, 4
+"""How long a connection may take that should be open, and how long one is tried that should be shut."""
+_SETTLE_SECONDS = 120
+"""How long a policy may take to hold after it was applied."""
 
 _LISTEN = """
 import selectors, socket, sys
@@ -81,9 +90,9 @@ while True:
 _CONNECT = """
 import concurrent.futures, json, socket, sys
 def reaches(target):
-    host, port = target
+    host, port, seconds = target
     try:
-        socket.create_connection((host, port), timeout=4).close()
+        socket.create_connection((host, port), timeout=seconds).close()
         return "open"
     except TimeoutError:
         return "shut"
@@ -106,17 +115,39 @@ class Network:
         pods = [_pod(kind, self.namespaces[place], labels) for kind, (place, labels) in kinds.items()]
         kubectl("create", "-f", "-", text=yaml.safe_dump_all(pods))
         for kind, (place, _) in kinds.items():
-            kubectl("-n", self.namespaces[place], "wait", "--for=condition=Ready", f"pod/{kind}", "--timeout=180s")
+            kubectl("-n", self.namespaces[place], "wait", "--for=condition=Ready", f"pod/{kind}", PATIENCE)
             template = "-o=jsonpath={.status.podIP}"
             self.addresses[kind] = kubectl("-n", self.namespaces[place], "get", "pod", kind, template)
 
-    def reached_from(self, kind: str, place: str, targets: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
-        """What a pod finds open, shut, or in error, by kind of pod and name of port."""
-        where = [(self.addresses[target], PORTS[port]) for target, port in targets]
-        command = ["kubectl", "-n", self.namespaces[place], "exec", "-i", kind, "--", "python", "-c", _CONNECT]
-        done = subprocess.run(command, input=json.dumps(where), capture_output=True, text=True, timeout=150)
+    def states(self, ways: Iterable[Way]) -> dict[Way, str]:
+        """Which are open, shut, or in error."""
+        by_kind: dict[str, list[Way]] = {}
+        for way in ways:
+            by_kind.setdefault(way[0], []).append(way)
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(self._states_from, by_kind, by_kind.values()))
+        return {way: state for states in found for way, state in states.items()}
+
+    def settled(self, expected: dict[Way, str]) -> dict[Way, str]:
+        """Their states, looked at again where they are not as expected, as long as policies may take to hold."""
+        found: dict[Way, str] = {}
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            found |= self.states(way for way in expected if found.get(way) != expected[way])
+            if found == expected or time.monotonic() > deadline:
+                return found
+            time.sleep(1)
+
+    def _states_from(self, kind: str, ways: list[Way]) -> dict[Way, str]:
+        where = [
+            (self.addresses[target], PORTS[port], _OPEN_SECONDS if (kind, target, port) in OPEN else _SHUT_SECONDS)
+            for _, target, port in ways
+        ]
+        namespace = self.namespaces[PODS[kind][0]]
+        command = ["kubectl", "-n", namespace, "exec", "-i", kind, "--", "python", "-c", _CONNECT]
+        done = subprocess.run(command, input=json.dumps(where), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        return dict(zip(targets, json.loads(done.stdout), strict=True))
+        return dict(zip(ways, json.loads(done.stdout), strict=True))
 
 
 def _pod(kind: str, namespace: str, labels: dict[str, str]) -> dict[str, Any]:
@@ -166,8 +197,8 @@ def network(core: Any) -> Iterator[Network]:
         places = sorted({place for place, _ in PODS.values()})
         found = Network({place: stack.enter_context(temporary_namespace(place)) for place in places})
         found.start(PODS)
-        probe = [("stranger", "gloo")]
-        assert found.reached_from("application", "applications", probe) == {probe[0]: "open"}
+        probe = ("application", "stranger", "gloo")
+        assert found.settled({probe: "open"}) == {probe: "open"}
         deny = {"podSelector": {}, "policyTypes": ["Ingress"]}
         policy = {
             "apiVersion": "networking.k8s.io/v1",
@@ -176,7 +207,7 @@ def network(core: Any) -> Iterator[Network]:
             "spec": deny,
         }
         kubectl("-n", found.namespaces["strangers"], "apply", "-f", "-", text=yaml.safe_dump(policy))
-        if found.reached_from("application", "applications", probe) != {probe[0]: "shut"}:
+        if found.settled({probe: "shut"}) != {probe: "shut"}:
             pytest.skip("the cluster's network does not enforce NetworkPolicies")
         kubectl("-n", found.namespaces["strangers"], "delete", "networkpolicy", "deny")
         kubectl("label", "namespace", found.namespaces["applications"], "cifar/asks-model=true")
@@ -185,13 +216,8 @@ def network(core: Any) -> Iterator[Network]:
 
 
 def test_every_documented_way_is_open_and_every_other_is_shut(network: Network) -> None:
-    def reached(kind: str) -> dict[tuple[str, str, str], str]:
-        targets = [(other, port) for other in PODS for port in PORTS if other != kind]
-        found = network.reached_from(kind, PODS[kind][0], targets)
-        return {(kind, *target): state for target, state in found.items()}
-
-    with ThreadPoolExecutor(3) as pool:
-        states = {way: state for found in pool.map(reached, PODS) for way, state in found.items()}
+    ways = [(kind, other, port) for kind in PODS for other in PODS for port in PORTS if other != kind]
+    states = network.settled({way: "open" if way in OPEN else "shut" for way in ways})
     found = {way for way, state in states.items() if state == "open"}
     assert found - OPEN == set(), "open, but not documented"
     assert OPEN - found == set(), "documented, but shut"

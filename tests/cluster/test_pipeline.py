@@ -22,7 +22,7 @@ from cifar_assets.model_package import METRICS_FILE, PERFORMANCE_FILE, ModelMani
 from resources.kubernetes.naming import RUN_ID_LABEL
 from resources.mlflow.resource import RUN_ID_TAG
 from resources.object_store.s3 import S3Store
-from tests.cluster.kubectl import kubectl, wait_for
+from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
 from tests.cluster.platform import PLATFORM_NAMESPACE, Platform
 from tests.fixtures.workspace import ROOT, Workspace
 
@@ -36,6 +36,8 @@ OVERRIDES = {
     "learning_rate": 0.1,
     "validate_every": 1,
 }
+COMMAND_SECONDS = 900
+"""Far longer than any command takes."""
 POD = {"cpu": "200m", "memory": "2Gi"}
 
 
@@ -71,7 +73,7 @@ def models(platform: Platform) -> S3Store:
 @pytest.fixture
 def jobs_removed(platform: Platform) -> Iterator[None]:
     yield
-    kubectl("-n", platform.namespace, "delete", "pytorchjobs", "-l", RUN_ID_LABEL, "--wait=true", "--timeout=60s")
+    kubectl("-n", platform.namespace, "delete", "pytorchjobs", "-l", RUN_ID_LABEL, "--wait=true", PATIENCE)
 
 
 def test_the_model_is_in_the_store_and_in_mlflow(
@@ -134,13 +136,13 @@ def test_master_and_worker_train_like_one_process(
     undisturbed, manifest = _latest_model(cluster, models)
     assert _accuracy(undisturbed, manifest, models) == pytest.approx(alone, abs=0.1)
 
-    process = _start(cluster, two)
     checkpoints = models.at("checkpoints")
     before = {info.key for info in checkpoints.list()}
-    wait_for("a checkpoint", lambda: {info.key for info in checkpoints.list()} - before, 200)
+    process = _start(cluster, two)
+    wait_for("a checkpoint", lambda: {info.key for info in checkpoints.list()} - before, COMMAND_SECONDS)
     worker = "training.kubeflow.org/replica-type=worker,training.kubeflow.org/job-role!=master"
     kubectl("-n", platform.namespace, "delete", "pod", "-l", worker, "--wait=false")
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=COMMAND_SECONDS)
     assert process.returncode == 0, output
     assert _latest_model(cluster, models)[0] == undisturbed
     with cluster.instance() as instance:
@@ -218,4 +220,8 @@ def _shown(workspace: Workspace) -> dict[str, Any]:
 def _scale_mlflow(replicas: int) -> None:
     kubectl("-n", PLATFORM_NAMESPACE, "scale", "deploy/mlflow", f"--replicas={replicas}")
     if replicas:
-        kubectl("-n", PLATFORM_NAMESPACE, "rollout", "status", "deploy/mlflow", "--timeout=200s")
+        kubectl("-n", PLATFORM_NAMESPACE, "rollout", "status", "deploy/mlflow", PATIENCE)
+    else:
+        kubectl(
+            "-n", PLATFORM_NAMESPACE, "wait", "--for=delete", "pod", "-l", "app.kubernetes.io/name=mlflow", PATIENCE
+        )
