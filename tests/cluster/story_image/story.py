@@ -35,7 +35,7 @@ def peers(count: int) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     port = int(os.environ["MASTER_PORT"])
     if rank > 0:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while True:
             try:
                 with socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=5) as peer:
