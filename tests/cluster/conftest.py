@@ -17,8 +17,9 @@ from kubernetes import config as k8s_config
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
 from resources.pytorch_job.client import PyTorchJobClient
-from tests.cluster.kubectl import PATIENCE, forwarded, free_port, kubectl, temporary_namespace, wait_for
+from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, temporary_namespace, wait_for
 from tests.cluster.platform import Platform, is_kept
+from tests.fixtures.ports import free_port
 
 STORY_IMAGE = os.environ.get("TEST_STORY_IMAGE", "localhost/pytorch-job-story:test")
 MINIO_IMAGE = os.environ.get("TEST_MINIO_IMAGE", "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z")

@@ -1,7 +1,6 @@
 """kubectl as the tests use it: commands, forwarded ports, waits."""
 
 import json
-import random
 import socket
 import subprocess
 import time
@@ -72,17 +71,6 @@ def missing_images(*images: str) -> list[str]:
         kubectl("-n", namespace, "create", "-f", "-", text=yaml.safe_dump(pod))
         is_there = wait_for("a verdict on every image", lambda: verdicts(namespace))
     return [image for number, image in enumerate(images) if not is_there[f"image-{number}"]]
-
-
-def free_port() -> int:
-    """A free port of loopback that the kernel gives to no outgoing connection, and Kubernetes to no service."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        try:
-            with socket.create_server(("127.0.0.1", port)):
-                return port
-        except OSError:
-            continue
-    raise AssertionError("100 ports of loopback are in use")
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import yaml
 
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
-from tests.cluster.kubectl import PATIENCE, forwarded, free_port, kubectl
+from tests.cluster.kubectl import PATIENCE, forwarded, kubectl
+from tests.fixtures.ports import free_port
 
 K8S = Path(__file__).parents[2] / "k8s"
 OVERLAY = K8S / "overlays" / "minikube"

@@ -20,9 +20,10 @@ from cifar_assets.contracts import LANDING_PREFIX
 from resources.kubernetes.naming import RUN_ID_LABEL
 from resources.object_store import RAW_BUCKET
 from tests.cluster.conftest import dump
-from tests.cluster.kubectl import PATIENCE, forwarded, free_port, kubectl, missing_images, wait_for
+from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, missing_images, wait_for
 from tests.cluster.platform import Platform
 from tests.cluster.webserver import FINISHED, Run, Webserver
+from tests.fixtures.ports import free_port
 from tests.local.test_browser import CHROMIUM, PATIENCE_MS, QUIET
 
 OVERLAY = str(Path(__file__).parent / "dagster")
