@@ -23,6 +23,7 @@ ObjectFormat = Literal["archive", "parquet", "images", "picture", "records"]
 """Official archive (python or binary), Parquet in the Hugging Face layout, tar of image files, one, binary records."""
 
 LINKED_FOLDER = "a link to a folder: copy the folder, or link its files"
+UNREADABLE_FOLDER = "not readable"
 OBJECTS_PREFIX = "objects/"
 
 YOUNG = timedelta(hours=12)
@@ -184,7 +185,7 @@ def unlisted(store: ObjectStore, prefix: str) -> dict[str, str]:
 
     def unreadable(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            reasons[Path(error.filename)] = f"not readable: {error.strerror}"
+            reasons[Path(error.filename)] = f"{UNREADABLE_FOLDER}: {error.strerror}"
 
     for folder, folders, files in os.walk(root / prefix, onerror=unreadable):
         for path in (Path(folder, name) for name in (*folders, *files)):

@@ -14,7 +14,7 @@ from cifar_assets.dataset.formats.encoded import pack_images
 from cifar_assets.dataset.formats.images import DEFAULT_LIMITS
 from cifar_assets.dataset.formats.names import ARCHIVE_SUFFIXES, PICTURE_SUFFIXES, class_of, is_test, suffix_of
 from cifar_assets.dataset.formats.rows import SPLITS, Split
-from cifar_assets.dataset.objects import LINKED_FOLDER, ObjectFormat, printable, unlisted
+from cifar_assets.dataset.objects import LINKED_FOLDER, UNREADABLE_FOLDER, ObjectFormat, printable, unlisted
 from cifar_assets.dataset.sources import synthetic
 from cifar_assets.dataset.sources.download import CHOICES, check_file, fetch, split_digest
 from resources.errors import ConfigError, DataError
@@ -110,8 +110,15 @@ def _folder_files(
     """The files of a folder or prefix: Parquet, or images in class folders."""
     unread.update({key.removeprefix(prefix): reason for key, reason in unlisted(store, prefix).items()})
     for name, reason in unread.items():
-        if reason == LINKED_FOLDER and "/." not in f"/{name}":  # it may be the test split
+        if "/." in f"/{name}":
+            continue
+        if reason == LINKED_FOLDER:  # it may be the test split
             raise DataError(f"{source}: {name} is {reason}, or remove the link.")
+        if _is_part(name if reason.startswith(UNREADABLE_FOLDER) else name.rpartition("/")[2]):
+            raise DataError(
+                f"{source}: {name} cannot be read ({reason}), and may hold a split or a class. Make it readable, or "
+                "remove it."
+            )
     sizes = {info.key.removeprefix(prefix): info.size for info in store.list(prefix) if not info.key.endswith("/")}
     if not sizes and not unread:
         raise ConfigError(f"Source {source!r}: there is no file, folder, object or prefix of this name. {CHOICES}")
@@ -140,6 +147,13 @@ def _folder_files(
             limit = f"at most {DEFAULT_LIMITS.max_bytes:,} are read. Remove or correct it."
             raise DataError(f"{name} has {sizes[name]:,} bytes; {limit}")
     yield from _packed_class_folders(pairs, lambda name: _local_copy(store, prefix + name, work), source, work)
+
+
+def _is_part(name: str) -> bool:
+    """Whether the name is that of a Parquet file, or of a folder of a split or class or in one."""
+    folder = f"{name.lower()}/"
+    is_folder = is_test(folder) or "train" in folder.split("/") or class_of(folder) is not None
+    return is_folder or suffix_of(name) == ".parquet"
 
 
 def _packed_class_folders(

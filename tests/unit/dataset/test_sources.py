@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -280,6 +281,39 @@ def test_link_to_a_folder_is_refused(name: str, make, raw: FolderStore, tmp_path
     with pytest.raises(DataError, match=f"{name} is a link to a folder: copy the folder, or link its files, or remove"):
         import_source(str(tmp_path / "pictures"), raw)
     assert list(raw.list()) == []
+
+
+@pytest.mark.parametrize("name", ["test", "test/cat", "train/dog", "ship/more"])
+def test_folder_of_a_split_or_class_that_cannot_be_read_is_refused(
+    name: str, make, raw: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_classes(make, tmp_path / "pictures")
+    (folder / name).mkdir(parents=True)
+    (folder / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) in unreadable:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    unreadable = [str(folder / "lost+found")]
+    assert import_source(str(folder), raw).unread == {"lost+found": "not readable: Permission denied"}
+    unreadable.append(str(folder / name))
+    with pytest.raises(DataError, match=rf"{name} cannot be read \(not readable: Permission denied\), and may hold"):
+        import_source(str(folder), raw)
+
+
+@pytest.mark.parametrize("name", ["test", "train", "test/cat", "test-00000-of-00001.parquet"])
+def test_part_of_a_source_that_is_a_link_to_nothing_is_refused(
+    name: str, make, raw: FolderStore, tmp_path: Path
+) -> None:
+    folder = write_classes(make, tmp_path / "pictures")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match=rf"{name} cannot be read \(a link that leads nowhere\), and may hold"):
+        import_source(str(folder), raw)
 
 
 def test_members_of_an_archive_that_are_not_read_are_named(make, raw: FolderStore, tmp_path: Path) -> None:
