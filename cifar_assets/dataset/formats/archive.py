@@ -9,7 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +24,33 @@ BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 _MAX_MEMBER_BYTES = 64 << 20
 """Of a batch, which has 31 MB."""
+_MAX_HEADER_BYTES = 1 << 20
+"""Of what tarfile reads before a member, such as a long name."""
+_HEADER_TYPES = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 _META = ("batches.meta", "batches.meta.txt")
 _MAX_UNREAD = 1000
 _IMAGE_BYTES = int(np.prod(IMAGE_SHAPE))
-_READ_ERRORS = (EOFError, OSError, ValueError, tarfile.TarError, zlib.error)
+_READ_ERRORS = (EOFError, OSError, RecursionError, ValueError, tarfile.TarError, zlib.error)
 
 _Rows = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images (N x 3 x 32 x 32) and their labels."""
+
+
+class _Header(tarfile.TarInfo):
+    """Refuses a header of another member by the size that it claims, before tarfile reads it into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _HEADER_TYPES and header.size > _MAX_HEADER_BYTES:
+            raise tarfile.TarError(f"a header claims {header.size:,} bytes; at most {_MAX_HEADER_BYTES:,} are read")
+        return header
 
 
 def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) -> Iterator[RowBatch]:
@@ -41,7 +61,7 @@ def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) ->
     """
     first_row, seen = 0, set[str]()
     try:
-        with _unpacked(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        with _unpacked(path) as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as archive:
             for member in archive:
                 where = f"{name}, member {member.name!r}"
                 base, content = _checked_name(member, where), archive.extractfile(member)

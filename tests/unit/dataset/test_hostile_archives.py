@@ -243,6 +243,25 @@ def test_member_that_claims_too_much_is_refused_before_it_is_read(name: str, tmp
         list(read_archive(path, "a.tar"))
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_header_that_claims_too_much_is_refused_before_it_is_read(kind: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    first, odd = member("cifar-10-batches-py/readme.html"), member("x", kind)
+    odd.size = (1 << 20) + 1
+    for data in (odd.tobuf(), first.tobuf() + odd.tobuf()):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match="a header claims 1,048,577 bytes; at most 1,048,576 are read"):
+            list(read_archive(path, "a.tar"))
+
+
+def test_headers_without_end_are_refused(make, raw: FolderStore, source: str) -> None:
+    long_name = member("x", tarfile.GNUTYPE_LONGNAME)
+    long_name.size = 512
+    raw.write("landing/batch.tar", (long_name.tobuf() + bytes(512)) * 2000)
+    assert build_raw_version(raw, source).manifest.rows == 80
+    assert "is not a readable tar archive" in reason_of(raw, "batch.tar")["reason"]
+
+
 @pytest.mark.parametrize("name", ["data_batch_6", "data_batch_1.pkl", "test_batch_2.bin"])
 def test_unknown_batch_is_an_error(name: str, make, raw: FolderStore, tmp_path: Path) -> None:
     path = tmp_path / "a.tar.gz"
