@@ -21,7 +21,7 @@ QUIET = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE_MS = 120_000
+PATIENCE_MS = 300_000
 
 pytestmark = [
     pytest.mark.browser,
@@ -73,7 +73,7 @@ def test_materializing_by_a_click_makes_a_run_and_a_new_result(ui: str, page: Pa
         page.goto(f"{ui}/assets/cifar10/processed_dataset")
         page.get_by_role("button", name="Materialize").first.click()
         wait_until(
-            lambda: instance.get_latest_materialization_event(PROCESSED_DATASET) != before, "a new materialization", 120
+            lambda: instance.get_latest_materialization_event(PROCESSED_DATASET) != before, "a new materialization"
         )
         after = instance.get_latest_materialization_event(PROCESSED_DATASET)
     assert before is not None

@@ -27,6 +27,8 @@ from resources.object_store import FolderStore, ObjectStore
 from tests.fixtures.workspace import ROOT
 from tests.unit.training.jobs import Workplace, fork_trainer
 
+pytestmark = pytest.mark.timeout(1800)
+
 NUM_ARRIVALS = 30
 BYTES_PER_IMAGE = 3 * 3072
 """Of a landed picture of noise: in its pack, with a header, and as pixels in a shard."""

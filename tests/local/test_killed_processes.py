@@ -10,10 +10,13 @@ import psutil
 import pytest
 from dagster_graphql import DagsterGraphQLClient
 
-from tests.fixtures.workspace import ROOT, Workspace, wait_until
+from tests.fixtures.workspace import ROOT, Workspace, command_of, wait_until
 
 MODULE = "tests.fixtures.pool_definitions"
 ASSETS = ["data", "model", "service"]
+
+
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture
@@ -90,7 +93,7 @@ def test_after_everything_was_killed_the_next_dagster_dev_repeats_what_was_not_d
 def test_a_run_outlives_the_daemon_the_webserver_and_the_code_server(place: Workspace, victim: str) -> None:
     with place.dagster_dev(MODULE) as url, place.instance() as instance:
         start_run(place, url, "model")
-        victims = [process for process in _dev(url).children(recursive=True) if victim in " ".join(process.cmdline())]
+        victims = [process for process in _dev(url).children(recursive=True) if victim in " ".join(command_of(process))]
         assert victims
         for process in victims:
             process.kill()

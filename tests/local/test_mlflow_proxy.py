@@ -18,7 +18,8 @@ from cifar_assets.prune.tracking import prune_tracking, registered_models
 from cifar_assets.training.tracking import Tracker
 from resources.mlflow.resource import MlflowServer
 from resources.mlflow.target import MlflowTarget
-from tests.fixtures.workspace import free_port, wait_until
+from tests.fixtures.ports import free_port
+from tests.fixtures.workspace import wait_until
 
 FILES = {"model.onnx": b"o" * 100_000, "metrics.json": b"{}"}
 UPLOADS = "/api/2.0/mlflow-artifacts/artifacts/"
@@ -54,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         request = urllib.request.Request(self.server.upstream + self.path, body or None, headers, method=self.command)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 self._answer(answer.status, answer.read())
         except urllib.error.HTTPError as error:
             self._answer(error.code, error.read())
@@ -84,7 +85,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     def is_up() -> bool:
         assert process.poll() is None, Path(folder, "log").read_text()
         try:
-            return urllib.request.urlopen(f"{upstream}/health", timeout=5).status == 200
+            return urllib.request.urlopen(f"{upstream}/health", timeout=60).status == 200
         except OSError:
             return False
 
@@ -94,17 +95,17 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         yield server
         server.shutdown()
     process.terminate()
-    process.wait(30)
+    process.wait(120)
 
 
-def train(proxy: Proxy, experiment: str, patience_seconds: float) -> tuple[Tracker, list[str]]:
-    """What a training sends at its end."""
+def train(proxy: Proxy, experiment: str) -> Tracker:
+    """What a training sends at its end but for the end of the run."""
     target = MlflowTarget(tracking_uri=proxy.url, experiment=experiment, registered_model=experiment)
     tracker = Tracker(target, "0" * 64)
     tracker.start({})
     wait_until(lambda: tracker.run_id, "the run to be opened")
     tracker.log_model(FILES, {"model_digest": "d" * 64})
-    return tracker, tracker.close("FINISHED", patience_seconds)
+    return tracker
 
 
 @pytest.mark.parametrize("fault", ["swallow", "halve"])
@@ -112,21 +113,21 @@ def test_a_model_whose_artifacts_were_lost_on_the_way_is_not_registered(
     proxy: Proxy, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy.fault, proxy.hits = fault, UPLOADS
-    _, unsent = train(proxy, fault, patience_seconds=8)
-    assert "model" in unsent
+    tracker = train(proxy, fault)
     found = "missing" if fault == "swallow" else "50000 bytes"
-    assert f"lacks what was sent: model.onnx ({found}, sent 100000)" in caplog.text
+    lost = f"lacks what was sent: model.onnx ({found}, sent 100000)"
+    wait_until(lambda: lost in caplog.text, "the loss to be found")
+    assert "model" in tracker.close("FINISHED", patience_seconds=2)
     assert MlflowClient(proxy.url).search_model_versions(f"name = '{fault}'") == []
 
 
-def test_a_model_is_registered_once_its_artifacts_are_stored(proxy: Proxy) -> None:
+def test_a_model_is_registered_once_its_artifacts_are_stored(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
     """The first upload is lost; the next one is not."""
     proxy.fault, proxy.hits = "halve", UPLOADS
-    timer = threading.Timer(3, setattr, (proxy, "fault", None))
-    timer.start()
-    tracker, unsent = train(proxy, "recovered", patience_seconds=120)
-    timer.join()
-    assert unsent == []
+    tracker = train(proxy, "recovered")
+    wait_until(lambda: "lacks what was sent" in caplog.text, "the loss to be found")
+    proxy.fault = None
+    assert tracker.close("FINISHED", patience_seconds=500) == []
     (version,) = MlflowClient(proxy.url).search_model_versions("name = 'recovered'")
     assert version.version == tracker.model_version
     stored = MlflowClient(proxy.url).list_artifacts(str(tracker.run_id), "model")
@@ -135,16 +136,17 @@ def test_a_model_is_registered_once_its_artifacts_are_stored(proxy: Proxy) -> No
     }
 
 
-def test_a_run_whose_end_was_lost_is_reported(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_whose_end_was_lost_is_reported(proxy: Proxy) -> None:
     proxy.fault, proxy.hits = "swallow", "/runs/update"
-    _, unsent = train(proxy, "unfinished", patience_seconds=8)
-    assert unsent == ["end of the run as FINISHED"]
+    tracker = train(proxy, "unfinished")
+    wait_until(lambda: tracker.model_version, "the model to be registered")
+    assert tracker.close("FINISHED", patience_seconds=2) == ["end of the run as FINISHED"]
 
 
 def test_prune_removes_the_version_the_run_and_the_artifacts_of_a_model(proxy: Proxy) -> None:
     proxy.fault = None
-    tracker, unsent = train(proxy, "pruned", 60)
-    assert unsent == []
+    tracker = train(proxy, "pruned")
+    assert tracker.close("FINISHED", patience_seconds=500) == []
     mlflow = MlflowServer(tracking_uri=proxy.url, experiment="pruned", registered_model="pruned")
     client, policy = MlflowClient(proxy.url), Policy(retire_registered=True)
     assert list(prune_tracking(client, mlflow, {"e" * 64}, policy)) == []

@@ -29,7 +29,6 @@ def test_a_job_that_is_refused_has_its_exit_code_and_its_reason(tmp_path: Path, 
         env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=200,
         check=False,
     )
     assert done.returncode == EXIT_BAD_SPEC, done.stdout + done.stderr

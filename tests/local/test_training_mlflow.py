@@ -2,11 +2,10 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,12 @@ from mlflow.entities import Run
 
 from cifar_assets.training.spec import JobSpec
 from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME
+from tests.fixtures.pausing import pausing
+from tests.fixtures.ports import free_port
+from tests.fixtures.workspace import wait_until
 from tests.unit.training.jobs import Workplace, fork_trainer, json_file, run_forked, start_trainer, wait_for_line
+
+pytestmark = pytest.mark.timeout(1800)
 
 TAGS = {"dagster.run_id": "run-1", "dagster.attempt": "0"}
 
@@ -40,16 +44,18 @@ def tracked(place: Workplace, experiment: str, recipe_fields: dict | None = None
         "artifact_uri": (place.folder / "artifacts" / experiment).as_uri(),
         "registered_model": experiment,
         "tags": TAGS,
+        "patience_seconds": 400,
         **target,
     }
     return place.spec(experiment, recipe_fields=recipe_fields or {}, mlflow=mlflow)
 
 
 def runs_of(place: Workplace, experiment: str) -> list[Run]:
-    """Runs of an experiment, the first one first."""
+    """Runs of an experiment, the first one first; none before the experiment is made."""
     client = MlflowClient(tracking_uri(place))
     found = client.get_experiment_by_name(experiment)
-    assert found is not None
+    if found is None:
+        return []
     return list(client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"]))
 
 
@@ -95,24 +101,22 @@ def test_a_training_that_fails_is_failed_and_its_retry_is_a_run_of_its_own(place
 
 def test_a_training_that_is_stopped_is_killed_in_mlflow_too(place: Workplace) -> None:
     """What a cancel does to the process."""
-    process = start_trainer(tracked(place, "stopped", {"epochs": 400}))
-    wait_for_line(process, "Epoch 2/")
+    process = start_trainer(tracked(place, "stopped"), env=pausing(place.folder / "pause-stopped"))
+    wait_for_line(process, "Epoch 1/")
+    # what is logged before the stop; the end of the run alone has to be in time for the process's own end
+    wait_until(lambda: any("train_loss" in run.data.metrics for run in runs_of(place, "stopped")), "the first epoch")
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == EXIT_RESUME, output
     assert [run.info.status for run in runs_of(place, "stopped")] == ["KILLED"]
 
 
 def test_what_a_killed_process_left_open_is_closed_by_the_next_one(place: Workplace) -> None:
     """Where the pod is started again by Kubernetes and the launcher sees one job."""
-    spec = tracked(place, "killed", {"epochs": 60})
-    process = fork_trainer(spec)
-    deadline = time.monotonic() + 120
-    client = MlflowClient(tracking_uri(place))
-    while client.get_experiment_by_name("killed") is None or not runs_of(place, "killed"):
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    spec = tracked(place, "killed")
+    process = fork_trainer(spec, pausing(place.folder / "pause-killed"))
+    wait_until(lambda: runs_of(place, "killed") or not process.is_alive(), "the run to be opened")
+    assert process.is_alive()
     process.kill()
     process.join()
     assert [run.info.status for run in runs_of(place, "killed")] == ["RUNNING"]
@@ -125,9 +129,7 @@ def test_what_a_killed_process_left_open_is_closed_by_the_next_one(place: Workpl
 @pytest.fixture
 def port() -> int:
     """A port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    return free_port()
 
 
 def test_training_continues_without_mlflow_and_names_what_was_not_sent(
@@ -142,28 +144,34 @@ def test_training_continues_without_mlflow_and_names_what_was_not_sent(
     assert "Not sent to MLflow" in output
 
 
-@pytest.fixture
-def server(place: Workplace, port: int, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A real tracking server that starts seconds after the training does."""
-    command = (
-        f"sleep 4; exec {sys.executable} -m mlflow server --backend-store-uri sqlite:///{place.folder}/server.db "
-        f"--artifacts-destination {tmp_path} --serve-artifacts --port {port} --workers 1"
-    )
+@contextmanager
+def tracking_server(place: Workplace, port: int) -> Iterator[None]:
+    """A real tracking server while the block runs."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{place.folder}/server.db"]
+    command += ["--artifacts-destination", str(place.folder / "served"), "--serve-artifacts"]
+    command += ["--port", str(port), "--workers", "1"]
     # its workers for jobs of its own are many, and not needed here
     env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
-    yield process
-    process.terminate()
-    process.wait(30)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(120)
 
 
-def test_mlflow_server_that_starts_late_gets_everything(
-    place: Workplace, port: int, server: subprocess.Popen[bytes]
-) -> None:
+def test_mlflow_server_that_starts_late_gets_everything(place: Workplace, port: int) -> None:
     """Over HTTP, artifacts proxied by the server."""
     uri = f"http://127.0.0.1:{port}"
-    code, output = run_forked(tracked(place, "late", tracking_uri=uri, artifact_uri=None))
-    assert code == 0, output
+    process = start_trainer(tracked(place, "late", tracking_uri=uri, artifact_uri=None))
+    wait_for_line(process, "MLflow: start of the run failed and is tried again")
+    with tracking_server(place, port):
+        output, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, output
+        check_what_was_sent(place, uri)
+
+
+def check_what_was_sent(place: Workplace, uri: str) -> None:
     digest, metrics = place.only_model("late")
     assert json_file(place.models("late"), f"{digest}/performance.json")["mlflow_unsent"] == []
     client = MlflowClient(uri)

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from resources.trainer.contract import EXIT_RESUME
+from tests.fixtures.pausing import pausing
 from tests.unit.training.jobs import Workplace, fork_trainer, json_file, run_forked, start_trainer, wait_for_line
 
+pytestmark = pytest.mark.timeout(1800)
+
 NUM_KILLS = 20
+LONG_RECIPE = {"epochs": 40}
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Workplace:
     return Workplace.make(tmp_path)
-
-
-def long_recipe(**changes: object) -> dict[str, object]:
-    return {"epochs": 40, **changes}
 
 
 def wait_for_checkpoints(process: ForkServerProcess, place: Workplace, num_new: int) -> None:
@@ -37,11 +37,11 @@ def wait_for_checkpoints(process: ForkServerProcess, place: Workplace, num_new: 
 def test_twenty_kills_at_random_moments_change_no_bit(place: Workplace) -> None:
     """SIGKILL, from before the first step to the writing of the model; then the same spec once more."""
     execution = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 2}
-    undisturbed = place.spec("undisturbed", recipe_fields=long_recipe(), execution=execution)
-    spec = place.spec("killed", recipe_fields=long_recipe(), execution=execution)
+    undisturbed = place.spec("undisturbed", recipe_fields=LONG_RECIPE, execution=execution)
+    spec = place.spec("killed", recipe_fields=LONG_RECIPE, execution=execution)
     fork_trainer(undisturbed).join()  # a first start is slower; the second one is timed
     before = time.monotonic()
-    again = fork_trainer(place.spec("again", recipe_fields=long_recipe(), execution=execution))
+    again = fork_trainer(place.spec("again", recipe_fields=LONG_RECIPE, execution=execution))
     again.join()
     seconds = time.monotonic() - before
     assert again.exitcode == 0
@@ -71,16 +71,16 @@ def test_twenty_kills_at_random_moments_change_no_bit(place: Workplace) -> None:
 
 
 def test_sigterm_leaves_a_checkpoint_and_says_that_there_is_more(place: Workplace) -> None:
-    recipe = long_recipe(epochs=400)
-    spec = place.spec("stopped", recipe_fields=recipe, execution={"threads": 1, "checkpoint_every_steps": 0})
-    process = start_trainer(spec)
-    wait_for_line(process, "Epoch 3/")
+    spec = place.spec("stopped", execution={"threads": 1, "checkpoint_every_steps": 0})
+    process = start_trainer(spec, env=pausing(place.folder / "pause"))
+    wait_for_line(process, "Epoch 1/")
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == EXIT_RESUME, output
     assert "start the same spec again" in output
     assert place.published("stopped") == {}
-    assert place.checkpoints("stopped")
+    step = int(place.checkpoints("stopped")[-1].name.split("-")[1])
+    assert f"Stopped after step {step} of" in output
 
 
 def test_unreachable_store_is_a_transient_failure(place: Workplace) -> None:
@@ -95,8 +95,8 @@ def test_unreachable_store_is_a_transient_failure(place: Workplace) -> None:
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_training_continues_where_it_was(place: Workplace, stop: signal.Signals) -> None:
-    spec = place.spec("stopped", recipe_fields=long_recipe())
-    process = fork_trainer(spec)
+    spec = place.spec("stopped")
+    process = fork_trainer(spec, pausing(place.folder / "pause"))
     while not place.checkpoints("stopped"):
         assert process.is_alive()
         time.sleep(0.01)
@@ -106,21 +106,22 @@ def test_a_stopped_training_continues_where_it_was(place: Workplace, stop: signa
     assert process.exitcode == EXIT_RESUME
     step = int(place.checkpoints("stopped")[-1].name.split("-")[1])
 
-    for job in (spec, place.spec("undisturbed", recipe_fields=long_recipe())):
+    for job in (spec, place.spec("undisturbed")):
         process = fork_trainer(job)
         process.join()
         assert process.exitcode == 0
     digest, metrics = place.only_model("stopped")
     assert digest == place.only_model("undisturbed")[0]
-    assert len(metrics["history"]) == 40
+    assert len(metrics["history"]) == 3
     performance = json_file(place.models("stopped"), f"{digest}/performance.json")
     assert performance["resumed_from_step"] == step
     assert "Continuing from the checkpoint" in place.models("stopped").read(f"{digest}/training.log").decode()
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(place: Workplace) -> None:
-    spec = place.spec("damaged", recipe_fields=long_recipe())
-    process = fork_trainer(spec)
+    execution = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 2}
+    spec = place.spec("damaged", execution=execution)
+    process = fork_trainer(spec, pausing(place.folder / "pause"))
     while len(place.checkpoints("damaged")) < 2:
         assert process.is_alive()
         time.sleep(0.01)
@@ -129,7 +130,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(place: Workplace) -> N
     newest = place.checkpoints("damaged")[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
 
-    for job in (spec, place.spec("undisturbed", recipe_fields=long_recipe())):
+    for job in (spec, place.spec("undisturbed")):
         process = fork_trainer(job)
         process.join()
         assert process.exitcode == 0

@@ -19,6 +19,7 @@ from cifar_assets.training.networks import PublishedNetwork, build_network
 from cifar_assets.training.recipes import Recipe, get_recipe
 from cifar_assets.training.spec import JobSpec
 from resources.object_store import FolderStore
+from tests.fixtures import pausing
 from tests.unit.training.small_dataset import store_dataset
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
@@ -112,9 +113,9 @@ def start_trainer(spec: JobSpec, *launcher: str, env: Mapping[str, str] | None =
     )
 
 
-def fork_trainer(spec: JobSpec) -> ForkServerProcess:
+def fork_trainer(spec: JobSpec, env: Mapping[str, str] | None = None) -> ForkServerProcess:
     """Start a job in a process of its own that finds torch loaded already, so that twenty of them take seconds."""
-    return _fork(spec, os.devnull, {})
+    return _fork(spec, os.devnull, env or {})
 
 
 def run_forked(spec: JobSpec, env: Mapping[str, str] | None = None) -> tuple[int, str]:
@@ -137,6 +138,8 @@ def _trainer_process(output: str, env: dict[str, str]) -> None:
     from cifar_assets.training.__main__ import main
 
     os.environ.update(env)
+    if pausing.VARIABLE in env:
+        pausing.pause_trainers()
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
