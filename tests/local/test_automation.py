@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import time
 from collections.abc import Iterator, Sequence
 
 import dagster as dg
@@ -18,7 +20,10 @@ from cifar_assets.dataset.versions.raw import read_raw
 from cifar_assets.demo import FOUR_ASSETS
 from resources.inference_service.client import InferenceClient
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.pausing import pausing
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
+
+pytestmark = pytest.mark.timeout(1800)
 
 LANDED_KEY = "landing/cameras.parquet"
 NUM_GOOD, NUM_BAD = 500, 20
@@ -53,16 +58,28 @@ def served(workspace: Workspace) -> str:
 @pytest.fixture(scope="module")
 def daemon(workspace: Workspace, served: str) -> Iterator[dg.DagsterInstance]:
     """`dagster dev` in the working folder, as a user runs it."""
-    with workspace.dagster_dev(RETRAIN_CONFIG=json.dumps(SMALL_TRAINING)), workspace.instance() as instance:
+    variables = {"RETRAIN_CONFIG": json.dumps(SMALL_TRAINING), **pausing(workspace.folder / "pause")}
+    with workspace.dagster_dev(**variables), workspace.instance() as instance:
         yield instance
 
 
 def client(workspace: Workspace) -> InferenceClient:
-    return InferenceClient(f"http://127.0.0.1:{workspace.environment['INFERENCE_SERVICE_PORT']}")
+    return InferenceClient(f"http://127.0.0.1:{workspace.environment['INFERENCE_SERVICE_PORT']}", timeout=300)
 
 
-def land_ten_rows(number: int) -> None:
-    LocalObjectStore().raw.write(f"landing/more-{number}.parquet", landed_parquet(10, 0, seed=100 + number))
+def land(*objects: tuple[str, bytes]) -> None:
+    """Put the objects under landing/ as if they had been there for an hour: an upload that lasts is waited for."""
+    raw, an_hour_ago = LocalObjectStore().raw, time.time() - 3600
+    for key, data in objects:
+        raw.write(key, data)
+    for key, _ in objects:
+        path = raw.local_path(key)
+        assert path is not None
+        os.utime(path, (an_hour_ago, an_hour_ago))
+
+
+def ten_rows(number: int) -> tuple[str, bytes]:
+    return f"landing/more-{number}.parquet", landed_parquet(10, 0, seed=100 + number)
 
 
 def ticks(instance: dg.DagsterInstance) -> Sequence[InstigatorTick]:
@@ -83,14 +100,12 @@ def test_landed_rows_are_trained_on_or_rejected_and_the_service_names_the_new_ve
     """Five objects between two ticks are one run; three more while it trains are one run after it (case C07)."""
     raw = LocalObjectStore().raw
     raw.write("landing/.keep", b"")
-    raw.write(LANDED_KEY, landed_parquet(NUM_GOOD, NUM_BAD, seed=7))
-    for number in range(4):
-        land_ten_rows(number)
+    land((LANDED_KEY, landed_parquet(NUM_GOOD, NUM_BAD, seed=7)), *map(ten_rows, range(4)))
     wait_until(lambda: landing_runs(daemon), "the sensor to start a run")
-    land_ten_rows(4)
-    wait_until(lambda: len(ticks(daemon)) > 1 or landing_runs(daemon)[0].is_finished, "a tick while it runs")
-    land_ten_rows(5)
-    land_ten_rows(6)
+    land(ten_rows(4))
+    wait_until(lambda: len(ticks(daemon)) > 1, "a tick while it runs")
+    land(ten_rows(5), ten_rows(6))
+    (workspace.folder / "pause").unlink()
     wait_until(lambda: len(landing_runs(daemon)) == 2, "the sensor to start the run that follows")
     wait_until(lambda: all(run.is_finished for run in landing_runs(daemon)), "the runs to end")
     first, second = (daemon.get_run_record_by_id(run.run_id) for run in reversed(landing_runs(daemon)))
@@ -126,7 +141,7 @@ def test_a_landing_that_changes_nothing_trains_nothing(daemon: dg.DagsterInstanc
     raw = LocalObjectStore().raw
     before = daemon.get_latest_materialization_event(TRAINED_MODEL)
     assert before is not None
-    raw.write("landing/the-same-again.parquet", raw.read(LANDED_KEY))
+    land(("landing/the-same-again.parquet", raw.read(LANDED_KEY)))
     wait_until(lambda: len(landing_runs(daemon)) == 3, "the sensor to look at the copy")
     wait_until(lambda: all(run.is_finished for run in landing_runs(daemon)), "the run to end")
     after = daemon.get_latest_materialization_event(TRAINED_MODEL)

@@ -1,9 +1,11 @@
 """Trainings and commands that are cancelled or killed: what Dagster and MLflow report, and that they continue."""
 
+import os
 import signal
 import subprocess
-import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import psutil
@@ -11,93 +13,121 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from cifar_assets.assets.keys import TRAINING_POOL
+from cifar_assets.assets.keys import TRAINED_MODEL, TRAINING_POOL
 from resources.mlflow.resource import ATTEMPT_TAG, RUN_ID_TAG, LocalMlflow
-from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
+from tests.fixtures.pausing import pausing
+from tests.fixtures.workspace import SMALL_TRAINING, Workspace, command_of, wait_until
 
-LONG_TRAINING = {**SMALL_TRAINING, "overrides": {**SMALL_TRAINING["overrides"], "epochs": 6}}
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
 def data(workspace: Workspace) -> None:
     done = workspace.materialize("cifar10/raw_dataset,cifar10/processed_dataset")
     assert done.returncode == 0, done.stdout
+    LocalMlflow().prepare()
+    MlflowClient(LocalMlflow().uri).search_experiments()  # makes the tables, which two processes cannot at once
 
 
-def start_training(workspace: Workspace, seed: int) -> tuple[subprocess.Popen[bytes], Path]:
-    """Starts the long training and waits until an epoch is done."""
-    log = workspace.folder / f"seed-{seed}.log"
-    command = workspace.materialize_command("cifar10/trained_model", {"trained_model": {**LONG_TRAINING, "seed": seed}})
+@dataclass(frozen=True)
+class Training:
+    """A command that trains and pauses."""
+
+    process: "subprocess.Popen[bytes]"
+    trainer: psutil.Process
+    pause: Path
+    log_file: Path
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+
+def start_training(workspace: Workspace, seed: int) -> Training:
+    """Starts a training and waits until it pauses after an epoch, which has a checkpoint and is logged to MLflow."""
+    before = len(mlflow_runs())
+    log, pause = workspace.folder / f"seed-{seed}.log", workspace.folder / f"pause-{seed}"
+    command = workspace.materialize_command("cifar10/trained_model", config(seed))
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=workspace.folder, stdout=output, stderr=output)
-    wait_until(lambda: "Epoch 1/6" in log.read_text() or process.poll() is not None, "the first epoch")
+        process = subprocess.Popen(
+            command, cwd=workspace.folder, env={**os.environ, **pausing(pause)}, stdout=output, stderr=output
+        )
+
+    def is_pausing() -> bool:
+        known = any("train_loss" in run.data.metrics for run in mlflow_runs()[before:])
+        return known and "Epoch 1/4" in log.read_text()
+
+    wait_until(lambda: is_pausing() or process.poll() is not None, "the first epoch")
     assert process.poll() is None, log.read_text()
-    return process, log
+    children = psutil.Process(process.pid).children(recursive=True)
+    trainer = next(child for child in children if "cifar_assets.training" in command_of(child))
+    return Training(process, trainer, pause, log)
 
 
-def trainer_of(process: subprocess.Popen[bytes]) -> psutil.Process:
-    return next(
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "cifar_assets.training" in child.cmdline()
-    )
+def config(seed: int) -> dict[str, Any]:
+    return {"trained_model": {**SMALL_TRAINING, "seed": seed}}
 
 
 def mlflow_runs() -> list[Run]:
     client = MlflowClient(LocalMlflow().uri)
     experiment = client.get_experiment_by_name("cifar10")
-    assert experiment is not None
+    if experiment is None:
+        return []
     return sorted(client.search_runs([experiment.experiment_id]), key=lambda run: run.info.start_time)
 
 
 @pytest.mark.usefixtures("data")
 def test_a_cancelled_training_stops_is_killed_in_mlflow_and_continues_when_asked(workspace: Workspace) -> None:
-    process, log = start_training(workspace, seed=1)
-    trainer = trainer_of(process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(120) != 0, log.read_text()
-    assert not trainer.is_running()
-    assert [run.info.status for run in mlflow_runs()] == ["KILLED"]
-    assert log.read_text().count("Recipe resnet18") <= 2, "a cancelled step was started again"
+    before = len(mlflow_runs())
+    training = start_training(workspace, seed=1)
+    training.process.send_signal(signal.SIGINT)
+    assert training.process.wait(500) != 0, training.log
+    assert not training.trainer.is_running()
+    assert [run.info.status for run in mlflow_runs()[before:]] == ["KILLED"]
+    assert training.log.count("Recipe resnet18") <= 2, "a cancelled step was started again"
     with workspace.instance() as instance:
         pool = instance.event_log_storage.get_concurrency_info(TRAINING_POOL)
     assert (pool.active_slot_count, pool.pending_step_count) == (0, 0)
 
-    done = workspace.materialize("cifar10/trained_model", {"trained_model": {**LONG_TRAINING, "seed": 1}})
+    done = workspace.materialize("cifar10/trained_model", config(seed=1))
     assert done.returncode == 0, done.stdout
     assert "Continuing from the checkpoint" in done.stdout
-    assert [run.info.status for run in mlflow_runs()] == ["KILLED", "FINISHED"]
+    assert [run.info.status for run in mlflow_runs()[before:]] == ["KILLED", "FINISHED"]
 
 
 @pytest.mark.usefixtures("data")
 def test_a_killed_trainer_is_failed_in_mlflow_and_tried_again_from_its_checkpoint(workspace: Workspace) -> None:
     before = len(mlflow_runs())
-    process, log = start_training(workspace, seed=2)
-    time.sleep(1)
-    trainer_of(process).kill()
-    assert process.wait(240) == 0, log.read_text()
-    assert "Continuing from the checkpoint" in log.read_text()
+    training = start_training(workspace, seed=2)
+    training.trainer.kill()
+    training.pause.unlink()
+    assert training.process.wait(500) == 0, training.log
+    assert "Continuing from the checkpoint" in training.log
     failed, finished = mlflow_runs()[before:]
     assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
     assert (failed.data.tags[ATTEMPT_TAG], finished.data.tags[ATTEMPT_TAG]) == ("0", "1")
     assert failed.data.tags[RUN_ID_TAG] == finished.data.tags[RUN_ID_TAG]
 
 
-def runs_newest_first(workspace: Workspace) -> list[dg.DagsterRun]:
-    with workspace.instance() as instance:
-        return list(instance.get_runs())
+def kill_command(training: Training) -> None:
+    """Kill the command and wait for its trainer, which then stops by itself."""
+    training.process.kill()
+    training.process.wait()
+    training.pause.unlink()
+    training.trainer.wait(500)
+
+
+def training_runs_newest_first(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
+    return [run for run in instance.get_runs() if TRAINED_MODEL in (run.asset_selection or ())]
 
 
 @pytest.mark.usefixtures("data")
 def test_the_command_after_a_killed_one_fails_its_run_and_continues_the_training(workspace: Workspace) -> None:
-    process, _log = start_training(workspace, seed=3)
-    wait_until(lambda: mlflow_runs()[-1].info.status == "RUNNING", "the training's run in MLflow")
-    time.sleep(1)
-    process.kill()
-    process.wait()
-    done = workspace.materialize("cifar10/trained_model", {"trained_model": {**LONG_TRAINING, "seed": 3}})
+    kill_command(start_training(workspace, seed=3))
+    done = workspace.materialize("cifar10/trained_model", config(seed=3))
     assert done.returncode == 0, done.stdout
-    succeeded, killed, *_ = runs_newest_first(workspace)
+    with workspace.instance() as instance:
+        succeeded, killed, *_ = training_runs_newest_first(instance)
     assert f"Run {killed.run_id} was found dead" in done.stdout
     assert "Continuing from the checkpoint" in done.stdout
     assert (killed.status, succeeded.status) == (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS)
@@ -109,16 +139,15 @@ def test_the_command_after_a_killed_one_fails_its_run_and_continues_the_training
 @pytest.mark.usefixtures("data")
 def test_dagster_dev_fails_the_run_of_a_killed_command(workspace: Workspace) -> None:
     with workspace.dagster_dev(), workspace.instance() as instance:
-        process, _log = start_training(workspace, seed=4)
-        process.kill()
-        process.wait()
-        killed = instance.get_runs(limit=1)[0]
+        training = start_training(workspace, seed=4)
+        killed = training_runs_newest_first(instance)[0]
+        kill_command(training)
 
         def failed() -> bool:
             run = instance.get_run_by_id(killed.run_id)
             return run is not None and run.is_finished
 
-        wait_until(failed, "the daemon to fail the run", 120)
+        wait_until(failed, "the daemon to fail the run")
         (event,) = instance.all_logs(killed.run_id, of_type=dg.DagsterEventType.RUN_FAILURE)
         assert "Its process on this machine was killed or crashed" in (event.get_dagster_event().message or "")
         pool = instance.event_log_storage.get_concurrency_info(TRAINING_POOL)
