@@ -45,7 +45,7 @@ ADVICE: Mapping[Cause, str] = {
 }
 """What to do about each cause, where `operator` looks after the kind."""
 
-NOT_STARTED_REASONS = ("RunContainerError", "StartError", "ContainerCannotRun", "CreateContainerError")
+NOT_STARTED_REASONS = ("RunContainerError", "StartError", "ContainerCannotRun")
 _WAITING_CAUSES: Mapping[str, Cause] = {
     **dict.fromkeys(NOT_STARTED_REASONS, Cause.NOT_STARTED),
     **dict.fromkeys(
@@ -180,7 +180,8 @@ class WatchLimits:
     blocked_timeout_seconds: float = 120.0
     """The image cannot be pulled, or a Secret or ConfigMap is missing."""
     start_timeout_seconds: float = 1800.0
-    """Nothing is wrong but a pod is not running: a large image is being pulled. Also for an operator that is away."""
+    """Nothing is wrong but a pod is not running: a large image is being pulled. Also how long an operator may be away,
+    and how long after its deadline a job may still be active."""
     outage_timeout_seconds: float = 600.0
     """No answer from the API server."""
     final_exit_codes: tuple[int, ...] = ()
@@ -215,22 +216,23 @@ class Patience:
         self._clock = clock
         self._spent: dict[Cause, float] = {}
         self._calm = 0.0
-        self._cause: Cause | None = None
+        self.cause: Cause | None = None
+        """What was in the way at the last look."""
         self._seen_at = clock()
 
     def spend(self, obstacle: Obstacle | None) -> float:
         """Seconds for which the obstacle's cause has been seen so far; 0 when nothing is in the way."""
         now = self._clock()
         passed, self._seen_at = now - self._seen_at, now
-        if self._cause:
-            self._spent[self._cause] = self._spent.get(self._cause, 0.0) + passed
+        if self.cause:
+            self._spent[self.cause] = self._spent.get(self.cause, 0.0) + passed
             self._calm = 0.0
         else:
             self._calm += passed
             if self._calm >= self._limits.calm_seconds:
                 self._spent.clear()
-        self._cause = obstacle.cause if obstacle else None
-        return self._spent.get(self._cause, 0.0) if self._cause else 0.0
+        self.cause = obstacle.cause if obstacle else None
+        return self._spent.get(self.cause, 0.0) if self.cause else 0.0
 
 
 class Outage:

@@ -199,15 +199,15 @@ class JobClient(CustomResourceClient[J], Generic[J]):
         exit_code = first.exit_code if first else None
         events = event_lines(self.events(job, history.pods.values()))
         return Diagnosis(
-            cause,
-            summary,
-            self.advice(cause),
-            limits.is_worth_retrying(cause, exit_code),
-            str(job),
-            exit_code,
-            (*([message] if message else []), *map(exit_line, failures), *events),
-            {first.replica: tails[first.replica]} if first and tails.get(first.replica) else dict(tails),
-            remove,
+            cause=cause,
+            summary=summary,
+            advice=self.advice(cause),
+            transient=limits.is_worth_retrying(cause, exit_code),
+            subject=str(job),
+            exit_code=exit_code,
+            details=(*([message] if message else []), *map(exit_line, failures), *events),
+            log_tails={first.replica: tails[first.replica]} if first and tails.get(first.replica) else dict(tails),
+            remove=remove,
         )
 
     def events(self, job: J, pods: Any) -> list[str]:

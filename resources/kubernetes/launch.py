@@ -110,7 +110,7 @@ class JobLauncher(Generic[J]):
         self._outage_seconds = outage_seconds
         self._create_in_doubt = False
         """Whether a create call was sent that may still take effect though no answer came."""
-        self._unwanted: set[str] = set()
+        self._to_remove: set[str] = set()
         """Names of jobs that have to go with their pods."""
 
     def start(self, request: JobRequest, manifest: Mapping[str, Any]) -> Started[J]:
@@ -119,8 +119,9 @@ class JobLauncher(Generic[J]):
         ResourceConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without
         an answer; ResourceStuckError when the name stays taken, or what is to be replaced does not go away.
         """
+        # Two deadlines: for an API server that does not answer and, from its first answer on, for what is in the way.
         outage = Outage(self._clock, self._outage_seconds, logger=self._log, meanwhile=f"{request} waits to be started")
-        since: float | None = None
+        answered_at: float | None = None
         left: Sequence[str] = ()
         while True:
             try:
@@ -129,10 +130,10 @@ class JobLauncher(Generic[J]):
                 if started:
                     return started
                 outage.end()
-                since = self._clock() if since is None else since
+                answered_at = self._clock() if answered_at is None else answered_at
             except ApiUnavailableError as error:
                 outage.endure(error)
-            if since is not None and self._clock() - since > _REPLACE_TIMEOUT_SECONDS:
+            if answered_at is not None and self._clock() - answered_at > _REPLACE_TIMEOUT_SECONDS:
                 raise ResourceStuckError(
                     f"{request} could not be started for {_REPLACE_TIMEOUT_SECONDS:.0f} s: {_why(left)}"
                 )
@@ -150,7 +151,7 @@ class JobLauncher(Generic[J]):
         while self._clock() - began <= timeout_seconds:
             try:
                 own = self._own(request)
-                if not self._clear(request, own, own, grace_seconds) and self._clock() - began >= settle_seconds:
+                if not self._remove_all(request, own, own, grace_seconds) and self._clock() - began >= settle_seconds:
                     return
             except ApiUnavailableError as error:
                 self._log.warning("Still removing %s: %s", request, error)
@@ -175,22 +176,25 @@ class JobLauncher(Generic[J]):
         """The job to adopt, and what is still there of the others."""
         own = self._own(request)
         kept = next((job for job in reversed(own) if request.why_not(job) is None), None)
-        unwanted = [job for job in own if job is not kept]
-        for job in unwanted:
-            if job.name not in self._unwanted:
+        replaced = [job for job in own if job is not kept]
+        for job in replaced:
+            if job.name not in self._to_remove:
                 reason = request.why_not(job) or "a newer one of the step is kept"
                 self._log.info("Replacing %s: %s.", job, reason)
-        return kept, self._clear(request, own, unwanted, _REPLACE_GRACE_SECONDS)
+        return kept, self._remove_all(request, own, replaced, _REPLACE_GRACE_SECONDS)
 
-    def _clear(self, request: JobRequest, own: Sequence[J], unwanted: Sequence[J], grace_seconds: int) -> list[str]:
-        """Remove what may not stay: jobs with their pods, and pods whose job is gone. Returns what is still there."""
+    def _find_orphans(self, request: JobRequest, own: Sequence[J]) -> set[str]:
+        """Names of the step's jobs that are gone and have left pods."""
         owners = self._client.owners_of_pods(request.namespace, selector(**request.step_labels))
         known = {job.name for job in own}
-        orphaned = {name for name, run_id in owners if name not in known and run_id in request.run_ids}
-        self._unwanted |= {job.name for job in unwanted} | orphaned
-        uids = {job.uid for job in unwanted}
+        return {name for name, run_id in owners if name not in known and run_id in request.run_ids}
+
+    def _remove_all(self, request: JobRequest, own: Sequence[J], jobs: Sequence[J], grace_seconds: int) -> list[str]:
+        """Remove these of the step's own jobs with their pods, and orphaned pods. Returns what is still there."""
+        self._to_remove |= {job.name for job in jobs} | self._find_orphans(request, own)
+        uids = {job.uid for job in jobs}
         left: list[str] = []
-        for name in sorted({*self._unwanted, *request.names, request.name}):
+        for name in sorted({*self._to_remove, *request.names, request.name}):
             current = self._client.get(request.namespace, name)
             if current is None or current.uid in uids:  # not another's job, nor one that is newer than the list
                 left += self._client.remove(request.namespace, name, current, grace_seconds)

@@ -54,8 +54,10 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
         self._handler: dg.PipesMessageHandler | None = None
         self._opened = False
         self._closed: Any = None
-        self._read: dict[str, str] = {}
-        self._recorded: dict[str, str] | None = None
+        self._handled_up_to: dict[str, str] = {}
+        """The last chunk of each writer that this attempt has handled."""
+        self._marked_up_to: dict[str, str] | None = None
+        """The same of every attempt of this Dagster run, as its mark in the store says; None until that is read."""
         self._unreadable = False
 
     @contextmanager
@@ -112,17 +114,18 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
 
     def _poll(self) -> None:
         mark = f"{MARKS_FOLDER}/{self._launch_id}/{self._run_id}.json"
-        if self._recorded is None:
-            self._recorded = self._load_mark(mark)
+        if self._marked_up_to is None:
+            self._marked_up_to = self._load_mark(mark)
         for info in self._store.list(self._folder):
             writer, _, chunk = info.key.removeprefix(self._folder).partition("/")
-            if chunk > self._read.get(writer, ""):
-                self._handle_chunk(info.key, replayed=chunk <= self._recorded.get(writer, ""))
-                self._read[writer] = chunk
-        recorded = {**self._recorded, **{w: c for w, c in self._read.items() if c > self._recorded.get(w, "")}}
-        if recorded != self._recorded:
-            self._store.write(mark, json.dumps(recorded).encode())
-            self._recorded = recorded
+            if chunk > self._handled_up_to.get(writer, ""):
+                self._handle_chunk(info.key, replayed=chunk <= self._marked_up_to.get(writer, ""))
+                self._handled_up_to[writer] = chunk
+        newer = {w: c for w, c in self._handled_up_to.items() if c > self._marked_up_to.get(w, "")}
+        if newer:
+            marked = {**self._marked_up_to, **newer}
+            self._store.write(mark, json.dumps(marked).encode())
+            self._marked_up_to = marked
 
     def _load_mark(self, key: str) -> dict[str, str]:
         try:
@@ -145,6 +148,12 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
     def _handle(self, message: Mapping[str, Any], *, replayed: bool) -> None:
         if self._handler is None:
             raise MessagesLostError("Messages are handled only while the Pipes session is open.")
+        # message               new              replayed: an earlier attempt of this run handled it
+        # first "opened"        to Dagster       to Dagster
+        # another "opened"      logged           nothing
+        # of _SHOWN_ONCE        to Dagster       nothing
+        # "closed"              at the end       at the end
+        # any other             to Dagster       to Dagster, and marked as replayed to `on_message`
         method = message["method"]
         if method == "closed":
             self._closed = message  # the last process to close counts: handed over when the session ends

@@ -66,6 +66,10 @@ def owned_job(
     try:
         yield launcher.start(request, manifest)
     except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt) as interrupt:
+        # run cancelled   step has a retry policy   the job    how the step ends
+        # no              either                    stays      by the interrupt; the next attempt adopts the job
+        # yes             no                        removed    by the interrupt
+        # yes             yes                       removed    by dg.Failure: Dagster would retry after an interrupt
         cancelled = False
         with capture_interrupts(), added_to(interrupt, context.log):  # a second signal must not stop the clean-up
             cancelled = is_being_cancelled(context)

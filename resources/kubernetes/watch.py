@@ -46,7 +46,6 @@ class JobWatcher(Generic[J]):
             clock, limits.outage_timeout_seconds, logger=logger, meanwhile="the work continues without being watched"
         )
         self._patience = Patience(limits, clock)
-        self._cause: Cause | None = None
         self._active_since = clock()
         self._progress: Sequence[str] = ()
         self._pods: Sequence[Pod] = ()
@@ -131,16 +130,14 @@ class JobWatcher(Generic[J]):
             )
 
     def _give_up_if_stuck(self, pods: Sequence[Pod]) -> None:
-        obstacle = self._client.obstacle(self._job, pods)
+        obstacle, earlier = self._client.obstacle(self._job, pods), self._patience.cause
         waited = self._patience.spend(obstacle)
         if obstacle is None:
-            self._cause = None
             return
         cause, allowed = obstacle.cause, self._limits.of(obstacle.cause)
-        if cause != self._cause and cause not in (Cause.SLOW_START, Cause.NO_PODS):
+        if cause != earlier and cause not in (Cause.SLOW_START, Cause.NO_PODS):
             left = max(0.0, allowed - waited)
             self._log.warning("%s waits: %s. It is given up after %.0f s.", self._job, obstacle, left)
-        self._cause = cause
         if waited >= allowed:
             phases = [f"{pod.replica}: {pod.phase}" for pod in pods]
             raise ResourceFailedError(
