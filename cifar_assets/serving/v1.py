@@ -51,16 +51,6 @@ class _Predict(BaseModel):
     instances: list[Any]
 
 
-@contextmanager
-def image_faults(field: str) -> Iterator[None]:
-    """Turn what is wrong with a picture into what is wrong with that part of the request."""
-    try:
-        yield
-    except ImageError as error:
-        status = 413 if isinstance(error, ImageTooLargeError) else 400
-        raise RequestError(field, error.expected, error.received, status=status) from error
-
-
 def parse(headers: Mapping[bytes, bytes], body: bytes, limits: ServingLimits) -> Query:
     """The images of a request. Raises RequestError."""
     expected = f"application/json, or multipart/form-data with a part named {_PART!r}"

@@ -153,10 +153,11 @@ class SpeedNet(nn.Module):
 
 def build_network(recipe: Recipe) -> ResNet18 | SpeedNet:
     """The recipe's network, its weights drawn from torch's global generator."""
-    if recipe.network == "resnet18":
-        network = ResNet18(recipe.width)
-    else:
-        network = SpeedNet(recipe.width, recipe.widening, recipe.depth)
+    match recipe.network:
+        case "resnet18":
+            network = ResNet18(recipe.width)
+        case "speednet":
+            network = SpeedNet(recipe.width, recipe.widening, recipe.depth)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = recipe.batch_norm_momentum

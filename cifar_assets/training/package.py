@@ -14,6 +14,7 @@ from torch import nn
 from torch.jit._trace import TracerWarning
 
 from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
+from cifar_assets.gate import ONNX_TOLERANCE
 from cifar_assets.model_package import (
     CARD_FILE,
     ENVIRONMENT_FILE,
@@ -37,8 +38,6 @@ _OPSET = 18
 _ONNX_IMAGES = 256
 _BATCH = 500
 _CALIBRATION_BINS = 15
-_TOLERANCE = 1e-3
-"""Largest difference between ONNX Runtime and torch that is accepted, as a fraction of the largest logit."""
 _REPEATABLE = {"epoch", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "resolution"}
 
 
@@ -192,7 +191,7 @@ def onnx_difference(onnx: bytes, images: NDArray[np.uint8], logits: NDArray[np.f
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     found: Any = session.run([MODEL_OUTPUT], {MODEL_INPUT: images})[0]
     difference = float(np.abs(found - logits).max())
-    allowed = _TOLERANCE * max(1.0, float(np.abs(logits).max()))
+    allowed = ONNX_TOLERANCE * max(1.0, float(np.abs(logits).max()))
     if not difference <= allowed:  # nor where the output is not finite
         raise DataError(
             f"The ONNX model differs from torch by {difference} on {len(images)} held-out images, expected at most "

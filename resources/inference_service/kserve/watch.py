@@ -13,6 +13,7 @@ from resources.inference_service.kserve.client import DEPLOY_FAILED, InferenceSe
 from resources.inference_service.kserve.config import CONTAINER_NAME
 from resources.interrupts import sleep
 from resources.kubernetes.diagnosis import (
+    ADVICE,
     Cause,
     Diagnosis,
     Patience,
@@ -36,12 +37,11 @@ T = TypeVar("T")
 
 _LOG_LINES = 12
 _ADVICE: Mapping[Cause, str] = {
+    **ADVICE,
     Cause.OUT_OF_MEMORY: "Raise `memory_limit`, or lower what the server holds at a time.",
-    Cause.EXIT_CODE: "The last lines of its log say why.",
     Cause.KILLED: "It was ended from outside, or did not get ready within `startup_seconds`; its log may say why.",
     Cause.NOT_STARTED: "Check the image: its entry point has to be the model server.",
     Cause.UNSCHEDULABLE: "Lower `cpu` and `memory`, or add nodes: an update needs room for one more replica.",
-    Cause.IMAGE: "Check the image's name and tag, that the node can reach its registry, and `image_pull_secrets`.",
     Cause.CONFIGURATION: "Create the Secret or ConfigMap that it names, in the service's namespace, or correct "
     "`env_secrets` and `env_config_maps`.",
     Cause.SLOW_START: "Look at the pods with kubectl describe, or raise `rollout_timeout_seconds`. Where there is no "
