@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, create_model
 
 from cifar_assets.assets import metadata
 from cifar_assets.assets.common import AccuracyGate, retrying_infrastructure_faults
@@ -28,17 +28,22 @@ JOB_METADATA = "job_identity"
 _KEPT_METADATA = (JOB_METADATA, RUN_METADATA, "model_version", "resumed_from")
 
 
-def _described(model: type[BaseModel]) -> str:
+def _fields_of(model: type[BaseModel]) -> type[dg.Config]:
+    """Config with the model's fields, of any value. Dagster refuses other names before a run, the model bad values."""
     fields = {name: field.description for name, field in model.model_fields.items() if name != "name"}
-    return "".join(f"\n- {name}: {description}" for name, description in fields.items())
+    optional: Any = {name: (Any, Field(default=None, description=text)) for name, text in fields.items()}
+    return create_model(f"{model.__name__}Fields", __base__=dg.Config, **optional)
+
+
+_RecipeFields, _ExecutionFields = _fields_of(Recipe), _fields_of(Execution)
 
 
 class TrainedModelConfig(dg.Config):
     """Which dataset, by which recipe, on how many processes."""
 
     recipe: str = Field(default=DEFAULT_RECIPE, description=f"One of {', '.join(sorted(RECIPES))}.")
-    overrides: dict[str, Any] = Field(
-        default={}, description=f"Fields of the recipe to change for this run, of:{_described(Recipe)}"
+    overrides: _RecipeFields = Field(  # pyright: ignore[reportInvalidTypeForm]: made above
+        default_factory=_RecipeFields, description="Fields of the recipe to change for this run."
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Decides initial weights, order and augmentation.")
     dataset_digest: str | None = Field(
@@ -47,8 +52,8 @@ class TrainedModelConfig(dg.Config):
     scale: TrainingScale = Field(
         default_factory=TrainingScale, description="Processes, and what each replica is given."
     )
-    execution: dict[str, Any] = Field(
-        default={}, description=f"How the job runs, which does not decide what it learns:{_described(Execution)}"
+    execution: _ExecutionFields = Field(  # pyright: ignore[reportInvalidTypeForm]
+        default_factory=_ExecutionFields, description="How the job runs, which does not decide what it learns."
     )
     reuse: bool = Field(
         default=False,
@@ -68,8 +73,8 @@ class TrainedModelConfig(dg.Config):
             object_store.models,
             dataset_digest,
             recipe=self.recipe,
-            overrides=self.overrides,
-            execution=self.execution,
+            overrides=self.overrides.model_dump(exclude_none=True),
+            execution=self.execution.model_dump(exclude_none=True),
             seed=self.seed,
             mlflow=mlflow,
         )
