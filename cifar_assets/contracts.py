@@ -3,6 +3,8 @@
 Everything here is part of a contract with stored data or with a remote process: a change is a migration.
 """
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from resources.mlflow.target import DEFAULT_NAME
 
 CLASSES = (
@@ -22,6 +24,25 @@ CLASSES = (
 IMAGE_SIZE = 32
 IMAGE_SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
 """Channels, height, width of one stored image (uint8 RGB)."""
+
+
+class ImageSpec(BaseModel):
+    """What a dataset's manifest and those of the models trained on it say of its images and classes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    classes: tuple[str, ...] = Field(description="Class names in label order.")
+    image_size: int = Field(
+        default=IMAGE_SIZE, ge=1, description="Height and width in pixels. Manifests without it are of CIFAR-10."
+    )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of one image (uint8 RGB)."""
+        return 3, self.image_size, self.image_size
+
+
+CIFAR10 = ImageSpec(classes=CLASSES)
 
 LANDING_PREFIX = "landing/"
 REJECTED_PREFIX = "rejected/"

@@ -12,7 +12,7 @@ import dagster as dg
 from PIL import Image
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE, TRAINED_MODEL
-from cifar_assets.contracts import CLASSES, MODEL_NAME
+from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.dataset.versions.reader import open_split
 from resources.digests import canonical_json
 from resources.inference_service.client import InferenceClient
@@ -57,7 +57,7 @@ _SYNTHETIC_TRAINING = {
         "epochs": 4,
         "batch_size": 64,
         "learning_rate": 0.05,
-        "resolutions": [{"start": 0.0, "size": 16.0}, {"start": 0.75, "size": 32.0}],
+        "resolutions": [{"start": 0.0, "size": 16.0}, {"start": 0.75}],
     },
 }
 _SYNTHETIC_NOTE = (
@@ -73,7 +73,7 @@ def _report(seconds: float) -> None:
         raise SystemExit("inference_service has no materialization.")
     served = {name: value.value for name, value in event.asset_materialization.metadata.items()}
     split = open_split(LocalObjectStore().processed, str(served["dataset_digest"]), "test")
-    labels = [CLASSES[label] for label in split.labels[:_NUM_PICTURES]]
+    labels = [split.manifest.classes[label] for label in split.labels[:_NUM_PICTURES]]
     pictures = [_PICTURE_FOLDER / f"test-{index}.png" for index in range(len(labels))]
     _PICTURE_FOLDER.mkdir(parents=True, exist_ok=True)
     for path, image in zip(pictures, split.take(list(range(len(labels)))), strict=True):

@@ -3,8 +3,9 @@
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from cifar_assets.contracts import ImageSpec
 from resources.digests import canonical_json, sha256_bytes, sha256_json
 from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
@@ -23,16 +24,13 @@ IDENTITY_FILES = (WEIGHTS_FILE, ONNX_FILE, METRICS_FILE, RECIPE_FILE)
 """Files the digest covers. What two identical trainings differ in (timings, host, log) lies beside them, uncovered."""
 
 
-class ModelManifest(BaseModel):
+class ModelManifest(ImageSpec):
     """What a model is made of. The sha256 of its canonical JSON is the model's digest."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["cifar10-model/1"] = "cifar10-model/1"
     dataset_digest: str = Field(description="Digest of the processed dataset it was trained on.")
     raw_digest: str = Field(description="Digest of the raw dataset behind that.")
     seed: int
-    classes: tuple[str, ...]
     files: dict[str, str] = Field(description="sha256 of each file the digest covers, by name.")
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import numpy as np
 
-from cifar_assets.contracts import CLASSES, MODEL_NAME
+from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.dataset.sheet import sample_sheet
 from cifar_assets.dataset.versions.lineage import changes_since
 from cifar_assets.dataset.versions.processed import ProcessedVersion
@@ -106,7 +106,8 @@ def of_processed(processed: ObjectStore, version: ProcessedVersion, previous: st
         "built_before": version.reused,
         "raw_digest": manifest.raw_digest,
         "counts": table(
-            {"class": name, **{split: manifest.counts[split][name] for split in SPLIT_NAMES}} for name in CLASSES
+            {"class": name, **{split: manifest.counts[split][name] for split in SPLIT_NAMES}}
+            for name in manifest.classes
         ),
         "channels": table(
             {"channel": name, "mean": mean, "std": std}
@@ -149,7 +150,8 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
         RUN_METADATA: mlflow.run_link(result.mlflow_run_id),
         "curves": _picture("loss and accuracy by epoch", lambda: training_curves(metrics["history"])),
         "confusion": _picture(
-            "confusion matrix of the test split", lambda: confusion_matrix(metrics["confusion_matrix"], CLASSES)
+            "confusion matrix of the test split",
+            lambda: confusion_matrix(metrics["confusion_matrix"], manifest.classes),
         ),
         **_of_performance(package),
         **card,

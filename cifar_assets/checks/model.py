@@ -1,6 +1,6 @@
 """Checks of a trained model, all read from the metrics stored under its digest."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,8 +11,8 @@ from cifar_assets.assets.common import AccuracyGate
 from cifar_assets.assets.keys import TRAINED_MODEL
 from cifar_assets.assets.record import materialized_digest
 from cifar_assets.checks.results import answers, declare
-from cifar_assets.contracts import CLASSES
 from cifar_assets.gate import ONNX_TOLERANCE, judge_model, number, read_metrics
+from cifar_assets.model_package import read_manifest
 from resources.mlflow.resource import MlflowResource
 from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource
@@ -66,16 +66,18 @@ def trained_model_checks(
     metrics = cache(lambda: read_metrics(models, digest))
     judges = {
         **judge_model(models, digest, gate.threshold, config.onnx_tolerance),
-        "recall_floor": lambda: recall_reached(metrics(), config.recall_floor),
+        "recall_floor": lambda: recall_reached(
+            metrics(), read_manifest(models.at(digest), digest).classes, config.recall_floor
+        ),
         "not_worse_than_champion": lambda: _against_champion(models, mlflow, digest, config.champion_margin),
         "calibrated": lambda: calibrated(metrics(), config.calibration_bound),
     }
     yield from answers(context, MODEL_CHECKS, digest, judges)
 
 
-def recall_reached(metrics: Mapping[str, Any], floor: float) -> Verdict:
+def recall_reached(metrics: Mapping[str, Any], classes: Sequence[str], floor: float) -> Verdict:
     """No class of the test split is hardly ever recognized. A class without test images has no recall."""
-    recalls = {name: metrics["per_class_recall"].get(name) for name in CLASSES}
+    recalls = {name: metrics["per_class_recall"].get(name) for name in classes}
     missing = [name for name, value in recalls.items() if value is None]
     known = {name: float(value) for name, value in recalls.items() if value is not None}
     low = [f"{name} {value:.3f}" for name, value in known.items() if not value >= floor]

@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from cifar_assets.contracts import ImageSpec
 from resources.errors import ExplainedError
 
 _log = logging.getLogger(__name__)
@@ -55,12 +56,13 @@ class Response:
 
 
 @dataclass(frozen=True)
-class ModelIdentity:
-    """Name in addresses and answers, version for people, digest for decisions."""
+class ServedModel:
+    """Name in addresses and answers, version for people, digest for decisions; what it takes and answers."""
 
     name: str
     version: str
     digest: str
+    images: ImageSpec
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Query:
 
     num_pixels: int
     images: Callable[[], Images]
-    render: Callable[[Logits, ModelIdentity], Response]
+    render: Callable[[Logits], Response]
 
 
 def json_response(value: Any, status: int = 200, headers: Headers = ()) -> Response:

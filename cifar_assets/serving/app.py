@@ -19,9 +19,9 @@ from cifar_assets.serving.answers import (
     GoneError,
     Images,
     Logits,
-    ModelIdentity,
     Query,
     Response,
+    ServedModel,
     error_response,
     json_response,
     shorten,
@@ -41,9 +41,9 @@ Parse = Callable[[Mapping[bytes, bytes], bytes, ServingLimits], Query]
 class App:
     """Answers requests about one served model. Create and use it on the event loop."""
 
-    def __init__(self, identity: ModelIdentity, run: Callable[[Images], Logits], limits: ServingLimits):
+    def __init__(self, model: ServedModel, run: Callable[[Images], Logits], limits: ServingLimits):
         self.is_ready = True
-        self._identity = identity
+        self._model = model
         self._limits = limits
         self._num_pending = 0
         self._metrics_text = b""
@@ -53,7 +53,7 @@ class App:
         self._readers = [ThreadPoolExecutor(1, thread_name_prefix="reader") for _ in range(2)]
         self._batcher = MicroBatcher(run, batch_images=limits.batch_images, queue_images=limits.queue_images)
         self._read_seconds, self._predict_seconds, self._render_seconds = (
-            histogram.labels(identity.name) for histogram in (READ_SECONDS, PREDICT_SECONDS, RENDER_SECONDS)
+            histogram.labels(model.name) for histogram in (READ_SECONDS, PREDICT_SECONDS, RENDER_SECONDS)
         )
         self._gets, self._posts = self._routes()
         PENDING_REQUESTS.set_function(lambda: self._num_pending)
@@ -76,7 +76,7 @@ class App:
         self._batcher.close()
 
     def _routes(self) -> tuple[dict[str, Callable[[], Response]], dict[str, Parse]]:
-        name, version, digest = self._identity.name, self._identity.version, self._identity.digest
+        name, version, digest = self._model.name, self._model.version, self._model.digest
         models = partial(json_response, {"models": [name]})
         status = partial(self._status, name=name, model_version=version, model_digest=digest)
         server = {"name": "cifar10-server", "version": "1", "extensions": ["binary_tensor_data"]}
@@ -84,8 +84,7 @@ class App:
             "name": name,
             "versions": [version],
             "platform": "onnxruntime_onnx",
-            "inputs": [v2.INPUT_METADATA],
-            "outputs": v2.OUTPUT_METADATA,
+            **v2.tensors(self._model.images),
             "properties": {"model_digest": digest},
             "picture_formats": ["PNG", "JPEG"],
         }
@@ -103,8 +102,8 @@ class App:
         for suffix in ("", f"/versions/{version}"):
             gets[f"/v1/models/{name}{suffix}"] = gets[f"/v2/models/{name}{suffix}/ready"] = status
             gets[f"/v2/models/{name}{suffix}"] = partial(json_response, metadata)
-            posts[f"/v1/models/{name}{suffix}:predict"] = v1.parse
-            posts[f"/v2/models/{name}{suffix}/infer"] = v2.parse
+            posts[f"/v1/models/{name}{suffix}:predict"] = partial(v1.parse, self._model)
+            posts[f"/v2/models/{name}{suffix}/infer"] = partial(v2.parse, self._model)
         return gets, posts
 
     def _metrics(self) -> Response:
@@ -123,7 +122,7 @@ class App:
         allowed = "GET, HEAD" if request.path in self._gets else "POST" if request.path in self._posts else None
         if allowed is not None:
             return json_response({"error": f"{asked}: Method Not Allowed."}, 405, (("Allow", allowed),))
-        served = f"model {self._identity.name}, version {self._identity.version}"
+        served = f"model {self._model.name}, version {self._model.version}"
         return json_response({"error": f"{asked}: Not Found. Served here: {served}; see /openapi.json."}, 404)
 
     def _predict(self, request: Request, parse: Parse) -> None:
@@ -174,7 +173,7 @@ class App:
             try:
                 if isinstance(outcome, Exception):
                     raise outcome
-                response = query.render(outcome, self._identity)
+                response = query.render(outcome)
             except Exception as error:
                 response = error_response(error)
             self._render_seconds.observe(time.monotonic() - finished)

@@ -79,7 +79,7 @@ class MicroBatcher:
     def submit(
         self, images: Images, done: Callable[[Logits | Exception], None], is_wanted: Callable[[], bool] = lambda: True
     ) -> None:
-        """Queue images of shape (N, 3, 32, 32), left out if not wanted when their turn comes. BusyError for no room."""
+        """Queue images (N, 3, size, size), left out if not wanted when their turn comes. BusyError for no room."""
         self.check_room(len(images))
         self._waiting.append(Ticket(images, done, is_wanted))
         self._num_waiting += len(images)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import onnxruntime
 
-from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
+from cifar_assets.contracts import MODEL_INPUT, MODEL_OUTPUT, ImageSpec
 from cifar_assets.cpus import available_cpus
 from cifar_assets.model_package import ONNX_FILE, read_file, read_manifest
 from cifar_assets.serving.answers import Images, Logits
@@ -14,17 +14,15 @@ from resources.errors import DataError
 from resources.object_store import open_store
 
 _log = logging.getLogger(__name__)
-_SIGNATURE = [
-    (MODEL_INPUT, "tensor(uint8)", ["N", *IMAGE_SHAPE]),
-    (MODEL_OUTPUT, "tensor(float)", ["N", len(CLASSES)]),
-]
-"""Name, type and shape of the model's input and output."""
 
 
 class Classifier:
-    """Runs the ONNX graph: uint8 (N, 3, 32, 32) to float32 logits (N, 10)."""
+    """Runs the ONNX graph: uint8 (N, 3, size, size) to float32 logits (N, number of classes)."""
 
-    def __init__(self, onnx: bytes, *, num_threads: int | None = None, source: str = "the ONNX model"):
+    def __init__(
+        self, onnx: bytes, images: ImageSpec, *, num_threads: int | None = None, source: str = "the ONNX model"
+    ):
+        self.images = images
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads or math.ceil(available_cpus())
         options.inter_op_num_threads = 1
@@ -39,8 +37,12 @@ class Classifier:
             (tensor.name, tensor.type, [size if isinstance(size, int) else "N" for size in tensor.shape])
             for tensor in (*self._session.get_inputs(), *self._session.get_outputs())
         ]
-        if found != _SIGNATURE:
-            raise DataError(f"{source}: expected inputs and outputs {_SIGNATURE}, got {found}. Export the model again.")
+        expected = [
+            (MODEL_INPUT, "tensor(uint8)", ["N", *images.image_shape]),
+            (MODEL_OUTPUT, "tensor(float)", ["N", len(images.classes)]),
+        ]
+        if found != expected:
+            raise DataError(f"{source}: expected inputs and outputs {expected}, got {found}. Export the model again.")
 
     def run(self, images: Images) -> Logits:
         (logits,) = self._session.run([MODEL_OUTPUT], {MODEL_INPUT: images})
@@ -49,9 +51,9 @@ class Classifier:
     def warm_up(self, batch_images: int) -> None:
         """Run the sizes that will be asked for, so that no client pays for the first one. Raises DataError."""
         for size in dict.fromkeys((1, batch_images)):
-            logits = self.run(np.zeros((size, *IMAGE_SHAPE), dtype=np.uint8))
+            logits = self.run(np.zeros((size, *self.images.image_shape), dtype=np.uint8))
             finite = bool(np.isfinite(logits).all())
-            if logits.shape != (size, len(CLASSES)) or not finite:
+            if logits.shape != (size, len(self.images.classes)) or not finite:
                 received = f"values of shape {logits.shape}, all finite: {finite}"
                 raise DataError(f"The model answers {size} black images with {received}. Train or export it again.")
 
@@ -64,10 +66,8 @@ def load_classifier(model_uri: str, model_digest: str, *, num_threads: int | Non
     """
     package = open_store(model_uri)
     manifest = read_manifest(package, model_digest)
-    if manifest.classes != CLASSES:
-        raise DataError(f"{model_uri}: expected the classes {CLASSES}, got {manifest.classes}.")
     onnx = read_file(package, manifest, ONNX_FILE)
-    classifier = Classifier(onnx, num_threads=num_threads, source=package.uri(ONNX_FILE))
+    classifier = Classifier(onnx, manifest, num_threads=num_threads, source=package.uri(ONNX_FILE))
     classifier.warm_up(batch_images)
     _log.info("Loaded and verified model %s from %s", model_digest, model_uri)
     return classifier

@@ -28,11 +28,11 @@ def body_type(headers: Mapping[bytes, bytes], other_type: bytes, expected: str) 
     return found
 
 
-def parse_json(kind: type[T], body: bytes, limits: ServingLimits) -> T:
+def parse_json(kind: type[T], body: bytes, max_items: int) -> T:
     """The body as a model of that kind. Raises RequestError with the place of the first fault."""
     num_items = body.count(b",") + body.count(b"[") + body.count(b"{")
-    if num_items > limits.max_json_items:
-        raise RequestError("body", f"at most {limits.max_json_items} JSON values", f"about {num_items}", status=413)
+    if num_items > max_items:
+        raise RequestError("body", f"at most {max_items} JSON values", f"about {num_items}", status=413)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import uvloop
 
 from cifar_assets.contracts import MODEL_NAME
-from cifar_assets.serving.answers import ModelIdentity
+from cifar_assets.serving.answers import ServedModel
 from cifar_assets.serving.app import App
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.http import HttpServer
@@ -64,7 +64,8 @@ async def _serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    app = App(ModelIdentity(MODEL_NAME, settings.model_version, settings.model_digest), classifier.run, settings)
+    model = ServedModel(MODEL_NAME, settings.model_version, settings.model_digest, classifier.images)
+    app = App(model, classifier.run, settings)
     http = HttpServer(app, settings)
     http.sweep()
     succession = None if control is None else _Succession(control, listener, settings.control_info, leave_requested.set)

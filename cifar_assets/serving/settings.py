@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, Field, ValidationError
 
-from cifar_assets.contracts import IMAGE_SIZE
 from cifar_assets.dataset.formats.images import ImageLimits
 
 ENVIRONMENT_PREFIX = "CIFAR_SERVING_"
@@ -46,11 +45,10 @@ class ServingLimits(BaseModel, frozen=True):
         """Those of the pending requests that may have a large body or large pictures."""
         return max(1, self.max_pending_requests // 2)
 
-    @property
-    def max_json_items(self) -> int:
+    def max_json_items(self, image_size: int) -> int:
         """Numbers, lists and objects in a JSON body: enough for the largest batch of nested arrays."""
-        rows_and_lists = IMAGE_SIZE * (IMAGE_SIZE + 1) + 1
-        return self.max_images * (IMAGE_SIZE * IMAGE_SIZE * 3 + rows_and_lists) + 1000
+        rows_and_lists = image_size * (image_size + 1) + 1
+        return self.max_images * (image_size * image_size * 3 + rows_and_lists) + 1000
 
 
 class ServerSettings(ServingLimits, frozen=True):

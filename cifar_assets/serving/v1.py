@@ -3,7 +3,7 @@
 A JSON instance is one picture, in one of these forms, which may be mixed:
 - a base64 string, or `{"b64": "..."}`: a picture file;
 - a data URI, `data:image/png;base64,...`: the same; its bytes decide, not its declared type;
-- nested lists of numbers of shape [32, 32, 3] (height, width, channel) or [3, 32, 32] (channel, height, width), RGB.
+- nested lists of numbers of shape [size, size, 3] (height, width, channel) or [3, size, size], RGB.
   Whole numbers are 0 to 255. Where any number is written with a fraction or exponent, all are 0 to 1.
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, IMAGE_SIZE
 from cifar_assets.dataset.formats.images import (
     ImageError,
     ImageTooLargeError,
@@ -29,10 +28,10 @@ from cifar_assets.dataset.formats.images import (
 from cifar_assets.serving.answers import (
     Images,
     Logits,
-    ModelIdentity,
     Query,
     RequestError,
     Response,
+    ServedModel,
     json_response,
     shorten,
     softmax,
@@ -51,17 +50,18 @@ class _Predict(BaseModel):
     instances: list[Any]
 
 
-def parse(headers: Mapping[bytes, bytes], body: bytes, limits: ServingLimits) -> Query:
+def parse(model: ServedModel, headers: Mapping[bytes, bytes], body: bytes, limits: ServingLimits) -> Query:
     """The images of a request. Raises RequestError."""
     expected = f"application/json, or multipart/form-data with a part named {_PART!r}"
     if body_type(headers, _FORM_TYPE, expected) == _FORM_TYPE:
-        return parse_form(headers[b"content-type"], body, limits)
-    return parse_predict(body, limits)
+        return parse_form(model, headers[b"content-type"], body, limits)
+    return parse_predict(model, body, limits)
 
 
-def parse_predict(body: bytes, limits: ServingLimits) -> Query:
+def parse_predict(model: ServedModel, body: bytes, limits: ServingLimits) -> Query:
     """The images of a JSON body. One bad instance refuses the whole. Raises RequestError."""
-    instances = parse_json(_Predict, body, limits).instances
+    channels, height, width = image_shape = model.images.image_shape
+    instances = parse_json(_Predict, body, limits.max_json_items(height)).instances
     check_count("instances", len(instances), limits)
     parts: list[tuple[str, bytes | Images]] = []
     for index, instance in enumerate(instances):
@@ -71,14 +71,14 @@ def parse_predict(body: bytes, limits: ServingLimits) -> Query:
         if isinstance(instance, str):
             parts.append((field, _decode_base64(field, instance, limits)))
         elif isinstance(instance, list):
-            pixels = nested_pixels(field, instance, (IMAGE_SIZE, IMAGE_SIZE, 3), IMAGE_SHAPE, fractions=True)
-            parts.append((field, pixels if pixels.shape == IMAGE_SHAPE else pixels.transpose(2, 0, 1)))
+            pixels = nested_pixels(field, instance, (height, width, channels), image_shape, fractions=True)
+            parts.append((field, pixels if pixels.shape == image_shape else pixels.transpose(2, 0, 1)))
         else:
             raise RequestError(field, _FORMS, describe(instance))
-    return _query(parts, limits)
+    return _query(model, parts, limits)
 
 
-def _query(parts: Iterable[tuple[str, bytes | Images]], limits: ServingLimits) -> Query:
+def _query(model: ServedModel, parts: Iterable[tuple[str, bytes | Images]], limits: ServingLimits) -> Query:
     """Admit picture files, at their places in the request, by what they cost. Pixels cost nothing more."""
     items: list[tuple[str, Picture | Images]] = []
     num_pixels = 0
@@ -91,14 +91,14 @@ def _query(parts: Iterable[tuple[str, bytes | Images]], limits: ServingLimits) -
                 limit = f"at most {limits.max_pixels} pixels in all pictures of a request"
                 raise RequestError(field, limit, f"{num_pixels} up to this one", status=413)
         items.append((field, part))
-    return Query(num_pixels, partial(_decode, items), _render)
+    return Query(num_pixels, partial(_decode, items, model.images.image_size), partial(_render, model))
 
 
-def _decode(items: list[tuple[str, Picture | Images]]) -> Images:
+def _decode(items: list[tuple[str, Picture | Images]], size: int) -> Images:
     images = []
     for field, item in items:
         with _image_faults(field):
-            images.append(picture_pixels(item) if isinstance(item, Picture) else item)
+            images.append(picture_pixels(item, size) if isinstance(item, Picture) else item)
     return images[0][np.newaxis] if len(images) == 1 else np.stack(images)
 
 
@@ -125,7 +125,7 @@ def _decode_base64(field: str, text: str, limits: ServingLimits) -> bytes:
         raise RequestError(field, _FORMS, f"text that is not base64, {shorten(text)} ({error})") from error
 
 
-def parse_form(content_type: bytes, body: bytes, limits: ServingLimits) -> Query:
+def parse_form(model: ServedModel, content_type: bytes, body: bytes, limits: ServingLimits) -> Query:
     """The images of a form, in the order of its parts. Raises RequestError."""
     boundary = _BOUNDARY.search(content_type)
     if boundary is None:
@@ -146,15 +146,15 @@ def parse_form(content_type: bytes, body: bytes, limits: ServingLimits) -> Query
             received = f"part {index + 1} with the name {shorten(name)}"
             raise RequestError(_PART, f"only parts named {_PART!r}", received)
         files.append((f"{_PART}[{index}]", content))
-    return _query(files, limits)
+    return _query(model, files, limits)
 
 
-def _render(logits: Logits, identity: ModelIdentity) -> Response:
+def _render(model: ServedModel, logits: Logits) -> Response:
     """Class, confidence and all probabilities for each image, and which model said so."""
-    found = []
+    found, classes = [], model.images.classes
     for row in softmax(logits).tolist():
         confidence = max(row)
-        named = dict(zip(CLASSES, row, strict=True))
-        found.append({"class": CLASSES[row.index(confidence)], "confidence": confidence, "probabilities": named})
-    model = {"model_name": identity.name, "model_version": identity.version, "model_digest": identity.digest}
-    return json_response({"predictions": found, **model})
+        named = dict(zip(classes, row, strict=True))
+        found.append({"class": classes[row.index(confidence)], "confidence": confidence, "probabilities": named})
+    identity = {"model_name": model.name, "model_version": model.version, "model_digest": model.digest}
+    return json_response({"predictions": found, **identity})

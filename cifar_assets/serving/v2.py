@@ -1,6 +1,6 @@
 """V2 (open inference protocol) requests and answers, in JSON and with the binary data extension.
 
-One input, `images`: UINT8, shape [N, 3, 32, 32], RGB pixels. Two outputs, `probabilities` and `logits`: FP32, [N, 10].
+One input, `images`: UINT8, [N, 3, size, size], RGB. Two outputs, `probabilities` and `logits`: FP32, [N, classes].
 """
 
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, Field
 
-from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT
+from cifar_assets.contracts import MODEL_INPUT, ImageSpec
 from cifar_assets.serving.answers import (
     Images,
     Logits,
-    ModelIdentity,
     Query,
     RequestError,
     Response,
+    ServedModel,
     shorten,
     softmax,
 )
@@ -28,8 +28,6 @@ from cifar_assets.serving.settings import ServingLimits
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _BINARY_TYPE = "application/octet-stream"
 OUTPUT_NAMES = ("probabilities", "logits")
-INPUT_METADATA = {"name": MODEL_INPUT, "datatype": "UINT8", "shape": [-1, *IMAGE_SHAPE]}
-OUTPUT_METADATA = [{"name": name, "datatype": "FP32", "shape": [-1, len(CLASSES)]} for name in OUTPUT_NAMES]
 
 
 class _Parameters(BaseModel):
@@ -58,7 +56,14 @@ class _Infer(BaseModel):
     parameters: _Parameters | None = None
 
 
-def parse(headers: Mapping[bytes, bytes], body: bytes, limits: ServingLimits) -> Query:
+def tensors(images: ImageSpec) -> dict[str, list[dict[str, Any]]]:
+    """The model's inputs and outputs, as its metadata describes them."""
+    inputs = [{"name": MODEL_INPUT, "datatype": "UINT8", "shape": [-1, *images.image_shape]}]
+    outputs = [{"name": name, "datatype": "FP32", "shape": [-1, len(images.classes)]} for name in OUTPUT_NAMES]
+    return {"inputs": inputs, "outputs": outputs}
+
+
+def parse(model: ServedModel, headers: Mapping[bytes, bytes], body: bytes, limits: ServingLimits) -> Query:
     """Check a request against what the metadata promises. Raises RequestError.
 
     Nothing is allocated by a claimed size.
@@ -70,20 +75,21 @@ def parse(headers: Mapping[bytes, bytes], body: bytes, limits: ServingLimits) ->
         if not (json_size.isdigit() and len(json_size) <= 12) or int(json_size) > len(body):
             raise RequestError(_HEADER_LENGTH, f"a number of bytes up to the body's {len(body)}", shorten(json_size))
         num_json_bytes = int(json_size)
-    request = parse_json(_Infer, body[:num_json_bytes], limits)
+    request = parse_json(_Infer, body[:num_json_bytes], limits.max_json_items(model.images.image_size))
     if len(request.inputs) != 1:
         raise RequestError("inputs", f"a list of the one input {MODEL_INPUT!r}", describe(request.inputs))
-    images = _images(request.inputs[0], None if json_size is None else body[num_json_bytes:], limits)
-    return Query(0, lambda: images, partial(_render, request))
+    binary = None if json_size is None else body[num_json_bytes:]
+    images = _images(request.inputs[0], binary, model.images.image_shape, limits)
+    return Query(0, lambda: images, partial(_render, model, request))
 
 
-def _images(tensor: _Input, binary: bytes | None, limits: ServingLimits) -> Images:
+def _images(tensor: _Input, binary: bytes | None, image_shape: tuple[int, ...], limits: ServingLimits) -> Images:
     num_images, *shape = tensor.shape or [0]
-    if tuple(shape) != IMAGE_SHAPE or num_images < 1:
-        expected = f"[N, {', '.join(map(str, IMAGE_SHAPE))}] with N of at least 1"
+    if tuple(shape) != image_shape or num_images < 1:
+        expected = f"[N, {', '.join(map(str, image_shape))}] with N of at least 1"
         raise RequestError("inputs[0].shape", expected, shorten(tensor.shape))
     check_count("inputs[0].shape", num_images, limits)
-    num_numbers = num_images * int(np.prod(IMAGE_SHAPE))
+    num_numbers = num_images * int(np.prod(image_shape))
     if binary and tensor.data is not None:
         raise RequestError("inputs[0].data", "no data in JSON where bytes follow it", describe(tensor.data))
     if tensor.data is not None:
@@ -100,8 +106,8 @@ def _images(tensor: _Input, binary: bytes | None, limits: ServingLimits) -> Imag
     return np.frombuffer(binary, dtype=np.uint8).reshape(tensor.shape)
 
 
-def _render(request: _Infer, logits: Logits, identity: ModelIdentity) -> Response:
-    """The answer to a request, whose images gave these logits of shape (N, 10)."""
+def _render(model: ServedModel, request: _Infer, logits: Logits) -> Response:
+    """The answer to a request, whose images gave these logits."""
     values = {"probabilities": softmax(logits).astype("<f4"), "logits": logits.astype("<f4")}
     all_binary = (request.parameters and request.parameters.binary_data_output) or False
     wanted = {output.name: output.parameters and output.parameters.binary_data for output in request.outputs or ()}
@@ -117,9 +123,9 @@ def _render(request: _Infer, logits: Logits, identity: ModelIdentity) -> Respons
             output["data"] = array.ravel().tolist()
         outputs.append(output)
     answer = {
-        "model_name": identity.name,
-        "model_version": identity.version,
-        "parameters": {"model_digest": identity.digest},
+        "model_name": model.name,
+        "model_version": model.version,
+        "parameters": {"model_digest": model.digest},
         "outputs": outputs,
     }
     if request.id is not None:

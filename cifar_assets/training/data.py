@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from cifar_assets.contracts import IMAGE_SHAPE, IMAGE_SIZE
 from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
 from cifar_assets.dataset.versions.reader import SplitReader, open_split
 from cifar_assets.dataset.versions.splits import SplitName
@@ -35,14 +34,14 @@ class TensorSplit:
         self._reader = reader
         self._device = device
         self.labels = torch.from_numpy(np.asarray(reader.labels, dtype=np.int64)).to(device)
-        fits = len(reader) * math.prod(IMAGE_SHAPE) <= resident_bytes
+        fits = len(reader) * math.prod(reader.manifest.image_shape) <= resident_bytes
         self._resident = self._read(np.arange(len(reader))) if fits else None
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def images(self, indices: NDArray[np.int64]) -> Tensor:
-        """uint8 images (N, 3, 32, 32) at the positions given."""
+        """uint8 images (N, 3, size, size) at the positions given."""
         if self._resident is None:
             return self._read(indices)
         return self._resident[torch.from_numpy(indices).to(self._device)]
@@ -52,7 +51,7 @@ class TensorSplit:
         return self.labels[torch.from_numpy(indices).to(self._device)]
 
     def _read(self, indices: NDArray[np.int64]) -> Tensor:
-        images = torch.empty((len(indices), *IMAGE_SHAPE), dtype=torch.uint8, device=self._device)
+        images = torch.empty((len(indices), *self._reader.manifest.image_shape), dtype=torch.uint8, device=self._device)
         for start in range(0, len(indices), _STREAM_BATCH):
             part = self._reader.take(indices[start : start + _STREAM_BATCH])
             images[start : start + len(part)] = torch.from_numpy(part)
@@ -112,17 +111,17 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     return -(-num_images // batch_size)
 
 
-def resolution(recipe: Recipe, step: int, steps_per_epoch: int) -> int:
-    """Image size in pixels at a step, counted from 0 over the whole training."""
+def resolution(recipe: Recipe, step: int, steps_per_epoch: int, image_size: int) -> int:
+    """Size in pixels of the images, of full size `image_size`, at a step counted from 0 over the whole training."""
     progress = step / (recipe.epochs * steps_per_epoch)
-    return next(phase.size for phase in reversed(recipe.resolutions) if progress >= phase.start)
+    return next(phase.size or image_size for phase in reversed(recipe.resolutions) if progress >= phase.start)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
     """Float images scaled down to `size` pixels with antialiasing; unchanged where they have that size."""
     if images.shape[-1] == size:
         return images
-    if IMAGE_SIZE % size == 0:
+    if images.shape[-1] % size == 0:
         return functional.avg_pool2d(images, images.shape[-1] // size)
     return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
@@ -130,15 +129,16 @@ def resize(images: Tensor, size: int) -> Tensor:
 class EpochAugmentation:
     """One epoch's draws for every image of the split, by position; any process applies them to any part of it."""
 
-    def __init__(self, recipe: Recipe, seed: int, epoch: int, num_images: int):
+    def __init__(self, recipe: Recipe, seed: int, epoch: int, num_images: int, image_size: int):
         self._recipe = recipe
+        self._image_size = image_size
         self._flips = _draw_flips(recipe, seed, epoch, num_images)
         reach = 2 * recipe.translate + 1
         self._shifts = generator(seed, Stream.SHIFT, epoch).integers(0, reach, size=(num_images, 2))
         self._holes = generator(seed, Stream.CUTOUT, epoch).random(size=(num_images, 2))
 
     def shift_and_flip(self, images: Tensor, indices: NDArray[np.int64]) -> Tensor:
-        """uint8 images (N, 3, 32, 32) shifted and mirrored; `indices` are their positions in the split."""
+        """uint8 images of full size, shifted and mirrored; `indices` are their positions in the split."""
         if self._recipe.translate:
             images = _shift(images, torch.from_numpy(self._shifts[indices]), self._recipe)
         if self._flips is not None:
@@ -151,7 +151,7 @@ class EpochAugmentation:
         if not self._recipe.cutout:
             return images
         size = images.shape[-1]
-        side = max(1, round(self._recipe.cutout * size / IMAGE_SIZE))
+        side = max(1, round(self._recipe.cutout * size / self._image_size))
         corner = torch.from_numpy((self._holes[indices] * size).astype(np.int64)).to(images.device) - side // 2
         pixels = torch.arange(size, device=images.device)
         inside = (pixels >= corner.unsqueeze(2)) & (pixels < corner.unsqueeze(2) + side)
@@ -178,9 +178,9 @@ def _shift(images: Tensor, shifts: Tensor, recipe: Recipe) -> Tensor:
     else:
         padded = functional.pad(images, padding)
     shifts = shifts.to(images.device)
-    steps = torch.arange(IMAGE_SIZE, device=images.device)
-    rows = (shifts[:, :1] + steps).view(-1, 1, IMAGE_SIZE, 1)
-    columns = (shifts[:, 1:] + steps).view(-1, 1, 1, IMAGE_SIZE)
+    steps = torch.arange(images.shape[-1], device=images.device)
+    rows = (shifts[:, :1] + steps).view(len(images), 1, -1, 1)
+    columns = (shifts[:, 1:] + steps).view(len(images), 1, 1, -1)
     which = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
     channels = torch.arange(images.shape[1], device=images.device).view(1, -1, 1, 1)
     return padded[which, channels, rows, columns]

@@ -73,14 +73,18 @@ class Trainer:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.resumed_from: int | None = None
         self._recipe = spec.recipe
+        self._image_size = data.manifest.image_size
         self._checkpoints = checkpoints
         self._stop = stop
         self._steps = steps_per_epoch(len(data.train), spec.recipe.batch_size)
+        spec.recipe.check_fits(self._image_size)
         self._check_batches()
         self._mean = _channels(data.manifest.mean, processor.device)
         self._std = _channels(data.manifest.std, processor.device)
         torch.manual_seed(spec.seed)
-        network = build_network(spec.recipe).to(device=processor.device).to(memory_format=torch.channels_last)
+        network = (
+            build_network(spec.recipe, data.manifest).to(device=processor.device).to(memory_format=torch.channels_last)
+        )
         self.state = TrainingState(network, spec.recipe, processor.dtype)
         self._saved_step: int | None = None
         with self.timed("resume"):
@@ -120,7 +124,7 @@ class Trainer:
         position = self.state.position
         num_images = len(self.data.train)
         batches = epoch_batches(self.spec.seed, position.epoch, num_images, self._recipe.batch_size)
-        augmentation = EpochAugmentation(self._recipe, self.spec.seed, position.epoch, num_images)
+        augmentation = EpochAugmentation(self._recipe, self.spec.seed, position.epoch, num_images, self._image_size)
         every = self.spec.execution.checkpoint_every_steps
         network.train()
         while position.step < self._steps:
@@ -142,7 +146,7 @@ class Trainer:
             optimizer.zero_grad()
         indices = self.processes.part_of(batch)
         pixels = augmentation.shift_and_flip(self.data.train.images(indices), indices)
-        pixels = self._normalize(pixels, resolution(self._recipe, self.global_step, self._steps))
+        pixels = self._normalize(pixels, self._resolution(self.global_step))
         pixels = augmentation.cut_out(pixels, indices)
         with self.processor.autocast():
             logits = network(pixels.contiguous(memory_format=torch.channels_last))
@@ -162,7 +166,7 @@ class Trainer:
     def _finish_epoch(self) -> EpochRecord:
         position = self.state.position
         loss_sum = self._checked_loss_sum()
-        size = resolution(self._recipe, self.global_step - 1, self._steps)
+        size = self._resolution(self.global_step - 1)
         done = position.epoch + 1
         is_validated = done % self._recipe.validate_every == 0 or done == self._recipe.epochs
         with self.timed("validate"):
@@ -203,6 +207,9 @@ class Trainer:
         loss, accuracy = (self.processes.all_reduce(sums) / len(split)).tolist()
         self._check_finite({"the validation loss": torch.tensor(loss)})
         return loss, accuracy
+
+    def _resolution(self, step: int) -> int:
+        return resolution(self._recipe, step, self._steps, self._image_size)
 
     def _normalize(self, images: Tensor, size: int) -> Tensor:
         return resize((images.to(torch.float32) / 255 - self._mean) / self._std, size)

@@ -1,4 +1,4 @@
-"""Networks: CIFAR images (N, 3, size, size), normalized, to logits (N, 10)."""
+"""Networks: images (N, 3, size, size), normalized, to logits (N, number of classes)."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cifar_assets.contracts import CLASSES, IMAGE_SIZE
+from cifar_assets.contracts import ImageSpec
 from cifar_assets.training.recipes import Recipe, Views
 
 
@@ -14,7 +14,7 @@ class TrimmedConv2d(nn.Conv2d):
     """A 3x3 convolution with padding 1 on a map of at most 2x2 pixels, without the taps that only ever meet padding.
 
     On a map of 1x1 that leaves one tap of nine, with stride 2 on a map of 2x2 four. `size` is that of the input map at
-    32-pixel images.
+    images of full size.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, size: int):
@@ -47,7 +47,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = _conv3x3(inputs, outputs, stride, size)
         self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = _conv3x3(outputs, outputs, 1, size // stride)
+        self.conv2 = _conv3x3(outputs, outputs, 1, math.ceil(size / stride))
         self.bn2 = nn.BatchNorm2d(outputs)
         self.downsample = (
             None
@@ -62,19 +62,19 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 with the parameter names of torchvision's, computing the same function on CIFAR images."""
+    """ResNet-18 with the parameter names of torchvision's, computing the same function on images up to that size."""
 
-    def __init__(self, width: int = 64):
+    def __init__(self, width: int, num_classes: int, image_size: int):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        size = IMAGE_SIZE // 4
+        size = math.ceil(image_size / 4)
         self.layer1 = _stage(width, width, 1, size)
         self.layer2 = _stage(width, 2 * width, 2, size)
-        self.layer3 = _stage(2 * width, 4 * width, 2, size // 2)
-        self.layer4 = _stage(4 * width, 8 * width, 2, size // 4)
-        self.fc = nn.Linear(8 * width, len(CLASSES))
+        self.layer3 = _stage(2 * width, 4 * width, 2, math.ceil(size / 2))
+        self.layer4 = _stage(4 * width, 8 * width, 2, math.ceil(size / 4))
+        self.fc = nn.Linear(8 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not isinstance(module, TrimmedConv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -91,7 +91,9 @@ class ResNet18(nn.Module):
 
 
 def _stage(inputs: int, outputs: int, stride: int, size: int) -> nn.Sequential:
-    return nn.Sequential(BasicBlock(inputs, outputs, stride, size), BasicBlock(outputs, outputs, 1, size // stride))
+    return nn.Sequential(
+        BasicBlock(inputs, outputs, stride, size), BasicBlock(outputs, outputs, 1, math.ceil(size / stride))
+    )
 
 
 class SpeedNetStage(nn.Module):
@@ -128,7 +130,7 @@ class SpeedNet(nn.Module):
     scale, and the largest activation over the picture decides.
     """
 
-    def __init__(self, width: int = 64, widening: int = 4, depth: int = 2):
+    def __init__(self, width: int, num_classes: int, widening: int = 4, depth: int = 2):
         super().__init__()
         whitened, wide = 2 * 3 * 2 * 2, widening * width
         self.whiten = nn.Conv2d(3, whitened, 2, bias=False)
@@ -136,7 +138,7 @@ class SpeedNet(nn.Module):
         self.stages = nn.Sequential(
             SpeedNetStage(whitened, width, depth), SpeedNetStage(width, wide, depth), SpeedNetStage(wide, wide, depth)
         )
-        self.fc = nn.Linear(wide, len(CLASSES), bias=False)
+        self.fc = nn.Linear(wide, num_classes, bias=False)
         nn.init.normal_(self.fc.weight, std=1 / wide)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -151,13 +153,14 @@ class SpeedNet(nn.Module):
         self.whiten.weight.data.copy_(torch.cat((axes, -axes)))
 
 
-def build_network(recipe: Recipe) -> ResNet18 | SpeedNet:
-    """The recipe's network, its weights drawn from torch's global generator."""
+def build_network(recipe: Recipe, images: ImageSpec) -> ResNet18 | SpeedNet:
+    """The recipe's network for these images, its weights drawn from torch's global generator."""
+    num_classes = len(images.classes)
     match recipe.network:
         case "resnet18":
-            network = ResNet18(recipe.width)
+            network = ResNet18(recipe.width, num_classes, images.image_size)
         case "speednet":
-            network = SpeedNet(recipe.width, recipe.widening, recipe.depth)
+            network = SpeedNet(recipe.width, num_classes, recipe.widening, recipe.depth)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = recipe.batch_norm_momentum
@@ -165,7 +168,7 @@ def build_network(recipe: Recipe) -> ResNet18 | SpeedNet:
 
 
 class PublishedNetwork(nn.Module):
-    """What is published: uint8 images (N, 3, 32, 32) to logits (N, 10), normalization included."""
+    """What is published: uint8 images (N, 3, size, size) to logits, normalization included."""
 
     mean: Tensor
     std: Tensor

@@ -3,6 +3,7 @@
 import io
 import json
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.jit._trace import TracerWarning
 
-from cifar_assets.contracts import CLASSES, IMAGE_SHAPE, MODEL_INPUT, MODEL_OUTPUT
+from cifar_assets.contracts import MODEL_INPUT, MODEL_OUTPUT, ImageSpec
 from cifar_assets.gate import ONNX_TOLERANCE
 from cifar_assets.model_package import (
     CARD_FILE,
@@ -44,15 +45,16 @@ _REPEATABLE = {"epoch", "train_loss", "validation_loss", "validation_accuracy", 
 def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelManifest, dict[str, bytes]]:
     """The model's manifest and the files of its package, but for the log."""
     spec, data = trainer.spec, trainer.data
+    classes = data.manifest.classes
     with trainer.timed("test"):
-        test = measure(predict(network, data.test, trainer.processor), data.test.labels.cpu().numpy())
+        test = measure(predict(network, data.test, trainer.processor), data.test.labels.cpu().numpy(), classes)
         logits = predict(network, data.validation, trainer.processor)
-        validation = measure(logits, data.validation.labels.cpu().numpy())
+        validation = measure(logits, data.validation.labels.cpu().numpy(), classes)
     with trainer.timed("export"):
         images = data.validation.images(np.arange(min(_ONNX_IMAGES, len(data.validation))))
         with torch.inference_mode():
             logits = network(images).cpu().numpy()
-        weights, onnx = weights_bytes(network), onnx_bytes(network)
+        weights, onnx = weights_bytes(network), onnx_bytes(network, data.manifest.image_size)
         difference = onnx_difference(onnx, images.cpu().numpy(), logits)
     # nothing that differs between two runs of one job: no times, no host
     metrics = {
@@ -78,20 +80,21 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
         RECIPE_FILE: canonical_json(spec.recipe.model_dump(mode="json")),
         PERFORMANCE_FILE: readable_json(_performance(trainer)),
         ENVIRONMENT_FILE: readable_json(environment),
-        CARD_FILE: _model_card(spec, metrics).encode(),
+        CARD_FILE: _model_card(spec, data.manifest, metrics).encode(),
     }
     manifest = ModelManifest(
         dataset_digest=spec.dataset_digest,
         raw_digest=data.manifest.raw_digest,
         seed=spec.seed,
-        classes=CLASSES,
+        classes=classes,
+        image_size=data.manifest.image_size,
         files={name: sha256_bytes(files[name]) for name in IDENTITY_FILES},
     )
     return manifest, files
 
 
 def predict(classifier: nn.Module, split: TensorSplit, processor: Processor) -> NDArray[np.float32]:
-    """Logits (N, 10) of a classifier that takes uint8 images. Raises DivergedError for NaN."""
+    """Logits (N, number of classes) of a classifier that takes uint8 images. Raises DivergedError for NaN."""
     parts = []
     for start in range(0, len(split), _BATCH):
         indices = np.arange(start, min(start + _BATCH, len(split)))
@@ -103,7 +106,7 @@ def predict(classifier: nn.Module, split: TensorSplit, processor: Processor) -> 
     return logits
 
 
-def measure(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, Any]:
+def measure(logits: NDArray[np.float32], labels: NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
     """Metrics of one split: accuracy, loss, recall per class, confusion matrix, calibration error.
 
     The confusion matrix has the true class by row, the predicted one by column. A class without images has no recall.
@@ -111,7 +114,7 @@ def measure(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str,
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     predicted = logits.argmax(axis=1)
-    confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
+    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(confusion, (labels, predicted), 1)
     return {
         "accuracy": float((predicted == labels).mean()),
@@ -119,7 +122,7 @@ def measure(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str,
         "images": len(labels),
         "per_class_recall": {
             name: float(right / total) if total else None
-            for name, right, total in zip(CLASSES, confusion.diagonal(), confusion.sum(axis=1), strict=True)
+            for name, right, total in zip(classes, confusion.diagonal(), confusion.sum(axis=1), strict=True)
         },
         "confusion_matrix": confusion.tolist(),
         "expected_calibration_error": calibration_error(np.exp(log_probabilities), labels),
@@ -157,8 +160,8 @@ def baseline_copy_bytes(network: PublishedNetwork) -> bytes:
     return buffer.getvalue()
 
 
-def onnx_bytes(network: PublishedNetwork) -> bytes:
-    """The network as ONNX: `images` uint8 (N, 3, 32, 32) to `logits` float32 (N, 10), for any N.
+def onnx_bytes(network: PublishedNetwork, image_size: int) -> bytes:
+    """The network as ONNX: `images` uint8 (N, 3, size, size) to `logits` float32 (N, number of classes), for any N.
 
     The tracing exporter takes a second where the one of torch.export takes fifteen, gives the same bytes for the same
     weights, and records no paths of the machine.
@@ -172,7 +175,7 @@ def onnx_bytes(network: PublishedNetwork) -> bytes:
         warnings.filterwarnings("ignore", "Constant folding", UserWarning)
         torch.onnx.export(
             model,
-            (torch.zeros((2, *IMAGE_SHAPE), dtype=torch.uint8),),
+            (torch.zeros((2, 3, image_size, image_size), dtype=torch.uint8),),
             buffer,  # pyright: ignore[reportArgumentType] (typed for paths; the tracing exporter documents streams)
             dynamo=False,
             input_names=[MODEL_INPUT],
@@ -213,7 +216,7 @@ def _performance(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _model_card(spec: JobSpec, metrics: dict[str, Any]) -> str:
+def _model_card(spec: JobSpec, images: ImageSpec, metrics: dict[str, Any]) -> str:
     views = " (mean over each image and its mirror image)" if spec.recipe.views == "mirrored" else ""
     rows = {
         f"test accuracy{views}": f"{_percent(metrics['test_accuracy'])} of {metrics['test_images']} images",
@@ -226,9 +229,10 @@ def _model_card(spec: JobSpec, metrics: dict[str, Any]) -> str:
         "raw dataset": f"`{metrics['raw_digest']}`",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    what = f"{images.image_size}x{images.image_size} color images into {len(images.classes)} classes"
     return f"""# CIFAR-10 classifier, recipe `{spec.recipe.name}`
 
-Classifies 32x32 color images into ten classes. It always answers with one of them, whatever the image shows.
+Classifies {what}. It always answers with one of them, whatever the image shows.
 This is one training with seed {spec.seed}; other seeds give somewhat different results. The test split was used once,
 after training. All of the recipe is in `recipe.json`, what it ran on in `environment.json`.
 

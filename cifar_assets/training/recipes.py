@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cifar_assets.contracts import IMAGE_SIZE
 from resources.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
@@ -16,6 +15,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 DEFAULT_RECIPE = "fast"
 _RENAMED = {"seed": "baseline"}
+_SPEEDNET_PIXELS = 9
+"""Its first layer takes one, and three stages halve what is left."""
 
 
 class ResolutionPhase(BaseModel):
@@ -24,7 +25,11 @@ class ResolutionPhase(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     start: float = Field(ge=0, lt=1, description="Fraction of the steps after which the phase begins.")
-    size: int = Field(ge=8, le=IMAGE_SIZE, description="Height and width in pixels that images are scaled down to.")
+    size: int | None = Field(
+        default=None,
+        ge=8,
+        description="Height and width in pixels that images are scaled down to. Without it they stay.",
+    )
 
 
 class Recipe(BaseModel):
@@ -40,8 +45,8 @@ class Recipe(BaseModel):
     epochs: int = Field(ge=1, le=1000, description="Times that every training image is seen.")
     batch_size: int = Field(ge=2, le=8192, description="Images per optimizer step, over all processes together.")
     resolutions: tuple[ResolutionPhase, ...] = Field(
-        default=(ResolutionPhase(start=0, size=IMAGE_SIZE),),
-        description="Image sizes over the course of the training, in order of their start. Tests always use 32 pixels.",
+        default=(ResolutionPhase(start=0),),
+        description="Image sizes over the course of the training, in order of their start. Tests use the full size.",
     )
     optimizer: Literal["sgd", "muon"] = Field(
         default="sgd",
@@ -70,7 +75,7 @@ class Recipe(BaseModel):
     translate: int = Field(default=4, ge=0, le=16, description="Pixels an image may be shifted by in each direction.")
     padding: Literal["zero", "reflect"] = Field(default="reflect", description="What it shows beyond its edge.")
     cutout: int = Field(
-        default=0, ge=0, le=IMAGE_SIZE, description="Side of the square blanked at a random place, at 32 pixels."
+        default=0, ge=0, description="Side in pixels of the square blanked at a random place of an image of full size."
     )
     batch_norm_momentum: float = Field(
         default=0.1, gt=0, le=1, description="Weight of the newest batch in the running statistics of batch norm."
@@ -91,13 +96,28 @@ class Recipe(BaseModel):
             raise ValueError(f"resolutions must begin with start 0 and have rising starts, got {starts}")
         return self
 
+    def check_fits(self, image_size: int) -> None:
+        """Raise ConfigError where a field, or the network, asks for larger images than those of this size."""
+        sizes = [phase.size or image_size for phase in self.resolutions]
+        least = {"resolutions": max(sizes), "cutout": self.cutout, "translate": self.translate + 1}
+        if unfit := [name for name, size in least.items() if size > image_size]:
+            raise ConfigError(
+                f"Recipe {self.name!r}: {', '.join(unfit)} ask for more than the {image_size} pixels of the dataset's "
+                "images. Override them."
+            )
+        if self.network == "speednet" and min(sizes) < _SPEEDNET_PIXELS:
+            raise ConfigError(
+                f"Recipe {self.name!r} trains at {min(sizes)} pixels; a speednet needs at least {_SPEEDNET_PIXELS}. "
+                "Choose the network resnet18, or larger images."
+            )
+
 
 # In the manner of airbench (Jordan, arXiv:2404.00498); the rates hold for any length of the training.
 _SPEEDNET = {
     "network": "speednet",
     "depth": 3,
     "batch_size": 1000,
-    "resolutions": [{"start": 0, "size": 24}, {"start": 0.6, "size": 32}],
+    "resolutions": [{"start": 0, "size": 24}, {"start": 0.6}],
     "optimizer": "muon",
     "learning_rate": 0.16,
     "head_learning_rate": 1e-5,

@@ -45,16 +45,18 @@ Request = tuple[str, bytes, dict[str, str]]
 
 def untrained_network(recipe: str) -> "PublishedNetwork":
     """The recipe's network with the weights it starts from: as costly to run as a trained one."""
+    from cifar_assets.contracts import CIFAR10
     from cifar_assets.training.networks import PublishedNetwork, build_network
     from cifar_assets.training.recipes import get_recipe
 
-    return PublishedNetwork(build_network(get_recipe(recipe)), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    return PublishedNetwork(build_network(get_recipe(recipe), CIFAR10), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def untrained_onnx(recipe: str) -> bytes:
+    from cifar_assets.contracts import CIFAR10
     from cifar_assets.training.package import onnx_bytes
 
-    return onnx_bytes(untrained_network(recipe))
+    return onnx_bytes(untrained_network(recipe), CIFAR10.image_size)
 
 
 def picture(side: int) -> bytes:

@@ -84,7 +84,7 @@ def trainer(spec: JobSpec) -> Steps:
     data = open_data(spec, processor.device)
     checkpoints = CheckpointStore(FolderStore(Path(tempfile.mkdtemp())), 1)
     job = Trainer(spec, data, processor, Processes(), checkpoints, StopSignal())
-    augmentation = EpochAugmentation(spec.recipe, spec.seed, 0, len(data.train))
+    augmentation = EpochAugmentation(spec.recipe, spec.seed, 0, len(data.train), data.manifest.image_size)
     for epoch in itertools.count():
         for batch in epoch_batches(spec.seed, epoch, len(data.train), spec.recipe.batch_size):
             job.step(job.state.network, batch, augmentation)

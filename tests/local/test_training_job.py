@@ -68,7 +68,7 @@ def test_the_package_is_complete_and_tells_where_it_comes_from(place: Workplace,
     digest, metrics = place.only_model()
     manifest = read_manifest(place.models().at(digest), digest)
     assert (manifest.dataset_digest, manifest.raw_digest, manifest.seed) == (place.digest, RAW_DIGEST, 5)
-    assert manifest.classes == CLASSES
+    assert (manifest.classes, manifest.image_size) == (CLASSES, 32)
     assert set(manifest.files) == set(IDENTITY_FILES)
     stored = {info.key.partition("/")[2] for info in place.models().list(f"{digest}/")}
     assert stored == {*IDENTITY_FILES, PERFORMANCE_FILE, ENVIRONMENT_FILE, CARD_FILE, LOG_FILE, "manifest.json"}
@@ -81,7 +81,9 @@ def test_the_metrics_are_those_of_the_stored_model(place: Workplace, finished: o
     _, metrics = place.only_model()
     network = place.only_network()
     test = open_data(place.spec(), torch.device("cpu")).test
-    expected = measure(predict(network, test, Processor(torch.device("cpu"), torch.float32)), test.labels.numpy())
+    expected = measure(
+        predict(network, test, Processor(torch.device("cpu"), torch.float32)), test.labels.numpy(), CLASSES
+    )
     assert metrics["test_accuracy"] == expected["accuracy"]
     assert metrics["test_loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert metrics["confusion_matrix"] == expected["confusion_matrix"]

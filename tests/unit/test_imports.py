@@ -1,6 +1,7 @@
-"""Who may import whom: resources nothing of the project, images nothing that they are built without."""
+"""Who may import whom: resources nothing of the project, images nothing they lack, CIFAR-10 the data side alone."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DATA_SIDE = ("dataset", "contracts.py")
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "resources").rglob("*.py"))
 
 
@@ -23,6 +25,14 @@ def imported(source: str) -> Iterator[str]:
 @pytest.mark.parametrize("path", MODULES)
 def test_resources_import_nothing_of_the_project(path: str) -> None:
     assert [name for name in imported((ROOT / path).read_text()) if name.partition(".")[0] == "cifar_assets"] == []
+
+
+def test_only_the_data_side_names_cifar10s_classes_and_size() -> None:
+    """Trainer, server, checks and reports read them in the manifest of the dataset or of the model."""
+    package = ROOT / "cifar_assets"
+    sources = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in DATA_SIDE]
+    named = re.compile(r"\b(CLASSES|IMAGE_SIZE|IMAGE_SHAPE|CIFAR10)\b")
+    assert [path.name for path in sources if named.search(path.read_text())] == []
 
 
 @pytest.mark.parametrize(

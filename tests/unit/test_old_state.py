@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.consistency import Known, check_source
 from cifar_assets.dataset.index import dump_index, index_of, parse_index
 from cifar_assets.dataset.landing.join import join_landed
@@ -25,6 +26,7 @@ from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
 from cifar_assets.gate import judge_model
 from cifar_assets.landing_decision import LandingCursor
+from cifar_assets.model_package import read_manifest
 from cifar_assets.pipeline_steps import __main__ as steps
 from cifar_assets.pipeline_steps.plan import parse_plan
 from cifar_assets.training.checkpoint import Position
@@ -79,7 +81,9 @@ def test_what_landed_and_was_joined_is_joined_again(stores: Stores, digests: dic
 
 def test_a_processed_version_is_read_and_compared(stores: Stores, digests: dict[str, str]) -> None:
     old = digests["processed"]
-    assert sum(read_processed(stores.processed, old).count(split) for split in SPLIT_NAMES) == 10
+    manifest = read_processed(stores.processed, old)
+    assert (manifest.classes, manifest.image_size) == (CLASSES, 32)
+    assert sum(manifest.count(split) for split in SPLIT_NAMES) == 10
     (objection,) = objections(judge_processed(stores.raw, stores.processed, old))
     assert "0 validation" in objection  # that commit allowed a split to be empty
     assert sum(len(open_split(stores.processed, old, split)) for split in SPLIT_NAMES) == 10
@@ -95,6 +99,7 @@ def test_a_processed_version_is_read_and_compared(stores: Stores, digests: dict[
 
 def test_a_model_is_judged_and_traced(stores: Stores, digests: dict[str, str]) -> None:
     assert objections(judge_model(stores.models, digests["model"], 0.5)) == []
+    assert read_manifest(stores.models.at(digests["model"]), digests["model"]).image_size == 32
     assert model_lineage(stores, digests["model"])[1].raw_digest == digests["raw"]
 
 

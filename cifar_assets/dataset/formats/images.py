@@ -33,8 +33,7 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIZE = (IMAGE_SIZE, IMAGE_SIZE)
-_DRAFT_SIZE = (8 * IMAGE_SIZE, 8 * IMAGE_SIZE)
+_DRAFT_FACTOR = 8
 _JPEG_FACTOR = 2
 _MAX_PARTS = 4096
 """Chunks of a PNG, segments of a JPEG."""
@@ -129,16 +128,21 @@ def prepare_image(data: bytes, *, resize: bool = True, limits: ImageLimits = DEF
     With `resize=False` a picture of another size is refused. Raises ImageError.
     """
     picture = open_picture(data, limits)
-    if not resize and (picture.width, picture.height) != _SIZE:
+    if not resize and (picture.width, picture.height) != IMAGE_SHAPE[1:]:
         raise ImageError(f"a {IMAGE_SIZE}x{IMAGE_SIZE} image", f"{picture.width}x{picture.height} pixels")
     return picture_pixels(picture)
 
 
-def picture_pixels(picture: Picture) -> NDArray[np.uint8]:
-    """The pixels of an admitted picture, as `prepare_image` gives them. Whatever a decoder raises is an ImageError."""
+def picture_pixels(picture: Picture, size: int = IMAGE_SIZE) -> NDArray[np.uint8]:
+    """The pixels of an admitted picture, as `prepare_image` gives them, at height and width `size`.
+
+    Whatever a decoder raises is an ImageError.
+    """
     try:
         with Image.open(io.BytesIO(picture.essence), formats=("PNG", "JPEG")) as image:
-            image.draft(None, _DRAFT_SIZE)  # of a large JPEG only a reduced scale is decoded
+            image.draft(
+                None, (_DRAFT_FACTOR * size, _DRAFT_FACTOR * size)
+            )  # of a large JPEG only a reduced scale is decoded
             num_colors = len(image.palette.palette) // 3 if image.palette else 0
             image.load()
             if image.mode == "P" and np.asarray(image).max() >= num_colors:
@@ -149,8 +153,8 @@ def picture_pixels(picture: Picture) -> NDArray[np.uint8]:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, zlib.error
         reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
         raise ImageError("a complete PNG or JPEG image", f"a truncated or damaged one{reason}") from error
-    if rgb.size != _SIZE:
-        rgb = ImageOps.fit(rgb, _SIZE, Image.Resampling.BICUBIC)
+    if rgb.size != (size, size):
+        rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
 
 

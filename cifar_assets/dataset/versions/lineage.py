@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.objects import RawObject
 from cifar_assets.dataset.stores import Stores
 from cifar_assets.dataset.versions.processed import list_processed_versions, read_processed
@@ -92,7 +91,7 @@ def images_of(
         positions = np.flatnonzero((rows.digests == _binary(pixel_digest)).all(axis=1))
     objects = read_raw(stores.raw, rows.manifest.raw_digest).objects if len(positions) else ()
     for position in positions.tolist():
-        label, key = CLASSES[int(rows.labels[position])], objects[int(rows.objects[position])].key
+        label, key = rows.manifest.classes[int(rows.labels[position])], objects[int(rows.objects[position])].key
         digest, row = rows.digest(position), int(rows.rows[position])
         yield ImageOrigin(processed_digest, split, position, digest, label, key, row)
 

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from cifar_assets.contracts import CLASSES
+from cifar_assets.contracts import CLASSES, ImageSpec
 from cifar_assets.dataset.index import PREPARATION, pixel_digests
 from cifar_assets.dataset.objects import GROUP_ROWS, RawObject, fetched, grouped, is_stored, read_rows, read_state
 from cifar_assets.dataset.progress import report
@@ -32,7 +32,7 @@ MANIFEST_FILE = "manifest.json"
 PARTS_PREFIX = "parts/"
 
 
-class ProcessedManifest(Manifest):
+class ProcessedManifest(Manifest, ImageSpec):
     """What a processed version holds."""
 
     kind: Literal["cifar10-processed/2", "cifar10-processed/1"] = "cifar10-processed/2"

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_assets.contracts import IMAGE_SHAPE
 from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
 from cifar_assets.dataset.versions.shards import Shard, Tensors, map_shard
 from cifar_assets.dataset.versions.splits import SplitName
@@ -55,7 +54,7 @@ class SplitReader:
 
     @property
     def images(self) -> NDArray[np.uint8]:
-        """All images, N x 3 x 32 x 32: the memory map itself where there is one shard, otherwise a copy in memory."""
+        """All images, N x 3 x size x size: the memory map itself where there is one shard, otherwise a copy."""
         return self._map(0) if len(self._paths) == 1 else self.take(np.arange(len(self)))
 
     def take(self, indices: NDArray[np.integer] | list[int]) -> NDArray[np.uint8]:
@@ -63,7 +62,7 @@ class SplitReader:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"{self.split} has {len(self)} images; asked for {wanted.min()} to {wanted.max()}")
-        result = np.empty((len(wanted), *IMAGE_SHAPE), np.uint8)
+        result = np.empty((len(wanted), *self.manifest.image_shape), np.uint8)
         owner = np.searchsorted(self._starts, wanted, side="right") - 1
         by_owner = np.argsort(owner, kind="stable")
         for mine in np.split(by_owner, np.flatnonzero(np.diff(owner[by_owner])) + 1):

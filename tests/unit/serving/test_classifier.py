@@ -1,5 +1,8 @@
 """Loading: only the model that was asked for, and only one that can be served."""
 
+import json
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -9,7 +12,7 @@ from cifar_assets.contracts import CLASSES
 from cifar_assets.model_package import MANIFEST_FILE, ONNX_FILE, ModelManifest, write_package
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.settings import ServingLimits
-from resources.digests import sha256_bytes
+from resources.digests import canonical_json, sha256_bytes, sha256_json
 from resources.errors import DataError, IntegrityError, ObjectNotFoundError
 from resources.object_store import FolderStore
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_logits, tiny_onnx
@@ -68,18 +71,25 @@ def test_a_model_that_answers_with_nothing_finite_is_refused(tmp_path) -> None:
         load(uri, digest)
 
 
-def test_other_classes_are_refused(tmp_path) -> None:
+def test_a_model_stored_without_an_image_size_is_one_of_cifar10(tmp_path) -> None:
+    store = FolderStore(tmp_path)
+    _, digest = store_tiny_model(store)
+    manifest = json.loads(store.at(digest).read(MANIFEST_FILE))
+    assert manifest.pop("image_size") == 32
+    old = sha256_json(manifest)
+    store.at(old).write(MANIFEST_FILE, canonical_json(manifest))
+    store.at(old).write(ONNX_FILE, tiny_onnx())
+    assert load(store.at(old).uri(), old).images.image_shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("changes", [{"classes": CLASSES[:9]}, {"image_size": 16}])
+def test_a_model_unlike_its_manifest_is_refused(tmp_path, changes: dict[str, Any]) -> None:
     store = FolderStore(tmp_path)
     data = {ONNX_FILE: tiny_onnx()}
-    manifest = ModelManifest(
-        dataset_digest="d",
-        raw_digest="e",
-        seed=0,
-        classes=tuple(reversed(CLASSES)),
-        files={ONNX_FILE: sha256_bytes(data[ONNX_FILE])},
-    )
-    digest = write_package(store, manifest, data)
-    with pytest.raises(DataError, match="expected the classes"):
+    files = {ONNX_FILE: sha256_bytes(data[ONNX_FILE])}
+    values = {"dataset_digest": "d", "raw_digest": "e", "seed": 0, "classes": CLASSES, "files": files, **changes}
+    digest = write_package(store, ModelManifest.model_validate(values), data)
+    with pytest.raises(DataError, match="expected inputs and outputs"):
         load(store.at(digest).uri(), digest)
 
 
@@ -87,4 +97,4 @@ def test_the_limits_are_consistent() -> None:
     limits = ServingLimits()
     assert limits.batch_images <= limits.max_images <= limits.queue_images
     assert limits.image.max_bytes * 4 / 3 < limits.max_body_bytes <= limits.max_pending_bytes
-    assert ServingLimits(max_images=1).max_json_items < limits.max_json_items
+    assert ServingLimits(max_images=1).max_json_items(32) < limits.max_json_items(32)

@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from cifar_assets.contracts import CIFAR10
 from cifar_assets.dataset.formats.images import ImageLimits
-from cifar_assets.serving.answers import RequestError
+from cifar_assets.serving.answers import RequestError, ServedModel
 from cifar_assets.serving.settings import ServingLimits
 from cifar_assets.serving.v1 import parse_form, parse_predict
 
 LIMITS = ServingLimits()
+MODEL = ServedModel("cifar10", "7", "a" * 64, CIFAR10)
 PIXELS = np.random.default_rng(3).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 CHW = PIXELS.transpose(2, 0, 1)
 
@@ -31,7 +33,7 @@ B64 = base64.b64encode(picture()).decode()
 
 
 def parse(instances: Any, limits: ServingLimits = LIMITS) -> np.ndarray:
-    return parse_predict(json.dumps({"instances": instances}).encode(), limits).images()
+    return parse_predict(MODEL, json.dumps({"instances": instances}).encode(), limits).images()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_one_bad_instance_refuses_the_whole_and_names_its_index() -> None:
 )
 def test_a_bad_body_is_refused(body, field, received) -> None:
     with pytest.raises(RequestError) as caught:
-        parse_predict(body, LIMITS)
+        parse_predict(MODEL, body, LIMITS)
     assert caught.value.status == 400
     assert caught.value.field == field
     assert received in caught.value.received
@@ -188,7 +190,7 @@ def test_the_largest_batch_of_arrays_is_within_the_limit_of_json_values() -> Non
 def test_any_json_is_answered_with_a_fault_of_the_client(value) -> None:
     for body in (json.dumps(value).encode(), json.dumps({"instances": value}).encode()):
         with pytest.raises(RequestError) as caught:
-            parse_predict(body, LIMITS)
+            parse_predict(MODEL, body, LIMITS)
         assert 400 <= caught.value.status < 500
         assert len(str(caught.value)) < 600
 
@@ -205,7 +207,7 @@ FILE = 'name="image"; filename="a.png"'
 
 
 def parsed_form(content_type: str, body: bytes, limits: ServingLimits = LIMITS) -> np.ndarray:
-    return parse_form(content_type.encode(), body, limits).images()
+    return parse_form(MODEL, content_type.encode(), body, limits).images()
 
 
 class TestForm:

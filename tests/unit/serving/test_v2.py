@@ -1,6 +1,7 @@
 """V2 tensors against their declaration."""
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cifar_assets.contracts import CIFAR10
 from cifar_assets.serving import v2
-from cifar_assets.serving.answers import GoneError, ModelIdentity, Query, RequestError, Response, softmax
+from cifar_assets.serving.answers import GoneError, Query, RequestError, Response, ServedModel, softmax
 from cifar_assets.serving.app import _parse
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.settings import ServingLimits
@@ -18,12 +20,12 @@ LIMITS = ServingLimits()
 IMAGES = np.random.default_rng(5).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
 FLAT = IMAGES.ravel().tolist()
 LOGITS = np.random.default_rng(1).normal(size=(2, 10)).astype(np.float32)
-IDENTITY = ModelIdentity("cifar10", "7", "a" * 64)
+MODEL = ServedModel("cifar10", "7", "a" * 64, CIFAR10)
 
 
 def parse(body: bytes, header_length: bytes | None = None) -> Query:
     headers = {} if header_length is None else {b"inference-header-content-length": header_length}
-    return v2.parse(headers, body, LIMITS)
+    return v2.parse(MODEL, headers, body, LIMITS)
 
 
 def tensor(**changes: Any) -> dict[str, Any]:
@@ -157,11 +159,11 @@ def test_a_bad_request_is_refused(body, field, received) -> None:
 def test_a_large_request_whose_client_has_gone_is_not_parsed() -> None:
     gone = Request(lambda _: None, "POST", "/", {}, request(), keep_alive=True, is_wanted=False)
     with pytest.raises(GoneError):
-        _parse(gone, v2.parse, LIMITS)
+        _parse(gone, partial(v2.parse, MODEL), LIMITS)
 
 
 def answer(parsed: Query) -> dict[str, Any]:
-    return json.loads(parsed.render(LOGITS, IDENTITY).body)
+    return json.loads(parsed.render(LOGITS).body)
 
 
 def test_null_is_the_same_as_absent() -> None:
@@ -220,7 +222,7 @@ def header_length(answer: Response) -> int:
 
 class TestAnswer:
     def test_json_carries_both_outputs_and_the_model(self) -> None:
-        answer = parse(request(id="r1")).render(LOGITS, IDENTITY)
+        answer = parse(request(id="r1")).render(LOGITS)
         assert answer.headers == ()
         value = json.loads(answer.body)
         assert (value["id"], value["model_name"], value["model_version"]) == ("r1", "cifar10", "7")
@@ -234,7 +236,7 @@ class TestAnswer:
 
     def test_binary_outputs_follow_the_json_in_order(self) -> None:
         outputs = [{"name": "logits", "parameters": {"binary_data": True}}, {"name": "probabilities"}]
-        answer = parse(request(outputs=outputs)).render(LOGITS, IDENTITY)
+        answer = parse(request(outputs=outputs)).render(LOGITS)
         length = header_length(answer)
         value = json.loads(answer.body[:length])
         assert value["outputs"][0]["parameters"] == {"binary_data_size": 80}
@@ -244,7 +246,7 @@ class TestAnswer:
         np.testing.assert_array_equal(logits, LOGITS)
 
     def test_a_request_may_ask_for_all_outputs_as_binary(self) -> None:
-        answer = parse(request(parameters={"binary_data_output": True})).render(LOGITS, IDENTITY)
+        answer = parse(request(parameters={"binary_data_output": True})).render(LOGITS)
         assert len(answer.body) - header_length(answer) == 160
 
     def test_extreme_logits_give_finite_probabilities(self) -> None:

@@ -76,12 +76,12 @@ class Workplace:
 
     def only_network(self, output: str = "models") -> PublishedNetwork:
         """The one model in a bucket as a torch module."""
-        digest, _ = self.only_model(output)
+        ((digest, manifest),) = self.published(output).items()
         package = self.models(output).at(digest)
         recipe = Recipe.model_validate_json(package.read(RECIPE_FILE))
         tensors = load(package.read(WEIGHTS_FILE))
         mean, std = (tuple(tensors[name].flatten().tolist()) for name in ("mean", "std"))
-        network = PublishedNetwork(build_network(recipe), mean, std, recipe.views)
+        network = PublishedNetwork(build_network(recipe, manifest), mean, std, recipe.views)
         network.load_state_dict(tensors)
         return network.eval()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_assets.contracts import CLASSES
+from cifar_assets.contracts import CIFAR10, IMAGE_SIZE, ImageSpec
 from cifar_assets.dataset.index import pixel_digests
 from cifar_assets.dataset.sources.synthetic import draw_split
 from cifar_assets.dataset.versions.processed import MANIFEST_FILE, ProcessedManifest
@@ -17,7 +17,14 @@ from resources.object_store import FolderStore
 RAW_DIGEST = "0" * 64
 
 
-def store_dataset(bucket: Path, train: int = 96, validation: int = 40, test: int = 40, shard_rows: int = 64) -> str:
+def store_dataset(
+    bucket: Path,
+    train: int = 96,
+    validation: int = 40,
+    test: int = 40,
+    shard_rows: int = 64,
+    images: ImageSpec = CIFAR10,
+) -> str:
     """Write a processed dataset below the bucket's folder and return its digest."""
     store = FolderStore(bucket)
     with tempfile.TemporaryDirectory() as name:
@@ -26,14 +33,16 @@ def store_dataset(bucket: Path, train: int = 96, validation: int = 40, test: int
         }
         totals = []
         for number, (split, count) in enumerate(zip(SPLIT_NAMES, (train, validation, test), strict=True)):
-            rows = _drawn_rows(number, count)
+            rows = _drawn_rows(number, count, images)
             writers[split].add(rows)
             totals.append(channel_totals(rows["images"]))
         mean, std = mean_and_std(totals[0])
         manifest = ProcessedManifest(
             raw_digest=RAW_DIGEST,
             config=SplitConfig(max_shard_rows=shard_rows),
-            counts={split: _counts(writer) for split, writer in writers.items()},
+            classes=images.classes,
+            image_size=images.image_size,
+            counts={split: _counts(writer, images.classes) for split, writer in writers.items()},
             mean=mean,
             std=std,
             shards={split: _with_object(writer.finish()) for split, writer in writers.items()},
@@ -46,8 +55,10 @@ def _with_object(shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
     return tuple(shard.model_copy(update={"objects": (0,)}) for shard in shards)
 
 
-def _drawn_rows(seed: int, count: int) -> Tensors:
+def _drawn_rows(seed: int, count: int, spec: ImageSpec) -> Tensors:
     images, labels = draw_split(seed, "train", count)
+    step = IMAGE_SIZE // spec.image_size
+    images, labels = np.ascontiguousarray(images[:, :, ::step, ::step]), labels % len(spec.classes)
     return {
         "images": images,
         "labels": labels,
@@ -57,5 +68,5 @@ def _drawn_rows(seed: int, count: int) -> Tensors:
     }
 
 
-def _counts(writer: ShardWriter) -> dict[str, int]:
-    return {name: int(count) for name, count in zip(CLASSES, writer.label_counts, strict=True)}
+def _counts(writer: ShardWriter, classes: tuple[str, ...]) -> dict[str, int]:
+    return {name: int(count) for name, count in zip(classes, writer.label_counts, strict=False)}

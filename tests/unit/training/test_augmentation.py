@@ -20,7 +20,7 @@ def recipe_with(**changes: object) -> Recipe:
 
 
 def test_no_augmentation_changes_nothing(images: Tensor) -> None:
-    augmentation = EpochAugmentation(recipe_with(), 0, 0, NUM_IMAGES)
+    augmentation = EpochAugmentation(recipe_with(), 0, 0, NUM_IMAGES, 32)
     assert torch.equal(augmentation.shift_and_flip(images, INDICES), images)
     assert torch.equal(augmentation.cut_out(images.float(), INDICES), images.float())
 
@@ -30,7 +30,7 @@ def test_an_image_is_treated_alike_in_any_company(images: Tensor) -> None:
     recipe = recipe_with(flip="random", translate=4, cutout=8)
 
     def augmented(indices: np.ndarray) -> Tensor:
-        augmentation = EpochAugmentation(recipe, 3, 5, NUM_IMAGES)
+        augmentation = EpochAugmentation(recipe, 3, 5, NUM_IMAGES, 32)
         shifted = augmentation.shift_and_flip(images[torch.from_numpy(indices)], indices)
         return augmentation.cut_out(shifted.float(), indices)
 
@@ -44,7 +44,7 @@ def test_epochs_differ_and_repeat(images: Tensor, flip: str) -> None:
     recipe = recipe_with(flip=flip, translate=2)
 
     def epoch(number: int) -> Tensor:
-        return EpochAugmentation(recipe, 1, number, NUM_IMAGES).shift_and_flip(images, INDICES)
+        return EpochAugmentation(recipe, 1, number, NUM_IMAGES, 32).shift_and_flip(images, INDICES)
 
     assert torch.equal(epoch(4), epoch(4))
     assert not torch.equal(epoch(4), epoch(5))
@@ -52,7 +52,7 @@ def test_epochs_differ_and_repeat(images: Tensor, flip: str) -> None:
 
 @pytest.mark.parametrize("padding", ["zero", "reflect"])
 def test_a_shift_is_a_crop_of_the_padded_image(images: Tensor, padding: str) -> None:
-    result = EpochAugmentation(recipe_with(translate=3, padding=padding), 0, 0, NUM_IMAGES).shift_and_flip(
+    result = EpochAugmentation(recipe_with(translate=3, padding=padding), 0, 0, NUM_IMAGES, 32).shift_and_flip(
         images, INDICES
     )
     mode = {"zero": "constant", "reflect": "reflect"}[padding]
@@ -70,8 +70,8 @@ def test_a_shift_is_a_crop_of_the_padded_image(images: Tensor, padding: str) -> 
 def test_alternating_shows_each_image_both_ways_in_any_two_epochs(images: Tensor) -> None:
     recipe = recipe_with(flip="alternating")
     for epoch in range(3):
-        first = EpochAugmentation(recipe, 9, epoch, NUM_IMAGES).shift_and_flip(images, INDICES)
-        second = EpochAugmentation(recipe, 9, epoch + 1, NUM_IMAGES).shift_and_flip(images, INDICES)
+        first = EpochAugmentation(recipe, 9, epoch, NUM_IMAGES, 32).shift_and_flip(images, INDICES)
+        second = EpochAugmentation(recipe, 9, epoch + 1, NUM_IMAGES, 32).shift_and_flip(images, INDICES)
         assert torch.equal(first.flip(3), second)
         flipped = [not torch.equal(a, b) for a, b in zip(first, images, strict=True)]
         assert 0 < sum(flipped) < NUM_IMAGES
@@ -80,7 +80,7 @@ def test_alternating_shows_each_image_both_ways_in_any_two_epochs(images: Tensor
 @pytest.mark.parametrize(("size", "side"), [(32, 8), (16, 4)])
 def test_cutout_blanks_one_square_that_shrinks_with_the_image(size: int, side: int) -> None:
     ones = torch.ones(NUM_IMAGES, 3, size, size)
-    result = EpochAugmentation(recipe_with(cutout=8), 0, 0, NUM_IMAGES).cut_out(ones, INDICES)
+    result = EpochAugmentation(recipe_with(cutout=8), 0, 0, NUM_IMAGES, 32).cut_out(ones, INDICES)
     assert torch.equal(result[:, 0], result[:, 1])
     holes = (result[:, 0] == 0).numpy()
     for hole in holes:

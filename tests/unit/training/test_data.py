@@ -9,6 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from cifar_assets.contracts import CIFAR10
 from cifar_assets.dataset.versions.reader import SplitReader
 from cifar_assets.training import data
 from resources.object_store import FolderStore
@@ -38,6 +39,7 @@ class DrawnImages:
     """As much of a split's reader as a TensorSplit reads."""
 
     labels = np.zeros(NUM_IMAGES, np.int64)
+    manifest = CIFAR10
 
     def __len__(self) -> int:
         return NUM_IMAGES

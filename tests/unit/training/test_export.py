@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from cifar_assets.contracts import CLASSES
+from cifar_assets.contracts import CIFAR10, CLASSES
 from cifar_assets.training.networks import PublishedNetwork, ResNet18, build_network
 from cifar_assets.training.package import (
     baseline_copy_bytes,
@@ -24,7 +24,7 @@ IMAGES = np.random.RandomState(0).randint(0, 256, (5, 3, 32, 32)).astype(np.uint
 
 def make_network(recipe: str = "resnet18", views: Views = "plain") -> PublishedNetwork:
     torch.manual_seed(0)
-    inner = build_network(get_recipe(recipe, {"width": 4}))
+    inner = build_network(get_recipe(recipe, {"width": 4}), CIFAR10)
     return PublishedNetwork(inner, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), views).eval()
 
 
@@ -37,11 +37,11 @@ def torch_logits(network: PublishedNetwork) -> np.ndarray:
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_onnx_answers_as_torch_does(recipe: str, views: Views) -> None:
     network = make_network(recipe, views)
-    assert onnx_difference(onnx_bytes(network), IMAGES, torch_logits(network)) < 1e-4
+    assert onnx_difference(onnx_bytes(network, 32), IMAGES, torch_logits(network)) < 1e-4
 
 
 def test_the_onnx_model_is_what_serving_expects() -> None:
-    session = onnxruntime.InferenceSession(onnx_bytes(make_network()), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(onnx_bytes(make_network(), 32), providers=["CPUExecutionProvider"])
     (images,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (images.name, images.type, images.shape[1:]) == ("images", "tensor(uint8)", [3, 32, 32])
     assert (logits.name, logits.type) == ("logits", "tensor(float)")
@@ -51,7 +51,7 @@ def test_the_onnx_model_is_what_serving_expects() -> None:
 
 
 def test_exports_repeat_to_the_byte_and_tell_nothing_of_the_machine() -> None:
-    first, second = onnx_bytes(make_network()), onnx_bytes(make_network())
+    first, second = onnx_bytes(make_network(), 32), onnx_bytes(make_network(), 32)
     assert first == second
     assert weights_bytes(make_network()) == weights_bytes(make_network())
     model = onnx.load_from_string(first)
@@ -65,7 +65,7 @@ def test_an_onnx_model_of_other_weights_is_refused() -> None:
     with torch.no_grad():
         other.network.state_dict()["fc.bias"].add_(1.0)
     with pytest.raises(DataError, match="differs from torch"):
-        onnx_difference(onnx_bytes(other), IMAGES, torch_logits(make_network()))
+        onnx_difference(onnx_bytes(other, 32), IMAGES, torch_logits(make_network()))
 
 
 def test_an_onnx_model_whose_output_is_not_finite_is_refused() -> None:
@@ -73,11 +73,11 @@ def test_an_onnx_model_whose_output_is_not_finite_is_refused() -> None:
     with torch.no_grad():
         network.network.state_dict()["fc.bias"].fill_(float("inf"))
     with pytest.raises(DataError, match="differs from torch"):
-        onnx_difference(onnx_bytes(network), IMAGES, torch_logits(make_network()))
+        onnx_difference(onnx_bytes(network, 32), IMAGES, torch_logits(make_network()))
 
 
 def test_the_baseline_copy_is_a_plain_state_dict() -> None:
-    network = PublishedNetwork(ResNet18(), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    network = PublishedNetwork(ResNet18(64, 10, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
     loaded = torch.load(io.BytesIO(baseline_copy_bytes(network)), weights_only=True)
     theirs = resnet18(num_classes=10)
     theirs.load_state_dict(loaded)

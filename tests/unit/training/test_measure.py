@@ -12,7 +12,7 @@ def test_measures_of_a_small_case_by_hand() -> None:
     logits = np.full((4, 10), -20.0, dtype=np.float32)
     for row, predicted in enumerate([0, 1, 1, 2]):
         logits[row, predicted] = 20.0
-    found = measure(logits, labels)
+    found = measure(logits, labels, CLASSES)
     assert found["accuracy"] == 0.75
     assert found["images"] == 4
     assert found["loss"] == pytest.approx(40 / 4)

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
+from cifar_assets.contracts import CIFAR10
 from cifar_assets.training.networks import PublishedNetwork, ResNet18, SpeedNet, TrimmedConv2d, build_network
 from cifar_assets.training.recipes import get_recipe
 
@@ -10,7 +11,7 @@ from cifar_assets.training.recipes import get_recipe
 def test_the_resnet_is_that_of_torchvision() -> None:
     """Though it leaves out the taps that only meet padding: gradients are those of torchvision, too."""
     torch.manual_seed(0)
-    ours, theirs = ResNet18(64).double(), resnet18(num_classes=10).double()
+    ours, theirs = ResNet18(64, 10, 32).double(), resnet18(num_classes=10).double()
     theirs.load_state_dict(ours.torchvision_state_dict())
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     for network in (ours, theirs):
@@ -43,13 +44,13 @@ def test_a_trimmed_convolution_takes_a_smaller_map() -> None:
 
 
 def test_resnet18_keeps_the_weights_that_can_matter() -> None:
-    assert sum(parameter.numel() for parameter in ResNet18(64).parameters()) == 11_181_642 - 6_946_816
+    assert sum(parameter.numel() for parameter in ResNet18(64, 10, 32).parameters()) == 11_181_642 - 6_946_816
 
 
 def test_initial_weights_are_drawn_from_torchs_generator() -> None:
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return build_network(get_recipe("resnet18", {"width": 4})).state_dict()["layer1.0.conv1.weight"]
+        return build_network(get_recipe("resnet18", {"width": 4}), CIFAR10).state_dict()["layer1.0.conv1.weight"]
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
@@ -58,14 +59,14 @@ def test_initial_weights_are_drawn_from_torchs_generator() -> None:
 @pytest.mark.parametrize("size", [16, 24, 32])
 @pytest.mark.parametrize("recipe", ["baseline", "resnet18", "fast"])
 def test_every_network_takes_every_size(recipe: str, size: int) -> None:
-    network = build_network(get_recipe(recipe, {"width": 4}))
+    network = build_network(get_recipe(recipe, {"width": 4}), CIFAR10)
     assert network(torch.randn(3, 3, size, size)).shape == (3, 10)
 
 
 def test_whitening_leaves_uncorrelated_patches_of_unit_variance() -> None:
     torch.manual_seed(0)
     images = nn.functional.avg_pool2d(torch.randn(64, 3, 34, 34), 3, 1)
-    network = SpeedNet(4)
+    network = SpeedNet(4, 10)
     network.set_whitening(images, epsilon=0.0)
     with torch.no_grad():
         patches = network.whiten(images)[:, :12].transpose(0, 1).flatten(1)

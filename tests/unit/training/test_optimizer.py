@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from cifar_assets.contracts import CIFAR10
 from cifar_assets.training.networks import build_network
 from cifar_assets.training.optimizer import Muon, build_optimizers, orthogonalize
 from cifar_assets.training.recipes import RECIPES, get_recipe
@@ -44,7 +45,7 @@ def test_orthogonalization_in_bfloat16_is_close_to_that_in_float32() -> None:
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_trained_parameter_has_one_optimizer(name: str) -> None:
     recipe = get_recipe(name, {"width": 4})
-    network = build_network(recipe)
+    network = build_network(recipe, CIFAR10)
     optimizers = build_optimizers(network, recipe, torch.float32)
     found = [parameter for o in optimizers for group in o.param_groups for parameter in group["params"]]
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -54,7 +55,7 @@ def test_every_trained_parameter_has_one_optimizer(name: str) -> None:
 
 def test_muon_trains_the_inner_convolutions_of_a_resnet() -> None:
     recipe = get_recipe("resnet18", {"width": 4})
-    network = build_network(recipe)
+    network = build_network(recipe, CIFAR10)
     muon, sgd = build_optimizers(network, recipe, torch.float32)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     filters = {names[id(parameter)] for parameter in muon.param_groups[0]["params"]}

@@ -31,7 +31,7 @@ def test_baseline_is_the_configuration_of_the_pipeline_it_comes_from() -> None:
     assert (baseline.precision, baseline.label_smoothing, baseline.views) == ("float32", 0, "plain")
     assert baseline.optimizer == "sgd"
     assert baseline.decay_norm_and_bias
-    assert [phase.size for phase in baseline.resolutions] == [32]
+    assert baseline.resolutions == (ResolutionPhase(start=0),)
 
 
 def test_the_earlier_name_of_baseline_still_works(caplog: pytest.LogCaptureFixture) -> None:
@@ -62,13 +62,27 @@ def test_one_field_is_overridden_and_the_rest_stays() -> None:
         ({"resolutions": []}, "resolutions"),
         ({"resolutions": [{"start": 0.5, "size": 32}]}, "resolutions"),
         ({"resolutions": [{"start": 0, "size": 16}, {"start": 0, "size": 32}]}, "resolutions"),
-        ({"resolutions": [{"start": 0, "size": 33}]}, "size"),
+        ({"resolutions": [{"start": 0, "size": 7}]}, "size"),
         ({"precision": "float16"}, "precision"),
     ],
 )
 def test_a_wrong_override_is_refused_by_name(overrides: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         get_recipe("resnet18", overrides)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "named"),
+    [
+        ("resnet18", {"resolutions": [{"start": 0, "size": 17}]}, "resolutions ask for more than the 16 pixels"),
+        ("resnet18", {"cutout": 17, "translate": 16}, "cutout, translate ask"),
+        ("fast", {}, "resolutions"),
+        ("fast", {"resolutions": [{"start": 0, "size": 8}]}, "a speednet needs at least 9"),
+    ],
+)
+def test_a_recipe_for_larger_images_is_refused_by_field(recipe: str, overrides: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        get_recipe(recipe, overrides).check_fits(16)
 
 
 def test_an_unknown_recipe_is_refused_with_the_choices() -> None:

@@ -31,6 +31,6 @@ def test_a_triangle_rises_to_the_peak_and_falls_in_a_straight_line() -> None:
 
 @pytest.mark.parametrize(("epochs", "steps"), [(4, 10), (1, 40), (10, 4)])
 def test_resolution_phases_keep_their_fraction_of_the_steps(epochs: int, steps: int) -> None:
-    phases = [{"start": 0, "size": 16}, {"start": 0.5, "size": 24}, {"start": 0.75, "size": 32}]
+    phases = [{"start": 0, "size": 16}, {"start": 0.5, "size": 24}, {"start": 0.75}]
     recipe = get_recipe("resnet18", {"epochs": epochs, "resolutions": phases})
-    assert [resolution(recipe, step, steps) for step in range(40)] == [16] * 20 + [24] * 10 + [32] * 10
+    assert [resolution(recipe, step, steps, 32) for step in range(40)] == [16] * 20 + [24] * 10 + [32] * 10
