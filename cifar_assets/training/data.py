@@ -179,8 +179,8 @@ def _shift(images: Tensor, shifts: Tensor, recipe: Recipe) -> Tensor:
         padded = functional.pad(images, padding)
     shifts = shifts.to(images.device)
     steps = torch.arange(images.shape[-1], device=images.device)
-    rows = (shifts[:, :1] + steps).view(len(images), 1, -1, 1)
-    columns = (shifts[:, 1:] + steps).view(len(images), 1, 1, -1)
+    rows = (shifts[:, :1] + steps)[:, None, :, None]
+    columns = (shifts[:, 1:] + steps)[:, None, None]
     which = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
     channels = torch.arange(images.shape[1], device=images.device).view(1, -1, 1, 1)
     return padded[which, channels, rows, columns]

@@ -82,9 +82,7 @@ class Trainer:
         self._mean = _channels(data.manifest.mean, processor.device)
         self._std = _channels(data.manifest.std, processor.device)
         torch.manual_seed(spec.seed)
-        network = (
-            build_network(spec.recipe, data.manifest).to(device=processor.device).to(memory_format=torch.channels_last)
-        )
+        network = build_network(spec.recipe, data.manifest).to(processor.device).to(memory_format=torch.channels_last)
         self.state = TrainingState(network, spec.recipe, processor.dtype)
         self._saved_step: int | None = None
         with self.timed("resume"):

@@ -91,9 +91,8 @@ class ResNet18(nn.Module):
 
 
 def _stage(inputs: int, outputs: int, stride: int, size: int) -> nn.Sequential:
-    return nn.Sequential(
-        BasicBlock(inputs, outputs, stride, size), BasicBlock(outputs, outputs, 1, math.ceil(size / stride))
-    )
+    first = BasicBlock(inputs, outputs, stride, size)
+    return nn.Sequential(first, BasicBlock(outputs, outputs, 1, math.ceil(size / stride)))
 
 
 class SpeedNetStage(nn.Module):

@@ -33,7 +33,6 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DRAFT_FACTOR = 8
 _JPEG_FACTOR = 2
 _MAX_PARTS = 4096
 """Chunks of a PNG, segments of a JPEG."""
@@ -140,9 +139,7 @@ def picture_pixels(picture: Picture, size: int = IMAGE_SIZE) -> NDArray[np.uint8
     """
     try:
         with Image.open(io.BytesIO(picture.essence), formats=("PNG", "JPEG")) as image:
-            image.draft(
-                None, (_DRAFT_FACTOR * size, _DRAFT_FACTOR * size)
-            )  # of a large JPEG only a reduced scale is decoded
+            image.draft(None, (8 * size, 8 * size))  # of a large JPEG only a reduced scale is decoded
             num_colors = len(image.palette.palette) // 3 if image.palette else 0
             image.load()
             if image.mode == "P" and np.asarray(image).max() >= num_colors:
