@@ -31,10 +31,11 @@ def retrying_infrastructure_faults() -> Iterator[None]:
     """
     try:
         yield
-    except (ExplainedError, dg.Failure) as error:
-        failed = isinstance(error, dg.Failure)
-        if error.allow_retries if failed else getattr(error, "transient", False):
+    except dg.Failure as failure:
+        if failure.allow_retries:
+            raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from failure
+        raise
+    except ExplainedError as error:
+        if error.transient:
             raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from error
-        if failed:
-            raise
         raise dg.Failure(str(error), allow_retries=False) from error
