@@ -1,4 +1,4 @@
-# Every command sets up what it needs: uv into .uv when it is missing, the locked environment into .venv.
+# Every command sets up what it needs: uv in .uv if it is missing, the locked environment in .venv.
 CIFAR10_SOURCE ?= synthetic
 FUZZ_MINUTES ?= 60
 UV_VERSION := 0.13.9
@@ -18,50 +18,50 @@ help: ## List the commands.
 	python3 -m venv .uv
 	.uv/bin/pip install --quiet uv==$(UV_VERSION)
 
-# Compiled once here, or by each of many processes where PYTHONDONTWRITEBYTECODE is set.
+# Compiled once here, because with PYTHONDONTWRITEBYTECODE set each of many processes would compile again.
 setup: $(filter .uv/bin/uv,$(UV)) ## Install the locked environment.
 	@$(UV) sync --frozen --all-extras --compile-bytecode --quiet
 
-demo: setup ## Images to served model. CIFAR10_SOURCE chooses other images than the synthetic ones.
+demo: setup ## From images to a served model. CIFAR10_SOURCE selects images other than the synthetic ones.
 	@$(RUN) python -m cifar_assets.demo
 
-stop: setup ## End the local inference service.
+stop: setup ## Stop the local inference service.
 	@$(RUN) python -m resources.inference_service.local stop
 
 dev: setup ## Open the Dagster UI and daemon on this checkout.
 	$(RUN) dg dev
 
-test: setup ## Unit tests and local end-to-end tests.
+test: setup ## Run unit tests and local end-to-end tests.
 	$(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# Every round tries other input. A test marked fuzz leaves the number of examples to the profiles in tests/conftest.py.
-fuzz: setup ## Tests of what reads outside bytes, with new input for FUZZ_MINUTES.
+# Every round uses new input. For tests marked fuzz, the profiles in tests/conftest.py set the number of examples.
+fuzz: setup ## Test code that reads untrusted bytes, with new input for FUZZ_MINUTES.
 	@end=$$(($$(date +%s) + 60 * $(FUZZ_MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
 	  $(RUN) pytest tests/unit -m fuzz --hypothesis-profile long -n 2 -q --durations 0 $(ARGUMENTS) || exit 1; done
 
-lint: setup ## Style, spelling and the lock file.
+lint: setup ## Check style, spelling and the lock file.
 	$(RUN) ruff check $(PATHS)
 	$(RUN) ruff format --check $(PATHS)
 	$(RUN) codespell $(PATHS) docs README.md
 	$(UV) lock --check
 
-minimal-imports: $(filter .uv/bin/uv,$(UV)) ## Import the trainer and the server with only what their images install.
+minimal-imports: $(filter .uv/bin/uv,$(UV)) ## Import the trainer and the server with only the packages in their images.
 	$(UV) run --isolated --frozen --no-dev --extra trainer python -c "import cifar_assets.training.__main__"
 	$(UV) run --isolated --frozen --no-dev --extra server python -c "import cifar_assets.serving.app"
 
-types: setup ## Types.
+types: setup ## Check types.
 	$(RUN) basedpyright $(PATHS)
 
 format: setup ## Rewrite files in the project's style.
 	$(RUN) ruff check --fix $(PATHS)
 	$(RUN) ruff format $(PATHS)
 
-cluster-test: setup ## Tests on the cluster of KUBECONFIG, with our images loaded (see `make images`).
+cluster-test: setup ## Run tests on the cluster of KUBECONFIG, with the images loaded (see `make images`).
 	$(RUN) pytest tests/cluster $(ARGUMENTS)
 
 audit: $(filter .uv/bin/uv,$(UV)) ## Look up known vulnerabilities of the locked packages. Needs api.osv.dev.
 	$(UV) audit --frozen
 
-check: lint types test ## What CI runs without a cluster.
+check: lint types test ## Run what CI runs without a cluster.
 
 include images/images.mk

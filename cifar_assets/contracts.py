@@ -1,6 +1,6 @@
-"""Names that more than one process relies on: buckets, key layouts, classes, model name.
+"""Names that several processes rely on: buckets, key layouts, classes, model name.
 
-Everything here is part of a contract with stored data or with a remote process: a change is a migration.
+They are a contract with stored data and with remote processes: a change requires a migration.
 """
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -57,4 +57,4 @@ MODEL_NAME = DEFAULT_NAME
 
 MODEL_INPUT = "images"
 MODEL_OUTPUT = "logits"
-"""Names of the ONNX model's tensors; clients of the service give the input by its name."""
+"""Names of the ONNX model's tensors; clients of the service pass the input by name."""

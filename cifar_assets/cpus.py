@@ -1,13 +1,13 @@
-"""How much of the machine this process may use."""
+"""The number of CPUs that this process may use."""
 
 import os
 from pathlib import Path
 
 
 def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
-    """CPUs of the affinity mask, or the container's limit (cgroups version 2) where that is lower; at least 1.
+    """CPUs in the affinity mask, or the container's limit (cgroup v2) if that is lower; at least 1.
 
-    Libraries count the machine's CPUs: in a pod limited to 2 of 64 they would run 64 threads that wait for each other.
+    Libraries count the machine's CPUs: in a pod limited to 2 of 64 CPUs they would run 64 threads that contend for 2.
     """
     cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     try:

@@ -1,4 +1,4 @@
-"""The code location: everything Dagster is shown."""
+"""The Dagster code location."""
 
 import warnings
 
@@ -16,7 +16,7 @@ from cifar_assets.deployment import executor_for, resources_for, sensors_for
 from cifar_assets.prune.run import prune_job, prune_weekly
 from cifar_assets.settings import read_settings
 
-# Parts of Dagster used here on purpose are marked as beta or preview; each would warn in every process of every run.
+# Some Dagster APIs used here are in beta or preview and would warn in every process of every run.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 

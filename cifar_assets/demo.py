@@ -1,4 +1,4 @@
-"""`make demo`: materialize the four assets as a user would, then ask the served model about test pictures."""
+"""`make demo`: materialize the four assets as a user would, then send test images to the served model."""
 
 import logging
 import os
@@ -22,11 +22,11 @@ _log = logging.getLogger("demo")
 _NUM_PICTURES = 20
 _PICTURE_FOLDER = Path(".cifar/demo")
 FOUR_ASSETS = f'+key:"{INFERENCE_SERVICE.to_user_string()}"'
-"""The service and all it is made from. "*" would train a second time, for the parity of Argo's workflow."""
+"""The service and all its upstream assets. "*" would also train the model of the Argo workflow."""
 
 
 def main() -> int:
-    """Run the demo; the exit code is that of the materialization when it fails."""
+    """Run the demo. If the materialization fails, its exit code is returned."""
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     _log.setLevel(logging.INFO)
     source = os.environ.get("CIFAR10_SOURCE") or "synthetic"
@@ -37,18 +37,18 @@ def main() -> int:
         config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": _SYNTHETIC_TRAINING}}}
         command += ["--config-json", canonical_json(config).decode()]
     _log.info("$ %s", shlex.join(command))
-    os.environ.pop("DAGSTER_HOME", None)  # the demo is this folder's, whatever else the shell works on
+    os.environ.pop("DAGSTER_HOME", None)  # the demo always uses this folder, whatever DAGSTER_HOME the shell has set
     environment = {**os.environ, "CIFAR10_SOURCE": source, "DAGSTER_DEPLOYMENT": "local"}
     command[0] = str(Path(sys.executable).with_name("dg"))
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
-        _log.error("The run failed; the lines above say where. `make dev` shows it in the Dagster UI.")
+        _log.error("The run failed; see the lines above. `make dev` shows it in the Dagster UI.")
         return code
     _report(time.monotonic() - started)
     return 0
 
 
-# Few small images need few steps of small batches, half of them at half the size.
+# A small dataset of simple images needs only a few steps with small batches, half of them at half the resolution.
 _SYNTHETIC_TRAINING = {
     "recipe": "resnet18",
     "overrides": {
@@ -62,7 +62,7 @@ _SYNTHETIC_TRAINING = {
 }
 _SYNTHETIC_NOTE = (
     " (ten classes drawn from a seed, so that the demo needs no download; "
-    "`make demo CIFAR10_SOURCE=download` takes the real CIFAR-10)"
+    "`make demo CIFAR10_SOURCE=download` uses the real CIFAR-10)"
 )
 
 
@@ -85,7 +85,7 @@ def _report(seconds: float) -> None:
         "",
         f"Test accuracy  {float(str(served['test_accuracy'])):.2%}",
         f"Model          version {served['model_version']}, digest {served['model_digest']}",
-        f"Took           {seconds:.0f} s for all four assets",
+        f"Took           {seconds:.0f} s to materialize all four assets",
         f"Asked the service about {len(labels)} test pictures: {len(right)} right.",
         "",
         f"Ask it yourself; the picture shows: {labels[example]}",

@@ -1,4 +1,4 @@
-"""Which resources stand behind the graph: the one place that knows of deployments. Opens no connection."""
+"""Chooses the graph's resources: the only module that knows which deployment this is. Opens no connection."""
 
 import os
 from collections.abc import Mapping
@@ -27,21 +27,21 @@ _JOB_DEFAULTS: Mapping[str, Any] = {
 
 
 def resources_for(settings: Settings) -> dict[str, Any]:
-    """Resources by key. ConfigError names the variable that does not describe one."""
+    """Resources by key. ConfigError names the invalid environment variable."""
     deployed = _local(settings) if settings.dagster_deployment == "local" else _kubernetes(settings)
     return {**deployed, "gate": AccuracyGate(threshold=settings.accuracy_threshold)}
 
 
 def executor_for(settings: Settings) -> dg.ExecutorDefinition:
-    """How steps run: one after the other in the run's process on a laptop, each in a process of its own elsewhere.
+    """How steps run: in the run's process on a laptop, each in a separate process elsewhere.
 
-    The steps are one chain and the heavy one runs apart in any case, so on a laptop more processes only cost start-up.
+    The steps form a chain and training is a separate process anyway, so more processes only add startup time.
     """
     return watched_executor if settings.dagster_deployment == "local" else dg.multiprocess_executor
 
 
 def sensors_for(settings: Settings) -> list[dg.SensorDefinition]:
-    """Sensors that only this deployment needs: in a cluster, the one that collects what dead runs left behind."""
+    """Sensors that only this deployment needs: in a cluster, the one that cleans up after dead runs."""
     if settings.dagster_deployment == "local":
         return []
     from resources.trainer.kubernetes import build_trainer_collector
@@ -78,7 +78,7 @@ def _kubernetes(settings: Settings) -> dict[str, Any]:
     parameters = {name: str(value) for name, value in {**images, **settings.argo_parameters}.items()}
     return {
         "object_store": object_store,
-        # without one its own error says so, where it is needed
+        # if it is missing, the resource raises its own error when it is used
         "mlflow": MlflowServer(tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI") if settings.mlflow_tracking_uri else ""),
         "trainer": trainer_for(settings, object_store),
         "serving": serving_for(settings),
@@ -119,7 +119,7 @@ def serving_for(settings: Settings) -> "KServeInferenceService":
 
 
 def _build(kind: type[_Model], variable: str, fields: Mapping[str, Any]) -> _Model:
-    """The object with these fields. ConfigError shows none of their values."""
+    """The object with these fields. ConfigError does not show their values."""
     try:
         return kind(**fields)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Whether a stored model may be served: its test accuracy against the threshold in force now, and the other checks."""
+"""Whether a stored model may be served: its test accuracy against the current threshold, and other blocking checks."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -18,10 +18,10 @@ _REQUIRED = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_m
 
 
 def judge(models: ObjectStore, digest: str, threshold: float) -> tuple[ModelManifest, Verdict]:
-    """Read the model's manifest and metrics, verified by digest, and compare; `test_accuracy` is among the numbers.
+    """Read the model's manifest and metrics, verified by digest, and compare; the numbers include `test_accuracy`.
 
-    Equality passes. Raises IntegrityError or ObjectNotFoundError when the stored model is not the one the digest names,
-    DataError when its metrics hold no accuracy in 0..1.
+    Equality passes. Raises IntegrityError or ObjectNotFoundError when the stored model does not match the digest,
+    DataError when its metrics have no accuracy from 0 to 1.
     """
     package = models.at(digest)
     manifest = read_manifest(package, digest)
@@ -48,7 +48,7 @@ def judge_model(models: ObjectStore, digest: str, threshold: float, onnx_toleran
 
 
 def metrics_finite(metrics: Mapping[str, Any]) -> Verdict:
-    """Every number in the metrics is finite, and those that every model has are there."""
+    """Every number in the metrics is finite, and the required ones are present."""
     numbers = dict(_floats(metrics))
     missing = [name for name in _REQUIRED if not isinstance(metrics.get(name), int | float)]
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
@@ -66,11 +66,11 @@ def _floats(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def onnx_equals_torch(metrics: Mapping[str, Any], tolerance: float) -> Verdict:
-    """The exported model's logits differ from the trained one's by rounding only."""
+    """The exported model's logits differ from the trained model's only by rounding."""
     difference = number(metrics, "onnx_max_difference")
     largest = number(metrics, "onnx_largest_logit") if "onnx_largest_logit" in metrics else 1.0
     allowed = tolerance * max(1.0, largest)
-    text = f"Largest difference of logits {difference:.2e}, allowed {allowed:.1e}."
+    text = f"Largest logit difference {difference:.2e}, allowed {allowed:.1e}."
     return Verdict(difference <= allowed, text, {"largest_difference": difference})
 
 
@@ -89,7 +89,7 @@ def number(metrics: Mapping[str, Any], name: str) -> float:
 
 
 def check_made_by(spec: JobSpec, models: ObjectStore, model_digest: str) -> None:
-    """DataError when the stored model is of another dataset, recipe or seed than the job's: not the job's result."""
+    """DataError when the stored model has another dataset, recipe or seed than the job, so is not its result."""
     package = models.at(model_digest)
     manifest = read_manifest(package, model_digest)
     expected = {"dataset": spec.dataset_digest, "seed": spec.seed, "recipe": spec.recipe.model_dump(mode="json")}

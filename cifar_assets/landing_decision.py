@@ -1,4 +1,4 @@
-"""When landed objects start a run: the landing sensor's decision, without Dagster."""
+"""The landing sensor's decision whether landed objects start a run, without Dagster."""
 
 import time
 from collections import Counter
@@ -13,50 +13,50 @@ from cifar_assets.dataset.landing.zone import LandingScan, fingerprint
 from resources.digests import sha256_json
 
 MAX_ATTEMPTS = 3
-"""How often one batch of arrivals is trained on when runs crash or miss some of it, the first time included."""
+"""Number of runs requested for one batch of objects if runs crash or miss some of it, including the first."""
 
 _NAMES_SHOWN = 3
-_BY_HAND = "To try again, start the job retrain by hand or reset the cursor of this sensor."
+_BY_HAND = "To try again, start the job retrain manually or reset this sensor's cursor."
 
 Outcome = Literal["succeeded", "crashed", "refused", "canceled", "unfinished"]
-"""`refused` is a run that a blocking check ended: the same objects would give the same verdict."""
+"""`refused` means that a blocking check failed: the same objects would fail it again."""
 
 _STATES: dict[Outcome | None, str] = {
-    None: "No new data: a build has read {objects}.",
-    "succeeded": "No new data: run {run} has used {objects}.",
-    "unfinished": "No new data: run {run} works on {objects}.",
+    None: "No new data: a build has already read {objects}.",
+    "succeeded": "No new data: run {run} has already used {objects}.",
+    "unfinished": "No new data: run {run} is processing {objects}.",
     "canceled": f"Run {{run}} for {{objects}} was canceled. {_BY_HAND}",
-    "refused": "Run {run} for {objects} was ended by a blocking check, and would be again. Land other data, or change "
-    "what the check asks for and start the job retrain by hand.",
+    "refused": "Run {run} for {objects} failed a blocking check and would fail it again. Land other data, or change "
+    "the check's bounds and start the job retrain manually.",
 }
-"""What became of objects none of which is new."""
+"""The reason to skip when none of the objects is new, by outcome."""
 
 
 class LandingCursor(BaseModel):
-    """What the sensor remembers: fingerprints of the objects that the last requested run was asked for, and its key.
+    """The sensor's state: the key of the last requested run and the fingerprints of its objects.
 
-    Fingerprints (of key, etag and size) instead of keys keep it small with thousands of objects.
+    Fingerprints (of key, etag and size) keep the cursor small with thousands of objects.
     """
 
-    version: Literal[2] = 2  # the first form had none, and the same fields
+    version: Literal[2] = 2  # the first format had no version, and the same fields
     covered: list[str] = []
     sequence: int = Field(default_factory=lambda: int(1000 * time.time()))
-    """Counts the requests. It begins with the time: Dagster never runs the key of an earlier cursor again."""
+    """Counts the requests, starting from the time: Dagster never reuses the run key of an earlier cursor."""
     attempt: int = 0
     run_key: str | None = None
 
     @classmethod
     def load(cls, text: str | None) -> tuple["LandingCursor", str]:
-        """The cursor that Dagster kept, and a note where it cannot be read and is started again."""
+        """The stored cursor, and a note if it could not be read and was reset."""
         try:
             return cls.model_validate_json(text) if text else cls(), ""
         except ValidationError:
-            return cls(), f" The cursor could not be read and was started again; it was {str(text)[:100]!r}."
+            return cls(), f" The cursor could not be read and was reset; it was {str(text)[:100]!r}."
 
 
 @dataclass(frozen=True)
 class LastRun:
-    """The newest run of the cursor's key, retries included."""
+    """The newest run with the cursor's run key, including retries."""
 
     run_id: str
     outcome: Outcome
@@ -64,7 +64,7 @@ class LastRun:
 
 @dataclass(frozen=True)
 class Decision:
-    """Either a request (run key and the cursor to save with it) or the reason for none."""
+    """Either a request (a run key and the cursor to save with it) or the reason to skip."""
 
     cursor: LandingCursor
     run_key: str | None
@@ -79,10 +79,10 @@ def decide(
     last: LastRun | None = None,
     read: Collection[str] | None = None,
 ) -> Decision:
-    """Whether to retrain now. Pure: the same cursor and listing give the same run key, so that a replay adds no run.
+    """Whether to retrain now. Pure: the same cursor and listing give the same run key, so a repeated tick adds no run.
 
-    `busy` says what trains already, `last` is the run that was asked for before, if it is still known, and `read` holds
-    the fingerprints of what the last build of the raw dataset read, or None.
+    `busy` describes a training in progress, `last` is the previously requested run, if it still exists, and `read`
+    holds the fingerprints of the objects that the last build of the raw dataset read, or None.
     """
     notes = "".join(f" Skipped {count}: {reason}." for reason, count in sorted(Counter(scan.skipped.values()).items()))
 
@@ -97,12 +97,12 @@ def decide(
     elif missed := _missed(ready.keys(), last, read):
         keys = sorted(ready[each] for each in missed)
         more = f" and {len(keys) - _NAMES_SHOWN} more" if len(keys) > _NAMES_SHOWN else ""
-        why = "their run is no longer in Dagster"
+        why = "their run was deleted from Dagster"
         if last:
             why = f"run {last.run_id} {'failed' if last.outcome == 'crashed' else 'did not read them'}"
         what, attempt = f"{_objects(len(keys))} ({', '.join(keys[:_NAMES_SHOWN])}{more}), as {why}", cursor.attempt + 1
         if attempt > MAX_ATTEMPTS:
-            return wait(f"Given up after {cursor.attempt} runs: {what}. Its log says why. {_BY_HAND}")
+            return wait(f"Gave up after {cursor.attempt} runs: {what}. See the run's log. {_BY_HAND}")
     else:
         objects = f"the {_objects(len(ready))} under {LANDING_PREFIX}"
         return wait(_STATES[last.outcome if last else None].format(objects=objects, run=last and last.run_id))
@@ -116,7 +116,7 @@ def decide(
 
 
 def _missed(ready: Collection[str], last: LastRun | None, read: Collection[str] | None) -> set[str]:
-    """Objects that were asked for and that no run has used yet."""
+    """Objects for which a run was requested and that no run has used yet."""
     if last and last.outcome in ("canceled", "unfinished"):
         return set()
     if last and last.outcome == "crashed":

@@ -21,7 +21,7 @@ CARD_FILE = "MODEL_CARD.md"
 LOG_FILE = "training.log"
 
 IDENTITY_FILES = (WEIGHTS_FILE, ONNX_FILE, METRICS_FILE, RECIPE_FILE)
-"""Files the digest covers. What two identical trainings differ in (timings, host, log) lies beside them, uncovered."""
+"""Files the digest covers. Files that differ between identical trainings (timings, log) are stored beside them."""
 
 
 class ModelManifest(ImageSpec):
@@ -29,7 +29,7 @@ class ModelManifest(ImageSpec):
 
     kind: Literal["cifar10-model/1"] = "cifar10-model/1"
     dataset_digest: str = Field(description="Digest of the processed dataset it was trained on.")
-    raw_digest: str = Field(description="Digest of the raw dataset behind that.")
+    raw_digest: str = Field(description="Digest of the raw dataset that it was processed from.")
     seed: int
     files: dict[str, str] = Field(description="sha256 of each file the digest covers, by name.")
 
@@ -44,8 +44,8 @@ class ModelManifest(ImageSpec):
 def read_manifest(package: ObjectStore, digest: str) -> ModelManifest:
     """The manifest of the model stored at the package's root.
 
-    Raises IntegrityError when it does not have the digest, ObjectNotFoundError when there is none, DataError when it is
-    not a manifest of a kind known here.
+    Raises IntegrityError when it does not have the digest, ObjectNotFoundError when it does not exist, DataError when
+    it is not a manifest of a known kind.
     """
     data = package.read_verified(MANIFEST_FILE, digest)
     try:
@@ -55,14 +55,14 @@ def read_manifest(package: ObjectStore, digest: str) -> ModelManifest:
 
 
 def read_file(package: ObjectStore, manifest: ModelManifest, name: str) -> bytes:
-    """One covered file's bytes, verified against the manifest."""
+    """The bytes of a covered file, verified against the manifest."""
     return package.read_verified(name, manifest.files[name])
 
 
 def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str, bytes]) -> str:
-    """Store a model under its digest and return the digest. The manifest goes last: a package without one is not there.
+    """Store a model under its digest, which is returned. The manifest is written last and makes the package exist.
 
-    `files` holds every covered file and any uncovered ones. A whole model is left as it is but for what it lacks, a
+    `files` holds every covered file and any uncovered ones. An intact model is only completed with missing files; a
     damaged one is written again.
     """
     digest = manifest.digest
@@ -74,7 +74,7 @@ def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str,
     for name, data in files.items():
         if not (whole and package.exists(name)):
             package.write(name, data)
-    package.write(MANIFEST_FILE, manifest.to_bytes())  # again where it is whole: as young as its last training
+    package.write(MANIFEST_FILE, manifest.to_bytes())  # even if intact: it counts as new again
     return digest
 
 

@@ -1,4 +1,4 @@
-"""Sensors: retrain on landed data, close what dead runs left open, deploy what passed its checks."""
+"""Sensors: retrain on landed data, close MLflow runs of dead Dagster runs, deploy models that passed their checks."""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -16,11 +16,11 @@ from resources.mlflow.resource import RUN_METADATA, MlflowResource
 from resources.object_store.resource import ObjectStoreResource
 
 ADOPTION_SECONDS = 1200.0
-"""How long a failed run's training may continue for a retry to adopt it, such as after an evicted run worker: until the
-job's collector, after 15 minutes, has deleted it."""
+"""How long the training of a failed run may continue so that a retry can adopt it, for example after the run worker was
+evicted: the collector deletes the job after 15 minutes."""
 
 RETRY_SECONDS = 600.0
-"""How long after a run's failure its automatic retry is waited for: the daemon starts it in seconds, if it runs."""
+"""How long to wait for the automatic retry of a failed run: the daemon, if it is running, starts it within seconds."""
 
 _RUN_KEY_TAG = "dagster/run_key"
 _ROOT_RUN_TAG = "dagster/root_run_id"
@@ -34,7 +34,7 @@ _TRAINED = {TRAINED_MODEL, ARGO_TRAINED_MODEL}
     job=retrain,
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Starts one retrain run for each batch of objects that landed; arrivals meanwhile wait for it to end.",
+    description="Starts one retrain run for each batch of landed objects; later ones wait for it to end.",
 )
 def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStoreResource) -> dg.SensorResult:
     """One tick: list the landing prefix and request at most one run."""
@@ -51,8 +51,8 @@ def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStor
     if decision.run_key is None:
         return dg.SensorResult(skip_reason=decision.reason + note)
     after = decision.cursor.model_dump_json()
-    if known := last_run(instance, decision.run_key):  # Dagster does not run a key twice, and does not say so
-        reason = f"Run {known.run_id} was started for these objects by a tick that could not be recorded."
+    if known := last_run(instance, decision.run_key):  # Dagster silently skips a run key that was used before
+        reason = f"Run {known.run_id} was already started for these objects by a tick whose cursor was not saved."
         return dg.SensorResult(skip_reason=reason, cursor=after)
     context.log.info(decision.reason + note)
     training = {"reuse": True, **read_settings().retrain_config}
@@ -65,7 +65,7 @@ def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStor
 
 
 def training_in_flight(instance: dg.DagsterInstance) -> str | None:
-    """What will materialize a model and has not ended, in words: a run however it was started, or a backfill."""
+    """Describes an unfinished run, however it was started, or backfill that will materialize a model; else None."""
     for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
         if _will_train(instance, run):
             return f"run {run.run_id} ({run.job_name}, {run.status.value})"
@@ -82,13 +82,13 @@ def training_in_flight(instance: dg.DagsterInstance) -> str | None:
 
 
 def _will_train(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    """Whether a model is among what the run plans to materialize, as Dagster notes when it creates any run."""
+    """Whether the run plans to materialize a model, according to the plan that Dagster stores with every run."""
     planned = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
     return any(entry.get_dagster_event().asset_key in _TRAINED for entry in planned)
 
 
 def last_run(instance: dg.DagsterInstance, run_key: str | None) -> LastRun | None:
-    """The newest run of this key, retries included, and how it ended."""
+    """The newest run with this run key, including retries, and how it ended."""
     runs = instance.get_runs(dg.RunsFilter(tags={_RUN_KEY_TAG: run_key}), limit=1) if run_key else []
     if not runs:
         return None
@@ -108,10 +108,11 @@ def last_run(instance: dg.DagsterInstance, run_key: str | None) -> LastRun | Non
 def mlflow_end(
     instance: dg.DagsterInstance, mlflow_run_id: str, dagster_run_id: str
 ) -> tuple[str, float | None] | None:
-    """How and when a training ended that MLflow shows as RUNNING, by what Dagster knows of its run.
+    """How and when a training that MLflow shows as RUNNING ended, according to its Dagster run.
 
     FINISHED where a materialization names the MLflow run, otherwise KILLED or FAILED. None for a run of another
-    instance, and while the run or a retry continues, or failed just now: a retry may adopt the training.
+    instance, while the run or a retry is in progress, and shortly after a failure, when a retry may still adopt the
+    training.
     """
     record = instance.get_run_record_by_id(dagster_run_id)
     if record is None:
@@ -140,13 +141,13 @@ def mlflow_end(
     description="Ends MLflow runs that are still RUNNING though the Dagster run of their training has ended.",
 )
 def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResource) -> dg.SkipReason:
-    """Nothing stays RUNNING in MLflow: what one tick cannot close while MLflow is down, the next one finds again."""
+    """Runs that a tick cannot close because MLflow is down are found again by the next tick."""
     try:
         running = mlflow.running()
     except ConfigError as error:
         return dg.SkipReason(f"Nothing was closed. {error}")
     except Exception as error:
-        return dg.SkipReason(f"MLflow at {mlflow.uri} did not answer; the next tick asks again: {error}")
+        return dg.SkipReason(f"MLflow at {mlflow.uri} did not respond; the next tick tries again: {error}")
     closed, refused, num_left = [], [], 0
     for run_id, dagster_run_id in running.items():
         end = mlflow_end(context.instance, run_id, dagster_run_id)
@@ -162,9 +163,9 @@ def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResourc
             refused.append(f"{run_id} and those after it ({error})")
             break
     return dg.SkipReason(
-        f"Closed, as their Dagster runs had ended: {', '.join(closed) or 'none'}. "
-        f"Not closed, and tried again by the next tick: {', '.join(refused) or 'none'}. "
-        f"Still RUNNING, as their Dagster runs continue, failed just now or are not known here: {num_left}."
+        f"Closed because their Dagster runs had ended: {', '.join(closed) or 'none'}. "
+        f"Not closed, to be retried by the next tick: {', '.join(refused) or 'none'}. "
+        f"Still RUNNING because their Dagster runs are in progress, just failed or are unknown here: {num_left}."
     )
 
 
@@ -172,7 +173,7 @@ deploy_when_trained = dg.AutomationConditionSensorDefinition(
     "deploy_when_trained",
     target=dg.AssetSelection.groups("serving"),
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Deploys a newly trained model once its blocking checks passed, when no run has done so already.",
+    description="Deploys a newly trained model once its blocking checks passed, unless a run has already done so.",
 )
 
 ALL = [landing_sensor, close_mlflow_runs, deploy_when_trained]

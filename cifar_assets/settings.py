@@ -20,7 +20,7 @@ JsonObject = Json[dict[str, Any]]
 
 
 class Settings(BaseSettings):
-    """One field for each variable, which has the field's name in capitals. A variable that is empty counts as unset."""
+    """One field for each variable, which has the field's name in upper case. An empty variable counts as unset."""
 
     model_config = SettingsConfigDict(
         frozen=True, env_ignore_empty=True, extra="ignore", validate_default=False, hide_input_in_errors=True
@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     cifar10_source: str = Field(
         default="download",
         repr=False,
-        description="Raw images: `download`, `synthetic`, or a path or URI, also a signed one (data.md).",
+        description="Raw images: `download`, `synthetic`, or a path or URI, including a signed one (data.md).",
     )
     accuracy_threshold: float = Field(
         default=0.85,
@@ -51,13 +51,13 @@ class Settings(BaseSettings):
     )
     cifar_store: str = Field(
         default=".cifar/store",
-        description="Store that commands read: a folder, or `s3:///` for that of AWS_ENDPOINT_URL.",
+        description="Object store that commands read: a folder, or `s3:///` for the one at AWS_ENDPOINT_URL.",
     )
     mlflow_tracking_uri: str | None = Field(
         default=None, repr=False, description="`kubernetes`: address of the tracking server, without credentials."
     )
     trainer_image: str | None = Field(
-        default=None, description="`kubernetes`, required: image that trains, such as `localhost/cifar-trainer:dev`."
+        default=None, description="`kubernetes`, required: trainer image, such as `localhost/cifar-trainer:dev`."
     )
     trainer_namespace: str = Field(default="cifar", description="`kubernetes`: namespace of trainings and workflows.")
     trainer_job: JsonObject = Field(
@@ -66,13 +66,14 @@ class Settings(BaseSettings):
         description='`kubernetes`: fields of `PyTorchJobConfig`, a JSON object, such as `{"memory": "4Gi"}`.',
     )
     trainer_store_endpoint_url: str | None = Field(
-        default=None, description="`kubernetes`: object store as pods reach it, where that is not AWS_ENDPOINT_URL."
+        default=None,
+        description="`kubernetes`: address of the object store for pods, if it differs from AWS_ENDPOINT_URL.",
     )
     trainer_mlflow_tracking_uri: Address | None = Field(
-        default=None, description="`kubernetes`: MLflow as pods reach it, where that is not MLFLOW_TRACKING_URI."
+        default=None, description="`kubernetes`: address of MLflow for pods, if it differs from MLFLOW_TRACKING_URI."
     )
     server_image: str | None = Field(
-        default=None, description="`kubernetes`, required: image that serves, such as `localhost/cifar-server:dev`."
+        default=None, description="`kubernetes`, required: server image, such as `localhost/cifar-server:dev`."
     )
     server_namespace: str = Field(default="cifar", description="`kubernetes`: namespace of the InferenceService.")
     server_name: str = Field(default="cifar10", description="`kubernetes`: name of the InferenceService.")
@@ -82,12 +83,12 @@ class Settings(BaseSettings):
         description='`kubernetes`: fields of `InferenceServiceSettings`, a JSON object, such as `{"min_replicas": 2}`.',
     )
     server_url: Address | None = Field(
-        default=None, description="`kubernetes`: address by which Dagster reaches the service, such as an ingress."
+        default=None, description="`kubernetes`: address at which Dagster reaches the service, such as an ingress."
     )
     server_host: str | None = Field(default=None, description="`kubernetes`: Host header for SERVER_URL.")
     server_gateway: str = Field(
         default="kourier-system/kourier-internal",
-        description="`kubernetes`, serverless, Dagster outside of the cluster: Knative's gateway as namespace/service.",
+        description="`kubernetes`, serverless, Dagster outside the cluster: Knative's gateway as namespace/service.",
     )
     argo_parameters: JsonObject = Field(
         default={}, description="`kubernetes`: further parameters of the Argo workflow, a JSON object."
@@ -97,12 +98,12 @@ class Settings(BaseSettings):
     def _names_its_images(self) -> "Settings":
         for name in ("trainer_image", "server_image"):
             if self.dagster_deployment == "kubernetes" and not getattr(self, name):
-                raise ValueError(f"{name.upper()} is not set: name the image that `make images` built for it")
+                raise ValueError(f"{name.upper()} is not set: set it to the image that `make images` built")
         return self
 
 
 def read_settings() -> Settings:
-    """The settings in force. ConfigError names each variable that is wrong and what is allowed, and shows no value."""
+    """The current settings. ConfigError names each invalid variable and what is allowed, but not its value."""
     try:
         return Settings()
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What is used of Dagster that it does not publish: the one place to check at an upgrade."""
+"""All uses of Dagster's private API: the one place to check on an upgrade."""
 
 from dagster._core.definitions.resource_annotation import TreatAsResourceParam
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus

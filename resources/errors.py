@@ -1,10 +1,10 @@
-"""Errors a person is expected to read and act on. Each message says what failed, on which object, and what to do."""
+"""Errors that users read and act on. Each message says what failed, on which object, and what to do."""
 
 from resources.redaction import RedactedError
 
 
 class ExplainedError(RedactedError):
-    """Base of this project's own errors. `transient`: the cause lies outside and may pass, so that a retry may help."""
+    """Base of this project's own errors. `transient`: the cause is external and may go away, so a retry may help."""
 
     def __init__(self, *parts: object, transient: bool = False):
         super().__init__(*parts)
@@ -16,15 +16,15 @@ class ConfigError(ExplainedError):
 
 
 class DataError(ExplainedError):
-    """Stored or incoming data is not what it claims to be."""
+    """Stored or incoming data is invalid."""
 
 
 class IntegrityError(DataError):
-    """Bytes do not have the digest they are addressed by."""
+    """Bytes do not match the digest that addresses them."""
 
 
 class StoreError(ExplainedError):
-    """The object store refused, or could not be reached, which is transient."""
+    """The object store refused a request, or could not be reached, which is transient."""
 
 
 class ObjectNotFoundError(StoreError):
@@ -32,7 +32,7 @@ class ObjectNotFoundError(StoreError):
 
 
 class ObjectChangedError(StoreError):
-    """The named object was replaced since it was looked at. Nothing was done with it."""
+    """The named object was replaced since it was checked. It was left unchanged."""
 
 
 class TrainingError(ExplainedError):
@@ -40,4 +40,4 @@ class TrainingError(ExplainedError):
 
 
 class DeployError(ExplainedError):
-    """A model was not put into service. What served before, if anything did, still serves; the message says why."""
+    """A model was not deployed, for the reason in the message. The previous model, if any, is still served."""

@@ -1,7 +1,7 @@
-"""Waiting that heeds an interrupt even where Python dropped it.
+"""Waiting that notices an interrupt even if Python dropped it.
 
-The exception that a signal's handler raises is printed and ignored if it comes up in a destructor or a weakref callback
-(docs.python.org: sys.unraisablehook). Dagster sends one signal to cancel a step, so the step would continue.
+The exception raised by a signal handler is printed and ignored if it occurs in a destructor or a weakref callback
+(docs.python.org: sys.unraisablehook). Dagster sends only one signal to cancel a step, so the step would continue.
 """
 
 import sys
@@ -21,7 +21,7 @@ sys.unraisablehook = _keep_interrupt
 
 
 def sleep(seconds: float) -> None:
-    """Like time.sleep, but first raises an interrupt that was dropped since the last call."""
+    """Like time.sleep, but first raises an interrupt that was dropped since the previous call."""
     if _dropped:
         raise _dropped.pop()
     time.sleep(seconds)

@@ -1,7 +1,7 @@
-"""Pipes messages through an object store: the writer, which runs in the pod. Needs dagster_pipes only.
+"""Writer of Pipes messages to an object store, which runs in the pod. Needs only dagster_pipes.
 
-Each process writes chunks under a folder of its own, so that a restarted container never overwrites what an earlier
-one wrote. Chunks wait in memory while the store does not answer; training continues.
+Each process writes chunks to a separate folder, so that a restarted container never overwrites an earlier one's chunks.
+While the store does not respond, chunks are kept in memory and training continues.
 """
 
 import json
@@ -19,16 +19,16 @@ from resources.errors import StoreError
 from resources.object_store import ObjectStore, open_store
 
 STORE_URI_PARAM = "store_uri"
-"""Key of the Pipes params under which the reader says where messages go."""
+"""Key of the Pipes params in which the reader passes the destination of messages."""
 
 _log = logging.getLogger(__name__)
 
 
 class PipesStoreMessageWriter(PipesDefaultMessageWriter):
-    """Writes to the object store when the reader asks for it, otherwise as dagster_pipes does by default.
+    """Writes to the object store if the reader requests it, otherwise as dagster_pipes does by default.
 
-    Pass it to `open_dagster_pipes(message_writer=...)`. On leaving, what is buffered is written; StoreError when the
-    store stays away for `close_timeout_seconds`, so that a process whose result is lost does not end as a success.
+    Pass it to `open_dagster_pipes(message_writer=...)`. On exit, buffered messages are written; StoreError if the store
+    is unavailable for `close_timeout_seconds`, so that a process whose result is lost does not exit successfully.
     """
 
     def __init__(
@@ -70,10 +70,12 @@ class _StoreChannel(PipesMessageWriterChannel):
         self._thread.start()
 
     def write_message(self, message: PipesMessage) -> None:
-        self._lines.put(f"{json.dumps(message)}\n")  # here, so that the caller of what is not JSON gets the error
+        self._lines.put(
+            f"{json.dumps(message)}\n"
+        )  # serialized here, so that the caller gets the error for a value that is not JSON
 
     def close(self, timeout_seconds: float) -> None:
-        """Write what is buffered. StoreError when the store does not take it in time."""
+        """Write the buffered messages. StoreError if the store does not accept them in time."""
         self._deadline = time.monotonic() + timeout_seconds
         self._closing.set()
         self._thread.join()
@@ -91,7 +93,7 @@ class _StoreChannel(PipesMessageWriterChannel):
             lines = [self._lines.get() for _ in range(self._lines.qsize())]
             if lines:
                 self._write(f"{folder}/{num_chunks:08d}.jsonl", "".join(lines).encode())
-                if self._error:  # given up: a later chunk that is taken must not hide that this one is lost
+                if self._error:  # stop here: a later chunk that succeeds must not hide that this one is lost
                     return
                 num_chunks += 1
             elif closing:
@@ -103,8 +105,8 @@ class _StoreChannel(PipesMessageWriterChannel):
                 self._store.write(key, chunk)
                 self._error = None
                 return
-            except Exception as error:  # whatever it is must not end the thread, and with it all messages to come
-                _log.warning("Pipes messages wait for the object store: %s", error)
+            except Exception as error:  # no exception may end the thread, which would lose all later messages
+                _log.warning("Pipes messages are waiting for the object store: %s", error)
                 self._error = error
             if time.monotonic() > self._deadline:
                 return

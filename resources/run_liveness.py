@@ -1,9 +1,9 @@
-"""Notices that the process of a run on this machine is gone, so that a killed run blocks nothing after it.
+"""Detects that the process of a run on this machine is gone, so that a killed run does not block later ones.
 
 Dagster watches the workers that a launcher started. `dagster asset materialize` starts none, and a code server that is
-killed together with its runs reports nothing. Here each run holds a lock on a file of its own while its steps execute,
-and its trainer inherits the lock. The kernel releases it when the last of them has ended, however it ends, and no
-other process can be mistaken for them. A run of another machine, or one that never held a lock, is never judged.
+killed together with its runs reports nothing. Here each run holds a lock on its own file while its steps execute, and
+its trainer inherits the lock. The kernel releases it when the last of these processes has ended, for whatever reason,
+and no other process can be mistaken for them. A run of another machine, or one that never held a lock, is ignored.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ from resources.dagster_private import (
 )
 
 POLL_SECONDS = 5.0
-"""Pause between two looks at what a waiting run waits for."""
+"""Polling interval of a waiting run."""
 
 _DEAD = "Its process on this machine was killed or crashed. Its pool slots are free; start the run again to continue."
 _JUDGED = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
@@ -34,7 +34,7 @@ _held: set[int] = set()
 
 
 def inherited_locks() -> tuple[int, ...]:
-    """File descriptors for `subprocess.Popen(pass_fds=...)`: while the child lives, so does its run."""
+    """File descriptors for `subprocess.Popen(pass_fds=...)`: the run counts as alive while the child lives."""
     return tuple(_held)
 
 
@@ -56,12 +56,12 @@ def holding_lock(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
 
 
 def lock_path(instance: dg.DagsterInstance, run_id: str) -> Path:
-    """The file that the run locks while it lives, among those of its machine."""
+    """The file that the run locks while it lives, in the folder of its machine."""
     return Path(instance.storage_directory(), "workers", socket.gethostname(), run_id)
 
 
 def settle_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Fail the unfinished runs that are dead, and free the pool slots of runs that ended. Returns ids of the former."""
+    """Fail the unfinished runs that are dead, and free the pool slots of ended runs. Returns the ids of dead runs."""
     settled = []
     for found in instance.get_runs(dg.RunsFilter(statuses=_JUDGED)):
         with _is_alive(instance, found.run_id) as alive:
@@ -82,15 +82,15 @@ def settle_dead_runs(instance: dg.DagsterInstance) -> list[str]:
 
 @contextmanager
 def _is_alive(instance: dg.DagsterInstance, run_id: str) -> Iterator[bool | None]:
-    """Whether a process of the run lives; None where there is no lock of it to tell by.
+    """Whether a process of the run lives; None if the run has no lock file.
 
-    Of several processes that judge a dead run at the same time, one sees False.
+    Of several processes that check a dead run at the same time, only one gets False.
     """
     path, alive = lock_path(instance, run_id), None
     with ExitStack() as stack:
         try:
             fcntl.flock(stack.enter_context(path.open("r+")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists():  # or the run ended in this moment
+            if path.exists():  # or the run just ended
                 alive = False
         except FileNotFoundError:
             pass
@@ -100,7 +100,7 @@ def _is_alive(instance: dg.DagsterInstance, run_id: str) -> Iterator[bool | None
 
 
 class WatchedRunLauncher(DefaultRunLauncher):
-    """Dagster's launcher for one machine, with the health of run workers: run monitoring fails those that are dead."""
+    """Dagster's launcher for one machine, with health checks of run workers: run monitoring fails dead runs."""
 
     @property
     def supports_check_run_worker_health(self) -> bool:
@@ -135,12 +135,12 @@ class _WatchedExecutor(InProcessExecutor):
 
 @dg.executor(name="in_process", config_schema=dg.in_process_executor.config_schema)  # pyright: ignore[reportArgumentType]
 def watched_executor(context: dg.InitExecutorContext) -> dg.Executor:
-    """Dagster's in-process executor, whose runs are known to be alive and say whom they wait for."""
+    """Dagster's in-process executor with liveness detection, which also logs what a run waits for."""
     return _WatchedExecutor(RetryMode.from_config(context.executor_config["retries"]))  # pyright: ignore[reportArgumentType]
 
 
 def _watch(instance: dg.DagsterInstance, run_id: str, log: dg.DagsterLogManager, stop: threading.Event) -> None:
-    """Say whom the run waits for, once for each holder of its pool, and settle a holder that dies meanwhile."""
+    """Log what the run waits for, once for each holder of its pool, and fail a holder that dies meanwhile."""
     told: set[str] = set()
     while not stop.wait(POLL_SECONDS):
         try:
@@ -152,12 +152,12 @@ def _watch(instance: dg.DagsterInstance, run_id: str, log: dg.DagsterLogManager,
 def _watch_once(instance: dg.DagsterInstance, run_id: str, log: dg.DagsterLogManager, told: set[str]) -> None:
     storage = instance.event_log_storage
     for pool in [storage.get_concurrency_info(key) for key in storage.get_concurrency_keys()]:
-        # Two runs that look for a slot at the same moment are both assigned one, though only one can claim it.
+        # Two runs that request a slot at the same moment are both assigned one, although only one can claim it.
         if run_id not in (pool.pending_run_ids | pool.assigned_run_ids) - pool.active_run_ids:
             continue
         settle_dead_runs(instance)
         holders = pool.active_run_ids or pool.assigned_run_ids - {run_id}
-        if not holders and run_id in pool.pending_run_ids:  # a slot was freed between this run's look and its entry
+        if not holders and run_id in pool.pending_run_ids:  # a slot was freed between this run's check and its entry
             storage.assign_pending_steps([pool.concurrency_key])  # pyright: ignore[reportAttributeAccessIssue]: of SQL
         for holder in holders - told:
             told.add(holder)
@@ -165,6 +165,6 @@ def _watch_once(instance: dg.DagsterInstance, run_id: str, log: dg.DagsterLogMan
             state = f"{run.status.value} ({run.job_name})" if run else "no longer in Dagster"
             log.warning(
                 f"Waiting for the pool {pool.concurrency_key!r}, held by run {holder}, which is {state}. To stop "
-                "waiting, end that run; if it died on another machine, terminate it in the UI with 'Force "
-                "termination immediately'."
+                "waiting, terminate that run; if it died on another machine, use 'Force termination immediately' in "
+                "the UI."
             )

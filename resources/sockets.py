@@ -1,4 +1,4 @@
-"""TCP sockets to serve on."""
+"""Listening TCP sockets."""
 
 import errno
 import socket
@@ -16,19 +16,19 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=host == "::")
     except OSError as error:
-        reason = "another process listens there" if error.errno == errno.EADDRINUSE else str(error)
+        reason = "another process is listening there" if error.errno == errno.EADDRINUSE else str(error)
         raise ConfigError(
-            f"Cannot listen on {host}:{port}: {reason}. Choose another port, or end that process."
+            f"Cannot listen on {host}:{port}: {reason}. Choose another port, or stop that process."
         ) from error
 
 
 def http_url(host: str, port: int) -> str:
-    """The address of a server, with an IPv6 host in brackets."""
+    """The URL of a server, with an IPv6 host in brackets."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _has_ipv6() -> bool:
-    """Whether IPv6 is switched on in this machine or pod, which a build of Python does not say."""
+    """Whether IPv6 is enabled on this machine or pod; Python's build flag does not tell."""
     try:
         with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
             probe.bind(("::", 0))

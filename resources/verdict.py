@@ -1,4 +1,4 @@
-"""What a check found. Dagster's checks and the steps of the Argo and KFP pipelines ask the same functions for it."""
+"""The verdict of a check. Dagster's checks and the steps of the Argo and KFP pipelines use the same functions."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,23 +9,23 @@ from resources.errors import DataError, ObjectNotFoundError
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer, one sentence that gives what was found and what was allowed, and the numbers in it."""
+    """The outcome, one sentence with the found and allowed values, and these numbers."""
 
     passed: bool
     reason: str
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def and_no(self, objections: list[str]) -> "Verdict":
-        """The same verdict, failed where there are objections."""
+        """The same verdict, or a failed one if there are objections."""
         return Verdict(self.passed and not objections, "; ".join([self.reason, *objections]), self.numbers)
 
 
 Judges = Mapping[str, Callable[[], Verdict]]
-"""The function that gives the verdict of each check, by the check's name."""
+"""The verdict function of each check, by the check's name."""
 
 
 def objections(judges: Judges) -> list[str]:
-    """The reasons of the checks that fail; data that a check cannot read fails it."""
+    """The reasons of the failed checks; a check fails if it cannot read its data."""
     reasons = []
     for name, judge in judges.items():
         try:

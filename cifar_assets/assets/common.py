@@ -1,4 +1,4 @@
-"""What the assets share: the gate's threshold, and which faults are worth another try."""
+"""Shared by the assets: the gate's threshold, and the rule for which failures are retried."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ RETRY_SECONDS = 10.0
 
 
 class AccuracyGate(dg.ConfigurableResource):
-    """The same resource serves the asset check and the deployment, so that both use one threshold."""
+    """The asset check and the deployment use this one resource, so both apply the same threshold."""
 
     threshold: float = Field(
         ge=0,
@@ -25,9 +25,9 @@ class AccuracyGate(dg.ConfigurableResource):
 
 @contextmanager
 def retrying_infrastructure_faults() -> Iterator[None]:
-    """Ask for a retry where the cause lies outside (a store that does not answer, a node that died); otherwise fail.
+    """Request a retry if the cause is external (a store that does not respond, a lost node); otherwise fail.
 
-    A RetryPolicy on the asset would do the same, but it also starts a step again that a person cancelled.
+    A RetryPolicy on the asset would do the same, but would also restart a step that a user canceled.
     """
     try:
         yield

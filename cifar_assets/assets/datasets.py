@@ -1,4 +1,4 @@
-"""The two datasets: raw images as one immutable version, and training-ready tensors made of it."""
+"""The two datasets: raw images as an immutable version, and training-ready tensors made from it."""
 
 import dagster as dg
 from pydantic import Field
@@ -25,7 +25,7 @@ class RawDatasetConfig(dg.Config):
     source: str | None = Field(
         default=None,
         description="'download', 'synthetic', or a path or s3:// URI of an official archive, of Parquet files "
-        "or of class folders. By default CIFAR10_SOURCE of the environment, and without that 'download'.",
+        "or of class folders. Defaults to the environment variable CIFAR10_SOURCE, or 'download' if that is not set.",
     )
     resize: bool = Field(default=True, description="Scale images of another size to 32x32; otherwise they are refused.")
     version: str | None = Field(
@@ -36,8 +36,8 @@ class RawDatasetConfig(dg.Config):
     def resolved_source(self) -> str:
         if self.source and has_credentials(self.source):
             raise ConfigError(
-                f"source is {redacted(self.source)}: Dagster shows the config of runs. Set CIFAR10_SOURCE instead, in "
-                "a cluster from a Secret."
+                f"source is {redacted(self.source)}: Dagster shows run config in its UI. Set CIFAR10_SOURCE instead, "
+                "in a cluster from a Secret."
             )
         return self.source or read_settings().cifar10_source
 
@@ -46,10 +46,10 @@ class RawDatasetConfig(dg.Config):
 def raw_dataset(
     context: dg.AssetExecutionContext, config: RawDatasetConfig, object_store: ObjectStoreResource
 ) -> dg.MaterializeResult:
-    """Raw images as imported from the source, joined with everything valid that landed.
+    """Raw images imported from the source, joined with all valid landed data.
 
     The data version is the sha256 of a manifest that lists each object with its own sha256. Landed objects that cannot
-    be used are in the bucket under rejected/ with the reason beside them.
+    be used are moved to rejected/ in the bucket, with the reason beside them.
     """
     with retrying_infrastructure_faults():
         object_store.ensure_buckets()
@@ -65,23 +65,25 @@ class ProcessedDatasetConfig(dg.Config):
     """How the raw images are split and stored."""
 
     raw_digest: str | None = Field(
-        default=None, description="Digest of the raw version to process; by default the one raw_dataset materialized."
+        default=None,
+        description="Digest of the raw version to process; by default the one that raw_dataset materialized.",
     )
     validation_fraction: float = Field(
         default=0.1,
         gt=0,
         lt=1,
-        description="Fraction of the training images, chosen by image digest, kept for validation.",
+        description="Fraction of the training images held out for validation, chosen by image digest.",
     )
     test_fraction: float = Field(
-        default=0.1, gt=0, lt=1, description="Fraction kept for the test where the source has no test split of its own."
+        default=0.1, gt=0, lt=1, description="Fraction held out for testing if the source has no test split."
     )
-    max_shard_rows: int = Field(default=16_384, ge=1, description="Images in one shard, 3 kB each.")
+    max_shard_rows: int = Field(default=16_384, ge=1, description="Images per shard, 3 kB each.")
     write_baseline_copies: bool = Field(
         default=True,
-        description="Also write cifar10-dataset.tar.gz and cifar10-processed.tar.gz, unless it is blocked, for "
-        "readers of the pipeline that this project replaces. Costs some seconds, and memory for a third of the images: "
-        "leave out for large data.",
+        description="Also write cifar10-dataset.tar.gz and cifar10-processed.tar.gz, unless a check blocks the "
+        "version, for readers of "
+        "the pipeline that this project replaces. Takes a few seconds, and memory for a third of the images: turn it "
+        "off for large data.",
     )
 
 
@@ -98,8 +100,8 @@ def processed_dataset(
 ) -> dg.MaterializeResult:
     """Decoded images as uint8 tensors in safetensors shards, split into train, validation and test.
 
-    The split follows each image's own digest, so that new data moves no old image. Channel statistics are those of the
-    train split alone.
+    The split follows each image's own digest, so adding data does not move existing images. Channel statistics are
+    computed on the train split only.
     """
     with retrying_infrastructure_faults():
         raw, processed = object_store.raw, object_store.processed
@@ -107,7 +109,7 @@ def processed_dataset(
         split = SplitConfig(**config.model_dump(exclude={"raw_digest", "write_baseline_copies"}))
         version = build_processed(raw, processed, raw_digest, split)
         if reasons := objections(judge_processed(raw, processed, version.digest)):
-            context.log.warning(f"The copies for the old pipeline stay as they are: {' '.join(reasons)}")
+            context.log.warning(f"The copies for the old pipeline are left unchanged: {' '.join(reasons)}")
         elif config.write_baseline_copies:
             write_baseline_raw(raw, processed, version.digest)
             write_baseline_processed(processed, version.digest)

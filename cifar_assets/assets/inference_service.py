@@ -1,4 +1,4 @@
-"""The served model: deployed only when the gate passes this exact version, which Dagster materialized and checked."""
+"""The served model: deployed only if the gate passes this exact version and Dagster materialized and checked it."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from resources.object_store.resource import ObjectStoreResource
 from resources.verdict import Verdict
 
 MAX_SERVICE_AGE = timedelta(days=30)
-"""A served model older than this is shown as stale: data has moved on, or the sensor is off."""
+"""The UI marks a served model older than this as stale: newer data may exist, or the sensor may be off."""
 
 
 class InferenceServiceConfig(dg.Config):
@@ -31,23 +31,26 @@ class InferenceServiceConfig(dg.Config):
 
     model_digest: str | None = Field(
         default=None,
-        description="Digest of the model to deploy, for pinning or for going back to an older one. "
-        "By default the one trained_model materialized.",
+        description="Digest of the model to deploy, to pin a version or to return to an older one. "
+        "By default the one that trained_model materialized.",
     )
     rollback: bool = Field(
-        default=False, description="Deploy the model that was served before the current one. Not with model_digest."
+        default=False,
+        description="Deploy the model that was served before the current one. Cannot be combined with model_digest.",
     )
 
     def resolved_digest(self, context: dg.AssetExecutionContext) -> str:
         if self.rollback and self.model_digest:
-            raise ConfigError("Give either rollback or model_digest, not both: they name two models.")
+            raise ConfigError("rollback and model_digest are both set, but each selects a model. Set only one of them.")
         if self.model_digest:
             return self.model_digest
         if not self.rollback:
             return materialized_digest(context, TRAINED_MODEL)
         served = previous_digests(context.instance, INFERENCE_SERVICE)
         if len(served) < 2:
-            raise ConfigError("There is no earlier deployment to roll back to: name one by model_digest.")
+            raise ConfigError(
+                "There is no earlier deployment to roll back to. Set model_digest to the model to deploy."
+            )
         return served[1]
 
 
@@ -72,10 +75,10 @@ def inference_service(
 ) -> dg.MaterializeResult:
     """The model behind the REST endpoint.
 
-    However this asset is materialized, it first judges the very model it is about to deploy: its stored metrics against
-    the threshold in force now, and Dagster's record. The record must hold a materialization of this digest by
-    trained_model, one of the dataset it was trained on by processed_dataset, and a pass of every blocking check of
-    both. A refused model leaves the service as it is.
+    However this asset is materialized, it first judges the exact model it is about to deploy: its stored metrics
+    against the current threshold, and its history in Dagster's event log. The event log must contain a materialization
+    of this digest by trained_model, a materialization by processed_dataset of the dataset it was trained on, and a pass
+    of every blocking check of both. If the model is refused, the service is unchanged.
     """
     with retrying_infrastructure_faults():
         models = object_store.models
@@ -89,7 +92,7 @@ def inference_service(
         decision = metadata.of_verdict(digest, verdict)
         if not verdict.passed:
             _record(context, mlflow, digest, verdict)
-            text = f"Not deployed: {verdict.reason}. What was served before is still served."
+            text = f"Not deployed: {verdict.reason}. The previous model is still served."
             raise dg.Failure(f"{text} {_advice(digest, objections)}", metadata=decision, allow_retries=False)
         service = serving.deploy(
             DeployRequest(
@@ -111,33 +114,33 @@ def inference_service(
 
 def _advice(digest: str, objections: list[str]) -> str:
     if not objections:
-        return "Train a better model, deploy an older one by model_digest, or lower the gate's threshold."
+        return "Train a better model, set model_digest to deploy an older one, or lower the gate's threshold."
     config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": {"model_digest": digest}}}}
     return (
-        "To materialize this stored model again and run its checks, without training, if you know where it comes from: "
+        "If you trust the origin of this stored model, materialize it again and run its checks, without training: "
         f"dg launch --assets {TRAINED_MODEL.to_user_string()} --config-json '{json.dumps(config)}'. "
-        "The checks of a dataset run when processed_dataset is materialized."
+        "The checks on a dataset run when processed_dataset is materialized."
     )
 
 
 def _version(context: dg.AssetExecutionContext, mlflow: MlflowResource, digest: str) -> str:
-    """The model's number in MLflow's registry, or the start of its digest where MLflow has none or does not answer."""
-    with _without_mlflow(context, "the service is named by digest"):
+    """The model's version in MLflow's registry, or the start of its digest if MLflow has none or does not respond."""
+    with _without_mlflow(context, "the service reports the digest as its version"):
         if version := mlflow.find_version(digest):
             return str(version.version)
     return digest[:12]
 
 
 def _record(context: dg.AssetExecutionContext, mlflow: MlflowResource, digest: str, verdict: Verdict) -> None:
-    """Write the decision to MLflow, where it does not count."""
+    """Record the decision in MLflow, for information only."""
     with _without_mlflow(context, f"the gate's decision is not recorded there ({verdict.reason})"):
         if mlflow.record_decision(digest, verdict, context.run_id) is None:
-            raise LookupError(f"model {digest} has no version; the log of its training says why")
+            raise LookupError(f"model {digest} has no registered version; see the log of its training")
 
 
 @contextmanager
 def _without_mlflow(context: dg.AssetExecutionContext, consequence: str) -> Iterator[None]:
-    """Only warn of what fails: deployments do not depend on MLflow."""
+    """Turn errors into warnings: deployments do not depend on MLflow."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Keys and groups of the assets, and what all of them are given alike."""
+"""Keys and groups of the assets, and the settings they all share."""
 
 import dagster as dg
 
@@ -11,7 +11,7 @@ ARGO_TRAINED_MODEL = dg.AssetKey([PREFIX, "argo_trained_model"])
 INFERENCE_SERVICE = dg.AssetKey([PREFIX, "inference_service"])
 
 OWNERS = ["team:ml-platform"]
-"""A team's tag; replace it with yours."""
+"""The owning team; replace it with yours."""
 
 TRAINING_POOL = "training"
 SERVING_POOL = "serving"

@@ -1,4 +1,4 @@
-"""What the Dagster UI shows of each materialization: tables, plots and pictures rather than raw JSON."""
+"""Metadata that the Dagster UI shows for each materialization: tables, plots and pictures rather than raw JSON."""
 
 import base64
 import io
@@ -44,7 +44,7 @@ Metadata = dict[str, Any]
 
 
 def shown(value: Any) -> Any:
-    """A number as a person reads it, to four digits. One that is not finite becomes text: JSON has no NaN."""
+    """A number rounded to four digits for display. A non-finite number becomes text: JSON has no NaN."""
     if value is None:
         return "unknown"
     if not isinstance(value, float):
@@ -65,10 +65,10 @@ def _cell(value: Any) -> Any:
 
 
 def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
-    """Size, objects, and what became of everything that landed."""
+    """Size, objects, and the outcome for every landed object."""
     manifest, landing = version.manifest, version.landing
     columns = ("key", "format", "role", "rows", "used_rows", "size", "sha256")
-    duplicates = {key: f"{count} images are in the dataset already" for key, count in landing.duplicates.items()}
+    duplicates = {key: f"{count} images are already in the dataset" for key, count in landing.duplicates.items()}
     tables = {
         "left_out_of_source": [{"reason": reason, "rows": count} for reason, count in version.left_out.items()],
         "unread_of_source": [{"name": key, "reason": reason} for key, reason in version.unread.items()],
@@ -123,7 +123,7 @@ def of_processed(processed: ObjectStore, version: ProcessedVersion, previous: st
 def _changes(processed: ObjectStore, digest: str, previous: str) -> Metadata:
     try:
         changes = changes_since(processed, digest, previous)
-    except ExplainedError as error:  # the earlier version was pruned or damaged; the new one is good all the same
+    except ExplainedError as error:  # the earlier version was pruned or damaged; this does not affect the new one
         return {"previous_digest": previous, "changes": f"The previous version cannot be read: {error}"}
     rows = ({"split": split, "added": changes.added[split], "removed": changes.removed[split]} for split in SPLIT_NAMES)
     return {
@@ -133,7 +133,7 @@ def _changes(processed: ObjectStore, digest: str, previous: str) -> Metadata:
 
 
 def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource, threshold: float) -> Metadata:
-    """Quality and cost of the training, its curves and its confusion matrix; the card has recipe and recalls."""
+    """Quality and cost of the training, its curves and confusion matrix; the model card has the recipe and recalls."""
     package = models.at(result.model_digest)
     manifest = read_manifest(package, result.model_digest)
     metrics = read_json(package, manifest, METRICS_FILE)
@@ -159,7 +159,7 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
 
 
 def _of_performance(package: ObjectStore) -> Metadata:
-    """Speed and time of the training. The digest does not cover them, so they may be missing or anything."""
+    """Speed and time of the training. The digest does not cover them, so they may be missing or invalid."""
     try:
         found = json.loads(package.read(PERFORMANCE_FILE))
         numbers = {name: shown(found.get(name)) for name in ("images_per_second", "train_seconds")}
@@ -180,7 +180,7 @@ def of_verdict(model_digest: str, verdict: Verdict) -> Metadata:
 
 
 def of_service(service: DeployedService, manifest: ModelManifest) -> Metadata:
-    """Where the model answers, what it replaced and which data made it."""
+    """The model's endpoint, the model it replaced, and the data it was trained on."""
     predict_url = f"{service.url}/v1/models/{MODEL_NAME}:predict"
     return {
         "url": dg.MetadataValue.url(service.url),
@@ -238,8 +238,8 @@ def _png(figure: "Figure") -> bytes:
 
 
 def _picture(title: str, draw: Callable[[], bytes]) -> dg.MetadataValue:
-    """A picture inside Markdown, so that the UI needs no file server. One that cannot be drawn says why: it must not
-    fail what it only shows.
+    """A picture embedded in Markdown, so that the UI needs no file server. If drawing fails, the text gives the error:
+    a picture must not fail the step.
     """
     try:
         return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(draw()).decode()})")

@@ -1,7 +1,7 @@
-"""What Dagster's own record says of an asset's versions: which there are, and how their blocking checks went.
+"""Versions of an asset according to Dagster's event log, and the results of their blocking checks.
 
-A digest proves that bytes are unchanged, not where they came from. Whoever can write to the buckets can store a package
-of their own with a digest that fits; they cannot write to Dagster's event log.
+A digest proves that bytes are unchanged, not where they came from. Anyone with write access to the buckets can store
+their own package under a matching digest, but cannot write to Dagster's event log.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,15 +14,15 @@ from resources.errors import ConfigError
 
 DATA_VERSION_TAG = "dagster/data_version"
 VERSION_METADATA = "checked_version"
-"""Metadata of a check evaluation: the data version that was judged."""
+"""Metadata key of a check evaluation: the data version that was judged."""
 RECENT = 100
-"""How many materializations are looked through: for a run's own, for earlier versions, and for a training to reuse."""
+"""How many materializations are searched for a run's own, for earlier versions, and for a training to reuse."""
 
 _PAGE = 50
 
 
 class Made(NamedTuple):
-    """One materialization, the run that made it, and its data version, which one recorded by hand may lack."""
+    """One materialization, the run that made it, and its data version (None if it was reported without one)."""
 
     materialization: dg.AssetMaterialization
     run_id: str
@@ -45,7 +45,7 @@ def _materializations(instance: dg.DagsterInstance, key: dg.AssetKey) -> Iterato
 
 
 def data_version(materialization: dg.AssetMaterialization) -> str:
-    """The data version a materialization carries. ConfigError for one recorded without, such as by hand."""
+    """The data version of a materialization. ConfigError if it has none, such as one reported manually."""
     version = (materialization.tags or {}).get(DATA_VERSION_TAG)
     if not version:
         raise ConfigError(
@@ -58,16 +58,16 @@ def data_version(materialization: dg.AssetMaterialization) -> str:
 def current_materialization(
     context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, key: dg.AssetKey
 ) -> dg.AssetMaterialization:
-    """The materialization that this run made, or else the newest one.
+    """The materialization that this run made, otherwise the newest one.
 
-    A run that made its own upstream must not pick up what another run made in between. Raises ConfigError when the
-    asset was never materialized.
+    A run that materialized its own upstream asset must not use one that another run made in the meantime. Raises
+    ConfigError when the asset was never materialized.
     """
     recent = list(materializations(context.instance, key))
     if not recent:
         raise ConfigError(
-            f"{key.to_user_string()} has no materialization to work on: materialize it first, "
-            "or name the digest in this asset's config."
+            f"{key.to_user_string()} has no materialization: materialize it first, or set the digest in this asset's "
+            "config."
         )
     return next((made for made in recent if made.run_id == context.run.run_id), recent[0]).materialization
 
@@ -78,19 +78,19 @@ def materialized_digest(context: dg.AssetExecutionContext | dg.AssetCheckExecuti
 
 
 def previous_digests(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[str]:
-    """Data versions of the asset's last materializations, newest first, each once."""
+    """Distinct data versions of the asset's last materializations, newest first."""
     return list(dict.fromkeys(data_version(made.materialization) for made in materializations(instance, key)))
 
 
 def find_materialization(instance: dg.DagsterInstance, key: dg.AssetKey, digest: str) -> Made | None:
     """The newest materialization of the asset with this data version, however long ago it was."""
     if not instance.event_log_storage.get_event_tags_for_asset(key, {DATA_VERSION_TAG: digest}):
-        return None  # by an index; what follows reads materializations one by one
+        return None  # uses an index; the code below reads materializations one by one
     return next((made for made in materializations(instance, key, limit=None) if made.digest == digest), None)
 
 
 def evaluations(instance: dg.DagsterInstance, check: dg.AssetCheckKey) -> Iterator[tuple[dg.AssetCheckEvaluation, str]]:
-    """Evaluations of the check, newest first, each with the id of its run."""
+    """Evaluations of the check with their run ids, newest first."""
     cursor = None
     while page := instance.event_log_storage.get_asset_check_execution_history(check, limit=_PAGE, cursor=cursor):
         for record in page:
@@ -103,9 +103,9 @@ def evaluations(instance: dg.DagsterInstance, check: dg.AssetCheckKey) -> Iterat
 def why_unproven(
     instance: dg.DagsterInstance, key: dg.AssetKey, digest: str, checks: Iterable[dg.AssetCheckSpec]
 ) -> list[str]:
-    """Why the record does not vouch for the version: never materialized here, or a blocking check missing or failed.
+    """Why the event log does not prove the version: not materialized here, or a blocking check is missing or failed.
 
-    The newest evaluation of each check counts. Empty when all is well.
+    The newest evaluation of each check counts. Empty if the version is proven.
     """
     name = key.to_user_string()
     if find_materialization(instance, key, digest) is None:
@@ -127,9 +127,9 @@ def why_unproven(
 
 
 def _judged(instance: dg.DagsterInstance, evaluation: dg.AssetCheckEvaluation) -> str | None:
-    """The version a check judged: the one it names, or that of the materialization Dagster says it targets.
+    """The version a check judged: the one in its metadata, otherwise that of its target materialization in Dagster.
 
-    The two differ where another run materialized the asset between this run's materialization and its check.
+    The two differ if another run materialized the asset between this run's materialization and its check.
     """
     if named := evaluation.metadata.get(VERSION_METADATA):
         return str(named.value)

@@ -1,4 +1,4 @@
-"""A trained model, made by a job that runs apart from Dagster, and its twin, made by the Argo workflow."""
+"""The trained model, made by a job outside the Dagster process, and its twin, made by the Argo workflow."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from resources.object_store.resource import ObjectStoreResource
 from resources.trainer.interface import TrainerResource, TrainingResult, TrainingScale
 
 JOB_METADATA = "job_identity"
-"""Metadata: digest of what decides the weights, by which `reuse` finds the model again."""
+"""Metadata key: digest of everything that determines the weights. `reuse` finds a model by it."""
 
 _KEPT_METADATA = (JOB_METADATA, RUN_METADATA, "model_version", "resumed_from")
 
@@ -39,35 +39,36 @@ _RecipeFields, _ExecutionFields = _fields_of(Recipe), _fields_of(Execution)
 
 
 class TrainedModelConfig(dg.Config):
-    """Which dataset, by which recipe, on how many processes."""
+    """Which dataset to train on, with which recipe, in how many processes."""
 
     recipe: str = Field(default=DEFAULT_RECIPE, description=f"One of {', '.join(sorted(RECIPES))}.")
     overrides: _RecipeFields = Field(  # pyright: ignore[reportInvalidTypeForm]: made above
-        default_factory=_RecipeFields, description="Fields of the recipe to change for this run."
+        default_factory=_RecipeFields, description="Fields of the recipe to override for this run."
     )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="Decides initial weights, order and augmentation.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Determines initial weights, order and augmentation.")
     dataset_digest: str | None = Field(
-        default=None, description="Digest of the processed version; by default the one processed_dataset materialized."
+        default=None,
+        description="Digest of the processed version; by default the one that processed_dataset materialized.",
     )
     scale: TrainingScale = Field(
-        default_factory=TrainingScale, description="Processes, and what each replica is given."
+        default_factory=TrainingScale, description="Number of processes, and the resources of each replica."
     )
     execution: _ExecutionFields = Field(  # pyright: ignore[reportInvalidTypeForm]
-        default_factory=_ExecutionFields, description="How the job runs, which does not decide what it learns."
+        default_factory=_ExecutionFields, description="How the job runs, without effect on what it learns."
     )
     reuse: bool = Field(
         default=False,
-        description="Take the model that this asset made before of the same dataset, recipe and seed, where there is "
-        "one, instead of training it again to the same bits.",
+        description="Reuse the model that this asset made earlier from the same dataset, recipe and seed, if there "
+        "is one, instead of training it again to the same bits.",
     )
     model_digest: str | None = Field(
         default=None,
-        description="Digest of a stored model to materialize and check again instead of training one; all other fields "
-        "are ignored. For a model that this Dagster instance never materialized, whoever starts the run vouches.",
+        description="Digest of a stored model to materialize and check again instead of training one; all other "
+        "fields are ignored. Use a model that this Dagster instance never materialized only if you trust its origin.",
     )
 
     def job_spec(self, object_store: ObjectStoreResource, dataset_digest: str, mlflow: MlflowTarget | None) -> JobSpec:
-        """The job this config asks for. Raises ConfigError naming what is wrong with it."""
+        """The job that this config describes. Raises ConfigError naming what is wrong with it."""
         return build_spec(
             object_store.processed,
             object_store.models,
@@ -95,12 +96,12 @@ def trained_model(
     object_store: ObjectStoreResource,
     mlflow: MlflowResource,
     trainer: TrainerResource,
-    gate: AccuracyGate,  # bound here so that a threshold out of range is refused before hours of training
+    gate: AccuracyGate,  # a parameter so that an invalid threshold is rejected before hours of training
 ) -> dg.MaterializeResult:
     """Weights, ONNX and metrics under the model's digest, made by one training job.
 
-    Epochs appear as observations while it runs. A job that was stopped continues from its checkpoint when the asset is
-    materialized again with the same config.
+    Each epoch appears as an observation while the job runs. A job that was stopped continues from its checkpoint when
+    the asset is materialized again with the same config.
     """
     with retrying_infrastructure_faults():
         models = object_store.models
@@ -125,9 +126,9 @@ def trained_model(
 
 
 def _trained_before(instance: dg.DagsterInstance, models: ObjectStore, identity: str) -> Made | None:
-    """The newest materialization by the same job, if its model is still stored whole.
+    """The newest materialization by the same job, if its model is still completely stored.
 
-    Dagster's record and not a note in the store: anybody who can write to the bucket could write the note.
+    Found in Dagster's event log, not in the store: anyone with write access to the bucket could fake a record there.
     """
     for made in materializations(instance, TRAINED_MODEL):
         job = made.materialization.metadata.get(JOB_METADATA)
@@ -138,21 +139,23 @@ def _trained_before(instance: dg.DagsterInstance, models: ObjectStore, identity:
 
 
 def _stored(models: ObjectStore, digest: str, before: Made | None) -> tuple[TrainingResult, metadata.Metadata]:
-    """A stored model in place of a training; what its own materialization said of the training is kept."""
+    """A stored model instead of a training, with the training metadata of its original materialization."""
     result = TrainingResult(digest, models.at(digest).uri(), None, None, None)
     if before is None:
-        origin = "named in the config; not materialized before, so whoever started this run vouches for it"
+        origin = (
+            "named in the config; not materialized before, so whoever started this run is responsible for its origin"
+        )
         return result, {"origin": origin}
     kept = {name: value for name, value in before.materialization.metadata.items() if name in _KEPT_METADATA}
     return result, {**kept, "origin": f"materialized before by run {before.run_id}"}
 
 
 class ArgoTrainedModelConfig(dg.Config):
-    """Which training to repeat, on how many pods."""
+    """Which training to repeat, and on how many pods."""
 
     model_digest: str | None = Field(
         default=None,
-        description="Model whose dataset, recipe and seed the workflow is given; by default the one trained_model "
+        description="Model whose dataset, recipe and seed the workflow uses; by default the one that trained_model "
         "materialized.",
     )
     replicas: int = Field(default=1, ge=1, le=64, description="Pods of the workflow's PyTorchJob.")
@@ -177,11 +180,11 @@ def argo_trained_model(
     argo: PipelineResource,
     gate: AccuracyGate,
 ) -> Iterator[dg.MaterializeResult]:
-    """The model that the workflow of k8s/argo makes of the same dataset, recipe and seed as cifar10/trained_model.
+    """The model that the workflow in k8s/argo makes from the same dataset, recipe and seed as cifar10/trained_model.
 
     Nothing depends on it, and only the job argo_parity or a run of this asset alone trains it: a run of more assets,
     such as "Materialize all", leaves it out. A model below the threshold is materialized too: its checks compare the
-    two pipelines, verdict included.
+    two pipelines, including their verdicts.
     """
     if set(context.run.asset_selection or ()) - {context.asset_key}:
         context.log.info("Left out of a run of several assets. To train it: dg launch --job argo_parity")
@@ -203,7 +206,7 @@ def argo_trained_model(
 
 
 def _repeated(models: ObjectStore, digest: str, replicas: int, threshold: float) -> PipelineRequest:
-    """The training that made a model, asked for again, with as many threads: their number decides rounding."""
+    """The training that made a model, requested again with the same number of threads, which affects rounding."""
     package = models.at(digest)
     manifest = read_manifest(package, digest)
     recipe = read_json(package, manifest, RECIPE_FILE)

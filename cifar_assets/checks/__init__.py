@@ -1,1 +1,1 @@
-"""Asset checks: what must hold of each version of data, model and service."""
+"""Asset checks: what must hold for each version of the data, the model and the service."""

@@ -17,14 +17,14 @@ from resources.verdict import Verdict
 RAW_CHECKS = declare(
     RAW_DATASET,
     blocking={
-        "objects_intact": "Every object of the version has the bytes its manifest names. When it fails an object was "
+        "objects_intact": "Every object of the version has the bytes its manifest names. If it fails, an object was "
         "changed or lost: restore it, or materialize raw_dataset again.",
-        "splits_filled": "There are images to train on, images to test with and images of every class. When it fails "
-        "the version before it stays current: complete the source and materialize raw_dataset again.",
+        "splits_filled": "There are images to train on, images to test with and images of every class. If it fails, "
+        "the previous version stays current: complete the source and materialize raw_dataset again.",
     },
     warning={
-        "nothing_rejected": "Everything that landed could be used. When it fails read the reasons in the asset's "
-        "metadata or beside the objects under rejected/, correct the data and land it again.",
+        "nothing_rejected": "All landed data could be used. If it fails, read the reasons in the asset's metadata or "
+        "beside the objects under rejected/, correct the data and land it again.",
     },
 )
 
@@ -33,7 +33,7 @@ RAW_CHECKS = declare(
 def raw_dataset_checks(
     context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
 ) -> Iterator[dg.AssetCheckResult]:
-    """Verdicts on the raw version that this run, or the last one, made."""
+    """Results for the raw version that this run made, otherwise the newest one."""
     made = current_materialization(context, RAW_DATASET)
     digest = data_version(made)
     judges = {**judge_raw(object_store.raw, digest), "nothing_rejected": lambda: _nothing_rejected(made)}
@@ -51,27 +51,27 @@ def _nothing_rejected(made: dg.AssetMaterialization) -> Verdict:
 
 
 class ProcessedCheckConfig(dg.Config):
-    """Bounds of the checks on the processed dataset."""
+    """Bounds for the checks on the processed dataset."""
 
     balance_bound: float = Field(
-        default=2.0, ge=1, description="Most images of any class over fewest of any class, within one split."
+        default=2.0, ge=1, description="Largest allowed ratio of the largest class to the smallest, within one split."
     )
 
 
 PROCESSED_CHECKS = declare(
     PROCESSED_DATASET,
     blocking={
-        "nothing_lost": "Every image of the raw version is in exactly one split, and no split is empty. When it fails "
-        "materialize processed_dataset again, with other fractions for a split that is empty.",
-        "splits_disjoint": "No image is in two splits, nor twice in one that is trained on. When it fails the test "
-        "accuracy would mean nothing: find the image by `python -m cifar_assets.dataset where` and remove a copy from "
-        "the source.",
-        "statistics_in_range": "Channel means and standard deviations are those of photographs. When it fails look at "
-        "the sample sheet: images are blank, inverted or scaled twice.",
+        "nothing_lost": "Every image of the raw version is in exactly one split, and no split is empty. If it fails, "
+        "materialize processed_dataset again, with other fractions if a split is empty.",
+        "splits_disjoint": "No image is in two splits, or twice in the training data. If it fails, the test accuracy "
+        "is meaningless: find the image with `python -m cifar_assets.dataset where` and remove a copy from the "
+        "source.",
+        "statistics_in_range": "Channel means and standard deviations are in the range of photographs. If it fails, "
+        "look at the sample sheet: images are blank, inverted or scaled twice.",
     },
     warning={
-        "classes_balanced": "No class is missing from a split, or has many more images than another. When it fails "
-        "land more of the rare ones.",
+        "classes_balanced": "No class is missing from a split or has many more images than another. If it fails, "
+        "land more images of the rare classes.",
     },
 )
 
@@ -80,7 +80,7 @@ PROCESSED_CHECKS = declare(
 def processed_dataset_checks(
     context: dg.AssetCheckExecutionContext, config: ProcessedCheckConfig, object_store: ObjectStoreResource
 ) -> Iterator[dg.AssetCheckResult]:
-    """Verdicts on the processed version that this run, or the last one, made."""
+    """Results for the processed version that this run made, otherwise the newest one."""
     digest = materialized_digest(context, PROCESSED_DATASET)
     raw, processed = object_store.raw, object_store.processed
     judges = {
@@ -91,7 +91,7 @@ def processed_dataset_checks(
 
 
 def classes_balanced(manifest: ProcessedManifest, bound: float) -> Verdict:
-    """Each split that has images has some of every class, and not too many of one."""
+    """Each non-empty split has images of every class, and not too many of any one class."""
     good, texts = True, []
     for split in SPLIT_NAMES:
         counts = manifest.counts[split]
@@ -104,4 +104,4 @@ def classes_balanced(manifest: ProcessedManifest, bound: float) -> Verdict:
             ratio = max(counts.values()) / min(counts.values())
             good = good and ratio <= bound
             texts.append(f"{split} {ratio:.2f}")
-    return Verdict(good, f"Largest over smallest class: {'; '.join(texts)}; allowed {bound:.2f}.")
+    return Verdict(good, f"Ratio of the largest class to the smallest: {'; '.join(texts)}; allowed {bound:.2f}.")

@@ -1,4 +1,4 @@
-"""Checks of a trained model, all read from the metrics stored under its digest."""
+"""Checks of a trained model, all based on the metrics stored under its digest."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -20,34 +20,36 @@ from resources.verdict import Verdict
 
 
 class ModelCheckConfig(dg.Config):
-    """Bounds beside the gate's threshold."""
+    """Bounds of the checks other than the gate's threshold."""
 
-    recall_floor: float = Field(default=0.4, ge=0, le=1, description="Lowest recall of any one class.")
+    recall_floor: float = Field(default=0.4, ge=0, le=1, description="Lowest allowed recall of any class.")
     champion_margin: float = Field(
-        default=0.02, ge=0, le=1, description="How far below the champion's test accuracy a model may be."
+        default=0.02, ge=0, le=1, description="How far a model's test accuracy may be below the champion's."
     )
-    calibration_bound: float = Field(default=0.15, ge=0, le=1, description="Highest expected calibration error.")
+    calibration_bound: float = Field(
+        default=0.15, ge=0, le=1, description="Highest allowed expected calibration error."
+    )
     onnx_tolerance: float = Field(
         default=ONNX_TOLERANCE,
         gt=0,
-        description="Highest difference between ONNX and PyTorch logits, as a fraction of the largest (at least 1).",
+        description="Largest allowed difference of ONNX and PyTorch logits, as a fraction of the largest (at least 1).",
     )
 
 
 MODEL_CHECKS = declare(
     TRAINED_MODEL,
     blocking={
-        "accuracy_threshold": "Test accuracy reaches the gate's threshold. When it fails nothing is deployed: train "
-        "longer, with more data, or by another recipe.",
-        "metrics_finite": "Every loss and accuracy is a finite number. When it fails the training diverged: lower "
+        "accuracy_threshold": "Test accuracy reaches the gate's threshold. If it fails, nothing is deployed: train "
+        "longer, with more data, or with another recipe.",
+        "metrics_finite": "Every loss and accuracy is a finite number. If it fails, the training diverged: lower "
         "learning_rate.",
-        "onnx_equals_torch": "The exported model answers as the trained one. When it fails the service would answer "
-        "differently: do not deploy, and look for an operator that the exporter changed.",
+        "onnx_equals_torch": "The exported model gives the same predictions as the trained one. If it fails, the "
+        "service would predict differently: do not deploy, and look for an operator that the exporter changed.",
     },
     warning={
-        "recall_floor": "No class is forgotten. When it fails look at the confusion matrix and the class counts.",
+        "recall_floor": "Every class is recognized. If it fails, look at the confusion matrix and the class counts.",
         "not_worse_than_champion": "Test accuracy is within a margin of the champion's, on the same test split.",
-        "calibrated": "Confidence means what it says: the expected calibration error is within its bound.",
+        "calibrated": "Confidence is calibrated: the expected calibration error is within its bound.",
     },
 )
 
@@ -60,7 +62,7 @@ def trained_model_checks(
     mlflow: MlflowResource,
     gate: AccuracyGate,
 ) -> Iterator[dg.AssetCheckResult]:
-    """Verdicts on the model that this run, or the last one, trained."""
+    """Results for the model that this run trained, otherwise the newest one."""
     digest = materialized_digest(context, TRAINED_MODEL)
     models = object_store.models
     metrics = cache(lambda: read_metrics(models, digest))
@@ -100,7 +102,7 @@ def calibrated(metrics: Mapping[str, Any], bound: float) -> Verdict:
 def _against_champion(models: ObjectStore, mlflow: MlflowResource, digest: str, margin: float) -> Verdict:
     champion = mlflow.champion_digest()
     if champion is None or champion == digest:
-        return Verdict(True, "There is no other champion to compare with.")
+        return Verdict(True, "There is no other champion to compare to.")
     accuracy = number(read_metrics(models, champion), "test_accuracy")
     own = number(read_metrics(models, digest), "test_accuracy")
     return Verdict(

@@ -1,4 +1,4 @@
-"""Checks of the model that Argo made: is it the one that Dagster made of the same dataset, recipe and seed?"""
+"""Checks whether the model that Argo made equals the one that Dagster made from the same dataset, recipe and seed."""
 
 import json
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ from resources.verdict import Verdict, objections
 PARITY_CHECKS = declare(
     ARGO_TRAINED_MODEL,
     failing={
-        "same_inputs": "trained_model has a model of the same dataset, recipe and seed. When it fails there is nothing "
-        "to compare with: materialize trained_model and then this asset.",
+        "same_inputs": "trained_model has a model of the same dataset, recipe and seed. If it fails, there is "
+        "nothing to compare to: materialize trained_model and then this asset.",
         "same_artefacts": "Both models consist of the same files.",
-        "same_metrics": "Both models report metrics of the same names.",
-        "same_weights": "The weights are the same to the bit, if as many processes trained. When it fails look at the "
-        "images: one of the pipelines runs other code or another torch.",
-        "same_verdict": "The workflow's last step decided as the gate decides about the twin.",
+        "same_metrics": "Both models report metrics with the same names.",
+        "same_weights": "The weights are bit-identical if the number of processes is equal. If it fails, compare the "
+        "container images: one of the pipelines runs different code or another version of torch.",
+        "same_verdict": "The workflow's last step reached the same verdict as the gate does for the twin.",
     },
 )
 
@@ -48,7 +48,7 @@ class _Model:
         self.inputs = (self.manifest.dataset_digest, self.manifest.seed, recipe)
 
     def environment(self) -> dict[str, Any]:
-        """What the training ran on, as far as it affects rounding."""
+        """The parts of the training environment that affect rounding."""
         found = json.loads(self.package.read(ENVIRONMENT_FILE))
         names = ("processes", "threads", "device", "precision", "cpu")
         return {**{name: found[name] for name in names}, "torch": found["packages"].get("torch")}
@@ -58,7 +58,7 @@ class _Model:
 def argo_parity_checks(
     context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
 ) -> Iterator[dg.AssetCheckResult]:
-    """Five comparisons of the model from Argo with its twin from Dagster."""
+    """Five comparisons between the model from Argo and its twin from Dagster."""
     models = object_store.models
     digest = materialized_digest(context, ARGO_TRAINED_MODEL)
 
@@ -83,42 +83,42 @@ def argo_parity_checks(
 
 
 def _find_twin(context: dg.AssetCheckExecutionContext, models: ObjectStore, argo: _Model) -> _Model:
-    """The newest model of trained_model with the same inputs; one of the same digest comes first."""
+    """The newest model of trained_model with the same inputs, preferably one with the same digest."""
     digests = previous_digests(context.instance, TRAINED_MODEL)
     for digest in sorted(digests, key=lambda digest: digest != argo.digest):
         try:
             model = _Model(models, digest)
         except ExplainedError as error:
-            context.log.warning(f"Model {digest} cannot be compared with: {error}")
+            context.log.warning(f"Model {digest} cannot be used for the comparison: {error}")
             continue
         if model.inputs == argo.inputs:
             return model
-    raise DataError(f"No model of trained_model has the dataset, recipe and seed of {argo.digest}.")
+    raise DataError(f"trained_model has no model with the dataset, recipe and seed of {argo.digest}.")
 
 
 def _sets(what: str, argo: set[str], twin: set[str]) -> Verdict:
     missing, further = sorted(twin - argo), sorted(argo - twin)
     text = f"Both have the same {len(argo)} {what}."
     if missing or further:
-        text = f"Argo's model lacks the {what} {missing} and has {further} in addition."
+        text = f"Argo's model lacks the {what} {missing} and has {further} that the other lacks."
     return Verdict(not (missing or further), text)
 
 
 def _same_weights(argo: _Model, twin: _Model) -> Verdict:
-    """Equal weights, or another number of processes, pass."""
+    """Passes if the weights are equal or the number of processes differs."""
     if argo.manifest.files[WEIGHTS_FILE] == twin.manifest.files[WEIGHTS_FILE]:
         return Verdict(True, "The weights have the same sha256.", {"identical": str(True)})
     ours, theirs = argo.environment(), twin.environment()
     differences = ", ".join(f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key])
-    text = f"The weights differ. Argo and Dagster had {differences or 'the same environment'}."
+    text = f"The weights differ. Between Argo and Dagster: {differences or 'no difference in the environment'}."
     return Verdict(ours["processes"] != theirs["processes"], text, {"identical": str(False)})
 
 
 def _same_verdict(instance: dg.DagsterInstance, models: ObjectStore, argo: _Model, twin: _Model) -> Verdict:
-    """The recorded verdict of the workflow, against the same functions' verdict on the twin at the same threshold."""
+    """Compares the workflow's recorded verdict with the gate's verdict on the twin, at the same threshold."""
     made = find_materialization(instance, ARGO_TRAINED_MODEL, argo.digest)
     if made is None:
-        raise DataError(f"No materialization of {ARGO_TRAINED_MODEL.to_user_string()} gave model {argo.digest}.")
+        raise DataError(f"No materialization of {ARGO_TRAINED_MODEL.to_user_string()} has model {argo.digest}.")
     recorded = made.materialization.metadata
     against = objections(judge_model(models, twin.digest, float(str(recorded["threshold"].value))))
     expected, found = "refused" if against else "passed", str(recorded["gate"].value)

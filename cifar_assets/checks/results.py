@@ -1,4 +1,4 @@
-"""How checks are declared and how they answer."""
+"""How checks are declared and evaluated."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,7 +20,7 @@ def declare(
     failing: Mapping[str, str] = {},
     warning: Mapping[str, str] = {},
 ) -> list[dg.AssetCheckSpec]:
-    """Checks of an asset by name, each with what it means: one that fails stops the run, is an error, or only warns."""
+    """Checks of an asset by name with descriptions. A failed check blocks the run, is an error, or is a warning."""
     return [
         *(dg.AssetCheckSpec(name, asset=asset, description=text, blocking=True) for name, text in blocking.items()),
         *(dg.AssetCheckSpec(name, asset=asset, description=text) for name, text in failing.items()),
@@ -31,10 +31,9 @@ def declare(
 def answers(
     context: dg.AssetCheckExecutionContext, checks: Sequence[dg.AssetCheckSpec], version: str, judges: Judges
 ) -> Iterator[dg.AssetCheckResult]:
-    """The results on a data version of the checks that the run selected, each judged apart from the others.
+    """Results of the selected checks for a data version, each evaluated independently of the others.
 
-    A check that raises fails, with the error as its reason; only for a store that does not answer is the step tried
-    again first.
+    A check that raises fails with the error as its reason, but if the store does not respond the step is retried first.
     """
     results = []
     for check in checks:
@@ -45,8 +44,8 @@ def answers(
         except Exception as error:
             if isinstance(error, StoreError) and error.transient and context.retry_number < MAX_RETRIES:
                 raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from error
-            context.log.warning(f"{check.name} of {version} could not be judged", exc_info=True)
-            verdict = Verdict(False, f"Could not be judged: {type(error).__name__}: {error}")
+            context.log.warning(f"{check.name} of {version} could not be evaluated", exc_info=True)
+            verdict = Verdict(False, f"Could not be evaluated: {type(error).__name__}: {error}")
         results.append(
             dg.AssetCheckResult(
                 check_name=check.name,

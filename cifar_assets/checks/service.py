@@ -1,4 +1,4 @@
-"""Checks of the running service, asked over HTTP as a user would."""
+"""Checks of the running service, queried over HTTP as a user would."""
 
 import time
 from collections.abc import Iterator
@@ -25,27 +25,29 @@ LATENCY_CHECK = dg.AssetCheckKey(INFERENCE_SERVICE, "latency")
 
 
 class ServiceCheckConfig(dg.Config):
-    """How the service is asked, and what is allowed."""
+    """How the service is queried, and the bounds that apply."""
 
-    num_images: int = Field(default=256, ge=1, le=10_000, description="Test images to ask about.")
-    num_timed_requests: int = Field(default=20, ge=5, le=1000, description="Single-image requests to time.")
+    num_images: int = Field(default=256, ge=1, le=10_000, description="Number of test images to send.")
+    num_timed_requests: int = Field(default=20, ge=5, le=1000, description="Number of single-image requests to time.")
     slowdown_bound: float = Field(
-        default=5.0, gt=1, description="Median latency allowed, as a multiple of the lowest median measured before."
+        default=5.0,
+        gt=1,
+        description="Largest allowed median latency, as a multiple of the lowest median measured before.",
     )
 
 
 SERVICE_CHECKS = declare(
     INFERENCE_SERVICE,
     failing={
-        "serves_the_model": "The endpoint is ready and names the digest that was deployed. When it fails materialize "
-        "inference_service again; the reason is in the description.",
-        "answers_as_evaluated": "On held-out images the service is as accurate as the stored model was, within what "
-        "that many images can tell. When it fails requests are prepared, or the model is run, in another way than in "
-        "training: roll back.",
+        "serves_the_model": "The endpoint is ready and reports the digest that was deployed. If it fails, see the "
+        "reason in the description and materialize inference_service again.",
+        "answers_as_evaluated": "On held-out images the service is as accurate as the stored model, within the "
+        "sampling error. If it fails, the service prepares images or runs the model differently than training does: "
+        "roll back.",
     },
     warning={
-        "latency": "A single request is not much slower than it was before. When it fails look for load, for a larger "
-        "model or for less CPU.",
+        "latency": "A single request is not much slower than before. If it fails, look for load, a larger model or "
+        "less CPU.",
     },
 )
 
@@ -57,10 +59,10 @@ def inference_service_checks(
     object_store: ObjectStoreResource,
     serving: InferenceServiceResource,
 ) -> Iterator[dg.AssetCheckResult]:
-    """Verdicts on what answers now."""
+    """Results for the model that is served now."""
     try:
         digest = materialized_digest(context, INFERENCE_SERVICE)
-    except ConfigError as error:  # on a fresh instance the schedule asks before anything was deployed
+    except ConfigError as error:  # on a new instance the schedule runs before the first deployment
         nothing = Verdict(False, str(error))
         yield from answers(context, SERVICE_CHECKS, "none", {check.name: lambda: nothing for check in SERVICE_CHECKS})
         return
@@ -86,8 +88,8 @@ def inference_service_checks(
 
 
 def serves_the_model(status: ServiceStatus, digest: str) -> Verdict:
-    """The endpoint is ready and names the digest."""
-    found = f"{status.url} serves {status.model_digest}" if status.ready else f"nothing answers: {status.reason}"
+    """The endpoint is ready and reports the digest."""
+    found = f"{status.url} serves {status.model_digest}" if status.ready else f"there is no response: {status.reason}"
     return Verdict(status.ready and status.model_digest == digest, f"Deployed was {digest}; {found}.")
 
 
@@ -101,7 +103,7 @@ def _client(status: ServiceStatus, digest: str) -> InferenceClient:
 def _latency(
     instance: dg.DagsterInstance, client: InferenceClient, image: np.ndarray, config: ServiceCheckConfig
 ) -> Verdict:
-    """The median now against the lowest of those that earlier executions of this check measured."""
+    """Compares the median with the lowest one that earlier executions of this check measured."""
     times = []
     for _ in range(config.num_timed_requests):
         started = time.perf_counter()

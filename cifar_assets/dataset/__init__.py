@@ -1,1 +1,1 @@
-"""Images by digest: importing, validating, splitting and reading CIFAR-10 shaped data. No Dagster, no torch."""
+"""Content-addressed images: importing, validating, splitting and reading CIFAR-10 data. No Dagster, no torch."""

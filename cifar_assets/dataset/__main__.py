@@ -25,11 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_store_option(parser)
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     commands.add_parser("versions", help="list the raw versions, oldest first")
-    for name, purpose in (("model", "which data made this model"), ("dataset", "what made this processed version")):
+    for name, purpose in (
+        ("model", "show the data that this model was trained on"),
+        ("dataset", "show what this processed version was made from"),
+    ):
         command = commands.add_parser(name, help=purpose)
         command.add_argument("digest", help=f"{name} digest, as in metadata")
         command.add_argument("--images", action="store_true", help="list every image with its object and row")
-    command = commands.add_parser("where", help="where an image is used: versions, models")
+    command = commands.add_parser("where", help="show the versions and models that use an image")
     command.add_argument("image", help="an image file, or a pixel digest")
     options = parser.parse_args(arguments)
     try:

@@ -10,7 +10,7 @@ from cifar_assets.dataset.objects import RawObject, ranges_of
 
 
 class Place(NamedTuple):
-    """Where an image is already used. There is one for each image of the source, so it is small."""
+    """Where an image is already used. Kept small: there is one for each image of the source."""
 
     label: int
     is_test: bool
@@ -19,15 +19,15 @@ class Place(NamedTuple):
 
 
 Known = dict[bytes, Place]
-"""Images that a version uses, by binary pixel digest."""
+"""Images that a version uses, keyed by binary pixel digest."""
 
 
 def check_source(
     items: Sequence[tuple[RawObject, ObjectIndex]], known: Known
 ) -> tuple[list[RawObject], dict[str, int]]:
-    """The source's objects with rows excluded that must not be trained on, and how many for which reason.
+    """The source's objects without the rows that must not be trained on, and the number of excluded rows by reason.
 
-    The test split is taken as the source gives it. Fills `known`.
+    The test split is used as the source provides it. Fills `known`.
     """
     for item, index in items:
         for row, (pixels, label, is_test) in enumerate(index.images()):
@@ -47,19 +47,19 @@ def check_source(
                 continue
             excluded.append(row)
             if pixels in conflicting:
-                left_out["the source gives the same pixels two labels"] += 1
+                left_out["the source has the same pixels with two labels"] += 1
             elif place and place.is_test:
                 left_out["test image in the training data"] += 1
             else:
-                left_out["an image of the same pixels is used already"] += 1
+                left_out["an image with the same pixels is already used"] += 1
         checked.append(item.model_copy(update={"excluded": ranges_of(excluded)}))
     return checked, dict(left_out)
 
 
 def check_landed(indexes: Sequence[ObjectIndex], known: Known) -> list[tuple[list[int], dict[int, str]]]:
-    """Per landed object: its rows that repeat an image in use, and its rejected rows with reasons.
+    """Per landed object: the rows that duplicate an image in use, and the rejected rows with reasons.
 
-    The order given decides which of several copies is used; it is by content, so that names and times do not matter.
+    The given order determines which of several copies is used. It depends on content, not on names or times.
     """
     conflicting = _labeled_twice(image for index in indexes for image in index.images())
     taken: set[bytes] = set()
@@ -87,9 +87,9 @@ def _labeled_twice(images: Iterable[tuple[bytes, int, bool]]) -> set[bytes]:
 
 def _refusal(label: int, is_test: bool, place: Place | None, is_conflicting: bool) -> str | None:
     if place is None and is_test:
-        return "belongs to a test split: the source alone defines the test images; land it as training data"
+        return "belongs to a test split, but only the source defines test images; land it as training data"
     if place is None:
-        text = "the same pixels landed with another label too: decide on one and land it alone"
+        text = "the same pixels also landed with another label: land them with the correct label only"
         return text if is_conflicting else None
     where = f"row {place.row} of {place.key}"
     if place.label != label:

@@ -1,7 +1,7 @@
-"""What is known of an object's rows without reading the object again: pixel digest, label, split, refusal per row.
+"""The index of an object: pixel digest, label, split and refusal of each row, known without reading it again.
 
-An index is a function of the object's bytes and of how images are prepared, so it is stored under both and never
-goes stale. It makes validating an unchanged object cheap and is derived data: deleting it costs time only.
+An index is a function of the object's bytes and of how images are prepared, so its key contains both and it never
+becomes stale. It makes validating an unchanged object cheap. It is derived data: deleting it only costs time.
 """
 
 import hashlib
@@ -24,22 +24,22 @@ from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
 PREPARATION = 3
-"""Increased whenever `prepare_image` gives different pixels for an image it accepted before, or refuses it."""
+"""Incremented whenever `prepare_image` gives other pixels for an image that it accepted before, or refuses it."""
 
 INDEX_PREFIX = "index/"
 MAX_REFUSED_ROWS = 100_000
-"""Of one object; with more, the object as a whole is refused."""
+"""Limit per object; with more, the whole object is refused."""
 
 
 class _Notes(BaseModel):
-    version: Literal[2] = 2  # the first form had them in the header: such an index is made again
+    version: Literal[2] = 2  # the first format had them in the header: such an index is rebuilt
     refused: dict[int, str]
     unread: dict[str, str]
 
 
 @dataclass(frozen=True)
 class ObjectIndex:
-    """Per row of one object, in row order."""
+    """One entry per row of an object, in row order."""
 
     digests: NDArray[np.uint8]
     """N x 32: sha256 of the prepared pixels; zeros for a refused row."""
@@ -48,7 +48,7 @@ class ObjectIndex:
     """Positions in SPLITS."""
     refused: dict[int, str]
     unread: dict[str, str] = field(default_factory=dict)
-    """Parts of the object that hold no rows, and why, by name."""
+    """Parts of the object without rows, by name, with the reason."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,7 +79,9 @@ def build_index(batches: Iterable[RowBatch], what: str = "images") -> ObjectInde
         refused.update(batch.refused)
         if len(refused) > MAX_REFUSED_ROWS:
             first = next(iter(refused.items()))
-            raise DataError(f"{what}: over {MAX_REFUSED_ROWS:,} rows cannot be used, row {first[0]} first: {first[1]}.")
+            raise DataError(
+                f"{what}: more than {MAX_REFUSED_ROWS:,} rows cannot be used, first row {first[0]}: {first[1]}."
+            )
     return ObjectIndex(np.concatenate(digests), np.concatenate(labels), np.concatenate(splits), refused)
 
 
@@ -108,21 +110,21 @@ def parse_index(data: bytes) -> ObjectIndex | None:
 
 
 def read_index(path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool) -> ObjectIndex:
-    """The index of a file's rows, read in another process: the file is outside data. Raises as `isolated.ask` does."""
+    """The index of a file's rows, read in another process: the file is untrusted. Raises as `isolated.ask` does."""
     arguments = {"path": str(path), "format": kind, "split": split, "name": name, "resize": resize}
     index = parse_index(ask(arguments, name, path.stat().st_size))
     if index is None:
-        raise DataError(f"{name}: the process that read it did not answer with an index. Do not use this file.")
+        raise DataError(f"{name}: the process that read the file did not return an index. Do not use this file.")
     return index
 
 
 def save_index(raw: ObjectStore, sha256: str, split: str, resize: bool, index: ObjectIndex) -> None:
-    """Keep the index of an object with the given digest."""
+    """Store the index of an object with the given digest."""
     raw.write(_key(sha256, split, resize), dump_index(index))
 
 
 def load_index(raw: ObjectStore, sha256: str, split: str, resize: bool) -> ObjectIndex | None:
-    """The index kept for an object, or None when there is no readable one."""
+    """The stored index of an object, or None when there is no readable one."""
     try:
         return parse_index(raw.read(_key(sha256, split, resize)))
     except ObjectNotFoundError:
@@ -130,7 +132,7 @@ def load_index(raw: ObjectStore, sha256: str, split: str, resize: bool) -> Objec
 
 
 def index_of(raw: ObjectStore, item: RawObject, resize: bool, *, keep: bool = True) -> ObjectIndex:
-    """The index of a stored object; with `keep`, one that had to be built is stored."""
+    """The index of a stored object; with `keep`, a newly built index is stored."""
     index = load_index(raw, item.sha256, item.split, resize)
     if index is None or len(index) != item.rows:
         with fetched(raw, item.key, item.sha256) as path:

@@ -1,4 +1,4 @@
-"""Raw objects: what a raw version is made of, and reading their rows from verified bytes."""
+"""Raw objects, which make up a raw version, and reading their rows from verified bytes."""
 
 import os
 import tempfile
@@ -27,10 +27,10 @@ UNREADABLE_FOLDER = "not readable"
 OBJECTS_PREFIX = "objects/"
 
 YOUNG = timedelta(hours=12)
-"""An object that was written or found in use within this time is not renewed when it is used again."""
+"""An object's timestamp is not refreshed on use if it was written or refreshed within this time."""
 
 GROUP_ROWS = 64
-"""Most rows of a group: the most that one more image makes to be written again, however many there are."""
+"""Largest number of rows in a group, and so of rows that are rewritten when one image is added."""
 
 State = TypeVar("State", bound=BaseModel)
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class RawObject(BaseModel):
     split: Split | Literal["mixed"] = Field(
         description="Split of all its rows; mixed for an archive, any where the source has no split of its own."
     )
-    rows: int = Field(description="Rows in the object, used or not.")
+    rows: int = Field(description="Rows in the object, whether used or not.")
     excluded: tuple[tuple[int, int], ...] = Field(
         default=(), description="Row ranges (first, one past the last) that this version does not use."
     )
@@ -80,8 +80,8 @@ def ranges_of(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
 def grouped(items: Sequence[T], digest: Callable[[T], str], rows: Callable[[T], int]) -> list[list[T]]:
     """Small items in groups of up to GROUP_ROWS rows that share one stored object, in the order of their sha256.
 
-    A group holds the items whose digests begin with the same bits, as many as it takes. So the groups are a function of
-    the items, whatever the order in which they came, and an item more or less changes its own group alone.
+    A group holds the items whose digests share a prefix of bits that is just long enough. The groups are therefore a
+    function of the set of items, and adding or removing an item changes only its own group.
     """
 
     def split(part: list[T], bit: int) -> list[list[T]]:
@@ -98,7 +98,7 @@ def grouped(items: Sequence[T], digest: Callable[[T], str], rows: Callable[[T], 
 def read_rows(
     path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool, unread: dict[str, str] | None = None
 ) -> Iterator[RowBatch]:
-    """The rows of a file in one of the formats; `name` is what errors call it, `unread` gets what is not read."""
+    """The rows of a file in one of the formats; `name` is its name in errors, `unread` receives what is skipped."""
     only: Split = "test" if split == "test" else "any" if split == "any" else "train"
     if kind == "archive":
         return read_archive(path, name, unread)
@@ -115,8 +115,8 @@ def fetched(store: ObjectStore, key: str, sha256: str) -> Iterator[Path]:
         found = sha256_file(local)
         if found != sha256:
             raise IntegrityError(
-                f"{store.uri(key)}: expected sha256 {sha256}, got {found}. It was changed after it was written: "
-                "materialize the raw dataset again to restore it from its source."
+                f"{store.uri(key)}: expected sha256 {sha256}, got {found}. The object was changed after it was "
+                "written: materialize the raw dataset again to restore it from its source."
             )
         yield local
         return
@@ -127,7 +127,7 @@ def fetched(store: ObjectStore, key: str, sha256: str) -> Iterator[Path]:
 
 
 def store_object(store: ObjectStore, path: Path, sha256: str, suffix: str, prefix: str = OBJECTS_PREFIX) -> str:
-    """Store a file under its digest and return the key. A good copy already there is kept, a damaged one replaced."""
+    """Store a file under its digest and return the key. An intact stored copy is kept, a damaged one replaced."""
     key = f"{prefix}{sha256}{suffix}"
     if is_stored(store, key, sha256, path.stat().st_size):
         return key
@@ -139,10 +139,10 @@ def store_object(store: ObjectStore, path: Path, sha256: str, suffix: str, prefi
 
 
 def is_present(store: ObjectStore, key: str, size: int) -> bool:
-    """Whether an object of that size is there. StoreError when the store does not answer.
+    """Whether an object of that size exists. StoreError when the store does not respond.
 
-    Asked before an object of an earlier version is used in a new one: it becomes as young as that, as pruning removes
-    nothing young.
+    Called before an object of an earlier version is used in a new one. Refreshes its timestamp, because pruning keeps
+    recent objects.
     """
     info = store.stat(key)
     if info is None or info.size != size:
@@ -164,7 +164,7 @@ def is_stored(store: ObjectStore, key: str, sha256: str, size: int) -> bool:
 
 
 def read_state(store: ObjectStore, key: str, kind: type[State]) -> State | None:
-    """The note stored under the key, or None where there is none that this release understands."""
+    """The note stored under the key, or None if there is none that this release can read."""
     try:
         return kind.model_validate_json(store.read(key))
     except (ObjectNotFoundError, ValidationError):
@@ -172,12 +172,12 @@ def read_state(store: ObjectStore, key: str, kind: type[State]) -> State | None:
 
 
 def printable(key: str) -> str:
-    """A key that is fit for messages and JSON: the file system may have names that are not UTF-8."""
+    """A key that is safe for messages and JSON: the file system may have names that are not UTF-8."""
     return key.encode(errors="backslashreplace").decode()
 
 
 def unlisted(store: ObjectStore, prefix: str) -> dict[str, str]:
-    """Why parts of a store that is a folder are not among its objects below a prefix, or cannot be read, by key."""
+    """Paths below a prefix of a folder store that are not listed as objects or cannot be read, with the reason."""
     root = store.local_path("")
     if root is None:
         return {}
@@ -192,7 +192,7 @@ def unlisted(store: ObjectStore, prefix: str) -> dict[str, str]:
             if path.is_symlink() and path.is_dir():
                 reasons[path] = LINKED_FOLDER
             elif not (path.is_file() or path.is_dir()):
-                reasons[path] = "a link that leads nowhere" if path.is_symlink() else "not a file"
+                reasons[path] = "a broken link" if path.is_symlink() else "not a file"
             elif path.is_file() and printable(str(path)) != str(path):
                 reasons[path] = "its name is not UTF-8"
     return {printable(path.relative_to(root).as_posix()): reason for path, reason in reasons.items()}

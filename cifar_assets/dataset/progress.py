@@ -1,4 +1,4 @@
-"""How long work says how far it is."""
+"""Progress logging for long-running work."""
 
 import logging
 import time
@@ -10,7 +10,7 @@ _log = logging.getLogger(__name__)
 
 
 def report(what: str, done: int, total: int | None = None) -> None:
-    """Log what is being done, how much is done and of how much: at most a line per interval, and one at the end."""
+    """Log the activity with the amount done and the total: at most one line per interval, and one at the end."""
     global _last_seconds
     now = time.monotonic()
     if done == total or now - _last_seconds >= _INTERVAL_SECONDS:

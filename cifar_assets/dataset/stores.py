@@ -1,4 +1,4 @@
-"""The three buckets that data runs through, and how a command is told where they are."""
+"""The three buckets of the data flow, and the command-line option for their location."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from resources.object_store import MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET, 
 
 @dataclass(frozen=True)
 class Stores:
-    """The buckets, each as a store of its own."""
+    """The buckets, each as a separate store."""
 
     raw: ObjectStore
     processed: ObjectStore
@@ -24,14 +24,15 @@ def stores_below(root: ObjectStore) -> Stores:
 
 
 def add_store_option(parser: argparse.ArgumentParser) -> None:
-    """`--store`, for `open_stores`; by default CIFAR_STORE, or the folder that Dagster uses on a laptop."""
+    """The option `--store`, for `open_stores`; defaults to CIFAR_STORE, or to the folder of the local deployment."""
     parser.add_argument(
         "--store",
-        default=os.environ.get("CIFAR_STORE") or Settings.model_fields["cifar_store"].default,  # no other variable
+        default=os.environ.get("CIFAR_STORE")
+        or Settings.model_fields["cifar_store"].default,  # reads no other variable
         help="folder above the buckets, or s3:/// for the server at AWS_ENDPOINT_URL (default: %(default)s)",
     )
 
 
 def open_stores(address: str) -> Stores:
-    """The buckets below a folder or an address. ConfigError where the environment does not say how to reach it."""
+    """The buckets below a folder or an address. ConfigError when the environment has no settings to reach it."""
     return stores_below(open_store(address) if "://" in address else FolderStore(Path(address)))

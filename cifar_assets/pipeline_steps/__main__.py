@@ -1,8 +1,8 @@
 """The pipeline's steps on the command line.
 
-Exit codes: 0, 1 for a check that failed, 2 for a setting that is wrong, 75 for a store that does not answer (worth
-trying again). The step `train` becomes the trainer and ends with the trainer's codes. The reason is on stderr, and in
-the file that TERMINATION_LOG names, as pods have one.
+Exit codes: 0, 1 for a failed check, 2 for an invalid setting, 75 for a store that does not respond (retryable). The
+step `train` is replaced by the trainer process and has its exit codes. The reason is written to stderr and, in pods, to
+the file that TERMINATION_LOG names.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from resources.mlflow.target import MlflowTarget, check_tracking_uri
 from resources.verdict import Judges, objections
 
 CURRENT = "current"
-"""In place of a dataset's digest: the processed version of the current raw version."""
+"""Alias for a dataset's digest: the processed version of the current raw version."""
 EXIT_FAILED = 1
 EXIT_BAD_SETTING = 2
 EXIT_STORE_AWAY = 75
@@ -37,7 +37,7 @@ EXIT_STORE_AWAY = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one step and return its exit code; what went wrong is one line on stderr."""
+    """Run one step and return its exit code; an error is one line on stderr."""
     options = _parser().parse_args(arguments)
     try:
         options.step(options)
@@ -68,7 +68,7 @@ def _data(options: argparse.Namespace) -> None:
     try:
         plan = Plan(run=options.run, raw_digest=raw_digest, replicas=options.replicas, spec=spec)
     except ValidationError as error:
-        raise ConfigError(f"The run asks for something that cannot be: {error}") from error
+        raise ConfigError(f"The run's settings are not valid: {error}") from error
     images = read_raw(stores.raw, raw_digest).rows
     _require(judge_raw(stores.raw, raw_digest), f"Raw version {raw_digest}")
     _say(f"Raw version {raw_digest}: every object has its digest, {images:,} images.")
@@ -94,16 +94,16 @@ def _processed(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     plan = _plan(options)
     if plan.replicas > 1:
-        raise ConfigError(f"The plan asks for {plan.replicas} replicas; this step trains in one process.")
-    # In this process's place, so that whoever ends the step ends the training, and waits for its checkpoint.
+        raise ConfigError(f"The plan has {plan.replicas} replicas, but this step trains in one process.")
+    # Replaces this process, so that stopping the step stops the training and waits for its checkpoint.
     command = [sys.executable, "-m", "cifar_assets.training"]
     os.execve(sys.executable, command, {**os.environ, **plan.trainer_environment()})
 
 
 def _model(options: argparse.Namespace) -> None:
-    """Judge the model that this run's training says it made, as the checks that block in Dagster do.
+    """Judge the model that this run's training reported, with the same rules as the blocking checks in Dagster.
 
-    The verdict decides how the workflow ends; Dagster deploys on its own record, never on this.
+    The verdict decides the outcome of the workflow. Dagster does not use it to deploy, only its own event log.
     """
     plan, models = _plan(options), open_stores(options.store).models
     if not 0 <= options.threshold <= 1:
@@ -119,7 +119,7 @@ def _model(options: argparse.Namespace) -> None:
     report = {"version": 1, **result, "passed": verdict.passed, "reason": verdict.reason, **verdict.numbers}
     _write(options.outputs, {"model": json.dumps(report, sort_keys=True)})
     if not verdict.passed:
-        raise DataError(f"{verdict.reason}. Train longer, with more data, or by another recipe.")
+        raise DataError(f"{verdict.reason}. Train longer, with more data, or with another recipe.")
     _say(f"{verdict.reason}.")
 
 
@@ -128,21 +128,21 @@ def _parser() -> argparse.ArgumentParser:
     add_store_option(parser)
     steps = parser.add_subparsers(required=True, metavar="step")
 
-    step = steps.add_parser("data", help="name the data by digest, compare every raw object, and plan the run")
-    step.add_argument("--run", required=True, help="name of the run; no two share one")
+    step = steps.add_parser("data", help="resolve the data to digests, verify every raw object, and plan the run")
+    step.add_argument("--run", required=True, help="unique name of the run")
     step.add_argument("--dataset", default=CURRENT, help="digest of a processed version (default: %(default)s)")
     step.add_argument("--recipe", default=DEFAULT_RECIPE, help="what to train (default: %(default)s)")
-    step.add_argument("--overrides", default="{}", help="fields of the recipe to change, as JSON")
-    step.add_argument("--execution", default="{}", help="how to train where it runs, such as threads, as JSON")
+    step.add_argument("--overrides", default="{}", help="recipe fields to override, as JSON")
+    step.add_argument("--execution", default="{}", help="execution settings, such as threads, as JSON")
     step.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
-    step.add_argument("--replicas", type=int, default=1, help="pods that train (default: %(default)s)")
-    step.add_argument("--outputs", type=Path, required=True, help="folder for the plan and what comes of it")
+    step.add_argument("--replicas", type=int, default=1, help="number of training pods (default: %(default)s)")
+    step.add_argument("--outputs", type=Path, required=True, help="folder for the plan and its results")
     step.set_defaults(step=_data)
 
     for name, run, what in (
-        ("processed", _processed, "compare every file of the processed version with its manifest"),
-        ("train", _train, "train in this place; Argo's workflow has a PyTorchJob instead"),
-        ("model", _model, "compare every file of the model, and hold it against the threshold"),
+        ("processed", _processed, "verify every file of the processed version against its manifest"),
+        ("train", _train, "train in this process; Argo's workflow uses a PyTorchJob instead"),
+        ("model", _model, "verify every file of the model, and compare its accuracy with the threshold"),
     ):
         step = steps.add_parser(name, help=what)
         step.add_argument("--plan", required=True, help="the plan that the step `data` wrote: a file or JSON")

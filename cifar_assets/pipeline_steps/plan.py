@@ -1,4 +1,4 @@
-"""What one run of the pipeline is about, decided by its first step and handed to the others as one JSON document."""
+"""The plan of one pipeline run, made by its first step and passed to the others as one JSON document."""
 
 import json
 from collections.abc import Mapping
@@ -19,15 +19,15 @@ from resources.trainer.contract import JOB_SPEC_VARIABLE, PIPES_PREFIX
 
 
 class Plan(BaseModel):
-    """The exact data, training and number of processes of one run. Names and aliases are resolved."""
+    """The exact data, training and number of processes of one run, with names and aliases resolved."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     version: Literal[1] = 1
-    run: str = Field(min_length=1, description="Identifies the run: no two runs share a name.")
-    raw_digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="Raw version behind the dataset.")
-    replicas: int = Field(default=1, ge=1, le=64, description="Pods that train.")
-    spec: JobSpec = Field(description="What the trainer is told.")
+    run: str = Field(min_length=1, description="Unique name of the run.")
+    raw_digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="Raw version that the dataset was made from.")
+    replicas: int = Field(default=1, ge=1, le=64, description="Number of training pods.")
+    spec: JobSpec = Field(description="The trainer's job spec.")
 
     @property
     def messages_prefix(self) -> str:
@@ -35,9 +35,9 @@ class Plan(BaseModel):
         return f"{PIPES_PREFIX}messages/{self.run}/"
 
     def trainer_environment(self) -> dict[str, str]:
-        """Variables with which `python -m cifar_assets.training` does this run's training.
+        """Environment variables for `python -m cifar_assets.training` to do this run's training.
 
-        The Pipes variables make the trainer leave its messages, the resulting digest among them, in the store, as it
+        The Pipes variables make the trainer write its messages, including the resulting digest, to the store, as it
         does for Dagster.
         """
         messages = {STORE_URI_PARAM: f"{self.spec.output_uri.rstrip('/')}/{self.messages_prefix}"}
@@ -51,7 +51,7 @@ class Plan(BaseModel):
         return _embeddable(self)
 
     def training_result(self, models: ObjectStore) -> Mapping[str, Any]:
-        """The last final message of the run's training. ObjectNotFoundError when it left none."""
+        """The newest result message of the run's training. ObjectNotFoundError when there is none."""
         result: Mapping[str, Any] | None = None
         for info in models.list(self.messages_prefix):
             for line in models.read(info.key).decode().splitlines():
@@ -62,28 +62,28 @@ class Plan(BaseModel):
         if result is None:
             raise ObjectNotFoundError(
                 f"The training of run {self.run} reported no model in {models.uri(self.messages_prefix)}: "
-                "it ended early, or its log says why."
+                "it ended early, or failed for a reason in its log."
             )
         return result
 
 
 def parse_plan(text: str) -> Plan:
-    """The plan in a JSON document. ConfigError for one that the first step did not write."""
+    """The plan in a JSON document. ConfigError for a document that is not a plan."""
     try:
         return Plan.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError(f"This is not a plan as the step `data` writes it: {error}") from error
+        raise ConfigError(f"The document is not a plan written by the step `data`: {error}") from error
 
 
 def current_dataset(stores: Stores) -> str:
-    """Digest of the processed version of the current raw version, split as by default where there are several.
+    """Digest of the processed version of the current raw version, with default split settings if there are several.
 
-    ObjectNotFoundError where nothing was imported or processed yet, ConfigError where the choice is not clear.
+    ObjectNotFoundError if nothing was imported or processed yet, ConfigError if the choice is ambiguous.
     """
     raw_digest = current_raw_digest(stores.raw)
     if raw_digest is None:
         raise ObjectNotFoundError(
-            f"There is no raw data in {stores.raw.uri()}: materialize cifar10/raw_dataset, or name a dataset's digest."
+            f"There is no raw data in {stores.raw.uri()}: materialize cifar10/raw_dataset, or pass a dataset's digest."
         )
     versions = {
         digest: read_processed(stores.processed, digest) for digest in list_processed_versions(stores.processed)
@@ -97,11 +97,13 @@ def current_dataset(stores: Stores) -> str:
             "Materialize cifar10/processed_dataset."
         )
     if len(choice) > 1:
-        raise ConfigError(f"Raw version {raw_digest} was processed in several ways: name one of {', '.join(choice)}.")
+        raise ConfigError(
+            f"Raw version {raw_digest} was processed in several ways: pass one of the digests {', '.join(choice)}."
+        )
     return choice[0]
 
 
 def _embeddable(model: BaseModel) -> str:
-    """Compact JSON that can stand between single quotes in YAML, and in which Argo finds no template of its own."""
+    """Compact JSON that is safe between single quotes in YAML and contains no Argo template tags."""
     text = json.dumps(model.model_dump(mode="json"), separators=(",", ":"), sort_keys=True)
     return text.replace("'", "\\u0027").replace("{{", "{\\u007b")

@@ -1,1 +1,1 @@
-"""Removing what nothing needs any more: old versions, models, checkpoints, logs and caches. See docs/data.md."""
+"""Removes unused data: old versions, models, checkpoints, logs and caches. See docs/data.md."""

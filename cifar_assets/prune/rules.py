@@ -1,4 +1,4 @@
-"""What may go: models, then data versions that no model needs, then what no version needs, then leftovers."""
+"""What may be removed: models, then data versions without models, then objects without versions, then leftovers."""
 
 import os
 import re
@@ -30,32 +30,32 @@ _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
 class Policy(dg.Config):
-    """How much of the past is kept, besides everything that a served, champion, registered or pinned model needs."""
+    """How much history is kept, besides everything that a served, champion, registered or pinned model needs."""
 
     keep_versions: int = Field(
-        default=5, ge=1, description="Newest raw versions, processed versions and models kept, of each."
+        default=5, ge=1, description="Number of newest raw versions, processed versions and models to keep, each."
     )
     min_age_hours: float = Field(
         default=24.0,
         ge=0,
-        description="Nothing younger is removed. Below 12 only while no run is in progress: a run may be using what "
-        "an earlier one left.",
+        description="Nothing younger is removed. Use less than 12 only while no run is in progress: a run may use "
+        "data of an earlier one.",
     )
-    log_days: float = Field(default=30.0, ge=0, description="Days that compute logs are kept.")
+    log_days: float = Field(default=30.0, ge=0, description="Days to keep compute logs.")
     retire_registered: bool = Field(
         default=False,
-        description="Also remove old models that are registered in MLflow, with their versions and runs there, unless "
-        "the version has an alias.",
+        description="Also remove old models that are registered in MLflow, with their MLflow versions and runs, "
+        "unless the version has an alias.",
     )
 
     def is_old(self, changed: datetime) -> bool:
-        """Whether something last changed then may be removed."""
+        """Whether an object modified at this time is old enough to be removed."""
         return datetime.now(UTC) - changed >= timedelta(hours=self.min_age_hours)
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One thing to remove; `remove` leaves it where it was written again since it was listed."""
+    """One item to remove; `remove` skips it if it was written again since it was listed."""
 
     kind: str
     name: str
@@ -67,19 +67,19 @@ class Removal:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a rule keeps and removes of one kind of thing."""
+    """The items of one kind that a rule keeps and removes."""
 
     kept: set[str]
     removals: list[Removal]
 
 
 def find_digests(text: str) -> set[str]:
-    """Every digest that the text names."""
+    """Every digest in the text."""
     return set(_DIGEST.findall(text))
 
 
 def prune_models(models: ObjectStore, needed: AbstractSet[str], policy: Policy) -> Selection:
-    """The models to keep and to remove, with the checkpoints and messages that nothing waits for."""
+    """The models to keep and to remove, with the checkpoints and messages that are no longer needed."""
     selection = _select(models, needed, policy, "model")
     groups: list[tuple[str, int, str, str]] = [
         ("checkpoints/", 1, "checkpoints", "the training was abandoned"),
@@ -105,24 +105,24 @@ def prune_raw(raw: ObjectStore, needed: AbstractSet[str], policy: Policy) -> Sel
 
 
 def data_of_models(models: ObjectStore, digests: Iterable[str]) -> set[str]:
-    """Digests of the processed and raw versions that the models came from."""
+    """Digests of the processed and raw versions that the models were made from."""
     manifests = [read_manifest(models.at(digest), digest) for digest in digests]
     return {data for manifest in manifests for data in (manifest.dataset_digest, manifest.raw_digest)}
 
 
 def raw_of_processed(processed: ObjectStore, digests: Iterable[str]) -> set[str]:
-    """Digests of the raw versions that the processed versions came from."""
+    """Digests of the raw versions that the processed versions were made from."""
     return {read_processed(processed, digest).raw_digest for digest in digests}
 
 
 def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy: Policy) -> Iterator[Removal]:
-    """Shards and objects that none of these versions uses, and notes about objects that are gone."""
+    """Shards and objects that none of these versions uses, and indexes of objects that no longer exist."""
     shards = {shard.file for digest in processed for shard in read_processed(stores.processed, digest).files}
     objects = {item.key for digest in raw for item in read_raw(stores.raw, digest).objects}
     sha256s = {key.removeprefix(OBJECTS_PREFIX).partition(".")[0] for key in objects}
 
     def is_stale(store: ObjectStore, kind: type[BaseModel], names: Callable[[Any], set[str]]) -> Any:
-        """Whether a note names what is gone, or cannot be read."""
+        """Whether an index refers to an object that no longer exists, or cannot be read."""
 
         def check(info: ObjectInfo) -> bool:
             note = read_state(store, info.key, kind)
@@ -145,11 +145,11 @@ def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy
     for store, prefix, kind, is_unused in rules:
         for info in store.list(prefix):
             if policy.is_old(info.last_modified) and is_unused(info):
-                yield _removal(store, [info], kind, info.key, "no version that is kept uses it")
+                yield _removal(store, [info], kind, info.key, "no kept version uses it")
 
 
 def leftovers(policy: Policy, root: ObjectStore) -> Iterator[Removal]:
-    """This user's temporary files, and what killed writers left in a store that is a folder, not used for a while."""
+    """This user's temporary files, and partial files that killed writers left in a folder store, not used recently."""
     store = root.local_path("")
     paths = [path for path in store.rglob(f"{TEMPORARY_PREFIX}*") if path.is_file()] if store else []
     for path in Path(tempfile.gettempdir()).glob("cifar-*"):
@@ -159,11 +159,11 @@ def leftovers(policy: Policy, root: ObjectStore) -> Iterator[Removal]:
         found = [each.lstat() for each in (path, *path.rglob("*")) if os.path.lexists(each)]
         if found and policy.is_old(datetime.fromtimestamp(max(each.st_mtime for each in found), UTC)):
             size = sum(each.st_size for each in found)
-            yield Removal("temporary file", str(path), "not used for a while", size, lambda path=path: _delete(path))
+            yield Removal("temporary file", str(path), "not used recently", size, lambda path=path: _delete(path))
 
 
 def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore) -> Iterator[Removal]:
-    """Compute logs older than log_days, in the folder or bucket that the instance's dagster.yaml names."""
+    """Compute logs older than log_days, in the folder or bucket set in the instance's dagster.yaml."""
     data = getattr(instance.compute_log_manager, "inst_data", None)
     settings = {
         name: os.environ[value["env"]] if isinstance(value, dict) else str(value)
@@ -188,7 +188,7 @@ def _delete(path: Path) -> None:
 
 
 def _select(store: ObjectStore, needed: AbstractSet[str], policy: Policy, kind: str, prefix: str = "") -> Selection:
-    """Keep the newest folders with a manifest, those needed, and all that is young."""
+    """Keep the newest folders with a manifest, the needed ones, and all recent ones."""
     folders = {name: infos for name, infos in _by_folder(store, prefix, 1).items() if _DIGEST.fullmatch(name)}
     written = {
         name: info.last_modified
@@ -201,13 +201,13 @@ def _select(store: ObjectStore, needed: AbstractSet[str], policy: Policy, kind: 
     kept = written.keys() & {*newest, *needed, *young}
     removals = []
     for name in folders.keys() - kept - young:
-        reason = f"not one of the newest {policy.keep_versions}" if name in written else "it was never finished"
+        reason = f"not one of the newest {policy.keep_versions}" if name in written else "it was never completed"
         removals.append(_removal(store, folders[name], kind, name, reason))
     return Selection(kept, removals)
 
 
 def _by_folder(store: ObjectStore, prefix: str, depth: int) -> dict[str, list[ObjectInfo]]:
-    """The objects below the prefix by their first `depth` folders."""
+    """The objects below the prefix, grouped by their first `depth` folders."""
     folders: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
     for info in store.list(prefix):
         parts = info.key.removeprefix(prefix).split("/")
@@ -221,7 +221,7 @@ def _last_change(infos: Iterable[ObjectInfo]) -> datetime:
 
 
 def _removal(store: ObjectStore, infos: Iterable[ObjectInfo], kind: str, name: str, reason: str) -> Removal:
-    """The removal of objects: a manifest, without which the others do not count, first, and nothing after one stays."""
+    """Removes a group of objects, the manifest first: the others do not count without it. Stops at a kept object."""
     found = sorted(infos, key=lambda info: not info.key.endswith(f"/{MANIFEST_FILE}"))
 
     def remove() -> None:
@@ -233,11 +233,11 @@ def _removal(store: ObjectStore, infos: Iterable[ObjectInfo], kind: str, name: s
 
 
 def _remove_unchanged(store: ObjectStore, info: ObjectInfo) -> bool:
-    """Delete an object that was neither written nor touched since it was listed; False where it stays."""
+    """Delete an object that was not written or touched since it was listed; False if it is kept."""
     now = store.stat(info.key)
     if now is None:
         return True
-    # A listing gives fractions of a second; a stat may not.
+    # A listing has fractions of a second; a stat may not.
     if int(now.last_modified.timestamp()) != int(info.last_modified.timestamp()):
         return False
     return store.delete(info.key, info.etag)

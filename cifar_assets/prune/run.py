@@ -1,4 +1,4 @@
-"""Pruning: find out what is in use, list what can go, and remove it if asked to. See docs/data.md for what stays."""
+"""Pruning: determine what is in use, list what can be removed, and optionally remove it. See docs/data.md."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -42,14 +42,14 @@ _RECENT = {
     keys.ARGO_TRAINED_MODEL: 1,
     keys.INFERENCE_SERVICE: 2,
 }
-"""How many of the distinct versions that Dagster last recorded stay: two of the service, to allow a rollback."""
+"""Number of distinct versions last recorded by Dagster to keep: two for the service, to allow a rollback."""
 
 _ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
 _UNFINISHED = [status for status in dg.DagsterRunStatus if status not in _ENDED]
 
 
 class PruneError(ExplainedError):
-    """It could not be found out what is needed. Nothing was removed."""
+    """What is in use could not be determined. Nothing was removed."""
 
 
 def prune(
@@ -62,10 +62,9 @@ def prune(
     apply: bool,
     say: Callable[[str], None],
 ) -> list[Removal]:
-    """List what can go, each thing with the reason, and with `apply` remove it.
+    """List what can be removed, with the reason for each item, and with `apply` remove it.
 
-    Raises PruneError, and removes nothing, where Dagster, MLflow, the service or a manifest does not tell what is in
-    use.
+    Raises PruneError, and removes nothing, if Dagster, MLflow, the service or a manifest cannot tell what is in use.
     """
     stores = stores_below(object_store.root())
     done: list[Removal] = []
@@ -82,7 +81,7 @@ def prune(
         in_use = _in_use(instance, stores.models, serving)
         removals, processed, raw = _versions(stores, in_use, mlflow, policy)
     except Exception as error:
-        raise PruneError(f"Nothing was removed: what is in use is not known. {error}") from error
+        raise PruneError(f"Nothing was removed: what is in use could not be determined. {error}") from error
     handle(removals)
     if apply:  # including those published in the meantime
         processed, raw = set(list_processed_versions(stores.processed)), set(list_raw_digests(stores.raw))
@@ -95,7 +94,7 @@ def prune(
 def _versions(
     stores: Stores, in_use: set[str], mlflow: MlflowResource, policy: Policy
 ) -> tuple[list[Removal], set[str], set[str]]:
-    """Models and versions to remove, and the processed and raw versions that stay."""
+    """Models and versions to remove, and the processed and raw versions to keep."""
     client = open_tracking(mlflow)
     in_use |= registered_models(client, mlflow.registered_model, policy) if client else set()
     models = prune_models(stores.models, in_use, policy)
@@ -104,12 +103,12 @@ def _versions(
     raw = prune_raw(stores.raw, in_use | raw_of_processed(stores.processed, processed.kept), policy)
     gone = {removal.name for removal in models.removals}
     registered = prune_tracking(client, mlflow, gone, policy) if client else []
-    # A version in MLflow goes before the model that it names, and a model before its data.
+    # A version in MLflow is removed before its model, and a model before its data.
     return [*registered, *models.removals, *processed.removals, *raw.removals], processed.kept, raw.kept
 
 
 def _in_use(instance: dg.DagsterInstance, models: ObjectStore, serving: InferenceServiceResource) -> set[str]:
-    """Digests that are served, pinned, last recorded by Dagster, or named by unfinished runs or RETRAIN_CONFIG."""
+    """Digests that are served, pinned, last recorded by Dagster, or referenced by unfinished runs or RETRAIN_CONFIG."""
     in_use = {info.key.removeprefix(PINS_PREFIX) for info in models.list(PINS_PREFIX)}
     in_use |= find_digests(str(read_settings().retrain_config))
     in_use.add(serving.status().model_digest or "")
@@ -122,7 +121,7 @@ def _in_use(instance: dg.DagsterInstance, models: ObjectStore, serving: Inferenc
 
 
 def summary(removals: Iterable[Removal]) -> dict[str, str]:
-    """Number and size by kind of thing, and in total."""
+    """Number and size by kind of item, and in total."""
     counts, sizes = Counter[str](), Counter[str]()
     for removal in removals:
         for kind in (removal.kind, "total"):
@@ -134,7 +133,7 @@ def summary(removals: Iterable[Removal]) -> dict[str, str]:
 
 
 def _readable(size: float) -> str:
-    """Bytes as a person reads them, such as 1.5 MB."""
+    """Bytes in human-readable form, such as 1.5 MB."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
@@ -143,12 +142,12 @@ def _readable(size: float) -> str:
 
 
 class PruneConfig(Policy):
-    """What to keep, and whether to remove the rest."""
+    """What to keep and whether to remove the rest."""
 
-    apply: bool = Field(default=False, description="Remove it; otherwise the log only lists what would be removed.")
+    apply: bool = Field(default=False, description="Remove the data; otherwise only log what would be removed.")
 
 
-@dg.op(description="List what nothing needs any more, and with `apply` remove it.")
+@dg.op(description="List unused data, and with `apply` remove it.")
 def prune_unused(
     context: dg.OpExecutionContext,
     config: PruneConfig,
@@ -156,14 +155,14 @@ def prune_unused(
     mlflow: MlflowResource,
     serving: InferenceServiceResource,
 ) -> dg.Output[None]:
-    """One pruning; its output's metadata has number and size by kind of thing."""
+    """One pruning; its output metadata has the number and size by kind of item."""
     removals = prune(config, context.instance, object_store, mlflow, serving, apply=config.apply, say=context.log.info)
     return dg.Output(None, metadata={"applied": config.apply, **summary(removals)})
 
 
 @dg.job(
     name="prune",
-    description="Lists old versions, models, checkpoints and caches that nothing needs, or removes them.",
+    description="Lists or removes unused versions, models, checkpoints and caches.",
     tags={"purpose": "prune"},
 )
 def prune_job() -> None:
@@ -178,5 +177,5 @@ prune_weekly = dg.ScheduleDefinition(
     execution_timezone="UTC",
     run_config={"ops": {"prune_unused": {"config": {"apply": True}}}},
     default_status=dg.DefaultScheduleStatus.STOPPED,
-    description="Removes, every Sunday, what nothing needs any more. Off until somebody switches it on.",
+    description="Removes unused data every Sunday. Stopped by default.",
 )

@@ -1,4 +1,4 @@
-"""MLflow: which models are registered, and what goes there: retired versions with their runs, files of deleted runs."""
+"""Pruning in MLflow: finds registered models; removes retired versions with their runs, and files of deleted runs."""
 
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
@@ -20,7 +20,7 @@ _SQLITE = "sqlite:///"
 
 
 def open_tracking(mlflow: MlflowResource) -> "MlflowClient | None":
-    """None where there is no MLflow, or its database does not exist: opening it would create it."""
+    """None if there is no MLflow or its database does not exist: opening it would create it."""
     try:
         uri = mlflow.uri
         exists = not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).exists()
@@ -30,7 +30,7 @@ def open_tracking(mlflow: MlflowResource) -> "MlflowClient | None":
 
 
 def registered_models(client: "MlflowClient", name: str, policy: Policy) -> set[str]:
-    """Digests of the models that registered versions name; only of those with an alias where the others may retire."""
+    """Digests of the models with a registered version; only versions with an alias if the others may be retired."""
     if policy.retire_registered:
         models = client.search_registered_models(f"name = '{name}'")
         versions = [client.get_model_version(name, str(each)) for model in models for each in model.aliases.values()]
@@ -42,9 +42,9 @@ def registered_models(client: "MlflowClient", name: str, policy: Policy) -> set[
 def prune_tracking(
     client: "MlflowClient", mlflow: MlflowResource, gone: AbstractSet[str], policy: Policy
 ) -> Iterator[Removal]:
-    """The registered versions of models that go, and the artifacts of runs that somebody deleted.
+    """The registered versions of models to remove, and the artifacts of deleted runs.
 
-    Versions of models in another store, which may share MLflow, stay.
+    Versions of models in another store that shares MLflow are kept.
     """
     from mlflow.entities import ViewType
 
@@ -74,7 +74,7 @@ def _artifacts(uri: str, run: "Run") -> "ArtifactRepository":
 
 
 def _run(client: "MlflowClient", run_id: str | None) -> "Run | None":
-    """None where there is none, as after `mlflow gc`."""
+    """None if there is none, for example after `mlflow gc`."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -97,7 +97,7 @@ def _retirement(client: "MlflowClient", uri: str, version: "ModelVersion") -> Re
             artifacts.delete_artifacts()
 
     name = f"version {version.version}, model {version.tags['model_digest']}"
-    return Removal("registered model", name, "its model is not kept", _size(artifacts) if artifacts else 0, remove)
+    return Removal("registered model", name, "its model is removed", _size(artifacts) if artifacts else 0, remove)
 
 
 def _size(artifacts: "ArtifactRepository", path: str | None = None) -> int:

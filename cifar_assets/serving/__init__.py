@@ -1,1 +1,1 @@
-"""The model server that a pod and the local deployment run. No dagster, no torch."""
+"""The model server, run by a pod or by the local deployment. No dagster, no torch."""

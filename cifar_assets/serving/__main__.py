@@ -1,4 +1,4 @@
-"""`python -m cifar_assets.serving`: what an InferenceService pod and the local deployment run."""
+"""`python -m cifar_assets.serving`: the server process of an InferenceService pod and of the local deployment."""
 
 import logging
 import sys
@@ -13,10 +13,10 @@ _log = logging.getLogger("cifar_assets.serving")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve. Exit code 0 after a drain, 2 for what a restart would not fix, 1 for what it might."""
+    """Serve. Exit code 0 after a drain, 2 for an error that a restart would not fix, 1 for one that it might."""
     settings = parse_settings(arguments)
     configure_logging()
-    from cifar_assets.serving.server import run_server  # ONNX Runtime, only once the options are right
+    from cifar_assets.serving.server import run_server  # loads ONNX Runtime, so only after the options are valid
 
     try:
         run_server(settings)
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def configure_logging() -> None:
     """One line per event on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    warnings.filterwarnings("ignore", module="PIL")  # its remarks on clients' pictures
+    warnings.filterwarnings("ignore", module="PIL")  # its warnings about clients' pictures
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a request asks, what it is answered, and what an error becomes."""
+"""Requests, responses, and the mapping from errors to responses."""
 
 import logging
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Logits = NDArray[np.float32]
 
 
 class RequestError(ExplainedError):
-    """A request cannot be answered. `field` names the part of it: `instances[2]`, `image[0]`, `inputs[0].shape`."""
+    """A request is invalid. `field` names the part at fault: `instances[2]`, `image[0]`, `inputs[0].shape`."""
 
     def __init__(self, field: str, expected: str, received: str, *, status: int = 400, headers: Headers = ()):
         super().__init__(f"{field}: expected {expected}, got {received}.")
@@ -39,15 +39,15 @@ class BusyError(RequestError):
 
 
 class GoneError(RequestError):
-    """Nobody waits for the answer any more."""
+    """The client no longer waits for the answer."""
 
     def __init__(self) -> None:
-        super().__init__("connection", "a client that waits for its answer", "one that has gone")
+        super().__init__("connection", "a client that waits for its answer", "one that has disconnected")
 
 
 @dataclass(frozen=True)
 class Response:
-    """An answer, complete but for what the connection adds."""
+    """An answer, complete except for what the connection adds."""
 
     status: int
     body: bytes
@@ -80,10 +80,10 @@ def json_response(value: Any, status: int = 200, headers: Headers = ()) -> Respo
 
 
 def error_response(error: BaseException) -> Response:
-    """The answer to a request that ended with this error: what is wrong with it, or that it is the server's fault."""
+    """The answer to a request that failed with this error: either what is wrong with the request, or a server error."""
     if not isinstance(error, RequestError):
         _log.error("A request failed", exc_info=error)
-        return json_response({"error": "The server failed on this request; its log says why."}, 500)
+        return json_response({"error": "The server failed on this request; see its log."}, 500)
     if error.status == 500:
         _log.error("%s", error)
     body = {"error": str(error), "field": error.field, "expected": error.expected, "received": error.received}
@@ -91,7 +91,7 @@ def error_response(error: BaseException) -> Response:
 
 
 def shorten(value: object) -> str:
-    """A value as it may be repeated in an error or a log: printable and short, whatever a client sent."""
+    """A client's value made safe for errors and logs: printable and short."""
     text = ascii(value[:100] if isinstance(value, (str, bytes)) else value)
     size = len(value) if isinstance(value, (str, bytes)) else len(text)
     return text if len(text) <= 60 else f"{text[:60]}... ({size} characters)"

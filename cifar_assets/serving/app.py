@@ -1,7 +1,7 @@
-"""What is served at which address, and how a request gets to the model.
+"""The routes of the server, and the path of a request to the model.
 
-A small request is read, decoded and queued where it arrives, on the event loop, without a task or another thread. Large
-bodies and large pictures are read in a thread, and huge pictures in another one.
+A small request is read, decoded and queued on the event loop, without a task or another thread. Large bodies and large
+pictures are read in a thread, and very large pictures in a separate one.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ from cifar_assets.serving.settings import ServingLimits
 _METRICS_SECONDS = 0.25
 _OPENAPI = Path(__file__).with_name("openapi.json")
 _HUGE_PIXELS = 1024 * 1024
-"""Pictures beyond this are decoded in a thread of their own."""
+"""Larger pictures are decoded in a separate thread."""
 Parse = Callable[[Mapping[bytes, bytes], bytes, ServingLimits], Query]
 
 
 class App:
-    """Answers requests about one served model. Create and use it on the event loop."""
+    """Answers requests for one model. Create and use it on the event loop."""
 
     def __init__(self, model: ServedModel, run: Callable[[Images], Logits], limits: ServingLimits):
         self.is_ready = True
@@ -70,7 +70,7 @@ class App:
             request.answer(self._not_here(request))
 
     def close(self) -> None:
-        """End the threads, after what they are at."""
+        """Stop the threads after their current work."""
         for reader in self._readers:
             reader.shutdown(cancel_futures=True)
         self._batcher.close()
@@ -142,7 +142,7 @@ class App:
             self._answer(request, error_response(error))
             return
         task = asyncio.get_running_loop().create_task(self._predict_large(request, parse, query, started))
-        self._large_requests.add(task)  # the loop itself keeps none
+        self._large_requests.add(task)  # the loop keeps only weak references
         task.add_done_callback(self._large_requests.discard)
 
     async def _predict_large(self, request: Request, parse: Parse, query: Query | None, started: float) -> None:
@@ -153,7 +153,7 @@ class App:
             num_pixels = found.num_pixels
             self._num_pixels += num_pixels
             if self._num_pixels > self._limits.max_pending_pixels:
-                limit = f"at most {self._limits.max_pending_pixels} pixels that wait to be decoded"
+                limit = f"at most {self._limits.max_pending_pixels} pixels waiting to be decoded"
                 raise BusyError(limit, self._num_pixels)
             reader = self._readers[num_pixels > _HUGE_PIXELS]
             images = await loop.run_in_executor(reader, _decode, request, found)

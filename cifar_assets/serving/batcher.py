@@ -1,7 +1,7 @@
-"""Micro-batching: requests queue up while the model runs, and the next run takes what is in the queue.
+"""Micro-batching: requests queue up while the model runs, and the next run takes the whole queue.
 
-Everything but the run itself happens on the event loop, so that a batch costs one wake-up of each side, however many
-requests are in it, and needs no lock.
+Everything except the run itself happens on the event loop, so a batch costs one wake-up on each side, regardless of the
+number of requests in it, and needs no lock.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from cifar_assets.serving.answers import BusyError, GoneError, Images, Logits, R
 from cifar_assets.serving.metrics import BATCH_IMAGES, QUEUE_IMAGES, RUN_SECONDS
 
 _SHORT_SECONDS = 0.002
-"""A run that is not expected to take longer happens on the event loop: waking up a thread would cost as much."""
+"""A run that is expected to be shorter happens on the event loop: waking up a thread would cost as much."""
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request in the queue. `done` is called once, with its logits or with why there are none."""
+    """A request in the queue. `done` is called once, with its logits or with an error."""
 
     images: Images
     done: Callable[[Logits | Exception], None]
@@ -37,7 +37,7 @@ class Ticket:
         return len(self.images) - self.num_taken
 
     def add(self, logits: Logits) -> None:
-        """Take the logits of the next images, in order; finish when they are complete."""
+        """Add the logits of the next images, in order; finish when they are complete."""
         self.logits.append(logits)
         if sum(map(len, self.logits)) == len(self.images):
             found = np.concatenate(self.logits) if len(self.logits) > 1 else logits
@@ -46,7 +46,7 @@ class Ticket:
 
 
 _Batch = list[tuple[Ticket, Images]]
-"""Requests, each with those of its images that are in the batch."""
+"""Requests, each with its images in the batch."""
 
 
 class MicroBatcher:
@@ -67,9 +67,9 @@ class MicroBatcher:
         QUEUE_IMAGES.set_function(lambda: self._num_waiting)
 
     def check_room(self, num_images: int) -> None:
-        """BusyError where so many images would not fit into the queue.
+        """BusyError if the images do not fit into the queue.
 
-        A quarter of it is kept for requests that fit into one batch, so that large ones cannot fill it.
+        A quarter of it is reserved for requests that fit into one batch, so that large ones cannot fill it.
         """
         room = self._queue_images if num_images <= self._batch_images else self._queue_images * 3 // 4
         if self._num_waiting and self._num_waiting + num_images > room:
@@ -85,10 +85,10 @@ class MicroBatcher:
         self._num_waiting += len(images)
         if not self._is_busy:
             self._is_busy = True
-            self._loop.call_soon(self._start)  # after everything that has arrived by now
+            self._loop.call_soon(self._start)  # after all requests that have arrived by now
 
     def close(self) -> None:
-        """End the thread, after the batch it is at."""
+        """Stop the thread after its current batch."""
         self._batches.put(None)
         self._thread.join()
 
@@ -103,7 +103,7 @@ class MicroBatcher:
             self._loop.call_soon(self._finish, batch, *self._run_batch(batch))
 
     def _take(self) -> _Batch:
-        """The next batch. A request that is larger than what is left of it goes behind the others with its rest."""
+        """The next batch. If a request does not fit, the rest of it moves to the end of the queue."""
         batch: _Batch = []
         room = self._batch_images
         while self._waiting and room:
@@ -146,7 +146,7 @@ class MicroBatcher:
                 self._loop.call_soon_threadsafe(self._finish, batch, *outcome)
 
     def _run_batch(self, batch: _Batch) -> tuple[Logits | Exception, float]:
-        """The logits of its images or why there are none, and the seconds that took."""
+        """The logits of the batch or an error, and the duration in seconds."""
         started = time.monotonic()
         try:
             images = batch[0][1] if len(batch) == 1 else np.concatenate([images for _, images in batch])

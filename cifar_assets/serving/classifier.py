@@ -49,20 +49,20 @@ class Classifier:
         return np.asarray(logits, dtype=np.float32)
 
     def warm_up(self, batch_images: int) -> None:
-        """Run the sizes that will be asked for, so that no client pays for the first one. Raises DataError."""
+        """Run all batch sizes once, so that no client pays for the first run. Raises DataError."""
         for size in dict.fromkeys((1, batch_images)):
             logits = self.run(np.zeros((size, *self.images.image_shape), dtype=np.uint8))
             finite = bool(np.isfinite(logits).all())
             if logits.shape != (size, len(self.images.classes)) or not finite:
                 received = f"values of shape {logits.shape}, all finite: {finite}"
-                raise DataError(f"The model answers {size} black images with {received}. Train or export it again.")
+                raise DataError(f"For {size} black images the model returned {received}. Train or export it again.")
 
 
 def load_classifier(model_uri: str, model_digest: str, *, num_threads: int | None, batch_images: int) -> Classifier:
-    """Load the package at the URI, only if it has the digest, and warm it up.
+    """Load the package at the URI if it has the digest, and warm it up.
 
-    Raises IntegrityError for other content, ObjectNotFoundError for none, DataError for a model that cannot be served,
-    StoreError when the store does not answer.
+    Raises IntegrityError for other content, ObjectNotFoundError if there is none, DataError for a model that cannot be
+    served, StoreError when the store does not respond.
     """
     package = open_store(model_uri)
     manifest = read_manifest(package, model_digest)

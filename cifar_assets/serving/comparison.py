@@ -1,4 +1,4 @@
-"""Whether a service answers as its stored model was evaluated, by asking it about held-out images."""
+"""Checks on held-out images whether a service is as accurate as its stored model."""
 
 from dataclasses import dataclass
 
@@ -11,19 +11,19 @@ from resources.inference_service.client import InferenceClient, ServerError
 from resources.object_store import ObjectStore
 
 _ALLOWED_ERRORS = 4.0
-"""In standard errors of a sample: a sound service fails less than once in ten thousand times."""
+"""In standard errors of a sample: a correct service fails less than once in ten thousand times."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many of the images were answered right, against what was to be expected."""
+    """The fraction of images classified correctly, and the expected one."""
 
     model_digest: str
-    """Of the model that answered."""
+    """Digest of the model that answered."""
     accuracy: float
     expected: float
     allowed: float
-    """Difference that a sample of this size may show."""
+    """Allowed difference for a sample of this size."""
     num_images: int
 
     @property
@@ -41,7 +41,7 @@ class Comparison:
 def compare_answers(
     client: InferenceClient, models: ObjectStore, processed: ObjectStore, digest: str, num_images: int
 ) -> Comparison:
-    """Ask about up to that many test images of the model's dataset. ServerError where the service does not answer."""
+    """Send up to this many test images of the model's dataset. ServerError when the service does not respond."""
     package = models.at(digest)
     manifest = read_manifest(package, digest)
     expected = number(read_json(package, manifest, METRICS_FILE), "test_accuracy")
@@ -61,11 +61,11 @@ def compare_answers(
 def find_canary_fault(
     canary: InferenceClient, models: ObjectStore, processed: ObjectStore, digest: str, num_images: int = 256
 ) -> str | None:
-    """Why the model's canary may not get all requests; None when it answers as the stored model was evaluated."""
+    """Why the model's canary must not get all requests; None when it is as accurate as the stored model."""
     try:
         found = compare_answers(canary, models, processed, digest, num_images)
     except ServerError as error:
         return str(error)
     if found.model_digest != digest:
-        return f"the canary's address answers with model {found.model_digest}"
+        return f"the canary's endpoint serves model {found.model_digest}"
     return None if found.passed else str(found)

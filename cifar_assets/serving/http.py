@@ -1,8 +1,9 @@
-"""HTTP/1.1 on asyncio: reads requests within limits, hands them to the application, writes the answers.
+"""HTTP/1.1 on asyncio: reads requests within limits, passes them to the application and writes the answers.
 
-The bytes are parsed by httptools (llhttp, the parser of Node). What is added is what a server that strangers reach
-needs: limits from the first byte of a header on, time limits, and a rule for what is closed when there is no room.
-A connection has one request at a time. One that sends the next before its answer gets the answer and is closed.
+The bytes are parsed by httptools (llhttp, the parser of Node.js). This module adds what a public server needs: size
+limits that start with the first header byte, time limits, and a rule for which connection is closed when there is no
+room. A connection has one request at a time. If the client sends the next one early, the connection closes after the
+answer.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from cifar_assets.serving.metrics import CONNECTIONS, PENDING_BYTES, RESPONSES
 from cifar_assets.serving.settings import ServingLimits
 
 _FRAMING_BYTES = 512 * 1024
-"""What may come with a request beside its body: headers, one read of the socket, and the framing of chunks."""
+"""Bytes allowed in addition to the body: headers, one read of the socket, and the framing of chunks."""
 _DISCARDED_BYTES = 64 * 1024 * 1024
 _YOUNG_BODY_SECONDS = 2.0
 _SWEEP_SECONDS = 0.25
@@ -34,13 +35,13 @@ _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" fo
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A complete request. The application calls `answer` exactly once, also for one that is not wanted any more."""
+    """A complete request. The application calls `answer` exactly once, even if the client has disconnected."""
 
     answer: Callable[[Response], None]
     method: str
     path: str
     headers: dict[bytes, bytes]
-    """Names in lower case."""
+    """Names are lowercase."""
     body: bytes
     keep_alive: bool
     is_wanted: bool = True
@@ -48,7 +49,7 @@ class Request:
 
 
 class State(enum.Enum):
-    """What a connection waits for."""
+    """What a connection is waiting for."""
 
     IDLE = 0
     HEAD = 1
@@ -58,7 +59,7 @@ class State(enum.Enum):
 
 
 class HttpServer:
-    """What all connections share: the application, the limits, and who holds how much of them."""
+    """State shared by all connections: the application, the limits, and their current use."""
 
     def __init__(self, app: Callable[[Request], None], limits: ServingLimits):
         self.app = app
@@ -72,11 +73,11 @@ class HttpServer:
         }
         self.connections: set[Connection] = set()
         self.evicted: set[Connection] = set()
-        """Those closed for others that have not sent all they have to yet."""
+        """Connections closed to make room that still have data to send."""
         self.num_held = 0
         """Bytes of large bodies, complete or not."""
         self.is_leaving = False
-        """Set on the way out: every answer then closes its connection."""
+        """Set during shutdown: every answer then closes its connection."""
         self.date = formatdate(usegmt=True)
         CONNECTIONS.set_function(lambda: len(self.connections))
         PENDING_BYTES.set_function(lambda: self.num_held)
@@ -107,7 +108,7 @@ class HttpServer:
         oldest.evict()
 
     def sweep(self) -> None:
-        """Close connections that have run out of time, and schedule the next sweep."""
+        """Close connections whose time limit has passed, and schedule the next sweep."""
         asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self.sweep)
         now = time.monotonic()
         self.date = formatdate(usegmt=True)
@@ -126,19 +127,19 @@ class HttpServer:
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection. Times are of `time.monotonic`."""
+    """One client's connection. Times are from `time.monotonic`."""
 
     transport: asyncio.Transport
 
     def __init__(self, server: HttpServer):
         self.num_held = 0
-        """Bytes of the body that are accounted for in the server."""
+        """Bytes of the body that count toward the server's limit."""
         self._server = server
         self._limits = server.limits
         self._parser = httptools.HttpRequestParser(self)
         self._request: Request | None = None
         self._is_stuck = False
-        """Whether the client does not read."""
+        """Whether the client has stopped reading."""
         self._is_ahead = False
         """Whether the client sent more than the request that is being answered."""
         self._num_received = 0
@@ -146,7 +147,9 @@ class Connection(asyncio.Protocol):
         self._enter(State.IDLE)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # what uvloop gives is one, without the base class
+        self.transport = cast(
+            asyncio.Transport, transport
+        )  # uvloop's transport has these methods but not the base class
         try:
             self._server.admit(self)
             self.deadline = self.since + self._limits.header_timeout
@@ -194,7 +197,7 @@ class Connection(asyncio.Protocol):
             self._close(error_response(fault), is_sending=True)
 
     def expire(self) -> None:
-        """The time for what the connection is doing is over."""
+        """The time limit of the connection's current state has passed."""
         if self.state is State.CLOSE or self._is_stuck:
             self.transport.abort()
         else:
@@ -215,7 +218,7 @@ class Connection(asyncio.Protocol):
         self.transport.close()
 
     def _parse(self, data: bytes) -> BaseException | None:
-        """Feed the parser, which calls the methods below. Gives what is wrong with the bytes."""
+        """Feed the parser, which calls the methods below. Returns what is wrong with the bytes."""
         try:
             self._parser.feed_data(data)
             if self.state is State.HEAD:
@@ -225,7 +228,7 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserUpgrade as upgrade:
             return self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError as error:
-            return error.__context__  # what a method below raised
+            return error.__context__  # raised by one of the methods below
         except httptools.HttpParserError as error:
             return RequestError("request", "an HTTP/1.1 request", f"bytes that are not one ({error})")
         except RequestError as error:
@@ -233,7 +236,7 @@ class Connection(asyncio.Protocol):
         return None
 
     def _ignore_upgrade(self, rest: bytes) -> BaseException | None:
-        """Read a request that asks for another protocol as one that does not, as RFC 9110 allows."""
+        """Ignore a request to upgrade the protocol, as RFC 9110 allows."""
         method = self._parser.get_method()
         if method == b"CONNECT":
             return RequestError("request", "a request to this server", "CONNECT, which asks for a proxy")
@@ -298,7 +301,7 @@ class Connection(asyncio.Protocol):
         self._num_headers = self._num_head_bytes = 0
 
     def _too_slow(self) -> Response | None:
-        """The answer to a request that has not come in time, if one has begun."""
+        """The timeout answer, if a request has begun."""
         faults = {
             State.HEAD: ("headers", f"all headers within {self._limits.header_timeout:g} seconds"),
             State.BODY: ("body", f"a whole body within {self._limits.body_timeout:g} seconds, without long pauses"),
@@ -318,7 +321,7 @@ class Connection(asyncio.Protocol):
             self._close(response, request.method, is_sending=self._is_ahead)
 
     def _close(self, response: Response | None, method: str = "other", *, is_sending: bool) -> None:
-        """Send the last answer. What a client still sends is read for a while, as it would get a reset."""
+        """Send the last answer. Keep reading from the client for a while, otherwise it would get a connection reset."""
         self._release()
         self._enter(State.CLOSE)
         if response is not None:
@@ -332,7 +335,7 @@ class Connection(asyncio.Protocol):
                 self.transport.resume_reading()
 
     def _write(self, response: Response, method: str = "other", *, close: bool = True) -> None:
-        # A client may send any word as a method, and each label is kept for good.
+        # A client may send any word as a method, and metric labels are never removed.
         RESPONSES.labels(method if method in _METHODS else "other", response.status).inc()
         head = (
             f"{_STATUS_LINES[response.status]}Date: {self._server.date}\r\nContent-Type: {response.content_type}\r\n"

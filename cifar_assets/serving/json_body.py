@@ -1,4 +1,4 @@
-"""JSON bodies: checked for size before they are parsed, then against a model that says what is expected where."""
+"""JSON bodies: checked for size before parsing, then validated against a pydantic model."""
 
 import re
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from cifar_assets.serving.answers import Images, RequestError, shorten
 from cifar_assets.serving.settings import ServingLimits
 
 _WORDING = re.compile(r"^\w+ should (be|have) | or instance of \w+| after validation, not \d+$")
-"""What pydantic's messages say around what was expected."""
+"""The parts of pydantic's messages around the expected value."""
 _JSON_TYPES = (b"", b"application/json", b"text/plain", b"application/x-www-form-urlencoded")
-"""Types under which a body is read as JSON: what curl sends for `-d`, declared or not."""
+"""Content types that are read as JSON, including the one that curl sends for `-d` and a missing one."""
 T = TypeVar("T", bound=BaseModel)
 
 
 def body_type(headers: Mapping[bytes, bytes], other_type: bytes, expected: str) -> bytes:
-    """The declared type of a body, refused where it is neither JSON nor the other one."""
+    """The content type of a body; refused if it is neither JSON nor the other type."""
     declared = headers.get(b"content-type", b"")
     found = declared.partition(b";")[0].strip().lower()
     if found not in _JSON_TYPES and found != other_type:
@@ -50,9 +50,9 @@ def parse_json(kind: type[T], body: bytes, max_items: int) -> T:
 
 
 def nested_pixels(field: str, value: list[Any], *shapes: tuple[int, ...], fractions: bool) -> Images:
-    """Pixels from nested lists of one of the shapes: whole numbers as they are, fractions from 0 to 1 times 255.
+    """Pixels from nested lists of one of the shapes: integers unchanged, fractions from 0 to 1 multiplied by 255.
 
-    With `fractions`, one number with a fraction makes all of them fractions. Raises RequestError.
+    With `fractions`, a single fractional number makes all of them fractions. Raises RequestError.
     """
     expected = f"an array of shape {' or '.join(str(list(shape)) for shape in shapes)}"
     first, shape = value, ()
@@ -64,7 +64,7 @@ def nested_pixels(field: str, value: list[Any], *shapes: tuple[int, ...], fracti
     numbers: list[Any] = [value]
     for size in shape:
         if any(type(item) is not list or len(item) != size for item in numbers):
-            raise RequestError(field, expected, "a ragged one, of lists of different lengths")
+            raise RequestError(field, expected, "a ragged array with lists of different lengths")
         numbers = list(chain.from_iterable(numbers))
     allowed = (int, float) if fractions else (int,)
     kinds = set(map(type, numbers))
@@ -88,7 +88,7 @@ def check_count(field: str, num_images: int, limits: ServingLimits) -> None:
 
 
 def describe(value: object) -> str:
-    """A parsed JSON value in words, short enough for an error."""
+    """A short description of a parsed JSON value, for errors."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, dict):

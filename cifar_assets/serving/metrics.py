@@ -1,4 +1,4 @@
-"""The server's metrics, in a registry of their own."""
+"""The server's metrics, in a separate registry."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 
@@ -12,20 +12,23 @@ def _gauge(name: str, text: str) -> Gauge:
 
 
 def _seconds(name: str, text: str) -> Histogram:
-    """Named and labeled as kserve's own, for dashboards made for it."""
+    """Named and labeled like KServe's metrics, so that its dashboards work."""
     return Histogram(f"request_{name}_seconds", text, ["model_name"], registry=REGISTRY)
 
 
 RESPONSES = Counter("cifar10_responses", "Answers by method and status.", ["method", "status"], registry=REGISTRY)
 CONNECTIONS = _gauge("connections", "Open connections.")
-PENDING_BYTES = _gauge("pending_bytes", "Bytes of large bodies that are being read or answered.")
-PENDING_REQUESTS = _gauge("pending_requests", "Predictions that are being worked on.")
+PENDING_BYTES = _gauge("pending_bytes", "Bytes of large request bodies in progress.")
+PENDING_REQUESTS = _gauge("pending_requests", "Predictions in progress.")
 QUEUE_IMAGES = _gauge("queue_images", "Images waiting for the model.")
 READ_SECONDS = _seconds("preprocess", "Reading a request and decoding its pictures.")
-PREDICT_SECONDS = _seconds("predict", "Waiting for the model and running it.")
+PREDICT_SECONDS = _seconds("predict", "Time spent waiting for the model and running it.")
 RENDER_SECONDS = _seconds("postprocess", "Writing the answer.")
 BATCH_IMAGES = Histogram(
-    "cifar10_batch_images", "Images in one run of the model.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=REGISTRY
+    "cifar10_batch_images",
+    "Number of images in one run of the model.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+    registry=REGISTRY,
 )
 RUN_SECONDS = Histogram(
     "cifar10_run_seconds",

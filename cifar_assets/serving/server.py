@@ -1,4 +1,4 @@
-"""One server process: load, verify, warm up, then listen; leave without losing a request."""
+"""One server process: loads, verifies and warms up the model, then listens; shuts down without losing a request."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ _OTHER_FILES = 128
 def run_server(settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT. Returns after a complete drain.
 
-    Raises ConfigError when the address cannot be had, and what `load_classifier` raises; then nothing ever listened.
+    Raises ConfigError when the address is not available, and what `load_classifier` raises; nothing has listened then.
     """
     classifier = load_classifier(
         settings.model_uri, settings.model_digest, num_threads=settings.threads, batch_images=settings.batch_images
@@ -57,7 +57,7 @@ async def _serve(
     leave_requested = asyncio.Event()
 
     def on_signal(number: int) -> None:
-        """Begin to leave; asked again by Ctrl-C, leave at once."""
+        """Begin the shutdown; on a second Ctrl-C, exit immediately."""
         if leave_requested.is_set() and number == signal.SIGINT and serving is not None:
             serving.cancel()
         leave_requested.set()
@@ -79,7 +79,7 @@ async def _serve(
         await leave_requested.wait()
         if settings.drain_delay:
             app.is_ready = False
-            _log.info("Draining: not ready any more, accepting for another %g s", settings.drain_delay)
+            _log.info("Draining: no longer ready, accepting connections for another %g s", settings.drain_delay)
             await asyncio.sleep(settings.drain_delay)
         server.close()
         if succession is not None:
@@ -100,10 +100,10 @@ async def _drain(http: HttpServer, settings: ServerSettings) -> None:
 
 
 class _Succession:
-    """The server's end of a local deployment, whose servers hand on one listening socket.
+    """The server side of a local deployment, in which each server passes its listening socket to the next.
 
-    Whoever connects to the control socket gets what is known of this server and a copy of its listening socket, then a
-    byte when it stops accepting, and the end of the connection when the process ends. "leave" makes it drain.
+    A client of the control socket receives the description of this server and a copy of its listening socket, then a
+    byte when it stops accepting, and EOF when the process ends. "leave" makes it drain.
     """
 
     def __init__(self, control: socket.socket, listener: socket.socket, info: str, leave: Callable[[], None]):
@@ -113,15 +113,15 @@ class _Succession:
         self._info = json.loads(info)
         self._leave = leave
         self._names: list[str] = []
-        """Of the control socket: the present one and the one to take."""
+        """Paths of the control socket: the current one and the one to take over."""
         self._previous: socket.socket | None = None
-        """The starter's connection to the server before, which has to leave."""
+        """The starter's connection to the previous server, which has to leave."""
         self._connections: list[socket.socket] = []
         self._loop = asyncio.get_running_loop()
         self._answering: asyncio.Task[None]
 
     async def wait_for_turn(self, http: HttpServer) -> None:
-        """Answer requests on a private port only, until the starter, which connects first, lets this server begin."""
+        """Answer requests only on a private port until the starter, which connects first, activates this server."""
         private = await self._loop.create_server(http.connect, "127.0.0.1", 0)
         self._info = {"process_id": os.getpid(), "private_port": private.sockets[0].getsockname()[1], **self._info}
         starter = await self._accept()
@@ -138,7 +138,7 @@ class _Succession:
         private.close()
 
     def begin(self) -> None:
-        """Take the place of the server before, tell the starter so, and answer everyone else who asks."""
+        """Take over from the previous server, notify the starter, then answer other clients of the control socket."""
         os.replace(*self._names)
         if self._previous:
             with self._previous, contextlib.suppress(OSError):
@@ -147,7 +147,7 @@ class _Succession:
         self._answering = self._loop.create_task(self._answer())
 
     def end(self) -> None:
-        """Let everyone know that this server accepts nothing more."""
+        """Notify all clients that this server no longer accepts connections."""
         self._answering.cancel()
         self._control.close()
         self._listener.close()
@@ -157,7 +157,7 @@ class _Succession:
         while True:
             try:
                 connection = await self._accept()
-            except OSError:  # this process has too many open files at the moment
+            except OSError:  # too many open files in this process at the moment
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 self._loop.add_reader(connection, self._hear, connection)

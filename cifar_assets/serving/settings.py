@@ -12,13 +12,13 @@ ENVIRONMENT_PREFIX = "CIFAR_SERVING_"
 
 
 class ServingLimits(BaseModel, frozen=True):
-    """How much one request, one connection and all of them together may cost.
+    """Limits per request, per connection and in total.
 
-    What counts is what came and what it costs, not what was declared.
+    They count what was received and its actual cost, not what was declared.
     """
 
     image: ImageLimits = ImageLimits()
-    max_header_bytes: int = Field(default=16 * 1024, ge=1, description="bytes of a request line and its headers")
+    max_header_bytes: int = Field(default=16 * 1024, ge=1, description="bytes of the request line and headers")
     max_headers: int = Field(default=100, ge=1, description="headers of a request")
     max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1, description="bytes of a body")
     max_images: int = Field(default=64, ge=1, description="images in one request")
@@ -26,23 +26,23 @@ class ServingLimits(BaseModel, frozen=True):
     small_pixels: int = Field(default=128 * 128, ge=0, description="pixels up to which pictures are decoded at once")
     max_connections: int = Field(default=512, ge=1, description="open connections")
     max_pending_requests: int = Field(default=256, ge=1, description="requests answered at a time")
-    small_body_bytes: int = Field(default=64 * 1024, ge=0, description="bytes of a body that every connection may hold")
+    small_body_bytes: int = Field(default=64 * 1024, ge=0, description="bytes of a body that any connection may hold")
     max_pending_bytes: int = Field(default=32 * 1024 * 1024, ge=1, description="bytes of large bodies together")
     max_pending_pixels: int = Field(default=64 * 1024 * 1024, ge=1, description="pixels that may wait to be decoded")
     queue_images: int = Field(default=512, ge=1, description="images that may wait for the model")
     batch_images: int = Field(default=16, ge=1, description="images in one run of the model")
     header_timeout: float = Field(
-        default=10, gt=0, description="seconds from a connection or a later request on to a body"
+        default=10, gt=0, description="seconds from the connection or a later request to the body"
     )
     body_timeout: float = Field(default=30, gt=0, description="seconds from the start of a body to its end")
     stall_timeout: float = Field(
-        default=10, gt=0, description="seconds without a byte of a body or a client that reads"
+        default=10, gt=0, description="seconds without receiving a body byte or the client reading"
     )
     idle_timeout: float = Field(default=65, gt=0, description="seconds between two requests of a connection")
 
     @property
     def max_large_requests(self) -> int:
-        """Those of the pending requests that may have a large body or large pictures."""
+        """The number of pending requests that may have a large body or large pictures."""
         return max(1, self.max_pending_requests // 2)
 
     def max_json_items(self, image_size: int) -> int:
@@ -54,29 +54,33 @@ class ServingLimits(BaseModel, frozen=True):
 class ServerSettings(ServingLimits, frozen=True):
     """Options of one server process."""
 
-    model_uri: str = Field(description="where the model package is: file:///... or s3://...")
-    model_digest: str = Field(description="the digest the package must have")
+    model_uri: str = Field(description="URI of the model package: file:///... or s3://...")
+    model_digest: str = Field(description="required digest of the package")
     model_version: str = Field("", description="version to report; by default the start of the digest")
-    host: str = Field("127.0.0.1", description="address to listen on; a pod passes ::")
-    port: int = Field(8080, ge=0, le=65535, description="port to listen on; PORT of the environment is a default")
+    host: str = Field("127.0.0.1", description="address to listen on; pods use ::")
+    port: int = Field(8080, ge=0, le=65535, description="port to listen on; defaults to the variable PORT")
     threads: int | None = Field(None, ge=1, description="threads of one run of the model; by default one per CPU")
-    drain_delay: float = Field(0, ge=0, le=86400, description="seconds to accept after SIGTERM while not ready")
-    linger: float = Field(2, ge=0, le=86400, description="seconds that open connections may then bring requests")
-    grace: float = Field(30, ge=0, le=86400, description="seconds that requests in progress may then take")
+    drain_delay: float = Field(
+        0, ge=0, le=86400, description="seconds after SIGTERM in which connections are still accepted"
+    )
+    linger: float = Field(
+        2, ge=0, le=86400, description="seconds after that in which open connections may send requests"
+    )
+    grace: float = Field(30, ge=0, le=86400, description="seconds after that for requests in progress to finish")
     fd: int | None = Field(None, description="descriptor of a listening socket, in place of host and port")
     control_fd: int | None = Field(None, description="descriptor of a local deployment's listening Unix socket")
-    control_info: str = Field("{}", description="what to answer on that socket, a JSON object")
+    control_info: str = Field("{}", description="JSON object to send on that socket")
 
 
 def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, str] = os.environ) -> ServerSettings:
     """Settings from the command line, then the environment (CIFAR_SERVING_MODEL_URI and so on), then defaults.
 
-    Exits with a usage message for what is missing or malformed.
+    Exits with a usage message if an option is missing or malformed.
     """
     parser = argparse.ArgumentParser(
         prog="python -m cifar_assets.serving",
         description="Serve one CIFAR-10 model over HTTP.",
-        epilog=f"Each option may come from the environment: --model-uri as {ENVIRONMENT_PREFIX}MODEL_URI.",
+        epilog=f"Each option can also be set in the environment: --model-uri as {ENVIRONMENT_PREFIX}MODEL_URI.",
         allow_abbrev=False,
     )
     values: dict[str, str] = {"port": environment["PORT"]} if "PORT" in environment else {}

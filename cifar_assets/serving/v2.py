@@ -66,7 +66,7 @@ def tensors(images: ImageSpec) -> dict[str, list[dict[str, Any]]]:
 def parse(model: ServedModel, headers: Mapping[bytes, bytes], body: bytes, limits: ServingLimits) -> Query:
     """Check a request against what the metadata promises. Raises RequestError.
 
-    Nothing is allocated by a claimed size.
+    Allocates nothing based on a declared size.
     """
     body_type(headers, _BINARY_TYPE.encode(), f"application/json or {_BINARY_TYPE}")
     json_size = headers.get(_HEADER_LENGTH.lower().encode())
@@ -91,7 +91,7 @@ def _images(tensor: _Input, binary: bytes | None, image_shape: tuple[int, ...], 
     check_count("inputs[0].shape", num_images, limits)
     num_numbers = num_images * int(np.prod(image_shape))
     if binary and tensor.data is not None:
-        raise RequestError("inputs[0].data", "no data in JSON where bytes follow it", describe(tensor.data))
+        raise RequestError("inputs[0].data", "no data in JSON when binary data follows", describe(tensor.data))
     if tensor.data is not None:
         return nested_pixels(
             "inputs[0].data", tensor.data, (num_numbers,), tuple(tensor.shape), fractions=False

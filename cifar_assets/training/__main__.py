@@ -35,13 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_BAD_SPEC
         return EXIT_RESUME if isinstance(error, StoreError) and error.transient else 1
     except Exception:
-        _LOG.exception("The training failed for an unknown reason.")
+        _LOG.exception("The training failed for an unexpected reason.")
         return 1
 
 
 def run(spec: JobSpec, log: io.StringIO) -> int:
     """Run a job, and remove its checkpoints once Dagster has received its result. Returns 0 or EXIT_RESUME."""
-    # torch takes seconds to load: a wrong spec is refused before
+    # torch takes seconds to load: an invalid spec is refused before that
     from cifar_assets.training.distributed import StopSignal, TrainingStopped
     from cifar_assets.training.job import clear_checkpoints, run_job
 
@@ -53,7 +53,7 @@ def run(spec: JobSpec, log: io.StringIO) -> int:
         try:
             run_job(spec, StopSignal(), send or (lambda message: None), log)
         except TrainingStopped as stopped:
-            # leaves Pipes as a success does: the exit code says that there is more to come
+            # closes Pipes like a success: the exit code says that the training is not finished
             _LOG.warning("%s", stopped)
             return EXIT_RESUME
     if _is_rank_0():
@@ -64,9 +64,7 @@ def run(spec: JobSpec, log: io.StringIO) -> int:
 def _load_spec(source: str | None) -> JobSpec:
     if source is None:
         if JOB_SPEC_VARIABLE not in os.environ:
-            raise ConfigError(
-                f"There is no job spec: give --spec FILE, --spec - or the environment variable {JOB_SPEC_VARIABLE}."
-            )
+            raise ConfigError(f"There is no job spec: pass --spec FILE or --spec -, or set {JOB_SPEC_VARIABLE}.")
         return parse_spec(os.environ[JOB_SPEC_VARIABLE], f"the environment variable {JOB_SPEC_VARIABLE}")
     if source == "-":
         return parse_spec(sys.stdin.buffer.read(), "standard input")
@@ -77,9 +75,9 @@ def _load_spec(source: str | None) -> JobSpec:
 
 
 def _set_up_logging() -> io.StringIO:
-    """Log lines of this project go to standard output and to the buffer returned.
+    """Send this project's log lines to standard output and to the returned buffer.
 
-    Ranks other than 0 only say that they joined, and warn.
+    Ranks other than 0 log only that they joined, and warnings.
     """
     buffer = io.StringIO()
     project = logging.getLogger("cifar_assets")

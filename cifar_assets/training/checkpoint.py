@@ -1,4 +1,4 @@
-"""What a training changes as it runs, and its checkpoints in the object store.
+"""The mutable state of a training, and its checkpoints in the object store.
 
 A checkpoint is one object, written atomically, named by its step and digest, and verified when read.
 """
@@ -29,9 +29,9 @@ _METADATA_KEY = "checkpoint"
 
 
 class EpochRecord(BaseModel):
-    """Result of one finished epoch. Losses and accuracy are repeatable; seconds and images/s are not.
+    """Result of one finished epoch. Losses and accuracy are reproducible; seconds and images/s are not.
 
-    Epochs that are not validated have no validation loss and accuracy. The learning rate is that of the last step.
+    Epochs without validation have no validation loss and accuracy. The learning rate is that of the last step.
     """
 
     epoch: int
@@ -45,7 +45,7 @@ class EpochRecord(BaseModel):
 
 
 class Position(BaseModel):
-    """Where a training stands: the next step is `step` of epoch `epoch`, both counted from 0."""
+    """Position of a training: the next step is `step` of epoch `epoch`, both counted from 0."""
 
     version: Literal[1] = 1
     epoch: int = 0
@@ -53,7 +53,7 @@ class Position(BaseModel):
     epoch_seconds: float = 0.0
     history: list[EpochRecord] = []
     made_with: dict[str, Any] = {}
-    """What rounding depends on and the spec leaves open."""
+    """Settings that affect rounding and that the spec does not fix."""
 
 
 class TrainingState:
@@ -66,16 +66,16 @@ class TrainingState:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor a continuation needs, by name."""
+        """All tensors needed to continue, by name."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         momenta = {name: optimizer.state[p].get("momentum_buffer") for name, optimizer, p in self._momenta()}
         tensors |= {name: momentum for name, momentum in momenta.items() if momentum is not None}
         return {**tensors, "loss_sum": self.loss_sum, "torch_random": torch.get_rng_state()}
 
     def load(self, tensors: dict[str, Tensor], position: Position) -> None:
-        """Continue from these. Raises DataError, with nothing changed, when they do not fit the recipe."""
+        """Restore these tensors. Raises DataError, without changing anything, when they do not fit the recipe."""
         if (name := first_not_finite(tensors)) is not None:
-            raise DataError(f"{name} holds numbers that are not finite.")
+            raise DataError(f"{name} contains numbers that are not finite.")
         expected = self.tensors() | {name: parameter for name, _, parameter in self._momenta()}
         forms, wanted = ({(n, t.shape, t.dtype) for n, t in each.items()} for each in (tensors, expected))
         if unfit := sorted({name for name, _, _ in forms ^ wanted}):
@@ -90,13 +90,13 @@ class TrainingState:
         self.position = position
 
     def _momenta(self) -> list[tuple[str, Optimizer, nn.Parameter]]:
-        """Every parameter that has a momentum, with the momentum's name in a checkpoint."""
+        """The parameters with momentum, and the momentum's name in a checkpoint."""
         owners = [(o, p) for o in self.optimizers for g in o.param_groups if g["momentum"] for p in g["params"]]
         return [(f"momentum.{index}", optimizer, parameter) for index, (optimizer, parameter) in enumerate(owners)]
 
 
 def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor that holds an infinity or NaN, if there is one."""
+    """Name of the first tensor with an infinity or NaN, if there is one."""
     return next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
 
 
@@ -110,7 +110,7 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """Checkpoints of one training job, in a store rooted at its own folder. The newest `keep` are kept."""
+    """Checkpoints of one training job, in a store rooted at the job's folder. The newest `keep` are kept."""
 
     def __init__(self, store: ObjectStore, keep: int):
         self._store = store
@@ -128,9 +128,9 @@ class CheckpointStore:
                 self._store.delete(old)
 
     def load_newest(self, use: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
-        """The newest whole checkpoint that `use` accepted, or None. `use` raises DataError for one that does not fit.
+        """The newest intact checkpoint that `use` accepted, or None. `use` raises DataError for one that does not fit.
 
-        One that is damaged or does not fit is reported, removed and passed over.
+        A damaged or unfit checkpoint is logged, removed and skipped.
         """
         for key in self._keys():
             try:
@@ -138,12 +138,12 @@ class CheckpointStore:
                 use(checkpoint)
                 return checkpoint
             except (DataError, ObjectNotFoundError) as error:
-                _LOG.warning("Checkpoint %s is passed over: %s", self._store.uri(key), error)
+                _LOG.warning("Skipping checkpoint %s: %s", self._store.uri(key), error)
                 self._store.delete(key)
         return None
 
     def load_step(self, step: int) -> Checkpoint:
-        """The checkpoint after that many steps. Raises ObjectNotFoundError without it, DataError when damaged."""
+        """The checkpoint after this number of steps. Raises ObjectNotFoundError without it, DataError if damaged."""
         for key in self._keys():
             if key.startswith(f"step-{step:09d}-"):
                 return self._load(key)
@@ -155,7 +155,7 @@ class CheckpointStore:
             self._store.delete(key)
 
     def _keys(self) -> list[str]:
-        """Keys of checkpoints, the newest first."""
+        """Keys of checkpoints, newest first."""
         keys = [info.key for info in self._store.list() if _NAME.fullmatch(info.key)]
         return sorted(keys, reverse=True)
 

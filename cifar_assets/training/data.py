@@ -1,6 +1,6 @@
-"""What a training sees: the splits of a processed dataset as tensors, the order of their images, and augmentation.
+"""Training data: the splits of a processed dataset as tensors, the order of their images, and augmentation.
 
-Order and augmentation are functions of (seed, epoch, image) alone, whatever the number of processes.
+Order and augmentation depend only on (seed, epoch, image), not on the number of processes.
 """
 
 import enum
@@ -27,7 +27,7 @@ _STREAM_BATCH = 1024
 class TensorSplit:
     """One split's images and labels, on a device.
 
-    Up to `resident_bytes` the images lie on the device; otherwise they are read batch by batch from the mapped shards.
+    A split of up to `resident_bytes` is kept on the device; a larger one is read batch by batch from the mapped shards.
     """
 
     def __init__(self, reader: SplitReader, device: torch.device, resident_bytes: int):
@@ -84,7 +84,7 @@ def open_data(spec: JobSpec, device: torch.device) -> TrainingData:
 
 
 class Stream(enum.IntEnum):
-    """What random numbers are drawn for. Numbers of different streams are independent."""
+    """The purpose of random numbers. Numbers from different streams are independent."""
 
     ORDER = 1
     SHIFT = 2
@@ -93,21 +93,21 @@ class Stream(enum.IntEnum):
 
 
 def generator(seed: int, stream: Stream, epoch: int = 0) -> np.random.Generator:
-    """A counter-based generator that depends on its three arguments alone."""
+    """A counter-based generator that depends only on its three arguments."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, int(stream), epoch))))
 
 
 def epoch_batches(seed: int, epoch: int, num_images: int, batch_size: int) -> list[NDArray[np.int64]]:
     """Indices of each step's images: every image once, in batches that differ in size by at most one.
 
-    Even batches leave no small rest, whose batch norm statistics would be noise, and drop nothing.
+    Even batches avoid a small last batch, whose batch norm statistics would be noise, without dropping images.
     """
     order = generator(seed, Stream.ORDER, epoch).permutation(num_images)
     return np.array_split(order, steps_per_epoch(num_images, batch_size))
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Optimizer steps in which every image is seen once."""
+    """Number of optimizer steps per epoch."""
     return -(-num_images // batch_size)
 
 
@@ -118,7 +118,7 @@ def resolution(recipe: Recipe, step: int, steps_per_epoch: int, image_size: int)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Float images scaled down to `size` pixels with antialiasing; unchanged where they have that size."""
+    """Float images scaled down to `size` pixels with antialiasing; unchanged if they already have that size."""
     if images.shape[-1] == size:
         return images
     if images.shape[-1] % size == 0:
@@ -127,7 +127,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 class EpochAugmentation:
-    """One epoch's draws for every image of the split, by position; any process applies them to any part of it."""
+    """One epoch's random draws for every image of the split, by position; usable for any part of it."""
 
     def __init__(self, recipe: Recipe, seed: int, epoch: int, num_images: int, image_size: int):
         self._recipe = recipe
@@ -173,7 +173,7 @@ def _shift(images: Tensor, shifts: Tensor, recipe: Recipe) -> Tensor:
     reach = recipe.translate
     padding = (reach, reach, reach, reach)
     if recipe.padding == "reflect":
-        # reflection has no kernel for uint8
+        # reflection padding has no uint8 kernel
         padded = functional.pad(images.to(torch.float32), padding, mode="reflect").to(torch.uint8)
     else:
         padded = functional.pad(images, padding)

@@ -1,4 +1,4 @@
-"""The device a training runs on, its arithmetic and threads, and what is recorded about them."""
+"""The device a training runs on, its precision and threads, and the recorded environment."""
 
 import importlib.metadata
 import os
@@ -20,14 +20,14 @@ _PACKAGES = ("torch", "numpy", "safetensors", "onnx", "onnxruntime", "mlflow-ski
 
 @dataclass(frozen=True)
 class Processor:
-    """A device and the arithmetic convolutions use on it."""
+    """A device and the precision of its convolutions."""
 
     device: torch.device
     dtype: torch.dtype
 
     @property
     def precision(self) -> str:
-        """Name of the arithmetic, as in `float32`."""
+        """Name of the precision, such as `float32`."""
         return str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -36,28 +36,28 @@ class Processor:
 
 
 def choose_processor(execution: Execution, precision: Precision, local_rank: int = 0) -> Processor:
-    """The device and precision asked for. Raises ConfigError when there is no such device."""
+    """The requested device and precision. Raises ConfigError if there is no such device."""
     device = choose_device(execution.device, local_rank)
     is_bfloat16 = precision == "bfloat16" or (precision == "auto" and _has_fast_bfloat16(device))
     return Processor(device, torch.bfloat16 if is_bfloat16 else torch.float32)
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The device of this process, which shares its GPU with no other. Raises ConfigError where there is none for it."""
+    """The device of this process, which does not share its GPU. Raises ConfigError if there is none for it."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= num_gpus:
-        # nccl would reject two processes on one GPU with an error that looks like a lost process
+        # NCCL rejects two processes on one GPU with an error that looks like a lost process
         raise ConfigError(
-            f"Process {local_rank + 1} of this machine has no GPU of its own: torch finds {num_gpus or 'no'} GPU(s). "
-            "Set nproc_per_node to that number or less, ask for more GPUs or for device cpu, or fix the driver."
+            f"Process {local_rank + 1} of this machine has no GPU for itself: torch finds {num_gpus or 'no'} GPU(s). "
+            "Set nproc_per_node to at most that number, request more GPUs, set device to cpu, or fix the driver."
         )
     return torch.device("cuda", local_rank)
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is done in hardware: emulated it is slower than float32."""
+    """Whether the hardware supports bfloat16: emulation is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     abilities = torch.cpu.get_capabilities()
@@ -65,13 +65,13 @@ def _has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def use_repeatable_kernels(device: torch.device) -> None:
-    """Make the same arithmetic give the same bits each time on a GPU; a CPU does so by itself."""
+    """Make GPU arithmetic deterministic; CPU arithmetic already is."""
     if device.type != "cuda":
         return
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    # read by cuBLAS when it is first used
+    # cuBLAS reads it on first use
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -82,7 +82,7 @@ def use_threads(execution: Execution) -> None:
 
 
 def default_threads() -> int:
-    """This process's fraction of the CPUs it may use, where torchrun's own default is one thread."""
+    """Number of threads: this process's fraction of the available CPUs, where torchrun's default is one thread."""
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and local_processes == 1:
@@ -91,7 +91,7 @@ def default_threads() -> int:
 
 
 def describe_environment(processor: Processor, world_size: int) -> dict[str, Any]:
-    """Versions of what matters to the result, and the hardware."""
+    """Versions of the libraries that affect the result, and the hardware."""
     device = processor.device
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

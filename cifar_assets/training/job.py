@@ -1,4 +1,4 @@
-"""One training job from its spec to a published model."""
+"""One training job, from its spec to a published model."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from resources.object_store import open_store
 
 _LOG = logging.getLogger(__name__)
 _STOP_PATIENCE_SECONDS = 8.0
-"""Kubernetes kills thirty seconds after SIGTERM: the checkpoint comes first, MLflow gets a part of what is left."""
+"""Kubernetes kills a pod 30 seconds after SIGTERM: the checkpoint comes first, MLflow gets part of the rest."""
 CHECKPOINTS = "checkpoints"
 _EPOCH_METRICS = {"train_loss", "validation_loss", "validation_accuracy", "images_per_second", "learning_rate"}
 
@@ -35,10 +35,10 @@ SendMessage = Callable[[dict[str, Any]], None]
 
 
 def run_job(spec: JobSpec, stop: StopSignal, send: SendMessage, log: io.StringIO) -> dict[str, Any] | None:
-    """Train what the spec says and publish it, with the log. Returns the model's metrics on rank 0, else None.
+    """Train according to the spec and publish the model with the log. Returns the model's metrics on rank 0, else None.
 
-    Raises TrainingStopped when told to stop, when the store is not reached or when another process went away,
-    ConfigError and DataError for what a person must correct.
+    Raises TrainingStopped when asked to stop, when the store is not reachable or when another process was lost,
+    ConfigError and DataError for errors that the user must correct.
     """
     processes = distributed.read_processes()
     use_threads(spec.execution)
@@ -46,7 +46,7 @@ def run_job(spec: JobSpec, stop: StopSignal, send: SendMessage, log: io.StringIO
     use_repeatable_kernels(processor.device)
     with distributed.noticing_lost_peers(processes):
         distributed.join(processes, processor.device)
-    # until here there is nothing to save, and a signal may end a process that waits for others
+    # before this there is nothing to save, and a signal may end a process that waits for the others
     stop.install()
     tracker = Tracker(None if processes.rank else spec.mlflow, spec.identity)
     status: RunStatus = "FAILED"
@@ -71,16 +71,16 @@ def run_job(spec: JobSpec, stop: StopSignal, send: SendMessage, log: io.StringIO
             raise
         raise TrainingStopped(f"{error} Start the same spec again to continue from the last checkpoint.") from error
     finally:
-        tracker.close(status, patience)  # a published model has closed it already
+        tracker.close(status, patience)  # already closed if the model was published
         distributed.leave(processes)
 
 
 def clear_checkpoints(spec: JobSpec) -> None:
-    """Remove a finished job's checkpoints. A restart needs them until Dagster has received the model."""
+    """Remove a finished job's checkpoints, which a restart needs until Dagster has received the model."""
     try:
         _checkpoints(spec).clear()
     except StoreError as error:
-        _LOG.warning("Checkpoints are left behind: %s", error)
+        _LOG.warning("Could not remove the checkpoints: %s", error)
 
 
 def _checkpoints(spec: JobSpec) -> CheckpointStore:
@@ -115,7 +115,7 @@ def _report_epoch(spec: JobSpec, record: EpochRecord, send: SendMessage, tracker
 
 
 def _measured(record: EpochRecord) -> dict[str, float]:
-    """What a finished epoch measured, by the names of Dagster's and MLflow's metrics."""
+    """The metrics of a finished epoch, named as in Dagster and MLflow."""
     return record.model_dump(include=_EPOCH_METRICS, exclude_none=True)
 
 

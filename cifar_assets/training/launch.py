@@ -1,7 +1,7 @@
-"""Command line: `python -m cifar_assets.training.launch [options of torchrun]` trains in several processes.
+"""Command line: `python -m cifar_assets.training.launch [torchrun options]` trains in several processes.
 
-torchrun itself ends with 1 whatever happened to its processes, also when it was told to stop: nobody could tell a
-training that continues from one that cannot.
+torchrun itself exits with 1 whatever happened to its processes, even when it was asked to stop, so its exit code does
+not tell whether the training can continue.
 """
 
 import logging
@@ -28,22 +28,22 @@ def main(options: Sequence[str]) -> int:
     try:
         run.run(run.parse_args([*options, "-m", "cifar_assets.training"]))
     except SignalException as error:
-        _LOG.warning("%s, and its processes were told to stop.", error)
+        _LOG.warning("%s; its processes were asked to stop.", error)
         return EXIT_RESUME
     except (DistError, RendezvousError) as error:
         _LOG.warning("The machines of this training lost one another: %s", error)
         return EXIT_RESUME
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        _LOG.warning("Exit codes by process, negative ones being signals: %s", codes)
+        _LOG.warning("Exit codes by process (negative for signals): %s", codes)
         return exit_code(codes.values())
     return 0
 
 
 def _use_loopback(options: Sequence[str]) -> list[str]:
-    """Options for one machine that look up no host name. torchrun and gloo would look up this machine's own.
+    """Options for one machine that need no host name lookup. torchrun and Gloo would look up this machine's.
 
-    Also sets the interface that gloo and nccl use, unless it is set already.
+    Also sets the interface that Gloo and NCCL use, unless it is already set.
     """
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -53,9 +53,9 @@ def _use_loopback(options: Sequence[str]) -> list[str]:
 
 
 def exit_code(codes: Collection[int]) -> int:
-    """What exit codes of processes, some of them failures, say together.
+    """The exit code that represents those of all processes, some of which failed.
 
-    A process that fails by itself makes the others lose it, or be told to stop: its code counts before theirs.
+    When one process fails, the others lose it or are asked to stop, so its code takes precedence.
     """
     if EXIT_BAD_SPEC in codes:
         return EXIT_BAD_SPEC

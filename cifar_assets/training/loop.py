@@ -1,4 +1,4 @@
-"""The training loop. It can be left after any step and continued from a checkpoint to bit-identical weights."""
+"""The training loop. It can stop after any step and continue from a checkpoint to bit-identical weights."""
 
 import logging
 import time
@@ -38,19 +38,19 @@ from resources.errors import ConfigError, StoreError
 
 _LOG = logging.getLogger(__name__)
 _AGREE_EVERY = 8
-"""Steps after which processes ask one another whether any was told to stop: each time costs an all-reduce."""
+"""Steps after which the processes check whether any was asked to stop: each check costs an all-reduce."""
 _WHITENING_IMAGES = 5000
 _BATCH = 500
 """Images of a validation batch in each process."""
 
 
 class DivergedError(ConfigError):
-    """The training produced infinities or NaN. It repeats its bits, so the same spec fails again."""
+    """The training produced infinities or NaN. It is deterministic, so the same spec fails again."""
 
     def __init__(self, what: str, when: str):
         super().__init__(
-            f"The training diverged: {what} is not finite {when}. Lower learning_rate or raise warmup; a checkpoint "
-            "from before is kept but continues to the same end."
+            f"The training diverged: {what} is not finite {when}. Lower learning_rate or raise warmup; an earlier "
+            "checkpoint is kept but leads to the same failure."
         )
 
 
@@ -95,22 +95,22 @@ class Trainer:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Count the time of the block as seconds of a phase."""
+        """Add the duration of the block to a phase."""
         before = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - before
 
     def published(self) -> nn.Module:
-        """The network in evaluation mode, with the batch norm statistics of rank 0, as each rank has its own."""
+        """The network in evaluation mode, with the batch norm statistics of rank 0; they differ by rank."""
         for buffer in self.state.network.buffers():
             self.processes.broadcast(buffer)
         return self.state.network.eval()
 
     def train(self, on_epoch: Callable[[EpochRecord], None]) -> None:
-        """Train from the present position to the end of the last epoch; `on_epoch` is called on every rank.
+        """Train from the current position to the end of the last epoch; `on_epoch` is called on every rank.
 
-        A checkpoint is skipped, with a warning, while the store is not reached. Raises TrainingStopped after a
-        checkpoint when told to stop, DivergedError when the loss, the weights or the validation loss are not finite.
+        A checkpoint is skipped, with a warning, while the store is not reachable. Raises TrainingStopped after a
+        checkpoint when asked to stop, DivergedError when the loss, the weights or the validation loss are not finite.
         """
         network = self._step_network()
         while self.state.position.epoch < self._recipe.epochs:
@@ -154,11 +154,11 @@ class Trainer:
             label_smoothing=self._recipe.label_smoothing,
             reduction="sum",
         )
-        # DistributedDataParallel takes the mean of the gradients over processes
+        # DistributedDataParallel averages the gradients over processes
         (loss * (self.processes.world_size / len(batch))).backward()
         for optimizer in self.state.optimizers:
             optimizer.step()
-        # a sum in float64 of this many float32 terms is exact, so that it is the same however a run is cut
+        # a float64 sum of this many float32 terms is exact, so it does not depend on where a run was interrupted
         self.state.loss_sum += loss.detach()
 
     def _finish_epoch(self) -> EpochRecord:
@@ -188,7 +188,7 @@ class Trainer:
     def _validate(self, size: int) -> tuple[float, float]:
         """Mean cross-entropy in nats and accuracy; each process measures its part.
 
-        At the size trained on: a network is poor at images twice as large as any it has seen.
+        Uses the current training size: a network performs poorly on images twice as large as those it was trained on.
         """
         network, split, batch = self.published(), self.data.validation, _BATCH * self.processes.world_size
         sums = torch.zeros(2, dtype=torch.float64, device=self.processor.device)
@@ -213,7 +213,7 @@ class Trainer:
         return resize((images.to(torch.float32) / 255 - self._mean) / self._std, size)
 
     def _stop_if_told(self, ask: bool) -> None:
-        """Leave with a checkpoint when any process was told to stop. Processes ask one another only at agreed steps."""
+        """Stop with a checkpoint if any process was asked to stop. The processes check this only at fixed steps."""
         alone = self.processes.world_size == 1
         if not (alone or ask) or not self.processes.any(self._stop.is_set, self.processor.device):
             return
@@ -237,11 +237,11 @@ class Trainer:
         except StoreError as error:
             if not error.transient:
                 raise
-            # an outage may be over by the next checkpoint, or by the end
-            _LOG.warning("The checkpoint of step %d may be missing: %s", self.global_step, error)
+            # the outage may end before the next checkpoint or the end of the training
+            _LOG.warning("The checkpoint of step %d may not be stored: %s", self.global_step, error)
 
     def _resume(self) -> None:
-        """Continue from the newest good checkpoint, which rank 0 chooses, else start from the seed's weights."""
+        """Continue from the newest valid checkpoint, which rank 0 chooses, otherwise start from the seed's weights."""
         chosen = self._checkpoints.load_newest(self._take_over) if self.processes.rank == 0 else None
         step = torch.tensor(-1 if chosen is None else chosen.step, device=self.processor.device)
         step = int(self.processes.broadcast(step).item())
@@ -259,8 +259,8 @@ class Trainer:
         made_with = checkpoint.position.made_with or self._made_with()
         if made_with != self._made_with():
             _LOG.warning(
-                "The checkpoint of step %d was made with %s, this training continues with %s: the weights will not be "
-                "those of a run that was never stopped.",
+                "The checkpoint of step %d was made with %s, this training continues with %s: the weights will "
+                "differ from those of an uninterrupted run.",
                 *(checkpoint.step, made_with, self._made_with()),
             )
 
@@ -270,12 +270,12 @@ class Trainer:
         return {"processes": self.processes.world_size, "device": device, "precision": precision}
 
     def _step_network(self) -> nn.Module:
-        """The network as a step calls it: gradients are shared between processes."""
+        """The network as called in a step: gradients are averaged over the processes."""
         if self.processes.world_size == 1:
             return self.state.network
         devices = [self.processor.device] if self.processor.device.type == "cuda" else None
-        # Without find_unused_parameters, messages hold the gradients in another order from the second step on, so that
-        # the sum of three or more rounds otherwise after a continuation. torch warns that nothing is unused.
+        # Without find_unused_parameters, DDP reorders its buckets after the first step, so that after a continuation
+        # the sum over three or more processes would round differently. torch warns that no parameter is unused.
         return DistributedDataParallel(self.state.network, devices, find_unused_parameters=True)
 
     def _check_batches(self) -> None:
@@ -283,17 +283,18 @@ class Trainer:
         if smallest < 2 * self.processes.world_size:
             raise ConfigError(
                 f"Batches of {self._recipe.batch_size} of {len(self.data.train)} training images are too small for "
-                f"{self.processes.world_size} processes: each needs two for batch norm. Raise batch_size or use fewer."
+                f"{self.processes.world_size} processes: each needs two for batch norm. "
+                "Raise batch_size or use fewer processes."
             )
 
     def _checked_loss_sum(self) -> float:
-        """Sum of this epoch's losses over all processes. DivergedError when it or the state is not finite."""
+        """Sum of this epoch's losses over all processes. Raises DivergedError if it or the state is not finite."""
         loss_sum = self.processes.all_reduce(self.state.loss_sum.clone()).item()
         self._check_finite({"the training loss": torch.tensor(loss_sum), **self.state.tensors()})
         return loss_sum
 
     def _check_finite(self, tensors: dict[str, Tensor]) -> None:
-        """Raise DivergedError in every process when a tensor of any process holds an infinity or NaN."""
+        """Raise DivergedError in every process if a tensor of any process contains an infinity or NaN."""
         name = first_not_finite(tensors)
         if self.processes.any(name is not None, self.processor.device):
             when = f"in epoch {self.state.position.epoch + 1}, by step {self.global_step}"

@@ -11,7 +11,7 @@ from cifar_assets.training.recipes import Recipe, Views
 
 
 class TrimmedConv2d(nn.Conv2d):
-    """A 3x3 convolution with padding 1 on a map of at most 2x2 pixels, without the taps that only ever meet padding.
+    """A 3x3 convolution with padding 1 on a feature map of at most 2x2 pixels, without the taps that only see padding.
 
     On a map of 1x1 that leaves one tap of nine, with stride 2 on a map of 2x2 four. `size` is that of the input map at
     images of full size.
@@ -21,7 +21,7 @@ class TrimmedConv2d(nn.Conv2d):
         super().__init__(inputs, outputs, size, stride, bias=False)
 
     def reset_parameters(self) -> None:
-        # He initialization by fan-out of the 3x3 kernel, as torchvision's ResNets have it
+        # He initialization by fan-out of the 3x3 kernel, as in torchvision's ResNets
         nn.init.normal_(self.weight, std=math.sqrt(2 / (9 * self.out_channels)))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class TrimmedConv2d(nn.Conv2d):
         return super().forward(functional.pad(input, (0, missing, 0, missing)) if missing else input)
 
     def full_kernel(self) -> Tensor:
-        """The weights as those of a 3x3 convolution, zero in the taps that are not here."""
+        """The weights of the equivalent 3x3 convolution, with zeros for the omitted taps."""
         after = 2 - self.kernel_size[0]
         return functional.pad(self.weight.detach(), (1, after, 1, after))
 
@@ -41,7 +41,7 @@ def _conv3x3(inputs: int, outputs: int, stride: int, size: int) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around which the input is added (He et al., arXiv:1512.03385)."""
+    """Two 3x3 convolutions with a skip connection (He et al., arXiv:1512.03385)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, size: int):
         super().__init__()
@@ -98,7 +98,7 @@ def _stage(inputs: int, outputs: int, stride: int, size: int) -> nn.Sequential:
 class SpeedNetStage(nn.Module):
     """Convolution, pooling and further convolutions, each normalized and passed through GELU.
 
-    With more than two convolutions the first one's output is added to the last one's.
+    With more than two convolutions, the first one's output is added to the last one's.
     """
 
     def __init__(self, inputs: int, outputs: int, depth: int):
@@ -126,7 +126,7 @@ class SpeedNet(nn.Module):
     """A small net for quick training, in the manner of airbench (Jordan, arXiv:2404.00498).
 
     A fixed 2x2 convolution whitens the images, convolutions start as identities where shapes allow, batch norm has no
-    scale, and the largest activation over the picture decides.
+    scale, and global max pooling precedes the head.
     """
 
     def __init__(self, width: int, num_classes: int, widening: int = 4, depth: int = 2):
@@ -145,7 +145,7 @@ class SpeedNet(nn.Module):
         return self.fc(hidden.amax((2, 3)))
 
     def set_whitening(self, images: Tensor, epsilon: float = 5e-4) -> None:
-        """Fill the first layer with the principal axes of the images' 2x2 patches, at unit variance, in both signs."""
+        """Initialize the first layer with the principal axes of the images' 2x2 patches: unit variance, both signs."""
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).to(torch.float64)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         axes = (vectors / torch.sqrt(values + epsilon)).T.flip(0).reshape(12, 3, 2, 2).to(torch.float32)

@@ -1,4 +1,4 @@
-"""Optimizers of a network: SGD for all of it, or Muon for its inner convolutions and SGD for the rest; their rates."""
+"""Optimizers and learning rates: SGD for all of a network, or Muon for its inner convolutions and SGD for the rest."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,10 +16,11 @@ _MUON_MOMENTUM = 0.6
 
 
 class Muon(Optimizer):
-    """Momentum whose update of each filter bank is made nearly orthogonal (Jordan et al., 2024, the Muon optimizer).
+    """Momentum with a nearly orthogonal update of each filter bank (Jordan et al., 2024, the Muon optimizer).
 
-    A bank, of one filter per output channel, is scaled before each step so that its norm is the root of their number.
-    `dtype` is the arithmetic of the orthogonalization, for which bfloat16 is enough.
+    Before each step, a bank, which has one filter per output channel, is scaled so that its norm is the
+    square root of the number of filters.
+    `dtype` is the precision of the orthogonalization, for which bfloat16 is sufficient.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, dtype: torch.dtype):
@@ -40,7 +41,7 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """The matrix with singular values near 1, by Newton-Schulz iterations of fifth order, in its own arithmetic."""
+    """The matrix with singular values near 1, by Newton-Schulz iterations of fifth order, in the matrix's precision."""
     a, b, c = _COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     result = matrix.T if is_tall else matrix
@@ -54,7 +55,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 def build_optimizers(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> list[Optimizer]:
     """The recipe's optimizers. Each group's `initial_lr` is its peak rate.
 
-    Batch norm parameters and biases are a group of their own, decayed only where the recipe says so.
+    Batch norm parameters and biases are a separate group with weight decay only if the recipe says so.
     """
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     matrices = {name: parameter for name, parameter in trained.items() if parameter.ndim > 1}
@@ -62,7 +63,7 @@ def build_optimizers(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> 
     optimizers: list[Optimizer] = []
     matrix_rate = vector_rate = recipe.learning_rate
     if recipe.optimizer == "muon":
-        # the stem, `conv1` of a ResNet, reads pixels and has few inputs: like the head it fares better with SGD
+        # the stem, `conv1` of a ResNet, has few inputs: like the head it trains better with SGD
         banks = [p for name, p in matrices.items() if p.ndim > 2 and not name.startswith("conv1.")]
         matrices = {name: p for name, p in matrices.items() if p.ndim == 2 or name.startswith("conv1.")}
         optimizers.append(Muon(banks, recipe.learning_rate, _MUON_MOMENTUM, dtype))
@@ -86,7 +87,7 @@ def build_optimizers(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> 
 def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """Learning rate of a step, counted from 0 over the whole training, as a fraction of the peak.
 
-    With warm-up the first step already moves, and the last one ends just above 0.
+    With warm-up, the rate of the first step is above 0, and that of the last step is just above 0.
     """
     total = recipe.epochs * steps_per_epoch
     if recipe.schedule_interval == "epoch":

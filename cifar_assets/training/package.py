@@ -1,4 +1,4 @@
-"""The model package: the trained network in the formats it is published in, and what is recorded about it."""
+"""The model package: the trained network in all published formats, and its metrics and records."""
 
 import io
 import json
@@ -43,7 +43,7 @@ _REPEATABLE = {"epoch", "train_loss", "validation_loss", "validation_accuracy", 
 
 
 def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelManifest, dict[str, bytes]]:
-    """The model's manifest and the files of its package, but for the log."""
+    """The model's manifest and the files of its package, except for the log."""
     spec, data = trainer.spec, trainer.data
     classes = data.manifest.classes
     with trainer.timed("test"):
@@ -56,7 +56,7 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
             logits = network(images).cpu().numpy()
         weights, onnx = weights_bytes(network), onnx_bytes(network, data.manifest.image_size)
         difference = onnx_difference(onnx, images.cpu().numpy(), logits)
-    # nothing that differs between two runs of one job: no times, no host
+    # nothing that differs between two runs of one job, such as times or the host
     metrics = {
         **{f"test_{name}": test[name] for name in ("accuracy", "loss", "images")},
         **{f"validation_{name}": validation[name] for name in ("accuracy", "loss", "images")},
@@ -109,7 +109,7 @@ def predict(classifier: nn.Module, split: TensorSplit, processor: Processor) -> 
 def measure(logits: NDArray[np.float32], labels: NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
     """Metrics of one split: accuracy, loss, recall per class, confusion matrix, calibration error.
 
-    The confusion matrix has the true class by row, the predicted one by column. A class without images has no recall.
+    The confusion matrix has true classes as rows and predicted ones as columns. A class without images has no recall.
     """
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -139,7 +139,7 @@ def calibration_error(probabilities: NDArray[np.float64], labels: NDArray[np.int
 
 
 def readable_json(value: dict[str, Any]) -> bytes:
-    """JSON for people, indented."""
+    """Human-readable JSON."""
     return json.dumps(value, indent=2, sort_keys=True).encode()
 
 
@@ -149,9 +149,9 @@ def weights_bytes(network: PublishedNetwork) -> bytes:
 
 
 def baseline_copy_bytes(network: PublishedNetwork) -> bytes:
-    """The network's state dict as `torch.save` writes it: what readers of the old pipeline load.
+    """The network's state dict from `torch.save`, for readers of the old pipeline.
 
-    A ResNet's is torchvision's.
+    A ResNet's has torchvision's parameter names.
     """
     inner = network.network
     tensors = inner.torchvision_state_dict() if isinstance(inner, ResNet18) else inner.state_dict()
@@ -163,14 +163,14 @@ def baseline_copy_bytes(network: PublishedNetwork) -> bytes:
 def onnx_bytes(network: PublishedNetwork, image_size: int) -> bytes:
     """The network as ONNX: `images` uint8 (N, 3, size, size) to `logits` float32 (N, number of classes), for any N.
 
-    The tracing exporter takes a second where the one of torch.export takes fifteen, gives the same bytes for the same
-    weights, and records no paths of the machine.
+    The tracing exporter takes one second instead of the fifteen of torch.export, gives the same bytes for the same
+    weights, and records no local paths.
     """
     model = network.cpu().to(memory_format=torch.contiguous_format).eval()
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        # whether a map is filled up with padding depends on its size, which is the same for every image
+        # whether a feature map is padded depends on its size, which is the same for every image
         warnings.simplefilter("ignore", TracerWarning)
         warnings.filterwarnings("ignore", "Constant folding", UserWarning)
         torch.onnx.export(
@@ -189,22 +189,22 @@ def onnx_bytes(network: PublishedNetwork, image_size: int) -> bytes:
 def onnx_difference(onnx: bytes, images: NDArray[np.uint8], logits: NDArray[np.float32]) -> float:
     """Largest difference between the logits of ONNX Runtime and torch.
 
-    Raises DataError when it is more than rounding explains.
+    Raises DataError if it is larger than rounding explains.
     """
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     found: Any = session.run([MODEL_OUTPUT], {MODEL_INPUT: images})[0]
     difference = float(np.abs(found - logits).max())
     allowed = ONNX_TOLERANCE * max(1.0, float(np.abs(logits).max()))
-    if not difference <= allowed:  # nor where the output is not finite
+    if not difference <= allowed:  # or if the output is not finite
         raise DataError(
             f"The ONNX model differs from torch by {difference} on {len(images)} held-out images, expected at most "
-            f"{allowed}: the exporter does not fit this network; check the versions of torch and onnxruntime."
+            f"{allowed}: the exporter does not support this network; check the versions of torch and onnxruntime."
         )
     return difference
 
 
 def _performance(trainer: Trainer) -> dict[str, Any]:
-    """Speed and time. Training seconds are those of all epochs, also when a run was continued in another process."""
+    """Speed and time. Training seconds cover all epochs, even if the run was continued in another process."""
     history, num_train = trainer.state.position.history, len(trainer.data.train)
     train_seconds = sum(record.seconds for record in history)
     return {
@@ -234,7 +234,7 @@ def _model_card(spec: JobSpec, images: ImageSpec, metrics: dict[str, Any]) -> st
 
 Classifies {what}. It always answers with one of them, whatever the image shows.
 This is one training with seed {spec.seed}; other seeds give somewhat different results. The test split was used once,
-after training. All of the recipe is in `recipe.json`, what it ran on in `environment.json`.
+after training. The complete recipe is in `recipe.json`, the environment in `environment.json`.
 
 | measure | value |
 |---|---|

@@ -1,4 +1,4 @@
-"""Recipes: everything that decides what weights a training ends with, apart from its data and its seed. No torch."""
+"""Recipes: everything that determines the trained weights, apart from data and seed. No torch."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ _SPEEDNET_PIXELS = 9
 
 
 class ResolutionPhase(BaseModel):
-    """From this part of the training on, images are trained on at this size."""
+    """A phase of the training with a fixed image size."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,17 +33,21 @@ class ResolutionPhase(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A complete description of a training. Every field can be overridden on its own."""
+    """A complete description of a training. Each field can be overridden separately."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: str = Field(min_length=1, max_length=60, description="What the recipe is called in records; decides nothing.")
+    name: str = Field(
+        min_length=1, max_length=60, description="The recipe's name in records; has no effect on the training."
+    )
     network: Literal["resnet18", "speednet"] = Field(description="torchvision's ResNet-18, or a small, fast network.")
     width: int = Field(default=64, ge=4, le=256, description="Channels of the network's first stage.")
-    widening: int = Field(default=4, ge=1, le=8, description="Channels of a speednet's later stages, in `width`s.")
+    widening: int = Field(
+        default=4, ge=1, le=8, description="Channels of a speednet's later stages, in units of `width`."
+    )
     depth: int = Field(default=2, ge=2, le=4, description="Convolutions in each stage of a speednet.")
-    epochs: int = Field(ge=1, le=1000, description="Times that every training image is seen.")
-    batch_size: int = Field(ge=2, le=8192, description="Images per optimizer step, over all processes together.")
+    epochs: int = Field(ge=1, le=1000, description="Number of passes over the training images.")
+    batch_size: int = Field(ge=2, le=8192, description="Images per optimizer step, summed over all processes.")
     resolutions: tuple[ResolutionPhase, ...] = Field(
         default=(ResolutionPhase(start=0),),
         description="Image sizes over the course of the training, in order of their start. Tests use the full size.",
@@ -52,28 +56,38 @@ class Recipe(BaseModel):
         default="sgd",
         description="muon: Muon for the convolutions, SGD for a ResNet's stem, the head, biases and batch norm.",
     )
-    learning_rate: float = Field(gt=0, lt=3e38, description="Peak rate of Muon or, without it, of SGD.")
+    learning_rate: float = Field(gt=0, lt=3e38, description="Peak learning rate of Muon or, without it, of SGD.")
     head_learning_rate: float = Field(
-        default=1e-4, gt=0, lt=3e34, description="With muon, SGD's peak rate for stem and head, over the batch size."
+        default=1e-4,
+        gt=0,
+        lt=3e34,
+        description="With muon, SGD's peak learning rate for stem and head, divided by the batch size.",
     )
     bias_learning_rate: float = Field(
-        default=1e-4, gt=0, lt=3e34, description="With muon, SGD's peak rate for biases and batch norm, likewise."
+        default=1e-4,
+        gt=0,
+        lt=3e34,
+        description="With muon, SGD's peak learning rate for biases and batch norm, divided by the batch size.",
     )
     schedule: Literal["cosine", "triangle"] = Field(
-        default="triangle", description="How the rate falls to 0: along half a cosine, or in a straight line."
+        default="triangle", description="How the learning rate falls to 0: as a half cosine, or linearly."
     )
-    schedule_interval: Literal["step", "epoch"] = Field(default="step", description="When the rate changes.")
-    warmup: float = Field(default=0.2, ge=0, lt=1, description="Fraction of the training in which the rate rises.")
+    schedule_interval: Literal["step", "epoch"] = Field(default="step", description="When the learning rate changes.")
+    warmup: float = Field(
+        default=0.2, ge=0, lt=1, description="Fraction of the training in which the learning rate rises."
+    )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of SGD.")
-    nesterov: bool = Field(default=True, description="Nesterov's form of momentum.")
+    nesterov: bool = Field(default=True, description="Use Nesterov momentum.")
     weight_decay: float = Field(default=5e-4, ge=0, lt=3e38, description="L2 penalty of SGD.")
-    decay_norm_and_bias: bool = Field(default=False, description="Whether it includes batch norm and biases.")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Fraction of the target spread over classes.")
+    decay_norm_and_bias: bool = Field(default=False, description="Whether weight decay includes batch norm and biases.")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="Label smoothing: fraction of the target spread over all classes."
+    )
     flip: Literal["none", "random", "alternating"] = Field(
-        default="random", description="Mirroring: none, by a coin per image and epoch, or in every other epoch."
+        default="random", description="Mirroring: none, at random per image and epoch, or in every other epoch."
     )
     translate: int = Field(default=4, ge=0, le=16, description="Pixels an image may be shifted by in each direction.")
-    padding: Literal["zero", "reflect"] = Field(default="reflect", description="What it shows beyond its edge.")
+    padding: Literal["zero", "reflect"] = Field(default="reflect", description="Fill of the area beyond the edge.")
     cutout: int = Field(
         default=0, ge=0, description="Side in pixels of the square blanked at a random place of an image of full size."
     )
@@ -81,19 +95,21 @@ class Recipe(BaseModel):
         default=0.1, gt=0, le=1, description="Weight of the newest batch in the running statistics of batch norm."
     )
     precision: Precision = Field(
-        default="auto", description="Arithmetic of convolutions. auto: bfloat16 where the processor has it in hardware."
+        default="auto", description="Precision of convolutions. auto: bfloat16 if the hardware supports it."
     )
     views: Views = Field(
         default="plain",
-        description="Publish the logits of the image, or their mean with its mirror image's, at twice the cost.",
+        description="Publish the logits of the image, or the mean with its mirror image's, at twice the cost.",
     )
-    validate_every: int = Field(default=1, ge=1, description="Epochs between validations; the last one is validated.")
+    validate_every: int = Field(
+        default=1, ge=1, description="Epochs between validations; the last epoch is always validated."
+    )
 
     @model_validator(mode="after")
     def _check_resolutions(self) -> "Recipe":
         starts = [phase.start for phase in self.resolutions]
         if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
-            raise ValueError(f"resolutions must begin with start 0 and have rising starts, got {starts}")
+            raise ValueError(f"resolutions must begin with start 0 and have increasing starts, got {starts}")
         return self
 
     def check_fits(self, image_size: int) -> None:
@@ -112,7 +128,7 @@ class Recipe(BaseModel):
             )
 
 
-# In the manner of airbench (Jordan, arXiv:2404.00498); the rates hold for any length of the training.
+# In the manner of airbench (Jordan, arXiv:2404.00498); the learning rates suit a training of any length.
 _SPEEDNET = {
     "network": "speednet",
     "depth": 3,
@@ -176,13 +192,13 @@ RECIPES: dict[str, Recipe] = {
 
 
 def check_fields(setting: str, given: Iterable[str], allowed: Iterable[str]) -> None:
-    """ConfigError naming the fields that cannot be set there, and those that can."""
+    """Raises ConfigError naming the fields that cannot be set there, and those that can."""
     if unknown := sorted(set(given) - set(allowed)):
         raise ConfigError(f"{setting}: {', '.join(unknown)} cannot be set. Choose from {', '.join(sorted(allowed))}.")
 
 
 def get_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe by name, with fields replaced. Raises ConfigError naming the choices, or the field that is wrong."""
+    """A recipe by name, with fields replaced. Raises ConfigError naming the choices, or the invalid field."""
     if name in _RENAMED:
         _LOG.warning("The recipe %r is now called %r: change the name in your config.", name, _RENAMED[name])
         name = _RENAMED[name]

@@ -1,4 +1,4 @@
-"""The job spec: all that a training needs to know, as one JSON document. No torch."""
+"""The job spec: everything that a training needs to know, as one JSON document. No torch."""
 
 import logging
 from collections.abc import Mapping
@@ -16,21 +16,23 @@ from resources.trainer.contract import TrainingSpec
 _LOG = logging.getLogger(__name__)
 
 ALGORITHM = 3
-"""Raised whenever the code changes what weights a recipe, data and seed give: old checkpoints are then not resumed."""
+"""Incremented if a code change gives other weights for the same inputs: old checkpoints are then not resumed."""
 
 
 class Execution(BaseModel):
-    """How a training runs on this machine. Decides nothing about what is trained beyond rounding."""
+    """How a training runs on this machine. Has no effect on the result beyond rounding."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one.")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads per process; by default its part of all.")
-    resident_megabytes: int = Field(default=4096, ge=0, description="Largest split that is kept on the device.")
-    checkpoint_every_steps: int = Field(
-        default=100, ge=0, description="Steps between checkpoints within an epoch; 0 for ends of epochs only."
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto uses a GPU if there is one.")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads per process; by default its fraction of all CPUs."
     )
-    keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept while the training runs.")
+    resident_megabytes: int = Field(default=4096, ge=0, description="Largest split to keep on the device.")
+    checkpoint_every_steps: int = Field(
+        default=100, ge=0, description="Steps between checkpoints within an epoch; 0 for only at the end of epochs."
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="Number of checkpoints kept while the training runs.")
 
 
 class JobSpec(TrainingSpec):
@@ -40,8 +42,8 @@ class JobSpec(TrainingSpec):
 
     dataset_uri: str = Field(description="URI of the processed dataset's folder, ending in its digest.")
     dataset_digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="Digest of the processed dataset.")
-    recipe: Recipe = Field(description="What to train and how, complete.")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="Decides initial weights, order and augmentation.")
+    recipe: Recipe = Field(description="The complete recipe.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Determines initial weights, order and augmentation.")
     output_uri: str = Field(description="URI of the models bucket: the model goes to <output_uri>/<model digest>/.")
     write_baseline_copies: bool = Field(
         default=False, description="Also write the weights as resnet18_cifar10.pth, for readers of the old pipeline."
@@ -51,14 +53,14 @@ class JobSpec(TrainingSpec):
     @model_validator(mode="before")
     @classmethod
     def _read_earlier_form(cls, values: Any) -> Any:
-        """Translate a spec of an earlier release, as in a stored plan."""
+        """Convert a spec of an earlier release, as in a stored plan."""
         if not isinstance(values, dict) or "write_seed_copies" not in values:
             return values
         recipe, execution = values.get("recipe"), values.get("execution") or {}
         if not isinstance(recipe, dict) or not isinstance(execution, dict):
-            return values  # as it is, to be refused field by field
+            return values  # unchanged, to be refused field by field
         if recipe.get("network") == "resnet18":
-            raise ValueError("recipe.network: resnet18 with a 3x3 stem is not built any more: train by another recipe")
+            raise ValueError("recipe.network: resnet18 with a 3x3 stem is no longer supported: use another recipe")
         network = str(recipe.get("network")).removesuffix("-imagenet")
         recipe = {"views": "mirrored" if recipe.get("test_time_flip") else "plain", **recipe, "network": network}
         rest = {name: value for name, value in values.items() if name != "write_seed_copies"}
@@ -91,7 +93,7 @@ class JobSpec(TrainingSpec):
 
     @property
     def processed_uri(self) -> str:
-        """URI of the bucket the dataset lies in."""
+        """URI of the bucket that contains the dataset."""
         return self.dataset_uri.rstrip("/").rpartition("/")[0] + "/"
 
 
@@ -112,7 +114,7 @@ def build_spec(
     seed: int,
     mlflow: MlflowTarget | None,
 ) -> JobSpec:
-    """The job that Dagster and the other pipelines run. ConfigError naming the recipe or the field that is wrong."""
+    """The job that Dagster and the other pipelines run. Raises ConfigError naming the invalid recipe or field."""
     chosen = get_recipe(recipe, overrides)
     check_fields("execution", execution, Execution.model_fields)
     try:
@@ -127,11 +129,11 @@ def build_spec(
             execution=Execution(**execution),
         )
     except ValidationError as error:
-        raise ConfigError(f"The training asks for something that cannot be: {error}") from error
+        raise ConfigError(f"The training's settings are not valid: {error}") from error
 
 
 def parse_spec(text: str | bytes, source: str) -> JobSpec:
-    """The job spec in a JSON document. Raises ConfigError naming the source and every field that is wrong."""
+    """The job spec in a JSON document. Raises ConfigError naming the source and every invalid field."""
     try:
         return JobSpec.model_validate_json(text)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Tracking in MLflow from a thread of its own: a tracking store that is slow or away costs the training nothing."""
+"""Tracking in MLflow in a separate thread, so that a slow or unavailable tracking store does not delay the training."""
 
 import logging
 import queue
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal
 from resources.mlflow.target import MlflowTarget, first_line, open_client, why_refused
 
 if TYPE_CHECKING:
-    # imported in the thread: it takes a second that the training need not wait for
+    # imported in the thread: takes a second, and the training does not wait for it
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 _LOG = logging.getLogger(__name__)
 IDENTITY_TAG = "cifar.training"
-"""Tag with the identity of the job spec: finds runs that an earlier attempt at the same training left open."""
+"""Tag with the identity of the job spec: used to find runs that an earlier attempt at the same training left open."""
 _FOLDER = "model"
 _START = "start of the run"
 _PAUSE_SECONDS = 2.0
@@ -29,7 +29,7 @@ _Action = Callable[["MlflowClient", "Run"], object]
 
 
 class Tracker:
-    """One MLflow run; without a target nothing is tracked. Calls return at once and are done in order, in a thread."""
+    """One MLflow run; without a target nothing is tracked. Calls return immediately and run in order in a thread."""
 
     def __init__(self, target: MlflowTarget | None, identity: str):
         self.run_id: str | None = None
@@ -40,7 +40,7 @@ class Tracker:
         self._unsent: list[str] = []
         self._deadline = float("inf")
         self._refusal: str | None = None
-        """Why the run cannot be opened."""
+        """The reason why the run cannot be opened."""
         self._thread: threading.Thread | None = None
 
     def start(self, params: Mapping[str, object]) -> None:
@@ -60,7 +60,7 @@ class Tracker:
         params: Mapping[str, object] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Log these together, the metrics as those of a step. `label` names them in warnings."""
+        """Log these in one request, the metrics for a step. `label` names them in warnings."""
         now = int(time.time() * 1000)
 
         def send(client: "MlflowClient", run: "Run") -> None:
@@ -76,7 +76,7 @@ class Tracker:
         self._do(label, send)
 
     def log_model(self, files: Mapping[str, bytes], tags: Mapping[str, str]) -> None:
-        """Files as artifacts of the run, and once they are stored a version of the registered model with the tags."""
+        """Upload files as artifacts of the run, then register a model version with the tags."""
 
         def log(client: "MlflowClient", run: "Run") -> None:
             _log_files(client, run, files)
@@ -86,9 +86,9 @@ class Tracker:
         self._do("model", log)
 
     def close(self, status: RunStatus, patience_seconds: float | None = None) -> list[str]:
-        """End the run, waiting for MLflow no longer than told. Returns in words what could not be sent.
+        """End the run, waiting for MLflow at most this long. Returns a description of what could not be sent.
 
-        There is no wait where MLflow refuses to open the run. Another call does nothing.
+        Does not wait if MLflow refuses to open the run. A second call does nothing.
         """
         if self._target is None or self._thread is None:
             return []
@@ -123,13 +123,13 @@ class Tracker:
             label, action = task
             if time.monotonic() < self._deadline:
                 self._attempt(label, partial(action, client, run), target)
-        # tried even when it is late: an open run would look like a training that continues
+        # tried even after the deadline: an open run would look like a running training
         self._attempt(_end(task), lambda status=task: _end_run(client, run, status), target)
 
     def _attempt(self, label: str, action: Callable[[], object], target: MlflowTarget) -> None:
-        """Try as often as time allows. What MLflow refuses is dropped.
+        """Retry until the deadline. Refused requests are dropped.
 
-        Except for the start of the run: somebody may act on the warning while the training lasts.
+        The start of the run is retried even if refused: somebody may act on the warning while the training runs.
         """
         said = ""
         while True:
@@ -139,9 +139,9 @@ class Tracker:
                 self._unsent.remove(label)
                 return
             except Exception as error:
-                # whatever MLflow or the network raises must not end the training
+                # no exception of MLflow or the network may end the training
                 refusal = why_refused(error, target.tracking_uri)
-                what = f"was refused: {refusal}" if refusal else f"failed and is tried again: {first_line(error)}"
+                what = f"was refused: {refusal}" if refusal else f"failed and will be retried: {first_line(error)}"
                 if refusal and label != _START:
                     _LOG.warning("MLflow: %s %s", label, what)
                     return
@@ -157,7 +157,7 @@ def _open_run(target: MlflowTarget, identity: str) -> "tuple[MlflowClient, Run]"
     client = open_client(target.tracking_uri)
     found = client.get_experiment_by_name(target.experiment)
     experiment_id = found.experiment_id if found else client.create_experiment(target.experiment, target.artifact_uri)
-    # runs whose process was killed before it could end them: the same training is starting again
+    # runs whose process was killed before it could end them: the same training is starting again here
     same = f"tags.`{IDENTITY_TAG}` = '{identity}' and attributes.status = 'RUNNING'"
     for left_open in client.search_runs([experiment_id], same):
         client.set_terminated(left_open.info.run_id, "FAILED")
@@ -189,7 +189,7 @@ def _register(client: "MlflowClient", run: "Run", name: str, tags: Mapping[str, 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    # an attempt before this one may have created it, and its answer was lost
+    # an earlier attempt may have created it without receiving the response
     found = client.search_model_versions(f"name = '{name}' and run_id = '{run.info.run_id}'")
     version = next(iter(found), None) or client.create_model_version(
         name, f"{run.info.artifact_uri}/{_FOLDER}", run.info.run_id, tags=dict(tags), await_creation_for=0

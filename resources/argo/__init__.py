@@ -1,6 +1,6 @@
-"""The pipeline's four steps apart from Dagster: as an Argo workflow, or on this machine. See docs/argo.md.
+"""The pipeline's four steps outside Dagster: as an Argo workflow, or on this machine. See docs/argo.md.
 
-`template` and `workflow` are pure; `client` says why a workflow failed; `resource` and `local` implement `interface`.
+`template` and `workflow` are pure; `client` explains failures; `resource` and `local` implement `interface`.
 """
 
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult

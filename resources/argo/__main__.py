@@ -1,4 +1,4 @@
-"""`train SETTINGS.yaml` prints the training step's WorkflowTemplate, `report NAMESPACE WORKFLOW` what became of a run.
+"""`train SETTINGS.yaml` prints the training step's WorkflowTemplate, `report NAMESPACE WORKFLOW` the outcome of a run.
 
 The settings hold `name` and `config` (fields of PyTorchJobConfig). With `--outputs=FOLDER` the report is also written
 to a file there, for the workflow's exit handler.
@@ -20,7 +20,7 @@ COMMAND = "python -m resources.argo train"
 
 
 def build(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The WorkflowTemplate of a settings file."""
+    """The WorkflowTemplate for a settings file."""
     return build_train_template(name, PyTorchJobConfig(**config))
 
 
@@ -34,7 +34,7 @@ def report(arguments: Sequence[str]) -> int:
     try:
         client = WorkflowClient.production()
         workflow = client.get(options.namespace, options.workflow)
-        gone = f"Workflow {options.namespace}/{options.workflow} does not exist (any more)."
+        gone = f"Workflow {options.namespace}/{options.workflow} does not exist, or was deleted."
         text = explain(client, workflow) if workflow else gone
         sys.stdout.write(f"{text}\n")
         if options.outputs:

@@ -1,4 +1,4 @@
-"""A client of Argo's workflows, their steps' pods and their PyTorchJobs, and why a workflow failed. No Dagster."""
+"""A client for Argo workflows, their pods and their PyTorchJobs, and the diagnosis of failed workflows. No Dagster."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ _NODE_NAME_ANNOTATION = "workflows.argoproj.io/node-name"
 
 
 class WorkflowFailedError(KubernetesError):
-    """The workflow ended without success."""
+    """The workflow failed."""
 
     def __init__(self, report: str, *, transient: bool):
         super().__init__(report)
@@ -30,7 +30,7 @@ class WorkflowFailedError(KubernetesError):
 
 
 class WorkflowClient(JobClient[Workflow]):
-    """Reads and writes workflows through injected API objects. `jobs` does the same for their PyTorchJobs."""
+    """Reads and writes workflows through injected API objects. `jobs` is the client for their PyTorchJobs."""
 
     resource = Workflow
     group, version, plural = GROUP, VERSION, PLURAL
@@ -47,9 +47,9 @@ class WorkflowClient(JobClient[Workflow]):
         return without_attempt(node.rpartition(".")[2])
 
     def pods(self, namespace: str, name: str) -> list[Pod]:
-        """Pods of the steps, with the container that does the work alone, and of the training.
+        """Pods of the steps, with their main container only, and of the training.
 
-        What Argo says while it waits for the training is left out.
+        The pod in which Argo waits for the training is left out.
         """
         steps = [
             replace(
@@ -63,7 +63,7 @@ class WorkflowClient(JobClient[Workflow]):
         return [*steps, *self.jobs.pods_with(namespace, f"{WORKFLOW_LABEL}={name}")]
 
     def remove(self, namespace: str, name: str, job: Workflow | None, grace_seconds: int) -> list[str]:
-        """Have Argo start nothing more of the workflow and delete it, and then what has outlived it."""
+        """Stop the workflow so that Argo starts no more steps, delete it, and then delete what outlived it."""
         if job is not None:
             if not job.deleting and not job.finished:
                 self.patch(job, {"spec": {"shutdown": "Terminate"}})
@@ -76,8 +76,8 @@ class WorkflowClient(JobClient[Workflow]):
 
     def obstacle(self, job: Workflow, pods: Sequence[Pod]) -> Obstacle | None:
         if job.status.state == JobState.PENDING:
-            return Obstacle(Cause.NO_PODS, "workflow", "Argo's controller has not looked at it")
-        return None  # Argo ends a step whose pod does not start at the step's own deadline
+            return Obstacle(Cause.NO_PODS, "workflow", "Argo's controller has not processed it yet")
+        return None  # Argo ends a step whose pod does not start at the step's deadline
 
     def failure(
         self,
@@ -88,15 +88,15 @@ class WorkflowClient(JobClient[Workflow]):
         *,
         remove: bool,
     ) -> KubernetesError:
-        """Argo itself has retried what a retry can fix."""
+        """Not transient: Argo itself has already retried what a retry can fix."""
         return WorkflowFailedError(explain(self, job, tails), transient=job.failed_step is None)
 
 
 def explain(client: WorkflowClient, workflow: Workflow, tails: Mapping[str, Sequence[str]] | None = None) -> str:
-    """Which step failed, why, and its last lines; or that none did.
+    """The failed step, if any, with the reason and its last log lines.
 
-    `tails` are last log lines that the caller has seen, by step or replica: pods may be gone by now. What can no longer
-    be read is left out.
+    `tails` are the last log lines that the caller has seen, by step or replica: pods may have been deleted. What can no
+    longer be read is left out.
     """
     failed = workflow.failed_step
     if failed is None:
@@ -106,18 +106,18 @@ def explain(client: WorkflowClient, workflow: Workflow, tails: Mapping[str, Sequ
     try:
         lines += about(client, workflow, failed, tails or {})
     except KubernetesError as error:
-        lines.append(f"More could not be read: {error}")
+        lines.append(f"Further details could not be read: {error}")
     return "\n".join(lines)
 
 
 def is_argos_own(line: str) -> bool:
-    """Whether a step's log line is of Argo's process, which starts ours and shares its log."""
+    """Whether a line of a step's log comes from Argo's executor, which starts our process and shares its log."""
     return (line.startswith("time=") and " argo=true" in line) or line.startswith("Error: exit status")
 
 
 def _without_failed_step(workflow: Workflow) -> str:
     if workflow.phase in ("Failed", "Error"):
-        return f"{workflow} ended before a step could fail: {workflow.status.message or workflow.phase}"
+        return f"{workflow} ended before any step failed: {workflow.status.message or workflow.phase}"
     handler = f"{workflow.name}.onExit"
     done = ", ".join(step.name for step in workflow.steps if step.phase == "Succeeded" and step.name != handler)
     return f"{workflow}: no step failed; done: {done or 'none yet'}."
@@ -137,7 +137,7 @@ def _about_step(
 def _about_job(
     client: WorkflowClient, workflow: Workflow, failed: Step, tails: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """The diagnosis that Dagster's own client would give of the same job."""
+    """The same diagnosis that the PyTorchJob client would give of this job."""
     jobs, name = client.jobs, workflow.job_name
     job = jobs.get(workflow.namespace, name)
     if job is None:

@@ -1,4 +1,4 @@
-"""What every way of running the four steps has in common."""
+"""The interface shared by all ways to run the four steps."""
 
 import json
 from abc import abstractmethod
@@ -15,7 +15,7 @@ from resources.verdict import Verdict
 
 @dataclass(frozen=True)
 class PipelineRequest:
-    """What one run of the steps is asked to train, and to hold the model against."""
+    """The training and the threshold of one run of the steps."""
 
     dataset_digest: str
     recipe: str
@@ -26,7 +26,7 @@ class PipelineRequest:
     threshold: float
 
     def parameters(self) -> dict[str, str]:
-        """The same as parameters of the workflow."""
+        """The request as workflow parameters."""
         return {
             "dataset": self.dataset_digest,
             "recipe": self.recipe,
@@ -40,7 +40,7 @@ class PipelineRequest:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """The model that a run of the steps made, and the verdict of its last step."""
+    """The model made by a run of the steps, and the verdict of its last step."""
 
     run: str
     training: TrainingResult
@@ -48,7 +48,7 @@ class PipelineResult:
 
 
 def parse_result(run: str, text: str) -> PipelineResult:
-    """The result from the last step's report. TrainingError for one that it did not write."""
+    """The result from the last step's report. TrainingError for an invalid report."""
     try:
         report = json.loads(text)
         if report.get("version", 1) != 1:
@@ -62,12 +62,12 @@ def parse_result(run: str, text: str) -> PipelineResult:
 
 
 class PipelineResource(dg.ConfigurableResource):
-    """Runs the pipeline's four steps apart from Dagster and waits for them."""
+    """Runs the pipeline's four steps outside Dagster and waits for them."""
 
     @abstractmethod
     def run(self, context: dg.AssetExecutionContext, request: PipelineRequest) -> PipelineResult:
         """Run the steps to the end.
 
-        A model that was refused by the threshold is a result like any other. TrainingError or dg.Failure names the step
-        that failed, why, and its last lines; cancelling the Dagster run ends the steps.
+        A model below the threshold is a normal result. TrainingError or dg.Failure names the failed step, the reason
+        and its last log lines; canceling the Dagster run ends the steps.
         """

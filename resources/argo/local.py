@@ -1,4 +1,4 @@
-"""The four steps on this machine, one process after another: what the workflow's pods run, without a cluster."""
+"""The four steps on this machine, one process after another: the commands of the workflow's pods, without a cluster."""
 
 import subprocess
 import sys
@@ -18,12 +18,12 @@ _TAIL_LINES = 30
 
 
 class LocalPipeline(PipelineResource):
-    """Starts `python -m <module>` for each step. One process trains, whatever replicas say."""
+    """Starts `python -m <module>` for each step. Trains in one process, whatever `replicas` is."""
 
     module: str = Field(default="cifar_assets.pipeline_steps", description="Python module that runs a step.")
-    store_path: str = Field(default=".cifar/store", description="Folder that holds the buckets.")
+    store_path: str = Field(default=".cifar/store", description="Folder that contains the buckets.")
     stop_grace_seconds: float = Field(
-        default=60.0, description="How long a cancelled step may take to write its checkpoint before it is killed."
+        default=60.0, description="How long a canceled step may take to write its checkpoint before it is killed."
     )
 
     def run(self, context: dg.AssetExecutionContext, request: PipelineRequest) -> PipelineResult:

@@ -1,4 +1,4 @@
-"""The four steps as an Argo workflow, from Dagster: one step of a run, one workflow."""
+"""The four steps as an Argo workflow from Dagster: one workflow per Dagster step."""
 
 import json
 from dataclasses import replace
@@ -16,25 +16,25 @@ from resources.kubernetes.watch import JobWatcher
 
 
 class ArgoPipeline(PipelineResource):
-    """Submits the WorkflowTemplate of k8s/argo with the request's parameters, and follows it.
+    """Submits the WorkflowTemplate in k8s/argo with the request's parameters, and follows it.
 
-    A run worker that dies leaves the workflow; the step's next attempt adopts it. All attempts of a run share
-    one name, which leads to what outlived a workflow that vanished. A failed workflow is dg.Failure, which forbids a
-    retry: Argo itself has retried what a retry can cure.
+    If the run worker dies, the workflow continues and the step's next attempt adopts it. All attempts of a run share
+    one name, by which the leftovers of a vanished workflow are found. A failed workflow is a dg.Failure without
+    retries: Argo itself has already retried what a retry can fix.
     """
 
     namespace: str = Field(description="Namespace of the workflows; k8s/argo is applied there.")
     workflow_template: str = Field(default="cifar10-pipeline", description="WorkflowTemplate of the four steps.")
-    name_prefix: str = Field(default="cifar10-parity", description="What the workflows' names begin with.")
+    name_prefix: str = Field(default="cifar10-parity", description="Prefix of the workflows' names.")
     parameters: dict[str, str] = Field(
         default={}, description="Further parameters of the template, such as steps-image and trainer-image."
     )
     kubeconfig_file: str | None = Field(
         default=None, description="Kubeconfig; by default the pod's service account, else KUBECONFIG."
     )
-    poll_interval_seconds: float = Field(default=2.0, gt=0, description="Time between two looks at the workflow.")
+    poll_interval_seconds: float = Field(default=2.0, gt=0, description="Polling interval.")
     pending_timeout_seconds: float = Field(
-        default=300.0, gt=0, description="How long Argo's controller may take to begin."
+        default=300.0, gt=0, description="How long Argo's controller may take to start a workflow."
     )
 
     def connect(self) -> WorkflowClient:

@@ -1,4 +1,4 @@
-"""The training step of the Argo workflow, made from the same typed settings as Dagster's PyTorchJobs. Pure."""
+"""The training step of the Argo workflow, built from the same typed settings as Dagster's PyTorchJobs. Pure."""
 
 from typing import Any
 
@@ -12,25 +12,25 @@ from resources.trainer.contract import JOB_SPEC_VARIABLE
 GROUP = "argoproj.io"
 VERSION = "v1alpha1"
 WORKFLOW_LABEL = "cifar/argo-workflow"
-"""On a PyTorchJob: the workflow that it belongs to. Argo's own label would make Argo take its pods for a step's."""
+"""Label of a PyTorchJob with its workflow. With Argo's own label, Argo would take the job's pods for a step's."""
 JOB_NAME_PREFIX = "cifar10-"
 TRAINER_VARIABLES = (JOB_SPEC_VARIABLE, "DAGSTER_PIPES_CONTEXT", "DAGSTER_PIPES_MESSAGES")
 _STAND_IN = "00000000-0000-0000-0000-000000000000"
-"""As long as the workflow's uid, so that the builder judges the name that the job will have."""
+"""As long as a workflow's uid, so that the builder checks the length of the final name."""
 _STEP_MARGIN_SECONDS = 600
-"""How much longer the step may take than the job it waits for."""
+"""Additional time of the step compared to the job it waits for."""
 _POSITIONS = 8
 """The operator keeps one condition of each of its six types."""
 
 FAILURE_CONDITION = ",".join(f"status.conditions.{n}.type=={JobState.FAILED}" for n in range(_POSITIONS))
 SUCCESS_CONDITION = "status.completionTime"
-"""Written by the operator in one update with the final condition; a failed job was caught before."""
+"""The operator writes it in the same update as the final condition; the failure condition comes first."""
 
 RESOURCE_IS_RETRIED = (
     'lastRetry.status == "Error" || '
     "!(lastRetry.message matches 'failure condition|has been deleted|specified deadline|exceeded its deadline')"
 )
-"""The step's pod was lost or told to stop, or the API server did not answer. `apply` finds the job that is there."""
+"""The step's pod was lost or stopped, or the API server did not respond. `apply` finds the existing job."""
 
 
 def build_train_template(name: str, config: PyTorchJobConfig) -> dict[str, Any]:
@@ -85,7 +85,7 @@ containers:
 
 
 def parameter_of(variable: str) -> str:
-    """The name under which a step hands on the value of an environment variable."""
+    """The name of the parameter that passes the value of an environment variable to a step."""
     return variable.lower().replace("_", "-")
 
 

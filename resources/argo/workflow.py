@@ -1,4 +1,4 @@
-"""Argo's Workflow custom resource: its manifest, and how its status is read. Pure."""
+"""Argo's Workflow custom resource: manifest and status. Pure."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from resources.kubernetes.launch import JobRequest
 
 MODEL_STEP = "verify-model"
 _DEADLINE_SECONDS = 8 * 3600
-"""Until Argo's controller has stored the template's own."""
+"""Used until Argo's controller has stored the template's value."""
 _ATTEMPT = re.compile(r"\(\d+\)$")
 _STATES = {
     "Pending": JobState.PENDING,
@@ -38,7 +38,7 @@ def build_workflow_manifest(request: JobRequest, template: str, parameters: Mapp
 
 @dataclass(frozen=True)
 class Step:
-    """One attempt at one step: a pod, if it came so far."""
+    """One attempt at one step: a pod, if one was created."""
 
     name: str
     phase: str
@@ -52,17 +52,18 @@ class Step:
 
 
 class Workflow(Job):
-    """One stored workflow."""
+    """A stored workflow."""
 
     kind, slug = "Workflow", "argo"
     longest_suffix = "-train-replicas-4294967295"
-    """Argo shortens a pod's name when it has to; a name that leaves room is easier to find."""
+    """Argo truncates long pod names; a name that leaves room is easier to find."""
 
     @property
     def status(self) -> JobStatus:
-        """A workflow whose last step only refuses the model has done its work.
+        """A workflow whose last step only rejects the model counts as succeeded.
 
-        One that Argo's controller holds back, for its parallelism, a mutex or a semaphore, is Pending with a message.
+        One that Argo's controller holds back, because of parallelism, a mutex or a semaphore, is Pending with a
+        message.
         """
         message = self._status.get("message") or ""
         state = _STATES.get(self.phase, JobState.PENDING)
@@ -74,7 +75,7 @@ class Workflow(Job):
 
     @property
     def phase(self) -> str:
-        """Argo's word for the state; Pending while the controller has not looked at it."""
+        """Argo's phase; Pending until the controller has processed the workflow."""
         return self._status.get("phase") or "Pending"
 
     @property
@@ -89,14 +90,14 @@ class Workflow(Job):
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
-        """In the order in which they started; the exit handler's last."""
+        """In the order in which they started, the exit handler last."""
         nodes = (self._status.get("nodes") or {}).values()
         steps = (_step(node) for node in nodes if node.get("type") == "Pod")
         return tuple(sorted(steps, key=lambda step: step.started_at))
 
     @property
     def failed_step(self) -> Step | None:
-        """The step that was tried last, if it failed; None when no step failed for good."""
+        """The step that was tried last, if it failed; None if no step failed permanently."""
         tried = [step for step in self.steps if step.name != f"{self.name}.onExit"]
         return tried[-1] if tried and tried[-1].failed else None
 
@@ -106,7 +107,7 @@ class Workflow(Job):
         return JOB_NAME_PREFIX + self.uid
 
     def output(self, name: str) -> str | None:
-        """A step's output parameter of that name, the newest one; None where no step gave it."""
+        """The newest output parameter with this name; None if no step wrote it."""
         values = [step.outputs[name] for step in self.steps if step.outputs.get(name)]
         return values[-1] if values else None
 
@@ -136,5 +137,5 @@ def _step(node: Mapping[str, Any]) -> Step:
 
 
 def without_attempt(node: str) -> str:
-    """Name of the step that a node is an attempt at."""
+    """Name of the step that the node is an attempt of."""
     return _ATTEMPT.sub("", node)

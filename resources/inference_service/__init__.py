@@ -1,4 +1,4 @@
-"""Putting a model into service: one interface, a local twin and a KServe one."""
+"""Deploying a model: one interface with a local and a KServe implementation."""
 
 from resources.inference_service.interface import (
     DeployedService,

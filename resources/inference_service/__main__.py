@@ -15,7 +15,7 @@ COMMAND = "python -m resources.inference_service"
 
 
 def build(name: str, namespace: str, model: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The InferenceService of a settings file."""
+    """The InferenceService for a settings file."""
     fields: dict[str, Any] = {f"model_{key}": str(value) for key, value in model.items()}
     return build_inference_service_manifest(
         InferenceServiceSettings(**settings), DeployRequest(**fields), name=name, namespace=namespace

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class ServerError(ExplainedError):
-    """The server did not answer as asked. `status` is its HTTP status, None where there was no answer."""
+    """The server did not respond as expected. `status` is its HTTP status, None if there was no response."""
 
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
@@ -26,7 +26,7 @@ class ServerError(ExplainedError):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the server says it serves."""
+    """The model that the server says it serves."""
 
     ready: bool
     model_digest: str
@@ -35,41 +35,41 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Answers in the order of the images, and the model that gave them."""
+    """Predictions in the order of the images, and the model that made them."""
 
     probabilities: NDArray[np.float64]
     """One row for each image, one column for each class."""
     model_digest: str
     model_version: str
     classes: tuple[str, ...] = ()
-    """Names of the most probable classes; the answers to arrays have none."""
+    """Names of the most probable classes; None for array requests."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """Columns of the most probable classes."""
+        """Column indices of the most probable classes."""
         return self.probabilities.argmax(axis=1)
 
 
 @dataclass(frozen=True)
 class InferenceClient:
-    """Talks to one server of one model. `headers` go with every request, `Host` for an ingress among them.
+    """Talks to one server of one model. `headers` are sent with every request, such as `Host` for an ingress.
 
-    ServerError where nothing answers, or something that is not such a server.
+    ServerError if there is no response, or not from such a server.
     """
 
     base_url: str
     timeout: float = 10.0
-    """Seconds for one answer."""
+    """Timeout of one request in seconds."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def model_name(self) -> str:
-        """The name in the addresses of the model."""
+        """The model name in URLs."""
         return self._ask("/v1/models", lambda answer, _: str(answer["models"][0]))
 
     @cached_property
     def _input(self) -> tuple[str, tuple[int, ...]]:
-        """Name of the model's input and shape of one image, as its metadata declare them."""
+        """Name of the model's input and shape of one image, from its metadata."""
 
         def read(answer: Any, _: Any) -> tuple[str, tuple[int, ...]]:
             (found,) = answer["inputs"]
@@ -83,7 +83,7 @@ class InferenceClient:
         return self._input[1]
 
     def served_model(self) -> ServedModel:
-        """Which model answers now. Raises ServerError where none does, or it is not ready."""
+        """The model that is served now. Raises ServerError if there is none, or it is not ready."""
 
         def read(answer: Any, _: Any) -> ServedModel:
             return ServedModel(bool(answer["ready"]), str(answer["model_digest"]), str(answer["model_version"]))
@@ -91,14 +91,14 @@ class InferenceClient:
         return self._ask(f"/v1/models/{self.model_name}", read)
 
     def predict_arrays(self, images: NDArray[np.uint8]) -> Predictions:
-        """Classify uint8 images, any number, in requests of 64."""
+        """Classify any number of uint8 images, in requests of 64."""
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or not len(images):
             shape = ", ".join(map(str, self.image_shape))
             raise ValueError(f"expected uint8 images of shape (N, {shape}), got {images.dtype} {images.shape}")
         answers = [self._infer(images[start : start + 64]) for start in range(0, len(images), 64)]
         digests = {answer.model_digest for answer in answers}
         if len(digests) > 1:
-            raise ServerError(f"The model changed between two requests: {sorted(digests)}. Ask again.")
+            raise ServerError(f"The model changed between two requests: {sorted(digests)}. Send the images again.")
         return replace(answers[0], probabilities=np.concatenate([answer.probabilities for answer in answers]))
 
     def predict_files(self, paths: Sequence[Path]) -> Predictions:
@@ -138,13 +138,13 @@ class InferenceClient:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> T:
-        """What `read` finds in the answer's JSON and binary parts. A new connection each time, and no proxy."""
+        """The result of `read` for the response's JSON and binary parts. Uses a new connection, and no proxy."""
         method, url = "GET" if body is None else "POST", self.base_url.rstrip("/") + path
         try:
             with urllib3.PoolManager(timeout=self.timeout, retries=False) as pool:
                 answer = pool.request(method, url, body=body, headers={**self.headers, **(headers or {})})
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise ServerError(f"{method} {url} was not answered: {type(error).__name__}: {error}") from error
+            raise ServerError(f"{method} {url} got no response: {type(error).__name__}: {error}") from error
         if answer.status != 200:
             text = answer.data[:2000].decode("utf-8", "replace")
             raise ServerError(f"{method} {url} answered {answer.status}: {text}", answer.status)
@@ -153,5 +153,5 @@ class InferenceClient:
             return read(json.loads(answer.data[:length]), answer.data[length:])
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ServerError(
-                f"{url} does not answer as a model server: {answer.data[:100]!r} ({type(error).__name__}: {error})"
+                f"{url} did not respond like a model server: {answer.data[:100]!r} ({type(error).__name__}: {error})"
             ) from error

@@ -1,5 +1,5 @@
-"""What a step that owns a custom resource needs, of any kind. docs/pytorch_job.md lists the modules.
+"""Support for steps that own a custom resource of any kind. docs/pytorch_job.md lists the modules.
 
-No kind is named here: `resources.pytorch_job`, `resources.argo` and `resources.inference_service.kserve` add manifest,
-status and advice.
+This package does not name a kind: `resources.pytorch_job`, `resources.argo` and `resources.inference_service.kserve`
+add manifest, status and advice.
 """

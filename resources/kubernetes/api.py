@@ -1,7 +1,7 @@
-"""Asking a Kubernetes API server: one way to connect and one reading of its answers, for a client of any kind.
+"""Requests to a Kubernetes API server: connecting and interpreting responses, for clients of any kind.
 
-Absence and conflict are values. A fault of the connection or of the server is ApiUnavailableError, a refusal
-ApiRefusedError; both name the object and chain the original.
+Absence and conflict are return values. A connection or server fault is ApiUnavailableError, a refusal ApiRefusedError;
+both name the object and chain the original.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from resources.kubernetes.pods import Pod, read_pod
 
 REQUEST_TIMEOUT_SECONDS = 10.0
 _TRANSIENT = (0, 401, 408, 410, 425, 429)
-"""Besides everything from 500 on. 401: clusters answer it while they rotate keys, and dagster-k8s retries it for the
-same reason. 410: the version of the data to read is gone; the next request gets the present one."""
+"""In addition to 500 and above. 401: returned while a cluster rotates keys; dagster-k8s retries it for the same reason.
+410: the requested resource version is gone; the next request gets the current one."""
 
 
 def load_configuration(kubeconfig_file: str | None = None) -> tuple[k8s.Configuration, bool]:
-    """How to reach the cluster, and whether this process runs in one of its pods.
+    """The client configuration, and whether this process runs in a pod of the cluster.
 
-    Without a file, the pod's service account if there is one, else KUBECONFIG. SettingsError when neither exists. The
-    kubernetes package's global configuration is not changed.
+    Without a file, uses the pod's service account if there is one, else KUBECONFIG. SettingsError when neither exists.
+    The kubernetes package's global configuration is not changed.
     """
     configuration = k8s.Configuration()
     configuration.retries = 0  # pyright: ignore[reportAttributeAccessIssue]  # a repeated create is the caller's decision, not urllib3's
@@ -47,11 +47,11 @@ def load_configuration(kubeconfig_file: str | None = None) -> tuple[k8s.Configur
 
 @dataclass(frozen=True)
 class CustomResource:
-    """One stored object. A kind adds how its status is read."""
+    """A stored object. A kind adds the interpretation of its status."""
 
     kind: ClassVar[str] = "object"
     body: Mapping[str, Any]
-    """As the API server gave it; not to be changed."""
+    """As received from the API server; do not modify."""
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ class CustomResourceClient(Generic[S]):
     pod_label: ClassVar[str]
     """Label with the object's name on its pods."""
     operator: ClassVar[str]
-    """What has to be installed for the kind, and acts on it."""
+    """The operator of the kind, which has to be installed."""
 
     def __init__(self, custom: Any, core: Any, request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS):
         self._custom = custom
@@ -106,17 +106,17 @@ class CustomResourceClient(Generic[S]):
 
     @classmethod
     def production(cls, kubeconfig_file: str | None = None) -> Self:
-        """Client of the cluster that `load_configuration` finds. SettingsError when there is none."""
+        """Client for the cluster that `load_configuration` finds. SettingsError if there is none."""
         api = k8s.ApiClient(load_configuration(kubeconfig_file)[0])
         return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
 
     def create(self, manifest: Mapping[str, Any]) -> S | None:
-        """The stored object, or None when its name is taken."""
+        """The stored object, or None if its name is taken."""
         metadata = manifest["metadata"]
         return self._object("create", metadata["namespace"], metadata["name"], manifest, none_on=(409,))
 
     def get(self, namespace: str, name: str) -> S | None:
-        """The object, or None when it does not exist."""
+        """The object, or None if it does not exist."""
         return self._object("get", namespace, name, none_on=(404,))
 
     def find(self, namespace: str, label_selector: str = "") -> list[S]:
@@ -131,26 +131,26 @@ class CustomResourceClient(Generic[S]):
         return [self.resource(item) for item in sorted(body["items"], key=age)]
 
     def patch(self, found: S, change: Mapping[str, Any]) -> S | None:
-        """The object with the change merged into it, or None when it is gone."""
+        """The object with the change merged into it, or None if it does not exist."""
         body = {**change, "metadata": {**change.get("metadata", {}), "uid": found.uid}}
         return self._object("patch", found.namespace, found.name, body, none_on=(404, 409))
 
     def delete(self, found: S) -> None:
-        """Delete exactly this object and then what it owns. Does nothing when it is gone or its name is another's."""
+        """Delete exactly this object and then its dependents. Does nothing if another object has its name."""
         options = {"propagationPolicy": "Background", "preconditions": {"uid": found.uid}}
         self._object("delete", found.namespace, found.name, body=options, none_on=(404, 409))
 
     def replica_of(self, pod: Any) -> str:
-        """What people call a V1Pod, such as worker-3."""
+        """Display name of a V1Pod, such as worker-3."""
         return pod.metadata.name
 
     def pods(self, namespace: str, name: str) -> list[Pod]:
-        """Pods of the object of that name, as master-0, worker-0, worker-10; also those that outlive it."""
+        """Pods of the object with this name, sorted as master-0, worker-0, worker-10; including leftover ones."""
         pods = self.pods_with(namespace, f"{self.pod_label}={name}")
         return sorted(pods, key=lambda pod: (len(pod.replica), pod.replica))
 
     def log(self, namespace: str, pod: str, container: str, **options: Any) -> str | None:
-        """Time-stamped lines of a container's log, or None when it has none (not started, or gone).
+        """Timestamped lines of a container's log, or None if it has none (not started, or deleted).
 
         `options` are those of the API: since_seconds, tail_lines, previous.
         """
@@ -161,14 +161,14 @@ class CustomResourceClient(Generic[S]):
             namespace,
             container=container,
             timestamps=True,
-            _preload_content=False,  # the client would otherwise turn lines of JSON into Python reprs
+            _preload_content=False,  # otherwise the client would turn lines of JSON into Python reprs
             none_on=(400, 404),
             **{key: value for key, value in options.items() if value},
         )
         return None if response is None else response.data.decode(errors="replace")
 
     def warnings(self, namespace: str, name: str) -> list[str]:
-        """Warning events of one object, oldest first, as `reason: message`; none where events cannot be read."""
+        """Warning events of one object, oldest first, as `reason: message`; empty if events cannot be read."""
         found = self._events(namespace, name, "type=Warning")
         events = sorted(found, key=lambda event: str(event.last_timestamp or event.event_time or ""))
         return [f"{event.reason}: {event.message}" for event in events]
@@ -179,7 +179,7 @@ class CustomResourceClient(Generic[S]):
         return [read_pod(item, self.replica_of(item)) for item in found]
 
     def _events(self, namespace: str, name: str, selector: str) -> list[Any]:
-        """Events of one object as the API gives them; none where they cannot be read: they only add to a report."""
+        """Events of one object as the API returns them; empty if they cannot be read, because they only add detail."""
         call, selector = self._core.list_namespaced_event, f"involvedObject.name={name},{selector}"
         try:
             return self._ask(f"read events of {namespace}/{name}", call, namespace, field_selector=selector).items
@@ -187,7 +187,7 @@ class CustomResourceClient(Generic[S]):
             return []
 
     def _object(self, verb: str, namespace: str, name: str, *args: Any, **options: Any) -> S | None:
-        """The object in the answer to a call that creates, gets, patches, replaces or deletes one."""
+        """The object in the response to a create, get, patch, replace or delete call."""
         call = getattr(self._custom, f"{verb}_namespaced_custom_object")
         names = () if verb == "create" else (name,)
         what = f"{'read' if verb == 'get' else verb} {self.resource.kind} {namespace}/{name}"
@@ -197,7 +197,7 @@ class CustomResourceClient(Generic[S]):
     def _ask(
         self, what: str, call: Callable[..., Any], *args: Any, none_on: Collection[int] = (), **options: Any
     ) -> Any:
-        """The answer, or None for one of the given status codes. 404 counts only where the kind is known."""
+        """The response, or None for one of the given status codes. 404 counts only if the kind exists."""
         try:
             return call(*args, _request_timeout=self.request_timeout_seconds, **options)
         except ApiException as error:
@@ -208,7 +208,7 @@ class CustomResourceClient(Generic[S]):
                 raise ApiUnavailableError(f"Could not {what}: HTTP {code}: {_message(error)}") from error
             raise ApiRefusedError(f"Could not {what}: {_message(error)}. {self._advice(error)}") from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise ApiUnavailableError(f"Could not {what}: no answer from the API server ({error}).") from error
+            raise ApiUnavailableError(f"Could not {what}: no response from the API server ({error}).") from error
 
     def _advice(self, error: ApiException) -> str:
         if error.status == 403:

@@ -1,4 +1,4 @@
-"""A sensor that collects what a Dagster run left behind: jobs that nobody waits for, and messages nobody will read."""
+"""A sensor that cleans up after Dagster runs: deletes abandoned jobs, and messages that nobody will read."""
 
 import time
 from collections.abc import Callable, Collection
@@ -16,13 +16,13 @@ from resources.kubernetes.naming import MANAGED_BY_LABEL, selector
 from resources.object_store import ObjectStore
 
 _GRACE_SECONDS = 60.0
-"""After the end of a run, for its own process to remove the job."""
+"""Time after the end of a run for its own process to remove the job."""
 _MESSAGE_RETENTION = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class CollectorTarget:
-    """Where a collector looks."""
+    """The job client and message store that a collector uses."""
 
     client: JobClient[Any]
     namespace: str
@@ -36,10 +36,10 @@ def build_job_collector(
     required_resource_keys: set[str] | None = None,
     failure_grace_seconds: float = 900.0,
 ) -> dg.SensorDefinition:
-    """A sensor that deletes the active jobs of ended runs, and old messages. Finished jobs end by their time to live.
+    """A sensor that deletes the active jobs of ended runs, and old messages. Finished jobs are removed by their TTL.
 
-    A failed run's job is left for `failure_grace_seconds`, as a retry of the run may adopt it. `target` is called at
-    each evaluation, with the resources of `required_resource_keys`; nothing is connected before.
+    A failed run's job is kept for `failure_grace_seconds`, because a retry of the run may adopt it. `target` is called
+    at each evaluation, with the resources of `required_resource_keys`; no connection is opened before.
     """
 
     @dg.sensor(
@@ -64,7 +64,9 @@ def build_job_collector(
                 problems.append(error)
                 continue
             deleted.append(job.name)
-            context.log.warning(f"Deleted {job}: run {job.run_id} ended as {status.value} and nobody waits for it.")
+            context.log.warning(
+                f"Deleted {job}: run {job.run_id} ended as {status.value} and nothing waits for the job."
+            )
         num_deleted = 0
         try:
             older_than = datetime.now(UTC) - _MESSAGE_RETENTION
@@ -81,9 +83,9 @@ def build_job_collector(
 
 
 def collect_messages(store: ObjectStore, live_launch_ids: Collection[str | None], *, older_than: datetime) -> int:
-    """Delete messages, and marks of what was read, of jobs that no longer exist; the number of deleted objects.
+    """Delete the messages and read marks of jobs that no longer exist, and return the number of deleted objects.
 
-    A job's messages stay while any of them is younger than `older_than`: its run may be retried.
+    A job's messages are kept while any of them is younger than `older_than`: its run may be retried.
     """
     live = set(live_launch_ids)
     keys: list[tuple[str, str]] = []
@@ -100,13 +102,13 @@ def collect_messages(store: ObjectStore, live_launch_ids: Collection[str | None]
 
 
 def is_abandoned(status: dg.DagsterRunStatus, seconds_since_end: float, failure_grace_seconds: float) -> bool:
-    """Whether nobody waits any more for the job of a run that ended like this."""
+    """Whether nothing waits for the job of a run that ended this way."""
     grace = failure_grace_seconds if status == dg.DagsterRunStatus.FAILURE else _GRACE_SECONDS
     return seconds_since_end >= grace
 
 
 def _ended_as(instance: dg.DagsterInstance, job: Job, failure_grace_seconds: float) -> dg.DagsterRunStatus | None:
-    """How the run ended that abandoned the job; None for a run of another instance, which this one does not know."""
+    """Final status of the run that abandoned the job; None for a run of another Dagster instance."""
     if job.finished or job.deleting or job.run_id is None:
         return None
     record = instance.get_run_record_by_id(job.run_id)

@@ -1,4 +1,4 @@
-"""Settings: their base class, and the manifests made of files of them."""
+"""Base class of settings, and building manifests from settings files."""
 
 import re
 import sys
@@ -23,18 +23,18 @@ class StrictConfig(dg.Config):
 
 
 def without_secrets(env: dict[str, str]) -> dict[str, str]:
-    """The variables as they are. ValueError for one that looks like a credential, which a manifest would show."""
+    """The variables, unchanged. ValueError for one that looks like a credential, which the manifest would expose."""
     for name, value in env.items():
         if _SECRET_NAME.search(name) or has_credentials(value):
             raise ValueError(
-                f"{name} looks like a credential, which everybody who may read the manifest would see: put it into a "
-                "Secret and name that in env_secrets."
+                f"{name} looks like a credential, and everybody who can read the manifest would see it: put it into "
+                "a Secret and list the Secret in env_secrets."
             )
     return env
 
 
 def print_manifest(command: str, build: Callable[..., Mapping[str, Any]], arguments: Sequence[str]) -> int:
-    """Print what `build` makes of the fields of the one file named and return 0, or say what is wrong and return 2."""
+    """Print the manifest that `build` makes from the settings file and return 0, or print an error and return 2."""
     if len(arguments) != 1:
         sys.stderr.write(f"Usage: {command} SETTINGS.yaml\n")
         return 2
@@ -47,7 +47,7 @@ def print_manifest(command: str, build: Callable[..., Mapping[str, Any]], argume
 
 
 def render_manifest(command: str, build: Callable[..., Mapping[str, Any]], path: Path) -> str:
-    """YAML of what `build` makes of a settings file. SettingsError for one that is not valid."""
+    """YAML of the manifest that `build` makes from a settings file. SettingsError for an invalid file."""
     try:
         manifest = build(**yaml.safe_load(path.read_text()))
     except (TypeError, ValueError) as error:
@@ -57,7 +57,7 @@ def render_manifest(command: str, build: Callable[..., Mapping[str, Any]], path:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as such."""
+    """Writes multi-line strings as YAML block scalars."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:

@@ -1,4 +1,4 @@
-"""Why something failed or does not start: from the state of its pods as it was seen over time."""
+"""Diagnoses why something failed or does not start, from the observed state of its pods over time."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from resources.kubernetes.pods import ContainerExit, Pod
 
 
 class Cause(StrEnum):
-    """Kinds of failure, each with its own remedy."""
+    """Kinds of failure, each with its own advice."""
 
     OUT_OF_MEMORY = "out of memory"
     EXIT_CODE = "exit code"
@@ -28,22 +28,22 @@ class Cause(StrEnum):
 
 
 ADVICE: Mapping[Cause, str] = {
-    Cause.OUT_OF_MEMORY: "Raise `memory`, or let the process use less.",
-    Cause.EXIT_CODE: "The last lines of its log say why.",
-    Cause.KILLED: "The pod was deleted or preempted, its node shut down, or its process asks to be started again: "
-    "the last lines of its log say which. Retry the step.",
+    Cause.OUT_OF_MEMORY: "Raise `memory`, or make the process use less.",
+    Cause.EXIT_CODE: "See the last lines of its log.",
+    Cause.KILLED: "The pod was deleted or preempted, its node shut down, or its process requests a restart: "
+    "see the last lines of its log. Retry the step.",
     Cause.NOT_STARTED: "Check `command` and the image's entry point.",
-    Cause.EVICTED: "The node ran short of memory or disk. Retry the step, with requests closer to use.",
-    Cause.DEADLINE: "Raise `active_deadline_seconds`, or give the job less to do.",
+    Cause.EVICTED: "The node ran short of memory or disk. Retry the step, with requests closer to actual use.",
+    Cause.DEADLINE: "Raise `active_deadline_seconds`, or reduce the work of the job.",
     Cause.UNSCHEDULABLE: "Lower the requests, change node selector or tolerations, or add nodes.",
     Cause.IMAGE: "Check the image's name and tag, that the node can reach its registry, and `image_pull_secrets`.",
-    Cause.CONFIGURATION: "Create the Secret, ConfigMap or volume that it names, in the job's namespace.",
-    Cause.NO_PODS: "Check that {operator} runs, the namespace's quota, and the events of the job.",
+    Cause.CONFIGURATION: "Create the Secret, ConfigMap or volume that the message names, in the job's namespace.",
+    Cause.NO_PODS: "Check that {operator} is running, the namespace's quota, and the events of the job.",
     Cause.SLOW_START: "The node may still be pulling a large image: raise `start_timeout_seconds`.",
-    Cause.OPERATOR_AWAY: "Check that {operator} runs. The job is kept: the next attempt adopts it.",
+    Cause.OPERATOR_AWAY: "Check that {operator} is running. The job is kept: the next attempt adopts it.",
     Cause.UNKNOWN: "Look at the job's pods and events with kubectl describe.",
 }
-"""What to do about each cause, where `operator` looks after the kind."""
+"""Advice for each cause, for a kind managed by `operator`."""
 
 NOT_STARTED_REASONS = ("RunContainerError", "StartError", "ContainerCannotRun")
 _WAITING_CAUSES: Mapping[str, Cause] = {
@@ -58,25 +58,25 @@ _SIGKILL, _SIGTERM = 137, 143
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The first thing that went wrong, what else was seen, and what to do."""
+    """The first failure, further observations, and what to do."""
 
     cause: str
-    """A Cause, or a word of the kind's own."""
+    """A Cause, or a cause specific to the kind."""
     summary: str
     advice: str
     transient: bool
-    """Whether trying again may help."""
+    """Whether a retry may help."""
     subject: str = ""
-    """The object, where the message does not name it otherwise."""
+    """The object, if the message does not name it."""
     exit_code: int | None = None
     details: tuple[str, ...] = ()
     log_tails: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Last lines of the pod that failed, or of every pod where none stands out."""
+    """Last log lines of the failed pod, or of every pod if the failed one is unknown."""
     remove: bool = False
-    """The object was given up and has to be removed."""
+    """The object was abandoned and has to be removed."""
 
     def report(self) -> str:
-        """All of it, as the text of an error."""
+        """The complete text of the error."""
         head = f"{self.subject} failed ({self.cause}): " if self.subject else f"({self.cause}) "
         lines = [head + self.summary, f"What to do: {self.advice}", *(f"- {detail}" for detail in self.details)]
         for where, tail in self.log_tails.items():
@@ -85,7 +85,7 @@ class Diagnosis:
 
 
 def exit_cause(end: ContainerExit) -> Cause:
-    """What the end of a container that failed means."""
+    """The cause that a failed container's exit indicates."""
     if end.out_of_memory:
         return Cause.OUT_OF_MEMORY
     if end.reason in NOT_STARTED_REASONS:
@@ -94,7 +94,7 @@ def exit_cause(end: ContainerExit) -> Cause:
 
 
 def exit_line(end: ContainerExit) -> str:
-    """One end of a container, for a person to read."""
+    """Describes one exit of a container."""
     words = ": ".join(part for part in (end.reason, end.message) if part and part != "Error")
     return f"{end.replica}/{end.container} ended with exit code {end.exit_code}" + (f" ({words})" if words else "")
 
@@ -105,7 +105,7 @@ def event_lines(events: Sequence[str]) -> tuple[str, ...]:
 
 
 class PodHistory:
-    """Pods and container exits as they were seen, kept after the pods are deleted."""
+    """The observed pods and container exits, kept after the pods are deleted."""
 
     def __init__(self) -> None:
         self.pods: dict[str, Pod] = {}
@@ -119,7 +119,7 @@ class PodHistory:
                     self._exits[(pod.uid, container.name, end.finished_at, end.exit_code)] = end
 
     def failures(self) -> list[ContainerExit]:
-        """Exits with another code than 0, the first one first."""
+        """Exits with a code other than 0, oldest first."""
         return sorted((end for end in self._exits.values() if end.failed), key=lambda end: end.finished_at)
 
     def evicted(self) -> list[Pod]:
@@ -128,7 +128,7 @@ class PodHistory:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What keeps a pod from starting, now."""
+    """What currently keeps a pod from starting."""
 
     cause: Cause
     where: str
@@ -139,7 +139,7 @@ class Obstacle:
 
 
 def find_obstacle(pods: Sequence[Pod]) -> Obstacle | None:
-    """The first reason for which not every pod has started; None when all have."""
+    """The first reason why not every pod has started; None if all have."""
     pending = [pod for pod in pods if pod.phase == "Pending" and not pod.deleting]
     found = [_obstacle(pod) for pod in pending]
     order = list(Cause)
@@ -167,32 +167,32 @@ _TRANSIENT_CAUSES = (
     Cause.OPERATOR_AWAY,
     Cause.UNKNOWN,
 )
-"""Those that may go away by themselves. A deadline is not one of them: it says how long the work may take."""
+"""Causes that may go away without a change. A deadline is not one of them: it limits the work itself."""
 
 
 @dataclass(frozen=True)
 class WatchLimits:
-    """How often to look, and how long to wait for pods that do not start or an API that does not answer."""
+    """Polling interval, and how long to wait for pods that do not start or an API that does not respond."""
 
     poll_interval_seconds: float = 2.0
     unschedulable_timeout_seconds: float = 600.0
-    """No node fits. Long enough for an autoscaler to add one."""
+    """Limit if no node fits. Long enough for an autoscaler to add one."""
     blocked_timeout_seconds: float = 120.0
-    """The image cannot be pulled, or a Secret or ConfigMap is missing."""
+    """Limit if the image cannot be pulled, or a Secret or ConfigMap is missing."""
     start_timeout_seconds: float = 1800.0
-    """Nothing is wrong but a pod is not running: a large image is being pulled. Also how long an operator may be away,
-    and how long after its deadline a job may still be active."""
+    """Limit if a pod is not running without an error, such as while a large image is pulled or the operator is down.
+    Also how long after its deadline a job may still be active."""
     outage_timeout_seconds: float = 600.0
-    """No answer from the API server."""
+    """Limit if the API server does not respond."""
     final_exit_codes: tuple[int, ...] = ()
-    """Exit codes after which a restart cannot help: the work is given up at the first one."""
+    """Exit codes after which a restart cannot help: the job is abandoned at the first one."""
     retry_other_exit_codes: bool = True
-    """Whether another attempt may help after the others, except those of a process that got SIGKILL or SIGTERM."""
+    """Whether another attempt may help after the other codes, except those of a process that got SIGKILL or SIGTERM."""
     calm_seconds: float = 600.0
-    """How long all pods have to run before what kept them from starting earlier is forgotten."""
+    """How long all pods have to run before earlier start problems are forgotten."""
 
     def is_worth_retrying(self, cause: Cause, exit_code: int | None = None) -> bool:
-        """Whether another attempt at the same work may help. Errors carry this answer, and Dagster's retries."""
+        """Whether another attempt at the same work may help. Used for errors and for Dagster's retries."""
         if cause == Cause.EXIT_CODE:
             return self.retry_other_exit_codes and exit_code not in self.final_exit_codes
         return cause in _TRANSIENT_CAUSES
@@ -206,9 +206,9 @@ class WatchLimits:
 
 
 class Patience:
-    """Adds up how long each cause has kept pods from starting.
+    """Sums up how long each cause has kept pods from starting.
 
-    A cause that goes away and comes back, or alternates with another, does not start from zero each time.
+    A cause that goes away and comes back, or alternates with another, does not start from zero again.
     """
 
     def __init__(self, limits: WatchLimits, clock: Callable[[], float]):
@@ -221,7 +221,7 @@ class Patience:
         self._seen_at = clock()
 
     def spend(self, obstacle: Obstacle | None) -> float:
-        """Seconds for which the obstacle's cause has been seen so far; 0 when nothing is in the way."""
+        """Total seconds for which the obstacle's cause has been seen; 0 if there is no obstacle."""
         now = self._clock()
         passed, self._seen_at = now - self._seen_at, now
         if self.cause:
@@ -236,7 +236,7 @@ class Patience:
 
 
 class Outage:
-    """Tolerates errors until they have lasted too long. `meanwhile` says in the log what they mean for the work."""
+    """Tolerates errors until they have lasted too long. `meanwhile` is logged to say what they mean for the work."""
 
     def __init__(self, clock: Callable[[], float], limit_seconds: float, *, logger: logging.Logger, meanwhile: str):
         self._clock = clock
@@ -246,16 +246,16 @@ class Outage:
         self._since: float | None = None
 
     def endure(self, error: KubernetesError) -> None:
-        """Record one call without a usable answer. Raises it once that has lasted for the limit."""
+        """Record a failed call. Raises its error when the outage has lasted for the limit."""
         now = self._clock()
         if self._since is None:
             self._since = now
-            self._log.warning("No usable answer from the API server; %s: %s", self._meanwhile, error)
+            self._log.warning("No usable response from the API server; %s: %s", self._meanwhile, error)
         if now - self._since >= self._limit_seconds:
             raise error
 
     def end(self) -> None:
-        """Record an answer."""
+        """Record a successful call."""
         if self._since is not None:
-            self._log.info("The API server answers as before.")
+            self._log.info("The API server responds again.")
         self._since = None

@@ -1,4 +1,4 @@
-"""What can go wrong with a custom resource, or between us and its cluster, as a person should read it."""
+"""Errors of custom resources and of the connection to the cluster, with readable messages."""
 
 import logging
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class KubernetesError(RedactedError):
-    """Base of the errors of everything that works with a cluster. `transient`: trying again may help."""
+    """Base of all errors in working with a cluster. `transient`: a retry may help."""
 
     transient = True
 
 
 class SettingsError(KubernetesError, ValueError):
-    """A setting that the API server or an operator would refuse, or would take and then never act on."""
+    """A setting that the API server or an operator would refuse, or would accept and then ignore."""
 
     transient = False
 
@@ -28,11 +28,11 @@ class ApiError(KubernetesError):
 
 
 class ApiUnavailableError(ApiError):
-    """No answer, or an answer that says to try again later. Whether a write took effect is unknown."""
+    """No response, or a response to try again later. Whether a write took effect is unknown."""
 
 
 class ApiRefusedError(ApiError):
-    """The API server understood the request and will not do it: no permission, no such kind, an invalid object."""
+    """The API server rejected the request: no permission, no such kind, or an invalid object."""
 
     transient = False
 
@@ -48,11 +48,11 @@ class ResourceDeletedError(KubernetesError):
 
 
 class ResourceStuckError(KubernetesError):
-    """Something was not created, removed or recorded in the time that it may take."""
+    """Something was not created, removed or recorded within its time limit."""
 
 
 class ResourceFailedError(KubernetesError):
-    """The object ended without success, or would never do its work. `diagnosis` says why."""
+    """The object failed, or would never finish. `diagnosis` says why."""
 
     def __init__(self, diagnosis: "Diagnosis"):
         super().__init__(diagnosis.report())
@@ -62,9 +62,9 @@ class ResourceFailedError(KubernetesError):
 
 @contextmanager
 def added_to(first: BaseException, logger: logging.Logger) -> Iterator[None]:
-    """Keeps what goes wrong while an error is being handled, such as a clean-up that is refused, from replacing it.
+    """Keeps an error that occurs while another one is handled, such as a refused cleanup, from replacing the first one.
 
-    It is logged, and added to the first error as a note.
+    It is logged and added to the first error as a note.
     """
     try:
         yield

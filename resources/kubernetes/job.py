@@ -1,6 +1,6 @@
-"""What a kind that runs pods to an end adds to this package: how its status is read, its pods, its way to fail.
+"""The part that a kind which runs pods to completion adds to this package: its status, its pods, its failures.
 
-`launch` and `watch` do the rest for it; `pipes` makes a Pipes client of it. No Dagster here.
+`launch` and `watch` do the rest; `pipes` makes a Pipes client of it. No Dagster here.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ from resources.kubernetes.pods import Pod
 
 
 class JobState(StrEnum):
-    """Where a job is on its way. The last two are final."""
+    """Phases of a job. The last two are final."""
 
     PENDING = "Pending"
     SUSPENDED = "Suspended"
@@ -46,7 +46,7 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True)
 class JobStatus:
-    """State with the operator's own words for it."""
+    """State with the operator's message."""
 
     state: JobState
     message: str = ""
@@ -57,12 +57,12 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class Job(CustomResource, ABC):
-    """One stored object. A kind reads its status and deadline."""
+    """A stored job. A kind defines its status and deadline."""
 
     slug: ClassVar[str]
     """The kind in label values, annotation keys and metadata."""
     longest_suffix: ClassVar[str]
-    """What the operator appends at most to a job's name, for its pods and services."""
+    """The longest suffix that the operator appends to a job's name, for its pods and services."""
 
     @property
     @abstractmethod
@@ -74,7 +74,7 @@ class Job(CustomResource, ABC):
 
     @property
     def progress(self) -> Sequence[str]:
-        """What to log about its state, where that was not so at the last look."""
+        """What to log about its state if it changed since the last poll."""
         return (str(self.status),)
 
     @property
@@ -87,12 +87,12 @@ class Job(CustomResource, ABC):
 
     @property
     def launch_id(self) -> str | None:
-        """Id of the create call that made it; None for a job that this package did not make."""
+        """Id of the create call that made it; None if this package did not make it."""
         return self.annotations.get(self.launch_annotation())
 
     @property
     def work(self) -> str | None:
-        """Digest of what it computes."""
+        """Digest of the work it does."""
         return self.annotations.get(self.work_annotation())
 
     @classmethod
@@ -112,7 +112,7 @@ class Job(CustomResource, ABC):
 
     @classmethod
     def name_for(cls, prefix: str, *, run_id: str, step_key: str, attempt: int) -> str:
-        """Name of the job of one attempt at one step of one Dagster run."""
+        """Name of the job for one attempt at a step of a Dagster run."""
         return derive_name(prefix, run_id, step_key, str(attempt), reserve=len(cls.longest_suffix))
 
 
@@ -120,7 +120,7 @@ J = TypeVar("J", bound=Job)
 
 
 class JobClient(CustomResourceClient[J], Generic[J]):
-    """Adds the removal of jobs with their pods, and why a job does not start, end or succeed."""
+    """Adds the removal of jobs with their pods, and the diagnosis of jobs that do not start, end or succeed."""
 
     def owners_of_pods(self, namespace: str, label_selector: str) -> set[tuple[str, str | None]]:
         """Name of the job and id of the run of each pod with the given labels, whether or not the job still exists."""
@@ -128,13 +128,14 @@ class JobClient(CustomResourceClient[J], Generic[J]):
         return {(each[self.pod_label], each.get(RUN_ID_LABEL)) for each in labels if self.pod_label in each}
 
     def remove(self, namespace: str, name: str, job: J | None, grace_seconds: int) -> list[str]:
-        """Ask the pods of a job of that name to end, then delete the job. Returns what is still there of both.
+        """Delete the pods of the job with this name, then the job. Returns which of them still exist.
 
-        The other way round, the garbage collector asks the pods with their own grace time, which a kubelet does not
-        shorten later. The job goes at once after them, before its operator could make them again.
+        If the job were deleted first, the garbage collector would delete the pods with their own grace period, which a
+        kubelet does not shorten later. The job is deleted immediately after the pods, before its operator could
+        recreate them.
         """
         pods = self.pods(namespace, name)
-        if job is None:  # another's job of that name may have left pods too
+        if job is None:  # another owner's job with this name may have left pods too
             ours = self.resource.managed_by()
             return self.remove_pods(
                 namespace, [pod for pod in pods if pod.labels.get(MANAGED_BY_LABEL) == ours], grace_seconds
@@ -144,7 +145,7 @@ class JobClient(CustomResourceClient[J], Generic[J]):
         return [*left, str(job)]
 
     def remove_pods(self, namespace: str, pods: Sequence[Pod], grace_seconds: int) -> list[str]:
-        """Ask pods to end within the grace time, which may be shorter than the one they were made with."""
+        """Delete pods with this grace period, which may be shorter than the one in their spec."""
         for pod in pods:
             if not pod.deleting:
                 only_this = k8s.V1Preconditions(uid=pod.uid)
@@ -154,11 +155,11 @@ class JobClient(CustomResourceClient[J], Generic[J]):
         return [f"pod {pod.name}" for pod in pods]
 
     def obstacle(self, job: J, pods: Sequence[Pod]) -> Obstacle | None:
-        """What keeps the job from starting, or from ending once its first pod has; None when nothing does."""
+        """What keeps the job from starting, or from ending after its first pod has ended; None if nothing does."""
         if job.status.state == JobState.SUSPENDED:
             return None
         if not pods:
-            return Obstacle(Cause.NO_PODS, "job", "the operator has made no pod")
+            return Obstacle(Cause.NO_PODS, "job", "the operator has not created a pod")
         ended = [pod for pod in pods if pod.phase == "Failed" or (pod is pods[0] and pod.finished)]
         found = find_obstacle(pods)
         if ended and found is None:
@@ -167,13 +168,13 @@ class JobClient(CustomResourceClient[J], Generic[J]):
         return found
 
     def advice(self, cause: Cause) -> str:
-        """What to do about it."""
+        """The advice for an obstacle."""
         return ADVICE[cause].format(operator=self.operator)
 
     def failure(
         self, job: J, history: PodHistory, tails: Mapping[str, Sequence[str]], limits: WatchLimits, *, remove: bool
     ) -> KubernetesError:
-        """The error for a job that failed, or that is given up and has to be removed."""
+        """The error for a job that failed, or that was abandoned and has to be removed."""
         return ResourceFailedError(self.diagnose(job, history, tails, limits, remove=remove))
 
     def diagnose(

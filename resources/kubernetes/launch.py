@@ -1,7 +1,8 @@
-"""Bringing exactly one job into being for a step, and removing it again. No Dagster.
+"""Creates exactly one job for a step, and removes it again. No Dagster.
 
-Policy: a job of the same step that works or succeeded, and computes the same thing, is adopted. Any other is removed
-first, and so are pods that outlived theirs. A create call whose answer was lost is repeated: names are deterministic.
+Policy: a job of the same step that is active or succeeded, and does the same work, is adopted. Any other is removed
+first, and so are pods that outlived their job. A create call whose response was lost is repeated: names are
+deterministic.
 """
 
 import logging
@@ -30,7 +31,7 @@ _REPLACE_TIMEOUT_SECONDS = 180.0
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A job that a step wants, and whose earlier jobs count as its own."""
+    """A job that a step requests, and the runs whose earlier jobs it may adopt."""
 
     kind: type[Job]
     name: str
@@ -40,14 +41,14 @@ class JobRequest:
     ancestor_run_ids: tuple[str, ...]
     """Runs that this one retries from failure, nearest first: their jobs may be adopted."""
     work: str
-    """Digest of what the job computes."""
+    """Digest of the work that the job does."""
     names: tuple[str, ...] = ()
-    """Names that jobs of this step by these runs may have, newest first, where they are known: nothing is listed."""
+    """Possible names of this step's jobs by these runs, newest first, if known: the jobs are then not listed."""
     launch_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def step_labels(self) -> dict[str, str]:
-        """Of jobs and pods of this step in any run."""
+        """Label selector for jobs and pods of this step in any run."""
         return {MANAGED_BY_LABEL: self.kind.managed_by(), STEP_LABEL: step_digest(self.step_key)}
 
     @property
@@ -63,16 +64,16 @@ class JobRequest:
         return (self.run_id, *self.ancestor_run_ids)
 
     def owns(self, job: Job) -> bool:
-        """Whether the job was made for this step by this run or one that it retries."""
+        """Whether the job was made for this step by this run or by one that it retries."""
         return self.step_labels.items() <= job.labels.items() and job.run_id in self.run_ids
 
     def why_not(self, job: Job) -> str | None:
-        """Why the step's job may not be adopted; None when it may."""
+        """Why the step's job must not be adopted; None if it may."""
         if job.deleting:
             return "it is being deleted"
         if job.status.state == JobState.FAILED:
             return f"it failed: {job.status.message}"
-        return None if job.work == self.work else "it computes something else than this step asks for now"
+        return None if job.work == self.work else "it does other work than this step requests now"
 
     def __str__(self) -> str:
         return f"{self.kind.kind} {self.namespace}/{self.name}"
@@ -109,17 +110,17 @@ class JobLauncher(Generic[J]):
         self._shield = shield
         self._outage_seconds = outage_seconds
         self._create_in_doubt = False
-        """Whether a create call was sent that may still take effect though no answer came."""
+        """Whether a create call without a response may still take effect."""
         self._to_remove: set[str] = set()
-        """Names of jobs that have to go with their pods."""
+        """Names of jobs that have to be deleted with their pods."""
 
     def start(self, request: JobRequest, manifest: Mapping[str, Any]) -> Started[J]:
-        """The step's job, at work or finished, adopted or new. Never leaves two.
+        """The step's job, active or finished, adopted or new. Never leaves two.
 
-        ResourceConflictError when the name belongs to someone else; ApiUnavailableError after `outage_seconds` without
-        an answer; ResourceStuckError when the name stays taken, or what is to be replaced does not go away.
+        Raises ResourceConflictError if the name belongs to someone else; ApiUnavailableError after `outage_seconds`
+        without a response; ResourceStuckError if the name stays taken, or the job to replace is not deleted in time.
         """
-        # Two deadlines: for an API server that does not answer and, from its first answer on, for what is in the way.
+        # Two deadlines: for an API server that does not respond and, from its first response on, for obstacles.
         outage = Outage(self._clock, self._outage_seconds, logger=self._log, meanwhile=f"{request} waits to be started")
         answered_at: float | None = None
         left: Sequence[str] = ()
@@ -142,8 +143,8 @@ class JobLauncher(Generic[J]):
     def remove(self, request: JobRequest, *, timeout_seconds: float, grace_seconds: int) -> None:
         """Delete the step's jobs and wait until they and their pods are gone. ResourceStuckError if they stay.
 
-        A create call without an answer may still take effect, so after one it looks again for as long as a call may
-        take. When only the jobs may be deleted, the refusal of the rest is raised after their deletion.
+        A create call without a response may still take effect, so after one it polls for as long as a call may take. If
+        only the jobs may be deleted, the refusal for the pods is raised after their deletion.
         """
         began = self._clock()
         settle_seconds = self._client.request_timeout_seconds if self._create_in_doubt else 0.0
@@ -161,8 +162,8 @@ class JobLauncher(Generic[J]):
                 raise
             self._sleep(_PAUSE_SECONDS / 2)
         raise ResourceStuckError(
-            f"{request} and its pods could not be removed within {timeout_seconds:.0f} s: delete it by hand unless it "
-            "ends at its deadline or a collector sensor watches its kind."
+            f"{request} and its pods could not be removed within {timeout_seconds:.0f} s: delete it manually unless "
+            "it ends at its deadline or a collector sensor watches its kind."
         )
 
     def _own(self, request: JobRequest) -> Sequence[J]:
@@ -173,30 +174,30 @@ class JobLauncher(Generic[J]):
         return [job for job in found if request.owns(job)]
 
     def _settle(self, request: JobRequest) -> tuple[J | None, list[str]]:
-        """The job to adopt, and what is still there of the others."""
+        """The job to adopt, and the others that still exist."""
         own = self._own(request)
         kept = next((job for job in reversed(own) if request.why_not(job) is None), None)
         replaced = [job for job in own if job is not kept]
         for job in replaced:
             if job.name not in self._to_remove:
-                reason = request.why_not(job) or "a newer one of the step is kept"
+                reason = request.why_not(job) or "a newer job of the step is kept"
                 self._log.info("Replacing %s: %s.", job, reason)
         return kept, self._remove_all(request, own, replaced, _REPLACE_GRACE_SECONDS)
 
     def _find_orphans(self, request: JobRequest, own: Sequence[J]) -> set[str]:
-        """Names of the step's jobs that are gone and have left pods."""
+        """Names of the step's deleted jobs that left pods behind."""
         owners = self._client.owners_of_pods(request.namespace, selector(**request.step_labels))
         known = {job.name for job in own}
         return {name for name, run_id in owners if name not in known and run_id in request.run_ids}
 
     def _remove_all(self, request: JobRequest, own: Sequence[J], jobs: Sequence[J], grace_seconds: int) -> list[str]:
-        """Remove these of the step's own jobs with their pods, and orphaned pods. Returns what is still there."""
+        """Remove these of the step's own jobs with their pods, and orphaned pods. Returns which of them still exist."""
         self._to_remove |= {job.name for job in jobs} | self._find_orphans(request, own)
         uids = {job.uid for job in jobs}
         left: list[str] = []
         for name in sorted({*self._to_remove, *request.names, request.name}):
             current = self._client.get(request.namespace, name)
-            if current is None or current.uid in uids:  # not another's job, nor one that is newer than the list
+            if current is None or current.uid in uids:  # not another owner's job, nor one that is newer than the list
                 left += self._client.remove(request.namespace, name, current, grace_seconds)
         return left
 
@@ -212,7 +213,7 @@ class JobLauncher(Generic[J]):
         return None if created is None else Started(created, adopted=False)
 
     def _after_conflict(self, request: JobRequest) -> J | None:
-        """The job of the name that was taken, where our own create call made it and its answer was lost."""
+        """The existing job with the name, if our own create call made it and its response was lost."""
         existing = self._client.get(request.namespace, request.name)
         if existing is None or existing.launch_id == request.launch_id:
             return existing
@@ -226,7 +227,5 @@ class JobLauncher(Generic[J]):
 
 def _why(left: Sequence[str]) -> str:
     if not left:
-        return "its name was taken each time, and then free again. See whether another process runs the same step."
-    return (
-        f"{', '.join(left)} did not go away. A second one beside them could spoil their work: look at their finalizers."
-    )
+        return "its name was taken each time, and then free again. Check whether another process runs the same step."
+    return f"{', '.join(left)} still exist. A second job beside them could corrupt their work: check their finalizers."

@@ -1,8 +1,7 @@
-"""Logs of every pod, read again and again while it runs, each line shown once. For display only.
+"""Logs of every pod, polled while it runs, with each line shown once. For display only.
 
-Polling with an overlap needs no thread for each pod, survives an API server that goes away, and cannot end early.
-Nothing that matters is carried this way: Pipes messages go through the object store. A log that cannot be read is
-therefore never an error.
+Polling with an overlap needs no thread per pod, survives API server outages, and cannot end early. Nothing depends on
+these logs, because Pipes messages go through the object store, so a log that cannot be read is never an error.
 """
 
 import contextlib
@@ -20,11 +19,11 @@ from resources.kubernetes.pods import Container, Pod
 
 TAIL_LINES = 30
 _OVERLAP_SECONDS = 10
-"""Each read reaches back this much further than the time since the one before."""
+"""Each read reaches back this much further than the previous read."""
 _RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 5.0, 300.0
-"""After a read that failed, twice as long each time: it may have taken as long as a request may take."""
+"""Delay after a failed read, doubled each time: the read may have lasted until the request timeout."""
 _PATIENCE_SECONDS = 20.0
-"""For one round of reads, and for the last lines."""
+"""Limit for one round of reads, and for the last lines."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,12 @@ def show_line(line: LogLine) -> None:
 
 @dataclass
 class _Cursor:
-    """How far one container's log was shown."""
+    """How far a container's log has been shown."""
 
     restarts: int
     read_at: float | None = None
     retry_at: float | None = None
-    """Set while the last read is one that failed."""
+    """Set while the last read has failed."""
     retry_seconds: float = _RETRY_SECONDS
     shown: frozenset[str] = frozenset()
     """Lines of the last read, with their time stamps: the next one overlaps with it."""
@@ -58,7 +57,7 @@ class _Cursor:
 
 
 class ReplicaLogs:
-    """Follows the logs of pods. `tails` keeps the last lines of each replica, also of pods that are gone."""
+    """Follows the logs of pods. `tails` keeps the last lines of each replica, including deleted pods."""
 
     def __init__(
         self,
@@ -79,7 +78,7 @@ class ReplicaLogs:
         return {replica: list(lines) for replica, lines in self._tails.items()}
 
     def poll(self, pods: Iterable[Pod]) -> Iterator[LogLine]:
-        """Lines that were not given before. A log that cannot be read now is read by a later call."""
+        """Lines not returned before. A log that cannot be read now is read by a later call."""
         began = self._clock()
         for pod in pods:
             for container in pod.containers:
@@ -88,7 +87,7 @@ class ReplicaLogs:
                     yield from self._poll(pod, container)
 
     def drain(self, pods: Sequence[Pod], sleeper: Callable[[float], None]) -> Iterator[LogLine]:
-        """The last lines of pods whose work has ended. Tries again for a short time where a log cannot be read."""
+        """The last lines of finished pods. Retries for a short time if a log cannot be read."""
         deadline = self._clock() + _PATIENCE_SECONDS
         uids = {pod.uid for pod in pods}
         yield from self.poll(pods)
@@ -120,7 +119,7 @@ class ReplicaLogs:
 
     def _read(self, pod: Pod, container: Container, cursor: _Cursor, *, previous: bool) -> Iterator[LogLine]:
         now = self._clock()
-        # Counted back from now on the node's own clock, so that a difference between the clocks does not matter.
+        # Relative to now on the node's clock, so that a difference between the clocks does not matter.
         since = None if cursor.read_at is None else math.ceil(now - cursor.read_at) + _OVERLAP_SECONDS
         text = self._client.log(self._namespace, pod.name, container.name, since_seconds=since, previous=previous)
         if text is None:
@@ -128,8 +127,8 @@ class ReplicaLogs:
         cursor.read_at = now
         lines = text.split("\n")
         if not (previous or container.ended):
-            lines.pop()  # the end of a line that is still being written comes with the next read
-        lines = [line for line in lines if line[:1].isdigit()]  # a bare sentence says that the log is gone
+            lines.pop()  # the next read returns the rest of a line that is still being written
+        lines = [line for line in lines if line[:1].isdigit()]  # a line without a timestamp says that the log is gone
         for line in lines:
             if line not in cursor.shown:
                 content = line.partition(" ")[2].rstrip("\r")

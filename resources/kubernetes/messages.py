@@ -1,7 +1,7 @@
-"""Pipes messages through an object store: the reader. Its counterpart in the pod is resources/pipes_store.py.
+"""Reader of Pipes messages in an object store. The writer in the pod is resources/pipes_store.py.
 
-Read by polling on the caller's thread. Every attachment reads a job's messages from the first one, so that results are
-complete after a re-attach; a mark in the store shows which of them this Dagster run has already recorded.
+Polls on the caller's thread. Every attachment reads a job's messages from the first one, so results are complete after
+a re-attach; a mark in the store shows which of them this Dagster run has already recorded.
 """
 
 import json
@@ -22,17 +22,17 @@ MESSAGES_FOLDER = "messages"
 MARKS_FOLDER = "read"
 
 OnMessage = Callable[[Any, bool], None]
-"""Takes a custom message, and whether an earlier attempt of this Dagster run received it already."""
+"""Handles a custom message; the flag says whether an earlier attempt of this Dagster run already received it."""
 
 _SHOWN_ONCE = ("log", "log_external_stream")
 
 
 class MessagesLostError(KubernetesError):
-    """The job's Pipes messages could not be read to their end."""
+    """The job's Pipes messages could not be read completely."""
 
 
 class PipesStoreMessageReader(dg.PipesMessageReader):
-    """Hands a job's messages to Dagster. Call `poll` now and then, and `drain` when the job has ended.
+    """Passes a job's messages to Dagster. Call `poll` periodically, and `drain` after the job has ended.
 
     `launch_id` names the job's folder below the store's root; `attach` changes it when an existing job is adopted.
     """
@@ -71,21 +71,21 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
             self._handler = None
 
     def attach(self, launch_id: str) -> None:
-        """Read the messages of the job that this create call made. Only before the first poll."""
+        """Read the messages of the job made by this create call. Call only before the first poll."""
         self._launch_id = launch_id
 
     def poll(self) -> None:
-        """Handle the messages that have arrived. A store that does not answer is tried again at the next call."""
+        """Handle the messages that have arrived. If the store does not respond, the next call retries."""
         try:
             self._poll()
             self._unreadable = False
         except StoreError as error:
             if not self._unreadable:
-                self._log.warning("Messages of the job wait in the object store: %s", error)
+                self._log.warning("Messages of the job remain in the object store for now: %s", error)
             self._unreadable = True
 
     def drain(self, *, timeout_seconds: float, clock: Callable[[], float], sleeper: Callable[[float], None]) -> None:
-        """Handle every message of a job that has ended. MessagesLostError when the store stays away too long."""
+        """Handle all messages of a job that has ended. MessagesLostError if the store is unavailable for too long."""
         deadline = clock() + timeout_seconds
         while True:
             try:
@@ -100,7 +100,7 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
 
     def no_messages_debug_text(self) -> str:
         return (
-            f"Attempted to read messages from {self._uri}. The process in the pod has to use "
+            f"Attempted to read messages from {self._uri}. The process in the pod must call "
             "open_dagster_pipes(message_writer=PipesStoreMessageWriter())."
         )
 
@@ -133,7 +133,7 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
         except ObjectNotFoundError:
             return {}
         if mark is None or not all(isinstance(chunk, str) for chunk in mark.values()):
-            self._log.warning("%s is not a mark of this project: messages may be recorded again.", key)
+            self._log.warning("%s is not a valid read mark: messages may be recorded again.", key)
             return {}
         return mark
 
@@ -143,7 +143,7 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
             if message is not None and {"method", "params"} <= set(message):
                 self._handle(message, replayed=replayed)
             elif line:
-                self._log.warning("%s holds a line that is not a Pipes message, ignored: %s", key, ascii(line[:100]))
+                self._log.warning("Ignoring a line in %s that is not a Pipes message: %s", key, ascii(line[:100]))
 
     def _handle(self, message: Mapping[str, Any], *, replayed: bool) -> None:
         if self._handler is None:
@@ -156,13 +156,13 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
         # any other             to Dagster       to Dagster, and marked as replayed to `on_message`
         method = message["method"]
         if method == "closed":
-            self._closed = message  # the last process to close counts: handed over when the session ends
+            self._closed = message  # the last process to close counts: passed on when the session ends
             return
         if method == "opened":
             again, self._opened, self._closed = self._opened, True, None
             if again:
                 if not replayed:
-                    self._log.info("The job's process was started again; its messages continue.")
+                    self._log.info("The job's process was restarted; reading its messages continues.")
                 return
         if replayed and method in _SHOWN_ONCE:
             return
@@ -172,7 +172,7 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
 
 
 def _parse(data: bytes) -> dict[str, Any] | None:
-    """The JSON object in the bytes, None for anything else: a process in the pod may write anything."""
+    """The JSON object in the bytes; None for anything else, because a process in the pod may write anything."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Names and labels of what a step makes in a cluster: DNS-1035, and short enough for what is derived from them."""
+"""Names and labels of a step's objects in a cluster: DNS-1035, and short enough for names derived from them."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ _HINT_LENGTH = 8
 def derive_name(prefix: str, *identity: str, reserve: int = 0) -> str:
     """A DNS-1035 name of at most `63 - reserve` characters: readable prefix, hint of the first part, digest of all.
 
-    Equal arguments give equal names. Prefixes that read alike after shortening still differ in the digest.
+    Equal arguments give equal names. Prefixes that are equal after truncation still differ in the digest.
     """
     digest = hashlib.sha256(json.dumps([prefix, *identity]).encode()).hexdigest()[:_DIGEST_LENGTH]
     hint = _clean(identity[0])[:_HINT_LENGTH].rstrip("-") if identity else ""
@@ -29,17 +29,17 @@ def derive_name(prefix: str, *identity: str, reserve: int = 0) -> str:
 
 
 def check_name(kind: str, name: str, *derived: str) -> None:
-    """SettingsError unless the name of an object of that kind, and what is derived from it, are DNS-1035 labels."""
+    """SettingsError unless the name of an object of this kind, and the names derived from it, are DNS-1035 labels."""
     if not _DNS_1035.fullmatch(name):
         raise SettingsError(
-            f"{kind} name {name!r} is not a DNS-1035 label: use lower case letters, digits and '-', "
-            "start with a letter and end with a letter or digit."
+            f"{kind} name {name!r} is not a DNS-1035 label: use lowercase letters, digits and '-', start with a "
+            "letter and end with a letter or digit."
         )
     longest = max(name, *derived, key=len)
     excess = len(longest) - MAX_LABEL_LENGTH
     if excess > 0:
         raise SettingsError(
-            f"{kind} name {name!r} is too long: {longest!r}, which is derived from it, would have {len(longest)} "
+            f"{kind} name {name!r} is too long: {longest!r}, derived from it, would have {len(longest)} "
             f"characters, and Kubernetes takes {MAX_LABEL_LENGTH}. Shorten it by {excess}."
         )
 
@@ -51,16 +51,16 @@ def _clean(text: str) -> str:
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 
 RUN_ID_LABEL = "dagster/run-id"
-"""Run that is responsible for the object now. It changes when a retried run adopts the object."""
+"""Run that currently owns the object. It changes when a retry run adopts the object."""
 STEP_LABEL = "dagster/step-digest"
-"""Digest of the whole step key: a label value holds 63 characters, a step key any number."""
+"""Digest of the whole step key: a label value is limited to 63 characters, a step key is not."""
 
 
 def step_digest(step_key: str) -> str:
-    """Label value that stands for a step key of any length and spelling."""
+    """Label value for a step key of any length and spelling."""
     return hashlib.sha256(step_key.encode()).hexdigest()[:32]
 
 
 def selector(**labels: str) -> str:
-    """Label selector of exact matches, from key=value pairs given as a mapping with `**`."""
+    """Label selector for exact matches, from key=value pairs passed as `**mapping`."""
     return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))

@@ -1,4 +1,4 @@
-"""The Dagster Pipes client of a kind that runs pods to an end: one step, one job."""
+"""The Dagster Pipes client for a kind that runs pods to completion: one job per step."""
 
 import json
 import time
@@ -30,9 +30,9 @@ _DRAIN_TIMEOUT_SECONDS = 300.0
 class PipesJobClient(dg.PipesClient, TreatAsResourceParam, ABC, Generic[C]):
     """Runs a step's work as a job of one kind and waits for it. A kind sets the two class attributes.
 
-    Messages travel through `message_store`, which the pods reach by its URI and the credentials in their environment.
-    A cancelled run deletes its job; a run worker that is evicted or killed leaves it, and the step's next attempt
-    adopts it. `client` and `namespace` are by default those of the pod or kubeconfig; `clock` is monotonic.
+    Messages go through `message_store`, which the pods reach by its URI with the credentials in their environment.
+    Canceling the run deletes its job; if the run worker is evicted or killed, the job continues and the step's next
+    attempt adopts it. `client` and `namespace` default to those of the pod or kubeconfig; `clock` is monotonic.
     """
 
     client_class: ClassVar[type[JobClient[Any]]]
@@ -67,11 +67,11 @@ class PipesJobClient(dg.PipesClient, TreatAsResourceParam, ABC, Generic[C]):
         on_message: OnMessage | None = None,
         on_log_line: Callable[[LogLine], None] = show_line,
     ) -> dg.PipesClientCompletedInvocation:
-        """The finished invocation, with every result and custom message of the job and its name as metadata.
+        """The finished invocation, with all results and custom messages of the job and its name as metadata.
 
-        `work` identifies what the job computes, so that a retry adopts only a job that computes the same; by default
-        config and extras do. `name` replaces the generated name. dg.Failure says why a job failed, with the last log
-        lines as metadata; it forbids retries where they could not help.
+        `work` identifies the job's work, so that a retry adopts only a job that does the same; defaults to config and
+        extras. `name` replaces the generated name. Raises dg.Failure with the reason why a job failed and
+        the last log lines as metadata; it disallows retries if they cannot help.
         """
         with as_dagster_failure():
             client = self._client or self.client_class.production()
@@ -127,7 +127,7 @@ class PipesJobClient(dg.PipesClient, TreatAsResourceParam, ABC, Generic[C]):
         reader: PipesStoreMessageReader,
         on_log_line: Callable[[LogLine], None],
     ) -> None:
-        """Wait until the job has succeeded and its messages are read."""
+        """Wait until the job has succeeded and all its messages are read."""
         watcher = JobWatcher(
             client,
             job,
@@ -147,7 +147,7 @@ class PipesJobClient(dg.PipesClient, TreatAsResourceParam, ABC, Generic[C]):
 
 
 def _dagster_labels(context: StepContext) -> dict[str, str]:
-    """The labels that dagster-k8s gives its own jobs."""
+    """The labels that dagster-k8s sets on its jobs."""
     return {
         **get_common_labels(),
         "dagster/job": sanitize_k8s_label(context.job_name),

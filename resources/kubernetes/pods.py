@@ -1,4 +1,4 @@
-"""What there is to know of a pod, read once from the API's object. Pure."""
+"""The relevant state of a pod, extracted from the API object. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ContainerExit:
-    """One end of one container."""
+    """One exit of a container."""
 
     replica: str
     pod: str
@@ -16,7 +16,7 @@ class ContainerExit:
     reason: str
     message: str
     finished_at: str
-    """ISO time in UTC, so that text order is time order; empty where the kubelet gave none."""
+    """ISO time in UTC, so that string order is time order; empty if the kubelet reported none."""
 
     @property
     def failed(self) -> bool:
@@ -29,37 +29,37 @@ class ContainerExit:
 
 @dataclass(frozen=True)
 class Container:
-    """State of one container now."""
+    """Current state of a container."""
 
     name: str
     init: bool
     started: bool
-    """It runs or ran, so that it has a log."""
+    """Whether it is or was running, so that it has a log."""
     restarts: int
     waiting_reason: str
     waiting_message: str
     exits: tuple[ContainerExit, ...]
-    """The last exits that the API still knows: of the current state and of the one before."""
+    """The exits that the API still has: in the current and in the previous state."""
     ended: bool
 
 
 @dataclass(frozen=True)
 class Pod:
-    """State of one pod now."""
+    """Current state of a pod."""
 
     name: str
     uid: str
     replica: str
-    """What to call it: master-0 or worker-3 of a training, its own name elsewhere."""
+    """Display name: master-0 or worker-3 in a training, otherwise the pod's name."""
     phase: str
     reason: str
     message: str
     deleting: bool
     unschedulable: str
-    """The scheduler's words when it found no node; otherwise empty."""
+    """The scheduler's message if it found no node; otherwise empty."""
     containers: tuple[Container, ...]
     ready: bool
-    """It gets requests. A pod that is being deleted is not ready."""
+    """Whether it receives requests. A pod that is being deleted is not ready."""
     labels: Mapping[str, str]
     annotations: Mapping[str, str]
 
@@ -69,7 +69,7 @@ class Pod:
 
 
 def read_pod(pod: Any, replica: str) -> Pod:
-    """Pod from a V1Pod, to be called `replica` where people read of it."""
+    """Pod from a V1Pod, with `replica` as its display name."""
     status, name = pod.status, pod.metadata.name
     deleting = pod.metadata.deletion_timestamp is not None
     inits = [_container(name, replica, each, init=True) for each in status.init_container_statuses or ()]

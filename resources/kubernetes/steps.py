@@ -1,4 +1,4 @@
-"""A Dagster step that owns a job of a cluster: its interrupts, its clean-up, and its failures as Dagster's."""
+"""A Dagster step that owns a job in a cluster: interrupts, cleanup, and failures as dg.Failure."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -24,13 +24,13 @@ StepContext = dg.OpExecutionContext | dg.AssetExecutionContext
 _MAX_ANCESTORS = 64
 _CANCEL_GRACE_SECONDS = 5
 _CANCEL_TIMEOUT_SECONDS = 25.0
-"""Shorter than the time that Kubernetes gives a run worker to end."""
+"""Shorter than the grace period of a run worker's pod."""
 
 
 def job_request(
     context: StepContext, kind: type[Job], *, namespace: str, prefix: str, work: str, name: str | None = None
 ) -> JobRequest:
-    """The job that this attempt at the step wants. `work` identifies what it computes; `name` replaces its own."""
+    """The job that this attempt at the step requests. `work` identifies its work; `name` replaces the generated one."""
     run_id, step_key = context.run.run_id, context.get_step_execution_context().step.key
     return JobRequest(
         kind,
@@ -51,10 +51,10 @@ def owned_job(
     manifest: Mapping[str, Any],
     **options: Any,
 ) -> Iterator[Started[J]]:
-    """The step's job, started or adopted. It is removed when the run is cancelled, and when the block gives it up.
+    """The step's job, started or adopted. It is removed if the run is canceled or the block abandons it.
 
-    Any other interrupt leaves it to the step's next attempt. An error of the clean-up is added to the first. `options`
-    are those of the launcher.
+    Any other interrupt leaves it to the step's next attempt. A cleanup error is added to the first error. `options` are
+    those of the launcher.
     """
     if is_being_cancelled(context):
         raise _cancelled_failure()
@@ -71,14 +71,14 @@ def owned_job(
         # yes             no                        removed    by the interrupt
         # yes             yes                       removed    by dg.Failure: Dagster would retry after an interrupt
         cancelled = False
-        with capture_interrupts(), added_to(interrupt, context.log):  # a second signal must not stop the clean-up
+        with capture_interrupts(), added_to(interrupt, context.log):  # a second signal must not stop the cleanup
             cancelled = is_being_cancelled(context)
             if cancelled:
                 remove()
                 context.log.info(f"{request} and its pods are gone.")
             else:
                 context.log.info(
-                    f"This process was asked to stop, but the run was not cancelled: {request} continues, and the "
+                    f"This process was asked to stop, but the run was not canceled: {request} continues, and the "
                     "step's next attempt adopts it."
                 )
         if cancelled and context.get_step_execution_context().op_retry_policy:
@@ -93,7 +93,7 @@ def owned_job(
 
 @contextmanager
 def as_dagster_failure() -> Iterator[None]:
-    """Turns what goes wrong with an object or the cluster into dg.Failure, with what is known as metadata."""
+    """Turns errors of an object or the cluster into dg.Failure, with the diagnosis as metadata."""
     try:
         yield
     except KubernetesError as error:
@@ -103,7 +103,7 @@ def as_dagster_failure() -> Iterator[None]:
 
 @contextmanager
 def interrupts_after() -> Iterator[None]:
-    """Holds an interrupt back until the block has ended, then raises it in place of the block's own error."""
+    """Delays an interrupt until the end of the block, then raises it instead of the block's error."""
     error: Exception | None = None
     with capture_interrupts():
         try:
@@ -118,18 +118,18 @@ def interrupts_after() -> Iterator[None]:
 
 
 def is_being_cancelled(context: StepContext) -> bool:
-    """Whether the run is cancelled. A process that is merely asked to stop may belong to a run that continues."""
+    """Whether the run is canceled. A process that was only asked to stop may belong to a run that continues."""
     run = context.instance.get_run_by_id(context.run.run_id)
     return run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
 def _cancelled_failure() -> dg.Failure:
-    """How a step of a cancelled run ends where Dagster would answer the interrupt itself with a retry."""
-    return dg.Failure("The run was cancelled: this step starts nothing in the cluster.", allow_retries=False)
+    """Ends a step of a canceled run for which Dagster would retry after the interrupt."""
+    return dg.Failure("The run was canceled: this step starts nothing in the cluster.", allow_retries=False)
 
 
 def _retried_runs(context: StepContext) -> tuple[str, ...]:
-    """Runs that this one retries from failure, nearest first. Any other re-execution starts over."""
+    """Runs that this one retries from failure, nearest first. Any other re-execution starts from scratch."""
     runs: list[str] = []
     run: dg.DagsterRun | None = context.run
     while run and run.parent_run_id and run.parent_run_id not in runs and len(runs) < _MAX_ANCESTORS:

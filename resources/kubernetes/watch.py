@@ -1,7 +1,7 @@
-"""Waiting for a job to end, showing its logs meanwhile. No Dagster; clock and sleeper are given.
+"""Waits for a job to end and shows its logs meanwhile. No Dagster; clock and sleeper are injected.
 
-Only the job's own state says how it ended. Pods, logs and events that cannot be read cost detail and nothing else.
-A look at the job that fails, in whatever way, is repeated until an outage has lasted too long.
+Only the job's status decides its outcome. If pods, logs or events cannot be read, only detail is lost. A failed read of
+the job is repeated until the outage has lasted too long.
 """
 
 import logging
@@ -18,7 +18,7 @@ from resources.kubernetes.pods import Pod
 
 
 class JobWatcher(Generic[J]):
-    """Watches one job to its end."""
+    """Watches one job until it ends."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class JobWatcher(Generic[J]):
     def wait_until_finished(self) -> J:
         """The succeeded job.
 
-        ResourceFailedError or the kind's own error; ResourceDeletedError; ApiError after too long an outage.
+        Raises ResourceFailedError or the kind's error, ResourceDeletedError, or ApiError if an outage lasts too long.
         """
         while True:
             try:
@@ -72,7 +72,7 @@ class JobWatcher(Generic[J]):
         return self._job
 
     def _look(self) -> bool:
-        """One look; whether the job has finished."""
+        """Poll once; returns whether the job has finished."""
         current = self._client.get(self._job.namespace, self._job.name)
         if current is None or current.uid != self._job.uid or current.deleting:
             raise ResourceDeletedError(
@@ -112,19 +112,19 @@ class JobWatcher(Generic[J]):
             self._on_log_line(line)
 
     def _give_up_if_final(self) -> None:
-        """Give up after an exit code for which a restart cannot help."""
+        """Abandon the job after an exit code for which a restart cannot help."""
         if any(end.exit_code in self._limits.final_exit_codes for end in self._history.failures()):
             raise self._client.failure(self._job, self._history, self._logs.tails, self._limits, remove=True)
 
     def _give_up_if_overdue(self) -> None:
-        """Give up what its own deadline should have ended, which the operator and the kubelet keep."""
+        """Abandon a job that its deadline, enforced by the operator and the kubelet, should have ended."""
         now, state = self._clock(), self._job.status.state
         if state == JobState.SUSPENDED:
             self._active_since = now
         waited, deadline = now - self._active_since, self._job.deadline_seconds
         if deadline is not None and waited >= deadline + self._limits.start_timeout_seconds:
             summary = f"still {state} after {waited:.0f} s, though its deadline is {deadline} s"
-            advice = "Check that the operator runs: neither it nor the kubelet ended the job."
+            advice = "Check that the operator is running: neither it nor the kubelet ended the job."
             raise ResourceFailedError(
                 Diagnosis(Cause.DEADLINE, summary, advice, transient=False, subject=str(self._job), remove=True)
             )
@@ -137,7 +137,7 @@ class JobWatcher(Generic[J]):
         cause, allowed = obstacle.cause, self._limits.of(obstacle.cause)
         if cause != earlier and cause not in (Cause.SLOW_START, Cause.NO_PODS):
             left = max(0.0, allowed - waited)
-            self._log.warning("%s waits: %s. It is given up after %.0f s.", self._job, obstacle, left)
+            self._log.warning("%s is waiting: %s. It is abandoned after %.0f s.", self._job, obstacle, left)
         if waited >= allowed:
             phases = [f"{pod.replica}: {pod.phase}" for pod in pods]
             raise ResourceFailedError(

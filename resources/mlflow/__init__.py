@@ -1,1 +1,1 @@
-"""MLflow: where trainings are tracked and model versions are registered."""
+"""MLflow, which tracks trainings and registers model versions."""

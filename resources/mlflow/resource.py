@@ -1,8 +1,9 @@
-"""MLflow as Dagster uses it.
+"""The MLflow resource.
 
-dagster-mlflow's own resource binds one global MLflow run to a Dagster run and leaves closing it to a hook that asset
-materializations do not run. Here the trainer opens and closes its run, tagged with dagster-mlflow's `dagster_run_id`:
-an op with that resource joins it. What a killed trainer left open is closed by its step, its next attempt or a sensor.
+dagster-mlflow's resource binds one global MLflow run to a Dagster run and closes it in a hook that does not run for
+asset materializations. Here the trainer opens and closes its run, tagged with dagster-mlflow's `dagster_run_id`, so an
+op with that resource joins it. A run that a killed trainer left open is closed by its step, its next attempt or a
+sensor.
 """
 
 from abc import abstractmethod
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 CHAMPION_ALIAS = "champion"
 RUN_ID_TAG = "dagster_run_id"
-"""The tag dagster-mlflow puts on its runs."""
+"""The tag that dagster-mlflow sets on its runs."""
 ATTEMPT_TAG = "dagster_attempt"
 JOB_TAG = "dagster_job_name"
 RUN_METADATA = "mlflow_run"
-"""Key of a trained model's metadata that names the MLflow run."""
+"""Metadata key of a trained model for its MLflow run."""
 
 _MAX_RUNNING = 200
 
@@ -49,7 +50,7 @@ class MlflowResource(dg.ConfigurableResource):
 
     @contextmanager
     def _connected(self) -> "Iterator[MlflowClient]":
-        """A client. Its error for a refusal becomes a ConfigError that says what to do."""
+        """A client. Its errors for refused requests become a ConfigError that says what to do."""
         try:
             yield self.client()
         except ConfigError:
@@ -60,14 +61,14 @@ class MlflowResource(dg.ConfigurableResource):
             raise
 
     def artifact_uri(self) -> str | None:
-        """Where a new experiment keeps its artifacts; None leaves that to the server."""
+        """Artifact location of a new experiment; None leaves it to the server."""
         return None
 
     def prepare(self) -> None:
-        """Make what must exist before the first use."""
+        """Create what must exist before the first use."""
 
     def target(self, context: dg.AssetExecutionContext) -> MlflowTarget:
-        """What the trainer is told about MLflow."""
+        """The tracking target for the trainer."""
         return MlflowTarget(
             tracking_uri=self.uri,
             experiment=self.experiment,
@@ -83,11 +84,12 @@ class MlflowResource(dg.ConfigurableResource):
 
     @contextmanager
     def closing_open_runs(self, context: dg.AssetExecutionContext) -> Iterator[None]:
-        """On leaving with an error, end what the trainer left RUNNING: KILLED when cancelled, FAILED otherwise.
+        """On an error, end runs that the trainer left RUNNING: KILLED if canceled, FAILED otherwise.
 
-        An interrupt without a cancel, such as an eviction of this process, closes nothing: the training may continue.
+        An interrupt without cancellation, such as an eviction of this process, closes nothing: the training may
+        continue.
         """
-        from resources.kubernetes.steps import is_being_cancelled  # not at loading: a laptop needs no kubernetes
+        from resources.kubernetes.steps import is_being_cancelled  # not at module level: a laptop needs no kubernetes
 
         try:
             yield
@@ -98,14 +100,14 @@ class MlflowResource(dg.ConfigurableResource):
                         if dagster_run_id == context.run.run_id:
                             self.close_run(run_id, "KILLED" if cancelled else "FAILED")
             except Exception as failure:
-                context.log.warning(f"Could not close this run's MLflow runs; a sensor tries again: {failure}")
+                context.log.warning(f"Could not close this run's MLflow runs; a sensor will retry: {failure}")
             raise
 
     def running(self) -> dict[str, str]:
         """Ids of the newest runs that MLflow shows as RUNNING, and of their Dagster runs.
 
-        Those of other instances of Dagster, which nobody here can close, must not hide the ones that matter: hence the
-        newest, in one page.
+        Returns one page of the newest, so that old runs of other Dagster instances, which cannot be closed here, do not
+        hide the relevant ones.
         """
         with self._connected() as client:
             experiment = client.get_experiment_by_name(self.experiment)
@@ -120,12 +122,12 @@ class MlflowResource(dg.ConfigurableResource):
             return {run.info.run_id: run.data.tags[RUN_ID_TAG] for run in found}
 
     def close_run(self, run_id: str, status: str, ended_at: float | None = None) -> None:
-        """End a run, now or as of then in seconds since the epoch."""
+        """End a run, now or at the given time in seconds since the epoch."""
         with self._connected() as client:
             client.set_terminated(run_id, status, None if ended_at is None else int(1000 * ended_at))
 
     def run_link(self, run_id: str | None) -> dg.MetadataValue:
-        """Where a person finds the run: a link where a server shows it, otherwise its id."""
+        """A link to the run if a server shows it, otherwise its id."""
         if run_id is None:
             return dg.MetadataValue.text("not tracked")
         try:
@@ -133,12 +135,12 @@ class MlflowResource(dg.ConfigurableResource):
                 return dg.MetadataValue.text(run_id)
             experiment = self.client().get_run(run_id).info.experiment_id
         except Exception as error:
-            # The model is stored by now: a server that is away must not fail its materialization.
-            return dg.MetadataValue.text(f"{run_id}; MLflow did not answer: {error}")
+            # The model is already stored: an unavailable server must not fail its materialization.
+            return dg.MetadataValue.text(f"{run_id}; MLflow did not respond: {error}")
         return dg.MetadataValue.url(f"{self.uri}/#/experiments/{experiment}/runs/{run_id}")
 
     def find_version(self, model_digest: str) -> "ModelVersion | None":
-        """The newest registered version that carries the digest."""
+        """The newest registered version with this digest."""
         with self._connected() as client:
             versions = client.search_model_versions(
                 f"name = '{self.registered_model}' and tags.model_digest = '{model_digest}'"
@@ -159,9 +161,9 @@ class MlflowResource(dg.ConfigurableResource):
             return version.tags.get("model_digest")
 
     def record_decision(self, model_digest: str, verdict: Verdict, dagster_run_id: str) -> str | None:
-        """Write the gate's decision on the model's version; the champion alias moves only when it passed.
+        """Write the gate's decision on the model's version; the champion alias moves only if the gate passed.
 
-        Returns the registered version's number, or None where the model was never registered.
+        Returns the registered version's number, or None if the model was never registered.
         """
         version = self.find_version(model_digest)
         if version is None:
@@ -179,16 +181,16 @@ class MlflowResource(dg.ConfigurableResource):
             stored = client.get_model_version(self.registered_model, version.version)
             if not tags.items() <= stored.tags.items() or (verdict.passed and CHAMPION_ALIAS not in stored.aliases):
                 raise RuntimeError(
-                    f"MLflow accepted the decision on version {version.version} and does not have it: the version's "
-                    f"tags are {stored.tags}, its aliases {stored.aliases}."
+                    f"MLflow accepted the decision on version {version.version} but did not store it: the version's "
+                    "tags are {stored.tags}, its aliases {stored.aliases}."
                 )
             return str(version.version)
 
 
 class LocalMlflow(MlflowResource):
-    """A sqlite file and a folder of artifacts; `mlflow ui --backend-store-uri` on the file shows them."""
+    """A SQLite file and an artifact folder; `mlflow ui --backend-store-uri` shows them."""
 
-    path: str = Field(default=".cifar/mlflow", description="Folder of the database and the artifacts.")
+    path: str = Field(default=".cifar/mlflow", description="Folder for the database and the artifacts.")
 
     @property
     def uri(self) -> str:
@@ -198,7 +200,7 @@ class LocalMlflow(MlflowResource):
         return (Path(self.path).resolve() / "artifacts").as_uri()
 
     def running(self) -> dict[str, str]:
-        # looking would make the database, and without its folder take minutes to fail
+        # a query would create the database, and without its folder take minutes to fail
         return super().running() if (Path(self.path) / "mlflow.db").exists() else {}
 
     def prepare(self) -> None:
@@ -206,7 +208,7 @@ class LocalMlflow(MlflowResource):
 
 
 class MlflowServer(MlflowResource):
-    """A tracking server, its artifacts proxied, so that trainers need no credentials of the artifact store."""
+    """A tracking server with proxied artifacts, so that trainers need no credentials for the artifact store."""
 
     tracking_uri: str = Field(description="Address of the server, such as http://mlflow.cifar.svc:5000.")
 

@@ -14,15 +14,15 @@ PROCESSED_BUCKET = "processed-data"
 MODELS_BUCKET = "models"
 DATA_BUCKETS = (RAW_BUCKET, PROCESSED_BUCKET, MODELS_BUCKET)
 MLFLOW_BUCKET = "mlflow"
-"""Used by the tracking server alone."""
+"""Used only by the tracking server."""
 LOGS_BUCKET = "dagster-logs"
-"""Where Dagster in the cluster keeps what steps print."""
+"""Compute logs of Dagster in the cluster."""
 
 
 def open_store(uri: str) -> ObjectStore:
     """The store rooted at a `file:///folder` or `s3://bucket/prefix` URI. Opens no connection.
 
-    S3 takes its settings from the AWS_... variables of docs/kubernetes.md. ConfigError for any other address.
+    S3 settings are read from the AWS_... variables in docs/kubernetes.md. ConfigError for any other address.
     """
     scheme, _, path = uri.partition("://")
     if scheme == "file":
@@ -32,6 +32,6 @@ def open_store(uri: str) -> ObjectStore:
 
         return S3Store.from_environment(path)
     raise ConfigError(
-        f"Cannot open {uri!r}: expected file:///folder or s3://bucket/prefix, without credentials in it. Set those in "
-        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        f"Cannot open {uri!r}: expected file:///folder or s3://bucket/prefix, without credentials in it. Set "
+        "credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
     )

@@ -1,4 +1,4 @@
-"""The one interface behind which a folder and an S3 bucket look alike."""
+"""The common interface of folder and S3 object stores."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from resources.errors import IntegrityError
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One object in a listing: key relative to the store's root, size in bytes, content tag, time stored."""
+    """One object in a listing: key relative to the store's root, size in bytes, etag, modification time."""
 
     key: str
     size: int
@@ -24,8 +24,8 @@ class ObjectInfo:
 class ObjectStore(ABC):
     """Objects under one root. Keys are relative to it, with forward slashes.
 
-    A write is atomic: a reader sees the old object or the whole new one. Missing objects raise ObjectNotFoundError,
-    faults of the store StoreError; both name the object's URI.
+    Writes are atomic: a reader sees either the old object or the complete new one. Missing objects raise
+    ObjectNotFoundError, store faults StoreError; both name the object's URI.
     """
 
     @abstractmethod
@@ -37,7 +37,7 @@ class ObjectStore(ABC):
         """The same store rooted at a prefix. At the top of an S3 store the first segment is the bucket."""
 
     def bucket(self, name: str) -> "ObjectStore":
-        """The bucket of this name, which S3 may know by a name with a prefix."""
+        """The bucket with this name, to which S3 stores may add a prefix."""
         return self.at(name)
 
     def read(self, key: str) -> bytes:
@@ -63,36 +63,36 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
-        """Write the object's content to a file, atomically; parent folders are made."""
+        """Write the object's content to a file, atomically; parent folders are created."""
 
     @abstractmethod
     def stat(self, key: str) -> ObjectInfo | None:
-        """The object's info, or None where there is no such object."""
+        """The object's info, or None if it does not exist."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every object whose key starts with the prefix, in key order, however many there are."""
+        """All objects whose key starts with the prefix, in key order."""
 
     @abstractmethod
     def delete(self, key: str, etag: str | None = None) -> bool:
-        """Remove the object; a missing one is not an error. With an etag, only an object that still has it.
+        """Remove the object; a missing one is not an error. With an etag, remove only an object that still has it.
 
-        False where the object was replaced and therefore stays.
+        False if the object was replaced and is therefore kept.
         """
 
     @abstractmethod
     def copy(self, key: str, to_key: str, etag: str | None = None) -> None:
-        """Store the object under another key. With an etag, ObjectChangedError for an object that has another one."""
+        """Copy the object to another key. With an etag, ObjectChangedError if the object has another one."""
 
     @abstractmethod
     def touch(self, key: str) -> None:
-        """Set the time stored to now, content unchanged."""
+        """Set the modification time to now; the content is unchanged."""
 
     def exists(self, key: str) -> bool:
         return self.stat(key) is not None
 
     def local_path(self, key: str) -> Path | None:
-        """The file behind the object where the store is a folder, so that it can be memory-mapped; otherwise None."""
+        """The object's file if the store is a folder, so that it can be memory-mapped; otherwise None."""
         return None
 
     def read_verified(self, key: str, sha256: str) -> bytes:
@@ -112,5 +112,5 @@ class ObjectStore(ABC):
     def _changed(self, key: str, expected: str, found: str) -> IntegrityError:
         return IntegrityError(
             f"{self.uri(key)}: expected sha256 {expected}, got {found}. "
-            "The object was changed or cut off after it was written: restore it, or materialize its asset again."
+            "The object was changed or truncated after it was written: restore it, or materialize its asset again."
         )

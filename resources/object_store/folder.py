@@ -1,4 +1,4 @@
-"""An object store in a folder: what a laptop uses in place of MinIO."""
+"""An object store in a folder, used on a laptop instead of MinIO."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ TEMPORARY_PREFIX = ".writing-"
 class FolderStore(ObjectStore):
     """Keys are paths below `root`. Writes go to a temporary file in the same folder and are renamed into place.
 
-    A link to a file is an object: people put a dataset into the landing zone by `ln -s`.
+    A link to a file is an object, so that a dataset can be put into the landing zone with `ln -s`.
     """
 
     def __init__(self, root: Path):
@@ -76,7 +76,7 @@ class FolderStore(ObjectStore):
                 try:
                     yield self._info(key, self.root / key)
                 except OSError as error:
-                    # removed since, or a link to nothing, through a file or to itself
+                    # removed meanwhile, or a broken link
                     if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                         raise StoreError(f"Could not list {self.root / key}: {error.strerror}.") from error
 
@@ -96,7 +96,7 @@ class FolderStore(ObjectStore):
         def fill(file: BinaryIO) -> None:
             shutil.copyfileobj(source, file)
             if etag is not None and _etag(os.fstat(source.fileno())) != etag:
-                raise ObjectChangedError(f"{self.uri(key)} was replaced since it was looked at.", transient=True)
+                raise ObjectChangedError(f"{self.uri(key)} was replaced since it was checked.", transient=True)
 
         with self.open(key) as source:
             write_atomically(self._target(to_key), fill)
@@ -127,10 +127,10 @@ def _etag(status: os.stat_result) -> str:
 
 
 def _remove_unchanged(path: Path, etag: str) -> bool:
-    """Remove a file that still has the etag.
+    """Remove a file if it still has the etag.
 
-    It is set aside first, so that what is looked at is what is removed. What a process that is killed here leaves is an
-    object, under the other name.
+    It is renamed first, so that the checked file is the one that is removed. If the process is killed here, the file
+    remains an object under the other name.
     """
     aside = path.with_name(f"removing-{uuid.uuid4().hex}{path.suffix[:20]}")
     try:

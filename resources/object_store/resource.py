@@ -1,4 +1,4 @@
-"""Where data and models are kept: a folder on a laptop, MinIO in a cluster, the same keys in both."""
+"""The store for data and models: a folder on a laptop, MinIO in a cluster, with the same keys."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 class ObjectStoreResource(dg.ConfigurableResource):
-    """Gives the stores of the three data buckets, and what a child process or pod needs to open the same ones."""
+    """Provides the stores of the three data buckets, and the environment for a child process or pod to open them."""
 
     @abstractmethod
     def root(self) -> ObjectStore:
-        """The store above the buckets. Opens no connection."""
+        """The store that contains the buckets. Opens no connection."""
 
     @abstractmethod
     def child_environment(self) -> dict[str, str]:
         """Environment variables with which `open_store` reaches this store's URIs from another process."""
 
     def ensure_buckets(self) -> None:
-        """Create buckets that are missing, where the store has such a thing."""
+        """Create missing buckets, if the store has buckets."""
 
     @property
     def raw(self) -> ObjectStore:
@@ -49,10 +49,10 @@ class ObjectStoreResource(dg.ConfigurableResource):
 
 
 class LocalObjectStore(ObjectStoreResource):
-    """A folder with one subfolder a bucket."""
+    """A folder with one subfolder per bucket."""
 
     path: str = Field(
-        default=".cifar/store", description="Folder that holds the buckets; relative to the working folder."
+        default=".cifar/store", description="Folder that contains the buckets; relative to the working directory."
     )
 
     def root(self) -> FolderStore:
@@ -63,7 +63,7 @@ class LocalObjectStore(ObjectStoreResource):
 
 
 class MinioObjectStore(ObjectStoreResource):
-    """MinIO, or any store that speaks S3."""
+    """MinIO, or any S3-compatible store."""
 
     endpoint_url: str = Field(
         default="", description="Scheme, host and port, such as http://minio.cifar.svc:9000; no path."
@@ -71,13 +71,13 @@ class MinioObjectStore(ObjectStoreResource):
     access_key: str = Field(default="", description="Access key; bind it with EnvVar.")
     secret_key: str = Field(default="", description="Secret key; bind it with EnvVar.")
     session_token: str = Field(default="", description="Token of temporary credentials; bind it with EnvVar.")
-    region: str = Field(default="", description="Region that requests are signed for; by default the endpoint's.")
+    region: str = Field(default="", description="Region for signing requests; by default the endpoint's.")
     addressing: str = Field(
         default="auto",
-        description="Where the bucket is named: path, virtual (in the host) or auto (as AWS wants it).",
+        description="How URLs contain the bucket: path, virtual (in the host name) or auto (as AWS requires).",
     )
     bucket_prefix: str = Field(
-        default="", description="Put before the name of every bucket; names of buckets are unique in all of S3."
+        default="", description="Prefix of all bucket names; bucket names are globally unique in S3."
     )
 
     def root(self) -> "S3Store":

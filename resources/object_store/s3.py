@@ -1,4 +1,4 @@
-"""An object store in S3 (MinIO or any other server that speaks it)."""
+"""An object store in S3 (MinIO or any other compatible server)."""
 
 import io
 import re
@@ -25,33 +25,33 @@ _CHUNK_BYTES = 1 << 20
 _NOT_FOUND = ("NoSuchKey", "NoSuchObject", "NotFound")
 _BUCKET_EXISTS = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
 _AGAIN_CODES = ("NoSuchUpload", "OperationAborted", "RequestTimeout")
-"""Of answers after which to store the object once more. NoSuchUpload answers the client's second request to complete an
-upload when the first did so, but its answer was lost."""
+"""Error codes after which to store the object again. NoSuchUpload is the response to the client's second request to
+complete an upload if the first one succeeded but its response was lost."""
 _TRANSIENT_CODES = (*_AGAIN_CODES, "PreconditionFailed")
-"""Of answers that the client does not try again. A replaced object can be read from its beginning."""
+"""Transient error codes that the client does not retry. A replaced object can be read from its beginning."""
 _ADVICE = {
     "AccessDenied": "The credentials are known but not allowed to do this: check the policy of AWS_ACCESS_KEY_ID.",
     "InvalidAccessKeyId": "AWS_ACCESS_KEY_ID is not known to this server: check it, and the endpoint.",
-    "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID: check it for a typing "
-    "error or a line break at its end.",
+    "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID: check it for a typo or a "
+    "trailing line break.",
     **dict.fromkeys(
         ("ExpiredToken", "InvalidToken", "InvalidTokenId"),
         "AWS_SESSION_TOKEN is missing, expired, or belongs to other keys: renew all three.",
     ),
     "RequestTimeTooSkewed": "The clocks of this machine and of the server differ by over 15 minutes: correct them.",
-    "NoSuchBucket": "The bucket does not exist: make it, or correct the name in the s3:// address.",
-    "InvalidBucketName": "The bucket's name is not allowed: 3 to 63 lower-case letters, digits, dots and hyphens.",
+    "NoSuchBucket": "The bucket does not exist: create it, or correct the name in the s3:// address.",
+    "InvalidBucketName": "The bucket's name is not allowed: 3 to 63 lowercase letters, digits, dots and hyphens.",
     "PreconditionFailed": "The object was replaced while it was being read: read it again.",
     "XMinioStorageFull": "The server's disk is full: free some space.",
-    "BadRequest": "The server may speak TLS: use https:// in AWS_ENDPOINT_URL then.",
+    "BadRequest": "The server may expect TLS: if so, use https:// in AWS_ENDPOINT_URL.",
     "AuthorizationHeaderMalformed": "The server expects another region: set AWS_REGION to the one in the message.",
 }
 
 
 class S3Store(ObjectStore):
-    """Objects of one bucket below a prefix, or, rooted at nothing, a store whose keys start with a bucket's name.
+    """Objects of one bucket below a prefix or, without a root, a store whose keys start with a bucket's name.
 
-    The client tries again when a connection fails or a server is overloaded; a download continues where it stopped.
+    The client retries if a connection fails or a server is overloaded; an interrupted download is resumed.
     """
 
     def __init__(self, connection: S3Connection, path: str = "", client: S3Client | None = None):
@@ -75,7 +75,7 @@ class S3Store(ObjectStore):
         return S3Store(self._connection, self._join(prefix.strip("/")), self._client)
 
     def ensure_buckets(self, names: Iterable[str]) -> None:
-        """Make the buckets that do not exist yet. Another process may make the same one at the same time."""
+        """Create the buckets that do not exist yet. Another process may create the same one concurrently."""
         for name in names:
             with self._explaining(name):
                 try:
@@ -86,7 +86,7 @@ class S3Store(ObjectStore):
                         raise
 
     def open(self, key: str) -> BinaryIO:
-        # Spooled through the resuming download: a stream that breaks off cannot be read again by its user.
+        # Spooled through the resumable download: the caller cannot restart an interrupted stream.
         file = tempfile.SpooledTemporaryFile(max_size=PART_BYTES)  # noqa: SIM115
         try:
             self._copy_to(key, file)
@@ -147,12 +147,14 @@ class S3Store(ObjectStore):
             self._client.copy_object(*self._locate(to_key), CopySource(*place, match_etag=etag))
 
     def touch(self, key: str) -> None:
-        mark: dict[str, Any] = {"touched": str(time.time_ns())}  # S3 copies an object onto itself only with a change
+        mark: dict[str, Any] = {
+            "touched": str(time.time_ns())
+        }  # S3 copies an object onto itself only if something changes
         with self._located(key) as place:
             self._client.copy_object(*place, CopySource(*place), metadata=mark, metadata_directive=REPLACE)
 
     def _store(self, key: str, call: Callable[[str, str], object]) -> None:
-        """Make a call that stores the object whatever was there; the whole call again after a passing answer."""
+        """Make a call that overwrites the object; repeat the whole call after a transient error."""
         with self._located(key) as place:
             for attempt in range(ATTEMPTS):
                 try:
@@ -164,7 +166,7 @@ class S3Store(ObjectStore):
                 time.sleep(self._connection.pause_seconds * 2**attempt)
 
     def _copy_to(self, key: str, file: IO[bytes]) -> None:
-        """Write the object to the file, continuing where a transfer broke off as long as the object is the same."""
+        """Write the object to the file, resuming an interrupted transfer as long as the object is unchanged."""
         done, etag, attempts_left = 0, "", ATTEMPTS
         with self._located(key) as place:
             while True:
@@ -172,7 +174,7 @@ class S3Store(ObjectStore):
                 response = self._client.get_object(*place, offset=done, request_headers=headers)
                 etag = response.headers.get("ETag", etag)
                 try:
-                    # read would drop what arrived before the connection broke
+                    # read would drop the data that arrived before the connection broke
                     while chunk := response.read1(_CHUNK_BYTES):
                         file.write(chunk)
                         done += len(chunk)
@@ -202,7 +204,7 @@ class S3Store(ObjectStore):
 
     @contextmanager
     def _located(self, key: str) -> Iterator[tuple[str, str]]:
-        """The object's bucket and name, for a request whose errors are explained."""
+        """The object's bucket and name, for a request with explained errors."""
         place = self._locate(key)
         with self._explaining(key):
             yield place
@@ -223,9 +225,9 @@ class S3Store(ObjectStore):
         except (HTTPError, MinioException) as error:
             insecure = isinstance(getattr(error, "reason", None), SSLError)
             raise StoreError(
-                f"{place}: no answer of an S3 server in {ATTEMPTS} attempts ({error}). Check that it runs, that "
-                "AWS_ENDPOINT_URL names its scheme, host and port and not a web console, and for https:// that "
-                "AWS_CA_BUNDLE names its certificate authority.",
+                f"{place}: no response from an S3 server in {ATTEMPTS} attempts ({error}). Check that it is running, "
+                "that AWS_ENDPOINT_URL has its scheme, host and port and is not a web console, and for https:// that "
+                "AWS_CA_BUNDLE has its certificate authority.",
                 transient=(isinstance(error, HTTPError) and not insecure) or _is_overloaded(error),
             ) from error
         except OSError as error:
@@ -235,14 +237,16 @@ class S3Store(ObjectStore):
 
 
 def _is_overloaded(error: Exception) -> bool:
-    """Whether the server, or a proxy before it, answers that it cannot serve now."""
+    """Whether the server, or a proxy in front of it, responds that it is unavailable."""
     if isinstance(error, InvalidResponseError):
-        return re.search(r"Response code: (429|5\d\d)\b", str(error)) is not None  # it gives the status nowhere else
+        return (
+            re.search(r"Response code: (429|5\d\d)\b", str(error)) is not None
+        )  # the status is available nowhere else
     status = error.response.status if isinstance(error, S3Error) else getattr(error, "status_code", 0)
     return status in OVERLOADED
 
 
 def _info(key: str, found: Object) -> ObjectInfo:
     if found.last_modified is None:
-        raise StoreError(f"{key}: the server gave no time of change.")
+        raise StoreError(f"{key}: the server returned no modification time.")
     return ObjectInfo(key, found.size or 0, (found.etag or "").strip('"'), found.last_modified)

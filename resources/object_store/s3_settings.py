@@ -1,4 +1,4 @@
-"""How an S3 server is reached: the settings that AWS's own tools read from the environment, checked."""
+"""Connection settings for S3: the environment variables that AWS's tools read, validated."""
 
 import os
 import re
@@ -24,13 +24,13 @@ VARIABLES = {
     "addressing": ("AWS_S3_ADDRESSING_STYLE",),
     "bucket_prefix": ("CIFAR_BUCKET_PREFIX",),
 }
-"""The variables of each setting; the first that is set counts."""
+"""The variables of each setting; the first one that is set counts."""
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 CA_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE")
 _REFUSED = ("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT")
 ATTEMPTS = 5
 OVERLOADED = (429, 500, 502, 503, 504)
-"""Statuses of answers that the client tries again; the last of them is an error of its own."""
+"""HTTP statuses that the client retries; it has a separate error for the last attempt."""
 
 _EXPECTED = {
     "endpoint_url": (r"https?://[^/?#@\s]+/?", "http://host:port or https://host:port, without path, query or user"),
@@ -38,30 +38,30 @@ _EXPECTED = {
     "addressing": ("auto|path|virtual", "auto, path or virtual"),
     "bucket_prefix": (
         "[a-z0-9][a-z0-9-]{0,48}",
-        "at most 49 lower-case letters, digits and hyphens, the first not a hyphen, such as my-team-",
+        "at most 49 lowercase letters, digits and hyphens, not starting with a hyphen, such as my-team-",
     ),
 }
 
 
 def main_variable(key: str) -> str:
-    """The variable that errors name, and that other processes are given: the one without a qualifier."""
+    """The variable for errors and for child processes: the one without a qualifier."""
     return min(VARIABLES[key], key=len)
 
 
 def variables_set(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variable that gives each setting, without the settings that no variable gives.
+    """The variable that sets each setting, without unset ones.
 
-    ConfigError for a switch of AWS's tools that would be ignored.
+    ConfigError for an option of AWS's tools that would be ignored.
     """
     for name in _REFUSED:
         if environment.get(name, "").lower() in ("1", "true"):
-            raise ConfigError(f"{name} is not supported: unset it, and name the endpoint in AWS_ENDPOINT_URL.")
+            raise ConfigError(f"{name} is not supported: unset it, and set the endpoint in AWS_ENDPOINT_URL.")
     found = {key: [name for name in names if environment.get(name)] for key, names in VARIABLES.items()}
     return {key: names[0] for key, names in found.items() if names}
 
 
 class S3Client(Minio):
-    """The client with the conditional requests that it has no public methods for."""
+    """The client with conditional requests, for which it has no public methods."""
 
     def put_new(self, bucket: str, name: str, data: bytes) -> None:
         self._put_object(bucket, name, data, {"If-None-Match": "*", "Content-Type": "application/octet-stream"})
@@ -112,7 +112,7 @@ class S3Connection:
         return self.endpoint_url.startswith("https:")
 
     def client(self) -> S3Client:
-        """A client; nothing is connected yet. ConfigError for an address that cannot be one."""
+        """A client, not yet connected. ConfigError for an invalid address."""
         try:
             client = S3Client(
                 self.host,
@@ -120,13 +120,13 @@ class S3Connection:
                 secret_key=self.secret_key,
                 session_token=self.session_token or None,
                 secure=self.secure,
-                # AWS's host names hold the region; other servers say which they expect.
+                # AWS's host names contain the region; other servers say which one they expect.
                 region=self.region or (None if ".amazonaws.com" in self.host else "us-east-1"),
                 http_client=self.pool(),
             )
         except ValueError as error:
             raise ConfigError(
-                f"AWS_ENDPOINT_URL is {self.endpoint_url!r}: it, or the proxy for it, is not an address: {error}."
+                f"AWS_ENDPOINT_URL is {self.endpoint_url!r}: it, or its proxy, is not a valid address: {error}."
             ) from None
         if self.addressing == "virtual":
             client.enable_virtual_style_endpoint()
@@ -135,7 +135,7 @@ class S3Connection:
         return client
 
     def pool(self) -> urllib3.PoolManager:
-        """Connections that try again, trust AWS_CA_BUNDLE and use the proxy of the environment."""
+        """Connections with retries that trust AWS_CA_BUNDLE and use the proxy from the environment."""
         retries = Retry(
             ATTEMPTS - 1,
             redirect=False,

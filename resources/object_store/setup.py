@@ -1,7 +1,7 @@
 """Buckets, users and policies of the platform's MinIO: `python -m resources.object_store.setup FOLDER`.
 
-The folder has one file per role with its user's secret key, as a mounted Secret has. Running it again brings keys and
-policies up to date. The AWS_... variables name MinIO and its root user.
+The folder has one file per role with its user's secret key, like a mounted Secret. Running it again updates keys and
+policies. The AWS_... variables name MinIO and its root user.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ROLES: dict[str, dict[str, tuple[str, ...]]] = {
     "pipeline": {RAW_BUCKET: _READ, PROCESSED_BUCKET: _READ, MODELS_BUCKET: _ADD, _CHECKPOINTS: _CHANGE},
     "mlflow": {MLFLOW_BUCKET: _CHANGE},
 }
-"""What each role may do with the objects of a bucket, or of a prefix in it. It may list each of these buckets."""
+"""Allowed actions of each role on the objects of a bucket, or of a prefix in it. A role may also list these buckets."""
 
 
 def user_of(role: str) -> str:
@@ -59,13 +59,15 @@ def policy_of(role: str, bucket_prefix: str = "") -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make what is missing on the server that the AWS_... variables name; give every role's user its key and policy."""
+    """Create what is missing on the server that the AWS_... variables name; set every role's key and policy."""
     parser = argparse.ArgumentParser(prog="python -m resources.object_store.setup", description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder with a file per role that holds its secret key")
+    parser.add_argument("folder", type=Path, help="folder with one file per role that contains its secret key")
     folder: Path = parser.parse_args(arguments).folder
     try:
         if missing := [role for role in ROLES if not (folder / role).is_file()]:
-            raise ConfigError(f"{folder} has no file {', '.join(missing)}: each holds the secret key of a role's user.")
+            raise ConfigError(
+                f"{folder} has no file {', '.join(missing)}: each contains the secret key of a role's user."
+            )
         connection = S3Connection.from_environment()
         prefix = connection.bucket_prefix
         S3Store(connection).ensure_buckets(prefix + name for name in ALL_BUCKETS)

@@ -1,4 +1,4 @@
-"""Kubeflow PyTorchJobs from Dagster: a Pipes client, and the parts it is made of. See docs/pytorch_job.md."""
+"""Kubeflow PyTorchJobs from Dagster: a Pipes client and its parts. See docs/pytorch_job.md."""
 
 from resources.kubernetes.errors import ResourceFailedError, SettingsError
 from resources.kubernetes.job import JobState

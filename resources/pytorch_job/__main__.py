@@ -14,7 +14,7 @@ COMMAND = "python -m resources.pytorch_job"
 
 
 def build(name: str, namespace: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The PyTorchJob of a settings file."""
+    """The PyTorchJob for a settings file."""
     return build_pytorch_job_manifest(PyTorchJobConfig(**config), name=name, namespace=namespace)
 
 

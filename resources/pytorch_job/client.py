@@ -31,7 +31,7 @@ _PASSING = {
 
 
 class PyTorchJob(Job):
-    """One stored PyTorchJob."""
+    """A stored PyTorchJob."""
 
     kind, slug, longest_suffix = KIND, "pytorch-job", LONGEST_SUFFIX
 
@@ -68,11 +68,11 @@ build_pytorch_job_collector = functools.partial(build_job_collector, PyTorchJob)
 
 
 def read_status(status: Mapping[str, Any] | None) -> JobStatus:
-    """State of a job from its `status`, which the operator fills only some time after the job exists.
+    """State of a job from its `status`, which the operator fills only some time after the job is created.
 
-    A final condition decides, wherever it stands in the list: the operator leaves an older Running one true beside it.
-    Failed wins over Succeeded, as the operator writes it last when a job exceeds a limit while it ends. Otherwise the
-    condition that changed last decides; conditions that are no longer true do not count.
+    A final condition decides, wherever it is in the list: the operator leaves an older Running condition true beside
+    it. Failed wins over Succeeded, because the operator writes it last if a job exceeds a limit while it ends.
+    Otherwise the condition that changed last decides; conditions that are no longer true do not count.
     """
     conditions: Sequence[Mapping[str, Any]] = (status or {}).get("conditions") or []
     held = [condition for condition in conditions if condition.get("status") == "True"]

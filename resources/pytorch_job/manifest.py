@@ -1,4 +1,4 @@
-"""The PyTorchJob as a mapping, from typed settings. Pure: no connection, no clock, inputs left as they are."""
+"""Builds the PyTorchJob as a mapping, from typed settings. Pure: no connection, no clock, inputs unchanged."""
 
 import copy
 from collections.abc import Mapping
@@ -29,10 +29,10 @@ def build_pytorch_job_manifest(
     labels: Mapping[str, str] | None = None,
     annotations: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The whole custom resource. `env` and `labels` join those of the settings in every replica.
+    """The complete custom resource. `env` and `labels` are added to those of the settings in every replica.
 
-    SettingsError for a name that the operator, or a pod or service named after it, would not take, and for pod
-    overrides that would leave the operator without its container.
+    SettingsError for a name that is invalid for the operator or for a pod or service named after it, and for pod
+    overrides that would remove the operator's container.
     """
     check_name(KIND, name, f"{name}-worker-{max(config.replicas - 1, 0)}")
     all_labels = {**config.labels, **(labels or {})}
@@ -104,8 +104,8 @@ def _container(config: PyTorchJobConfig) -> dict[str, Any]:
 def _pod(config: PyTorchJobConfig) -> dict[str, Any]:
     tolerations = [{"operator": "Equal" if "value" in each else "Exists", **each} for each in config.tolerations]
     return {
-        # The operator looks at its own deadline only when something else happens to the job (1.9.4 puts the reminder
-        # into a queue that nobody reads). A pod's deadline is the kubelet's: it makes that something happen.
+        # The operator checks its deadline only when something else happens to the job (1.9.4 puts the reminder into a
+        # queue that nobody reads). A pod's deadline is enforced by the kubelet, which triggers that check.
         "active_deadline_seconds": config.run_policy.active_deadline_seconds,
         "automount_service_account_token": False,
         "termination_grace_period_seconds": config.termination_grace_seconds,

@@ -1,1 +1,1 @@
-"""Where a training runs: a process on this machine or a job in a cluster, behind one interface."""
+"""Trainers: a local process or a job in a cluster, with the same interface."""

@@ -1,4 +1,4 @@
-"""What a trainer and those who start it agree on. Needs no Dagster."""
+"""The contract between a trainer and the process that starts it. Needs no Dagster."""
 
 from abc import ABC, abstractmethod
 
@@ -7,32 +7,34 @@ from pydantic import BaseModel, Field
 from resources.mlflow.target import MlflowTarget
 
 JOB_SPEC_VARIABLE = "CIFAR_JOB_SPEC"
-"""Environment variable that holds the trainer's job spec, as JSON."""
+"""Environment variable with the trainer's job spec as JSON."""
 
 PIPES_PREFIX = "pipes/"
-"""Where in the models bucket the Pipes messages of trainings are, in one folder for each job below `messages/`."""
+"""Key prefix in the models bucket for the Pipes messages of trainings, in one folder per job below `messages/`."""
 
 EXIT_BAD_SPEC = 2
-"""The process refuses what it was given: no other attempt helps."""
+"""The process rejects its job spec: no other attempt helps."""
 EXIT_RESUME = 143
-"""The trainer was told to stop, or lost what it needs; it continues when started again with the same spec.
+"""The trainer was asked to stop, or lost something it needs; it continues if started again with the same spec.
 
-128 + SIGTERM. Dagster tries a step again that ended with it. To the restart policies in force (OnFailure in PyTorchJobs
-of Dagster, Never in Argo's) it is a failure like any other. Dagster gives up a job that ended with EXIT_BAD_SPEC.
+128 + SIGTERM. Dagster retries a step that ended with it. For the restart policies in use (OnFailure in PyTorchJobs of
+Dagster, Never in Argo's) it is an ordinary failure. Dagster abandons a job that ended with EXIT_BAD_SPEC.
 """
 
 
 class TrainingSpec(BaseModel, ABC):
-    """One training job, complete. What is trained, and how, is the subclass's."""
+    """A complete training job. A subclass defines what is trained, and how."""
 
-    mlflow: MlflowTarget | None = Field(default=None, description="Where to track the training; none tracks nothing.")
+    mlflow: MlflowTarget | None = Field(
+        default=None, description="Where to track the training; by default it is not tracked."
+    )
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the names of its jobs in a cluster begin with."""
+        """Prefix of its job names in a cluster."""
 
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Digest of what decides the weights. Checkpoints are found by it, so the same job continues them."""
+        """Digest of everything that determines the weights. It identifies checkpoints: the same job continues them."""

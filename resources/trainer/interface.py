@@ -1,4 +1,4 @@
-"""What every way of running a training has in common: its scale, its result, and the messages it sends meanwhile."""
+"""The interface of all trainers: the scale, the result, and the messages sent during a training."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ from resources.trainer.contract import TrainingSpec
 
 
 class TrainingScale(dg.Config):
-    """How many processes train, and what each replica is given. A field left out is the trainer's own setting.
+    """Number of processes, and resources of each replica. An omitted field uses the trainer's setting.
 
-    The local trainer heeds the numbers of processes; its own are 1.
+    The local trainer uses only the numbers of processes, which default to 1.
     """
 
     replicas: int | None = Field(default=None, ge=1, le=64, description="Pods: one master, the others workers.")
@@ -27,7 +27,7 @@ class TrainingScale(dg.Config):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a finished training says of itself; everything else is read from the stored model."""
+    """The result of a finished training; everything else is read from the stored model."""
 
     model_digest: str
     model_uri: str
@@ -46,13 +46,13 @@ class TrainingMessages:
         self._result: TrainingResult | None = None
 
     def handle_new(self, messages: Sequence[Any]) -> None:
-        """Handle those of all messages so far that were not handled before."""
+        """Handle all messages received so far that were not handled before."""
         for message in messages[self._num_handled :]:
             self.handle(message)
         self._num_handled = len(messages)
 
     def handle(self, message: Any) -> None:
-        """Handle the next message. One of no known type is ignored."""
+        """Handle the next message. Unknown types are ignored."""
         match message:
             case {"type": "epoch", **metrics}:
                 description = f"Epoch {metrics.get('epoch')} of {metrics.get('epochs')}"
@@ -64,10 +64,10 @@ class TrainingMessages:
                 self._result = TrainingResult(**known)
 
     def result(self) -> TrainingResult:
-        """The final message. TrainingError when the trainer ended without one."""
+        """The result message. TrainingError if the trainer ended without one."""
         if self._result is None:
             raise TrainingError(
-                "The trainer ended without reporting a model. Its log (stdout of this step) has the reason; "
+                "The trainer ended without reporting a model. See its log (stdout of this step); "
                 "materialize trained_model again to continue from its last checkpoint."
             )
         return self._result
@@ -78,7 +78,7 @@ class TrainerResource(dg.ConfigurableResource):
 
     module: str = Field(
         default="cifar_assets.training",
-        description="Python module that trains; its submodule `launch` starts several processes that train together.",
+        description="Python module of the trainer; its submodule `launch` starts several processes.",
     )
 
     @abstractmethod
@@ -91,6 +91,6 @@ class TrainerResource(dg.ConfigurableResource):
     ) -> TrainingResult:
         """Train to the end and return the result.
 
-        `child_environment` lets the job open the object store. Raises TrainingError with the reason when the job fails;
-        cancelling the Dagster run ends the job.
+        `child_environment` lets the job open the object store. Raises TrainingError with the reason if the job fails;
+        canceling the Dagster run ends the job.
         """

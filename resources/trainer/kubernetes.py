@@ -22,14 +22,12 @@ from resources.trainer.interface import TrainerResource, TrainingMessages, Train
 class KubernetesTrainer(TrainerResource):
     """Runs the trainer image as a PyTorchJob and relays its messages.
 
-    A failed job is dg.Failure with cause, exit code and log tails as metadata; it allows a retry only where the cause
-    lies outside of the training.
+    A failed job is dg.Failure with cause, exit code and log tails as metadata; it allows a retry only if the cause is
+    outside the training.
     """
 
     object_store: dg.ResourceDependency[ObjectStoreResource]
-    job: PyTorchJobConfig = Field(
-        description="What all jobs have in common; the asset's config may change their scale."
-    )
+    job: PyTorchJobConfig = Field(description="Settings of all jobs; the asset's config may change their scale.")
     namespace: str = Field(description="Namespace of the jobs.")
     kubeconfig_file: str | None = Field(default=None, description="By default the service account or KUBECONFIG.")
     store_endpoint_url: str | None = Field(
@@ -37,13 +35,13 @@ class KubernetesTrainer(TrainerResource):
     )
     mlflow_tracking_uri: str | None = Field(default=None, description="Address of MLflow for pods, if it differs.")
     unschedulable_timeout_seconds: float = Field(
-        default=600.0, gt=0, description="How long a pod may wait for a node that has room for it."
+        default=600.0, gt=0, description="How long a pod may wait for a node with enough resources."
     )
     blocked_timeout_seconds: float = Field(
         default=180.0, gt=0, description="How long to wait for an image that cannot be pulled, or a missing Secret."
     )
     start_timeout_seconds: float = Field(
-        default=1800.0, gt=0, description="How long a pod may take to start while nothing is wrong."
+        default=1800.0, gt=0, description="How long a pod may take to start if there is no error."
     )
 
     def train(
@@ -56,7 +54,7 @@ class KubernetesTrainer(TrainerResource):
         messages = TrainingMessages(context)
 
         def on_message(payload: Any, replayed: bool) -> None:
-            # An epoch that this Dagster run has recorded already is not observed twice; the result always counts.
+            # An epoch that this Dagster run has already recorded is not observed again; the result always counts.
             if not (replayed and isinstance(payload, Mapping) and payload.get("type") == "epoch"):
                 messages.handle(payload)
 
@@ -74,12 +72,12 @@ class KubernetesTrainer(TrainerResource):
     def job_config(
         self, spec: TrainingSpec, scale: TrainingScale, child_environment: Mapping[str, str]
     ) -> PyTorchJobConfig:
-        """Settings of one training's job. ConfigError when the pods would have no credentials for the store."""
+        """Settings of one training's job. ConfigError if the pods would have no credentials for the store."""
         env = {name: value for name, value in child_environment.items() if name not in CREDENTIALS}
         if len(env) < len(child_environment) and not self.job.env_secrets:
             raise ConfigError(
-                "The trainer's job has no Secret with the object store's credentials: name it in job.env_secrets, with "
-                f"the keys {' and '.join(CREDENTIALS[:2])}. They are never written into a manifest."
+                "The trainer's job has no Secret with the object store's credentials: list it in job.env_secrets, "
+                "with the keys {' and '.join(CREDENTIALS[:2])}. They are never written into a manifest."
             )
         if self.store_endpoint_url:
             env["AWS_ENDPOINT_URL"] = self.store_endpoint_url
@@ -92,7 +90,7 @@ class KubernetesTrainer(TrainerResource):
         try:
             return PyTorchJobConfig(**settings)
         except ValidationError as error:
-            raise ConfigError(f"The scale of trained_model asks for a job that cannot be: {error}") from error
+            raise ConfigError(f"The scale of trained_model is not valid for a job: {error}") from error
 
     def pipes_client(self) -> PipesPyTorchJobClient:
         return PipesPyTorchJobClient(
@@ -103,7 +101,7 @@ class KubernetesTrainer(TrainerResource):
         )
 
     def limits(self) -> WatchLimits:
-        """How long to wait, and after which exit codes another attempt may help: EXIT_RESUME, and that of SIGKILL."""
+        """How long to wait, and the exit codes after which another attempt may help: EXIT_RESUME and SIGKILL's."""
         return WatchLimits(
             unschedulable_timeout_seconds=self.unschedulable_timeout_seconds,
             blocked_timeout_seconds=self.blocked_timeout_seconds,
@@ -117,7 +115,7 @@ class KubernetesTrainer(TrainerResource):
         return PyTorchJobClient.production(self.kubeconfig_file)
 
     def collector_target(self) -> CollectorTarget:
-        """Where the collector sensor looks for what ended runs left behind."""
+        """The job client and message store for the collector sensor."""
         return CollectorTarget(self.connect(), self.namespace, self.object_store.models.at(PIPES_PREFIX))
 
     def _spec_for_pods(self, spec: TrainingSpec) -> TrainingSpec:
@@ -128,7 +126,7 @@ class KubernetesTrainer(TrainerResource):
 
 
 def build_trainer_collector(resource_key: str = "trainer") -> dg.SensorDefinition:
-    """The sensor that collects jobs and messages of the KubernetesTrainer under this resource key."""
+    """The sensor that cleans up jobs and messages of the KubernetesTrainer with this resource key."""
 
     def target(context: dg.SensorEvaluationContext) -> CollectorTarget:
         return getattr(context.resources, resource_key).collector_target()

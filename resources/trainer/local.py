@@ -1,4 +1,4 @@
-"""Training as a process on this machine: the same command a pod runs, through Dagster Pipes."""
+"""Training as a local process: the same command as in a pod, through Dagster Pipes."""
 
 import os
 import shutil
@@ -24,11 +24,11 @@ _PLACE_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAS
 
 
 class LocalTrainer(TrainerResource):
-    """Starts `python -m <module>` (in more than one process by `<module>.launch`) and relays its messages."""
+    """Starts `python -m <module>` (or `<module>.launch` for more than one process) and relays its messages."""
 
     stop_grace_seconds: float = Field(
         default=60.0,
-        description="How long a cancelled training may take to write its checkpoint before it is killed.",
+        description="How long a canceled training may take to write its checkpoint before it is killed.",
     )
 
     def train(
@@ -76,7 +76,7 @@ class LocalTrainer(TrainerResource):
 
 
 def stop_group(process: subprocess.Popen[Any], grace_seconds: float) -> None:
-    """End a process that leads its group, and with it the group: by SIGTERM, after the grace time by SIGKILL."""
+    """End a process group by its leader: with SIGTERM, after the grace period with SIGKILL."""
     os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(grace_seconds)
@@ -86,28 +86,28 @@ def stop_group(process: subprocess.Popen[Any], grace_seconds: float) -> None:
 
 
 def following_parent() -> list[str]:
-    """Beginning of a command that is told to stop when this process is killed outright, where the kernel offers it."""
+    """Command prefix that makes the child stop if this process is killed, if the kernel supports it."""
     return ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
 
 def own_environment() -> dict[str, str]:
-    """This process's environment without what would make the trainer wait for processes on other machines."""
+    """This process's environment without variables that would make the trainer wait for other machines."""
     return {k: v for k, v in os.environ.items() if k not in _PLACE_VARIABLES and not k.startswith("PET_")}
 
 
 def _failure(code: int) -> str:
     if code == EXIT_RESUME:
         return (
-            "The trainer was told to stop, or lost one of its processes or the object store; its log (stdout and "
-            f"stderr of this step) says which. {_CONTINUE}"
+            "The trainer was asked to stop, or lost one of its processes or the object store; see its log (stdout "
+            "and stderr of this step). {_CONTINUE}"
         )
     if code == EXIT_BAD_SPEC:
         return (
-            "The trainer refused its job, or the training diverged: the last lines of its log name the setting or the "
-            "object to correct."
+            "The trainer rejected its job, or the training diverged: the last lines of its log name the setting or "
+            "the object to correct."
         )
     if code < 0:
         name = signal.Signals(-code).name
-        hint = " The kernel does this when memory runs out: use a smaller batch." if name == "SIGKILL" else ""
-        return f"The trainer was ended by {name}.{hint} {_CONTINUE}"
-    return f"The trainer failed with exit code {code}: the last lines of its log (stderr of this step) say why."
+        hint = " The kernel does this if memory runs out: use a smaller batch." if name == "SIGKILL" else ""
+        return f"The trainer was terminated by {name}.{hint} {_CONTINUE}"
+    return f"The trainer failed with exit code {code}: see the last lines of its log (stderr of this step)."

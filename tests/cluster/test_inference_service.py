@@ -110,7 +110,7 @@ def test_broken_versions_fail_with_the_cause_while_the_old_one_answers(
         status = serving.status()
     errors = [wrong_digest, no_object, no_image, no_secret, no_room]
     for error in errors:
-        assert f"set back to model {first.model_digest} version 1, which serves as before" in str(error.value)
+        assert f"rolled back to model {first.model_digest} version 1, which is served as before" in str(error.value)
     assert "ended with exit code 2" in str(wrong_digest.value)
     assert "Not serving" in str(wrong_digest.value)
     assert reason is not None
@@ -134,7 +134,7 @@ def test_a_first_version_that_fails_leaves_nothing(
 ) -> None:
     first, second = models
     serving = service(namespace)
-    with pytest.raises(DeployError, match="Nothing served before, so the InferenceService was deleted"):
+    with pytest.raises(DeployError, match="No model was served before, so the InferenceService was deleted"):
         serving.deploy(replace(first, model_digest=second.model_digest))
     assert left_behind(namespace) == []
     status = serving.status()
@@ -174,7 +174,7 @@ def test_model_in_service_survives_a_repair_that_fails(
             serving.deploy(replace(first, dagster_run_id="another run"))
         status = serving.status()
     assert "unschedulable" in str(error.value)
-    assert "was there before this deployment and was left as it is" in str(error.value)
+    assert "existed before this deployment and was left unchanged" in str(error.value)
     assert (status.ready, status.model_digest) == (True, first.model_digest)
     assert tally.failures == []
     assert set(tally.answers) == {first.model_digest}

@@ -198,7 +198,7 @@ def test_a_landed_object_replaced_while_it_is_rejected_is_not_lost(
     assert store.read("landing/cat/x.png") == b"newer"
     if moment == "before the copy":
         assert list(store.list("rejected/")) == []
-        assert "replaced while it was being judged" in report.skipped["landing/cat/x.png"]
+        assert "replaced while it was being checked" in report.skipped["landing/cat/x.png"]
     else:
         assert b"bad" in [store.read(info.key) for info in store.list("rejected/cat/x-")]
     build_raw_version(store, "synthetic:4")

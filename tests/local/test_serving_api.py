@@ -491,7 +491,7 @@ class TestClient:
         assert caught.value.status == 400
         with pytest.raises(ValueError, match="uint8"):
             client.predict_arrays(np.zeros((1, 3, 32, 32)))  # pyright: ignore[reportArgumentType] - the fault under test
-        with pytest.raises(ServerError, match="was not answered") as caught:
+        with pytest.raises(ServerError, match="got no response") as caught:
             InferenceClient("http://127.0.0.1:9").served_model()
         assert caught.value.status is None
 

@@ -147,7 +147,7 @@ def test_swaps_and_a_swap_that_fails_lose_no_request(running) -> None:
         load.wait_for(second)
         num_before_failure = [len(digests) for digests in load.digests]
         bad = DeployRequest(running.request(0).model_uri, "0" * 64, "v9")
-        with pytest.raises(DeployError, match=f"expected sha256 0000.*Model {second} still serves") as caught:
+        with pytest.raises(DeployError, match=f"expected sha256 0000.*Model {second} is still served") as caught:
             running.service.deploy(bad)
         assert ".. " not in str(caught.value)
         load.wait_for(second)
@@ -265,7 +265,7 @@ def own(tmp_path) -> Iterator[Deployment]:
 def test_a_foreign_process_on_the_port_is_left_alone(own) -> None:
     with http.server.HTTPServer(("127.0.0.1", own.service.port), http.server.SimpleHTTPRequestHandler) as foreign:
         threading.Thread(target=foreign.serve_forever, daemon=True).start()
-        with pytest.raises(DeployError, match=r"another process listens there.*Choose another port"):
+        with pytest.raises(DeployError, match=r"another process is listening there.*Choose another port"):
             own.deploy(0)
         assert ask(own.service.port, "GET", "/").status == 200
         foreign.shutdown()
@@ -330,9 +330,7 @@ def test_a_run_killed_while_the_servers_change_leaves_only_the_new_one(own: Depl
 def test_a_model_that_cannot_answer_does_not_replace_one_that_can(own) -> None:
     served = own.deploy(0).model_digest
     uri, digest = store_tiny_model(FolderStore(own.folder / "models"), onnx_bytes=tiny_onnx(breaks_on_white=True))
-    with pytest.raises(
-        DeployError, match=f"{digest} was not put into service: .*not finite.*Model {served} still serves"
-    ):
+    with pytest.raises(DeployError, match=f"{digest} was not deployed: .*not finite.*Model {served} is still served"):
         own.service.deploy(DeployRequest(uri, digest, "broken"))
     assert {own.served_digest() for _ in range(20)} == {served}
     assert own.service.status().ready
@@ -374,7 +372,7 @@ def test_a_full_disk_keeps_what_serves(own, size) -> None:
         num_files = len(list(folder.iterdir())) + 1
         for index in range(8 - num_files - (size == "no room for a socket")):
             (folder / f"filler-{index}").touch()
-        with pytest.raises(DeployError, match=f"No space left on device.*Model {served} still serves"):
+        with pytest.raises(DeployError, match=f"No space left on device.*Model {served} is still served"):
             own.deploy(1)
         assert {own.served_digest() for _ in range(30)} == {served}
         for filler in folder.glob("filler-*"):

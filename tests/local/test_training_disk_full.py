@@ -47,7 +47,7 @@ def test_a_full_disk_tears_nothing_and_changes_no_bit(
     assert code == 1, output
     assert "No space left on device" in output
     assert "Check free space" in output
-    assert "unknown reason" not in output
+    assert "unexpected reason" not in output
     assert ("Test accuracy" in output) == (written == "model")
 
     assert place.published("full") == {}

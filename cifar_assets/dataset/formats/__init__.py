@@ -1,1 +1,1 @@
-"""The file formats images come in. Each module reads one and yields row batches."""
+"""The supported image file formats. Each module reads one format and yields row batches."""

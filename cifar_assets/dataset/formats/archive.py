@@ -1,7 +1,8 @@
-"""The official CIFAR-10 archives, python and binary. Members are read in place: nothing is ever unpacked to disk.
+"""The official CIFAR-10 archives, python and binary. Members are read in place and never unpacked to disk.
 
-A binary record is one label byte, then 3072 bytes of one image: red, green and blue planes, row by row. What an archive
-costs to unpack is limited by the process that reads it, and by the size of a member, as not every system limits memory.
+A binary record is one label byte, then 3072 bytes of one image: red, green and blue planes, row by row. The cost of
+reading an archive is limited by the process that reads it, and by a maximum member size because not every system limits
+memory.
 """
 
 import gzip
@@ -23,9 +24,9 @@ PYTHON_FOLDER = "cifar-10-batches-py"
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 _MAX_MEMBER_BYTES = 64 << 20
-"""Of a batch, which has 31 MB."""
+"""Limit for one batch; an official one has 31 MB."""
 _MAX_HEADER_BYTES = 1 << 20
-"""Of what tarfile reads before a member, such as a long name."""
+"""Limit for the headers that tarfile reads before a member, such as a long name."""
 _HEADER_TYPES = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -56,8 +57,8 @@ class _Header(tarfile.TarInfo):
 def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) -> Iterator[RowBatch]:
     """Rows of a `.tar`, `.tar.gz` or `.tgz` in the official layout, in the order of its members.
 
-    `name` is what errors call the archive; `unread` gets the members that are not read, and why. DataError for a member
-    that leads outside the folder, is not a plain file or asks for code to be run, and for other faults.
+    `name` is the archive's name in errors; `unread` receives the members that are skipped, with the reason. DataError
+    for a member that points outside the folder, is not a regular file or tries to run code, and for other faults.
     """
     first_row, seen = 0, set[str]()
     try:
@@ -68,12 +69,12 @@ def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) ->
                 stem = base.removesuffix(".bin")
                 if content and stem in BATCHES:
                     if stem in seen:
-                        raise DataError(f"{name} holds {stem} twice: which one counts is not clear.")
+                        raise DataError(f"{name} has {stem} twice. Remove one of them.")
                     seen.add(stem)
                     read = parse_records if base.endswith(".bin") else _parse_pickle
                     images, labels = read(content.read(), where)
                     if not len(images):
-                        raise DataError(f"{where} holds no images. Fetch or upload the archive again.")
+                        raise DataError(f"{where} has no images. Download or upload the archive again.")
                     yield from pixel_batches(images, labels, "test" if stem == BATCHES[-1] else "train", first_row)
                     first_row += len(labels)
                 elif content and base in _META:
@@ -86,13 +87,13 @@ def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) ->
     except _READ_ERRORS as error:
         raise DataError(
             f"{name} ({path.stat().st_size:,} bytes) is not a readable tar archive, after the batches "
-            f"{', '.join(sorted(seen)) or 'none'}: {error}. It is cut off, or another file such as an error page: "
-            "fetch or upload it again."
+            f"{', '.join(sorted(seen)) or 'none'}: {error}. It is truncated, or is another file such as an error "
+            "page: download or upload it again."
         ) from error
     missing = [batch for batch in BATCHES if batch not in seen]
     if missing:
         raise DataError(
-            f"{name} is not the official CIFAR-10 layout or is cut off: expected {len(BATCHES)} batches, "
+            f"{name} does not have the official CIFAR-10 layout or is truncated: expected {len(BATCHES)} batches, "
             f"got {len(seen)}; missing {', '.join(missing)}."
         )
 
@@ -100,7 +101,7 @@ def read_archive(path: Path, name: str, unread: dict[str, str] | None = None) ->
 def parse_records(data: bytes, where: str) -> _Rows:
     """Images and labels of binary records. DataError when the data ends within a record."""
     if len(data) % (1 + _IMAGE_BYTES):
-        raise DataError(f"{where} is cut off: {len(data):,} bytes are not whole records of {1 + _IMAGE_BYTES} bytes.")
+        raise DataError(f"{where} is truncated: {len(data):,} bytes are not whole records of {1 + _IMAGE_BYTES} bytes.")
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, 1 + _IMAGE_BYTES)
     return records[:, 1:].reshape(-1, *IMAGE_SHAPE), records[:, 0].astype(np.int64)
 
@@ -122,15 +123,15 @@ def _checked_name(member: tarfile.TarInfo, where: str) -> str:
     is_plain = (member.isreg() and not member.issparse()) or member.isdir()
     if not parts[0] or ".." in parts or ":" in parts[0] or not is_plain:
         raise DataError(
-            f"{where} points outside the archive's folder, or is a link or special file. Nothing was unpacked; do not "
-            "use the archive, fetch it from its source again."
+            f"{where} points outside the archive's folder, or is a link or special file. Nothing was unpacked. Do "
+            "not use the archive; download it from its source again."
         )
     base = parts[-1]
     is_wanted = base.removesuffix(".bin") in BATCHES or base in _META
     if member.isreg() and not is_wanted and base.startswith(("data_batch", "test_batch")):
         raise DataError(f"{where} is not a batch of the official archive, {', '.join(BATCHES)}. Remove or rename it.")
     if is_wanted and member.size > _MAX_MEMBER_BYTES:
-        raise DataError(f"{where} claims {member.size:,} bytes; at most {_MAX_MEMBER_BYTES:,} are read.")
+        raise DataError(f"{where} declares {member.size:,} bytes; at most {_MAX_MEMBER_BYTES:,} are read.")
     return base
 
 
@@ -147,7 +148,7 @@ def _parse_pickle(data: bytes, where: str) -> _Rows:
 
 
 def _kind(value: object) -> str:
-    """What a value is, in a few words: it may be of any size."""
+    """A short description of a value, which may be of any size."""
     return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
 
 

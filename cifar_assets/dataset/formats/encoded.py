@@ -1,4 +1,4 @@
-"""Rows of picture files with labels: Parquet in the Hugging Face layout, and tars of picture files.
+"""Rows of labeled picture files: Parquet in the Hugging Face layout, and tar files of pictures.
 
 Parquet has a struct column `img` (or `image`) of bytes and path, and `label`. A tar has members `[split/]class/name`,
 uncompressed and as they were; its bytes depend on nothing but its members' names and contents, so equal pictures give
@@ -23,16 +23,16 @@ from cifar_assets.dataset.formats.rows import RowBatch, Split, row_batches
 from resources.errors import DataError
 
 _PARQUET_ROWS = 16
-"""Rows in memory at a time: a row may be a picture of several megabytes, however small the file is."""
+"""Rows in memory at a time: a row may decode to several megabytes even if the file is small."""
 
 _Row = tuple[bytes, object]
-"""A picture file and its label, neither of them checked."""
+"""A picture file and its label, both unchecked."""
 
 _BINARY = ([pa.binary()], [pa.large_binary()], [pa.binary_view()])
 
 
 def read_encoded(path: Path, kind: str, split: Split, name: str, *, resize: bool) -> Iterator[RowBatch]:
-    """Decoded rows of a file with pictures, in its order. DataError naming the file when it is not of its kind."""
+    """Decoded rows of a file with pictures, in file order. DataError naming the file when it has another format."""
     noun, rows = _KINDS[kind]
     try:
         yield from row_batches(rows(path, name), partial(prepare_image, resize=resize), split)
@@ -41,12 +41,12 @@ def read_encoded(path: Path, kind: str, split: Split, name: str, *, resize: bool
     except (pa.ArrowException, tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{name} is not a readable {noun} ({path.stat().st_size:,} bytes): {error}. "
-            "It is cut off, still being written, or another format: fetch or upload it again."
+            "It is truncated, still being written, or in another format: download or upload it again."
         ) from error
 
 
 def pack_images(target: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """Write a tar of the members (name `class/...`, bytes of the file) in the order given."""
+    """Write a tar file of the members (name `class/...`, file content) in the order given."""
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -55,7 +55,7 @@ def pack_images(target: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def _check_schema(schema: pa.Schema, name: str) -> str:
-    """The name of the image column. DataError when the columns are not those of the layout."""
+    """The name of the image column. DataError when the columns do not match the layout."""
     column = "img" if "img" in schema.names else "image"
     if schema.names.count(column) != 1 or schema.names.count("label") != 1:
         raise DataError(
@@ -68,13 +68,15 @@ def _check_schema(schema: pa.Schema, name: str) -> str:
             f"{name}: expected {column} as struct<bytes: binary, path: string> and an integer label, got {image} and "
             f"{label}."
         )
-    try:  # what the `datasets` library keeps in a file that it wrote
+    try:  # metadata that the `datasets` library writes
         features: Any = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         classes = tuple(features["label"]["names"])
     except (KeyError, ValueError, TypeError):
         return column
     if classes != CLASSES:
-        raise DataError(f"{name}: declares the classes {classes}; expected {CLASSES}. Labels would mean other classes.")
+        raise DataError(
+            f"{name}: the file declares the classes {classes}; expected {CLASSES}. Labels would mean other classes."
+        )
     return column
 
 

@@ -1,13 +1,13 @@
-"""One way from picture bytes to the 32x32 pixels a model sees, used for stored data and for requests alike.
+"""Decodes picture bytes to the 32x32 pixels that a model sees, for stored data and for requests alike.
 
-Accepted: JPEG and PNG, under any name or content type. Every other format is refused, and so are samples that would not
-be read exactly: CMYK and 12-bit JPEG, and a transparent color in a 16-bit RGB PNG. Of an animated PNG,
-the default image counts. EXIF rotation is applied. Transparent parts show a white background. 16-bit samples keep their
-high byte. Color profiles are ignored. A picture of another size is cropped to its central square and scaled with an
-antialiased bicubic filter; a 32x32 picture keeps the pixels that Pillow decodes.
+Accepted: JPEG and PNG, under any name or content type. Every other format is refused, and so are samples that cannot be
+read exactly: CMYK and 12-bit JPEG, and a transparent color in a 16-bit RGB PNG. Of an animated PNG, the default image
+counts. EXIF rotation is applied. Transparent parts become white. 16-bit samples keep their high byte. Color profiles
+are ignored. A picture of another size is cropped to its central square and scaled with an antialiased bicubic filter; a
+32x32 picture keeps the pixels that Pillow decodes.
 
-Pillow never sees the whole file, only the parts that the pixels and the rotation depend on. So texts, profiles and
-previews cost nothing, and Pillow and its decoders cannot disagree about a file's size.
+Pillow gets only the parts of the file that the pixels and the rotation depend on. Texts, profiles and previews
+therefore cost nothing, and Pillow and its decoders cannot disagree about a file's size.
 """
 
 import io
@@ -43,7 +43,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 _PNG_GRAY, _PNG_RGB = 0, 2
 _PNG_MAX_EXIF = 64 << 10
-"""As long as a JPEG's can be. A longer one is left out."""
+"""The maximum length of a JPEG's profile. A longer one is dropped."""
 
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _JPEG_START_OF_SCAN = 0xDA
@@ -51,7 +51,7 @@ _JPEG_WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xD9), 0xFF)
 _JPEG_FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 _JPEG_TABLES = (0xC4, 0xCC, 0xDB, 0xDD)
 _JPEG_APPLICATION = {0xE0: b"JFIF\0", 0xE1: b"Exif\0\0", 0xEE: b"Adobe"}
-"""Segments that tell colors and rotation; the first of each counts."""
+"""Segments that define colors and rotation; the first of each kind counts."""
 
 _KINDS = (
     (0, _PNG_SIGNATURE, "a truncated or damaged PNG file"),
@@ -64,19 +64,19 @@ _KINDS = (
     (4, b"ftyp", "a HEIC or AVIF image"),
     (0, b"<", "an HTML, SVG or XML document"),
 )
-"""What other files begin with, and where."""
+"""Signatures of other file formats, and their offsets."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What a picture may cost. All are decided from its bytes, before any pixel is decoded.
+    """Limits for one picture, checked on its bytes before any pixel is decoded.
 
-    Together they keep the memory of one decoding below about 150 MB and its time below a second.
+    Together they keep the memory of one decoding below about 150 MB and its time below one second.
     """
 
     max_bytes: int = 10 * 1024 * 1024
     max_pixels: int = 4096 * 2048
-    """Of a JPEG twice as many, as a large one is decoded at a reduced scale."""
+    """Twice as many for a JPEG, because a large one is decoded at a reduced scale."""
     max_side: int = 16384
 
 
@@ -84,7 +84,7 @@ DEFAULT_LIMITS = ImageLimits()
 
 
 class ImageError(DataError):
-    """The bytes are not a picture that can be used. Says what was expected and what came."""
+    """The bytes are not a usable picture. Says what was expected and what was received."""
 
     def __init__(self, expected: str, received: str):
         super().__init__(f"Expected {expected}, got {received}.")
@@ -93,21 +93,21 @@ class ImageError(DataError):
 
 
 class ImageTooLargeError(ImageError):
-    """The picture is over one of the limits."""
+    """The picture exceeds one of the limits."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture whose size and samples are admitted, not decoded yet."""
+    """A picture whose size and samples were accepted, not decoded yet."""
 
     width: int
     height: int
     essence: bytes
-    """The file without what neither pixels nor rotation depend on."""
+    """The parts of the file that pixels and rotation depend on."""
 
 
 def open_picture(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
-    """Check what the picture is and what decoding it would cost. Takes milliseconds whatever the bytes are."""
+    """Check the picture's format and the cost of decoding it. Takes milliseconds for any input."""
     check_size(len(data), limits)
     if data.startswith(_PNG_SIGNATURE):
         parse = _open_png
@@ -143,7 +143,7 @@ def picture_pixels(picture: Picture, size: int = IMAGE_SIZE) -> NDArray[np.uint8
             num_colors = len(image.palette.palette) // 3 if image.palette else 0
             image.load()
             if image.mode == "P" and np.asarray(image).max() >= num_colors:
-                raise ImageError(f"pixels of the palette's {num_colors} colors", "one that is not among them")
+                raise ImageError(f"pixels of the palette's {num_colors} colors", "a pixel outside the palette")
             rgb = _to_rgb(_upright(image))
     except (ImageError, MemoryError):
         raise
@@ -156,13 +156,13 @@ def picture_pixels(picture: Picture, size: int = IMAGE_SIZE) -> NDArray[np.uint8
 
 
 def check_size(num_bytes: int, limits: ImageLimits = DEFAULT_LIMITS) -> None:
-    """Refuse a file that is too long with ImageTooLargeError; for callers that know the length before the bytes."""
+    """Raise ImageTooLargeError for a file that is too long; for callers that know the length before the bytes."""
     if num_bytes > limits.max_bytes:
         raise ImageTooLargeError(f"an image file of at most {limits.max_bytes} bytes", f"{num_bytes} bytes")
 
 
 def pixel_digest(image: NDArray[np.uint8]) -> str:
-    """The identity of an image: sha256 hex of its uint8 pixels in (3, 32, 32) order."""
+    """The identity of an image: hex sha256 of its uint8 pixels in (3, 32, 32) order."""
     if image.dtype != np.uint8 or image.shape != IMAGE_SHAPE:
         raise ValueError(f"expected a uint8 array of shape {IMAGE_SHAPE}, got {image.dtype} {image.shape}")
     return sha256_bytes(image.tobytes())
@@ -191,11 +191,11 @@ def _open_png(data: bytes, limits: ImageLimits) -> Picture:
         if kind == b"IEND":
             return Picture(width, height, b"".join(parts))
         position = end
-    raise ImageTooLargeError(f"a PNG of at most {_MAX_PARTS} chunks", "more")
+    raise ImageTooLargeError(f"a PNG with at most {_MAX_PARTS} chunks", "more")
 
 
 def _scaled_gray(data: bytes, position: int, depth: int) -> bytes:
-    """A transparent gray of 2 or 4 bits as one of 8 bits: Pillow scales the pixels, and not this."""
+    """A transparent gray of 2 or 4 bits scaled to 8 bits: Pillow scales the pixels, but not this value."""
     (value,) = struct.unpack_from(">H", data, position + 8)
     body = b"tRNS" + struct.pack(">H", (value & 2**depth - 1) * 255 // (2**depth - 1))
     return struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
@@ -217,14 +217,14 @@ def _open_jpeg(data: bytes, limits: ImageLimits) -> Picture:
             size = _jpeg_size(data, body, limits)
         if marker == _JPEG_START_OF_SCAN and size:
             if data.count(b"\xff\xda", position) > _MAX_SCANS:
-                raise ImageTooLargeError(f"a JPEG image of at most {_MAX_SCANS} scans", "more")
+                raise ImageTooLargeError(f"a JPEG image with at most {_MAX_SCANS} scans", "more")
             return Picture(*size, b"".join([*parts, data[position - 1 :]]))
         tells = marker in _JPEG_APPLICATION and data.startswith(_JPEG_APPLICATION[marker], body)
         if marker in _JPEG_FRAMES + _JPEG_TABLES or (tells and marker not in seen):
             parts.append(data[position - 1 : end])
             seen.add(marker)
         position = end
-    raise ImageTooLargeError(f"a JPEG of at most {_MAX_PARTS} segments", "more")
+    raise ImageTooLargeError(f"a JPEG with at most {_MAX_PARTS} segments", "more")
 
 
 def _jpeg_size(data: bytes, frame: int, limits: ImageLimits) -> tuple[int, int]:
@@ -245,7 +245,7 @@ def _check_pixels(width: int, height: int, max_pixels: int, limits: ImageLimits)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF rotation. ImageOps.exif_transpose would parse and write every other tag too."""
+    """Apply the EXIF rotation. ImageOps.exif_transpose would also parse and write every other tag."""
     try:
         method = _TRANSPOSES.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except MemoryError:
@@ -256,7 +256,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB pixels of a picture of any mode."""
+    """8-bit RGB pixels of a picture in any mode."""
     if image.mode.startswith("I"):  # 16 bits
         values = np.asarray(image)
         gray = (values >> 8).astype(np.uint8)
@@ -271,7 +271,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _describe(data: bytes) -> str:
-    """What bytes that are not a picture look like, in words."""
+    """Describes bytes that are not a picture."""
     if not data:
         return "an empty file"
     kind = next((kind for offset, start, kind in _KINDS if data.startswith(start, offset)), "a file of an unknown kind")

@@ -1,8 +1,8 @@
-"""Outside bytes are read in a process of their own: a file that kills its reader costs nothing but itself.
+"""Reads untrusted files in a separate process: a file that crashes its reader affects only itself.
 
-A child (`isolated_child`) reads one file after the other, with limits on memory and on the time of each and none of the
-environment's credentials. That protects the parent from crashes, memory use and endless loops; it is not a sandbox
-against code that a file manages to run.
+A child process (`isolated_child`) reads one file after another, with limits on memory and on the time per file, and
+without the environment's credentials. This protects the parent from crashes, memory use and endless loops. It is not a
+sandbox against code that a file manages to run.
 """
 
 import json
@@ -19,17 +19,17 @@ from typing import Any
 from resources.errors import DataError, ExplainedError
 
 MEMORY_BYTES = 1 << 30
-"""Memory for reading one file. Enforced on Linux; macOS has no such limit."""
+"""Memory limit for reading one file. Enforced on Linux; macOS has no such limit."""
 CPU_SECONDS, CPU_SECONDS_PER_MIB = 60, 2
 WALL_SECONDS_PER_CPU_SECOND = 10
 OUT_OF_MEMORY = 86
-"""Exit status of a reader whose memory did not suffice."""
+"""Exit status of a reader that ran out of memory."""
 
 _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
 _COMMAND = [sys.executable, "-P", "-m", "cifar_assets.dataset.formats.isolated_child"]
 _CAUSES = {
     OUT_OF_MEMORY: "needs too much memory",
-    -signal.SIGXCPU: "took too much processor time",
+    -signal.SIGXCPU: "took too much CPU time",
     -signal.SIGALRM: "took too long to read",
 }
 
@@ -38,18 +38,18 @@ _child: tuple[subprocess.Popen[bytes], Connection] | None = None
 
 
 class ReaderKilledError(DataError):
-    """A file ended the process that read it: by a crash, by memory, or by time."""
+    """A file ended the process that read it, by a crash or by exceeding the memory or time limit."""
 
 
 class ReaderFailedError(ExplainedError):
-    """The reader failed on a file for an unforeseen reason. Nothing is known of the file."""
+    """The reader failed on a file for an unexpected reason. Nothing is known about the file."""
 
 
 def ask(arguments: Mapping[str, Any], name: str, num_bytes: int) -> bytes:
-    """What `isolated_child.index_file` gives for a file of `num_bytes`, which errors call `name`.
+    """The result of `isolated_child.index_file` for a file of `num_bytes` that is called `name` in errors.
 
-    Raises DataError as the reader does, ReaderKilledError when the data killed its reader, ReaderFailedError for
-    anything that no reader should raise.
+    Raises DataError as the reader does, ReaderKilledError when the data killed its reader, ReaderFailedError for any
+    other exception of the reader.
     """
     seconds = CPU_SECONDS + CPU_SECONDS_PER_MIB * (num_bytes >> 20)
     question = {"arguments": arguments, "seconds": {"cpu": seconds, "wall": seconds * WALL_SECONDS_PER_CPU_SECOND}}
@@ -62,26 +62,26 @@ def ask(arguments: Mapping[str, Any], name: str, num_bytes: int) -> bytes:
                 answer, data = receive(connection)
                 break
             except (EOFError, OSError):
-                connection.close()  # ends a child that sent what cannot be an answer
+                connection.close()  # ends a child that sent an invalid answer
                 code = child.wait()
-                if is_fresh:  # one that read other files before may have died of those
-                    cause = _CAUSES.get(code) or f"ended its reader with {_shown(code)}"
+                if is_fresh:  # a child that read other files before may have died because of those
+                    cause = _CAUSES.get(code) or f"crashed its reader with {_shown(code)}"
                     raise ReaderKilledError(
-                        f"{name} {cause} (limits: {MEMORY_BYTES >> 20:,} MiB of memory, {seconds:,} s of processor "
-                        "time). It is damaged, made to do harm, or far larger than it looks."
+                        f"{name} {cause} (limits: {MEMORY_BYTES >> 20:,} MiB of memory, {seconds:,} s of CPU time). "
+                        "It is damaged, malicious, or far larger than it looks."
                     ) from None
             except BaseException:
-                stop()  # nobody waits for what it still sends
+                stop()  # its remaining output is not needed
                 raise
     if "failed" in answer:
-        raise ReaderFailedError(f"{name} cannot be read, see the log for the cause: {answer['failed']}")
+        raise ReaderFailedError(f"{name} cannot be read; see the log for the cause: {answer['failed']}")
     if "refused" in answer:
         raise DataError(answer["refused"])
     return data
 
 
 def stop() -> None:
-    """End the child and what it reads. The next question starts another."""
+    """End the child, even while it reads. The next request starts a new one."""
     global _child
     if _child is not None:
         process, connection = _child
@@ -93,7 +93,7 @@ def stop() -> None:
 
 
 def send(connection: Connection, message: Mapping[str, Any], payload: bytes = b"") -> None:
-    """Send a message: JSON, and bytes that belong to it. Never a pickle: the other end may be in a file's hands."""
+    """Send a message: JSON and its binary data. Never a pickle: a malicious file may control the other end."""
     connection.send_bytes(json.dumps(message).encode())
     connection.send_bytes(payload)
 
@@ -124,7 +124,7 @@ def _running_child() -> tuple[subprocess.Popen[bytes], Connection]:
         receive(_child[1])
     except (EOFError, OSError):
         raise ExplainedError(
-            f"The process that reads outside data does not start: it ended with {_shown(process.wait())}."
+            f"The process that reads untrusted data does not start: it ended with {_shown(process.wait())}."
         ) from None
     return _child
 

@@ -1,4 +1,4 @@
-"""The process that reads outside bytes for `isolated`: it answers the questions that come on stdin."""
+"""The process that reads untrusted files for `isolated`: it answers requests on stdin."""
 
 import contextlib
 import os
@@ -54,12 +54,12 @@ def _limit_time(cpu: int, wall: int) -> None:
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """Once, before the first file: what a file leaves behind does not raise the limit of the next."""
+    """Called once, before the first file, so that memory left by a file does not raise the limit of the next."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than its parent
+        Path("/proc/self/oom_score_adj").write_text("1000")  # kill this process rather than its parent
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + num_bytes
     _, hard = resource.getrlimit(resource.RLIMIT_AS)

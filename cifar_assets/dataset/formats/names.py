@@ -1,4 +1,4 @@
-"""What the name of a file says about it: its kind, its class and its split."""
+"""Derives the format, class and split of a file from its name."""
 
 import re
 from pathlib import PurePosixPath
@@ -7,7 +7,7 @@ from cifar_assets.contracts import CLASSES
 
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".heic")
-"""File names that promise a picture. Those of refused formats are among them: such a file is an error, not ignored."""
+"""File name suffixes of pictures, including those of refused formats: such a file is an error, not ignored."""
 
 _TEST = re.compile(r"(^|/)test(/|([-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16})?)?\.parquet$)")
 
@@ -19,10 +19,10 @@ def suffix_of(name: str) -> str:
 
 
 def is_test(name: str) -> bool:
-    """Whether a path names test data: below a folder `test/`, or `test.parquet`, `test-00000-of-00001.parquet`."""
+    """Whether a path names test data: in a folder `test/`, or `test.parquet`, `test-00000-of-00001.parquet`."""
     return bool(_TEST.search(name.lower()))
 
 
 def class_of(name: str) -> int | None:
-    """The label that the nearest folder named like a class gives a path, or None."""
+    """The label from the nearest parent folder with a class name, or None."""
     return next((CLASSES.index(part) for part in reversed(name.lower().split("/")[:-1]) if part in CLASSES), None)

@@ -1,7 +1,7 @@
-"""Reading the official archive's pickles: plain data comes out, and nothing that a file could drive is ever made.
+"""Reads the official archive's pickles as plain data, without creating any object that a file could control.
 
-A pickle gets stand-ins written here for the few names that arrays need, and one checked `np.frombuffer` makes an array
-of what it says. What a pickle costs is limited by the process that reads it.
+A pickle gets stand-ins defined here for the few names that arrays need, and a checked `np.frombuffer` builds the array
+from its values. The process that reads a pickle limits its cost.
 """
 
 import io
@@ -17,10 +17,10 @@ from resources.errors import DataError
 
 
 def load_fields(data: bytes, name: str) -> dict[str, Any]:
-    """The pickled dict: lists, dicts, tuples, numbers, text, bytes, and in its own values arrays of numbers and text.
+    """The pickled dict: lists, dicts, tuples, numbers, text, bytes, and as top-level values arrays of numbers and text.
 
-    Python 2 strings arrive as latin-1 text. Raises DataError naming `name` when the pickle asks for anything else, is
-    cut off, not a pickle or not a dict.
+    Python 2 strings are decoded as latin-1 text. Raises DataError naming `name` when the pickle contains anything else,
+    is truncated, not a pickle or not a dict.
     """
     try:
         _check_claims(data)
@@ -36,7 +36,7 @@ def load_fields(data: bytes, name: str) -> dict[str, Any]:
 
 
 def _check_claims(data: bytes) -> None:
-    """Refuse lengths and memo positions beyond the data, for which the unpickler would allocate memory."""
+    """Reject lengths and memo positions beyond the data, for which the unpickler would allocate memory."""
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
             raise ValueError("a memo larger than the pickle")
@@ -51,14 +51,14 @@ def _text(value: object) -> str:
 
 
 class _StandIn:
-    """Whatever a pickle does with one, or with its class, ends here: BUILD calls `__setstate__` and sets nothing."""
+    """Blocks all that a pickle can do with an instance or its class: BUILD calls `__setstate__`, which sets nothing."""
 
     def __setstate__(self, state: Any) -> None:
-        raise DataError("the pickle sets the state of what has none")
+        raise DataError("the pickle sets the state of an object that has none")
 
 
 class _Dtype(_StandIn):
-    """Stands for numpy.dtype."""
+    """Stand-in for numpy.dtype."""
 
     def __init__(self, kind: Any, *_: Any):
         if not isinstance(kind, str) or not re.fullmatch("[biufcSU][0-9]{1,4}", kind):
@@ -70,7 +70,7 @@ class _Dtype(_StandIn):
 
 
 class _Array(_StandIn):
-    """Stands for numpy.ndarray, and for the function that makes an empty one to be filled by BUILD."""
+    """Stand-in for numpy.ndarray, and for the function that makes an empty one to be filled by BUILD."""
 
     array: np.ndarray | None = None
 
@@ -87,19 +87,19 @@ class _Array(_StandIn):
         if not isinstance(data, bytes | bytearray) or not all(type(side) is int and side >= 0 for side in shape):
             raise ValueError("an array without data or shape")
         if math.prod(shape) * kind.itemsize != len(data):
-            raise ValueError(f"an array of {len(data)} bytes that claims another size")
+            raise ValueError(f"an array of {len(data)} bytes that declares another size")
         self.array = np.frombuffer(data, dtype=kind).reshape(shape, order=order)
 
 
 class _Buffer(_Array):
-    """Stands for the function that makes an array of a buffer."""
+    """Stand-in for the function that makes an array from a buffer."""
 
     def __init__(self, *parts: Any):
         self.fill(*parts)
 
 
 class _Encoded(_StandIn):
-    """Stands for the functions that make bytes."""
+    """Stand-in for the functions that make bytes."""
 
     def __new__(cls, text: str = "", encoding: str = "latin1") -> Any:
         return text.encode("latin1" if encoding == "latin1" else "ascii")
@@ -115,7 +115,7 @@ _ADMITTED: dict[tuple[str, str], type[_StandIn]] = {
     ("_codecs", "encode"): _Encoded,
     ("__builtin__", "bytes"): _Encoded,
 }
-"""What a pickle may name, and what it gets. Nothing else that can be called ever is on its stack."""
+"""The names a pickle may use, and what they resolve to. No other callable ever gets onto its stack."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -123,7 +123,7 @@ class _PlainUnpickler(pickle.Unpickler):
         admitted = _ADMITTED.get((module_name, global_name))
         if admitted is None:
             raise DataError(
-                f"the pickle asks for {module_name}.{global_name}; only numpy arrays and plain Python values are read. "
+                f"the pickle contains {module_name}.{global_name}; only numpy arrays and plain Python values are read. "
                 "Do not use this file: write the batch again with numpy arrays and lists."
             )
         return admitted

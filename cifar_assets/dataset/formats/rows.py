@@ -1,4 +1,4 @@
-"""Rows of images as every format gives them."""
+"""Rows of images, as every format yields them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
 from resources.errors import DataError
 
 Split = Literal["train", "test", "any"]
-"""Where the source puts a row; "any" where the source has no split of its own."""
+"""The split of a row in the source; "any" if the source does not define splits."""
 
 SPLITS: tuple[Split, ...] = ("train", "test", "any")
 REFUSED_LABEL = -1
@@ -41,7 +41,7 @@ def row_batches(
     split: Split,
     first_row: int = 0,
 ) -> Iterator[RowBatch]:
-    """Batches over rows of a picture and its label. A row in which either is not usable is refused, not raised."""
+    """Batches over rows of a picture and its label. A row that is not usable is marked as refused."""
     rows = iter(rows)
     while True:
         images = np.zeros((_BATCH_ROWS, *IMAGE_SHAPE), np.uint8)

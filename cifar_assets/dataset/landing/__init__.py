@@ -1,1 +1,1 @@
-"""What people put under `landing/`."""
+"""Processing of user data under `landing/`."""

@@ -1,8 +1,8 @@
-"""Joining what landed: each object is read, checked against the images in use, and joined or rejected.
+"""Joins landed data: each object is read, checked against the images in use, and joined or rejected.
 
 An object that did not change since the last build is not read again: the record of that build has its digest, and the
-index kept under that digest has the rest. Single images are packed a few dozen to an object, so that one more image
-makes one small pack to write again, not all.
+index stored under that digest has the rest. Single images are packed a few dozen to an object, so that an added image
+rewrites only one small pack.
 """
 
 import shutil
@@ -33,7 +33,7 @@ from resources.object_store import ObjectInfo, ObjectStore
 
 @dataclass(frozen=True)
 class Landed:
-    """An object that could be read: a Parquet file or archive, or one image, which is packed with others."""
+    """An object that was read: a Parquet file, an archive, or one image, which is packed with others."""
 
     info: ObjectInfo
     seen: Seen
@@ -41,23 +41,23 @@ class Landed:
 
     @property
     def about(self) -> str:
-        """What the name says of it: copies under other names may say something else."""
+        """Derived from the name: copies under other names may differ."""
         table, index = self.seen.table, self.index
         return table.split if table else f"{CLASSES[index.labels[0]]}:{SPLITS[index.splits[0]]}"
 
     @property
     def order(self) -> tuple[bool, str, str, str]:
-        """By content first: which of several copies is used must not depend on names or times."""
+        """Ordered by content first: which of several copies is used must not depend on names or times."""
         return self.seen.table is None, self.seen.sha256, self.about, self.info.key
 
     @property
     def member(self) -> str:
-        """The name of an image in its pack, free of the name it landed under."""
+        """The name of an image in its pack, independent of the name it landed under."""
         return f"{CLASSES[self.index.labels[0]]}/{self.seen.sha256}"
 
 
 class _RefusedError(Exception):
-    """Of the object with this sha256."""
+    """Key of the object with this sha256."""
 
     def __init__(self, sha256: str, reason: str) -> None:
         super().__init__(reason)
@@ -74,20 +74,20 @@ def _refusing(sha256: str) -> Iterator[None]:
 
 @dataclass
 class LandingReport:
-    """What became of the landing zone's objects, by key in the raw bucket."""
+    """The outcome for the landing zone's objects, by key in the raw bucket."""
 
     accepted: dict[str, int] = field(default_factory=dict)
     """Rows that joined the version."""
     duplicates: dict[str, int] = field(default_factory=dict)
-    """Rows not used because the same pixels are in the version already. They stay where they are."""
+    """Rows not used because the version already has the same pixels. Their objects are not moved."""
     rejected: list[Rejection] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     unread: int = 0
     """Skipped objects that a reader failed on."""
     names: dict[str, list[str]] = field(default_factory=dict)
-    """What landed as which joined object or image, by its sha256."""
+    """The landed names of each joined object or image, by its sha256."""
     record: LandingRecord = field(default_factory=LandingRecord)
-    """What is remembered of this build once its version is published."""
+    """The record of this build, stored after its version is published."""
 
     @property
     def rejected_rows(self) -> int:
@@ -95,9 +95,9 @@ class LandingReport:
 
 
 def join_landed(raw: ObjectStore, known: Known, *, resize: bool) -> tuple[list[RawObject], LandingReport]:
-    """The objects to join, in an order given by their content, after checking what landed against the images known.
+    """The objects to join, ordered by content, after checking landed data against the known images.
 
-    What is refused is moved to `rejected/` with a reason; an object of which some rows are refused stays.
+    Refused data is moved to `rejected/` with a reason; an object with only some refused rows stays.
     """
     scan = scan_landing(raw)
     report = LandingReport(skipped=dict(scan.skipped))
@@ -110,7 +110,7 @@ def join_landed(raw: ObjectStore, known: Known, *, resize: bool) -> tuple[list[R
         if rejection := reject_object(raw, info.key, info.etag, sha256, reason, rows):
             report.rejected.append(rejection)
         else:
-            report.skipped[info.key] = "replaced while it was being judged: read again next time"
+            report.skipped[info.key] = "replaced while it was being checked; it will be read again next time"
 
     landed: list[Landed] = []
     for number, info in enumerate(scan.ready, 1):
@@ -121,11 +121,11 @@ def join_landed(raw: ObjectStore, known: Known, *, resize: bool) -> tuple[list[R
             report.skipped.update({f"{info.key}, member {name}": why for name, why in found.index.unread.items()})
         except _RefusedError as error:
             refuse(info, error.sha256, str(error), {})
-        except ReaderFailedError as error:  # nothing is known of the object: it stops no build
+        except ReaderFailedError as error:  # nothing is known about the object: it does not stop the build
             report.skipped[info.key] = str(error)
             report.unread += 1
         except (ObjectChangedError, ObjectNotFoundError) as error:
-            report.skipped[info.key] = f"read again next time: {error}"
+            report.skipped[info.key] = f"it will be read again next time: {error}"
     landed.sort(key=lambda each: each.order)
     objects: list[RawObject] = []
     images: list[Landed] = []
@@ -137,7 +137,7 @@ def join_landed(raw: ObjectStore, known: Known, *, resize: bool) -> tuple[list[R
         if len(rejected) == num_rows:
             reason = next(iter(rejected.values()))
             if table:
-                reason = f"all {num_rows} rows are refused; the first one: {reason}"
+                reason = f"all {num_rows} rows are refused; reason for the first: {reason}"
             refuse(each.info, sha256, reason, rejected if table else {})
             continue
         if rejected:
@@ -196,7 +196,7 @@ def _read(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Landed:
 
 
 def _read_table(raw: ObjectStore, info: ObjectInfo, path: Path, sha256: str, resize: bool) -> Landed:
-    """Stored under its digest, unless no row can be used. Its suffix is by content: the name must not matter."""
+    """Stored under its digest, unless no row can be used. The suffix follows the content: the name must not matter."""
     kind = "parquet" if suffix_of(info.key) == ".parquet" else "archive"
     split = "mixed"
     if kind == "parquet":
@@ -223,7 +223,7 @@ def _image(info: ObjectInfo, seen: Seen) -> Landed:
 
 
 def _groups(images: Sequence[Landed]) -> dict[str, list[Landed]]:
-    """The images of each pack, by the digest of their names: the same for the same images, however they landed."""
+    """The images of each pack, by the digest of their names. Independent of how the images landed."""
     groups = grouped(images, lambda image: image.seen.sha256, lambda image: 1)
     ordered = [sorted(group, key=lambda image: image.member) for group in groups]
     return {sha256_json([image.member for image in group]): group for group in ordered}

@@ -1,4 +1,4 @@
-"""Putting refused data aside, with a reason that a person can act on. Nothing is ever deleted for good."""
+"""Moves refused data aside with an actionable reason. Data is never deleted permanently."""
 
 import json
 from collections import defaultdict
@@ -14,7 +14,7 @@ from resources.object_store import ObjectStore
 REASON_SUFFIX = ".reason.json"
 _SHOWN_ROWS = 1000
 _MAX_NAME_BYTES, _MAX_SUFFIX = 200, 8
-"""With a piece of a digest and the reason's suffix, a name stays below the 255 bytes that a folder takes."""
+"""With part of a digest and the suffix of the reason file, a name stays within the file system's limit of 255 bytes."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Rejection:
     key: str
     reason: str
     moved_to: str | None = None
-    """Where the object is now; None where it stays as other rows of it are used, or where its owner removed it."""
+    """The object's new key; None if it stays because other rows of it are used, or if its owner removed it."""
     rows: dict[int, str] = field(default_factory=dict)
-    """Reason by row number; empty when the object as a whole was refused."""
+    """Reason by row number; empty when the whole object was refused."""
 
 
 def reject_object(
@@ -34,22 +34,22 @@ def reject_object(
 ) -> Rejection | None:
     """Move a landed object to `rejected/`, with the reason next to it.
 
-    None where the object no longer has the etag it had when it was judged: it stays, to be judged again.
+    None if the object's etag changed since it was checked: it stays, to be checked again.
     """
     target = _rejected_key(key, sha256)
     try:
         raw.copy(key, target, etag)
     except ObjectChangedError:
         return None
-    except ObjectNotFoundError:  # another build moved it in the meantime, or its owner took it back
+    except ObjectNotFoundError:  # another build moved it in the meantime, or its owner removed it
         return Rejection(key, reason, target if raw.exists(target) else None, rows)
     _write_reason(raw, target, key, sha256, reason, rows)
-    raw.delete(key, etag)  # an object put there since the copy stays
+    raw.delete(key, etag)  # keeps an object that was written after the copy
     return Rejection(key, reason, target, rows)
 
 
 def reject_rows(raw: ObjectStore, key: str, sha256: str, num_rows: int, rows: dict[int, str]) -> Rejection:
-    """Write the reason file of an object whose other rows joined the dataset, and which therefore stays."""
+    """Write the reason file of an object that stays because its other rows joined the dataset."""
     reason = (
         f"{len(rows)} of {num_rows} rows are refused; the others joined the dataset. "
         "Correct these rows and land them again."
@@ -59,7 +59,7 @@ def reject_rows(raw: ObjectStore, key: str, sha256: str, num_rows: int, rows: di
 
 
 def _rejected_key(key: str, sha256: str) -> str:
-    """The name it landed under, with a piece of its digest: other content under that name gets another key."""
+    """The name it landed under with part of its digest, so that other content under that name gets another key."""
     suffix = suffix_of(key)[-_MAX_SUFFIX:]
     name = key.removeprefix(LANDING_PREFIX)
     stem = name[: len(name) - len(suffix)]
@@ -85,7 +85,7 @@ def _write_reason(raw: ObjectStore, target: str, key: str, sha256: str, reason: 
 
 
 def _ranges(rows: Iterable[int]) -> str:
-    """Row numbers in short, such as "3, 7-9"."""
+    """Row numbers in short form, such as "3, 7-9"."""
     ranges: list[list[int]] = []
     for row in sorted(rows):
         if ranges and row == ranges[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""The landing zone as it lies: which objects are ready to be read, and what the last build found out about them."""
+"""The state of the landing zone: which objects are ready to be read, and what the last build recorded about them."""
 
 import os
 import time
@@ -16,7 +16,7 @@ from resources.object_store import ObjectInfo, ObjectStore
 RECORD_KEY = "landing-read.json"
 
 SETTLED_SECONDS = 60.0
-"""A file in a folder waits until it has not been written to for this long. In S3 an object appears all at once."""
+"""A file in a folder is read only after it has not been modified for this long. In S3, objects appear atomically."""
 
 _UNFINISHED_SUFFIXES = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download", ".swp", "~")
 _EXPECTED = "a .parquet file, an official archive (.tar.gz), or images in class folders"
@@ -24,7 +24,7 @@ _EXPECTED = "a .parquet file, an official archive (.tar.gz), or images in class 
 
 @dataclass(frozen=True)
 class LandingScan:
-    """What lies in the landing zone, by name, size and age alone."""
+    """The landing zone's objects, classified by name, size and age only."""
 
     ready: tuple[ObjectInfo, ...]
     skipped: dict[str, str]
@@ -32,7 +32,7 @@ class LandingScan:
 
 
 class Seen(BaseModel):
-    """What a landed object holds: a table stored under its digest, or one image with this pixel digest."""
+    """The content of a landed object: a table stored under its digest, or one image with this pixel digest."""
 
     sha256: str
     table: RawObject | None = None
@@ -40,13 +40,13 @@ class Seen(BaseModel):
 
 
 class LandingRecord(BaseModel):
-    """What the last build of the raw dataset read, for the landing sensor and so that it is not read again."""
+    """What the last build of the raw dataset read, for the landing sensor and to avoid reading it again."""
 
     version: Literal[1] = 1
     read: frozenset[str] = frozenset()
     """Fingerprints of the objects that were read."""
     preparation: str = ""
-    """How images were prepared: `seen` holds for no other preparation."""
+    """How images were prepared: `seen` is valid only for this preparation."""
     seen: dict[str, Seen] = {}
     """By fingerprint."""
     packs: dict[str, RawObject] = {}
@@ -54,7 +54,7 @@ class LandingRecord(BaseModel):
 
     @classmethod
     def load(cls, raw: ObjectStore) -> "LandingRecord | None":
-        """None without a record that this release understands."""
+        """The stored record, or None if there is none that this release can read."""
         return read_state(raw, RECORD_KEY, cls)
 
     def save(self, raw: ObjectStore) -> None:
@@ -63,7 +63,7 @@ class LandingRecord(BaseModel):
 
 
 def fingerprint(info: ObjectInfo) -> str:
-    """Identity of one state of an object. Time stamps are left out: stores disagree on them."""
+    """Identity of one state of an object, without timestamps: stores disagree on them."""
     return sha256_json([info.key, info.etag, info.size])[:16]
 
 
@@ -89,7 +89,7 @@ def classify_landing_object(key: str, size: int) -> str | None:
         "a hidden or placeholder file": any(part.startswith(".") for part in name.split("/")),
         "an unfinished upload": base.lower().endswith(_UNFINISHED_SUFFIXES),
         "empty (0 bytes)": size == 0,
-        f"not a kind of data that is read here: expected {_EXPECTED}": not is_picture
+        f"not a supported kind of data: expected {_EXPECTED}": not is_picture
         and suffix not in (*ARCHIVE_SUFFIXES, ".parquet"),
         f"an image outside a class folder: put it under {LANDING_PREFIX}<class>/, class one of {', '.join(CLASSES)}": (
             is_picture and class_of(name) is None
@@ -105,5 +105,5 @@ def _why_not_ready(store: ObjectStore, info: ObjectInfo) -> str | None:
     if not os.access(path, os.R_OK):
         return "not readable: give this process's user permission to read it"
     if abs(time.time() - info.last_modified.timestamp()) <= SETTLED_SECONDS:
-        return f"waits until it has not been written to for {SETTLED_SECONDS:.0f} seconds"
+        return f"waiting until it has not been modified for {SETTLED_SECONDS:.0f} seconds"
     return None

@@ -1,4 +1,4 @@
-"""Fetching a file over HTTP: verified before anyone sees it; with a digest, continued where it broke off."""
+"""Downloads a file over HTTP: verified before it becomes visible; with a digest, resumed after an interruption."""
 
 import errno
 import hashlib
@@ -21,9 +21,9 @@ OFFICIAL_MD5 = "c58f30108f718f92721af3b95e74349a"
 """As in torchvision.datasets.CIFAR10 (url, tgz_md5) and on https://www.cs.toronto.edu/~kriz/cifar.html."""
 
 CHOICES = (
-    "Choices for CIFAR10_SOURCE: 'download' (the official archive, needs the network), 'synthetic' (drawn from a seed, "
-    "needs nothing), or a path, s3:// or http(s):// address of the official python or binary archive, of Parquet files "
-    "in the Hugging Face layout, or of a folder of class folders."
+    "Choices for CIFAR10_SOURCE: 'download' (the official archive, needs network access), 'synthetic' (drawn from a "
+    "seed), or a path, s3:// or http(s):// address of the official python or binary archive, of Parquet files in the "
+    "Hugging Face layout, or of a folder of class folders."
 )
 
 ATTEMPTS = 5
@@ -34,7 +34,7 @@ _URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~"
 
 
 def split_digest(address: str) -> tuple[str, str]:
-    """Separate an address from the `md5=...` or `sha256=...` that may follow it after a #; "" where there is none."""
+    """Split an address from an optional `#md5=...` or `#sha256=...` suffix; "" if there is none."""
     base, _, digest = address.rpartition("#")
     return (base, digest.lower()) if digest.startswith(("md5=", "sha256=")) and base else (address, "")
 
@@ -48,16 +48,16 @@ def check_file(path: Path, digest: str, name: str) -> None:
         found = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
     if found != expected:
         raise IntegrityError(
-            f"{name}: expected {kind} {expected}, got {found} ({path.stat().st_size:,} bytes). The file is cut off or "
-            "another one was served; nothing of it was kept. Try again, or use another source."
+            f"{name}: expected {kind} {expected}, got {found} ({path.stat().st_size:,} bytes). The file is truncated "
+            "or the server sent another one; it was discarded. Try again, or use another source."
         )
 
 
 def fetch(url: str, target: Path, digest: str) -> None:
-    """Write what the URL serves to `target`, verified; with a digest, a transfer that breaks off is continued.
+    """Download the URL to `target` and verify it; with a digest, an interrupted transfer is resumed.
 
-    Raises DataError when the server cannot be reached or keeps breaking off, IntegrityError when the file is not the
-    one expected.
+    Raises DataError when the server cannot be reached or keeps interrupting the transfer, IntegrityError when the file
+    is not the expected one.
     """
     name = redacted(url)
     for attempt in range(1, ATTEMPTS + 1):
@@ -71,7 +71,7 @@ def fetch(url: str, target: Path, digest: str) -> None:
             reason = redacted(error)  # urllib repeats the path and query of a URL it cannot use
             code = error.code if isinstance(error, urllib.error.HTTPError) else 500
             is_past_end = code == 416 and target.exists()
-            if is_past_end:  # all of it had come, or of another file: from the start
+            if is_past_end:  # the file was complete or was another one: start over
                 target.unlink()
             is_refused = code < 500 and code != 429 and not is_past_end
             if is_refused or isinstance(error, http.client.InvalidURL | ValueError) or attempt == ATTEMPTS:
@@ -86,7 +86,7 @@ def fetch(url: str, target: Path, digest: str) -> None:
 
 
 def _transfer(url: str, target: Path, *, is_continued: bool) -> None:
-    """Write the file, or append what is missing; http.client.IncompleteRead when the body ends early."""
+    """Write the file, or append the missing part; http.client.IncompleteRead when the body ends early."""
     have = target.stat().st_size if is_continued and target.exists() else 0
     headers = {"User-Agent": "cifar-assets", "Accept-Encoding": "identity"}
     if have:

@@ -1,4 +1,4 @@
-"""The files that make up a source: found at its address, recognized by their layout, given with a known format."""
+"""Finds the files of a source at its address and recognizes their layout and format."""
 
 import os
 import re
@@ -38,10 +38,10 @@ class SourceFile:
 
 
 def source_files(address: str, work: Path, unread: dict[str, str]) -> Iterator[SourceFile]:
-    """The files at an address, one at a time: a file in the folder `work` is gone when the next one is asked for.
+    """The files at an address, one at a time: a file in the folder `work` is deleted when the next one is requested.
 
-    `unread` gets what is there and not part of the layout, and why. Raises ConfigError for an address that cannot be
-    understood or found, DataError for a layout that is not known.
+    `unread` receives what is not part of the layout, with the reason. Raises ConfigError for an address that is invalid
+    or does not exist, DataError for an unknown layout.
     """
     if address == "synthetic" or address.startswith("synthetic:"):
         yield from _synthetic_files(address, work)
@@ -55,13 +55,13 @@ def source_files(address: str, work: Path, unread: dict[str, str]) -> Iterator[S
         store, key = _locate(base)
         is_file = bool(key) and store.exists(key)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"Source {redacted(address)[:200]!r} cannot be looked at: {error}. {CHOICES}") from error
+        raise ConfigError(f"Source {redacted(address)[:200]!r} cannot be accessed: {error}. {CHOICES}") from error
     if is_file:
         path = _local_copy(store, key, work)
         check_file(path, digest, base)
         yield _one_file(path, key, base)
     elif digest:
-        raise ConfigError(f"Source {address!r} is not one file: leave #md5= or #sha256= out, or name the file.")
+        raise ConfigError(f"Source {address!r} is not a single file: remove #md5= or #sha256=, or name the file.")
     else:
         yield from _folder_files(store, f"{key}/" if key else "", base, work, unread)
 
@@ -78,7 +78,7 @@ def _synthetic_files(address: str, work: Path) -> Iterator[SourceFile]:
 
 
 def _locate(address: str) -> tuple[ObjectStore, str]:
-    """The store that holds a path or an s3:// address, and its key there, which is taken as it is written."""
+    """The store for a path or an s3:// address, and the key in it, which is used unchanged."""
     if not address.startswith("s3://"):
         path = Path(os.path.abspath(os.path.expanduser(address)))
         return FolderStore(path.parent), path.name
@@ -87,7 +87,7 @@ def _locate(address: str) -> tuple[ObjectStore, str]:
 
 
 def _local_copy(store: ObjectStore, key: str, work: Path) -> Path:
-    """The object as a local file: in place where the store is a folder, else in place of the object before it."""
+    """The object as a local file: in place if the store is a folder, else a copy that replaces the previous one."""
     path = store.local_path(key)
     if path is None:
         path = work / "object"
@@ -121,7 +121,7 @@ def _folder_files(
             )
     sizes = {info.key.removeprefix(prefix): info.size for info in store.list(prefix) if not info.key.endswith("/")}
     if not sizes and not unread:
-        raise ConfigError(f"Source {source!r}: there is no file, folder, object or prefix of this name. {CHOICES}")
+        raise ConfigError(f"Source {source!r}: there is no file, folder, object or prefix with this name. {CHOICES}")
     unread.update({name: "hidden" for name in sizes if "/." in f"/{name}"})
     visible = [name for name in sizes if printable(name) not in unread]
     parquet = [name for name in visible if suffix_of(name) == ".parquet"]
@@ -130,9 +130,9 @@ def _folder_files(
     if not used:
         found = [*visible, *(f"{name} ({reason})" for name, reason in unread.items())]
         raise DataError(
-            f"{source} is not a dataset known here: found {', '.join(found[:5])}. Expected Parquet files in the Hugging"
+            f"{source} is not a recognized dataset: found {', '.join(found[:5])}. Expected Parquet files in the Hugging"
             f" Face layout, or folders named {', '.join(CLASSES[:3])}, ... with images, with or without train/ and "
-            "test/ above them. Name an official archive itself, not its folder."
+            "test/ above them. For an official archive, name the file, not its folder."
         )
     kind = "Parquet files" if parquet else "images in class folders"
     unread.update({name: f"only {kind} are read" for name in visible if name not in set(used)})
@@ -170,13 +170,14 @@ def _packed_class_folders(
 
 
 def _with_splits(names: list[str], source: str) -> list[tuple[str, Split]]:
-    """The split of each file. A name that may mean test, but is not one of those documented, is refused."""
+    """The split of each file. A name that suggests test data but is not a documented one is refused."""
     for name in names:
         telling = name if suffix_of(name) == ".parquet" else name.rpartition("/")[0]
         if _TEST_WORD.search(telling.lower()) and not is_test(name):
             raise DataError(
                 f"{source}: it is not clear whether {telling} belongs to a test split. Put test data into a folder "
-                "named test, or name a Parquet file test.parquet or test-00000.parquet; rename what is not test data."
+                "named test, or name a Parquet file test.parquet or test-00000.parquet; rename files that are not "
+                "test data."
             )
     other: Split = "train" if any(map(is_test, names)) else "any"
     return [(name, "test" if is_test(name) else other) for name in names]

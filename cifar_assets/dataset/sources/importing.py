@@ -1,4 +1,4 @@
-"""Raw data from outside, validated and stored: the official archive, a path or bucket, or drawn from a seed."""
+"""Imports, validates and stores raw data: the official archive, a path or bucket, or data drawn from a seed."""
 
 import logging
 import tarfile
@@ -24,20 +24,22 @@ _SHOWN_REFUSALS = 5
 
 
 class Imports(BaseModel):
-    """What a source was imported as. Kept for an address with a known digest, so that it is not fetched again."""
+    """The result of an import. Stored for an address with a digest, so that it is not downloaded again."""
 
     version: Literal[1] = 1
     objects: tuple[RawObject, ...]
-    unread: dict[str, str] = Field(default={}, description="Folders and files that were not read, and why, by name.")
+    unread: dict[str, str] = Field(
+        default={}, description="Folders and files that were not read, by name, with the reason."
+    )
 
 
 def import_source(source: str, raw: ObjectStore, *, resize: bool = False) -> Imports:
     """Validate the source and store its objects under their digests; nothing of an invalid file is stored.
 
-    `source` is 'download', 'synthetic' or 'synthetic:<seed>', a path, or an s3:// or http(s):// address. A
-    file's address may end in `#md5=...` or `#sha256=...`, which it must then have. Importing what is already stored
-    stores nothing again. Raises ConfigError for a source that cannot be understood or found, DataError (naming file
-    and row) for one that is damaged.
+    `source` is 'download', 'synthetic' or 'synthetic:<seed>', a path, or an s3:// or http(s):// address. A file's
+    address may end in `#md5=...` or `#sha256=...`, which the file must match. Importing data that is already stored
+    does not store it again. Raises ConfigError for a source that is invalid or does not exist, DataError (naming file
+    and row) for a damaged one.
     """
     address = f"{OFFICIAL_URL}#md5={OFFICIAL_MD5}" if source == "download" else source
     base, digest = split_digest(address)
@@ -45,7 +47,7 @@ def import_source(source: str, raw: ObjectStore, *, resize: bool = False) -> Imp
     key = f"{IMPORTS_PREFIX}{sha256_json(address)}.json"
     known = read_state(raw, key, Imports) if is_pinned_url else None
     if known and all(is_stored(raw, item.key, item.sha256, item.size) for item in known.objects):
-        logger.info("%s is already stored; not fetched again.", redacted(source))
+        logger.info("%s is already stored and is not downloaded again.", redacted(source))
         return known
     unread: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="cifar-source-") as work:
@@ -63,10 +65,10 @@ def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, unread: dict[
     known = index = load_index(raw, sha256, file.split, resize)
     if index is None:
         index = read_index(file.path, file.format, file.split, file.name, resize=resize)
-    if index.refused:  # also by an index kept of a landed file of the same bytes
+    if index.refused:  # or by the stored index of a landed file with the same bytes
         raise DataError(_refusal(file, index.refused, len(index)))
     if not len(index):
-        raise DataError(f"{file.name} holds no images.")
+        raise DataError(f"{file.name} has no images.")
     unread.update({f"{file.name}, member {member}": reason for member, reason in index.unread.items()})
     key, size, rows = store_object(raw, file.path, sha256, file.suffix), file.path.stat().st_size, len(index)
     if known is None:
@@ -80,4 +82,6 @@ def _refusal(file: SourceFile, refused: dict[int, str], rows: int) -> str:
         with tarfile.open(file.path) as archive:
             names = archive.getnames()
     shown = "; ".join(f"{names[row]}: {refused[row]}" for row in list(refused)[:_SHOWN_REFUSALS])
-    return f"{file.name}: {len(refused)} of {rows} rows cannot be used, first {shown}. Correct them in the source."
+    return (
+        f"{file.name}: {len(refused)} of {rows} rows cannot be used, starting with {shown}. Correct them in the source."
+    )

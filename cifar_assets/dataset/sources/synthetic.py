@@ -1,7 +1,7 @@
-"""Ten classes of drawn shapes, CIFAR-shaped, from a seed: so that everything runs without a network.
+"""Draws ten classes of CIFAR-sized shapes from a seed, so that everything runs without a network.
 
-Shapes vary in place, size and colour over a noisy, tinted ground, so that a linear model or an untrained network fails
-while a small convolutional network learns them within a minute. Mirroring a picture keeps its class. Only integer
+Shapes vary in position, size and color over a noisy, tinted background, so that a linear model or an untrained network
+fails while a small convolutional network learns them within a minute. Mirroring a picture keeps its class. Only integer
 arithmetic and numpy's frozen legacy generator are used: a seed gives the same bytes on every machine.
 """
 
@@ -34,7 +34,7 @@ def _draw(random: np.random.RandomState, labels: NDArray[np.int64]) -> NDArray[n
     mask = np.take_along_axis(masks, labels[None, :, None, None], axis=0)[0]
 
     ground = random.randint(80, 176, size=(count, 3, 1, 1))
-    # The shape differs from the ground by a little in each channel, in a direction drawn per picture.
+    # The shape differs slightly from the background in each channel, in a random direction per picture.
     sign = np.where(random.randint(0, 2, size=(count, 3, 1, 1)) == 1, 1, -1)
     contrast = random.randint(40, 72, size=(count, 3, 1, 1)) * sign
     noise = random.randint(-16, 17, size=(count, *IMAGE_SHAPE))
@@ -43,7 +43,7 @@ def _draw(random: np.random.RandomState, labels: NDArray[np.int64]) -> NDArray[n
 
 
 def _shapes(x: NDArray[np.int64], y: NDArray[np.int64], r: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """10 x N x 32 x 32: the shape of every class around the centre, in label order."""
+    """10 x N x 32 x 32: the shape of every class around the center, in label order."""
     flat, far = np.maximum(abs(x), abs(y)), x * x + y * y
     box, disc = flat <= r, far <= r * r
     classes = (

@@ -1,1 +1,1 @@
-"""Versions of raw and processed data, and what they came from."""
+"""Versions of raw and processed data, and their lineage."""

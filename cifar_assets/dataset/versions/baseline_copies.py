@@ -1,4 +1,4 @@
-"""Copies of the current data under the names that the pipeline this project replaces gave them."""
+"""Copies of the current data under the object names of the pipeline that this project replaces."""
 
 import gzip
 import io
@@ -22,14 +22,14 @@ from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from resources.object_store import ObjectStore
 
 _GZIP_LEVEL = 1
-_PROTOCOL = 2  # Python 2 can read it as well, like the official archive
+_PROTOCOL = 2  # also readable by Python 2, like the official archive
 
 
 def write_baseline_raw(raw: ObjectStore, processed: ObjectStore, processed_digest: str) -> str:
     """Store the version's images as an official python archive and return its key.
 
-    An official python archive that alone makes up the raw version is copied as it is. Otherwise one is written from the
-    processed images: train and validation in five batches, the test split in one.
+    If the raw version consists of one official python archive, it is copied unchanged. Otherwise an archive is written
+    from the processed images: train and validation in five batches, the test split in one.
     """
     manifest = read_raw(raw, read_processed(processed, processed_digest).raw_digest)
     only = manifest.objects[0] if len(manifest.objects) == 1 else None
@@ -71,7 +71,7 @@ def write_baseline_processed(processed: ObjectStore, processed_digest: str) -> s
 def _write_archive(store: ObjectStore, key: str, files: Iterator[tuple[str, bytes]]) -> None:
     with tempfile.TemporaryDirectory(prefix="cifar-archive-") as folder:
         path = Path(folder, "archive.tar.gz")
-        # No name and no time in the gzip header: equal content gives equal bytes.
+        # No name and no timestamp in the gzip header: equal content gives equal bytes.
         with (
             path.open("wb") as file,
             gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed,

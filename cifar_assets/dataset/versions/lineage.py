@@ -1,4 +1,4 @@
-"""Which data made a model, and where an image is used: answered from stored manifests alone."""
+"""Which data a model was trained on, and where an image is used, derived from stored manifests only."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from resources.object_store import ObjectStore
 
 
 class UsedObject(NamedTuple):
-    """A raw object, the names it landed under, and how many of its images each split took."""
+    """A raw object, the names it landed under, and the number of its images in each split."""
 
     item: RawObject
     landed_as: list[str]
@@ -25,7 +25,7 @@ class UsedObject(NamedTuple):
 
 
 class DatasetLineage(NamedTuple):
-    """A processed version and all that it was made from."""
+    """A processed version and everything it was made from."""
 
     processed_digest: str
     raw_digest: str
@@ -46,22 +46,22 @@ class ImageOrigin(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What differs between two processed versions, in images per split. One that got another label is in both."""
+    """The difference between two processed versions, in images per split. A relabeled image is in both counts."""
 
     added: dict[SplitName, int]
     removed: dict[SplitName, int]
 
 
 def model_lineage(stores: Stores, model_digest: str) -> tuple[ModelManifest, DatasetLineage]:
-    """The model's manifest and the data that made it."""
+    """The model's manifest and the data it was trained on."""
     manifest = read_manifest(stores.models.at(model_digest), model_digest)
     return manifest, dataset_lineage(stores, manifest.dataset_digest)
 
 
 def dataset_lineage(stores: Stores, processed_digest: str) -> DatasetLineage:
-    """Which objects a processed version was made from, and how many images of each went into which split.
+    """The objects that a processed version was made from, with the number of images in each split.
 
-    Raises ObjectNotFoundError that names the first link that is not stored any more.
+    Raises ObjectNotFoundError naming the first version in the chain that is no longer stored.
     """
     raw_digest = read_processed(stores.processed, processed_digest).raw_digest
     items = read_raw(stores.raw, raw_digest).objects
@@ -84,7 +84,7 @@ def dataset_lineage(stores: Stores, processed_digest: str) -> DatasetLineage:
 def images_of(
     stores: Stores, processed_digest: str, split: SplitName, pixel_digest: str | None = None
 ) -> Iterator[ImageOrigin]:
-    """The images of a split in stored order, or those of one pixel digest, with their exact object and row."""
+    """The images of a split in stored order, or only those with one pixel digest, with their exact object and row."""
     rows = open_split(stores.processed, processed_digest, split)
     positions = np.arange(len(rows))
     if pixel_digest is not None:
@@ -97,7 +97,7 @@ def images_of(
 
 
 def find_image(stores: Stores, pixel_digest: str) -> list[ImageOrigin]:
-    """Every place where a processed version uses the image."""
+    """Every use of the image in a processed version."""
     _binary(pixel_digest)
     return [
         origin

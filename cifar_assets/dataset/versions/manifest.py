@@ -10,7 +10,7 @@ from resources.object_store import ObjectStore
 
 
 class Manifest(BaseModel):
-    """What a version is made of. The sha256 of its canonical JSON is the version's digest."""
+    """The contents of a version. The sha256 of its canonical JSON is the version's digest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -19,15 +19,15 @@ class Manifest(BaseModel):
         return sha256_json(self.model_dump(mode="json"))
 
     def write(self, store: ObjectStore, key: str) -> None:
-        """Publish the version: without its manifest it does not exist."""
+        """Publish the version, which does not exist without its manifest."""
         store.write(key, canonical_json(self.model_dump(mode="json")))
 
     @classmethod
     def read(cls, store: ObjectStore, key: str, digest: str, missing: str) -> Self:
         """The manifest with this digest.
 
-        ObjectNotFoundError with the text `missing` where there is none, IntegrityError where it was changed, DataError
-        for a kind that is not known here.
+        ObjectNotFoundError with the text `missing` if there is none, IntegrityError if it was changed, DataError for an
+        unknown kind.
         """
         try:
             return cls.model_validate_json(store.read_verified(key, digest))

@@ -1,7 +1,7 @@
 """Processed dataset versions: prepared pixels in shards, split by image digest, under one digest.
 
-A version consists of parts: the shards of one raw object, or of a few small ones. What a part holds depends on its
-objects and the split alone, so versions share parts, and a new version builds parts only for what is new in it.
+A version consists of parts: the shards of one raw object, or of a few small ones. The content of a part depends only on
+its objects and the split settings, so versions share parts and a new version builds only its new ones.
 """
 
 import logging
@@ -43,23 +43,23 @@ class ProcessedManifest(Manifest, ImageSpec):
     counts: dict[SplitName, dict[str, int]] = Field(description="Images per split and class.")
     mean: tuple[float, float, float] = Field(description="Per channel, of the train split, in units of 0 to 1.")
     std: tuple[float, float, float] = Field(description="Per channel, of the train split, in units of 0 to 1.")
-    shards: dict[SplitName, tuple[Shard, ...]] = Field(description="Images with label and origin, in row order.")
+    shards: dict[SplitName, tuple[Shard, ...]] = Field(description="The images with label and origin, in row order.")
     rows: dict[SplitName, Shard] = Field(
-        default={}, description="Of kind cifar10-processed/1: the origins of each split in a file of their own."
+        default={}, description="Only in kind cifar10-processed/1: a separate file with the origins of each split."
     )
 
     @property
     def files(self) -> list[Shard]:
-        """Every stored file but the manifest."""
+        """Every stored file except the manifest."""
         return [shard for shards in self.shards.values() for shard in shards] + list(self.rows.values())
 
     @property
     def size(self) -> int:
-        """Bytes of its shards, including those that it shares with other versions."""
+        """Total size of its shards in bytes, including shards shared with other versions."""
         return sum(shard.size for shards in self.shards.values() for shard in shards)
 
     def count(self, split: SplitName) -> int:
-        """Images in a split."""
+        """Number of images in a split."""
         return sum(self.counts[split].values())
 
 
@@ -70,18 +70,18 @@ class ProcessedVersion:
     digest: str
     manifest: ProcessedManifest
     reused: bool
-    """Whether it existed already and nothing was built."""
+    """Whether it already existed, so that nothing was built."""
 
 
 class Part(BaseModel):
-    """The shards of a few objects, whose numbers in the shards are those within the part."""
+    """The shards of a few objects, which the shards number by position within the part."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
     shards: dict[SplitName, tuple[Shard, ...]]
     labels: dict[SplitName, tuple[int, ...]] = Field(description="Images by label.")
-    channels: tuple[tuple[int, int, int], ...] = Field(description="The channel totals of the train split.")
+    channels: tuple[tuple[int, int, int], ...] = Field(description="Channel totals of the train split.")
 
     @property
     def all_shards(self) -> list[Shard]:
@@ -93,9 +93,9 @@ def build_processed(
 ) -> ProcessedVersion:
     """Decode, split and store the images of a raw version; bit-identical for the same raw digest and config.
 
-    Parts that another version has are taken as they are. Memory is bounded by one shard per split, disk by one shard,
-    and the version becomes visible all at once, with its manifest. Raises DataError when the train or test split would
-    be empty, IntegrityError when an object is not what the raw version says.
+    Parts of other versions are reused. Memory is bounded by one shard per split, disk by one shard, and the version
+    becomes visible atomically, with its manifest. Raises DataError when the train or test split would be empty,
+    IntegrityError when an object does not match the raw version.
     """
     config = config or SplitConfig()
     source = read_raw(raw, raw_digest)
@@ -132,26 +132,26 @@ def build_processed(
     missing = next((shard for shard in manifest.files if not processed.exists(shard.file)), None)
     if missing:
         raise StoreError(
-            f"{processed.uri(missing.file)} was removed while a version with it was built: build it again.",
+            f"{processed.uri(missing.file)} was removed while a version that uses it was built: build it again.",
             transient=True,
         )
     return ProcessedVersion(manifest.digest, manifest, reused)
 
 
 def read_processed(processed: ObjectStore, digest: str) -> ProcessedManifest:
-    """The manifest of a version; ObjectNotFoundError where there is none, IntegrityError when it was changed."""
+    """The manifest of a version; ObjectNotFoundError if there is none, IntegrityError if it was changed."""
     missing = f"There is no processed version {digest} in {processed.uri()}: materialize the processed dataset."
     return ProcessedManifest.read(processed, f"{digest}/{MANIFEST_FILE}", digest, missing)
 
 
 def list_processed_versions(processed: ObjectStore) -> list[str]:
-    """Digests of the published versions, in order."""
+    """Digests of the published versions, sorted."""
     keys = (info.key for info in processed.list())
     return [key.split("/")[0] for key in keys if key.count("/") == 1 and key.endswith(f"/{MANIFEST_FILE}")]
 
 
 def _group_objects(objects: Sequence[RawObject]) -> list[tuple[int, ...]]:
-    """Numbers of the objects of each part: large and source objects alone, in order; then small landed ones."""
+    """Object numbers of each part: one part per large or source object, in order, then parts of small landed ones."""
     small = [n for n, item in enumerate(objects) if item.role == "landed" and item.used_rows < GROUP_ROWS]
     alone = [(n,) for n in sorted(set(range(len(objects))) - set(small))]
     groups = grouped(small, lambda n: objects[n].sha256, lambda n: objects[n].used_rows)
@@ -161,7 +161,7 @@ def _group_objects(objects: Sequence[RawObject]) -> list[tuple[int, ...]]:
 def _find_or_build_part(
     raw: ObjectStore, processed: ObjectStore, manifest: RawManifest, numbers: Sequence[int], config: SplitConfig
 ) -> tuple[Part, bool]:
-    """The part of the objects with these numbers, and whether it had to be built. A damaged one is built again."""
+    """The part for the objects with these numbers, and whether it was built. A damaged one is rebuilt."""
     items = [manifest.objects[number] for number in numbers]
     identity = {
         "objects": [[item.sha256, item.format, item.split, item.excluded] for item in items],
@@ -173,7 +173,7 @@ def _find_or_build_part(
     if part and all(is_stored(processed, shard.file, shard.sha256, shard.size) for shard in part.all_shards):
         return part, False
     if part:
-        logger.warning("A shard is missing or was changed; building %s again.", processed.uri(key))
+        logger.warning("A shard is missing or was changed; rebuilding %s.", processed.uri(key))
     part = _build_part(raw, processed, manifest, items, config)
     processed.write(key, part.model_dump_json().encode())
     return part, True
@@ -205,7 +205,7 @@ def _build_part(
 def _used_rows(
     raw: ObjectStore, manifest: RawManifest, item: RawObject, number: int
 ) -> Iterator[tuple[Tensors, np.ndarray]]:
-    """The rows of an object that the version uses, and the split that the source puts each of them in."""
+    """The rows of an object that the version uses, and the split of each row in the source."""
     used = item.used()
     name = raw.uri(item.key)
     with fetched(raw, item.key, item.sha256) as path:
@@ -214,7 +214,7 @@ def _used_rows(
             keep = used[first : first + count]
             if len(keep) != count or any(used[row] for row in batch.refused):
                 raise IntegrityError(
-                    f"{name} does not have the rows that raw version {manifest.digest} lists: build it again."
+                    f"{name} does not have the rows that raw version {manifest.digest} lists: build that version again."
                 )
             rows: Tensors = {
                 "images": batch.images,

@@ -1,4 +1,4 @@
-"""Raw dataset versions: a source and what is in the landing zone, pinned down by one digest."""
+"""Raw dataset versions: a source and the landed data, identified by one digest."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ CURRENT_KEY = "current.json"
 
 
 class RawManifest(Manifest):
-    """Every object of a raw version."""
+    """The objects of a raw version."""
 
     kind: Literal["cifar10-raw/1"] = "cifar10-raw/1"
     classes: tuple[str, ...] = CLASSES
@@ -39,23 +39,23 @@ class RawManifest(Manifest):
 
     @property
     def rows(self) -> int:
-        """Images that the version uses."""
+        """Number of images that the version uses."""
         return sum(item.used_rows for item in self.objects)
 
     @property
     def landed_rows(self) -> int:
-        """Images that landed."""
+        """Number of landed images that the version uses."""
         return sum(item.used_rows for item in self.objects if item.role == "landed")
 
     @property
     def size(self) -> int:
-        """Bytes of all its objects."""
+        """Total size of its objects in bytes."""
         return sum(item.size for item in self.objects)
 
 
 @dataclass(frozen=True)
 class RawVersion:
-    """A published raw version, and what building it found."""
+    """A published raw version, and the findings of its build."""
 
     digest: str
     manifest: RawManifest
@@ -63,28 +63,28 @@ class RawVersion:
     left_out: dict[str, int] = field(default_factory=dict)
     """Source rows not used, by reason."""
     unread: dict[str, str] = field(default_factory=dict)
-    """Folders and files of the source that were not read, and why, by name."""
+    """Folders and files of the source that were not read, by name, with the reason."""
     landing: LandingReport = field(default_factory=LandingReport)
 
 
 class Provenance(BaseModel):
-    """Where a version came from, as first noted. The digest does not cover it."""
+    """The origin of a version, as first recorded. The digest does not cover it."""
 
     version: Literal[1] = 1
     source: str = "unknown"
     created: str = "unknown"
-    landed: dict[str, list[str]] = Field(default={}, description="Names under which objects landed, by sha256.")
+    landed: dict[str, list[str]] = Field(default={}, description="Landed names of the objects, by sha256.")
 
 
 def build_raw_version(raw: ObjectStore, source: str, *, digest: str | None = None, resize: bool = True) -> RawVersion:
-    """Publish the version made of the source and of what is valid in the landing zone.
+    """Publish the version made from the source and the valid landed data.
 
-    It becomes the current one if it can be split; its blocking checks say so too.
+    It becomes the current one if it can be split, which its blocking checks test as well.
 
-    The digest is a function of the two: the order, names and number of copies in which data landed do not matter. With
-    `digest` given, that earlier version is made current instead and nothing is read from source or landing zone.
+    The digest is a function of these two: the order, names and number of copies of landed data do not matter. If
+    `digest` is given, that earlier version becomes current instead, and neither source nor landing zone is read.
 
-    Raises what `import_source` raises. Landed data that is refused is moved to `rejected/` and reported.
+    Raises what `import_source` raises. Refused landed data is moved to `rejected/` and reported.
     """
     if digest is not None:
         make_current(raw, digest)
@@ -95,8 +95,8 @@ def build_raw_version(raw: ObjectStore, source: str, *, digest: str | None = Non
         if error.errno not in FULL_DISK:
             raise
         raise StoreError(
-            f"No space is left for {error.filename or tempfile.gettempdir()}. Free space there, or point TMPDIR to "
-            "another disk, and run again. No version was published."
+            f"No space left on device for {error.filename or tempfile.gettempdir()}. Free space there, or point "
+            "TMPDIR to another disk, and run again. No version was published."
         ) from error
 
 
@@ -117,21 +117,21 @@ def _build(raw: ObjectStore, source: str, resize: bool) -> RawVersion:
     try:
         make_current(raw, digest)
     except DataError as error:
-        logger.warning("The current raw version stays as it is: %s", error)
+        logger.warning("The current raw version is unchanged: %s", error)
     landing.record.save(raw)
     return RawVersion(digest, manifest, redacted(source), left_out, imported.unread, landing)
 
 
 def read_raw(raw: ObjectStore, digest: str) -> RawManifest:
-    """The manifest of a version; ObjectNotFoundError where there is none, IntegrityError when it was changed."""
+    """The manifest of a version; ObjectNotFoundError if there is none, IntegrityError if it was changed."""
     if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        raise ConfigError(f"{digest!r} is not a version digest: expected 64 lower-case hexadecimal digits.")
+        raise ConfigError(f"{digest!r} is not a version digest: expected 64 lowercase hexadecimal digits.")
     missing = f"There is no raw version {digest} in {raw.uri()}. `python -m cifar_assets.dataset versions` lists them."
     return RawManifest.read(raw, _key(digest, "manifest"), digest, missing)
 
 
 def current_raw_digest(raw: ObjectStore) -> str | None:
-    """The version that `current.json` points to: for people and sensors; decisions take digests."""
+    """The version that `current.json` points to. For display and sensors only; decisions use digests."""
     if not raw.exists(CURRENT_KEY):
         return None
     try:
@@ -143,7 +143,7 @@ def current_raw_digest(raw: ObjectStore) -> str | None:
 
 
 def make_current(raw: ObjectStore, digest: str) -> None:
-    """Point to a version. DataError, and no change, where an object is missing or a split would be empty."""
+    """Make a version current. Raises DataError, without a change, if an object is missing or a split would be empty."""
     manifest = read_raw(raw, digest)
     for item in manifest.objects:
         info = raw.stat(item.key)
@@ -157,7 +157,7 @@ def make_current(raw: ObjectStore, digest: str) -> None:
 
 
 def list_raw_digests(raw: ObjectStore) -> list[str]:
-    """Digests of the published versions, in order."""
+    """Digests of the published versions, sorted."""
     return [info.key.split("/")[1] for info in raw.list(VERSIONS_PREFIX) if info.key.endswith("/manifest.json")]
 
 
@@ -168,12 +168,12 @@ def list_raw_versions(raw: ObjectStore) -> dict[str, tuple[RawManifest, Provenan
         try:
             versions[digest] = read_raw(raw, digest), read_provenance(raw, digest)
         except DataError as error:
-            logger.warning("A version is left out: %s", error)
+            logger.warning("Skipping a version: %s", error)
     return dict(sorted(versions.items(), key=lambda item: item[1][1].created))
 
 
 def read_provenance(raw: ObjectStore, digest: str) -> Provenance:
-    """Where a version came from, as far as that is known."""
+    """The origin of a version, as far as it is known."""
     return read_state(raw, _key(digest, "provenance"), Provenance) or Provenance()
 
 

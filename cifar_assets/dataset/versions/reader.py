@@ -1,4 +1,4 @@
-"""Reading a split of a processed version: memory-mapped, verified once, several shards behaving as one array."""
+"""Reads a split of a processed version: memory-mapped, verified once, with several shards presented as one array."""
 
 import os
 import tempfile
@@ -16,7 +16,7 @@ from resources.errors import IntegrityError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
 _MOST_OPEN = 64
-"""Shards kept mapped at a time: each holds a file open."""
+"""Number of shards mapped at a time: each keeps a file open."""
 
 _EMPTY: Tensors = {
     "labels": np.empty(0, np.int64),
@@ -29,8 +29,8 @@ _EMPTY: Tensors = {
 class SplitReader:
     """The images of one split, in stored order.
 
-    Pixels stay on disk until they are taken, so that a split may be larger than memory. What is known of each image
-    (52 bytes) does not: label, digest, position of its object in the raw version, and row in that object.
+    Pixels stay on disk until they are read, so a split may be larger than memory. The record of each image (52 bytes)
+    is in memory: label, digest, position of its object in the raw version, and row in that object.
     """
 
     def __init__(self, manifest: ProcessedManifest, split: SplitName, shards: list[Path], rows: Path | None = None):
@@ -79,9 +79,9 @@ class SplitReader:
 def open_split(processed: ObjectStore, digest: str, split: SplitName, cache: Path | None = None) -> SplitReader:
     """Open a split of the version with the given digest.
 
-    `processed` is the store rooted at the processed bucket. Where it is a folder, its files are mapped in place;
-    otherwise shards are copied to `cache` once (a temporary folder by default). Every file's sha256 is checked before
-    it is first used; IntegrityError when one was changed.
+    `processed` is the store rooted at the processed bucket. If it is a folder, its files are mapped in place; otherwise
+    shards are copied to `cache` once (a temporary folder by default). Every file's sha256 is checked before its first
+    use; IntegrityError when one was changed.
     """
     manifest = read_processed(processed, digest)
     folder = cache if cache is not None else Path(tempfile.gettempdir(), f"cifar-shards-{os.getuid()}")
@@ -92,7 +92,7 @@ def open_split(processed: ObjectStore, digest: str, split: SplitName, cache: Pat
 
 def _known(path: Path) -> Tensors:
     tensors = map_shard(path)
-    return {name: np.array(tensors[name]) for name in _EMPTY}  # copies: a map would hold the file open
+    return {name: np.array(tensors[name]) for name in _EMPTY}  # copies, because a map would keep the file open
 
 
 def _verified(processed: ObjectStore, key: str, shard: Shard, cache: Path) -> Path:
@@ -102,12 +102,12 @@ def _verified(processed: ObjectStore, key: str, shard: Shard, cache: Path) -> Pa
     if local is None:
         local = cache / f"{shard.sha256}.safetensors"
         if _has_digest(local, shard):
-            os.utime(local)  # what is used is not old
+            os.utime(local)  # marks it as recently used
         else:
             processed.download_verified(key, shard.sha256, local)
     elif not _has_digest(local, shard):
         raise IntegrityError(
-            f"{processed.uri(key)} does not have sha256 {shard.sha256}: it was changed or cut off. Delete it and "
+            f"{processed.uri(key)} does not have sha256 {shard.sha256}: it was changed or truncated. Delete it and "
             "materialize the processed dataset again."
         )
     return local

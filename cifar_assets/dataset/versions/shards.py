@@ -1,4 +1,4 @@
-"""Shards: safetensors files that hold images of a split, and where each of them came from."""
+"""Shards: safetensors files with images of a split and the origin of each image."""
 
 import json
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ _TENSORS = ("images", "labels", "digests", "objects", "rows")
 
 Channels = tuple[float, float, float]
 Tensors = dict[str, NDArray]
-"""Prepared images and where they came from, in arrays of equal length.
+"""Prepared images and their origins, in arrays of equal length.
 
 `images` (N x 3 x 32 x 32), `labels`, `digests` (N x 32: sha256 of the pixels), `objects` (number of the object in its
 part) and `rows` (row in that object).
@@ -34,24 +34,24 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str = Field(description="Key in the processed bucket; of kind cifar10-processed/1, below the version.")
+    file: str = Field(description="Key in the processed bucket; in kind cifar10-processed/1, relative to the version.")
     sha256: str
     size: int = Field(description="Bytes.")
     rows: int
     objects: tuple[int, ...] = Field(
-        default=(), description="Positions in the raw version of the objects that the rows name by 0, 1, ..."
+        default=(), description="Positions in the raw version of the objects that the rows refer to as 0, 1, ..."
     )
 
     def key(self, digest: str) -> str:
-        """Its key in the processed bucket, as a file of the version with the digest."""
+        """Its key in the processed bucket, for the version with this digest."""
         return self.file if self.file.startswith(SHARDS_PREFIX) else f"{digest}/{self.file}"
 
 
 class ShardWriter:
-    """Collects rows of one split, and stores a shard under its digest whenever enough are there."""
+    """Collects rows of one split, and stores a shard under its digest whenever there are enough."""
 
     def __init__(self, store: ObjectStore, folder: Path, max_rows: int) -> None:
-        """The folder is for the file being written."""
+        """The folder is used for the file being written."""
         self._store, self._path, self._max_rows = store, folder / "shard", max_rows
         self._waiting: list[Tensors] = []
         self._shards: list[Shard] = []
@@ -65,7 +65,7 @@ class ShardWriter:
             self._write(whole_only=True)
 
     def finish(self) -> tuple[Shard, ...]:
-        """Store what is left and give all shards."""
+        """Store the remaining rows and return all shards."""
         if self._waiting:
             self._write(whole_only=False)
         return tuple(self._shards)
@@ -86,7 +86,7 @@ class ShardWriter:
 
 
 def channel_totals(images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Per channel of N x 3 x 32 x 32 images: number of pixels, their sum, and the sum of their squares."""
+    """For each channel of N x 3 x 32 x 32 images: number of pixels, their sum, and the sum of their squares."""
     values = np.arange(256, dtype=np.int64)
     counts = [np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(3)]
     return np.array([[count.sum(), count @ values, count @ values**2] for count in counts])
@@ -94,7 +94,7 @@ def channel_totals(images: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 def mean_and_std(totals: Iterable[Iterable[int]]) -> tuple[Channels, Channels]:
     """Mean and standard deviation per channel, in units of 0 to 1."""
-    # Python integers: exact, and rounded once, so that every machine gets the same.
+    # Python integers are exact and the result is rounded once, so every machine gets the same value.
     sums = [(max(int(count), 1), int(first), int(second)) for count, first, second in totals]
     mean = [round(first / count / 255, 9) for count, first, _ in sums]
     std = [round(((second * count - first * first) / count**2) ** 0.5 / 255, 9) for count, first, second in sums]
@@ -102,12 +102,12 @@ def mean_and_std(totals: Iterable[Iterable[int]]) -> tuple[Channels, Channels]:
 
 
 def map_shard(path: Path) -> Tensors:
-    """The tensors of a safetensors file, read-only, in one memory map: nothing is read until it is used.
+    """The tensors of a safetensors file, read-only, in one memory map: data is read on first use.
 
-    Format: https://huggingface.co/docs/safetensors (8 bytes header length, JSON header, data). DataError for another.
+    Format: https://huggingface.co/docs/safetensors (8 bytes header length, JSON header, data). DataError for others.
     """
     try:
-        with safe_open(path, "np"):  # checks that the header fits the file
+        with safe_open(path, "np"):  # validates the header against the file
             mapped = np.memmap(path, np.uint8, "r")
         start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
         header = json.loads(mapped[8:start].tobytes())

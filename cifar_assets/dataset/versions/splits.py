@@ -1,4 +1,4 @@
-"""Which split an image belongs to."""
+"""Assigns images to splits."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,17 +17,17 @@ from resources.verdict import Verdict
 SplitName = Literal["train", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 NEEDED_SPLITS: tuple[SplitName, ...] = ("train", "test")
-"""A dataset without images in these can be neither trained on nor judged."""
+"""A dataset without images in these splits cannot be used for training or evaluation."""
 
 
 class SplitConfig(BaseModel):
-    """How images are divided. A split depends on an image's own digest, so adding images moves none."""
+    """How images are divided. An image's split depends only on its digest, so adding images does not move others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     validation_fraction: float = Field(default=0.1, ge=0, lt=1, description="Fraction of training images held out.")
     test_fraction: float = Field(
-        default=0.1, gt=0, lt=1, description="Fraction of images used for the test where the source has no test split."
+        default=0.1, gt=0, lt=1, description="Fraction of images held out for testing if the source has no test split."
     )
     max_shard_rows: int = Field(default=16_384, ge=1, description="Images per shard (3 kB each).")
 
@@ -35,9 +35,9 @@ class SplitConfig(BaseModel):
 def assign_splits(
     digests: NDArray[np.uint8], source_splits: NDArray[np.str_], config: SplitConfig
 ) -> NDArray[np.int64]:
-    """Position in SPLIT_NAMES of each image, given its pixel digest (N x 32) and the split its source puts it in.
+    """Position in SPLIT_NAMES of each image, given its pixel digest (N x 32) and its split in the source.
 
-    Bytes 0 to 7 of the digest, as a number from 0 to 1, decide about validation, bytes 8 to 15 about the test.
+    Bytes 0 to 7 of the digest, as a number from 0 to 1, decide on validation, bytes 8 to 15 on test.
     """
     numbers = digests[:, :16].copy().view(">u8") / 2.0**64
     in_test = (source_splits == "test") | ((source_splits == "any") & (numbers[:, 1] < config.test_fraction))
@@ -46,10 +46,10 @@ def assign_splits(
 
 
 def splits_filled(raw: ObjectStore, objects: Sequence[RawObject], resize: bool) -> Verdict:
-    """Whether the used rows of the objects give images to train on, images to test with, and images of every class."""
+    """Whether the used rows of the objects include training images, test images, and images of every class."""
     per_split, per_class = np.zeros(len(SPLIT_NAMES), np.int64), np.zeros(len(CLASSES), np.int64)
     for item in objects:
-        index = index_of(raw, item, resize, keep=False)  # the pipelines may only read here
+        index = index_of(raw, item, resize, keep=False)  # the pipelines have read-only access here
         used = item.used()
         positions = assign_splits(index.digests[used], np.asarray(SPLITS)[index.splits[used]], SplitConfig())
         per_split += np.bincount(positions, minlength=len(SPLIT_NAMES))
@@ -61,5 +61,5 @@ def splits_filled(raw: ObjectStore, objects: Sequence[RawObject], resize: bool) 
     if empty:
         text += f": no images for the {' and '.join(empty)} split. Add data to the source, or change the fractions"
     if lost:
-        text += f"; no images of {', '.join(lost)}: see what was not read of the source in the asset's metadata"
+        text += f"; no images of {', '.join(lost)}: the asset's metadata lists what was not read of the source"
     return Verdict(not empty and not lost, f"{text}.", {f"num_{name}": count for name, count in counts.items()})

@@ -1,4 +1,4 @@
-"""What blocks a raw or a processed version: one function for each blocking check."""
+"""Blocking checks of raw and processed versions: one function for each check."""
 
 from functools import cache
 
@@ -15,7 +15,7 @@ from resources.verdict import Judges, Verdict
 
 _MEAN_RANGE = (0.05, 0.95)
 _STD_RANGE = (0.02, 0.5)
-"""Bounds on channel statistics in units of 0 to 1: outside of them images are blank, inverted or scaled twice."""
+"""Bounds on channel statistics in units of 0 to 1: outside them, images are blank, inverted or scaled twice."""
 _MAX_NAMED = 10
 
 
@@ -39,7 +39,7 @@ def judge_processed(raw: ObjectStore, processed: ObjectStore, digest: str) -> Ju
 
 
 def objects_intact(raw: ObjectStore, manifest: RawManifest) -> Verdict:
-    """Every object has the bytes its manifest names. Reads all of them."""
+    """Every object has the digest in its manifest. Reads all objects."""
     broken = []
     for item in manifest.objects:
         try:
@@ -54,7 +54,7 @@ def objects_intact(raw: ObjectStore, manifest: RawManifest) -> Verdict:
 
 
 def nothing_lost(manifest: ProcessedManifest, raw: RawManifest) -> Verdict:
-    """Every image of the raw version is in exactly one split, and each split has some: a training needs all three."""
+    """Every image of the raw version is in exactly one split, and no split is empty: training needs all three."""
     counts = {split: manifest.count(split) for split in SPLIT_NAMES}
     text = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     return Verdict(
@@ -64,18 +64,18 @@ def nothing_lost(manifest: ProcessedManifest, raw: RawManifest) -> Verdict:
 
 
 def splits_disjoint(processed: ObjectStore, digest: str) -> Verdict:
-    """No image is in two splits, nor twice among those trained on. A test split may repeat its own images."""
+    """No image is in two splits, or twice in the training data. A test split may contain duplicates."""
     digests = {split: open_split(processed, digest, split).digests for split in SPLIT_NAMES}
     training = np.concatenate([digests["train"], digests["validation"]])
     together = np.concatenate([training, np.unique(digests["test"], axis=0)])
     num_repeated = len(together) - len(np.unique(together, axis=0))
     return Verdict(
-        num_repeated == 0, f"{num_repeated} images repeat one of another split, or one of the training data."
+        num_repeated == 0, f"{num_repeated} images are duplicates of one in another split or in the training data."
     )
 
 
 def statistics_in_range(manifest: ProcessedManifest) -> Verdict:
-    """Channel means and standard deviations are those of photographs."""
+    """Channel means and standard deviations are in the range of photographs."""
     good = all(_MEAN_RANGE[0] <= mean <= _MEAN_RANGE[1] for mean in manifest.mean) and all(
         _STD_RANGE[0] <= std <= _STD_RANGE[1] for std in manifest.std
     )

@@ -1,6 +1,6 @@
-"""The InferenceService as the API server has it: what its status and its pods say, and how it is read and written.
+"""The InferenceService in the API server: the state of its status and pods, and reading and writing it.
 
-No Dagster, no waiting, no policy. Absence and conflict are values; everything else is as in `resources.kubernetes.api`.
+No Dagster, no waiting, no policy. Absence and conflict are values; other errors are as in `resources.kubernetes.api`.
 """
 
 import copy
@@ -24,13 +24,13 @@ from resources.kubernetes.pods import Pod
 
 DEPLOYED = "Deployed"
 DEPLOY_FAILED = "DeployFailed"
-"""Reasons of the events that record how deployments ended."""
+"""Reasons of the events that record the outcome of deployments."""
 _EVENT_SOURCE = "cifar-dagster"
 _KNATIVE_REVISION_LABEL = "serving.knative.dev/revision"
 
 
 def mark_of(annotations: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """What a spec was written for: digest of settings and model, id of the deploy call.
+    """The purpose of a spec: digest of settings and model, id of the deploy call.
 
     KServe copies them from the service to its pods, so equal marks mean the same spec.
     """
@@ -38,7 +38,7 @@ def mark_of(annotations: Mapping[str, str]) -> tuple[str | None, str | None]:
 
 
 class InferenceService(CustomResource):
-    """One stored InferenceService."""
+    """A stored InferenceService."""
 
     kind = KIND
 
@@ -56,7 +56,7 @@ class InferenceService(CustomResource):
 
     @property
     def canary_percent(self) -> int | None:
-        """Percentage of the requests meant for its newest revision; None for all."""
+        """Percentage of the requests for its newest revision; None for all."""
         return self.body["spec"]["predictor"].get("canaryTrafficPercent")
 
     @property
@@ -74,7 +74,7 @@ class InferenceService(CustomResource):
 
     @property
     def complaints(self) -> list[str]:
-        """What its conditions give as reasons for not being ready."""
+        """The reasons in its conditions for not being ready."""
         return [
             f"{condition['type']}: {condition.get('reason', '')}: {condition['message']}"
             for condition in self._conditions
@@ -82,18 +82,18 @@ class InferenceService(CustomResource):
         ]
 
     def is_as_written(self, stored: "InferenceService") -> bool:
-        """Whether nothing but its status differs from this earlier answer of the API server."""
+        """Whether only its status differs from this earlier response of the API server."""
         return (self.uid, self.mark, self.body["spec"]) == (stored.uid, stored.mark, stored.body["spec"])
 
     def find_missing(self, pods: Sequence[Pod], *, asleep: bool = False) -> str | None:
-        """What is missing until its revision alone gets the requests meant for it; None when nothing is.
+        """What is missing until only its revision gets the requests meant for it; None if nothing is.
 
-        With `asleep`, a serverless revision may have no pod. KServe's conditions are not enough: their generation is
-        that of the Deployment or Knative service, so only the mark on the pods tells which spec they are about.
+        With `asleep`, a serverless revision may have no pod. KServe's conditions are not sufficient: their generation
+        is that of the Deployment or Knative service, so only the mark on the pods tells which spec they belong to.
         """
         found = self._missing_in_knative(pods, asleep) if self.serverless else self._missing_pods(pods)
         if found is None and not self.ready:
-            return "; ".join(self.complaints) or "KServe does not call it ready yet"
+            return "; ".join(self.complaints) or "KServe does not report it as ready yet"
         return found
 
     def _missing_pods(self, pods: Sequence[Pod]) -> str | None:
@@ -101,9 +101,9 @@ class InferenceService(CustomResource):
         wanted = max(1, int(self.body["spec"]["predictor"].get("minReplicas") or 1))
         if num_ready < wanted:
             return f"{num_ready} of {wanted} new pods are ready"
-        # Those that are ending still answer on open connections.
+        # Terminating pods still respond on open connections.
         num_others = sum(not pod.finished for pod in pods if mark_of(pod.annotations) != self.mark)
-        return f"{num_others} pods of another version are still there" if num_others else None
+        return f"{num_others} pods of another version still exist" if num_others else None
 
     def _missing_in_knative(self, pods: Sequence[Pod], asleep: bool) -> str | None:
         predictor = (self.status.get("components") or {}).get("predictor") or {}
@@ -113,7 +113,7 @@ class InferenceService(CustomResource):
         if not names and not asleep:
             return "the new revision has no pod yet"
         if latest is None or latest != created or (names and latest not in names):
-            return f"revision {created} is not ready; {latest or 'none'} is the latest that is"
+            return f"revision {created} is not ready; {latest or 'none'} is the latest ready one"
         percent = sum(
             target.get("percent") or 0
             for target in predictor.get("traffic") or ()
@@ -134,10 +134,10 @@ class InferenceServiceClient(CustomResourceClient[InferenceService]):
     def replace(
         self, current: InferenceService, manifest: Mapping[str, Any], *, dry_run: bool = False
     ) -> InferenceService | None:
-        """The service with the manifest's spec, labels and annotations; None when it changed or was deleted meanwhile.
+        """The service with the manifest's spec, labels and annotations; None if it changed or was deleted meanwhile.
 
-        Annotations and labels of others stay; ours that the manifest lacks are removed. With `dry_run` nothing is
-        stored, and the answer shows what would be, with the defaults of the API server and of KServe.
+        Annotations and labels of others are kept; ours that the manifest lacks are removed. With `dry_run` nothing is
+        stored, and the result has the defaults of the API server and of KServe.
         """
         body = copy.deepcopy({key: value for key, value in current.body.items() if key != "status"})
         ours = (PREFIX, "serving.kserve.io/enable-tag-routing", "serving.kserve.io/autoscalerClass")
@@ -149,7 +149,7 @@ class InferenceServiceClient(CustomResourceClient[InferenceService]):
         return self._object("replace", current.namespace, current.name, body, none_on=(404, 409), **options)
 
     def record(self, namespace: str, name: str, reason: str, message: str) -> None:
-        """Record how a deployment ended as an Event of the service, for `kubectl describe` and `last_failure`."""
+        """Record the outcome of a deployment as an Event of the service, for `kubectl describe` and `last_failure`."""
         service = self.get(namespace, name)
         involved = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "namespace": namespace, "name": name}
         event = {
@@ -166,7 +166,7 @@ class InferenceServiceClient(CustomResourceClient[InferenceService]):
         self._ask(f"record an event of {namespace}/{name}", self._core.create_namespaced_event, namespace, event)
 
     def last_failure(self, namespace: str, name: str) -> str | None:
-        """Why the last deployment failed, as long as the cluster keeps events; None when it did not."""
+        """Why the last deployment failed, as long as the cluster keeps events; None if it did not fail."""
         found = self._events(namespace, name, f"involvedObject.kind={KIND}")
         ours = [event for event in found if event.reporting_component == _EVENT_SOURCE and event.event_time]
         last = max(ours, key=lambda event: event.event_time, default=None)

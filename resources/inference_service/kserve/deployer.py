@@ -1,7 +1,7 @@
-"""Bringing one model into service and seeing that it is what answers; else putting back what was there. No Dagster.
+"""Deploys a model and verifies that it is served; otherwise rolls back. No Dagster.
 
-A deployment that fails undoes what it did and nothing else: it deletes only a service that it created, and replaces
-only one that is still as it found or wrote it.
+A failed deployment reverts only its own changes: it deletes only a service that it created, and replaces only one that
+is still as it found or wrote it.
 """
 
 import uuid
@@ -27,7 +27,7 @@ from resources.kubernetes.errors import ApiError, KubernetesError, ResourceFaile
 
 @dataclass(frozen=True)
 class Outcome:
-    """A service that answers with the model asked for."""
+    """A service that serves the requested model."""
 
     service: InferenceService
     changed: bool
@@ -35,7 +35,7 @@ class Outcome:
 
 
 class ServiceDeployer:
-    """Deploys to, and deletes, the one InferenceService of a name. One object makes one deployment."""
+    """Deploys to, and deletes, the InferenceService with a given name. Use one object per deployment."""
 
     def __init__(self, view: ServiceView, build: Callable[[DeployRequest], dict[str, Any]]):
         self._view = view
@@ -44,15 +44,15 @@ class ServiceDeployer:
         self._log = view.log
         self._id = uuid.uuid4().hex
         self._found: InferenceService | None = None
-        """What was there at first, unless it was being deleted."""
+        """The service before this deployment, unless it was being deleted."""
         self._earlier: InferenceService | None = None
-        """What to put back if this deployment fails."""
+        """What to restore if this deployment fails."""
 
     def deploy(self, request: DeployRequest) -> Outcome:
-        """Serve the model; return once it answers and no pod of another version does.
+        """Serve the model; return once it is served and no pod of another version is.
 
-        DeployError with the cause. What served before then serves again; a service that this deployment created where
-        none was is deleted, any other stays.
+        Raises DeployError with the cause; the previous model is then served again. A service that this deployment
+        created is deleted, any other is kept.
         """
         manifest = self._build(request)
         manifest["metadata"]["annotations"][DEPLOYMENT_ANNOTATION] = self._id
@@ -67,14 +67,14 @@ class ServiceDeployer:
         if found and written:
             if found.canary_percent is None and self._is_serving(found, request):
                 return Outcome(found, changed=False, previous_digest=request.model_digest)
-            # An attempt that was cut off is continued. Its annotations are in its pods: others would make new ones.
+            # Continue an interrupted attempt. Its annotations are in its pods: others would make new pods.
             manifest = with_traffic(found.body, _percent(manifest))
         if found and found.canary_percent is None and found.mark[0] == _revision(manifest):
             manifest = with_traffic(manifest, None)  # what has all requests already is repaired, not made a canary
         others = [pod for pod in ready if found is None or mark_of(pod.annotations) != found.mark]
         answering = next(filter(None, (request_of(pod.annotations) for pod in others)), None)
         if found and found.canary_percent is None and len(others) < len(ready):
-            answering = None  # its own pods answer; Knative keeps those of the revision before for a while
+            answering = None  # its own pods respond; Knative keeps those of the previous revision for a while
         if found and (not written or found.canary_percent is not None):
             self._earlier = found
         elif answering:
@@ -92,11 +92,11 @@ class ServiceDeployer:
             with added_to(error, self._log):
                 self._put_back(wait=False)
             raise
-        self._record(DEPLOYED, f"Model {request.model_digest} version {request.model_version} serves.")
+        self._record(DEPLOYED, f"Model {request.model_digest} version {request.model_version} is served.")
         return Outcome(service, changed=True, previous_digest=previous_digest)
 
     def delete(self) -> bool:
-        """Take the service down and wait until its pods are gone. False where there was none."""
+        """Delete the service and wait until its pods are gone. False if there was none."""
         service = self._view.get()
         if service is None:
             return False
@@ -112,7 +112,7 @@ class ServiceDeployer:
             )
 
     def _is_made_by(self, current: InferenceService, manifest: Mapping[str, Any]) -> bool:
-        """Whether writing the manifest would change nothing but the traffic: nobody edited the spec."""
+        """Whether writing the manifest would change only the traffic split, because nobody edited the spec."""
         if current.mark[0] != _revision(manifest):
             return False
 
@@ -121,13 +121,13 @@ class ServiceDeployer:
             if latest is None or latest.mark != current.mark:
                 return False
             wanted = self._client.replace(latest, manifest, dry_run=True)
-            if wanted is None:  # KServe writes its status all along
+            if wanted is None:  # KServe keeps writing the status
                 raise NotYetError("it changed while it was compared")
             return with_traffic(wanted.body, None)["spec"] == with_traffic(latest.body, None)["spec"]
 
         if self._view.until("compared", self._view.limits.settle_timeout_seconds, compare):
             return True
-        self._log.warning("%s: its spec was edited by hand; it is written again", current)
+        self._log.warning("%s: its spec was edited manually and is overwritten", current)
         return False
 
     def _is_serving(self, service: InferenceService, request: DeployRequest) -> bool:
@@ -137,7 +137,7 @@ class ServiceDeployer:
     def _roll_out(self, manifest: Mapping[str, Any], request: DeployRequest, written: bool) -> InferenceService:
         percent = _percent(manifest)
         if self._found and self._found.canary_percent is not None and not written:
-            # Until the new revision is ready, its requests go to the latest that is: a canary that nobody accepted.
+            # Until the new revision is ready, its requests go to the latest ready one: a canary that was not accepted.
             self._write_and_wait(with_traffic(manifest, 0), request)
         if self._found and percent is not None and request.find_fault:
             canary = self._write_and_wait(manifest, request)
@@ -155,7 +155,7 @@ class ServiceDeployer:
             fault = f"it could not be judged: {error}"
             transient = isinstance(error, StoreError | DeployError) and error.transient
         if fault:
-            summary = f"with {percent} % of the requests it was refused: {fault}"
+            summary = f"it was rejected with {percent} % of the requests: {fault}"
             advice = "Check that the server prepares images as training does; deploy another model meanwhile."
             raise ResourceFailedError(Diagnosis("canary", summary, advice, transient))
 
@@ -163,7 +163,7 @@ class ServiceDeployer:
         return RevisionWatch(self._view, self._write(manifest), request).wait_until_serving()
 
     def _write(self, manifest: Mapping[str, Any]) -> InferenceService:
-        """The stored service with the manifest's content, written again where no answer came."""
+        """The stored service with the manifest's content. The write is repeated if there was no response."""
 
         def write() -> InferenceService:
             current = self._view.get()
@@ -175,8 +175,8 @@ class ServiceDeployer:
                 stored = self._client.replace(current, manifest)
             else:
                 raise DeployError(
-                    f"{current} was changed by someone else at the same time, and left as it is: it is to serve "
-                    f"model {current.model_digest}.",
+                    f"{current} was changed by someone else at the same time and left unchanged: it is set to serve "
+                    "model {current.model_digest}.",
                     transient=True,
                 )
             if stored is None:
@@ -191,53 +191,53 @@ class ServiceDeployer:
         return current.mark[1] == self._id or current.mark in known
 
     def _failure(self, request: DeployRequest, error: ResourceFailedError) -> DeployError:
-        """The error of a deployment that is given up, after putting back what was there."""
+        """The error of an abandoned deployment, after restoring the previous service."""
         head = f"Model {request.model_digest} version {request.model_version} was not deployed to {self._view}: {error}"
         self._log.warning("%s", head)
         try:
             end = self._put_back(wait=True)
         except (DeployError, KubernetesError) as problem:
-            end = f"What was there before could not be put back: {problem} Deploy the earlier model again."
+            end = f"The previous service could not be restored: {problem} Deploy the earlier model again."
         self._record(DEPLOY_FAILED, head)
         return DeployError(f"{head}\n{end}", transient=error.transient)
 
     def _put_back(self, *, wait: bool) -> str:
-        """Restore what was there, and say so. An interrupt leaves no time to `wait` until that alone has pods."""
+        """Restore the previous service and describe the result. An interrupt leaves no time to `wait` for its pods."""
         seconds = self._view.limits.settle_timeout_seconds if wait else 0
         current, earlier = self._view.until("read", seconds, self._view.get, tolerated=ApiError), self._earlier
         if current is None or current.deleting or not self._is_own(current):
-            return "The InferenceService was deleted or changed by someone else meanwhile, and left as it is now."
+            return "The InferenceService was deleted or changed by someone else meanwhile and was left unchanged."
         if self._found is None and earlier is None:
             if wait:
                 self._remove(current)
             else:
                 self._client.delete(current)
-            return "Nothing served before, so the InferenceService was deleted."
+            return "No model was served before, so the InferenceService was deleted."
         if earlier is None or (current.mark == earlier.mark and earlier.canary_percent is None):
-            return "The InferenceService was there before this deployment and was left as it is."
+            return "The InferenceService existed before this deployment and was left unchanged."
         name = f"model {earlier.model_digest} version {earlier.annotations.get(VERSION_ANNOTATION)}"
-        # Knative sends requests to the latest revision that is ready. While the earlier one is made again, that may be
-        # the refused one, so it gets none until then. One that was a canary itself stays without requests.
+        # Knative sends requests to the latest ready revision. While the earlier one is recreated, that may be the
+        # rejected one, so it gets no requests until then. An earlier canary stays without requests.
         was_canary = earlier.canary_percent is not None
         for percent in (0,) if was_canary else (0, None) if earlier.serverless else (None,):
             stored = self._write(with_traffic(earlier.body, percent))
             if not wait:
-                return f"It was set back to {name}."
+                return f"It was rolled back to {name}."
             try:
                 self._view.until("put back", seconds, partial(self._find_settled, stored), tolerated=ApiError)
             except DeployError as error:
-                return f"It was set back to {name}, which was not seen to serve within the time allowed: {error}"
+                return f"It was rolled back to {name}, which was not confirmed to be served in time: {error}"
         if was_canary:
-            return f"It was set back to {name}, a canary without requests: all go to the revision before it."
-        return f"It was set back to {name}, which serves as before."
+            return f"It was rolled back to {name}, a canary without requests: all go to the previous revision."
+        return f"It was rolled back to {name}, which is served as before."
 
     def _find_settled(self, stored: InferenceService) -> None:
-        """NotYetError until its revision gets the requests meant for it, and no other does."""
+        """Raises NotYetError until its revision, and no other, gets the requests meant for it."""
         if missing := self._view.unchanged(stored).find_missing(self._view.pods()):
             raise NotYetError(missing)
 
     def _remove(self, service: InferenceService) -> None:
-        """Delete this service, and no other that takes its name; wait until it and its pods are gone."""
+        """Delete this service, but not another one with the same name; wait until it and its pods are gone."""
 
         def look() -> None:
             current, pods = self._view.get(), self._view.pods()

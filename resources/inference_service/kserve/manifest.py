@@ -1,4 +1,4 @@
-"""The InferenceService as a mapping, from typed settings and a model. Pure: no connection, no clock."""
+"""Builds the InferenceService as a mapping, from typed settings and a model. Pure: no connection, no clock."""
 
 import copy
 import hashlib
@@ -22,25 +22,25 @@ MODE_ANNOTATION = "serving.kserve.io/deploymentMode"
 AUTOSCALER_ANNOTATION = "serving.kserve.io/autoscalerClass"
 TAG_ROUTING_ANNOTATION = "serving.kserve.io/enable-tag-routing"
 PREFIX = "cifar/"
-"""Of this package's own annotations. KServe copies annotations of the service to its pods, so that each pod names the
-decision it came from."""
+"""Prefix of this package's annotations. KServe copies the service's annotations to its pods, so each pod names the
+decision it results from."""
 DIGEST_ANNOTATION = f"{PREFIX}model-digest"
 VERSION_ANNOTATION = f"{PREFIX}model-version"
 URI_ANNOTATION = f"{PREFIX}model-uri"
 REVISION_ANNOTATION = f"{PREFIX}revision"
-"""Digest of all that makes a difference to what is served: equal ones need no new deployment."""
+"""Digest of everything that affects what is served: equal digests need no new deployment."""
 DEPLOYMENT_ANNOTATION = f"{PREFIX}deployment"
 """Random id of the deploy call that wrote the spec."""
 _REQUEST = TypeAdapter(DeployRequest)
 
 
 def predictor_name(name: str) -> str:
-    """Name of the Service in front of the pods, and of the Deployment or Knative service behind it."""
+    """Name of the Service for the pods, and of the Deployment or Knative service."""
     return f"{name}-predictor"
 
 
 def check_service_name(name: str, namespace: str) -> None:
-    """SettingsError unless the name and what KServe and Knative derive from it are DNS-1035 labels."""
+    """SettingsError unless the name and the names that KServe and Knative derive from it are DNS-1035 labels."""
     predictor = predictor_name(name)
     check_name(KIND, name, f"isvc.{predictor}", f"{predictor}-{namespace}", f"{predictor}-00001-private")
 
@@ -48,7 +48,7 @@ def check_service_name(name: str, namespace: str) -> None:
 def build_inference_service_manifest(
     settings: InferenceServiceSettings, request: DeployRequest, *, name: str, namespace: str
 ) -> dict[str, Any]:
-    """The whole custom resource. SettingsError for a name that something derived from it would not take."""
+    """The complete custom resource. SettingsError for a name from which no valid names can be derived."""
     check_service_name(name, namespace)
     scaling_annotations, scaling = _scaling(settings)
     predictor = _predictor(settings, request, scaling)
@@ -67,9 +67,9 @@ def build_inference_service_manifest(
 
 
 def with_traffic(manifest: Mapping[str, Any], percent: int | None) -> dict[str, Any]:
-    """The same with another percentage of the requests for its newest revision; None for all of them.
+    """The manifest with another percentage of the requests for its newest revision; None for all of them.
 
-    Of a stored service, only what a new one could be made from is kept.
+    Of a stored service, only the fields needed to create it are kept.
     """
     metadata = {key: manifest["metadata"].get(key) or {} for key in ("name", "namespace", "labels", "annotations")}
     share = {} if percent is None else {"canaryTrafficPercent": percent}
@@ -78,7 +78,7 @@ def with_traffic(manifest: Mapping[str, Any], percent: int | None) -> dict[str, 
 
 
 def request_of(annotations: Mapping[str, str]) -> DeployRequest | None:
-    """The decision that a service or a pod carries; None where it is not one of ours."""
+    """The decision recorded on a service or a pod; None if it is not one of ours."""
     known = {key.removeprefix(PREFIX).replace("-", "_"): value for key, value in annotations.items()}
     try:
         return _REQUEST.validate_python(known)
@@ -97,8 +97,8 @@ def _without_traffic(predictor: Mapping[str, Any]) -> dict[str, Any]:
 def _scaling(settings: InferenceServiceSettings) -> tuple[dict[str, str], dict[str, Any]]:
     """Annotations of the service and fields of its predictor that differ between the modes."""
     if settings.serverless:
-        # Tags name the newest revision and the one before it, so that a canary can be asked by itself. Knative keeps
-        # its own grace time: its queue proxy drains requests before the server is told to end.
+        # Tags name the newest revision and the previous one, so that a canary can be queried directly. Knative has its
+        # own grace period: its queue proxy drains requests before the server is stopped.
         fields = {"scaleMetric": "concurrency", "scaleTarget": settings.target_concurrency}
         percent = settings.canary_percent
         return (
@@ -108,7 +108,7 @@ def _scaling(settings: InferenceServiceSettings) -> tuple[dict[str, str], dict[s
     return {AUTOSCALER_ANNOTATION: scaler}, {
         "scaleMetric": "cpu",
         "scaleTarget": settings.target_cpu_percent,
-        # A replica leaves only after one that is ready has taken its place.
+        # A replica terminates only after a ready one has replaced it.
         "deploymentStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
         "terminationGracePeriodSeconds": settings.termination_grace_seconds,
     }
@@ -128,7 +128,7 @@ def _predictor(
         "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": settings.scratch}}],
     }
     if both := sorted(set(predictor) & set(settings.extra_predictor)):
-        raise SettingsError(f"extra_predictor sets {', '.join(both)}, which other settings make: use those.")
+        raise SettingsError(f"extra_predictor sets {', '.join(both)}, which other settings control: use those.")
     return {**_without_empty(predictor), **copy.deepcopy(settings.extra_predictor)}
 
 
@@ -160,7 +160,7 @@ def _container(settings: InferenceServiceSettings, request: DeployRequest) -> di
         "startupProbe": _probe("/v2/health/live", period=1, failures=settings.startup_seconds),
         "readinessProbe": _probe("/v2/health/ready", period=2, failures=2),
         "livenessProbe": _probe("/v2/health/live", period=10, failures=3),
-        # All of it on the container: Knative takes a pod's security context only behind a feature flag.
+        # All on the container: Knative accepts a pod security context only with a feature flag.
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": settings.run_as_user,

@@ -1,7 +1,7 @@
-"""The model server as a KServe InferenceService, and where it is reached.
+"""The model server as a KServe InferenceService, and access to it.
 
-Outside of the cluster that is a port of this machine which leads to a Service. `kubectl port-forward svc/...` stays
-with one pod, which an update ends; here each connection goes to a pod that is ready when it begins.
+Outside the cluster it is reached through a local port forwarded to its Service. `kubectl port-forward svc/...` stays
+with one pod, which an update ends; here each connection goes to a pod that is ready when the connection begins.
 """
 
 import contextlib
@@ -44,14 +44,14 @@ DEFAULT_NAME = "cifar10"
 DEFAULT_GATEWAY = "kourier-system/kourier-internal"
 _ASK_SECONDS = 10.0
 _WAKE_SECONDS = 60.0
-"""A serverless revision without pods takes this long at most to get one."""
+"""Maximum time for a serverless revision without pods to get one."""
 _TIMEOUT = {"_request_timeout": 10.0}
 
 
 class KServeInferenceService(InferenceServiceResource):
-    """Serves from the cluster that the pod's service account or KUBECONFIG names, in Standard or serverless mode."""
+    """Serves from the cluster of the pod's service account or KUBECONFIG, in Standard or serverless mode."""
 
-    settings: InferenceServiceSettings = Field(description="The InferenceService's own settings.")
+    settings: InferenceServiceSettings = Field(description="Settings of the InferenceService.")
     namespace: str = Field(description="Namespace of the InferenceService.")
     name: str = Field(default=DEFAULT_NAME, description="Name of the InferenceService.")
     kubeconfig_file: str | None = Field(
@@ -59,11 +59,11 @@ class KServeInferenceService(InferenceServiceResource):
     )
     base_url: str | None = Field(
         default=None,
-        description="Where Dagster reaches the service, such as an ingress. By default the cluster's DNS in a pod, and "
-        "elsewhere a port that the process forwards itself.",
+        description="Address at which Dagster reaches the service, such as an ingress. By default the cluster's DNS "
+        "name in a pod, and elsewhere a port forwarded by this process.",
     )
     host: str | None = Field(
-        default=None, description="Host header for base_url. By default the host of the service's own URL."
+        default=None, description="Host header for base_url. By default the host of the service's URL."
     )
     gateway: str = Field(
         default=DEFAULT_GATEWAY,
@@ -72,10 +72,10 @@ class KServeInferenceService(InferenceServiceResource):
     rollout_timeout_seconds: float = Field(
         default=600.0,
         gt=0,
-        description="How long a new version may take until it answers, a large image that is pulled included.",
+        description="How long a new version may take until it is served, including pulling a large image.",
     )
     unschedulable_timeout_seconds: float = Field(
-        default=120.0, gt=0, description="How long a pod may wait for a node that has room for it."
+        default=120.0, gt=0, description="How long a pod may wait for a node with enough resources."
     )
     blocked_timeout_seconds: float = Field(
         default=45.0, gt=0, description="How long to wait for an image that cannot be pulled, or a missing Secret."
@@ -158,7 +158,7 @@ class KServeInferenceService(InferenceServiceResource):
     def _asking(
         self, configuration: k8s.Configuration, in_cluster: bool, service: InferenceService, canary: bool
     ) -> InferenceClient:
-        """A client that asks it as its users do; with `canary`, its newest revision alone."""
+        """A client that uses the service like its users; with `canary`, only the newest revision."""
         name = predictor_name(service.name)
         host = f"{'latest-' if canary else ''}{name}.{service.namespace}.svc"
         headers: dict[str, str] = {}
@@ -191,7 +191,7 @@ class KServeInferenceService(InferenceServiceResource):
 
 
 class _Forwarder(socketserver.ThreadingTCPServer):
-    """Listens on loopback as long as this process lives. What cannot be carried to a pod is answered with 502."""
+    """Listens on loopback as long as this process lives. Answers 502 if a request cannot be forwarded to a pod."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -205,7 +205,7 @@ class _Forwarder(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, name=f"port to {namespace}/{service}", daemon=True).start()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Carry the bytes of one connection, both ways."""
+        """Forward the bytes of one connection in both directions."""
         try:
             far, forward = self._connect()
         except Exception as error:
@@ -221,15 +221,15 @@ class _Forwarder(socketserver.ThreadingTCPServer):
             forward.close()
 
     def _connect(self) -> tuple[Any, Any]:
-        """A socket that leads to a ready pod behind the Service, and what it belongs to."""
-        # A client of its own: the stream functions change the one they use while they do.
+        """A socket forwarded to a ready pod of the Service, and its owner."""
+        # A separate client, because the stream functions modify the one they use.
         core: Any = k8s.CoreV1Api(k8s.ApiClient(self._configuration))
         service = core.read_namespaced_service(self._service, self._namespace, **_TIMEOUT)
         selector = ",".join(f"{key}={value}" for key, value in service.spec.selector.items())
         found = core.list_namespaced_pod(self._namespace, label_selector=selector, **_TIMEOUT).items
         ready = [pod.metadata.name for pod in found if read_pod(pod, pod.metadata.name).ready]
         if not ready:
-            raise LookupError(f"no pod is ready behind Service {self._namespace}/{self._service}")
+            raise LookupError(f"no pod is ready for Service {self._namespace}/{self._service}")
         port = str(next(port.target_port for port in service.spec.ports if port.port == 80))
         call = core.connect_get_namespaced_pod_portforward
         forward = portforward(call, random.choice(ready), self._namespace, ports=port, **_TIMEOUT)
@@ -243,7 +243,7 @@ _lock = threading.Lock()
 
 
 def _forwarded_url(configuration: k8s.Configuration, namespace: str, service: str) -> str:
-    """Address of this process's one port that leads there."""
+    """Address of this process's port that is forwarded there."""
     key = (configuration.host, namespace, service)
     with _lock:
         if key not in _forwarders:

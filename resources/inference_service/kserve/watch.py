@@ -1,4 +1,4 @@
-"""Waiting for an InferenceService: for one revision to answer, or for a change to take effect. No Dagster."""
+"""Waits for an InferenceService: for a revision to be served, or for a change to take effect. No Dagster."""
 
 import logging
 import time
@@ -38,47 +38,47 @@ T = TypeVar("T")
 _LOG_LINES = 12
 _ADVICE: Mapping[Cause, str] = {
     **ADVICE,
-    Cause.OUT_OF_MEMORY: "Raise `memory_limit`, or lower what the server holds at a time.",
-    Cause.KILLED: "It was ended from outside, or did not get ready within `startup_seconds`; its log may say why.",
+    Cause.OUT_OF_MEMORY: "Raise `memory_limit`, or lower the server's limits on requests.",
+    Cause.KILLED: "It was terminated, or did not become ready within `startup_seconds`; see its log.",
     Cause.NOT_STARTED: "Check the image: its entry point has to be the model server.",
     Cause.UNSCHEDULABLE: "Lower `cpu` and `memory`, or add nodes: an update needs room for one more replica.",
     Cause.CONFIGURATION: "Create the Secret or ConfigMap that it names, in the service's namespace, or correct "
     "`env_secrets` and `env_config_maps`.",
-    Cause.SLOW_START: "Look at the pods with kubectl describe, or raise `rollout_timeout_seconds`. Where there is no "
-    "pod, check that KServe's controller runs, its log, and the namespace's quota.",
+    Cause.SLOW_START: "Look at the pods with kubectl describe, or raise `rollout_timeout_seconds`. If there is no "
+    "pod, check that KServe's controller is running, its log, and the namespace's quota.",
 }
 
 
 class NotYetError(Exception):
-    """What is waited for is not there yet. The text says what is missing."""
+    """The awaited state is not reached yet. The text says what is missing."""
 
 
 @dataclass(frozen=True)
 class RolloutLimits(WatchLimits):
-    """How often to look, and how long to wait for each cause."""
+    """Polling interval, and how long to wait for each cause."""
 
     poll_interval_seconds: float = 1.0
     unschedulable_timeout_seconds: float = 120.0
     blocked_timeout_seconds: float = 45.0
     start_timeout_seconds: float = 600.0
-    """For the whole rollout."""
+    """Limit for the whole rollout."""
     settle_timeout_seconds: float = 120.0
-    """For a write, and for what is put back, or deleted, to take effect."""
+    """Limit for a write, a rollback or a deletion to take effect."""
     outage_timeout_seconds: float = 120.0
-    """Without a usable answer for so long before the deadline, it is not known what became of a revision."""
+    """If there was no usable response for this long before the deadline, the state of a revision is unknown."""
     final_exit_codes: tuple[int, ...] = (2,)
-    """The server ends with 2 for a wrong digest, a missing model or wrong options."""
+    """The server exits with 2 for a wrong digest, a missing model or invalid options."""
     max_restarts: int = 3
-    """Of a server that ends with an exit code that a restart might cure."""
+    """Restarts of a server that exits with a code that a restart might fix."""
 
 
 @dataclass(frozen=True)
 class ServiceView:
-    """The InferenceService of one name: how it is looked at, and how long."""
+    """The InferenceService with a given name: how to query it, and for how long."""
 
     client: InferenceServiceClient
     asking: Callable[[InferenceService, bool], InferenceClient]
-    """A client that asks the service as its users do; where true is given, its newest revision alone."""
+    """A client that uses the service like its users; if true is passed, only its newest revision."""
     namespace: str
     name: str
     limits: RolloutLimits
@@ -96,23 +96,22 @@ class ServiceView:
         return self.client.pods(self.namespace, self.name)
 
     def unchanged(self, stored: InferenceService) -> InferenceService:
-        """The stored service as it is now. DeployError once it is not as it was written."""
+        """The stored service. Raises DeployError if it is not as it was written."""
         service = self.get()
         if service is None or service.deleting or not service.is_as_written(stored):
             raise DeployError(
-                f"{self} was deleted or changed by someone else while model {stored.model_digest} was being deployed. "
-                "It was left as it is now."
+                f"{self} was deleted or changed by someone else while model {stored.model_digest} was being "
+                "deployed. It was left unchanged."
             )
         return service
 
     def until(
         self, what: str, seconds: float, look: Callable[[], T], *, tolerated: type[ApiError] = ApiUnavailableError
     ) -> T:
-        """What `look` returns, called until it raises neither NotYetError nor what is tolerated.
+        """The result of `look`, called until it raises neither NotYetError nor a tolerated error.
 
-        A look that only reads may tolerate every ApiError: an API server that starts refuses what it later allows.
-
-        DeployError, which is transient and has the last of these as its cause, after that many seconds.
+        A `look` that only reads may tolerate every ApiError, because an API server may refuse requests while it starts.
+        After this many seconds, raises a transient DeployError with the last of these errors as its cause.
         """
         deadline = self.clock() + seconds
         seen = ""
@@ -131,18 +130,18 @@ class ServiceView:
             self.sleep(self.limits.poll_interval_seconds)
 
     def why_not_serving(self, service: InferenceService, request: DeployRequest) -> str | None:
-        """What the endpoint, or the canary's where there is one, answers instead of the model; None when it is that."""
+        """What the endpoint, or the canary's if there is one, serves instead of the model; None if it is that model."""
         try:
             served = self.asking(service, service.canary_percent is not None).served_model()
         except ServerError as error:
             return str(error)
         if served == ServedModel(True, request.model_digest, request.model_version):
             return None
-        return f"the endpoint answers with model {served.model_digest} version {served.model_version}"
+        return f"the endpoint serves model {served.model_digest} version {served.model_version}"
 
 
 class RevisionWatch:
-    """Watches one stored revision come up."""
+    """Watches the start of a stored revision."""
 
     def __init__(self, view: ServiceView, stored: InferenceService, request: DeployRequest):
         self._view = view
@@ -155,10 +154,10 @@ class RevisionWatch:
         self._missing, self._missing_at = "", 0.0
 
     def wait_until_serving(self) -> InferenceService:
-        """The service, once the revision answers and has what is meant for it.
+        """The service, once the revision is served and gets the requests meant for it.
 
-        ResourceFailedError for one that does not come up; DeployError for a service that others changed, or an API
-        server that does not answer; ApiRefusedError where it still refuses at the end.
+        Raises ResourceFailedError if it does not start; DeployError if others changed the service or the API server
+        does not respond; ApiRefusedError if the API server still refuses at the end.
         """
         limit = self._limits.start_timeout_seconds
         try:
@@ -188,8 +187,8 @@ class RevisionWatch:
         return self._service
 
     def _give_up_if_broken(self) -> None:
-        """An end that no restart cures is enough; of the others it takes several."""
-        unready = [pod for pod in self._pods if not pod.ready]  # an older one that is ready may have a past
+        """One exit that no restart can fix is enough; of the others it takes several."""
+        unready = [pod for pod in self._pods if not pod.ready]  # an older, ready one may have earlier exits
         self._history.observe(unready)
         failures = self._history.failures()
         final = [end for end in failures if end.out_of_memory or end.exit_code in self._limits.final_exit_codes]
@@ -206,7 +205,7 @@ class RevisionWatch:
             raise self._failed(obstacle.cause, f"{obstacle} (for {waited:.0f} s)")
 
     def _failed(self, cause: Cause, summary: str, end: ContainerExit | None = None) -> ResourceFailedError:
-        """With what the conditions say, the newest warnings, and the log of the pod that ended or is not ready."""
+        """Add the conditions, the newest warnings, and the log of the pod that ended or is not ready."""
         view, names = self._view, [pod.name for pod in self._pods]
         warnings = [text for name in names or [view.name] for text in view.client.warnings(view.namespace, name)]
         events = event_lines([text for text in warnings if not text.startswith(DEPLOY_FAILED)])
@@ -224,7 +223,7 @@ class RevisionWatch:
         )
 
     def _log_tail(self, pod: str) -> list[str]:
-        """The last lines of the container that ended, or of the one that does not get ready."""
+        """The last log lines of the container that ended, or of the one that does not become ready."""
         view = self._view
         try:
             for previous in (True, False):

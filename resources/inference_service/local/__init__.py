@@ -1,4 +1,4 @@
-"""A model server as a process of this machine, and the commands to see and stop it."""
+"""A model server as a local process, and the commands to show and stop it."""
 
 from resources.inference_service.local.resource import LocalInferenceService
 

@@ -1,4 +1,4 @@
-"""`python -m resources.inference_service.local status|stop`: see and stop the server that a local run left serving."""
+"""`python -m resources.inference_service.local status|stop`: show or stop the server that a local run has started."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ _DEFAULT_FOLDER = Path(LocalInferenceService.model_fields["state_dir"].default)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 when done, 3 when nothing is running, 1 on an error."""
+    """Exit code 0 on success, 3 if nothing is running, 1 on an error."""
     parser = argparse.ArgumentParser(prog="python -m resources.inference_service.local", description=__doc__)
     parser.add_argument("command", choices=("status", "stop"))
     parser.add_argument("--state-dir", type=Path, default=_DEFAULT_FOLDER, help="folder of its control socket and logs")

@@ -1,9 +1,8 @@
-"""The model server as a process of this machine that outlives Dagster, and how the next one takes its place.
+"""The model server as a local process that outlives Dagster, and the handover to its successor.
 
-A server answers on a Unix socket in the deployment's folder. Whoever connects gets what is known of the server and a
-copy of the socket it listens on, then a byte when it stops accepting, and the end of the connection when the process
-ends; "leave" makes it drain. So there is no state file, and no process id that could go stale is ever signaled. The
-folder's owner alone may ask.
+A server listens on a Unix socket in the deployment's folder. A client receives the description of the server and a copy
+of its listening socket, then a byte when the server stops accepting, and EOF when the process ends; "leave" makes it
+drain. So there is no state file, and no stale process id is ever signaled. Only the folder's owner may connect.
 """
 
 import contextlib
@@ -42,7 +41,7 @@ _NUM_LOGS_KEPT = 20
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What is known of a server of the local deployment."""
+    """Description of a server of the local deployment."""
 
     host: str
     port: int
@@ -53,7 +52,7 @@ class ServerInfo:
     log_file: str
     process_id: int
     private_port: int
-    """Where it answers on 127.0.0.1 before it takes requests."""
+    """Its port on 127.0.0.1 before it takes requests."""
 
     @property
     def url(self) -> str:
@@ -62,7 +61,7 @@ class ServerInfo:
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that answers. `listener` is a copy of its listening socket; close this object to let go of it."""
+    """A running server. `listener` is a copy of its listening socket; close this object to release it."""
 
     connection: socket.socket
     info: ServerInfo
@@ -76,10 +75,9 @@ class RunningServer:
         self.connection.close()
 
     def take_over(self, folder: Path, old: "RunningServer | None") -> None:
-        """Let this server take requests and tell the old one to leave. DeployError keeps the old one.
+        """Let this server take requests and make the old one leave. On DeployError the old one stays.
 
-        The server does both, so that they happen even if this process dies. Returns when the old one has stopped
-        accepting.
+        The server does both, so they happen even if this process dies. Returns when the old one has stopped accepting.
         """
         names = json.dumps([str(folder / _STARTING_NAME), str(folder / _NAME)]).encode()
         try:
@@ -93,12 +91,12 @@ class RunningServer:
                 old.connection.recv(1)
 
     def leave(self) -> None:
-        """Tell it to accept nothing more, answer what it has, and end. Does nothing where it has ended."""
+        """Make it stop accepting, answer its open requests, and exit. Does nothing if it has already exited."""
         with contextlib.suppress(OSError):
             self.connection.sendall(b"leave\n")
 
     def wait_until_gone(self, seconds: float) -> None:
-        """Wait for the end of a server that is terminating: the connection ends with it."""
+        """Wait until a terminating server has exited: the connection ends with it."""
         self.connection.settimeout(seconds)
         try:
             while self.connection.recv(1024):
@@ -113,7 +111,7 @@ class RunningServer:
 
 
 def find_server(folder: Path) -> RunningServer | None:
-    """The server that serves the folder's deployment; None where none does."""
+    """The server of the folder's deployment; None if none is running."""
     connection = socket.socket(socket.AF_UNIX)
     try:
         with _short(folder) as path:
@@ -125,7 +123,7 @@ def find_server(folder: Path) -> RunningServer | None:
 
 
 def stop_server(folder: Path) -> bool:
-    """Drain and end the folder's server; False where none is running. Returns when it is gone."""
+    """Drain and stop the folder's server; False if none is running. Returns when it has exited."""
     server = find_server(folder)
     if server is None:
         return False
@@ -137,7 +135,7 @@ def stop_server(folder: Path) -> bool:
 
 
 def _meet(connection: socket.socket, name: Path, timeout: float) -> RunningServer | None:
-    """Read what a server sends first; None for one that ends. DeployError for anything else."""
+    """Read a server's first message; None if the server is exiting. DeployError for anything else."""
     connection.settimeout(timeout)
     answer: bytes = b""
     descriptors: list[int] = []
@@ -152,7 +150,7 @@ def _meet(connection: socket.socket, name: Path, timeout: float) -> RunningServe
             os.close(descriptor)
         connection.close()
         raise DeployError(
-            f"{name} does not answer as a server of this version of the project within {timeout:g} seconds, but with "
+            f"{name} did not respond like a server of this version of the project within {timeout:g} seconds, but with "
             f"{answer[:100]!a}. End that process and deploy again."
         ) from error
     connection.close()
@@ -176,22 +174,23 @@ class LocalInferenceService(InferenceServiceResource):
     `python -m resources.inference_service.local status` shows it, `... stop` ends it.
     """
 
-    server_module: str = Field(description="The server: what `python -m` runs, such as `my_project.server`.")
+    server_module: str = Field(description="Python module of the server, such as `my_project.server`.")
     state_dir: str = Field(default=".cifar/serving", description="Folder of the server's control socket and logs.")
     host: str = Field(default="127.0.0.1", description="Address to listen on; `::` for IPv6 and IPv4.")
     port: int = Field(default=8080, ge=1, le=65535, description="Port to listen on.")
     withheld_prefix: str = Field(
-        default="", description="The server gets no variables whose names begin with this: its settings come from here."
+        default="",
+        description="Variables with this prefix are not passed to the server: its settings come from this resource.",
     )
     startup_timeout_seconds: float = Field(
-        default=120.0, gt=0, description="How long a model may take to load, be verified and warm up."
+        default=120.0, gt=0, description="How long loading, verifying and warming up a model may take."
     )
 
     def deploy(self, request: DeployRequest) -> DeployedService:
         folder = Path(self.state_dir).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "deploy.lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for whoever deploys to this folder at the moment
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a concurrent deployment to this folder
             with find_server(folder) or contextlib.nullcontext() as old:
                 return self._replace(folder, old, request)
 
@@ -227,19 +226,21 @@ class LocalInferenceService(InferenceServiceResource):
                 new.take_over(folder, old)
                 return _deployed(new.info, previous, changed=True)
         except (OSError, ExplainedError) as error:
-            kept = f"Model {previous} still serves." if old else "Nothing was served before or is now."
+            kept = (
+                f"Model {previous} is still served." if old else "No model was served before, and none is served now."
+            )
             raise DeployError(
-                f"Model {request.model_digest} was not put into service: {str(error).rstrip('.')}. {kept}"
+                f"Model {request.model_digest} was not deployed: {str(error).rstrip('.')}. {kept}"
             ) from error
 
     def _start(self, folder: Path, listener: socket.socket, request: DeployRequest) -> RunningServer:
-        """A server that is loaded and waits to take over. It ends by itself when its object is closed before that."""
+        """A loaded server that waits to take over. It exits if its object is closed before that."""
         for path in sorted(folder.glob("server-*.log"))[:-_NUM_LOGS_KEPT]:
             path.unlink(missing_ok=True)
         log_file = folder / f"server-{time.strftime('%Y%m%d-%H%M%S')}-{request.model_digest[:12]}.log"
         starting = folder / _STARTING_NAME
         starting.unlink(missing_ok=True)
-        withheld = self.withheld_prefix or "="  # which is in no name
+        withheld = self.withheld_prefix or "="  # a character that no name contains
         variables = {name: value for name, value in os.environ.items() if not name.startswith(withheld)}
         model = {name: getattr(request, name) for name in ("model_uri", "model_digest", "model_version")}
         info = {**model, "host": self.host, "port": self.port, "annotations": request.annotations()}
@@ -278,17 +279,17 @@ class LocalInferenceService(InferenceServiceResource):
             connection.close()
             starting.unlink(missing_ok=True)
             raise
-        threading.Thread(target=process.wait, daemon=True).start()  # collects it, should this process still be there
+        threading.Thread(target=process.wait, daemon=True).start()  # reaps the process if this one is still running
         return server
 
 
 def _check_answers(info: ServerInfo) -> None:
-    """Ask the new server over HTTP, where no one else can, before it takes the place of another."""
+    """Query the new server over its private HTTP port before it replaces another one."""
     client = InferenceClient(f"http://127.0.0.1:{info.private_port}")
     black_and_white = np.stack([np.full(client.image_shape, value, np.uint8) for value in (0, 255)])
     answer = client.predict_arrays(black_and_white)
     if answer.model_digest != info.model_digest:
-        raise DeployError(f"expected an answer of model {info.model_digest}, got one of {answer.model_digest}")
+        raise DeployError(f"expected a prediction of model {info.model_digest}, got one of {answer.model_digest}")
 
 
 def _deployed(info: ServerInfo, previous: str | None, *, changed: bool) -> DeployedService:

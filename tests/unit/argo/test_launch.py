@@ -117,7 +117,7 @@ def test_removal_takes_what_outlived_its_workflow(argo: FakeArgo, launcher: JobL
 def test_what_does_not_go_away_is_named(argo: FakeArgo, launcher: JobLauncher[Workflow]) -> None:
     orphans(argo, job=False)
     argo.delete_namespaced_pod = lambda *_, **__: None
-    with pytest.raises(ResourceStuckError, match=r"pod step.* did not go away"):
+    with pytest.raises(ResourceStuckError, match=r"pod step.* still exist"):
         submit(launcher)
 
 

@@ -88,7 +88,7 @@ def test_a_workflow_that_ends_before_any_step_says_so(
     argo: FakeArgo, client: WorkflowClient, workflow: Workflow
 ) -> None:
     argo.ends(NAME, "Error", 'workflowtemplates.argoproj.io "pipeline" not found')
-    assert "ended before a step could fail" in explain(client, current(client))
+    assert "ended before any step failed" in explain(client, current(client))
     assert '"pipeline" not found' in explain(client, current(client))
 
 
@@ -132,7 +132,7 @@ def test_a_controller_that_is_away_is_waited_for_so_long(
     argo: FakeArgo, client: WorkflowClient, workflow: Workflow
 ) -> None:
     start = argo.clock.now
-    with pytest.raises(ResourceFailedError, match="Argo's controller has not looked at it") as caught:
+    with pytest.raises(ResourceFailedError, match="Argo's controller has not processed it yet") as caught:
         watcher(argo, client, workflow, []).wait_until_finished()
     assert 60 <= argo.clock.now - start < 65
     assert caught.value.diagnosis.cause == Cause.NO_PODS

@@ -187,7 +187,7 @@ def test_address_is_sent_encoded_and_otherwise_as_it_is(name: str, make, raw: Fo
 
 @pytest.mark.parametrize("address", ["http://[::1/a.parquet", "http://host:port/a.parquet", "http:///a.parquet"])
 def test_invalid_address_is_an_error_at_once(address: str, raw: FolderStore) -> None:
-    with pytest.raises(ExplainedError, match=r"failed after|cannot be looked at"):
+    with pytest.raises(ExplainedError, match=r"failed after|cannot be accessed"):
         build_raw_version(raw, address)
 
 
@@ -196,7 +196,7 @@ def test_a_local_archive_that_is_cut_is_refused(keep: float, make, raw: FolderSt
     good = make.archive()
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(good[: int(len(good) * keep)])
-    with pytest.raises(DataError, match=r"[Ff]etch or upload it again"):
+    with pytest.raises(DataError, match=r"[Dd]ownload or upload it again"):
         build_raw_version(raw, str(path))
     assert_nothing_left(raw, tmp_path)
     path.write_bytes(good)

@@ -34,7 +34,7 @@ def test_a_file_that_is_written_waits_until_it_is_left_alone(
     put(raw, name, b"some bytes")
     scan = scan_landing(raw)
     assert scan.ready == ()
-    assert scan.skipped == {f"landing/{name}": "waits until it has not been written to for 60 seconds"}
+    assert scan.skipped == {f"landing/{name}": "waiting until it has not been modified for 60 seconds"}
     put(raw, name, b"some bytes and more", age_seconds=65)
     assert [info.key for info in scan_landing(raw).ready] == [f"landing/{name}"]
 
@@ -70,7 +70,7 @@ def test_links_are_followed_and_one_to_nothing_is_left_alone(tmp_path: Path) -> 
     scan = scan_landing(store)
     assert [info.key for info in scan.ready] == ["landing/cat/linked.png"]
     assert scan.skipped == {
-        f"landing/cat/{name}.png": "a link that leads nowhere" for name in ("dangling", "itself", "through a file")
+        f"landing/cat/{name}.png": "a broken link" for name in ("dangling", "itself", "through a file")
     }
     store.delete("landing/cat/linked.png")
     assert elsewhere.exists()

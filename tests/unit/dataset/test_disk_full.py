@@ -47,7 +47,7 @@ def test_full_disk_of_downloads_is_one_error(
     server.body = make.parquet(make.images(600), make.labels(600))
     url = server.url.rpartition("/")[0] + "/a.parquet"
     monkeypatch.setattr(tempfile, "tempdir", str(disk))
-    with pytest.raises(StoreError, match=f"No space is left for {disk}"):
+    with pytest.raises(StoreError, match=f"No space left on device for {disk}"):
         build_raw_version(raw, url)
     assert [*raw.list(), *disk.iterdir()] == []
     assert server.requests == [None]  # not tried again: the network is fine
@@ -65,7 +65,7 @@ def test_full_disk_of_temporary_files_publishes_nothing(
         (folder / ("cat", "dog")[number % 2] / f"{number}.png").write_bytes(make.png(image))
     before = {info.key: info.etag for info in raw.list()}
     monkeypatch.setattr(tempfile, "tempdir", str(disk))
-    with pytest.raises(StoreError, match=f"No space is left for {disk}"):
+    with pytest.raises(StoreError, match=f"No space left on device for {disk}"):
         build_raw_version(raw, str(folder))
     assert {info.key: info.etag for info in raw.list()} == before
     assert current_raw_digest(raw) == good
@@ -81,7 +81,7 @@ def test_full_disk_of_the_store_loses_nothing_that_landed(left: int, disk: Path,
     for key, data in landed.items():
         raw.write(key, data)
     fill(disk, left)
-    with pytest.raises(StoreError, match=f"Check free space|No space is left for {disk}"):
+    with pytest.raises(StoreError, match=f"Check free space|No space left on device for {disk}"):
         build_raw_version(raw, source)
     for key, data in landed.items():
         assert data == (raw.read(key) if raw.exists(key) else read_rejected(raw, key.removeprefix("landing/")))

@@ -55,7 +55,7 @@ def test_landed_file_that_kills_its_reader_is_rejected(
     assert cause in reason_of(raw, "bad.parquet")["reason"]
 
 
-@pytest.mark.parametrize(("code", "cause"), [("while True: pass", "processor time"), ("signal.pause()", "too long")])
+@pytest.mark.parametrize(("code", "cause"), [("while True: pass", "CPU time"), ("signal.pause()", "too long")])
 def test_file_that_does_not_end_is_rejected(
     code: str, cause: str, make, raw: FolderStore, source: str, child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +73,7 @@ def test_source_file_that_kills_its_reader_is_named(make, raw: FolderStore, tmp_
     path = tmp_path / "bad.parquet"
     path.write_bytes(make.parquet(make.images(2, 5), make.labels(2)))
     child(fault("os.kill(os.getpid(), signal.SIGSEGV)"))
-    with pytest.raises(ReaderKilledError, match=r"bad\.parquet ended its reader with SIGSEGV \(limits: 1,024 MiB"):
+    with pytest.raises(ReaderKilledError, match=r"bad\.parquet crashed its reader with SIGSEGV \(limits: 1,024 MiB"):
         build_raw_version(raw, str(path))
 
 
@@ -117,7 +117,7 @@ def test_answer_that_is_too_large_is_refused(child, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         isolated, "receive", lambda connection: (json.loads(connection.recv_bytes()), connection.recv_bytes(1 << 20))
     )
-    with pytest.raises(ReaderKilledError, match="it ended its reader"):
+    with pytest.raises(ReaderKilledError, match="it crashed its reader"):
         ask({}, "it", 0)
 
 

@@ -123,7 +123,7 @@ def test_a_shard_removed_while_a_version_is_built_is_noticed(
 
     with monkeypatch.context() as patch:
         patch.setattr(FolderStore, "write", prune_first)
-        with pytest.raises(StoreError, match="was removed while a version with it was built") as caught:
+        with pytest.raises(StoreError, match="was removed while a version that uses it was built") as caught:
             build_processed(raw, processed, raw_digest)
     assert caught.value.transient
     assert build_processed(raw, processed, raw_digest).manifest.shards["train"][0] == shard

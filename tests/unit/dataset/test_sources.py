@@ -139,7 +139,7 @@ def test_unknown_folder_layout_is_refused_with_what_it_holds(raw: FolderStore, t
 
 def test_archive_in_a_folder_is_not_a_source_by_its_folder(make, raw: FolderStore, tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(make.archive())
-    with pytest.raises(DataError, match=r"found a\.tar\.gz.*Name an official archive itself"):
+    with pytest.raises(DataError, match=r"found a\.tar\.gz.*For an official archive, name the file"):
         import_source(str(tmp_path), raw)
 
 
@@ -180,7 +180,7 @@ def test_a_bad_picture_of_a_class_folder_is_named(make, raw: FolderStore, tmp_pa
 
 
 def test_digest_of_several_files_is_refused(raw: FolderStore, source: str) -> None:
-    with pytest.raises(ConfigError, match="not one file"):
+    with pytest.raises(ConfigError, match="not a single file"):
         import_source(f"{source}#sha256={'0' * 64}", raw)
 
 
@@ -263,7 +263,7 @@ def test_everything_that_is_not_read_is_named(make, raw: FolderStore, tmp_path: 
     Path(os.fsdecode(os.fsencode(folder / "cat") + b"/\xff.png")).write_bytes(b"x")
     only = "only images in class folders are read"
     assert build_raw_version(raw, str(folder)).unread == {
-        "cat/gone.png": "a link that leads nowhere",
+        "cat/gone.png": "a broken link",
         "cat/notes.txt": only,
         "cats/a.png": only,
         ".cache/dog/1.png": "hidden",
@@ -328,7 +328,7 @@ def test_archive_with_an_empty_batch_is_refused(make, raw: FolderStore, tmp_path
     batch = {"data": np.zeros((0, 3072), np.uint8), "labels": []}
     path = tmp_path / "a.tar.gz"
     path.write_bytes(make.tar(make.python_members() | {"cifar-10-batches-py/test_batch": pickle.dumps(batch)}))
-    with pytest.raises(DataError, match="test_batch' holds no images"):
+    with pytest.raises(DataError, match="test_batch' has no images"):
         build_raw_version(raw, str(path))
     assert list(raw.list()) == []
 

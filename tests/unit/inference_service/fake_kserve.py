@@ -127,7 +127,7 @@ class FakeKServe:
         """What a pod answers that is ready or ending: one that is ending still serves open connections."""
         answering = [pod for pod in self.pods if is_ready(pod)]
         if not answering:
-            raise ServerError("GET http://cifar10-predictor.space.svc was not answered: connection refused")
+            raise ServerError("GET http://cifar10-predictor.space.svc got no response: connection refused")
         annotations = answering[0]["metadata"]["annotations"]
         return ServedModel(True, annotations["cifar/model-digest"], annotations["cifar/model-version"])
 

@@ -104,7 +104,7 @@ def test_answer_of_the_endpoint_decides(serving_a: FakeKServe, monkeypatch: pyte
     stale = serving_a.served_model()
     monkeypatch.setattr(serving_a, "served_model", lambda: stale)
     error = failure(serving_a, B, start_timeout_seconds=30)
-    assert f"the endpoint answers with model {A.model_digest} version 1" in str(error)
+    assert f"the endpoint serves model {A.model_digest} version 1" in str(error)
 
 
 STORIES: dict[str, tuple[Callable[[FakeKServe, dict[str, Any]], None], str, bool]] = {
@@ -133,7 +133,7 @@ def test_failed_update_is_explained_and_undone(serving_a: FakeKServe, story: str
     error = failure(serving_a, B)
     assert text in str(error)
     assert "What to do: " in str(error)
-    assert f"set back to model {A.model_digest} version 1, which serves as before" in str(error)
+    assert f"rolled back to model {A.model_digest} version 1, which is served as before" in str(error)
     assert error.transient is transient
     assert digests_of_pods(serving_a) == [A.model_digest]
     assert serving_a.service is not None
@@ -153,7 +153,7 @@ def test_reason_of_a_failure_is_known_until_something_else_is_deployed(serving_a
 
 def test_failed_first_deployment_leaves_nothing(cluster: FakeKServe) -> None:
     cluster.behaviours[A.model_digest] = fake.ends(2)
-    assert "Nothing served before, so the InferenceService was deleted" in str(failure(cluster, A))
+    assert "No model was served before, so the InferenceService was deleted" in str(failure(cluster, A))
     assert (cluster.service, cluster.pods) == (None, [])
     assert "ended with exit code 2" in (last_failure(cluster) or "")
 
@@ -179,7 +179,7 @@ def test_attempt_that_was_cut_off_and_fails_gives_way_to_what_still_answers(serv
     serving_a.behaviours[B.model_digest] = fake.ends(2)
     InferenceServiceClient(serving_a, serving_a).replace(deployer(serving_a).deploy(A).service, build(B))
     serving_a.clock.sleep(2)
-    assert f"set back to model {A.model_digest}" in str(failure(serving_a, B))
+    assert f"rolled back to model {A.model_digest}" in str(failure(serving_a, B))
     assert digests_of_pods(serving_a) == [A.model_digest]
 
 
@@ -234,7 +234,7 @@ def test_error_of_the_last_look_does_not_keep_a_broken_revision(serving_a: FakeK
     away_from(serving_a, serving_a.clock.now + 590, 30, status)
     error = failure(serving_a, B)
     assert "was not serving within 600 s: 0 of 1 new pods are ready." in str(error)
-    assert f"set back to model {A.model_digest} version 1, which serves as before" in str(error)
+    assert f"rolled back to model {A.model_digest} version 1, which is served as before" in str(error)
     assert "DeployFailed" in [event.reason for event in serving_a.events]
 
 

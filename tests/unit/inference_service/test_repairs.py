@@ -77,7 +77,7 @@ def edit(cluster: FakeKServe, **fields: Any) -> None:
 def test_model_in_service_survives_a_replica_that_fits_nowhere(half_of_a: FakeKServe) -> None:
     error = failure(half_of_a, A)
     assert "(unschedulable) second: Insufficient cpu" in str(error)
-    assert "was there before this deployment and was left as it is" in str(error)
+    assert "existed before this deployment and was left unchanged" in str(error)
     assert error.transient
     assert half_of_a.deleted == []
     assert digests_of_pods(half_of_a) == [A.model_digest, A.model_digest]
@@ -104,7 +104,7 @@ def test_first_deployment_of_another_process_is_not_deleted_by_a_retry(cluster: 
     cluster.behaviours[A.model_digest] = fake.ends(2)
     InferenceServiceClient(cluster, cluster).create(build(A))
     cluster.clock.sleep(2)
-    assert "was left as it is" in str(failure(cluster, A))
+    assert "was left unchanged" in str(failure(cluster, A))
     assert cluster.deleted == []
 
 
@@ -182,7 +182,7 @@ def test_change_by_someone_else_before_the_clean_up_is_left_alone(serving_a: Fak
     serving_a.failing = change
     error = failure(serving_a, B)
     assert "ended with exit code 2" in str(error)
-    assert "deleted or changed by someone else meanwhile, and left as it is now" in str(error)
+    assert "deleted or changed by someone else meanwhile and was left unchanged" in str(error)
     assert (serving_a.service is None) == deleted
     assert len(serving_a.writes) == 2
 
@@ -243,7 +243,7 @@ def test_edited_spec_that_serves_is_put_back_when_its_repair_fails(serving_a: Fa
     serving_a.clock.sleep(30)
     edited = copy.deepcopy(serving_a.service)
     serving_a.behaviours[A.model_digest] = fake.waits("ErrImagePull", "no such tag")
-    assert f"set back to model {A.model_digest} version 1, which serves as before" in str(failure(serving_a, A))
+    assert f"rolled back to model {A.model_digest} version 1, which is served as before" in str(failure(serving_a, A))
     assert edited is not None
     assert serving_a.service is not None
     assert serving_a.service["spec"] == edited["spec"]
@@ -264,14 +264,14 @@ def test_labels_removed_by_hand_do_not_break_the_way_back(serving_a: FakeKServe)
     assert serving_a.service is not None
     del serving_a.service["metadata"]["labels"]
     serving_a.behaviours[B.model_digest] = fake.ends(2)
-    assert f"set back to model {A.model_digest}" in str(failure(serving_a, B))
+    assert f"rolled back to model {A.model_digest}" in str(failure(serving_a, B))
 
 
 def test_pods_that_outlived_their_service_get_it_back(serving_a: FakeKServe) -> None:
     """As `kubectl delete --cascade=orphan` leaves them."""
     serving_a.service = None
     serving_a.behaviours[B.model_digest] = fake.ends(2)
-    assert f"set back to model {A.model_digest}" in str(failure(serving_a, B))
+    assert f"rolled back to model {A.model_digest}" in str(failure(serving_a, B))
     assert digests_of_pods(serving_a) == [A.model_digest]
     assert serving_a.deleted == []
 
@@ -357,4 +357,4 @@ def test_put_back_tolerates_an_outage(serving_a: FakeKServe, status: int) -> Non
     serving_a.failing = away
     error = failure(serving_a, B)
     assert isinstance(error, DeployError)
-    assert f"set back to model {A.model_digest} version 1, which serves as before" in str(error)
+    assert f"rolled back to model {A.model_digest} version 1, which is served as before" in str(error)

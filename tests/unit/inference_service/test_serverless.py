@@ -99,8 +99,8 @@ def test_canary_that_answers_well_is_promoted(serving_a: FakeKnative) -> None:
 def test_canary_that_answers_badly_gives_its_share_back(serving_a: FakeKnative) -> None:
     with pytest.raises(DeployError) as caught:
         deploy(serving_a, B, Judge("0.1 of 256 right"))
-    assert "with 10 % of the requests it was refused: 0.1 of 256 right" in str(caught.value)
-    assert f"set back to model {A.model_digest}" in str(caught.value)
+    assert "it was rejected with 10 % of the requests: 0.1 of 256 right" in str(caught.value)
+    assert f"rolled back to model {A.model_digest}" in str(caught.value)
     assert not caught.value.transient
     assert max(share.get(B.model_digest, 0) for share in serving_a.shares) == 10
     assert serving_a.shares[-1] == {A.model_digest: 100}
@@ -195,7 +195,7 @@ def test_canary_of_a_run_that_was_cut_off_is_judged_by_the_next(serving_a: FakeK
 def test_refused_canary_of_a_run_that_was_cut_off_gets_nothing_while_the_other_sleeps(serving_a: FakeKnative) -> None:
     replace_with(serving_a, build(B))
     serving_a.pods[:] = [pod for pod in serving_a.pods if pod["metadata"]["name"] == "pod-2"]
-    with pytest.raises(DeployError, match="a canary without requests: all go to the revision before it"):
+    with pytest.raises(DeployError, match="a canary without requests: all go to the previous revision"):
         deploy(serving_a, B, Judge("bad"))
     assert serving_a.shares[-1] == {B.model_digest: 0, A.model_digest: 100}
     assert serving_a.writes[-1]["spec"] == with_traffic(serving_a.writes[-2], 0)["spec"]

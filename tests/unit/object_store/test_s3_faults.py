@@ -230,7 +230,7 @@ def test_mistakes_are_not_retried_and_say_what_to_do(status: int, code: str, adv
 
 def test_server_without_s3_is_recognized(fake: Fake) -> None:
     fake.answer = lambda handler, number: reply(handler, 404, b"<html>console</html>", Content_Type="text/html")
-    with pytest.raises(StoreError, match=r"no answer of an S3 server.*not a web console"):
+    with pytest.raises(StoreError, match=r"no response from an S3 server.*not a web console"):
         fake.store().read("x")
 
 
@@ -238,7 +238,9 @@ def test_nobody_there(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        with pytest.raises(StoreError, match=r"no answer of an S3 server in 5 attempts.*AWS_ENDPOINT_URL") as caught:
+        with pytest.raises(
+            StoreError, match=r"no response from an S3 server in 5 attempts.*AWS_ENDPOINT_URL"
+        ) as caught:
             S3Store(S3Connection(endpoint, "a", "b", pause_seconds=0), "bucket").read("x")
         assert caught.value.transient
 

@@ -114,8 +114,8 @@ def test_a_failed_run_is_tried_again_a_bounded_number_of_times_and_then_named() 
     assert len(keys) == MAX_ATTEMPTS
     given_up = tick(decision.cursor, objects, last="crashed")
     assert given_up.run_key is None
-    assert "Given up after 3 runs: 1 object (landing/a.parquet), as run run-1 failed" in given_up.reason
-    assert "start the job retrain by hand or reset the cursor" in given_up.reason
+    assert "Gave up after 3 runs: 1 object (landing/a.parquet), as run run-1 failed" in given_up.reason
+    assert "start the job retrain manually or reset this sensor's cursor" in given_up.reason
     assert tick(decision.cursor, [*objects, landed("b.parquet")], last="crashed").cursor.attempt == 1
 
 
@@ -145,16 +145,16 @@ def test_an_object_that_no_run_can_read_is_given_up_by_name() -> None:
         assert decision.run_key
     given_up = tick(decision.cursor, objects, read=objects[:1])
     assert given_up.run_key is None
-    assert "Given up after 3 runs: 1 object (landing/unreadable.parquet)" in given_up.reason
+    assert "Gave up after 3 runs: 1 object (landing/unreadable.parquet)" in given_up.reason
 
 
 @pytest.mark.parametrize(
     ("outcome", "reason"),
     [
-        ("succeeded", "No new data: run run-1 has used the 1 object"),
-        ("unfinished", "No new data: run run-1 works on the 1 object"),
+        ("succeeded", "No new data: run run-1 has already used the 1 object"),
+        ("unfinished", "No new data: run run-1 is processing the 1 object"),
         ("canceled", "Run run-1 for the 1 object under landing/ was canceled. To try again, start the job retrain"),
-        ("refused", "Run run-1 for the 1 object under landing/ was ended by a blocking check"),
+        ("refused", "Run run-1 for the 1 object under landing/ failed a blocking check"),
     ],
 )
 def test_the_reason_names_the_run_and_what_became_of_the_objects(outcome: Outcome, reason: str) -> None:

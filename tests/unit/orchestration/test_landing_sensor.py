@@ -198,7 +198,7 @@ def test_a_replayed_tick_starts_no_second_run_and_says_why(
     run = run_for(instance, second, dg.DagsterRunStatus.SUCCESS)
     replayed = tick(instance, store, first.cursor)
     assert key_of(replayed) is None
-    assert f"Run {run.run_id} was started for these objects" in reason_of(replayed)
+    assert f"Run {run.run_id} was already started for these objects" in reason_of(replayed)
     assert replayed.cursor == second.cursor
 
 
@@ -286,6 +286,6 @@ def test_a_tick_over_ten_thousand_objects_asks_the_store_a_fixed_number_of_times
     first = tick(instance, store)
     run_for(instance, first, dg.DagsterRunStatus.SUCCESS)
     build(store)
-    assert "has used the 10000 objects" in reason_of(tick(instance, store, first.cursor))
+    assert "has already used the 10000 objects" in reason_of(tick(instance, store, first.cursor))
     assert time.process_time() - before < 60, "Dagster gives a tick one minute"
     assert len(asked) < 20

@@ -155,7 +155,7 @@ def test_with_mlflow_away_the_tick_says_so_and_a_later_one_closes(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = instance.create_run_for_job(training, status=dg.DagsterRunStatus.CANCELED)
     left = start_run(mlflow, run.run_id)
-    assert "http://127.0.0.1:1 did not answer" in tick(instance, MlflowServer(tracking_uri="http://127.0.0.1:1"))
+    assert "http://127.0.0.1:1 did not respond" in tick(instance, MlflowServer(tracking_uri="http://127.0.0.1:1"))
     assert status(mlflow, left) == "RUNNING"
     tick(instance, mlflow)
     assert status(mlflow, left) == "KILLED"

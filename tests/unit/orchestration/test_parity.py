@@ -93,7 +93,7 @@ def test_other_weights_of_as_many_processes(pair: Pair) -> None:
     pair.model(TRAINED_MODEL)
     pair.model(ARGO_TRAINED_MODEL, weights=b"other", environment={"threads": 4})
     assert failed(pair.checks()) == {
-        "same_weights": "The weights differ. Argo and Dagster had threads 4 and 2.",
+        "same_weights": "The weights differ. Between Argo and Dagster: threads 4 and 2.",
     }
 
 

@@ -80,7 +80,7 @@ def test_a_model_becomes_known_by_naming_it_and_its_metadata_say_who_vouches(wor
     assert world.materialize(TRAINED_MODEL, config={TRAINED_MODEL: {"model_digest": stored}}).success
     record = find_materialization(world.instance, TRAINED_MODEL, stored)
     assert record
-    assert "whoever started this run vouches" in str(record.materialization.metadata["origin"].value)
+    assert "whoever started this run is responsible" in str(record.materialization.metadata["origin"].value)
     assert world.deploy() is None
 
 

@@ -135,7 +135,7 @@ def test_retry_is_allowed_only_where_the_training_was_ended_or_asks_for_it(
     assert data
     assert data.metadata["exit_code"].value == exit_code
     assert "RuntimeError: broken" in str(data.description)
-    assert ("or its process asks to be started again" in str(data.description)) == allowed
+    assert ("or its process requests a restart" in str(data.description)) == allowed
 
 
 def test_cluster_that_is_not_configured_is_a_failure_without_a_retry(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_pods_that_do_not_go_away_stop_the_replacement(launcher: JobLauncher, cl
     cluster.pods["job-0"] = [pod_body("job-0")]
     cluster._remove_pods = lambda job: None
     cluster.delete_namespaced_pod = lambda *_, **__: None
-    with pytest.raises(ResourceStuckError, match=r"pod job-0-master-0.* did not go away"):
+    with pytest.raises(ResourceStuckError, match=r"pod job-0-master-0.* still exist"):
         start(launcher, retry())
     assert cluster.num_created == 1
 

@@ -35,7 +35,7 @@ class Silent:
     [
         (1.0, "right", None),
         (0.3, "right", "100.0 % of 60 test images right; the stored model has 30.0 %"),
-        (1.0, "of another model", "the canary's address answers with model ffff"),
+        (1.0, "of another model", "the canary's endpoint serves model ffff"),
         (1.0, "silent", "connection refused"),
     ],
 )

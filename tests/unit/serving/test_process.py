@@ -110,7 +110,7 @@ def test_any_address_of_this_machine_can_be_listened_on(host) -> None:
 def test_a_taken_port_and_an_unknown_host_are_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: another process listens there"):
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: another process is listening there"):
             listen("127.0.0.1", port)
     with pytest.raises(ConfigError, match="Cannot listen on no-such-host"):
         listen("no-such-host.invalid", 0)

@@ -206,7 +206,7 @@ def test_a_byte_count_that_is_not_the_product_of_the_shape_is_refused(size, num_
 
 def test_bytes_that_nothing_declares_and_data_given_twice_are_refused() -> None:
     header = with_tensor()
-    with pytest.raises(RequestError, match="no data in JSON where bytes follow it"):
+    with pytest.raises(RequestError, match="no data in JSON when binary data follows"):
         parse(header + b"abc", str(len(header)).encode())
     header = with_tensor(data=...)
     with pytest.raises(RequestError, match="binary_data_size: expected 6144 bytes"):

@@ -34,7 +34,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
     for wanted in ("auto", "cuda"):
-        with pytest.raises(ConfigError, match="Process 3 of this machine has no GPU of its own: torch finds 2 GPU"):
+        with pytest.raises(ConfigError, match="Process 3 of this machine has no GPU for itself: torch finds 2 GPU"):
             choose_device(wanted, 2)
     assert choose_device("cpu", 2) == torch.device("cpu")
 

@@ -37,4 +37,4 @@ def test_a_learning_rate_that_ruins_the_weights_is_named(
         train(make_spec("baseline", epochs=1, learning_rate=1e30, weight_decay=1e30, batch_size=96))
     output = capfd.readouterr().out
     assert "Lower learning_rate" in output
-    assert "unknown reason" not in output
+    assert "unexpected reason" not in output

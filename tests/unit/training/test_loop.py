@@ -135,7 +135,7 @@ def test_an_outage_of_the_store_costs_checkpoints_and_no_training(make_spec: Spe
     trainer = make_trainer(spec, checkpoints=FailingCheckpoints(spec, True, {2, 6, 8}))
     with caplog.at_level("WARNING"):
         finish(trainer)
-    assert caplog.messages == [f"The checkpoint of step {step} may be missing: away" for step in (2, 6, 8)]
+    assert caplog.messages == [f"The checkpoint of step {step} may not be stored: away" for step in (2, 6, 8)]
     assert make_trainer(spec).resumed_from == NUM_STEPS
 
 
@@ -316,7 +316,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(make_spec: SpecMaker, ca
     CheckpointStore(open_store(spec.output_uri), 3).save(7, tensors, trainer.state.position)
     with caplog.at_level("WARNING"):
         assert make_trainer(spec).resumed_from == NUM_STEPS // 3
-    assert "network.fc.bias holds numbers that are not finite" in caplog.text
+    assert "network.fc.bias contains numbers that are not finite" in caplog.text
 
 
 def test_batches_too_small_for_the_processes_are_refused(make_spec: SpecMaker) -> None:

@@ -124,17 +124,17 @@ def test_a_database_that_cannot_be_written_is_named(mlflow: LocalMlflow) -> None
         pytest.raises(sqlite3.OperationalError) as refused,
     ):
         database.execute("delete from runs")
-    assert "write permission on the database file" in (why_refused(refused.value, mlflow.uri) or "")
+    assert "write permission to the database file" in (why_refused(refused.value, mlflow.uri) or "")
 
 
 def test_a_file_that_is_not_a_database_is_named(mlflow: LocalMlflow, caplog: pytest.LogCaptureFixture) -> None:
     Path(mlflow.path, "mlflow.db").write_bytes(b"not a database" * 100)
-    assert_said_and_not_waited_for(start(mlflow.uri), "Move that file away", caplog)
+    assert_said_and_not_waited_for(start(mlflow.uri), "Move the file away", caplog)
 
 
 @pytest.mark.parametrize("uri", ["mlflow.svc:5000", "ftp://mlflow"])
 def test_an_address_of_no_known_kind_is_named(uri: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert_said_and_not_waited_for(start(uri), "Set MLFLOW_TRACKING_URI to an address such as", caplog)
+    assert_said_and_not_waited_for(start(uri), "Set MLFLOW_TRACKING_URI to a URI such as", caplog)
 
 
 @pytest.fixture
@@ -165,10 +165,10 @@ def answer() -> Iterator[tuple[str, dict[str, object]]]:
     [
         (401, "who are you", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
         (403, "not you", "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
-        (404, "no such page", "is not an MLflow server, or one of another version"),
-        (405, "", "is not an MLflow server, or one of another version"),
-        (200, "<html>hello</html>", "is not an MLflow server, or one of another version"),
-        (501, "", "is not an MLflow server, or one of another version"),
+        (404, "no such page", "is not an MLflow server, or has another version"),
+        (405, "", "is not an MLflow server, or has another version"),
+        (200, "<html>hello</html>", "is not an MLflow server, or has another version"),
+        (501, "", "is not an MLflow server, or has another version"),
     ],
 )
 def test_an_answer_that_waiting_does_not_change_is_a_refusal(
@@ -189,7 +189,7 @@ def test_an_answer_that_may_change_is_waited_for(
     uri, wanted = answer
     wanted.update(status=status, body="busy")
     tracker = start(uri)
-    wait_for("failed and is tried again", caplog)
+    wait_for("failed and will be retried", caplog)
     before = time.monotonic()
     assert tracker.close("FINISHED", patience_seconds=1.5)
     assert time.monotonic() - before >= 1.4
