@@ -312,7 +312,7 @@ def test_part_of_a_source_that_is_a_link_to_nothing_is_refused(
     folder = write_classes(make, tmp_path / "pictures")
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).symlink_to(tmp_path / "nothing")
-    with pytest.raises(DataError, match=rf"{name} cannot be read \(a link that leads nowhere\), and may hold"):
+    with pytest.raises(DataError, match=rf"{name} cannot be read \(a broken link\), and may hold"):
         import_source(str(folder), raw)
 
 
