@@ -164,7 +164,7 @@ def test_mlflow_server_that_starts_late_gets_everything(place: Workplace, port: 
     """Over HTTP, artifacts proxied by the server."""
     uri = f"http://127.0.0.1:{port}"
     process = start_trainer(tracked(place, "late", tracking_uri=uri, artifact_uri=None))
-    wait_for_line(process, "MLflow: start of the run failed and is tried again")
+    wait_for_line(process, "MLflow: start of the run failed and will be retried")
     with tracking_server(place, port):
         output, _ = process.communicate(timeout=500)
         assert process.returncode == 0, output
