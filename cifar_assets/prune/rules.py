@@ -116,13 +116,13 @@ def raw_of_processed(processed: ObjectStore, digests: Iterable[str]) -> set[str]
 
 
 def orphans(stores: Stores, processed: Iterable[str], raw: Iterable[str], policy: Policy) -> Iterator[Removal]:
-    """Shards and objects that none of these versions uses, and indexes of objects that no longer exist."""
+    """Shards and objects that none of these versions uses, and what refers to objects that no longer exist."""
     shards = {shard.file for digest in processed for shard in read_processed(stores.processed, digest).files}
     objects = {item.key for digest in raw for item in read_raw(stores.raw, digest).objects}
     sha256s = {key.removeprefix(OBJECTS_PREFIX).partition(".")[0] for key in objects}
 
     def is_stale(store: ObjectStore, kind: type[BaseModel], names: Callable[[Any], set[str]]) -> Any:
-        """Whether an index refers to an object that no longer exists, or cannot be read."""
+        """Whether a record refers to an object that no longer exists, or cannot be read."""
 
         def check(info: ObjectInfo) -> bool:
             note = read_state(store, info.key, kind)

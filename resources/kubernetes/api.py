@@ -136,7 +136,7 @@ class CustomResourceClient(Generic[S]):
         return self._object("patch", found.namespace, found.name, body, none_on=(404, 409))
 
     def delete(self, found: S) -> None:
-        """Delete exactly this object and then its dependents. Does nothing if another object has its name."""
+        """Delete exactly this object and then its dependents. Does nothing if it is gone or was replaced."""
         options = {"propagationPolicy": "Background", "preconditions": {"uid": found.uid}}
         self._object("delete", found.namespace, found.name, body=options, none_on=(404, 409))
 

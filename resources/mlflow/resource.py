@@ -182,7 +182,7 @@ class MlflowResource(dg.ConfigurableResource):
             if not tags.items() <= stored.tags.items() or (verdict.passed and CHAMPION_ALIAS not in stored.aliases):
                 raise RuntimeError(
                     f"MLflow accepted the decision on version {version.version} but did not store it: the version's "
-                    "tags are {stored.tags}, its aliases {stored.aliases}."
+                    f"tags are {stored.tags}, its aliases {stored.aliases}."
                 )
             return str(version.version)
 

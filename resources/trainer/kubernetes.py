@@ -77,7 +77,7 @@ class KubernetesTrainer(TrainerResource):
         if len(env) < len(child_environment) and not self.job.env_secrets:
             raise ConfigError(
                 "The trainer's job has no Secret with the object store's credentials: list it in job.env_secrets, "
-                "with the keys {' and '.join(CREDENTIALS[:2])}. They are never written into a manifest."
+                f"with the keys {' and '.join(CREDENTIALS[:2])}. They are never written into a manifest."
             )
         if self.store_endpoint_url:
             env["AWS_ENDPOINT_URL"] = self.store_endpoint_url

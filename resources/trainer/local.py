@@ -99,7 +99,7 @@ def _failure(code: int) -> str:
     if code == EXIT_RESUME:
         return (
             "The trainer was asked to stop, or lost one of its processes or the object store; see its log (stdout "
-            "and stderr of this step). {_CONTINUE}"
+            f"and stderr of this step). {_CONTINUE}"
         )
     if code == EXIT_BAD_SPEC:
         return (

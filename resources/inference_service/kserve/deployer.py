@@ -176,7 +176,7 @@ class ServiceDeployer:
             else:
                 raise DeployError(
                     f"{current} was changed by someone else at the same time and left unchanged: it is set to serve "
-                    "model {current.model_digest}.",
+                    f"model {current.model_digest}.",
                     transient=True,
                 )
             if stored is None:
