@@ -88,7 +88,7 @@ class WorkflowClient(JobClient[Workflow]):
         *,
         remove: bool,
     ) -> KubernetesError:
-        """Not transient: Argo itself has already retried what a retry can fix."""
+        """Not transient where a step failed: Argo itself has already retried what a retry can fix."""
         return WorkflowFailedError(explain(self, job, tails), transient=job.failed_step is None)
 
 

@@ -43,7 +43,9 @@ def temporary_namespace(prefix: str) -> Iterator[str]:
     """A new namespace's name; it is gone, with all that is in it, when the block ends."""
     name = f"{prefix}-{uuid.uuid4().hex[:8]}"
     kubectl("create", "namespace", name)
+    account = ("-n", name, "get", "serviceaccount", "default", "--ignore-not-found", "-o", "name")
     try:
+        wait_for("the default service account, which pods need", lambda: kubectl(*account))
         yield name
     finally:
         kubectl("delete", "namespace", name, "--wait=true", PATIENCE)

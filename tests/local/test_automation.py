@@ -90,6 +90,11 @@ def ticks(instance: dg.DagsterInstance) -> Sequence[InstigatorTick]:
     return [tick for tick in found if requested and tick.timestamp >= min(requested)]
 
 
+def has_built(instance: dg.DagsterInstance, run_id: str) -> bool:
+    event = instance.get_latest_materialization_event(RAW_DATASET)
+    return event is not None and event.run_id == run_id
+
+
 def landing_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     return [run for run in instance.get_runs() if "landing" in run.tags]
 
@@ -104,6 +109,7 @@ def test_landed_rows_are_trained_on_or_rejected_and_the_service_names_the_new_ve
     wait_until(lambda: landing_runs(daemon), "the sensor to start a run")
     land(ten_rows(4))
     wait_until(lambda: len(ticks(daemon)) > 1, "a tick while it runs")
+    wait_until(lambda: has_built(daemon, landing_runs(daemon)[-1].run_id), "the run to read what has landed")
     land(ten_rows(5), ten_rows(6))
     (workspace.folder / "pause").unlink()
     wait_until(lambda: len(landing_runs(daemon)) == 2, "the sensor to start the run that follows")

@@ -25,6 +25,7 @@ PATIENCE_MS = 300_000
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH"),
 ]
 

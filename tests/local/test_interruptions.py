@@ -114,7 +114,7 @@ def kill_command(training: Training) -> None:
     training.process.kill()
     training.process.wait()
     training.pause.unlink()
-    training.trainer.wait(500)
+    wait_until(lambda: not command_of(training.trainer), "the trainer to end")
 
 
 def training_runs_newest_first(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:

@@ -21,6 +21,7 @@ from resources.mlflow.target import MlflowTarget
 from tests.fixtures.ports import free_port
 from tests.fixtures.workspace import wait_until
 
+pytestmark = pytest.mark.timeout(1800)
 FILES = {"model.onnx": b"o" * 100_000, "metrics.json": b"{}"}
 UPLOADS = "/api/2.0/mlflow-artifacts/artifacts/"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PATIENT = ("--header-timeout", "3600", "--body-timeout", "3600", "--stall-timeout", "3600")
+PATIENT = ("--header-timeout", "3600", "--body-timeout", "3600", "--stall-timeout", "3600", "--idle-timeout", "3600")
 """Options of a server that does not take the clients of a busy machine for slow ones."""
 
 
