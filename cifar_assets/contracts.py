@@ -3,7 +3,9 @@
 They are a contract with stored data and with remote processes: a change requires a migration.
 """
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from resources.mlflow.target import DEFAULT_NAME
 
@@ -35,6 +37,14 @@ class ImageSpec(BaseModel):
     image_size: int = Field(
         default=IMAGE_SIZE, ge=1, description="Height and width in pixels. Manifests without it are of CIFAR-10."
     )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_the_default_size(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The digest of a manifest without a size stays what it is."""
+        values = dump(self)
+        if values.get("image_size") == IMAGE_SIZE:
+            del values["image_size"]
+        return values
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
