@@ -103,7 +103,7 @@ def test_deleting_the_workflow_removes_its_job(argo: ArgoCluster, stories: dict[
     wait_for("the end of its pods", lambda: not _pods_left(argo, workflow))
 
 
-def test_submitting_twice_makes_one_job(
+def test_submitting_twice_creates_one_job(
     argo: ArgoCluster, stories: dict[str, str], killed: str, tiny: TinyData
 ) -> None:
     """The pod that submits is lost once the PyTorchJob is there."""
@@ -124,7 +124,7 @@ def test_submitting_twice_makes_one_job(
         ("refused", "verify-model", "is below the threshold 0.9900"),
     ],
 )
-def test_failing_at_the_right_step_with_the_reason(
+def test_failed_step_reports_the_reason(
     argo: ArgoCluster, stories: dict[str, str], story: str, step: str, reason: str
 ) -> None:
     workflow = argo.finished(stories[story])
@@ -137,7 +137,7 @@ def test_failing_at_the_right_step_with_the_reason(
     assert len([attempt for attempt in workflow.steps if attempt.name == step]) == 1
 
 
-def test_the_demo_trains_nothing(argo: ArgoCluster, stories: dict[str, str]) -> None:
+def test_demo_does_not_train(argo: ArgoCluster, stories: dict[str, str]) -> None:
     workflow = argo.finished(stories["demo"])
     assert workflow.phase == "Succeeded", explain(argo.client, workflow)
     assert [step.name for step in workflow.steps] == ["verify-data", "verify-processed", f"{workflow.name}.onExit"]
@@ -187,7 +187,7 @@ def test_cancelling_the_dagster_run_removes_workflow_and_job(argo: ArgoCluster, 
 _STARTED = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])
 
 
-def test_the_controller_reads_a_status_as_the_pipes_client_does(argo: ArgoCluster, core: Any) -> None:
+def test_controller_interprets_status_like_the_pipes_client(argo: ArgoCluster, core: Any) -> None:
     """Every kind of end and one that is none, written by hand into jobs that no operator looks after."""
     series: dict[str, list[dict[str, Any]]] = yaml.safe_load(STATUS_SERIES.read_text())
     last = {f"status-{number}": series[name][-1]["status"] for number, name in enumerate(_TOLD)}
@@ -253,7 +253,7 @@ def test_rights(argo: ArgoCluster, account: str, verb: str, resource: str, allow
     assert answer["status"]["allowed"] is (allowed == "yes")
 
 
-def test_both_pipelines_give_the_same_model(
+def test_both_pipelines_produce_the_same_model(
     argo: ArgoCluster, tiny: TinyData, platform: Platform, tmp_path: Path
 ) -> None:
     """trained_model as a PyTorchJob of Dagster's, then the job argo_parity, both as users start them."""

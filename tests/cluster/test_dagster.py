@@ -105,13 +105,13 @@ def finished_run(dagster: Webserver) -> str:
     return run_id
 
 
-def test_ui_answers_the_daemon_is_healthy_and_the_code_is_loaded(dagster: Webserver) -> None:
+def test_ui_daemon_and_code_location_are_healthy(dagster: Webserver) -> None:
     assert json.loads(dagster.get("/server_info"))["dagster_webserver_version"] == dg.__version__
     wait_for("the code location", lambda: dagster.locations() == {"cifar": "RepositoryLocation"})
     wait_for("healthy daemons", lambda: not dagster.unhealthy_daemons())
 
 
-def test_a_run_is_a_job_and_its_output_is_in_the_object_store(
+def test_run_is_a_job_with_output_in_the_object_store(
     dagster: Webserver, platform: Platform, finished_run: str
 ) -> None:
     assert dagster.run(finished_run).status == "SUCCESS"
@@ -144,7 +144,7 @@ def test_a_browser_shows_the_run_and_its_output(dagster: Webserver, finished_run
         browser.close()
 
 
-def test_api_server_takes_the_overlay_without_a_database(dagster: Webserver) -> None:
+def test_api_server_accepts_the_overlay_without_a_database(dagster: Webserver) -> None:
     overlay = str(Path(__file__).parents[2] / "k8s/overlays/external-postgres")
     dry = ["--dry-run=server", "--validate=strict", "--force-conflicts"]
     answer = kubectl("apply", "--server-side", *dry, "-k", overlay)
@@ -167,9 +167,7 @@ def test_a_killed_run_worker_fails_its_run_and_another_run_takes_over(dagster: W
     wait_for("the removal of its pod", lambda: not run_workers(platform, retry.id))
 
 
-def test_landed_data_is_trained_on_and_automation_deploys_no_refused_model(
-    dagster: Webserver, platform: Platform
-) -> None:
+def test_landed_data_is_trained_on_and_rejected_model_is_not_deployed(dagster: Webserver, platform: Platform) -> None:
     """The way of a model that passes is seen in docs/dagster_in_the_cluster.md; here the gate asks for 100 %."""
     before = {run.id for run in dagster.runs()}
     store = platform.store()

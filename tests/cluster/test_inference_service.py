@@ -129,7 +129,7 @@ def test_broken_versions_fail_with_the_cause_while_the_old_one_answers(
     wait_for("the old version's pods alone", lambda: pod_names(namespace) == pods)
 
 
-def test_a_first_version_that_fails_leaves_nothing(
+def test_failed_first_version_leaves_nothing(
     namespace: str, models: tuple[DeployRequest, DeployRequest], nothing_serves: None
 ) -> None:
     first, second = models
@@ -156,7 +156,7 @@ def cordoned_later(core: Any) -> Iterator[Callable[[], None]]:
         kubectl("uncordon", node)
 
 
-def test_model_in_service_survives_a_repair_that_fails(
+def test_model_in_service_survives_a_failed_repair(
     namespace: str,
     models: tuple[DeployRequest, DeployRequest],
     nothing_serves: None,
@@ -180,7 +180,7 @@ def test_model_in_service_survives_a_repair_that_fails(
     assert set(tally.answers) == {first.model_digest}
 
 
-def test_spec_edited_by_hand_is_written_again(
+def test_manually_edited_spec_is_restored(
     namespace: str, models: tuple[DeployRequest, DeployRequest], nothing_serves: None
 ) -> None:
     first, _ = models
@@ -197,7 +197,7 @@ def test_spec_edited_by_hand_is_written_again(
         wait_for("the end of the edited spec's pod", lambda: len(pod_names(namespace)) == 1)
 
 
-def test_without_the_role_the_error_says_so(namespace: str, models: tuple[DeployRequest, DeployRequest]) -> None:
+def test_missing_role_is_named_in_the_error(namespace: str, models: tuple[DeployRequest, DeployRequest]) -> None:
     with pytest.raises(DeployError, match=r"docs/kubernetes\.md"):
         service(namespace, account="nobody").deploy(models[0])
     assert left_behind(namespace) == []

@@ -112,9 +112,7 @@ def test_keys_metadata_and_checks_are_those_of_the_local_deployment(
     assert _shown(cluster) == _shown(local)
 
 
-def test_a_model_below_the_threshold_is_refused_alone_and_in_the_same_run(
-    cluster: Workspace, trained: str, platform: Platform
-) -> None:
+def test_model_below_the_threshold_is_rejected(cluster: Workspace, trained: str, platform: Platform) -> None:
     alone = cluster.materialize("cifar10/inference_service", ACCURACY_THRESHOLD="1")
     assert alone.returncode != 0
     assert "Not deployed: " in alone.stdout
@@ -152,7 +150,7 @@ def test_master_and_worker_train_like_one_process(
     assert event.asset_materialization.metadata["resumed_from"].value != "the start"
 
 
-def test_mlflow_away_costs_no_training(cluster: Workspace, models: S3Store, jobs_removed: None) -> None:
+def test_training_continues_without_mlflow(cluster: Workspace, models: S3Store, jobs_removed: None) -> None:
     _scale_mlflow(0)
     try:
         output = _materialized(cluster, MODEL, training(seed=1))

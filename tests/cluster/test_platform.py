@@ -29,7 +29,7 @@ def objects_in(folder: str, namespace: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("folder", ["overlays/minikube", "overlays/gpu", "pytorchjob"])
-def test_api_server_takes_every_object(folder: str, core: Any) -> None:
+def test_api_server_accepts_every_object(folder: str, core: Any) -> None:
     with temporary_namespace("dry-run") as namespace:
         objects = objects_in(folder, namespace)
         text = yaml.safe_dump_all(objects)

@@ -87,7 +87,9 @@ def num_pods(namespace: str) -> int:
     return len(kubectl("-n", namespace, "get", "pods", *selector, "-o", "name").split())
 
 
-def test_canary_promotion_return_and_sleep(namespace: str, minio: Minio, models: Models, nothing_serves: None) -> None:
+def test_canary_promotion_rollback_and_scale_to_zero(
+    namespace: str, minio: Minio, models: Models, nothing_serves: None
+) -> None:
     serving = service(namespace, image=IMAGE, mode="Knative", min_replicas=0, max_replicas=2, canary_percent=20)
     assert serving.deploy(models.first).previous_digest is None
     root = minio.store()

@@ -85,7 +85,7 @@ def test_out_of_memory(story: ClusterStory) -> None:
     assert "took 16 MiB" in error
 
 
-def test_failure_of_a_worker_is_the_error_that_is_shown(story: ClusterStory) -> None:
+def test_worker_failure_is_the_reported_error(story: ClusterStory) -> None:
     config = story_config("fail", "7", replicas=2, restart_policy="Never")
     assert "ended with exit code 7" in story.failure(config)
 
@@ -190,7 +190,7 @@ def test_killed_run_worker(story: ClusterStory, home: Path) -> None:
     assert [epoch for epoch, replayed in story.epochs if not replayed] == list(range(20))
 
 
-def test_finished_while_nobody_watched(story: ClusterStory, home: Path) -> None:
+def test_job_finished_while_unobserved(story: ClusterStory, home: Path) -> None:
     config = story_config("epochs", "5")
     worker = story.in_another_process(config, home)
     wait_for("the job", story.names)
@@ -206,7 +206,7 @@ def test_finished_while_nobody_watched(story: ClusterStory, home: Path) -> None:
     assert [epoch for epoch, _ in story.epochs] == list(range(5))
 
 
-def test_failed_while_nobody_watched(story: ClusterStory, home: Path) -> None:
+def test_job_failed_while_unobserved(story: ClusterStory, home: Path) -> None:
     config = story_config("fail", "3", restart_policy="Never")
     worker = story.in_another_process(config, home)
     assert worker.wait(300) == 1
@@ -231,7 +231,7 @@ def test_evicted_run_worker(story: ClusterStory, home: Path) -> None:
     assert len(story.names()) == 1
 
 
-def test_pod_deleted_in_mid_run(story: ClusterStory) -> None:
+def test_pod_deleted_during_the_run(story: ClusterStory) -> None:
     def delete_pod() -> None:
         kubectl("-n", story.namespace, "delete", "pod", story.pods()[0].metadata.name, "--grace-period=1")
 
@@ -264,7 +264,7 @@ def operator_returns() -> Iterator[None]:
     kubectl("-n", "kubeflow", "rollout", "status", "deploy/training-operator", PATIENCE)
 
 
-def test_operator_away_until_after_the_end(story: ClusterStory, operator_returns: None) -> None:
+def test_operator_down_until_after_the_end(story: ClusterStory, operator_returns: None) -> None:
     config = story_config("epochs", "30")
     story.limits = replace(LIMITS, start_timeout_seconds=40)
     story.when(story.running, lambda: scale_operator(0))
@@ -284,7 +284,7 @@ def test_operator_away_until_after_the_end(story: ClusterStory, operator_returns
     assert story.metadata["pytorch_job_adopted"].value is True
 
 
-def test_job_that_vanished_while_its_pod_lives_on(story: ClusterStory) -> None:
+def test_job_deleted_while_its_pod_keeps_running(story: ClusterStory) -> None:
     config = story_config("epochs", "300")
 
     def orphan() -> None:
@@ -312,7 +312,7 @@ def test_job_that_vanished_while_its_pod_lives_on(story: ClusterStory) -> None:
     assert [each.metadata.uid for each in story.pods()] != [pod.metadata.uid]
 
 
-def test_logs_and_events_that_may_not_be_read_do_not_change_the_outcome(story: ClusterStory) -> None:
+def test_unreadable_logs_and_events_do_not_change_the_outcome(story: ClusterStory) -> None:
     inside = ["-n", story.namespace, "create"]
     verbs = "--verb=create,get,list,patch,delete"
     kubectl(*inside, "role", "no-logs", verbs, "--resource=pytorchjobs.kubeflow.org,pods")
@@ -326,7 +326,7 @@ def test_logs_and_events_that_may_not_be_read_do_not_change_the_outcome(story: C
     assert "ended with exit code 3" in story.failure(story_config("fail", "3", restart_policy="Never"))
 
 
-def test_object_store_away_in_mid_run(story: ClusterStory) -> None:
+def test_object_store_outage_during_the_run(story: ClusterStory) -> None:
     def away() -> None:
         story.minio.scale(0)
         kubectl("-n", story.namespace, "wait", "--for=delete", "pod", "-l", "app=minio", PATIENCE)
@@ -341,8 +341,8 @@ def test_object_store_away_in_mid_run(story: ClusterStory) -> None:
     assert [epoch for epoch, _ in story.epochs] == list(range(15))
 
 
-def test_api_server_away_in_mid_run(story: ClusterStory) -> None:
-    """Away as the run worker sees it; the job continues."""
+def test_api_server_outage_during_the_run(story: ClusterStory) -> None:
+    """Unreachable for the run worker only; the job continues."""
     configuration: Any = load_configuration()[0]
     server = urlsplit(configuration.host)
     assert server.hostname

@@ -48,7 +48,7 @@ def argo_parity(workspace: Workspace, config: dict[str, Any] | None = None) -> t
     return done.stdout, found
 
 
-def test_both_pipelines_give_the_same_model_and_refusal(workspace: Workspace, trained: str) -> None:
+def test_both_pipelines_produce_the_same_model_and_rejection(workspace: Workspace, trained: str) -> None:
     output, checks = argo_parity(workspace)
     assert checks == dict.fromkeys(CHECKS, True), output
     assert newest(workspace, ARGO_TRAINED_MODEL) == trained
@@ -63,7 +63,7 @@ def test_both_pipelines_give_the_same_model_and_refusal(workspace: Workspace, tr
     assert metadata["repeats"].value == trained
 
 
-def test_a_step_that_fails_is_named_with_its_last_lines(workspace: Workspace, trained: str) -> None:
+def test_failed_step_is_reported_with_its_last_lines(workspace: Workspace, trained: str) -> None:
     raw = FolderStore(workspace.folder / ".cifar" / "store").at("raw-data")
     key = next(info.key for info in raw.list("objects/"))
     data = raw.read(key)

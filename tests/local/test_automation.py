@@ -68,7 +68,7 @@ def client(workspace: Workspace) -> InferenceClient:
 
 
 def land(*objects: tuple[str, bytes]) -> None:
-    """Put the objects under landing/ as if they had been there for an hour: an upload that lasts is waited for."""
+    """Put the objects under landing/ as if they had been there for an hour: the sensor waits for recent uploads."""
     raw, an_hour_ago = LocalObjectStore().raw, time.time() - 3600
     for key, data in objects:
         raw.write(key, data)
@@ -99,10 +99,10 @@ def landing_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     return [run for run in instance.get_runs() if "landing" in run.tags]
 
 
-def test_landed_rows_are_trained_on_or_rejected_and_the_service_names_the_new_version(
+def test_landed_rows_are_trained_on_or_rejected_and_the_model_is_deployed(
     workspace: Workspace, served: str, daemon: dg.DagsterInstance
 ) -> None:
-    """Five objects between two ticks are one run; three more while it trains are one run after it (case C07)."""
+    """Five objects between two ticks trigger one run; three more during the training trigger one run after it."""
     raw = LocalObjectStore().raw
     raw.write("landing/.keep", b"")
     land((LANDED_KEY, landed_parquet(NUM_GOOD, NUM_BAD, seed=7)), *map(ten_rows, range(4)))
@@ -143,7 +143,7 @@ def test_landed_rows_are_trained_on_or_rejected_and_the_service_names_the_new_ve
     assert event.asset_materialization.metadata["model_digest"].value == now
 
 
-def test_a_landing_that_changes_nothing_trains_nothing(daemon: dg.DagsterInstance) -> None:
+def test_landing_without_changes_does_not_train(daemon: dg.DagsterInstance) -> None:
     raw = LocalObjectStore().raw
     before = daemon.get_latest_materialization_event(TRAINED_MODEL)
     assert before is not None

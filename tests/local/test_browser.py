@@ -68,7 +68,7 @@ def test_the_checks_page_says_why_the_model_passed(ui: str, page: Page) -> None:
     expect(page.get_by_text(re.compile("reaches the threshold 0.5000")).first).to_be_visible()
 
 
-def test_materializing_by_a_click_makes_a_run_and_a_new_result(ui: str, page: Page, workspace: Workspace) -> None:
+def test_materialize_button_creates_a_run_and_a_new_result(ui: str, page: Page, workspace: Workspace) -> None:
     with workspace.instance() as instance:
         before = instance.get_latest_materialization_event(PROCESSED_DATASET)
         page.goto(f"{ui}/assets/cifar10/processed_dataset")

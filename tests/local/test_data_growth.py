@@ -98,7 +98,7 @@ def contents(root: ObjectStore) -> dict[str, bytes]:
     }
 
 
-def test_thirty_small_arrivals_cost_what_they_bring(root: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_of_thirty_small_arrivals_is_bounded(root: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     stores = stores_below(root)
     build(stores)
     first, written = stored(root), Written(type(root), monkeypatch)
@@ -128,7 +128,7 @@ def test_thirty_small_arrivals_cost_what_they_bring(root: ObjectStore, monkeypat
     assert sum(len(open_split(stores.processed, left, split)) for split in SPLIT_NAMES) == 2200 + NUM_ARRIVALS
 
 
-def test_an_arrival_costs_the_same_however_much_has_landed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_of_an_arrival_is_independent_of_earlier_landings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stores = stores_below(FolderStore(tmp_path / "store"))
     for number in range(1000):
         stores.raw.write(f"landing/cat/{number}.png", png(number))
@@ -141,7 +141,7 @@ def test_an_arrival_costs_the_same_however_much_has_landed(tmp_path: Path, monke
 
 
 class Interrupted(FolderStore):
-    """Refuses the n-th change, and all after it, as a full disk or a server that went away does."""
+    """Refuses the n-th change, and all after it, like a full disk or an unreachable server."""
 
     left = 0
 
@@ -180,9 +180,7 @@ def land(stores: Stores) -> None:
     stores.raw.write("landing/dog/bad.png", b"bad")
 
 
-def test_wherever_the_store_fails_nothing_is_half_there_and_the_next_try_completes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_store_failure_at_any_write_leaves_no_partial_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "TRAIN_ROWS", 100)
     monkeypatch.setattr(synthetic, "TEST_ROWS", 20)
     clean = FolderStore(tmp_path / "clean")
@@ -226,7 +224,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_full_disk_leaves_no_version_and_the_next_try_completes(small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_leaves_no_version_and_the_next_attempt_completes(small_disk: Path, tmp_path: Path) -> None:
     store = FolderStore(small_disk / "store")
     stores = stores_below(store)
     raw = build_raw_version(stores.raw, "synthetic:4").digest
@@ -244,7 +242,7 @@ def test_a_full_disk_leaves_no_version_and_the_next_try_completes(small_disk: Pa
     assert {info.key for info in stores.processed.list()} == {info.key for info in clean.processed.list()}
 
 
-def test_two_builds_at_once_end_alike(tmp_path: Path) -> None:
+def test_concurrent_builds_produce_the_same_version(tmp_path: Path) -> None:
     land(stores_below(FolderStore(tmp_path / "store")))
     code = textwrap.dedent(
         """
@@ -309,14 +307,14 @@ def test_ten_thousand_landed_objects(tmp_path: Path) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory this process had since the last call."""
+    """Peak memory of this process since the last call."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     Path("/proc/self/clear_refs").write_text("5")
     assert found
     return int(found[1]) << 10
 
 
-def test_many_small_shards_train_to_the_weights_of_few(tmp_path: Path) -> None:
+def test_weights_do_not_depend_on_the_number_of_shards(tmp_path: Path) -> None:
     weights = []
     for rows in (3, 96):
         place = Workplace.make(tmp_path / str(rows), shard_rows=rows)

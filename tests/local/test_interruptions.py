@@ -1,4 +1,4 @@
-"""Trainings and commands that are cancelled or killed: what Dagster and MLflow report, and that they continue."""
+"""Trainings and commands that are canceled or killed: what Dagster and MLflow report, and that they continue."""
 
 import os
 import signal
@@ -77,14 +77,14 @@ def mlflow_runs() -> list[Run]:
 
 
 @pytest.mark.usefixtures("data")
-def test_a_cancelled_training_stops_is_killed_in_mlflow_and_continues_when_asked(workspace: Workspace) -> None:
+def test_canceled_training_is_killed_in_mlflow_and_can_be_resumed(workspace: Workspace) -> None:
     before = len(mlflow_runs())
     training = start_training(workspace, seed=1)
     training.process.send_signal(signal.SIGINT)
     assert training.process.wait(500) != 0, training.log
     assert not training.trainer.is_running()
     assert [run.info.status for run in mlflow_runs()[before:]] == ["KILLED"]
-    assert training.log.count("Recipe resnet18") <= 2, "a cancelled step was started again"
+    assert training.log.count("Recipe resnet18") <= 2, "a canceled step was started again"
     with workspace.instance() as instance:
         pool = instance.event_log_storage.get_concurrency_info(TRAINING_POOL)
     assert (pool.active_slot_count, pool.pending_step_count) == (0, 0)
@@ -96,7 +96,7 @@ def test_a_cancelled_training_stops_is_killed_in_mlflow_and_continues_when_asked
 
 
 @pytest.mark.usefixtures("data")
-def test_a_killed_trainer_is_failed_in_mlflow_and_tried_again_from_its_checkpoint(workspace: Workspace) -> None:
+def test_killed_trainer_is_failed_in_mlflow_and_retried_from_its_checkpoint(workspace: Workspace) -> None:
     before = len(mlflow_runs())
     training = start_training(workspace, seed=2)
     training.trainer.kill()
@@ -122,7 +122,7 @@ def training_runs_newest_first(instance: dg.DagsterInstance) -> list[dg.DagsterR
 
 
 @pytest.mark.usefixtures("data")
-def test_the_command_after_a_killed_one_fails_its_run_and_continues_the_training(workspace: Workspace) -> None:
+def test_next_command_fails_the_killed_run_and_resumes_the_training(workspace: Workspace) -> None:
     kill_command(start_training(workspace, seed=3))
     done = workspace.materialize("cifar10/trained_model", config(seed=3))
     assert done.returncode == 0, done.stdout
@@ -137,7 +137,7 @@ def test_the_command_after_a_killed_one_fails_its_run_and_continues_the_training
 
 
 @pytest.mark.usefixtures("data")
-def test_dagster_dev_fails_the_run_of_a_killed_command(workspace: Workspace) -> None:
+def test_dagster_dev_marks_the_run_of_a_killed_command_as_failed(workspace: Workspace) -> None:
     with workspace.dagster_dev(), workspace.instance() as instance:
         training = start_training(workspace, seed=4)
         killed = training_runs_newest_first(instance)[0]

@@ -24,7 +24,7 @@ def pipeline() -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """KFP's runner looks for `python3` on the PATH: it has to be the one with this project in it."""
+    """KFP's runner looks for `python3` on the PATH: it must be the one that has this project installed."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -44,7 +44,7 @@ def run(pipeline: Any, folder: Path, **parameters: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_four_steps_make_a_model(pipeline: Any, folder: Path, tiny: TinyData) -> None:
+def test_four_steps_produce_a_model(pipeline: Any, folder: Path, tiny: TinyData) -> None:
     report = json.loads(run(pipeline, folder).output)
     manifest, verdict = judge(FolderStore(folder / "store" / "models"), report["model_digest"], 0.0)
     assert manifest.dataset_digest == tiny.processed
@@ -53,7 +53,7 @@ def test_the_four_steps_make_a_model(pipeline: Any, folder: Path, tiny: TinyData
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_missing_data_ends_it_at_the_first_step(
+def test_missing_data_fails_the_first_step(
     pipeline: Any, folder: Path, tiny: TinyData, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RuntimeError, match="verify-data"):

@@ -61,7 +61,7 @@ def assert_retried_from(place: Workspace, instance: dg.DagsterInstance, stage: s
     assert instance.event_log_storage.get_concurrency_info("training").active_slot_count == 0
 
 
-def test_a_killed_run_worker_is_replaced_from_the_step_it_was_at(place: Workspace) -> None:
+def test_killed_run_worker_is_replaced_at_the_current_step(place: Workspace) -> None:
     with place.dagster_dev(MODULE) as url, place.instance() as instance:
         for stage in ASSETS:
             worker = start_run(place, url, stage)
@@ -75,9 +75,7 @@ def test_a_killed_run_worker_is_replaced_from_the_step_it_was_at(place: Workspac
 
 
 @pytest.mark.parametrize("stage", ASSETS)
-def test_after_everything_was_killed_the_next_dagster_dev_repeats_what_was_not_done(
-    place: Workspace, stage: str
-) -> None:
+def test_next_dagster_dev_completes_the_run_after_everything_was_killed(place: Workspace, stage: str) -> None:
     with place.dagster_dev(MODULE) as url:
         start_run(place, url, stage)
         os.killpg(_dev(url).pid, signal.SIGKILL)
@@ -90,7 +88,7 @@ def test_after_everything_was_killed_the_next_dagster_dev_repeats_what_was_not_d
 
 
 @pytest.mark.parametrize("victim", ["dagster_webserver", "dagster._daemon", "api grpc"])
-def test_a_run_outlives_the_daemon_the_webserver_and_the_code_server(place: Workspace, victim: str) -> None:
+def test_run_survives_daemon_webserver_and_code_server(place: Workspace, victim: str) -> None:
     with place.dagster_dev(MODULE) as url, place.instance() as instance:
         start_run(place, url, "model")
         victims = [process for process in _dev(url).children(recursive=True) if victim in " ".join(command_of(process))]

@@ -1,4 +1,4 @@
-"""The whole line on synthetic images, without a cluster: real processes, as a user starts them (cases C09 and C12)."""
+"""The whole pipeline on synthetic images, without a cluster: real processes, as a user starts them."""
 
 import dagster as dg
 import numpy as np
@@ -45,7 +45,7 @@ def value(instance: dg.DagsterInstance, key: dg.AssetKey, name: str) -> object:
 
 @pytest.mark.usefixtures("first_run")
 class TestOneRun:
-    def test_each_asset_names_the_exact_version_before_it(self, workspace: Workspace) -> None:
+    def test_each_asset_names_its_input_version(self, workspace: Workspace) -> None:
         with workspace.instance() as instance:
             raw, processed, model, service = (data_version(materialization(instance, key)) for key in ALL)
             assert value(instance, PROCESSED_DATASET, "raw_digest") == raw
@@ -151,9 +151,7 @@ class TestGate:
             assert after.get_num_requested(INFERENCE_SERVICE) == num_requested
 
     @pytest.mark.parametrize("threshold", ["80", "-0.1", "0,8"])
-    def test_threshold_that_is_not_a_fraction_stops_before_anything_runs(
-        self, workspace: Workspace, threshold: str
-    ) -> None:
+    def test_invalid_threshold_is_rejected_before_the_run(self, workspace: Workspace, threshold: str) -> None:
         with workspace.instance() as instance:
             runs = instance.get_runs_count()
         done = workspace.materialize("*", ACCURACY_THRESHOLD=threshold)
@@ -162,7 +160,7 @@ class TestGate:
         with workspace.instance() as instance:
             assert instance.get_runs_count() == runs
 
-    def test_a_good_model_replaces_the_old_one_and_rollback_brings_it_back(self, workspace: Workspace) -> None:
+    def test_accepted_model_replaces_the_old_one_and_rollback_restores_it(self, workspace: Workspace) -> None:
         old = client(workspace).served_model().model_digest
         with steady_requests(client(workspace)) as answers:
             assert workspace.materialize("cifar10/inference_service").returncode == 0

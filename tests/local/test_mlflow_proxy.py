@@ -110,7 +110,7 @@ def train(proxy: Proxy, experiment: str) -> Tracker:
 
 
 @pytest.mark.parametrize("fault", ["swallow", "halve"])
-def test_a_model_whose_artifacts_were_lost_on_the_way_is_not_registered(
+def test_model_with_lost_artifacts_is_not_registered(
     proxy: Proxy, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy.fault, proxy.hits = fault, UPLOADS

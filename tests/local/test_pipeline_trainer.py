@@ -16,7 +16,7 @@ from tests.fixtures.tiny_data import TINY_RECIPE, store_tiny_data
 
 
 @pytest.mark.parametrize("variables", ["pipes", "no pipes"])
-def test_a_job_that_is_refused_has_its_exit_code_and_its_reason(tmp_path: Path, variables: str) -> None:
+def test_rejected_job_has_its_own_exit_code_and_reason(tmp_path: Path, variables: str) -> None:
     store_tiny_data(FolderStore(tmp_path / "store"), train=60, test=20)
     asked = ["--recipe=fast", f"--overrides={json.dumps(TINY_RECIPE)}", '--execution={"device": "cuda"}']
     outputs = tmp_path / "outputs"

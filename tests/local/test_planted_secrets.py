@@ -43,7 +43,7 @@ def files_with_the_secret(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
-def test_run_from_a_signed_address_keeps_the_signature_to_itself(workspace: Workspace, address: str) -> None:
+def test_signature_of_a_source_address_is_not_leaked(workspace: Workspace, address: str) -> None:
     signed = f"http://{address}?X-Amz-Credential=me&X-Amz-Signature={SECRET}"
     select = "cifar10/raw_dataset,cifar10/processed_dataset,cifar10/trained_model"
     done = workspace.materialize(select, {"trained_model": ONE_EPOCH}, **PLANTED, CIFAR10_SOURCE=signed)
@@ -62,7 +62,7 @@ def test_run_from_a_signed_address_keeps_the_signature_to_itself(workspace: Work
         "s3://key:{secret}@bucket/x.parquet",
     ],
 )
-def test_failed_run_keeps_the_secret_of_its_source_to_itself(form: str, workspace: Workspace, address: str) -> None:
+def test_failed_run_does_not_leak_the_secret_of_its_source(form: str, workspace: Workspace, address: str) -> None:
     source = form.format(address=address, secret=SECRET)
     done = workspace.materialize("cifar10/raw_dataset", None, **PLANTED, CIFAR10_SOURCE=source)
     assert done.returncode != 0

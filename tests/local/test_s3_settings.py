@@ -55,7 +55,7 @@ def test_region_reaches_the_resource_and_what_it_starts(environment: None, monke
     assert open_store(store.models.uri()).read("region.txt") == b"signed for the right region"
 
 
-def test_default_region_is_used_where_no_other_is_set(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_region_is_used_as_a_fallback(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_REGION")
     monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
     S3Store.from_environment().ensure_buckets(["by-default-region"])
@@ -104,7 +104,7 @@ def test_temporary_credentials_need_their_token(
         resource().models.read("token.txt")
 
 
-def test_prefix_gives_every_bucket_another_name(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefix_is_applied_to_every_bucket_name(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CIFAR_BUCKET_PREFIX", "my-team-")
     store = resource()
     store.ensure_buckets()

@@ -51,7 +51,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_what_is_written_is_read(key: str, store: ObjectStore, tmp_path: Path) -> None:
+def test_written_objects_are_read_back(key: str, store: ObjectStore, tmp_path: Path) -> None:
     assert store.stat(key) is None
     store.write(key, b"one")
     store.write(key, b"content")
@@ -72,7 +72,7 @@ def test_what_is_written_is_read(key: str, store: ObjectStore, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_the_uri_leads_back(key: str, store: ObjectStore, request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uri_reopens_the_store(key: str, store: ObjectStore, request, monkeypatch: pytest.MonkeyPatch) -> None:
     if isinstance(store, S3Store):
         for name, value in request.getfixturevalue("s3_server").environment().items():
             monkeypatch.setenv(name, value)
@@ -127,7 +127,7 @@ def test_more_objects_than_one_page(s3_server) -> None:
     assert [info.key for info in root.list(f"{bucket}/many-")] == [f"{bucket}/many-more"]
 
 
-def test_verified_reads_notice_a_change(store: ObjectStore, tmp_path: Path) -> None:
+def test_verified_read_detects_a_change(store: ObjectStore, tmp_path: Path) -> None:
     store.write("x", b"content")
     with pytest.raises(IntegrityError, match="expected sha256 0000"):
         store.read_verified("x", "0" * 64)
@@ -163,10 +163,10 @@ def test_one_of_many_writers_creates_an_object(store: ObjectStore) -> None:
     assert created in {b"%d" % number for number in range(8)}
 
 
-def test_a_touched_object_is_as_before_but_newer(store: ObjectStore) -> None:
+def test_touch_changes_only_the_time_stamp(store: ObjectStore) -> None:
     store.write("x", b"content")
     before = store.stat("x")
-    sleep(1.1)  # S3 tells whole seconds
+    sleep(1.1)  # S3 reports whole seconds
     store.touch("x")
     after = store.stat("x")
     assert before is not None
@@ -207,13 +207,13 @@ def test_a_landed_object_replaced_while_it_is_rejected_is_not_lost(
     assert list(store.list("landing/")) == []
 
 
-def test_keys_do_not_leave_the_root(store: ObjectStore) -> None:
+def test_keys_outside_the_root_are_rejected(store: ObjectStore) -> None:
     for key in ("../x", "a/../../x", "/../x"):
         with pytest.raises(ConfigError, match="root"):
             store.write(key, b"x")
 
 
-def test_the_tag_tells_a_replaced_object(store: ObjectStore) -> None:
+def test_etag_changes_when_an_object_is_replaced(store: ObjectStore) -> None:
     tags = set()
     for content in (b"one", b"two"):
         store.write("x", content)
@@ -225,7 +225,7 @@ def test_the_tag_tells_a_replaced_object(store: ObjectStore) -> None:
 
 
 @pytest.mark.s3
-def test_large_files_go_in_parts(s3_server, tmp_path: Path) -> None:
+def test_large_files_are_uploaded_in_parts(s3_server, tmp_path: Path) -> None:
     store = s3_server.store(s3_server.new_bucket())
     content = bytes(range(256)) * (PART_BYTES // 256 * 2 + 100)
     (tmp_path / "large").write_bytes(content)
@@ -238,7 +238,7 @@ def test_large_files_go_in_parts(s3_server, tmp_path: Path) -> None:
 
 
 @pytest.mark.s3
-def test_buckets_are_made_once(s3_server) -> None:
+def test_buckets_are_created_once(s3_server) -> None:
     root = s3_server.store()
     name = s3_server.new_bucket()
     root.ensure_buckets([name, name])
@@ -265,7 +265,7 @@ def test_wrong_settings_say_what_to_do(s3_server) -> None:
 
 
 @pytest.mark.s3
-def test_tls_with_an_authority_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_with_a_custom_certificate_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificates = certificates_for_loopback(tmp_path / "certs")
     with running_minio(tmp_path, certificates) as server:
         with pytest.raises(StoreError, match="AWS_CA_BUNDLE"):

@@ -96,7 +96,7 @@ def test_the_answer_names_class_confidence_all_probabilities_and_the_model(diges
     assert sum(prediction["probabilities"].values()) == pytest.approx(1)
 
 
-def test_every_way_in_gives_the_same_answer(server) -> None:
+def test_every_request_format_gets_the_same_answer(server) -> None:
     expected = expected_probabilities(PIXELS)
     b64 = base64.b64encode(encode(PIXELS)).decode()
     for instance in (b64, {"b64": b64}, f"data:image/png;base64,{b64}", PIXELS.tolist(), (PIXELS / 255).tolist()):
@@ -137,7 +137,7 @@ class TestBrokenUploads:
         np.testing.assert_allclose(probabilities(answer), expected_probabilities(PIXELS, SMOOTH, PIXELS), atol=1e-4)
 
     @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
-    def test_json_is_json_under_any_name_that_curl_gives_it(self, server, content_type) -> None:
+    def test_json_is_accepted_with_any_content_type_of_curl(self, server, content_type) -> None:
         body = json.dumps({"instances": [PIXELS.tolist()]}).encode()
         assert server.post(PREDICT, body, content_type).status == 200
 
@@ -156,7 +156,7 @@ class TestBrokenUploads:
     def test_json(self, server, body, field, words) -> None:
         check_refused(server, server.post(PREDICT, body), 400, field, words)
 
-    def test_one_bad_instance_refuses_the_whole_with_its_index(self, server) -> None:
+    def test_invalid_instance_rejects_the_request_with_its_index(self, server) -> None:
         ragged = PIXELS.tolist()
         ragged[5].pop()
         for bad, words in ((ragged, "ragged"), (PIXELS[:28, :28].tolist(), "[28, 28, 3]"), (None, "null")):
@@ -256,7 +256,7 @@ class TestPictureModes:
         answers = self.ask(server, encode(few), *variants)
         np.testing.assert_allclose(answers[1:], np.tile(answers[0], (len(variants), 1)), atol=1e-6)
 
-    def test_grey_variants_answer_alike(self, server) -> None:
+    def test_gray_variants_get_the_same_answer(self, server) -> None:
         grey = SMOOTH[:, :, 0]
         rgb = np.dstack([grey] * 3)
         variants = [encode(grey), encode(np.dstack([grey, grey * 0 + 255])), encode(grey.astype(np.uint16) * 257)]
@@ -272,7 +272,7 @@ class TestPictureModes:
         answers = self.ask(server, encode(image), *lossy)
         np.testing.assert_allclose(answers[1:], np.tile(answers[0], (2, 1)), atol=0.05)
 
-    def test_hidden_colours_do_not_matter(self, server) -> None:
+    def test_hidden_colors_do_not_matter(self, server) -> None:
         alpha = np.where(np.arange(32)[:, None] < 16, 0, 255) * np.ones((1, 32))
         pairs = []
         for colours in (PIXELS, np.where(alpha[:, :, None] == 0, 255 - PIXELS, PIXELS).astype(np.uint8)):
@@ -285,7 +285,7 @@ class TestPictureModes:
         np.testing.assert_array_equal(answers[0], answers[1])
         np.testing.assert_array_equal(answers[2], answers[3])
 
-    def test_an_animation_is_its_first_frame(self, server) -> None:
+    def test_only_the_first_frame_of_an_animation_counts(self, server) -> None:
         first, second = (Image.new("RGB", (32, 32), colour) for colour in ((250, 0, 0), (0, 0, 250)))
         animation = encode(first, save_all=True, append_images=[second])
         answers = self.ask(server, animation, encode(first))
@@ -318,7 +318,7 @@ class TestLimits:
         check_refused(server, answer, 413, "body", "at most 16777216 bytes")
 
     def test_an_endless_body(self, server) -> None:
-        """Chunked, without an end: answered when the limit is reached, though the client keeps on sending."""
+        """Chunked, without an end: answered when the limit is reached, although the client keeps sending."""
         with socket.create_connection(("127.0.0.1", server.port), timeout=300) as connection:
             connection.sendall(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
             chunk = b"100000\r\n" + bytes(0x100000) + b"\r\n"
@@ -410,7 +410,7 @@ class TestSurface:
             assert (head.status, head.body) == (get.status, b""), path
             assert head.headers["Content-Type"] == get.headers["Content-Type"]
 
-    def test_the_version_may_be_named_and_no_other_is_there(self, server) -> None:
+    def test_version_may_be_named_and_other_versions_are_not_found(self, server) -> None:
         tensor = TestTensors.tensor(TestTensors.IMAGES)
         assert server.get("/v2/models/cifar10/versions/7").json == server.get("/v2/models/cifar10").json
         assert server.get("/v2/models/cifar10/versions/7/ready").json["ready"] is True
@@ -418,7 +418,7 @@ class TestSurface:
         answer = server.post("/v2/models/cifar10/versions/8/infer", tensor)
         assert (answer.status, "version 7" in answer.json["error"]) == (404, True)
 
-    def test_an_address_is_the_same_escaped_with_a_query_or_a_final_slash(self, server) -> None:
+    def test_equivalent_addresses_are_accepted(self, server) -> None:
         for path in ("/v1/models/cifar10/", "/v1/models/cifar%310", "/v1/models/cifar10?x=1", "/v1%2Fmodels/cifar10"):
             assert server.get(path).json["name"] == "cifar10", path
 
@@ -538,7 +538,7 @@ class TestKserveClient:
             self.ask(server, "v1", "infer", {}, model_name="cifar10")
 
 
-def test_a_model_whose_answer_is_not_finite_is_a_fault_of_the_server(tmp_path) -> None:
+def test_non_finite_answer_is_a_server_error(tmp_path) -> None:
     """Black pictures, which the server tries before it serves, are answered soundly; white ones are not."""
     uri, digest = store_tiny_model(FolderStore(tmp_path / "models"), onnx_bytes=tiny_onnx(breaks_on_white=True))
     with run_server(uri, digest, tmp_path) as server:

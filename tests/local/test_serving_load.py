@@ -124,7 +124,7 @@ def test_health_answers_while_requests_wait(busy) -> None:
         assert [future.result().status for future in futures] == [200] * 4
 
 
-def test_clients_that_leave_or_send_nonsense_do_no_harm(busy) -> None:
+def test_disconnecting_and_malformed_clients_do_no_harm(busy) -> None:
     request = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
     for data in (
         b"",
@@ -143,7 +143,7 @@ def test_clients_that_leave_or_send_nonsense_do_no_harm(busy) -> None:
     assert "Traceback" not in busy.log
 
 
-def test_on_sigterm_everything_begun_is_answered_and_nothing_new_is_taken(tmp_path) -> None:
+def test_sigterm_drains_started_requests_and_rejects_new_ones(tmp_path) -> None:
     options = ("--batch-images", "1", "--linger", "300")
     with holdable_server(tmp_path, *options) as server, ThreadPoolExecutor(7) as pool:
         with contextlib.closing(server.connect()) as kept, contextlib.closing(server.connect()) as idle:
@@ -212,12 +212,12 @@ HEAD = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\n"
         pytest.param(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 200, id="answers that nobody reads"),
     ],
 )
-def test_others_are_served_whatever_a_hundred_connections_wait_for(quick, data) -> None:
+def test_a_hundred_stalled_connections_do_not_block_others(quick, data) -> None:
     with many_connections(quick, 100, data):
         check_others_are_served(quick)
 
 
-def test_memory_stays_bounded_under_headers_and_bodies_without_end(quick) -> None:
+def test_memory_stays_bounded_with_endless_headers_and_bodies(quick) -> None:
     before = memory_of(quick)
     endless = b"GET / HTTP/1.1\r\nX-Endless: " + b"x" * (4 << 20)
     body = f"{HEAD}Content-Length: 16777216\r\n\r\n".encode() + bytes(8 << 20)
@@ -258,7 +258,7 @@ def test_small_pictures_do_not_wait_for_large_ones(quick) -> None:
     assert quick.post(PREDICT, *body).status == 200
 
 
-def test_large_requests_take_half_of_the_places_at_most(tmp_path) -> None:
+def test_large_requests_take_at_most_half_of_the_slots(tmp_path) -> None:
     with holdable_server(tmp_path, "--max-pending-requests", "4") as server, ThreadPoolExecutor(24) as pool:
         with held(server, "decoder"):
             futures = [pool.submit(server.post, PREDICT, *large_pictures(2, 2800)) for _ in range(24)]

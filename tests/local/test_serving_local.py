@@ -138,7 +138,7 @@ def test_a_deployment_outlives_the_process_that_made_it(running) -> None:
     assert status.url == f"http://127.0.0.1:{running.service.port}"
 
 
-def test_swaps_and_a_swap_that_fails_lose_no_request(running) -> None:
+def test_successful_and_failed_swaps_lose_no_request(running) -> None:
     first, second = running.request(0).model_digest, running.request(1).model_digest
     with Load(running.service.port) as load:
         load.wait_for(first)
@@ -161,7 +161,7 @@ def test_swaps_and_a_swap_that_fails_lose_no_request(running) -> None:
     assert not list(Path(running.service.state_dir).glob("starting.sock"))
 
 
-def test_deploying_what_serves_changes_nothing(running) -> None:
+def test_deploying_the_served_model_changes_nothing(running) -> None:
     running.deploy(1)
     process = running.service.status().details["process_id"]
     again = running.deploy(1)
@@ -215,7 +215,7 @@ def wait_for(condition) -> None:
         time.sleep(0.02)
 
 
-def test_status_says_what_serves_in_words(running, capsys) -> None:
+def test_status_describes_the_served_model(running, capsys) -> None:
     running.deploy(1)
     assert local_command(["status", "--state-dir", running.service.state_dir]) == 0
     output = capsys.readouterr().out
@@ -229,7 +229,7 @@ def test_status_says_what_serves_in_words(running, capsys) -> None:
         assert text in output
 
 
-def test_another_address_takes_the_place_of_the_first(running: Deployment) -> None:
+def test_new_address_replaces_the_first(running: Deployment) -> None:
     old = running.service
     running.deploy(1)
     running.service = LocalInferenceService(**{**old.model_dump(), "port": free_port()})
@@ -239,7 +239,7 @@ def test_another_address_takes_the_place_of_the_first(running: Deployment) -> No
         ask(old.port, "GET", "/")
 
 
-def test_nonsense_on_the_control_socket_changes_nothing(running, monkeypatch) -> None:
+def test_invalid_control_messages_change_nothing(running, monkeypatch) -> None:
     path = Path(running.service.state_dir) / "serving.sock"
     assert os.stat(path).st_mode & 0o077 == 0
     silent = socket.socket(socket.AF_UNIX)
@@ -262,7 +262,7 @@ def own(tmp_path) -> Iterator[Deployment]:
     deployment.service.delete()
 
 
-def test_a_foreign_process_on_the_port_is_left_alone(own) -> None:
+def test_other_process_on_the_port_is_not_touched(own) -> None:
     with http.server.HTTPServer(("127.0.0.1", own.service.port), http.server.SimpleHTTPRequestHandler) as foreign:
         threading.Thread(target=foreign.serve_forever, daemon=True).start()
         with pytest.raises(DeployError, match=r"another process is listening there.*Choose another port"):
@@ -272,7 +272,7 @@ def test_a_foreign_process_on_the_port_is_left_alone(own) -> None:
     assert not own.service.status().ready
 
 
-def test_commands_where_nothing_runs_say_so(tmp_path, capsys) -> None:
+def test_commands_report_that_nothing_runs(tmp_path, capsys) -> None:
     for command in ("status", "stop"):
         assert local_command([command, "--state-dir", str(tmp_path / "none")]) == 3
         assert "Nothing is running" in capsys.readouterr().out
@@ -350,7 +350,7 @@ def test_the_host_may_be_any_name_of_this_machine(tmp_path, host) -> None:
         own.service.delete()
 
 
-def test_two_deployments_at_once_happen_one_after_the_other(own) -> None:
+def test_concurrent_deployments_are_serialized(own) -> None:
     own.deploy(0)
     digests = [own.request(seed).model_digest for seed in (1, 2)]
     with ThreadPoolExecutor(2) as pool:
@@ -363,7 +363,7 @@ def test_two_deployments_at_once_happen_one_after_the_other(own) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
 @pytest.mark.parametrize("size", ["no room for a log", "no room for a socket"])
-def test_a_full_disk_keeps_what_serves(own, size) -> None:
+def test_full_disk_keeps_the_served_model(own, size) -> None:
     folder = Path(own.service.state_dir)
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=8", "none", str(folder)], check=True)

@@ -30,7 +30,7 @@ def place(tmp_path: Path) -> Iterator[Workplace]:
 
 
 @pytest.mark.parametrize(("checkpoints_that_fit", "written"), [(1.5, "checkpoints"), (2.1, "model")])
-def test_a_full_disk_tears_nothing_and_changes_no_bit(
+def test_full_disk_leaves_no_partial_files_and_the_same_weights(
     place: Workplace, checkpoints_that_fit: float, written: str
 ) -> None:
     undisturbed = place.spec("undisturbed", "baseline", recipe_fields=RECIPE, execution=EXECUTION)

@@ -130,7 +130,7 @@ def train_whole_and_in_parts(rank: int, port: str, whole: JobSpec, parts: JobSpe
     sys.exit(any(not torch.equal(value, expected[name]) for name, value in continued.state.tensors().items()))
 
 
-def test_a_process_that_lost_another_asks_to_be_started_again(place: Workplace, tmp_path: Path) -> None:
+def test_process_that_lost_a_peer_requests_a_restart(place: Workplace, tmp_path: Path) -> None:
     """Two processes as two pods have them, without launcher: one is killed, the other says so."""
     spec = place.spec("cut", recipe_fields=RECIPE, execution=EXECUTION)
     script = tmp_path / "cut.py"
@@ -171,7 +171,7 @@ def test_the_launcher_says_whether_the_training_continues(place: Workplace, two:
 @pytest.mark.skipif(
     subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0, reason="needs to rename the host"
 )
-def test_processes_of_one_machine_meet_without_its_name(place: Workplace) -> None:
+def test_processes_on_one_machine_connect_without_its_host_name(place: Workplace) -> None:
     spec = place.spec("nameless", recipe_fields=RECIPE | {"epochs": 1}, execution=EXECUTION)
     rename = ["unshare", "--uts", "sh", "-c", 'hostname no-such-host.invalid && exec "$@"', "sh"]
     started = time.monotonic()
@@ -181,7 +181,7 @@ def test_processes_of_one_machine_meet_without_its_name(place: Workplace) -> Non
     assert len(place.published("nameless")) == 1
 
 
-def test_the_launcher_says_that_a_spec_is_wrong(place: Workplace) -> None:
+def test_launcher_reports_an_invalid_spec(place: Workplace) -> None:
     done = run_trainer(place.spec(), *LAUNCHER, env={"CIFAR_JOB_SPEC": "{}"})
     assert done.returncode == EXIT_BAD_SPEC, done.stdout + done.stderr
 

@@ -64,7 +64,7 @@ def finished(place: Workplace) -> tuple[str, list[dict[str, Any]]]:
     return done.stdout, [json.loads(line) for line in messages.read_text().splitlines()]
 
 
-def test_the_package_is_complete_and_tells_where_it_comes_from(place: Workplace, finished: object) -> None:
+def test_package_is_complete_and_records_its_origin(place: Workplace, finished: object) -> None:
     digest, metrics = place.only_model()
     manifest = read_manifest(place.models().at(digest), digest)
     assert (manifest.dataset_digest, manifest.raw_digest, manifest.seed) == (place.digest, RAW_DIGEST, 5)
@@ -94,7 +94,7 @@ def test_the_metrics_are_those_of_the_stored_model(place: Workplace, finished: o
     assert "seconds" not in metrics["history"][0]
 
 
-def test_performance_environment_and_card_are_there_to_read(place: Workplace, finished: object) -> None:
+def test_performance_environment_and_model_card_are_stored(place: Workplace, finished: object) -> None:
     digest, metrics = place.only_model()
     performance = json_file(place.models(), f"{digest}/{PERFORMANCE_FILE}")
     assert {"train", "validate", "checkpoint", "test", "export"} <= set(performance["seconds_per_phase"])
@@ -164,20 +164,20 @@ def refused(text: str) -> str:
     return done.stdout
 
 
-def test_a_bad_spec_ends_with_its_own_code_before_anything_is_done(place: Workplace) -> None:
+def test_invalid_spec_has_its_own_exit_code(place: Workplace) -> None:
     spec = json.loads(place.spec("nothing").model_dump_json())
     spec["recipe"]["epochs"] = 0
     assert "recipe.epochs" in refused(json.dumps(spec))
     assert not (place.folder / "nothing").exists()
 
 
-def test_a_loss_that_diverges_ends_with_that_code(place: Workplace) -> None:
+def test_diverging_loss_has_its_own_exit_code(place: Workplace) -> None:
     spec = place.spec("diverges", recipe_fields={"learning_rate": 1e30})
     assert "Lower learning_rate" in refused(spec.model_dump_json())
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
-def test_bad_data_ends_with_that_code_and_names_the_object(place: Workplace, tmp_path: Path, damage: str) -> None:
+def test_damaged_data_has_its_own_exit_code_and_names_the_object(place: Workplace, tmp_path: Path, damage: str) -> None:
     other = Workplace.make(tmp_path)
     shard = next((tmp_path / "processed-data").rglob("*.safetensors"))
     if damage == "missing":

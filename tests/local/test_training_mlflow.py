@@ -86,8 +86,8 @@ def test_a_training_is_tracked_and_its_model_registered(place: Workplace) -> Non
     assert not version.aliases
 
 
-def test_a_training_that_fails_is_failed_and_its_retry_is_a_run_of_its_own(place: Workplace) -> None:
-    """The loss stops being a number in the second epoch; then a retry with a sane rate."""
+def test_failed_training_and_its_retry_are_separate_runs(place: Workplace) -> None:
+    """The loss becomes NaN in the second epoch; the retry uses a smaller learning rate."""
     bad = {"warmup": 0.5, "learning_rate": 1e30}
     code, output = run_forked(tracked(place, "failure", bad))
     assert code == EXIT_BAD_SPEC, output
@@ -99,7 +99,7 @@ def test_a_training_that_fails_is_failed_and_its_retry_is_a_run_of_its_own(place
     assert [(run.info.status, run.data.tags["dagster.attempt"]) for run in runs] == [("FAILED", "0"), ("FINISHED", "1")]
 
 
-def test_a_training_that_is_stopped_is_killed_in_mlflow_too(place: Workplace) -> None:
+def test_stopped_training_is_killed_in_mlflow(place: Workplace) -> None:
     """What a cancel does to the process."""
     process = start_trainer(tracked(place, "stopped"), env=pausing(place.folder / "pause-stopped"))
     wait_for_line(process, "Epoch 1/")
@@ -111,7 +111,7 @@ def test_a_training_that_is_stopped_is_killed_in_mlflow_too(place: Workplace) ->
     assert [run.info.status for run in runs_of(place, "stopped")] == ["KILLED"]
 
 
-def test_what_a_killed_process_left_open_is_closed_by_the_next_one(place: Workplace) -> None:
+def test_run_of_a_killed_process_is_closed_by_the_next_one(place: Workplace) -> None:
     """Where the pod is started again by Kubernetes and the launcher sees one job."""
     spec = tracked(place, "killed")
     process = fork_trainer(spec, pausing(place.folder / "pause-killed"))
@@ -132,7 +132,7 @@ def port() -> int:
     return free_port()
 
 
-def test_training_continues_without_mlflow_and_names_what_was_not_sent(
+def test_training_without_mlflow_names_what_was_not_logged(
     place: Workplace, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = tracked(place, "away", tracking_uri=f"http://127.0.0.1:{port}", artifact_uri=None, patience_seconds=2)

@@ -34,7 +34,7 @@ def wait_for_checkpoints(process: ForkServerProcess, place: Workplace, num_new: 
         seen |= {path.name for path in place.checkpoints("killed")} - before
 
 
-def test_twenty_kills_at_random_moments_change_no_bit(place: Workplace) -> None:
+def test_twenty_random_kills_do_not_change_the_weights(place: Workplace) -> None:
     """SIGKILL, from before the first step to the writing of the model; then the same spec once more."""
     execution = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 2}
     undisturbed = place.spec("undisturbed", recipe_fields=LONG_RECIPE, execution=execution)
@@ -70,7 +70,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(place: Workplace) -> None:
     assert len(list((place.folder / "killed").rglob(".writing-*"))) <= kills  # which prune removes a day later
 
 
-def test_sigterm_leaves_a_checkpoint_and_says_that_there_is_more(place: Workplace) -> None:
+def test_sigterm_saves_a_checkpoint_and_reports_unfinished_work(place: Workplace) -> None:
     spec = place.spec("stopped", execution={"threads": 1, "checkpoint_every_steps": 0})
     process = start_trainer(spec, env=pausing(place.folder / "pause"))
     wait_for_line(process, "Epoch 1/")
@@ -118,7 +118,7 @@ def test_a_stopped_training_continues_where_it_was(place: Workplace, stop: signa
     assert "Continuing from the checkpoint" in place.models("stopped").read(f"{digest}/training.log").decode()
 
 
-def test_a_damaged_newest_checkpoint_costs_only_its_steps(place: Workplace) -> None:
+def test_damaged_newest_checkpoint_loses_only_its_steps(place: Workplace) -> None:
     execution = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 2}
     spec = place.spec("damaged", execution=execution)
     process = fork_trainer(spec, pausing(place.folder / "pause"))

@@ -67,7 +67,7 @@ def test_a_raw_version_is_found_and_used(stores: Stores, digests: dict[str, str]
     assert read_raw(stores.raw, digests["raw"]).rows == 10
 
 
-def test_what_landed_and_was_joined_is_joined_again(stores: Stores, digests: dict[str, str]) -> None:
+def test_joined_landed_data_is_joined_again(stores: Stores, digests: dict[str, str]) -> None:
     manifest = read_raw(stores.raw, digests["raw"])
     known = Known()
     check_source(
@@ -129,7 +129,7 @@ def of_another_version(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("change", [with_a_field_more, of_another_version, lambda _: b"[1", lambda _: b"[]"])
-def test_derived_state_of_another_release_is_made_again(
+def test_derived_state_of_another_release_is_rebuilt(
     stores: Stores, digests: dict[str, str], change: Callable[[bytes], bytes]
 ) -> None:
     """Nothing that only saves work stops a build, whatever it holds."""

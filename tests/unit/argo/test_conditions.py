@@ -45,7 +45,7 @@ def outcome(job: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("name", "step"), STATUSES, ids=[name for name, _ in STATUSES])
-def test_argo_decides_as_the_pipes_client(name: str, step: dict[str, Any]) -> None:
+def test_argo_decides_like_the_pipes_client(name: str, step: dict[str, Any]) -> None:
     state = read_status(step["status"]).state
     job = {} if step["status"] is None else {"status": step["status"]}
     assert outcome(job) == EXPECTED.get(state, "waiting")
@@ -58,6 +58,6 @@ def test_every_condition_the_operator_keeps_is_within_reach() -> None:
         assert outcome({"status": {"conditions": conditions}}) == "failed"
 
 
-def test_a_verdict_on_the_job_is_not_asked_for_again() -> None:
+def test_final_status_is_not_requested_again() -> None:
     for final in ("failure condition", "has been deleted", "specified deadline"):
         assert final in RESOURCE_IS_RETRIED

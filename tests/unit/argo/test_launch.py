@@ -34,7 +34,9 @@ def test_the_workflow_is_the_templates_with_the_parameters(argo: FakeArgo, launc
 
 
 @pytest.mark.parametrize("phase", [None, "Running", "Succeeded"])
-def test_a_repeated_submit_finds_the_first(argo: FakeArgo, launcher: JobLauncher[Workflow], phase: str | None) -> None:
+def test_repeated_submission_finds_the_first_workflow(
+    argo: FakeArgo, launcher: JobLauncher[Workflow], phase: str | None
+) -> None:
     first = submit(launcher)
     if phase:
         argo.ends(NAME, phase)
@@ -43,7 +45,7 @@ def test_a_repeated_submit_finds_the_first(argo: FakeArgo, launcher: JobLauncher
 
 
 @pytest.mark.parametrize("phase", ["Failed", "Error"])
-def test_a_failed_one_is_replaced(argo: FakeArgo, launcher: JobLauncher[Workflow], phase: str) -> None:
+def test_failed_workflow_is_replaced(argo: FakeArgo, launcher: JobLauncher[Workflow], phase: str) -> None:
     submit(launcher)
     argo.ends(NAME, phase)
     argo.seconds_to_delete = 5
@@ -84,7 +86,7 @@ def orphans(argo: FakeArgo, *, job: bool) -> None:
 
 
 @pytest.mark.parametrize("job", [True, False])
-def test_what_outlived_its_workflow_is_gone_before_the_next_is_submitted(
+def test_leftovers_are_removed_before_the_next_submission(
     argo: FakeArgo, launcher: JobLauncher[Workflow], job: bool
 ) -> None:
     orphans(argo, job=job)
@@ -100,21 +102,19 @@ def test_a_retried_run_adopts_its_parents_workflow(argo: FakeArgo, launcher: Job
     assert argo.workflows[NAME]["metadata"]["labels"]["dagster/run-id"] == "run-2"
 
 
-def test_a_retried_run_removes_what_outlived_its_parents_workflow(
-    argo: FakeArgo, launcher: JobLauncher[Workflow]
-) -> None:
+def test_retried_run_removes_leftovers_of_its_parents_workflow(argo: FakeArgo, launcher: JobLauncher[Workflow]) -> None:
     orphans(argo, job=True)
     assert submit(launcher, CHILD).name == "child"
     assert (argo.jobs, argo.pods, argo.step_pods) == ({}, {}, [])
 
 
-def test_removal_takes_what_outlived_its_workflow(argo: FakeArgo, launcher: JobLauncher[Workflow]) -> None:
+def test_removal_includes_leftovers_of_a_deleted_workflow(argo: FakeArgo, launcher: JobLauncher[Workflow]) -> None:
     orphans(argo, job=True)
     remove(launcher)
     assert (argo.jobs, argo.pods, argo.step_pods) == ({}, {}, [])
 
 
-def test_what_does_not_go_away_is_named(argo: FakeArgo, launcher: JobLauncher[Workflow]) -> None:
+def test_objects_that_cannot_be_removed_are_named(argo: FakeArgo, launcher: JobLauncher[Workflow]) -> None:
     orphans(argo, job=False)
     argo.delete_namespaced_pod = lambda *_, **__: None
     with pytest.raises(ResourceStuckError, match=r"pod step.* still exist"):

@@ -49,7 +49,7 @@ def test_every_step_has_a_deadline_within_the_workflows(name: str) -> None:
     assert TEMPLATES[name]["activeDeadlineSeconds"] < PIPELINE["activeDeadlineSeconds"]
 
 
-def test_what_is_over_is_cleared_away() -> None:
+def test_finished_workflows_are_cleaned_up() -> None:
     assert PIPELINE["ttlStrategy"]["secondsAfterSuccess"] > 0
     assert PIPELINE["ttlStrategy"]["secondsAfterFailure"] > 0
     assert PIPELINE["podGC"]["strategy"] == "OnWorkflowSuccess"
@@ -67,7 +67,7 @@ def test_only_infrastructure_faults_are_retried(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_commands_are_the_projects_own(name: str) -> None:
+def test_commands_belong_to_the_project(name: str) -> None:
     command = TEMPLATES[name]["container"]["command"]
     assert command[:2] == ["python", "-m"]
     assert command[2] in ("cifar_assets.pipeline_steps", "resources.argo")
@@ -75,7 +75,7 @@ def test_commands_are_the_projects_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "report"])
-def test_arguments_are_those_that_the_command_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_match_the_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     container = TEMPLATES[name]["container"]
     with pytest.raises(SystemExit):
         main([*container["command"][3:], "--help"])
@@ -106,7 +106,7 @@ def test_roles_are_in_the_docs_and_name_no_wildcard() -> None:
             assert f"| `{role['metadata']['name']}` | `{resource}` | {', '.join(rule['verbs'])} |" in table
 
 
-def test_the_step_that_trains_may_not_read_what_others_do() -> None:
+def test_training_step_may_not_read_other_objects() -> None:
     (role,) = [d for d in documents("access.yaml") if d["kind"] == "Role" and d["metadata"]["name"] == "argo-workflow"]
     allowed = {resource: rule["verbs"] for rule in role["rules"] for resource in rule["resources"]}
     assert allowed == {"workflowtaskresults": ["create", "patch"], "pytorchjobs": ["create", "get"]}
@@ -121,7 +121,7 @@ def test_each_workflow_has_a_generated_name(name: str) -> None:
     assert workflow["spec"].get("entrypoint", PIPELINE["entrypoint"]) in TEMPLATES
 
 
-def test_the_nightly_run_waits_to_be_switched_on_and_never_overlaps() -> None:
+def test_nightly_run_is_suspended_and_never_overlaps() -> None:
     (cron,) = documents("cron.yaml")
     assert cron["spec"]["suspend"] is True
     assert cron["spec"]["concurrencyPolicy"] == "Forbid"
@@ -135,6 +135,6 @@ def test_every_file_belongs_to_the_kustomization_or_is_created_by_hand() -> None
     assert files == set(kustomization["resources"]) | created
 
 
-def test_parameters_that_hold_json_do() -> None:
+def test_json_parameters_are_valid_json() -> None:
     for name in ("overrides", "execution"):
         assert json.loads(parameters(PIPELINE)[name]) == {}

@@ -1,4 +1,4 @@
-"""What is said of a workflow that failed: the step, why, its last lines (the same stories run in tests/cluster)."""
+"""The report of a failed workflow: the step, why, its last lines (the same stories run in tests/cluster)."""
 
 import logging
 
@@ -92,7 +92,7 @@ def test_a_workflow_that_ends_before_any_step_says_so(
     assert '"pipeline" not found' in explain(client, current(client))
 
 
-def test_rights_that_are_missing_cost_detail_but_not_the_report(
+def test_missing_permissions_reduce_detail_but_keep_the_report(
     argo: FakeArgo, client: WorkflowClient, workflow: Workflow
 ) -> None:
     argo.step(NAME, "verify-data(0)", "Failed", "main: Error (exit code 1): objects/abc is missing")
@@ -128,9 +128,7 @@ def test_lines_of_the_training_are_shown(argo: FakeArgo, client: WorkflowClient,
     assert lines == ["master-0: epoch 1"]
 
 
-def test_a_controller_that_is_away_is_waited_for_so_long(
-    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
-) -> None:
+def test_wait_for_an_absent_controller_is_limited(argo: FakeArgo, client: WorkflowClient, workflow: Workflow) -> None:
     start = argo.clock.now
     with pytest.raises(ResourceFailedError, match="Argo's controller has not processed it yet") as caught:
         watcher(argo, client, workflow, []).wait_until_finished()
@@ -147,7 +145,7 @@ def test_a_workflow_past_its_deadline_is_not_waited_for(
         watcher(argo, client, workflow, []).wait_until_finished()
 
 
-def test_a_workflow_that_argo_holds_back_is_waited_for(
+def test_workflow_held_by_argo_is_waited_for(
     argo: FakeArgo, client: WorkflowClient, workflow: Workflow, caplog: pytest.LogCaptureFixture
 ) -> None:
     argo.ends(NAME, "Pending", "Waiting for cifar/Mutex/training lock")

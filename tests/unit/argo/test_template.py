@@ -39,7 +39,7 @@ VALUES = {"image": "image", **{parameter_of(variable): f"of {variable}" for vari
 
 
 @pytest.mark.parametrize(("name", "replicas"), [("train", 1), ("train-replicas", 2), ("train-replicas", 5)])
-def test_job_is_what_dagster_would_create_of_the_same_settings(name: str, replicas: int) -> None:
+def test_job_equals_the_one_dagster_creates_from_the_same_settings(name: str, replicas: int) -> None:
     found = substituted(TEMPLATES[name]["resource"]["manifest"], **VALUES, workers=str(replicas - 1))
     config = PyTorchJobConfig(**{**SETTINGS["config"], "image": "image", "replicas": replicas})
     labels = {"app.kubernetes.io/managed-by": "argo-workflow", "cifar/argo-workflow": "run"}
@@ -59,7 +59,7 @@ def test_a_second_submission_finds_the_first(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_job_goes_with_its_workflow_and_cannot_hang(name: str) -> None:
+def test_job_is_owned_by_its_workflow_and_has_a_deadline(name: str) -> None:
     template = TEMPLATES[name]
     resource = template["resource"]
     assert resource["setOwnerReference"] is True
@@ -74,7 +74,7 @@ def test_job_goes_with_its_workflow_and_cannot_hang(name: str) -> None:
     ("text", "complaint"),
     [("name: x\n", "'config'"), ("name: x\nconfig: {replicas: 0}\n", "replicas"), ("config", "mapping")],
 )
-def test_settings_that_are_wrong_are_named(
+def test_invalid_settings_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, complaint: str
 ) -> None:
     path = tmp_path / "my.settings.yaml"

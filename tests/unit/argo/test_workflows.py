@@ -1,4 +1,4 @@
-"""The resource in a Dagster run, against the fake controller: results, failures, cancelling, dying and coming back."""
+"""The resource in a Dagster run, against the fake controller: results, failures, canceling, crashes and restarts."""
 
 import json
 from collections.abc import Callable
@@ -110,14 +110,14 @@ def test_a_workflow_that_succeeds(fake: FakeArgo) -> None:
     }
 
 
-def test_a_model_that_is_refused_is_a_result(fake: FakeArgo) -> None:
+def test_rejected_model_is_a_result(fake: FakeArgo) -> None:
     fake.on_submitted = ending(verified("Failed", False), phase="Failed")
     result = materialize()
     assert result.success
     assert result.asset_materializations_for_node("model")[0].metadata["passed"].value is False
 
 
-def test_a_damaged_model_is_a_failure_though_its_step_is_the_same(fake: FakeArgo) -> None:
+def test_damaged_model_is_a_failure(fake: FakeArgo) -> None:
     fake.on_submitted = ending(
         lambda argo, name: argo.step(name, "verify-model(0)", "Failed", "model.onnx was changed"), phase="Failed"
     )
@@ -125,7 +125,7 @@ def test_a_damaged_model_is_a_failure_though_its_step_is_the_same(fake: FakeArgo
     assert "failed at step verify-model: model.onnx was changed" in data.user_failure_data.description
 
 
-def test_a_report_that_cannot_be_read_is_said(fake: FakeArgo) -> None:
+def test_unreadable_report_is_an_error(fake: FakeArgo) -> None:
     fake.on_submitted = ending(phase="Succeeded")
     assert "which cannot be read" in str(failure(materialize()).error)
 

@@ -27,7 +27,7 @@ def raw(tmp_path: Path) -> FolderStore:
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "batch.tar.gz", "cat/one.png"])
-def test_a_file_that_is_written_waits_until_it_is_left_alone(
+def test_file_being_written_is_not_used_until_it_is_complete(
     raw: FolderStore, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(zone, "SETTLED_SECONDS", 60.0)
@@ -39,7 +39,7 @@ def test_a_file_that_is_written_waits_until_it_is_left_alone(
     assert [info.key for info in scan_landing(raw).ready] == [f"landing/{name}"]
 
 
-def test_a_look_opens_nothing(raw: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_opens_no_files(raw: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise AssertionError("opened")
 
@@ -49,7 +49,7 @@ def test_a_look_opens_nothing(raw: FolderStore, monkeypatch: pytest.MonkeyPatch)
     assert len(scan_landing(raw).ready) == 2
 
 
-def test_a_file_that_may_not_be_read_waits_and_says_so(raw: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_reported_and_left(raw: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     put(raw, "cat/one.png", b"bytes")
     monkeypatch.setattr("cifar_assets.dataset.landing.zone.os.access", lambda path, mode: False)
     scan = scan_landing(raw)
@@ -57,7 +57,7 @@ def test_a_file_that_may_not_be_read_waits_and_says_so(raw: FolderStore, monkeyp
     assert "permission" in scan.skipped["landing/cat/one.png"]
 
 
-def test_links_are_followed_and_one_to_nothing_is_left_alone(tmp_path: Path) -> None:
+def test_links_are_followed_and_broken_ones_are_skipped(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere.png"
     elsewhere.write_bytes(b"bytes")
     store = FolderStore(tmp_path / "store")

@@ -1,4 +1,4 @@
-"""Data through the assets: what Dagster records of good data, and nothing of bad data (cases C01 and C03)."""
+"""Data through the assets: what Dagster records of good data, and nothing of invalid data."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def materialize(
 
 
 @pytest.mark.parametrize("kind", ["cut", "page", "hostile"])
-def test_bad_data_is_a_failed_run_that_records_nothing_and_goes_no_further(kind: str, make, tmp_path: Path) -> None:
+def test_invalid_data_fails_the_run_and_records_nothing(kind: str, make, tmp_path: Path) -> None:
     good = make.archive()
     data = {
         "cut": good[: len(good) // 2],
@@ -59,7 +59,7 @@ def test_bad_data_is_a_failed_run_that_records_nothing_and_goes_no_further(kind:
         assert instance.get_latest_materialization_event(PROCESSED_DATASET) is not None
 
 
-def test_what_a_version_holds_and_what_changed_is_in_the_metadata(make, tmp_path: Path, source: str) -> None:
+def test_metadata_describe_the_version_and_its_changes(make, tmp_path: Path, source: str) -> None:
     with dg.DagsterInstance.ephemeral() as instance:
         assert materialize(tmp_path / "store", instance, source).success
         raw = FolderStore(tmp_path / "store" / "raw-data")

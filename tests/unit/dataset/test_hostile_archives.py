@@ -101,7 +101,7 @@ def test_a_pickle_that_runs_code_never_runs(protocol: int, make, raw: FolderStor
         b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.__new__\x93.",
     ],
 )
-def test_names_beyond_plain_arrays_are_refused(payload: bytes) -> None:
+def test_pickle_globals_other_than_arrays_are_rejected(payload: bytes) -> None:
     with pytest.raises(DataError, match="batch"):
         load_fields(payload, "batch")
 
@@ -207,7 +207,7 @@ def test_a_batch_given_twice_is_refused(make, raw: FolderStore, tmp_path: Path) 
         build_raw_version(raw, str(path))
 
 
-def test_lists_in_lists_are_not_written_out(make, raw: FolderStore, tmp_path: Path) -> None:
+def test_nested_lists_are_not_expanded(make, raw: FolderStore, tmp_path: Path) -> None:
     nested: list = [0] * 64
     for _ in range(12):
         nested = [nested] * 64  # 64 ** 13 numbers, in a pickle of a kilobyte

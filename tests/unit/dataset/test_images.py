@@ -224,7 +224,7 @@ def rational_tags(num_tags: int) -> bytes:
     return b"MM\0*\0\0\0\x08" + struct.pack(">H", num_tags) + b"".join(tags) + bytes(6 * num_tags + 16)
 
 
-def test_of_exif_only_the_rotation_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_rotation_of_exif_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     original = ImageFileDirectory_v2.__getitem__
     monkeypatch.setattr(ImageFileDirectory_v2, "__getitem__", lambda ifd, tag: read.append(tag) or original(ifd, tag))
@@ -243,7 +243,7 @@ def test_png_exif_longer_than_a_jpeg_can_hold_is_left_out(num_bytes: int) -> Non
     np.testing.assert_array_equal(prepare_image(long), chw(PIXELS))
 
 
-def test_memory_that_ends_while_exif_is_read_is_not_a_broken_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_error_while_reading_exif_is_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(exif: Image.Exif, data: bytes) -> None:
         raise MemoryError
 

@@ -1,4 +1,4 @@
-"""Landed data: joined, rejected with a reason, or left where it is. Cases C04 and its kind."""
+"""Landed data: joined, rejected with a reason, or left where it is."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def test_good_rows_join_and_bad_rows_are_rejected_with_reasons(make, raw: Folder
 
 
 @pytest.mark.parametrize("name", ["images.parquet", "deep/er/images.parquet", "caf\u00e9 #1 +50%.parquet"])
-def test_names_copies_and_removal_give_the_digest_one_expects(name: str, make, raw: FolderStore, source: str) -> None:
+def test_digest_depends_on_content_and_not_on_names(name: str, make, raw: FolderStore, source: str) -> None:
     without = build_raw_version(raw, source).digest
     data = make.parquet(make.images(10, 5), make.labels(10))
     raw.write(f"landing/{name}", data)
@@ -165,7 +165,7 @@ def test_the_split_of_a_picture_is_that_of_its_own_folder(make, raw: FolderStore
     assert report.accepted == {"landing/cat/b.png": 1}
 
 
-def test_an_object_without_any_good_row_moves_as_a_whole(make, raw: FolderStore, source: str) -> None:
+def test_object_without_valid_rows_is_rejected_as_a_whole(make, raw: FolderStore, source: str) -> None:
     data = make.encoded_parquet([b"?", b"??"], [0, 1])
     raw.write("landing/x.parquet", data)
     build_raw_version(raw, source)
@@ -265,7 +265,7 @@ def test_long_name_is_rejected_under_a_shorter_one(name: str, raw: FolderStore, 
     assert landing_keys(raw) == []
 
 
-def test_test_data_does_not_land(make, raw: FolderStore, source: str) -> None:
+def test_landed_test_data_is_rejected(make, raw: FolderStore, source: str) -> None:
     raw.write("landing/test/cat/a.png", make.png(make.images(1, 5)[0]))
     raw.write("landing/test-00000.parquet", make.parquet(make.images(2, 6), [0, 1]))
     version = build_raw_version(raw, source)
@@ -284,7 +284,7 @@ def test_a_landed_archive_adds_its_training_rows_only(make, raw: FolderStore, so
 
 
 @pytest.mark.parametrize("resize", [True, False])
-def test_another_size_is_scaled_or_refused(resize: bool, make, raw: FolderStore, source: str) -> None:
+def test_image_of_another_size_is_scaled_or_rejected(resize: bool, make, raw: FolderStore, source: str) -> None:
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -354,7 +354,7 @@ NOT_DATA = {
 
 
 @pytest.mark.parametrize(("key", "size"), NOT_DATA.items())
-def test_what_is_not_data_is_skipped_with_a_reason(key: str, size: int) -> None:
+def test_objects_that_are_not_data_are_skipped_with_a_reason(key: str, size: int) -> None:
     reason = classify_landing_object(key, size)
     assert reason is not None
     assert len(reason) > 5
@@ -421,7 +421,7 @@ def test_object_moved_by_another_build_is_not_an_error(raw: FolderStore, source:
     assert read_rejected(raw, "cat/x.png") == b"bad"
 
 
-def test_rows_beyond_those_listed_one_by_one_have_their_reason_too(raw: FolderStore) -> None:
+def test_rows_beyond_the_listed_ones_have_a_reason(raw: FolderStore) -> None:
     rows = {row: "dark" for row in range(1500) if row != 1200} | {1499: "blurred"}
     rejection.reject_rows(raw, "landing/x.parquet", "a" * 64, 2000, rows)
     reason = reason_of(raw, "x.parquet")

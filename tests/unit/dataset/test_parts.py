@@ -50,7 +50,7 @@ def test_groups_do_not_depend_on_order_and_one_more_item_changes_one_group(
     assert sum(len(group) for group in changed) <= GROUP_ROWS + 1
 
 
-def test_equal_digests_do_not_split_for_ever() -> None:
+def test_splitting_equal_digests_terminates() -> None:
     assert grouped(["0" * 64] * 3, lambda item: item, lambda item: GROUP_ROWS) == [["0" * 64] * 3]
 
 
@@ -148,7 +148,7 @@ def test_many_shards_need_few_open_files(make, raw, processed, tmp_path: Path) -
     assert np.array_equal(images, open_split(processed, whole.digest, "train").take(order))
 
 
-def test_a_version_of_the_first_kind_can_be_read(raw, processed, source: str) -> None:
+def test_version_in_the_first_format_can_be_read(raw, processed, source: str) -> None:
     built = build_processed(raw, processed, build_raw_version(raw, source).digest)
     digest = write_first_kind(processed, built.digest)
     assert read_processed(processed, digest).kind == "cifar10-processed/1"

@@ -26,7 +26,7 @@ def splits(processed: FolderStore, digest: str) -> dict[str, str]:
     return found
 
 
-def test_pixels_labels_and_origins_are_the_source_s(make, raw, processed, source: str) -> None:
+def test_pixels_labels_and_origins_match_the_source(make, raw, processed, source: str) -> None:
     version = build_raw_version(raw, source)
     built = build_processed(raw, processed, version.digest, HALF)
     images, test_images = make.images(60), make.images(20, 1)
@@ -53,7 +53,7 @@ def test_the_same_input_gives_the_same_bytes(raw, source: str, tmp_path: Path) -
     assert files[0] == files[1]
 
 
-def test_adding_data_moves_no_image(make, raw, processed, source: str) -> None:
+def test_adding_data_does_not_move_images_between_splits(make, raw, processed, source: str) -> None:
     before = build_processed(raw, processed, build_raw_version(raw, source).digest, HALF).digest
     raw.write("landing/a.parquet", make.parquet(make.images(200, 5), make.labels(200)))
     after = build_processed(raw, processed, build_raw_version(raw, source).digest, HALF).digest
@@ -166,7 +166,7 @@ def test_a_damaged_shard_is_noticed_and_built_again(
     assert processed.read(key) == good
 
 
-def test_an_outage_is_not_taken_for_damage(raw, processed, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outage_is_not_treated_as_damage(raw, processed, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = build_raw_version(raw, source).digest
     build_processed(raw, processed, digest)
 
@@ -179,7 +179,7 @@ def test_an_outage_is_not_taken_for_damage(raw, processed, source: str, monkeypa
         build_processed(raw, processed, digest)
 
 
-def test_a_version_appears_with_its_manifest_only(raw, source: str, tmp_path: Path) -> None:
+def test_version_is_visible_only_with_its_manifest(raw, source: str, tmp_path: Path) -> None:
     class Failing(FolderStore):
         def write(self, key: str, data: bytes) -> None:
             raise KeyboardInterrupt

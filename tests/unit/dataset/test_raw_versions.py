@@ -45,7 +45,7 @@ class Interrupted(FolderStore):
         self.left -= 1
 
 
-def test_wherever_a_build_stops_no_half_version_is_visible(make, source: str, tmp_path) -> None:
+def test_interrupted_build_leaves_no_partial_version(make, source: str, tmp_path) -> None:
     whole = FolderStore(tmp_path / "whole")
     expected = build_raw_version(whole, source).digest
     for writes in range(30):
@@ -63,7 +63,7 @@ def test_wherever_a_build_stops_no_half_version_is_visible(make, source: str, tm
             assert digest == expected
             assert writes > 4
             return
-    pytest.fail("the build never came to its end")
+    pytest.fail("the build never completed")
 
 
 def test_versions_are_listed_with_the_current_one_marked(make, raw: FolderStore, source: str) -> None:

@@ -250,7 +250,7 @@ def write_classes(make, folder: Path, names: Iterable[str] = CLASSES) -> Path:
     return folder
 
 
-def test_everything_that_is_not_read_is_named(make, raw: FolderStore, tmp_path: Path) -> None:
+def test_unread_files_are_named(make, raw: FolderStore, tmp_path: Path) -> None:
     folder = write_classes(make, tmp_path / "pictures")
     (folder / "cat" / "gone.png").symlink_to(tmp_path / "nothing")
     (folder / "cat" / "notes.txt").write_text("x")
@@ -306,9 +306,7 @@ def test_folder_of_a_split_or_class_that_cannot_be_read_is_refused(
 
 
 @pytest.mark.parametrize("name", ["test", "train", "test/cat", "test-00000-of-00001.parquet"])
-def test_part_of_a_source_that_is_a_link_to_nothing_is_refused(
-    name: str, make, raw: FolderStore, tmp_path: Path
-) -> None:
+def test_broken_link_in_a_source_is_rejected(name: str, make, raw: FolderStore, tmp_path: Path) -> None:
     folder = write_classes(make, tmp_path / "pictures")
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).symlink_to(tmp_path / "nothing")

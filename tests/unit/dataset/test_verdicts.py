@@ -86,7 +86,7 @@ def test_data_without_a_class_is_refused_by_both_and_the_old_version_stays_curre
     assert objections(judge_raw(raw, bad)) == [f"splits_filled: {found['splits_filled'].description}"]
 
 
-def test_a_processed_version_that_its_check_refuses_stops_the_pipelines_too(
+def test_rejected_processed_version_also_stops_the_pipelines(
     tmp_path: Path, source: str, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     root = tmp_path / "store"

@@ -72,7 +72,7 @@ def test_first_deployment(cluster: FakeKServe) -> None:
     assert [event.reason for event in cluster.events] == ["Deployed"]
 
 
-def test_same_again_writes_nothing(serving_a: FakeKServe) -> None:
+def test_deploying_the_same_model_writes_nothing(serving_a: FakeKServe) -> None:
     outcome = deployer(serving_a).deploy(replace(A, dagster_run_id="another run"))
     assert outcome == Outcome(outcome.service, False, A.model_digest)
     assert len(serving_a.writes) == 1
@@ -175,7 +175,7 @@ def test_interrupted_attempt_is_continued(serving_a: FakeKServe) -> None:
     assert len(serving_a.writes) == 2, "what had been written already was not written again"
 
 
-def test_attempt_that_was_cut_off_and_fails_gives_way_to_what_still_answers(serving_a: FakeKServe) -> None:
+def test_failed_interrupted_attempt_is_rolled_back_to_the_serving_model(serving_a: FakeKServe) -> None:
     serving_a.behaviours[B.model_digest] = fake.ends(2)
     InferenceServiceClient(serving_a, serving_a).replace(deployer(serving_a).deploy(A).service, build(B))
     serving_a.clock.sleep(2)
@@ -197,7 +197,7 @@ def test_change_by_someone_else_ends_the_wait_and_stays(serving_a: FakeKServe) -
     assert serving_a.service["metadata"]["annotations"]["cifar/model-digest"] == "c" * 64
 
 
-def test_answer_of_a_write_that_is_lost(cluster: FakeKServe) -> None:
+def test_lost_response_to_a_write_is_tolerated(cluster: FakeKServe) -> None:
     def lose_once() -> None:
         cluster.after_write = lambda: None
         raise api_error(504, "gateway timeout")
@@ -229,7 +229,7 @@ def test_long_outage_of_the_api_server_is_a_transient_error(serving_a: FakeKServ
 
 
 @pytest.mark.parametrize("status", [503, 403])
-def test_error_of_the_last_look_does_not_keep_a_broken_revision(serving_a: FakeKServe, status: int) -> None:
+def test_error_of_the_last_poll_does_not_keep_a_broken_revision(serving_a: FakeKServe, status: int) -> None:
     serving_a.behaviours[B.model_digest] = fake.never_ready
     away_from(serving_a, serving_a.clock.now + 590, 30, status)
     error = failure(serving_a, B)

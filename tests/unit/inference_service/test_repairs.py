@@ -207,7 +207,7 @@ def test_deletion_leaves_a_service_that_took_the_name_alone(serving_a: FakeKServ
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_spec_edited_by_hand_is_written_again(serving_a: FakeKServe, fields: dict[str, Any]) -> None:
+def test_manually_edited_spec_is_restored(serving_a: FakeKServe, fields: dict[str, Any]) -> None:
     assert serving_a.service is not None
     before = copy.deepcopy(serving_a.service["spec"])
     edit(serving_a, **fields)
@@ -260,14 +260,14 @@ def test_spec_edited_during_a_deployment_is_reported_and_left(serving_a: FakeKSe
     assert serving_a.service["spec"]["predictor"]["nodeSelector"] == {"no-such": "node"}
 
 
-def test_labels_removed_by_hand_do_not_break_the_way_back(serving_a: FakeKServe) -> None:
+def test_manually_removed_labels_do_not_break_the_rollback(serving_a: FakeKServe) -> None:
     assert serving_a.service is not None
     del serving_a.service["metadata"]["labels"]
     serving_a.behaviours[B.model_digest] = fake.ends(2)
     assert f"rolled back to model {A.model_digest}" in str(failure(serving_a, B))
 
 
-def test_pods_that_outlived_their_service_get_it_back(serving_a: FakeKServe) -> None:
+def test_rollback_restores_the_service_of_orphaned_pods(serving_a: FakeKServe) -> None:
     """As `kubectl delete --cascade=orphan` leaves them."""
     serving_a.service = None
     serving_a.behaviours[B.model_digest] = fake.ends(2)

@@ -88,7 +88,7 @@ def test_address_in_a_pod_is_the_clusters_own() -> None:
     assert serverless == ("http://latest-cifar10-predictor.space.svc", {})
 
 
-def test_address_by_an_ingress_carries_the_host() -> None:
+def test_address_of_an_ingress_includes_the_host() -> None:
     found, by = service(url="http://cifar10.example"), "http://ingress.example/"
     assert address(found, base_url=by) == ("http://ingress.example", {"Host": "cifar10.example"})
     assert address(found, base_url=by, host="mine.example")[1] == {"Host": "mine.example"}
@@ -162,7 +162,7 @@ def test_api_errors_become_deploy_errors(
     assert text in (status.reason or "")
 
 
-def test_status_of_nothing(cluster: FakeKServe, kubeconfig: str) -> None:
+def test_status_without_a_service(cluster: FakeKServe, kubeconfig: str) -> None:
     status = serving().model_copy(update={"kubeconfig_file": kubeconfig}).status()
     assert (status.ready, status.reason) == (False, "There is no InferenceService cifar/cifar10.")
 

@@ -96,7 +96,7 @@ def test_canary_that_answers_well_is_promoted(serving_a: FakeKnative) -> None:
     assert serving_a.created == 2, "promotion makes no revision"
 
 
-def test_canary_that_answers_badly_gives_its_share_back(serving_a: FakeKnative) -> None:
+def test_failed_canary_loses_its_traffic(serving_a: FakeKnative) -> None:
     with pytest.raises(DeployError) as caught:
         deploy(serving_a, B, Judge("0.1 of 256 right"))
     assert "it was rejected with 10 % of the requests: 0.1 of 256 right" in str(caught.value)
@@ -107,9 +107,7 @@ def test_canary_that_answers_badly_gives_its_share_back(serving_a: FakeKnative) 
 
 
 @pytest.mark.parametrize("away", [True, False])
-def test_canary_that_cannot_be_judged_gives_its_share_back_and_may_be_tried_again(
-    serving_a: FakeKnative, away: bool
-) -> None:
+def test_canary_without_a_verdict_loses_its_traffic_and_may_be_retried(serving_a: FakeKnative, away: bool) -> None:
     judge = Judge(StoreError("the store does not answer", transient=away))
     with pytest.raises(DeployError, match="could not be judged: the store does not answer") as caught:
         deploy(serving_a, B, judge)
@@ -143,7 +141,7 @@ def test_without_a_canary_the_new_model_gets_all_at_once(serving_a: FakeKnative)
     assert serving_a.shares == [{A.model_digest: 100}, {B.model_digest: 100}]
 
 
-def test_repair_of_the_model_that_serves_is_no_canary(serving_a: FakeKnative) -> None:
+def test_repair_of_the_serving_model_is_not_a_canary(serving_a: FakeKnative) -> None:
     serving_a.set_ready(False)
     serving_a.clock.after(5, serving_a._route)
     judge = Judge("would be refused")
@@ -178,7 +176,7 @@ def test_previous_model_is_the_one_that_answers_while_pods_of_an_earlier_one_sta
     assert deploy(serving_a, c).previous_digest == B.model_digest
 
 
-def test_same_again_while_asleep_writes_nothing(serving_a: FakeKnative) -> None:
+def test_deploying_the_same_model_scaled_to_zero_writes_nothing(serving_a: FakeKnative) -> None:
     serving_a.pods.clear()
     assert not deploy(serving_a, A).changed
     assert len(serving_a.writes) == 1

@@ -59,16 +59,16 @@ def test_policy_names_actions_and_buckets(role: str) -> None:
 
 
 @pytest.mark.parametrize("folder", ["platform", "access"])
-def test_namespace_denies_both_ways(folder: str) -> None:
+def test_namespace_denies_ingress_and_egress(folder: str) -> None:
     (deny,) = [d for where, d in POLICIES if where == folder and d["metadata"]["name"] == "deny-all"]
     assert deny["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
 
 
 @pytest.mark.parametrize(("folder", "policy"), POLICIES, ids=[f"{f}-{p['metadata']['name']}" for f, p in POLICIES])
-def test_policy_opens_no_way_to_or_from_everybody(folder: str, policy: dict[str, Any]) -> None:
+def test_no_policy_allows_traffic_to_or_from_everyone(folder: str, policy: dict[str, Any]) -> None:
     spec = policy["spec"]
     for rule in spec.get("ingress", []):
-        assert rule.get("from"), "open to everybody"
+        assert rule.get("from"), "open to everyone"
         for peer in rule["from"]:
             assert peer.get("podSelector") or peer["namespaceSelector"] != {}
     for rule in spec.get("egress", []):
@@ -76,7 +76,7 @@ def test_policy_opens_no_way_to_or_from_everybody(folder: str, policy: dict[str,
             assert {port["port"] for port in rule["ports"]} in ({53}, {443, 6443, 8443})
 
 
-def test_both_ends_of_a_way_are_open() -> None:
+def test_both_ends_of_a_connection_are_allowed() -> None:
     """What goes out to a labelled pod of ours is let in there from the same kind of pod."""
     incoming = {
         (NAMESPACES[folder], json.dumps(policy["spec"]["podSelector"]), json.dumps(selector))

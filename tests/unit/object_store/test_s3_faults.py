@@ -71,7 +71,7 @@ def fake() -> Iterator[Fake]:
 
 
 @pytest.mark.parametrize("fault", ["SlowDown", "InternalError", "gateway", "drop"])
-def test_passing_faults_are_tried_again(fault: str, fake: Fake) -> None:
+def test_transient_faults_are_retried(fault: str, fake: Fake) -> None:
     def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
         if number >= 3:
             reply(handler, 200, BODY)
@@ -162,7 +162,7 @@ def test_object_is_created_though_the_answer_is_lost(fake: Fake) -> None:
         (503, b"", "application/xml", "Response code: 503"),
     ],
 )
-def test_faults_that_stay_end_in_an_error_that_names_object_server_and_reason(
+def test_persistent_fault_names_object_server_and_reason(
     status: int, body: bytes, kind: str, reason: str, fake: Fake
 ) -> None:
     fake.answer = lambda handler, number: reply(handler, status, body, Content_Type=kind)
@@ -192,7 +192,7 @@ def test_interrupted_download_resumes(fake: Fake, tmp_path: Path) -> None:
     assert len(fake.requests) == 3
 
 
-def test_object_replaced_in_mid_download_is_not_mixed(fake: Fake, tmp_path: Path) -> None:
+def test_object_replaced_during_download_is_not_mixed(fake: Fake, tmp_path: Path) -> None:
     def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
         if number == 1:
             reply(handler, 200, BODY[:1000], Content_Length=str(len(BODY)), ETag='"one"')
@@ -234,7 +234,7 @@ def test_server_without_s3_is_recognized(fake: Fake) -> None:
         fake.store().read("x")
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_unreachable_server_is_an_error(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"

@@ -86,7 +86,7 @@ def automation(definitions: dg.Definitions) -> dict[str, str]:
     }
 
 
-def test_the_graph_is_the_one_people_know(snapshot) -> None:
+def test_asset_graph_matches_the_snapshot(snapshot) -> None:
     assert describe(defs) == snapshot
 
 

@@ -24,7 +24,7 @@ def test_a_model_passes_from_the_threshold_on(models: ObjectStore, accuracy: flo
     assert "0.8000" in verdict.reason
 
 
-def test_edited_metrics_are_found_out(models: ObjectStore) -> None:
+def test_edited_metrics_are_detected(models: ObjectStore) -> None:
     digest = store_model(models, {"test_accuracy": 0.31})
     models.write(f"{digest}/{METRICS_FILE}", b'{"test_accuracy": 0.99}')
     with pytest.raises(IntegrityError, match=METRICS_FILE):

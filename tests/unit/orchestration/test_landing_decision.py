@@ -71,7 +71,7 @@ def test_an_overwritten_object_is_new_even_with_an_older_time_stamp(changed: Obj
     assert tick(first.cursor, [replace(changed, last_modified=START - timedelta(days=1))]).run_key
 
 
-def test_a_time_stamp_alone_makes_nothing_new() -> None:
+def test_new_time_stamp_alone_is_not_a_change() -> None:
     first = tick(LandingCursor(), [landed("a.parquet")])
     assert tick(first.cursor, [landed("a.parquet", minutes=5)]).run_key is None
 
@@ -173,7 +173,7 @@ def test_a_run_that_was_deleted_from_dagster_is_asked_for_again_unless_its_objec
     assert decide(cursor, scan, read={fingerprint(objects[0])}).run_key is None
 
 
-def test_what_was_missed_waits_while_another_training_runs() -> None:
+def test_missed_objects_wait_while_another_training_runs() -> None:
     objects = [landed("a.parquet")]
     first = tick(LandingCursor(), objects)
     waiting = tick(first.cursor, objects, last="crashed", busy="run run-2 (train, STARTED)")
@@ -181,7 +181,7 @@ def test_what_was_missed_waits_while_another_training_runs() -> None:
     assert "Waiting for run run-2 (train, STARTED) to end: 1 object" in waiting.reason
 
 
-def test_any_disorder_of_ten_thousand_objects_misses_and_repeats_nothing() -> None:
+def test_every_object_is_requested_once_in_any_order() -> None:
     objects = [landed(f"{number:05}.png", minutes=number % 7) for number in range(10_000)]
     shuffler = random.Random(0)
     cursor, requests, visible = LandingCursor(), 0, 0
@@ -197,7 +197,7 @@ def test_any_disorder_of_ten_thousand_objects_misses_and_repeats_nothing() -> No
     assert requests > 1
 
 
-def test_the_cursor_survives_its_own_json() -> None:
+def test_cursor_survives_a_json_round_trip() -> None:
     cursor = tick(LandingCursor(), [landed("a.parquet")]).cursor
     assert LandingCursor.load(cursor.model_dump_json()) == (cursor, "")
 

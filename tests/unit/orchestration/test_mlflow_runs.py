@@ -127,7 +127,7 @@ def test_runs_end_as_their_dagster_runs_did_and_when(
     assert mlflow.client().get_run(left["FAILED"]).info.end_time == int(1000 * record.end_time)
 
 
-def test_what_still_trains_or_is_not_known_is_left_alone(
+def test_active_and_unknown_trainings_are_not_closed(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A retry in progress may adopt the training of a failed run."""
@@ -149,7 +149,7 @@ def test_what_still_trains_or_is_not_known_is_left_alone(
     assert [status(mlflow, run_id) for run_id in left] == ["RUNNING", "FAILED", "RUNNING"]
 
 
-def test_with_mlflow_away_the_tick_says_so_and_a_later_one_closes(
+def test_tick_reports_an_mlflow_outage_and_a_later_tick_closes_the_run(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -172,7 +172,7 @@ def test_a_database_of_another_mlflow_is_named_with_the_command(
     assert f"mlflow db upgrade sqlite:///{tmp_path}/mlflow.db" in said
 
 
-def test_without_mlflow_the_tick_says_so_and_makes_nothing(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+def test_tick_without_mlflow_reports_it_and_creates_nothing(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     assert "No MLflow is configured" in tick(instance, MlflowServer(tracking_uri=""))
     assert "had ended: none" in tick(instance, LocalMlflow(path=str(tmp_path / "absent")))
     assert not (tmp_path / "absent").exists()

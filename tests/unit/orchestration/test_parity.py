@@ -61,7 +61,7 @@ def failed(checks: Mapping[str, tuple[bool, str]]) -> dict[str, str]:
     return {name: text for name, (passed, text) in checks.items() if not passed}
 
 
-def test_both_pipelines_give_one_model(pair: Pair) -> None:
+def test_both_pipelines_produce_one_model(pair: Pair) -> None:
     assert pair.model(TRAINED_MODEL) == pair.model(ARGO_TRAINED_MODEL)
     checks = pair.checks()
     assert len(checks) == 5

@@ -75,7 +75,7 @@ def test_a_stored_model_that_dagster_never_materialized_is_refused(world: World)
     assert world.deployed() == []
 
 
-def test_a_model_becomes_known_by_naming_it_and_its_metadata_say_who_vouches(world: World) -> None:
+def test_explicitly_named_model_records_its_origin(world: World) -> None:
     stored = store_model(world.models, dataset=world.newest(PROCESSED_DATASET), seed=9)
     assert world.materialize(TRAINED_MODEL, config={TRAINED_MODEL: {"model_digest": stored}}).success
     record = find_materialization(world.instance, TRAINED_MODEL, stored)
@@ -92,7 +92,7 @@ def test_a_named_model_is_checked_like_a_trained_one(world: World) -> None:
     assert world.deployed() == []
 
 
-def test_a_forged_note_of_an_earlier_result_is_not_read(world: World) -> None:
+def test_forged_earlier_result_is_ignored(world: World) -> None:
     """`reuse` believed jobs/<identity>.json in the bucket."""
     forged = store_model(world.models, {"test_accuracy": 0.99}, dataset=world.newest(PROCESSED_DATASET), seed=9)
     note = {"model_digest": forged, "model_uri": "file:///x", "mlflow_run_id": None, "mlflow_model_version": None}
@@ -139,7 +139,7 @@ def test_a_training_that_reports_another_jobs_model_fails(world: World, monkeypa
     assert world.instance.get_latest_materialization_event(TRAINED_MODEL) is None
 
 
-def test_a_check_that_fails_later_takes_the_permission_back(world: World) -> None:
+def test_later_failed_check_revokes_the_permission(world: World) -> None:
     digest = world.train()
     assert world.deploy() is None
     world.train(config={TRAINED_MODEL: {"model_digest": digest}}, threshold=0.9)  # checked again, more strictly

@@ -104,7 +104,7 @@ def test_the_trainer_is_given_the_same_spec_and_a_way_to_answer(pipeline: Steps,
     assert pipes.load_messages_params() == {STORE_URI_PARAM: expected}
 
 
-def test_what_is_handed_on_can_stand_between_quotes_in_yaml(pipeline: Steps, tiny: TinyData) -> None:
+def test_outputs_are_safe_in_quoted_yaml(pipeline: Steps, tiny: TinyData) -> None:
     assert pipeline.data("--run=it's {{here}}") == 0
     text = (pipeline.outputs / "plan").read_text()
     assert "{{" not in text
@@ -212,9 +212,7 @@ def test_a_model_of_another_seed_than_the_runs(pipeline: Steps, tiny: TinyData) 
     assert "has seed 5, this run asked for 0" in pipeline.error
 
 
-def test_a_store_that_is_away_is_worth_another_try(
-    pipeline: Steps, tiny: TinyData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_store_outage_is_a_transient_failure(pipeline: Steps, tiny: TinyData, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object) -> None:
         raise StoreError("no answer", transient=True)
 
@@ -224,7 +222,7 @@ def test_a_store_that_is_away_is_worth_another_try(
 
 
 @pytest.mark.parametrize("text", ["{}", "no-such-file"])
-def test_something_else_than_a_plan(pipeline: Steps, text: str) -> None:
+def test_invalid_plan_is_rejected(pipeline: Steps, text: str) -> None:
     assert pipeline.run("processed", f"--plan={text}") == steps.EXIT_BAD_SETTING
     assert "plan" in pipeline.error
 

@@ -44,7 +44,7 @@ def is_gone(world: World, generation: Generation) -> bool:
     return not any(key.startswith((*prefixes, f"raw-data/versions/{generation.raw}")) for key in world.all_keys())
 
 
-def test_without_apply_nothing_changes_and_everything_to_go_is_named(world: World) -> None:
+def test_dry_run_names_everything_and_changes_nothing(world: World) -> None:
     before = world.all_keys()
     removals = world.prune(apply=False)
     assert world.all_keys() == before
@@ -157,7 +157,7 @@ def test_data_in_use_stays(use: str, world: World, monkeypatch: pytest.MonkeyPat
         open_split(world.stores.processed, old.processed, "train")
 
 
-def test_nothing_young_is_removed(world: World) -> None:
+def test_recent_objects_are_not_removed(world: World) -> None:
     world.prune(min_age_hours=(time.time() + 86_400) / 3600)
     assert all(is_whole(world, generation) for generation in world.generations)
 
@@ -205,7 +205,7 @@ def test_an_object_in_use_again_is_young_again(world: World) -> None:
     assert time.time() - info.last_modified.timestamp() < 600
 
 
-def test_who_does_not_answer_stops_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_service_stops_pruning(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     before = world.all_keys()
 
     class Away(Serving):
@@ -221,7 +221,7 @@ def test_who_does_not_answer_stops_it(world: World, monkeypatch: pytest.MonkeyPa
     assert world.all_keys() == before
 
 
-def test_a_damaged_manifest_stops_it(world: World) -> None:
+def test_damaged_manifest_stops_pruning(world: World) -> None:
     world.stores.models.write(f"{world.generations[-1].model}/manifest.json", b"{}")
     before = world.all_keys()
     with pytest.raises(PruneError, match=world.generations[-1].model):
@@ -229,7 +229,7 @@ def test_a_damaged_manifest_stops_it(world: World) -> None:
     assert world.all_keys() == before
 
 
-def test_what_trainings_left_goes_when_it_is_old(world: World) -> None:
+def test_old_training_leftovers_are_removed(world: World) -> None:
     models = world.stores.models
     old = {
         f"{'f' * 64}/model.onnx": b"of a model that was never finished",

@@ -1,4 +1,4 @@
-"""The collector deletes what nobody waits for, and nothing else."""
+"""The collector deletes only abandoned jobs and old messages."""
 
 import logging
 import os
@@ -95,7 +95,7 @@ def test_sensor_collects_by_the_instances_runs(
     assert "leftover" in result.skip_message
 
 
-def test_job_that_cannot_be_deleted_does_not_keep_the_others_and_is_named(
+def test_job_that_cannot_be_deleted_is_named_and_does_not_block_others(
     client: PyTorchJobClient, cluster: FakeCluster, tmp_path: Path
 ) -> None:
     class Away(FolderStore):

@@ -50,7 +50,7 @@ def retry(request: JobRequest = REQUEST, **changes: Any) -> JobRequest:
     return replace(request, **{"name": "job-1", "launch_id": "2nd", **changes})
 
 
-def test_creates_where_there_is_nothing(launcher: JobLauncher, cluster: FakeCluster) -> None:
+def test_creates_a_job_when_none_exists(launcher: JobLauncher, cluster: FakeCluster) -> None:
     started = start(launcher)
     assert not started.adopted
     assert started.found.name == "job-0"
@@ -314,7 +314,7 @@ def test_removal_takes_pods_whose_job_vanished(launcher: JobLauncher, cluster: F
     assert cluster.pods == {}
 
 
-def test_name_that_stays_taken_is_not_tried_for_ever(launcher: JobLauncher, cluster: FakeCluster) -> None:
+def test_retries_for_a_taken_name_are_limited(launcher: JobLauncher, cluster: FakeCluster) -> None:
     """As a quota that is being updated answers each time."""
 
     def conflict(call: str) -> None:

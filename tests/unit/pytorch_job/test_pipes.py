@@ -406,7 +406,7 @@ def test_cancelling_a_run_that_adopted_a_job_deletes_it(story: Story) -> None:
     assert (story.cluster.jobs, story.cluster.pods) == ({}, {})
 
 
-def test_intended_reexecution_starts_afresh(story: Story) -> None:
+def test_intended_reexecution_starts_a_new_job(story: Story) -> None:
     story.cluster.on_created = runs_and_succeeds()
     with execute(story) as first, execute(story, first, from_failure=False) as second:
         assert first.success
@@ -500,7 +500,7 @@ def test_closed_output_does_not_change_the_outcome(story: Story, monkeypatch: py
     assert story.run().success
 
 
-def test_job_that_vanished_while_its_pods_live_on_gets_no_second_one_beside_it(story: Story) -> None:
+def test_deleted_job_with_running_pods_gets_no_second_job(story: Story) -> None:
     beside: list[bool] = []
 
     def act(cluster: FakeCluster, name: str) -> None:

@@ -102,7 +102,7 @@ def test_failing_exit_code_with_the_lines_that_matter(watched: Watched, cluster:
     assert error.transient
 
 
-def test_final_exit_code_is_not_restarted_in_vain(watched: Watched, cluster: FakeCluster) -> None:
+def test_permanent_exit_code_is_not_restarted(watched: Watched, cluster: FakeCluster) -> None:
     crashed = container_status({"waiting": {"reason": "CrashLoopBackOff"}}, restarts=1, last=terminated(2))
     watched.create(pods_at(0, pod_body("job", container_statuses=[crashed])))
     cluster.logs["job-master-0/previous"] = cluster.logs["job-master-0"] = "2026-01-01T00:00:00Z bad spec\n"
@@ -191,7 +191,7 @@ def test_no_pods_at_all_shows_the_events_of_the_job(watched: Watched, cluster: F
     watched.fails(Cause.NO_PODS, "exceeded quota: cpu")
 
 
-def test_obstacle_that_goes_away_in_time_does_no_harm(watched: Watched, cluster: FakeCluster) -> None:
+def test_temporary_obstacle_is_tolerated(watched: Watched, cluster: FakeCluster) -> None:
     waiting = container_status({"waiting": {"reason": "ErrImagePull", "message": ""}})
     watched.create(pods_at(0, pod_body("job", phase="Pending", container_statuses=[waiting])))
     running = pod_body("job", container_statuses=[container_status(RUNNING)])
@@ -279,7 +279,7 @@ def fail_on(cluster: FakeCluster, *calls: str, status: int = 500, seconds: float
 
 @pytest.mark.parametrize("status", [403, 404, 410, 500, 503])
 @pytest.mark.parametrize("call", ["log", "events", "list pods"])
-def test_what_only_adds_to_a_report_does_not_change_the_outcome(
+def test_failed_diagnostics_do_not_change_the_outcome(
     watched: Watched, cluster: FakeCluster, call: str, status: int
 ) -> None:
     watched.create(runs_and_succeeds(seconds=2000, log="2026-01-01T00:00:00Z epoch 1\n"))
@@ -318,7 +318,7 @@ def test_answer_that_says_nothing_about_the_job_does_not_end_the_watch(
     assert watched.wait().status.state == JobState.SUCCEEDED
 
 
-def test_refusal_that_lasts_ends_the_watch(watched: Watched, cluster: FakeCluster) -> None:
+def test_persistent_refusal_ends_the_watch(watched: Watched, cluster: FakeCluster) -> None:
     watched.create(runs_and_succeeds(seconds=500))
     cluster.clock.after(10, lambda: fail_on(cluster, "get", status=403))
     with pytest.raises(ApiRefusedError, match="Role that allows it"):
@@ -385,7 +385,7 @@ def test_pod_that_flaps_is_given_up(watched: Watched, cluster: FakeCluster, othe
     assert cluster.clock() - 1000 < 3 * LIMITS.blocked_timeout_seconds
 
 
-def test_obstacles_of_long_ago_are_forgotten(watched: Watched, cluster: FakeCluster) -> None:
+def test_old_obstacles_are_forgotten(watched: Watched, cluster: FakeCluster) -> None:
     """Preempted now and then, it waits for a node again, and trains for long in between."""
     watched.create()
     running = pod_body("job", container_statuses=[container_status(RUNNING)])

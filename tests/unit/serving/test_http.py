@@ -225,7 +225,7 @@ def test_expect_100_continue_is_answered() -> None:
     story(tell, max_body_bytes=10)
 
 
-def test_a_wish_for_another_protocol_is_ignored() -> None:
+def test_protocol_upgrade_request_is_ignored() -> None:
     """Java's client sends it with every first request."""
 
     async def tell(server: Server) -> None:
@@ -364,7 +364,7 @@ def test_framing_without_end_is_refused(endless) -> None:
         (chunked(b"abc"), 408),
     ],
 )
-def test_a_slow_client_is_given_up_even_if_it_keeps_sending(first, status, clock) -> None:
+def test_slow_client_is_disconnected_even_if_it_keeps_sending(first, status, clock) -> None:
     async def tell(server: Server) -> None:
         client = await server.connect()
         client.send(first)
@@ -416,7 +416,7 @@ def test_a_last_answer_does_not_wait_for_the_client_to_close() -> None:
     story(tell, stall_timeout=60)
 
 
-def test_what_comes_before_the_answer_is_not_read_without_end() -> None:
+def test_input_before_the_answer_is_bounded() -> None:
     async def tell(server: Server) -> None:
         server.held = []
         client = await server.connect()

@@ -111,7 +111,7 @@ def test_a_tensor_unlike_its_declaration_is_refused(changes, field, expected, re
     assert received in caught.value.received
 
 
-def test_a_huge_claim_costs_nothing() -> None:
+def test_huge_declared_shape_allocates_nothing() -> None:
     with pytest.raises(RequestError, match="at most 64 images, got 1000000000") as caught:
         parse(with_tensor(shape=[10**9, 3, 32, 32]))
     assert caught.value.status == 413
@@ -183,7 +183,7 @@ def test_null_is_the_same_as_absent() -> None:
 
 
 @pytest.mark.parametrize("length", ["", "-1", "abc", "1e3", "99999999999999999999", "7000000", "\u0661"])
-def test_a_header_length_that_cannot_be_is_refused(length) -> None:
+def test_impossible_header_length_is_rejected(length) -> None:
     with pytest.raises(RequestError, match="Inference-Header-Content-Length"):
         parse(binary()[0], length.encode())
 

@@ -25,7 +25,7 @@ def test_no_augmentation_changes_nothing(images: Tensor) -> None:
     assert torch.equal(augmentation.cut_out(images.float(), INDICES), images.float())
 
 
-def test_an_image_is_treated_alike_in_any_company(images: Tensor) -> None:
+def test_augmentation_of_an_image_does_not_depend_on_its_batch(images: Tensor) -> None:
     """Two processes that share a batch make of it what one makes alone."""
     recipe = recipe_with(flip="random", translate=4, cutout=8)
 

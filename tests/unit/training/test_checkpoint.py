@@ -22,7 +22,7 @@ def save_steps(checkpoints: CheckpointStore, *steps: int) -> None:
         checkpoints.save(step, {"a": torch.full((2, 2), float(step))}, Position(epoch=step))
 
 
-def test_what_was_saved_is_loaded(store: FolderStore) -> None:
+def test_saved_checkpoint_is_loaded(store: FolderStore) -> None:
     tensors = {
         "weight": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
         "count": torch.tensor(7),
@@ -42,7 +42,7 @@ def test_the_newest_are_kept(store: FolderStore) -> None:
     assert [info.key.split("-")[1] for info in store.list()] == ["000000009", "000000010"]
 
 
-def test_there_is_none_before_the_first(store: FolderStore) -> None:
+def test_no_checkpoint_before_the_first_save(store: FolderStore) -> None:
     assert CheckpointStore(store, 2).load_newest() is None
     with pytest.raises(ObjectNotFoundError, match="step 5"):
         CheckpointStore(store, 2).load_step(5)
@@ -86,7 +86,7 @@ def test_a_pickle_under_a_checkpoints_name_is_not_run(store: FolderStore, tmp_pa
     assert not marker.exists()
 
 
-def test_foreign_objects_are_left_alone(store: FolderStore) -> None:
+def test_other_objects_are_not_touched(store: FolderStore) -> None:
     store.write("notes.txt", b"x")
     store.write("step-1.pt", b"x")
     checkpoints = CheckpointStore(store, 1)

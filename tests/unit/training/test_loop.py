@@ -130,7 +130,7 @@ class FailingCheckpoints(CheckpointStore):
         super().save(step, tensors, position)
 
 
-def test_an_outage_of_the_store_costs_checkpoints_and_no_training(make_spec: SpecMaker, caplog) -> None:
+def test_store_outage_skips_checkpoints_and_training_continues(make_spec: SpecMaker, caplog) -> None:
     spec = make_spec(spec={"execution": {"threads": 1, "checkpoint_every_steps": 2}})
     trainer = make_trainer(spec, checkpoints=FailingCheckpoints(spec, True, {2, 6, 8}))
     with caplog.at_level("WARNING"):

@@ -24,7 +24,7 @@ def test_measures_of_a_small_case_by_hand() -> None:
     assert found["expected_calibration_error"] == pytest.approx(0.25)
 
 
-def test_calibration_error_of_honest_and_of_boastful_probabilities() -> None:
+def test_calibration_error_of_calibrated_and_overconfident_probabilities() -> None:
     honest = np.tile([0.8, 0.2], (10, 1))
     labels = np.array([0] * 8 + [1] * 2)
     assert calibration_error(honest, labels) == pytest.approx(0.0)

@@ -19,7 +19,7 @@ def make_spec(**changes: object) -> JobSpec:
     return JobSpec.model_validate(values | changes)
 
 
-def test_a_spec_survives_the_way_through_json() -> None:
+def test_spec_survives_a_json_round_trip() -> None:
     spec = make_spec(seed=7, mlflow={"tracking_uri": "sqlite:///x.db", "tags": {"a": "b"}})
     assert parse_spec(spec.model_dump_json(), "here") == spec
 
@@ -30,7 +30,7 @@ def test_the_processed_bucket_is_the_folder_above_the_dataset() -> None:
     assert without_slash.processed_uri == "s3://processed-data/"
 
 
-def test_the_identity_follows_what_decides_the_weights() -> None:
+def test_identity_depends_on_what_determines_the_weights() -> None:
     base = make_spec()
     assert make_spec(seed=1).identity != base.identity
     assert make_spec(recipe=get_recipe("resnet18", {"epochs": 2}).model_dump()).identity != base.identity
@@ -38,7 +38,7 @@ def test_the_identity_follows_what_decides_the_weights() -> None:
     assert make_spec(dataset_uri=f"file:///p/{other}", dataset_digest=other).identity != base.identity
 
 
-def test_the_identity_does_not_follow_where_and_how_it_runs() -> None:
+def test_identity_does_not_depend_on_where_and_how_it_runs() -> None:
     elsewhere = make_spec(
         dataset_uri=f"s3://processed-data/{DIGEST}/",
         output_uri="s3://models/",
@@ -67,7 +67,7 @@ def test_a_spec_of_an_earlier_release_is_read_and_what_is_gone_is_named(caplog: 
     assert ", ".join(sorted(EARLIER_FIELDS)) in caplog.text
 
 
-def test_a_network_that_is_gone_is_named() -> None:
+def test_removed_network_is_named() -> None:
     with pytest.raises(ConfigError, match=r"a plan.*resnet18 with a 3x3 stem"):
         parse_spec(earlier_spec("resnet18"), "a plan")
 

@@ -133,7 +133,7 @@ def test_a_file_that_is_not_a_database_is_named(mlflow: LocalMlflow, caplog: pyt
 
 
 @pytest.mark.parametrize("uri", ["mlflow.svc:5000", "ftp://mlflow"])
-def test_an_address_of_no_known_kind_is_named(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_address_of_an_unknown_kind_is_named(uri: str, caplog: pytest.LogCaptureFixture) -> None:
     assert_said_and_not_waited_for(start(uri), "Set MLFLOW_TRACKING_URI to a URI such as", caplog)
 
 
