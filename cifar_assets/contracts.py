@@ -29,7 +29,7 @@ IMAGE_SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
 
 
 class ImageSpec(BaseModel):
-    """What a dataset's manifest and those of the models trained on it say of its images and classes."""
+    """Classes and image size, as recorded in the manifests of a dataset and of the models trained on it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +40,7 @@ class ImageSpec(BaseModel):
 
     @model_serializer(mode="wrap")
     def _leave_out_the_default_size(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The digest of a manifest without a size stays what it is."""
+        """Keeps the digests of manifests that were written before sizes were recorded."""
         values = dump(self)
         if values.get("image_size") == IMAGE_SIZE:
             del values["image_size"]

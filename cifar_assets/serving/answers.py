@@ -57,7 +57,7 @@ class Response:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Name in addresses and answers, version for people, digest for decisions; what it takes and answers."""
+    """Name in addresses and answers, version for people, digest for decisions, and the images and classes."""
 
     name: str
     version: str
