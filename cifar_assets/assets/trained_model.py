@@ -74,8 +74,8 @@ class TrainedModelConfig(dg.Config):
             object_store.models,
             dataset_digest,
             recipe=self.recipe,
-            overrides=self.overrides.model_dump(exclude_none=True),
-            execution=self.execution.model_dump(exclude_none=True),
+            overrides=self.overrides.model_dump(),
+            execution=self.execution.model_dump(),
             seed=self.seed,
             mlflow=mlflow,
         )

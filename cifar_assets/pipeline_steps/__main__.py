@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _data(options: argparse.Namespace) -> None:
     mlflow, stores = _mlflow(options.run), open_stores(options.store)
     digest = current_dataset(stores) if options.dataset == CURRENT else options.dataset
-    manifest = read_processed(stores.processed, digest)
-    raw_digest = manifest.raw_digest
+    raw_digest = read_processed(stores.processed, digest).raw_digest
     spec = build_spec(
         stores.processed,
         stores.models,
@@ -66,7 +65,6 @@ def _data(options: argparse.Namespace) -> None:
         seed=options.seed,
         mlflow=mlflow,
     )
-    spec.recipe.check_fits(manifest.image_size)
     try:
         plan = Plan(run=options.run, raw_digest=raw_digest, replicas=options.replicas, spec=spec)
     except ValidationError as error:

@@ -118,8 +118,8 @@ class Recipe(BaseModel):
         least = {"resolutions": max(sizes), "cutout": self.cutout, "translate": self.translate + 1}
         if unfit := [name for name, size in least.items() if size > image_size]:
             raise ConfigError(
-                f"Recipe {self.name!r}: {', '.join(unfit)} ask for more than the {image_size} pixels of the dataset's "
-                "images. Override them."
+                f"Recipe {self.name!r} does not fit the dataset's images of {image_size} pixels: lower "
+                f"{', '.join(unfit)}."
             )
         if self.network == "speednet" and min(sizes) < _SPEEDNET_PIXELS:
             raise ConfigError(
@@ -191,10 +191,11 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def check_fields(setting: str, given: Iterable[str], allowed: Iterable[str]) -> None:
-    """Raises ConfigError naming the fields that cannot be set there, and those that can."""
+def set_fields(setting: str, given: Mapping[str, Any], allowed: Iterable[str]) -> dict[str, Any]:
+    """The fields that have a value: null means left out. ConfigError names those that cannot be set there."""
     if unknown := sorted(set(given) - set(allowed)):
         raise ConfigError(f"{setting}: {', '.join(unknown)} cannot be set. Choose from {', '.join(sorted(allowed))}.")
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def get_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -204,8 +205,8 @@ def get_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
         name = _RENAMED[name]
     if name not in RECIPES:
         raise ConfigError(f"Recipe {name!r} does not exist: choose one of {', '.join(sorted(RECIPES))}.")
-    check_fields("overrides", overrides or {}, Recipe.model_fields.keys() - {"name"})
+    fields = set_fields("overrides", overrides or {}, Recipe.model_fields.keys() - {"name"})
     try:
-        return Recipe.model_validate({**RECIPES[name].model_dump(), **(overrides or {})})
+        return Recipe.model_validate({**RECIPES[name].model_dump(), **fields})
     except ValidationError as error:
-        raise ConfigError(f"Recipe {name!r} with {dict(overrides or {})} is not valid: {error}") from error
+        raise ConfigError(f"Recipe {name!r} with {fields} is not valid: {error}") from error

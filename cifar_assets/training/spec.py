@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cifar_assets.training.recipes import Recipe, check_fields, get_recipe
+from cifar_assets.dataset.versions.processed import read_processed
+from cifar_assets.training.recipes import Recipe, get_recipe, set_fields
 from resources.digests import sha256_json
 from resources.errors import ConfigError
 from resources.mlflow.target import MlflowTarget
@@ -114,9 +115,13 @@ def build_spec(
     seed: int,
     mlflow: MlflowTarget | None,
 ) -> JobSpec:
-    """The job that Dagster and the other pipelines run. Raises ConfigError naming the invalid recipe or field."""
+    """The job that Dagster and the other pipelines run.
+
+    Raises ConfigError naming the invalid recipe or field, ObjectNotFoundError for a dataset that is not stored.
+    """
     chosen = get_recipe(recipe, overrides)
-    check_fields("execution", execution, Execution.model_fields)
+    chosen.check_fits(read_processed(processed, dataset_digest).image_size)
+    fields = set_fields("execution", execution, Execution.model_fields)
     try:
         return JobSpec(
             dataset_uri=processed.at(dataset_digest).uri(),
@@ -126,7 +131,7 @@ def build_spec(
             output_uri=models.uri(),
             mlflow=mlflow,
             write_baseline_copies=True,
-            execution=Execution(**execution),
+            execution=Execution(**fields),
         )
     except ValidationError as error:
         raise ConfigError(f"The training's settings are not valid: {error}") from error

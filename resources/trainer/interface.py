@@ -6,14 +6,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from resources.errors import TrainingError
 from resources.trainer.contract import TrainingSpec
 
 
 class TrainingScale(dg.Config):
-    """Number of processes, and resources of each replica. An omitted field uses the trainer's setting.
+    """Number of processes, and resources of each replica. An omitted or empty field uses the trainer's setting.
 
     The local trainer uses only the numbers of processes, which default to 1.
     """
@@ -23,6 +23,11 @@ class TrainingScale(dg.Config):
     cpu: str | None = Field(default=None, description="CPU of each replica, such as '2'.")
     memory: str | None = Field(default=None, description="Memory of each replica, such as '4Gi'.")
     gpu: int | None = Field(default=None, ge=0, le=16, description="GPUs of each replica.")
+
+    @field_validator("cpu", "memory")
+    @classmethod
+    def _empty_is_omitted(cls, value: str | None) -> str | None:
+        return value or None
 
 
 @dataclass(frozen=True)

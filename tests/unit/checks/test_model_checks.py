@@ -1,4 +1,4 @@
-"""Verdicts on stored metrics of every kind, whether a training wrote them or not."""
+"""Verdicts on stored metrics of every kind, including some that no training writes."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,6 @@ def test_split_without_a_class_is_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(METRICS))
 def test_metrics_that_lack_a_key_give_verdicts(tmp_path: Path, name: str) -> None:
     world = World(tmp_path)
-    world.known_data()
     document = {key: value for key, value in METRICS.items() if key != name}
     stored = store_model(world.models, json.dumps(document).encode())
     result = world.materialize(TRAINED_MODEL, config={TRAINED_MODEL: {"model_digest": stored}})
@@ -45,7 +44,6 @@ def test_metrics_that_lack_a_key_give_verdicts(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize("performance", [b"{", b"[]", b'{"images_per_second": null}', b'{"seconds_per_phase": {}}'])
 def test_unusual_timings_do_not_fail_the_materialization(tmp_path: Path, performance: bytes) -> None:
     world = World(tmp_path)
-    world.known_data()
     stored = store_model(world.models, {"history": [{}]}, files={PERFORMANCE_FILE: performance})
     world.materialize(TRAINED_MODEL, config={TRAINED_MODEL: {"model_digest": stored}})
     assert world.newest(TRAINED_MODEL) == stored

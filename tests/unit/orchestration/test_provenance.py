@@ -60,7 +60,7 @@ def test_a_model_whose_checks_did_not_run_is_refused_with_the_command_that_runs_
     for check in ("accuracy_threshold", "metrics_finite", "onnx_equals_torch"):
         assert f"the blocking check {check} of cifar10/trained_model never ran on {digest}" in refused
     assert "dg launch --assets cifar10/trained_model" in refused
-    config = {TRAINED_MODEL: {"model_digest": digest}}  # what the command does
+    config = {TRAINED_MODEL: {"model_digest": digest}}  # as in the command
     assert world.materialize(TRAINED_MODEL, config=config).success
     assert world.deploy() is None
 
@@ -68,7 +68,7 @@ def test_a_model_whose_checks_did_not_run_is_refused_with_the_command_that_runs_
 def test_a_stored_model_that_dagster_never_materialized_is_refused(world: World) -> None:
     world.train()
     forged = store_model(world.models, {"test_accuracy": 0.99}, dataset=world.newest(PROCESSED_DATASET), seed=9)
-    world.report(ARGO_TRAINED_MODEL, forged)  # whose checks only compare
+    world.report(ARGO_TRAINED_MODEL, forged)  # an asset whose checks only compare
     refused = world.deploy(forged)
     assert refused is not None
     assert f"this Dagster instance never materialized cifar10/trained_model as {forged}" in refused
@@ -93,7 +93,7 @@ def test_a_named_model_is_checked_like_a_trained_one(world: World) -> None:
 
 
 def test_forged_earlier_result_is_ignored(world: World) -> None:
-    """`reuse` believed jobs/<identity>.json in the bucket."""
+    """Earlier releases read jobs/<identity>.json in the bucket."""
     forged = store_model(world.models, {"test_accuracy": 0.99}, dataset=world.newest(PROCESSED_DATASET), seed=9)
     note = {"model_digest": forged, "model_uri": "file:///x", "mlflow_run_id": None, "mlflow_model_version": None}
     for identity in identities(world):
@@ -105,7 +105,7 @@ def test_forged_earlier_result_is_ignored(world: World) -> None:
 
 
 def identities(world: World) -> list[str]:
-    """Job identities that trainings had so far."""
+    """Job identities of the trainings so far."""
     world.train()
     records = world.instance.fetch_materializations(TRAINED_MODEL, limit=10).records
     made = [record.asset_materialization for record in records if record.asset_materialization]
@@ -132,7 +132,7 @@ def test_reuse_of_a_damaged_model_trains_it_again(world: World, damage: str) -> 
 
 
 def test_a_training_that_reports_another_jobs_model_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = store_model(world.models, seed=9)
+    other = store_model(world.models, dataset=world.newest(PROCESSED_DATASET), seed=9)
     monkeypatch.setattr("tests.fixtures.orchestration.store_model", lambda *_, **__: other)
     result = world.materialize(TRAINED_MODEL)
     assert f"Model {other} has seed 9, this run asked for 0." in str(failure(result, TRAINED_MODEL))
@@ -172,7 +172,7 @@ def test_a_model_of_a_dataset_that_failed_its_check_is_refused(world: World, mon
     world.data()
     monkeypatch.setattr("cifar_assets.dataset.versions.verdicts._MEAN_RANGE", (0.9, 0.95))
     assert not world.materialize(PROCESSED_DATASET, *BOTH).success
-    refused = failure(world.materialize(*BOTH), INFERENCE_SERVICE)  # a later run passes the dataset's checks by
+    refused = failure(world.materialize(*BOTH), INFERENCE_SERVICE)  # a later run that does not run the dataset's checks
     assert refused is not None
     assert "the blocking check statistics_in_range of cifar10/processed_dataset failed" in refused
     assert world.deployed() == []
@@ -193,7 +193,7 @@ def test_a_lost_history_needs_the_datasets_and_the_model_named_again(world: Worl
 
 
 def test_a_verdict_counts_for_the_version_it_names(world: World) -> None:
-    """Two runs overlap: the check of one targets what the other materialized meanwhile."""
+    """Two runs overlap: the check of one targets the materialization of the other."""
     mine = world.train()
     other = store_model(world.models, seed=3)
     world.report(TRAINED_MODEL, other)
@@ -204,7 +204,7 @@ def test_a_verdict_counts_for_the_version_it_names(world: World) -> None:
 
 
 def test_a_verdict_without_a_version_counts_for_its_target(world: World) -> None:
-    """As evaluations were written before they named what they judged."""
+    """The format from before evaluations named the version that they judged."""
     digest = world.train()
     world.evaluate(MODEL_CHECKS[0], passed=False, judged=None)
     (reason,) = why_unproven(world.instance, TRAINED_MODEL, digest, MODEL_CHECKS)

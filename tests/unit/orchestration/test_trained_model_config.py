@@ -1,5 +1,8 @@
 """The training asset's config: every field of a recipe can be changed, and nothing else."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import dagster as dg
 import pytest
 from pydantic import ValidationError
@@ -10,8 +13,9 @@ from cifar_assets.training.recipes import DEFAULT_RECIPE, Recipe
 from cifar_assets.training.spec import Execution, JobSpec
 from resources.errors import ConfigError
 from resources.object_store.resource import LocalObjectStore
+from resources.trainer.interface import TrainingScale
+from tests.fixtures.tiny_data import store_manifest
 
-DIGEST = "a" * 64
 CHANGED = {
     "network": "speednet",
     "width": 8,
@@ -42,19 +46,28 @@ CHANGED = {
     "validate_every": 3,
 }
 
-
-def spec_of(config: dict) -> JobSpec:
-    return TrainedModelConfig(**config).job_spec(LocalObjectStore(), DIGEST, None)
+SpecOf = Callable[[dict], JobSpec]
 
 
-def test_every_field_of_a_recipe_can_be_overridden() -> None:
+@pytest.fixture
+def object_store(tmp_path: Path) -> LocalObjectStore:
+    return LocalObjectStore(path=str(tmp_path))
+
+
+@pytest.fixture
+def spec_of(object_store: LocalObjectStore) -> SpecOf:
+    dataset = store_manifest(object_store.processed)
+    return lambda config: TrainedModelConfig(**config).job_spec(object_store, dataset, None)
+
+
+def test_every_field_of_a_recipe_can_be_overridden(spec_of: SpecOf) -> None:
     assert set(CHANGED) == set(Recipe.model_fields) - {"name"}, "add the new field above with a changed value"
     recipe = spec_of({"overrides": CHANGED}).recipe.model_dump(mode="json")
     for name, value in CHANGED.items():
         assert recipe[name] == value, name
 
 
-def test_every_field_of_the_execution_can_be_set() -> None:
+def test_every_field_of_the_execution_can_be_set(spec_of: SpecOf) -> None:
     changed = {
         "device": "cpu",
         "threads": 3,
@@ -66,11 +79,26 @@ def test_every_field_of_the_execution_can_be_set() -> None:
     assert spec_of({"execution": changed}).execution == Execution.model_validate(changed)
 
 
-def test_without_config_the_default_recipe_is_complete() -> None:
+def test_without_config_the_default_recipe_is_complete(spec_of: SpecOf) -> None:
     spec = spec_of({})
     assert spec.recipe.name == DEFAULT_RECIPE
-    assert spec.dataset_uri.endswith(f"processed-data/{DIGEST}/")
+    assert spec.dataset_uri.endswith(f"processed-data/{spec.dataset_digest}/")
     assert spec.output_uri.endswith("/models/")
+
+
+@pytest.mark.parametrize("left_out", [{"overrides": {"epochs": None}}, {"execution": {"threads": None}}])
+def test_null_means_left_out(spec_of: SpecOf, left_out: dict) -> None:
+    assert spec_of(left_out) == spec_of({})
+
+
+def test_empty_quantity_means_left_out() -> None:
+    assert TrainingScale(cpu="", memory="") == TrainingScale()
+
+
+def test_dataset_of_smaller_images_is_refused_before_training(object_store: LocalObjectStore) -> None:
+    dataset = store_manifest(object_store.processed, image_size=16)
+    with pytest.raises(ConfigError, match="images of 16 pixels: lower resolutions"):
+        TrainedModelConfig().job_spec(object_store, dataset, None)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +108,13 @@ def test_without_config_the_default_recipe_is_complete() -> None:
         ({"overrides": {"epochs": 0}}, "epochs"),
         ({"overrides": {"epochs": "many"}}, "epochs"),
         ({"overrides": {"network": "vgg"}}, "network"),
+        ({"overrides": {"cutout": 33}}, "images of 32 pixels: lower cutout"),
         ({"overrides": {"resolutions": [{"start": 0.5, "size": 16}]}}, "resolutions"),
         ({"execution": {"threads": 0}}, "threads"),
         ({"execution": {"device": "tpu"}}, "device"),
     ],
 )
-def test_a_recipe_that_cannot_be_is_refused_naming_the_field(config: dict, named: str) -> None:
+def test_a_recipe_that_cannot_be_is_refused_naming_the_field(spec_of: SpecOf, config: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         spec_of(config)
 

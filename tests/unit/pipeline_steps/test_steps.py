@@ -1,4 +1,4 @@
-"""The steps' commands on a small store: what they hand on, and with which code and words they fail."""
+"""The steps' commands on a small store: their outputs, exit codes and errors."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.model_package import WEIGHTS_FILE
 from cifar_assets.pipeline_steps import __main__ as steps
 from cifar_assets.pipeline_steps.plan import Plan, parse_plan
+from cifar_assets.training.recipes import get_recipe
 from cifar_assets.training.spec import parse_spec
 from resources.errors import StoreError
 from resources.object_store import FolderStore
@@ -21,7 +22,7 @@ from tests.fixtures.tiny_data import TINY_RECIPE, TinyData, store_tiny_data
 
 
 class Steps:
-    """The commands on one store, and what they printed."""
+    """The commands on one store, and their output."""
 
     def __init__(self, store: FolderStore, folder: Path, capsys: pytest.CaptureFixture[str]):
         self.store = store
@@ -64,7 +65,7 @@ def tiny(pipeline: Steps) -> TinyData:
 
 
 def report_model(pipeline: Steps, seed: int = 0, **metrics: float) -> str:
-    """Store a model as the run's training would, and leave its message."""
+    """Store a model and its result message as the run's training would."""
     plan = pipeline.plan()
     models = pipeline.store.at("models")
     digest = store_model(
@@ -104,6 +105,11 @@ def test_the_trainer_is_given_the_same_spec_and_a_way_to_answer(pipeline: Steps,
     assert pipes.load_messages_params() == {STORE_URI_PARAM: expected}
 
 
+def test_null_override_means_left_out(pipeline: Steps, tiny: TinyData) -> None:
+    assert pipeline.data('--overrides={"epochs": null}', '--execution={"threads": null}') == 0
+    assert pipeline.plan().spec.recipe == get_recipe("fast")
+
+
 def test_outputs_are_safe_in_quoted_yaml(pipeline: Steps, tiny: TinyData) -> None:
     assert pipeline.data("--run=it's {{here}}") == 0
     text = (pipeline.outputs / "plan").read_text()
@@ -129,6 +135,7 @@ def test_an_earlier_version_can_be_named(pipeline: Steps, tiny: TinyData) -> Non
         (['--overrides={"name": "mine"}'], "overrides: name cannot be set."),
         (['--execution={"thread": 1}'], "execution: thread cannot be set. Choose from checkpoint_every_steps, "),
         (['--execution={"threads": 0}'], "threads"),
+        (['--overrides={"cutout": 33}'], "images of 32 pixels: lower cutout"),
         (["--seed=-1"], "seed"),
         (["--replicas=0"], "replicas"),
     ],

@@ -74,8 +74,8 @@ def test_a_wrong_override_is_refused_by_name(overrides: dict, named: str) -> Non
 @pytest.mark.parametrize(
     ("recipe", "overrides", "named"),
     [
-        ("resnet18", {"resolutions": [{"start": 0, "size": 17}]}, "resolutions ask for more than the 16 pixels"),
-        ("resnet18", {"cutout": 17, "translate": 16}, "cutout, translate ask"),
+        ("resnet18", {"resolutions": [{"start": 0, "size": 17}]}, "images of 16 pixels: lower resolutions"),
+        ("resnet18", {"cutout": 17, "translate": 16}, "lower cutout, translate"),
         ("fast", {}, "resolutions"),
         ("fast", {"resolutions": [{"start": 0, "size": 8}]}, "a speednet needs at least 9"),
     ],
