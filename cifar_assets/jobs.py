@@ -15,15 +15,11 @@ _MODEL = dg.AssetSelection.assets(TRAINED_MODEL)
 _SERVICE = dg.AssetSelection.assets(INFERENCE_SERVICE)
 
 retrain = dg.define_asset_job(
-    "retrain",
-    _DATA | _MODEL | _SERVICE,
-    description="Builds the datasets, trains a model and serves it.",
+    "retrain", _DATA | _MODEL | _SERVICE, description="Builds the datasets, trains a model and serves it."
 )
 train = dg.define_asset_job("train", _DATA | _MODEL, description="Like retrain, but does not deploy the model.")
 deploy = dg.define_asset_job(
-    "deploy",
-    _SERVICE,
-    description="Serves the last trained model, or model_digest, if the gate passes it.",
+    "deploy", _SERVICE, description="Serves the last trained model, or model_digest, if the gate passes it."
 )
 rollback = dg.define_asset_job(
     "rollback",

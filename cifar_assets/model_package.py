@@ -6,7 +6,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from cifar_assets.contracts import ImageSpec
-from resources.digests import canonical_json, sha256_bytes, sha256_json
+from cifar_assets.manifest import Manifest
+from resources.digests import sha256_bytes
 from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
@@ -24,8 +25,8 @@ IDENTITY_FILES = (WEIGHTS_FILE, ONNX_FILE, METRICS_FILE, RECIPE_FILE)
 """Files the digest covers. Files that differ between identical trainings (timings, log) are stored beside them."""
 
 
-class ModelManifest(ImageSpec):
-    """What a model is made of. The sha256 of its canonical JSON is the model's digest."""
+class ModelManifest(Manifest, ImageSpec):
+    """What a model is made of."""
 
     kind: Literal["cifar10-model/1"] = "cifar10-model/1"
     dataset_digest: str = Field(description="Digest of the processed dataset it was trained on.")
@@ -33,25 +34,11 @@ class ModelManifest(ImageSpec):
     seed: int
     files: dict[str, str] = Field(description="sha256 of each file the digest covers, by name.")
 
-    @property
-    def digest(self) -> str:
-        return sha256_json(self.model_dump(mode="json"))
-
-    def to_bytes(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json"))
-
 
 def read_manifest(package: ObjectStore, digest: str) -> ModelManifest:
-    """The manifest of the model stored at the package's root.
-
-    Raises IntegrityError when it does not have the digest, ObjectNotFoundError when it does not exist, DataError when
-    it is not a manifest of a known kind.
-    """
-    data = package.read_verified(MANIFEST_FILE, digest)
-    try:
-        return ModelManifest.model_validate_json(data)
-    except ValueError as error:
-        raise DataError(f"{package.uri(MANIFEST_FILE)} is not a model manifest: {error}") from error
+    """The manifest of the model stored at the package's root. Raises as `Manifest.read` does."""
+    missing = f"There is no model in {package.uri()}: it has no {MANIFEST_FILE}."
+    return ModelManifest.read(package, MANIFEST_FILE, digest, missing)
 
 
 def read_file(package: ObjectStore, manifest: ModelManifest, name: str) -> bytes:
@@ -74,7 +61,7 @@ def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str,
     for name, data in files.items():
         if not (whole and package.exists(name)):
             package.write(name, data)
-    package.write(MANIFEST_FILE, manifest.to_bytes())  # even if intact: it counts as new again
+    manifest.write(package, MANIFEST_FILE)  # even if intact: it counts as new again
     return digest
 
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
+from cifar_assets.assets.record import UNFINISHED
 from cifar_assets.dataset.landing.zone import LandingRecord, scan_landing
 from cifar_assets.jobs import retrain
 from cifar_assets.landing_decision import LandingCursor, LastRun, Outcome, decide
@@ -24,8 +25,6 @@ RETRY_SECONDS = 600.0
 
 _RUN_KEY_TAG = "dagster/run_key"
 _ROOT_RUN_TAG = "dagster/root_run_id"
-_ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-_UNFINISHED = [status for status in dg.DagsterRunStatus if status not in _ENDED]
 _UNFINISHED_BACKFILLS = [BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING, BulkActionStatus.FAILING]
 _TRAINED = {TRAINED_MODEL, ARGO_TRAINED_MODEL}
 
@@ -66,7 +65,7 @@ def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStor
 
 def training_in_flight(instance: dg.DagsterInstance) -> str | None:
     """Describes an unfinished run, however it was started, or backfill that will materialize a model; else None."""
-    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+    for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
         if _will_train(instance, run):
             return f"run {run.run_id} ({run.job_name}, {run.status.value})"
     failed_lately = dg.RunsFilter(

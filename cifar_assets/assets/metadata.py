@@ -126,10 +126,7 @@ def _changes(processed: ObjectStore, digest: str, previous: str) -> Metadata:
     except ExplainedError as error:  # the earlier version was pruned or damaged; this does not affect the new one
         return {"previous_digest": previous, "changes": f"The previous version cannot be read: {error}"}
     rows = ({"split": split, "added": changes.added[split], "removed": changes.removed[split]} for split in SPLIT_NAMES)
-    return {
-        "previous_digest": previous,
-        "changes": table(rows),
-    }
+    return {"previous_digest": previous, "changes": table(rows)}
 
 
 def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource, threshold: float) -> Metadata:

@@ -18,6 +18,9 @@ VERSION_METADATA = "checked_version"
 RECENT = 100
 """How many materializations are searched for a run's own, for earlier versions, and for a training to reuse."""
 
+_ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+UNFINISHED = [status for status in dg.DagsterRunStatus if status not in _ENDED]
+"""Statuses of runs that have not ended."""
 _PAGE = 50
 
 

@@ -11,13 +11,7 @@ from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.record import find_materialization, materialized_digest, previous_digests
 from cifar_assets.checks.results import answers, declare
 from cifar_assets.gate import judge_model, read_metrics
-from cifar_assets.model_package import (
-    ENVIRONMENT_FILE,
-    RECIPE_FILE,
-    WEIGHTS_FILE,
-    read_json,
-    read_manifest,
-)
+from cifar_assets.model_package import ENVIRONMENT_FILE, RECIPE_FILE, WEIGHTS_FILE, read_json, read_manifest
 from resources.errors import DataError, ExplainedError
 from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource

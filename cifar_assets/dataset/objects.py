@@ -112,12 +112,8 @@ def fetched(store: ObjectStore, key: str, sha256: str) -> Iterator[Path]:
     """The object as a local file with verified content: in place where the store is a folder, else a temporary copy."""
     local = store.local_path(key)
     if local is not None and local.is_file():
-        found = sha256_file(local)
-        if found != sha256:
-            raise IntegrityError(
-                f"{store.uri(key)}: expected sha256 {sha256}, got {found}. The object was changed after it was "
-                "written: materialize the raw dataset again to restore it from its source."
-            )
+        if (found := sha256_file(local)) != sha256:
+            raise store.changed(key, sha256, found)
         yield local
         return
     with tempfile.TemporaryDirectory(prefix="cifar-object-") as folder:

@@ -13,7 +13,7 @@ _LABEL_WIDTH = 84
 
 
 def sample_sheet(reader: SplitReader, per_class: int = 10) -> bytes:
-    """A PNG with the first images of each class, labelled. The same version gives the same picture."""
+    """A PNG with the first images of each class, labeled. The same version gives the same picture."""
     classes, side = reader.manifest.classes, reader.manifest.image_size * _SCALE
     cell = side + _GAP
     sheet = Image.new("RGB", (_LABEL_WIDTH + per_class * cell, len(classes) * cell), "white")

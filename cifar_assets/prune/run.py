@@ -7,7 +7,7 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import keys
-from cifar_assets.assets.record import materializations
+from cifar_assets.assets.record import UNFINISHED, materializations
 from cifar_assets.dataset.stores import Stores, stores_below
 from cifar_assets.dataset.versions.processed import list_processed_versions
 from cifar_assets.dataset.versions.raw import list_raw_digests
@@ -43,9 +43,6 @@ _RECENT = {
     keys.INFERENCE_SERVICE: 2,
 }
 """Number of distinct versions last recorded by Dagster to keep: two for the service, to allow a rollback."""
-
-_ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-_UNFINISHED = [status for status in dg.DagsterRunStatus if status not in _ENDED]
 
 
 class PruneError(ExplainedError):
@@ -115,7 +112,7 @@ def _in_use(instance: dg.DagsterInstance, models: ObjectStore, serving: Inferenc
     for key, number in _RECENT.items():
         digests = dict.fromkeys(made.digest for made in materializations(instance, key) if made.digest)
         in_use.update(list(digests)[:number])
-    for record in instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED)):
+    for record in instance.get_run_records(dg.RunsFilter(statuses=UNFINISHED)):
         in_use |= find_digests(str(record.dagster_run.run_config))
     return in_use
 

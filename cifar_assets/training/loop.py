@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_assets.training.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    EpochRecord,
-    TrainingState,
-    first_not_finite,
-)
+from cifar_assets.training.checkpoint import Checkpoint, CheckpointStore, EpochRecord, TrainingState, first_not_finite
 from cifar_assets.training.data import (
     EpochAugmentation,
     TrainingData,

@@ -8,10 +8,4 @@ from resources.inference_service.interface import (
 )
 from resources.inference_service.local.resource import LocalInferenceService
 
-__all__ = [
-    "DeployRequest",
-    "DeployedService",
-    "InferenceServiceResource",
-    "LocalInferenceService",
-    "ServiceStatus",
-]
+__all__ = ["DeployRequest", "DeployedService", "InferenceServiceResource", "LocalInferenceService", "ServiceStatus"]

@@ -99,7 +99,7 @@ class ObjectStore(ABC):
         """The object's bytes; IntegrityError when they do not have the given digest."""
         data = self.read(key)
         if (found := sha256_bytes(data)) != sha256:
-            raise self._changed(key, sha256, found)
+            raise self.changed(key, sha256, found)
         return data
 
     def download_verified(self, key: str, sha256: str, path: Path) -> None:
@@ -107,9 +107,10 @@ class ObjectStore(ABC):
         self.download(key, path)
         if (found := sha256_file(path)) != sha256:
             path.unlink()
-            raise self._changed(key, sha256, found)
+            raise self.changed(key, sha256, found)
 
-    def _changed(self, key: str, expected: str, found: str) -> IntegrityError:
+    def changed(self, key: str, expected: str, found: str) -> IntegrityError:
+        """The error for an object that does not have its digest."""
         return IntegrityError(
             f"{self.uri(key)}: expected sha256 {expected}, got {found}. "
             "The object was changed or truncated after it was written: restore it, or materialize its asset again."

@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
-from resources.object_store import (
-    DATA_BUCKETS,
-    MODELS_BUCKET,
-    PROCESSED_BUCKET,
-    RAW_BUCKET,
-    FolderStore,
-    ObjectStore,
-)
+from resources.object_store import DATA_BUCKETS, MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET, FolderStore, ObjectStore
 
 if TYPE_CHECKING:
     from resources.object_store.s3 import S3Store

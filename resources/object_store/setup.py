@@ -13,14 +13,7 @@ from minio import MinioAdmin
 from minio.credentials.providers import StaticProvider
 
 from resources.errors import ConfigError, ExplainedError
-from resources.object_store import (
-    DATA_BUCKETS,
-    LOGS_BUCKET,
-    MLFLOW_BUCKET,
-    MODELS_BUCKET,
-    PROCESSED_BUCKET,
-    RAW_BUCKET,
-)
+from resources.object_store import DATA_BUCKETS, LOGS_BUCKET, MLFLOW_BUCKET, MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
 

@@ -27,8 +27,7 @@ class LocalTrainer(TrainerResource):
     """Starts `python -m <module>` (or `<module>.launch` for more than one process) and relays its messages."""
 
     stop_grace_seconds: float = Field(
-        default=60.0,
-        description="How long a canceled training may take to write its checkpoint before it is killed.",
+        default=60.0, description="How long a canceled training may take to write its checkpoint before it is killed."
     )
 
     def train(

@@ -36,10 +36,7 @@ class RowBatch:
 
 
 def row_batches(
-    rows: Iterable[tuple[Any, object]],
-    pixels_of: Callable[[Any], NDArray[np.uint8]],
-    split: Split,
-    first_row: int = 0,
+    rows: Iterable[tuple[Any, object]], pixels_of: Callable[[Any], NDArray[np.uint8]], split: Split, first_row: int = 0
 ) -> Iterator[RowBatch]:
     """Batches over rows of a picture and its label. A row that is not usable is marked as refused."""
     rows = iter(rows)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cifar_assets.contracts import LANDING_PREFIX, REJECTED_PREFIX
 from cifar_assets.dataset.formats.names import suffix_of
+from cifar_assets.dataset.objects import ranges_of
 from resources.digests import sha256_bytes
 from resources.errors import ObjectChangedError, ObjectNotFoundError
 from resources.object_store import ObjectStore
@@ -86,10 +87,4 @@ def _write_reason(raw: ObjectStore, target: str, key: str, sha256: str, reason: 
 
 def _ranges(rows: Iterable[int]) -> str:
     """Row numbers in short form, such as "3, 7-9"."""
-    ranges: list[list[int]] = []
-    for row in sorted(rows):
-        if ranges and row == ranges[-1][-1] + 1:
-            ranges[-1] = [ranges[-1][0], row]
-        else:
-            ranges.append([row])
-    return ", ".join("-".join(map(str, each)) for each in ranges)
+    return ", ".join(f"{first}" if stop == first + 1 else f"{first}-{stop - 1}" for first, stop in ranges_of(rows))

@@ -28,9 +28,9 @@ def draw_split(seed: int, split: str, rows: int) -> tuple[NDArray[np.uint8], NDA
 def _draw(random: np.random.RandomState, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
     count = len(labels)
     radius = random.randint(8, 12, size=(count, 1, 1))
-    centre = random.randint(13, 19, size=(2, count, 1, 1))
+    center = random.randint(13, 19, size=(2, count, 1, 1))
     axis = np.arange(IMAGE_SIZE)
-    masks = _shapes(axis[None, None, :] - centre[0], axis[None, :, None] - centre[1], radius)
+    masks = _shapes(axis[None, None, :] - center[0], axis[None, :, None] - center[1], radius)
     mask = np.take_along_axis(masks, labels[None, :, None, None], axis=0)[0]
 
     ground = random.randint(80, 176, size=(count, 3, 1, 1))

@@ -72,9 +72,7 @@ def dataset_lineage(stores: Stores, processed_digest: str) -> DatasetLineage:
     }
     objects = [
         UsedObject(
-            item,
-            provenance.landed.get(item.sha256, []),
-            {split: int(counts[split][number]) for split in SPLIT_NAMES},
+            item, provenance.landed.get(item.sha256, []), {split: int(counts[split][number]) for split in SPLIT_NAMES}
         )
         for number, item in enumerate(items)
     ]

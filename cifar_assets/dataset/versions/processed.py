@@ -18,10 +18,10 @@ from cifar_assets.contracts import CLASSES, ImageSpec
 from cifar_assets.dataset.index import PREPARATION, pixel_digests
 from cifar_assets.dataset.objects import GROUP_ROWS, RawObject, fetched, grouped, is_stored, read_rows, read_state
 from cifar_assets.dataset.progress import report
-from cifar_assets.dataset.versions.manifest import Manifest
 from cifar_assets.dataset.versions.raw import RawManifest, read_raw
 from cifar_assets.dataset.versions.shards import Shard, ShardWriter, Tensors, channel_totals, mean_and_std
 from cifar_assets.dataset.versions.splits import NEEDED_SPLITS, SPLIT_NAMES, SplitConfig, SplitName, assign_splits
+from cifar_assets.manifest import Manifest
 from resources.digests import sha256_json
 from resources.errors import DataError, IntegrityError, StoreError
 from resources.object_store import ObjectStore

@@ -16,8 +16,8 @@ from cifar_assets.dataset.landing.join import LandingReport, join_landed
 from cifar_assets.dataset.objects import RawObject, read_state
 from cifar_assets.dataset.sources.download import FULL_DISK
 from cifar_assets.dataset.sources.importing import import_source
-from cifar_assets.dataset.versions.manifest import Manifest
 from cifar_assets.dataset.versions.splits import splits_filled
+from cifar_assets.manifest import Manifest
 from resources.digests import canonical_json
 from resources.errors import ConfigError, DataError, StoreError
 from resources.object_store import ObjectStore

@@ -218,10 +218,7 @@ class LocalInferenceService(InferenceServiceResource):
                 return _deployed(old.info, previous, changed=False)
             listening = contextlib.nullcontext(old.listener)
         try:
-            with (
-                listening or listen(self.host, self.port) as listener,
-                self._start(folder, listener, request) as new,
-            ):
+            with listening or listen(self.host, self.port) as listener, self._start(folder, listener, request) as new:
                 _check_answers(new.info)
                 new.take_over(folder, old)
                 return _deployed(new.info, previous, changed=True)

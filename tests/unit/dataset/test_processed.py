@@ -138,7 +138,7 @@ def test_a_changed_raw_object_is_noticed(raw, processed, source: str) -> None:
     version = build_raw_version(raw, source)
     key = version.manifest.objects[0].key
     raw.write(key, raw.read(key)[:-1] + b"?")
-    with pytest.raises(IntegrityError, match="materialize the raw dataset again"):
+    with pytest.raises(IntegrityError, match="materialize its asset again"):
         build_processed(raw, processed, version.digest)
     assert list_processed_versions(processed) == []
 

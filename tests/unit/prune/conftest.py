@@ -17,7 +17,7 @@ from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.prune.rules import Policy, Removal
 from cifar_assets.prune.run import prune
 from resources.inference_service import InferenceServiceResource, ServiceStatus
-from resources.inference_service.local import LocalInferenceService
+from resources.inference_service.local.resource import LocalInferenceService
 from resources.mlflow.resource import LocalMlflow
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
@@ -29,7 +29,7 @@ KEPT = 2
 
 
 class Serving(LocalInferenceService):
-    """The service as far as pruning asks: what answers now."""
+    """A fake of the service's status, which is all that pruning reads."""
 
     server_module: str = "none"
     digest: str | None = None
@@ -40,7 +40,7 @@ class Serving(LocalInferenceService):
 
 @dataclass(frozen=True)
 class Generation:
-    """One retraining: its data and its model."""
+    """The data and the model of one retraining."""
 
     raw: str
     processed: str
@@ -75,7 +75,7 @@ class World:
             os.utime(path, (two_days_ago, two_days_ago))
 
     def build(self) -> Generation:
-        """Data and model of what lies in the landing zone now."""
+        """Build the data with the current landing zone, and a model of it."""
         raw = build_raw_version(self.stores.raw, str(self.folder / "source")).digest
         processed = build_processed(self.stores.raw, self.stores.processed, raw).digest
         model = store_model(self.stores.models, dataset=processed, raw=raw, weights=processed.encode())

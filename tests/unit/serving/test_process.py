@@ -59,7 +59,10 @@ def test_wrong_options_end_with_a_usage_message(arguments, word, capsys) -> None
 
 @pytest.mark.parametrize(
     ("uri", "words"),
-    [("ftp://x/", "expected file:///folder or s3://bucket/prefix"), ("file:///no/such/model/", "no such object")],
+    [
+        ("ftp://x/", "expected file:///folder or s3://bucket/prefix"),
+        ("file:///no/such/model/", "There is no model in file:///no/such/model/"),
+    ],
 )
 def test_permanent_errors_exit_with_one_line_and_their_own_code(uri, words, caplog, monkeypatch) -> None:
     monkeypatch.setattr("cifar_assets.serving.__main__.configure_logging", lambda: None)

@@ -1,10 +1,10 @@
-"""A content-addressed version: a manifest named by the sha256 of its canonical JSON."""
+"""The manifest of a version of data or of a model, named by the sha256 of its canonical JSON."""
 
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from resources.digests import canonical_json, sha256_json
+from resources.digests import canonical_json, sha256_bytes
 from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
@@ -16,11 +16,14 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        return sha256_json(self.model_dump(mode="json"))
+        return sha256_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(self.model_dump(mode="json"))
 
     def write(self, store: ObjectStore, key: str) -> None:
         """Publish the version, which does not exist without its manifest."""
-        store.write(key, canonical_json(self.model_dump(mode="json")))
+        store.write(key, self.to_bytes())
 
     @classmethod
     def read(cls, store: ObjectStore, key: str, digest: str, missing: str) -> Self:
