@@ -1,4 +1,4 @@
-# Images of the pods, by buildah or docker alike: `make images`. Include from the top Makefile, or
+# Images of the pods, with buildah or docker: `make images`. Include from the top Makefile, or
 # `make -f images/images.mk images` from the repository's root.
 #   BUILDER     command that builds:  buildah bud  |  docker build
 #   BUILD_ARGS  further arguments, such as --no-cache
@@ -22,7 +22,7 @@ $(IMAGES:%=image-%) image-kfp: image-%:
 	$(BUILDER) $(BUILD_ARGS) --build-arg PYTHON=$(PYTHON) --target $* -t $(REGISTRY)/cifar-$*:$(TAG) -f images/Dockerfile .
 	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-$*:$(TAG))
 
-sbom: $(filter .uv/bin/uv,$(UV)) ## Write what each image holds, by the lock file, to .cifar/sbom as CycloneDX.
+sbom: $(filter .uv/bin/uv,$(UV)) ## Write the packages of each image, from the lock file, to .cifar/sbom as CycloneDX.
 	@mkdir -p .cifar/sbom
 	@for role in $(IMAGES) kfp; do \
 		extras=$$(sed -n "/ AS $$role$$/,/^RUN/p" images/Dockerfile | grep -o -e '--extra [a-z]*'); \
@@ -30,12 +30,12 @@ sbom: $(filter .uv/bin/uv,$(UV)) ## Write what each image holds, by the lock fil
 			--output-file .cifar/sbom/$$role.cdx.json || exit 1; \
 	done
 
-test-images: story-image postgres-image ## Build what only the cluster tests run.
+test-images: story-image postgres-image ## Build the images that only the cluster tests run.
 
 story-image: ## Build the small image of the cluster tests.
 	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/pytorch-job-story:test -f tests/cluster/story_image/Dockerfile .
 	$(if $(LOAD),$(LOAD) $(REGISTRY)/pytorch-job-story:test)
 
-postgres-image: ## Build Postgres for test clusters that reach no registry.
+postgres-image: ## Build Postgres for test clusters without a registry.
 	$(BUILDER) $(BUILD_ARGS) -t $(REGISTRY)/cifar-postgres:test -f tests/cluster/postgres_image/Dockerfile .
 	$(if $(LOAD),$(LOAD) $(REGISTRY)/cifar-postgres:test)
