@@ -1,4 +1,4 @@
-"""The workflow of k8s/argo on the platform of the tests, with pods small enough for two CPUs."""
+"""The workflow of k8s/argo on the tests' platform, with pods small enough for two CPUs."""
 
 import json
 import os
@@ -31,13 +31,13 @@ PARAMETERS = {
     "threshold": "0",
 }
 WORKFLOW_SECONDS = 900
-"""Far longer than a workflow takes while all of them run at once."""
+"""Far longer than a workflow takes while all of them run concurrently."""
 _SMALL = {"cpu": "200m", "memory": "2Gi", "scratch": "1Gi"}
 
 
 @dataclass(frozen=True)
 class ArgoCluster:
-    """Where workflows run, and the store they work on."""
+    """The namespace of the workflows, and their store."""
 
     namespace: str
     client: WorkflowClient
@@ -45,7 +45,7 @@ class ArgoCluster:
 
     @contextmanager
     def deployed(self) -> Iterator[None]:
-        """What `kubectl apply -k k8s/argo` makes, its PyTorchJobs smaller; removed at the end with every workflow."""
+        """Applies k8s/argo with smaller PyTorchJobs; removes it at the end, with every workflow."""
         documents = [document for document in yaml.safe_load_all(kubectl("kustomize", str(FOLDER))) if document]
         text = yaml.safe_dump_all([_small(document) for document in documents])
         kubectl("-n", self.namespace, "apply", "--server-side", "-f", "-", text=text)
@@ -58,7 +58,7 @@ class ArgoCluster:
             kubectl("-n", self.namespace, "delete", "pytorchjobs", *ours)
 
     def create(self, file: str = "workflow.yaml", **parameters: str) -> str:
-        """`kubectl create -f` of one of the files with some parameters; the workflow's name."""
+        """`kubectl create -f` of one of the files with parameters. Returns the workflow's name."""
         manifest = yaml.safe_load((FOLDER / file).read_text())
         manifest["metadata"]["namespace"] = self.namespace
         return self.submit(manifest, {**PARAMETERS, **parameters})
@@ -75,7 +75,7 @@ class ArgoCluster:
         return found
 
     def finished(self, name: str, seconds: float = WORKFLOW_SECONDS) -> Workflow:
-        """The workflow once its exit handler has ended."""
+        """The workflow, once its exit handler has ended."""
         return wait_for(f"the end of workflow {name}", lambda: self._if_finished(name), seconds)
 
     def job_exists(self, workflow: Workflow) -> bool:

@@ -1,4 +1,4 @@
-"""A namespace of its own with an object store, on whatever cluster KUBECONFIG names; nothing is left behind.
+"""A temporary namespace with an object store, on the cluster that KUBECONFIG names.
 
 Stories need the image of tests/cluster/story_image: `make -f images/images.mk story-image LOAD=...`.
 """
@@ -30,12 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/cluster" in str(item.path):
             item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.timeout(1800))  # longer than all waits of any one test that passes
+            item.add_marker(pytest.mark.timeout(1800))  # longer than all waits of a passing test
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Puts the namespace's state into the report of a test that failed."""
+    """Adds the namespace's state to the report of a failed test."""
     report: Any = yield
     name = getattr(item, "funcargs", {}).get("namespace")
     if report.when != "teardown" and report.failed and name:
@@ -58,7 +58,7 @@ def dump(namespace: str) -> str:
 
 @pytest.fixture(scope="session")
 def core() -> Any:
-    """The cluster's API; skips, with the reason, where there is none or it lacks the training operator."""
+    """The cluster's API. Skips, with the reason, if there is none or it lacks the training operator."""
     if not shutil.which("kubectl"):
         pytest.skip("no kubectl")
     try:
@@ -92,7 +92,7 @@ def namespace(core: Any) -> Iterator[str]:
 
 
 class Minio:
-    """An object store in the namespace, reached from here through a forwarded port."""
+    """An object store in the namespace, reached through a forwarded port."""
 
     def __init__(self, namespace: str, port: int):
         self.namespace = namespace
@@ -167,7 +167,7 @@ def minio(namespace: str) -> Iterator[Minio]:
 
 @pytest.fixture
 def no_jobs_left(namespace: str, core: Any) -> Iterator[None]:
-    """Deletes the jobs of one test, so that the next one has the node to itself."""
+    """Deletes the jobs of a test, so that the next one has the whole node."""
     yield
     kubectl("-n", namespace, "delete", "pytorchjobs", "--all", "--wait=true", PATIENCE)
     selector = ["-l", "training.kubeflow.org/job-name", "--ignore-not-found"]
@@ -181,7 +181,7 @@ def pods_of(core: Any, namespace: str) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def platform(core: Any) -> Iterator[Platform]:
-    """MinIO and MLflow as the overlay `minikube` sets them up, and the namespace for Dagster and its jobs."""
+    """MinIO and MLflow of the overlay `minikube`, and the namespace for Dagster and its jobs."""
     before = everything()
     with Platform.deployed() as deployed:
         yield deployed

@@ -28,7 +28,7 @@ def kubectl(*arguments: str, text: str | None = None) -> str:
 
 
 def wait_for(what: str, condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> Any:
-    """The condition's first true value, looked at every quarter second."""
+    """The condition's first true value, polled every quarter second."""
     deadline = time.monotonic() + seconds
     while True:
         value = condition()
@@ -40,7 +40,7 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float = PATIENCE_
 
 @contextmanager
 def temporary_namespace(prefix: str) -> Iterator[str]:
-    """A new namespace's name; it is gone, with all that is in it, when the block ends."""
+    """Creates a namespace and yields its name; deletes it with its content at the end of the block."""
     name = f"{prefix}-{uuid.uuid4().hex[:8]}"
     kubectl("create", "namespace", name)
     account = ("-n", name, "get", "serviceaccount", "default", "--ignore-not-found", "-o", "name")
@@ -52,7 +52,7 @@ def temporary_namespace(prefix: str) -> Iterator[str]:
 
 
 def missing_images(*images: str) -> list[str]:
-    """Those that the cluster neither has nor can pull. A node's status leaves out some, and new ones for a while."""
+    """Images that the cluster neither has nor can pull. A node's status omits some, and new ones for a while."""
     containers = [
         {"name": f"image-{number}", "image": image, "imagePullPolicy": "IfNotPresent", "command": ["true"]}
         for number, image in enumerate(images)
@@ -77,7 +77,7 @@ def missing_images(*images: str) -> list[str]:
 
 @contextmanager
 def forwarded(namespace: str, target: str, local_port: int, port: int) -> Iterator[None]:
-    """A service's port on loopback, forwarded again whenever the pod behind it changes."""
+    """A service's port on loopback, forwarded again whenever its pod changes."""
     ended = Event()
     command = ["kubectl", "-n", namespace, "port-forward", target, f"{local_port}:{port}"]
     processes: list[subprocess.Popen[bytes]] = []
@@ -88,9 +88,9 @@ def forwarded(namespace: str, target: str, local_port: int, port: int) -> Iterat
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
             )
             processes.append(process)
-            if ended.is_set():  # it was not there yet when the block's end looked for it
+            if ended.is_set():  # it did not exist yet when the end of the block looked for it
                 process.kill()
-            # kubectl stays after its pod has gone, and says so with the next connection.
+            # kubectl keeps running after its pod is gone, and reports it on the next connection.
             for line in process.stderr or ():
                 if b"error" in line.lower() or b"lost connection" in line:
                     break

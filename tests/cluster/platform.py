@@ -1,4 +1,4 @@
-"""The platform of k8s/overlays/minikube in a cluster, as docs/kubernetes.md sets it up."""
+"""The platform of k8s/overlays/minikube in a cluster, set up as in docs/kubernetes.md."""
 
 import base64
 import os
@@ -25,19 +25,19 @@ KEEP_VARIABLE = "TEST_KEEP_PLATFORM"
 
 @dataclass(frozen=True)
 class Platform:
-    """A running platform, reached from here through forwarded ports."""
+    """A running platform, reached through forwarded ports."""
 
     store_port: int
     mlflow_port: int
     namespace: str = NAMESPACE
-    """Where Dagster, its jobs and what serves are."""
+    """Namespace of Dagster, its jobs and the service."""
 
     @classmethod
     @contextmanager
     def deployed(cls) -> Iterator["Platform"]:
-        """Set it up, and remove it at the end. With TEST_KEEP_PLATFORM=1 it is left, and found again by the next call.
+        """Sets it up, and removes it at the end. With TEST_KEEP_PLATFORM=1 it stays, and the next call finds it.
 
-        Skips where the namespaces are someone else's.
+        Skips if the namespaces belong to someone else.
         """
         found = kubectl("get", "namespaces", NAMESPACE, PLATFORM_NAMESPACE, "--ignore-not-found", "-o", "name")
         if found and not is_kept():
@@ -57,7 +57,7 @@ class Platform:
                 kubectl("delete", "namespace", NAMESPACE, PLATFORM_NAMESPACE, "--ignore-not-found", PATIENCE)
 
     def store(self) -> S3Store:
-        """With all rights: a test puts there what it needs."""
+        """With all rights, so that a test can store what it needs."""
         keys = secret(PLATFORM_NAMESPACE, "object-store")
         endpoint = f"http://127.0.0.1:{self.store_port}"
         return S3Store(S3Connection(endpoint, keys["AWS_ACCESS_KEY_ID"], keys["AWS_SECRET_ACCESS_KEY"]))
@@ -67,7 +67,7 @@ class Platform:
         return f"http://127.0.0.1:{self.mlflow_port}"
 
     def environment(self) -> dict[str, str]:
-        """For a Dagster that runs outside of the cluster, with the rights that it has inside."""
+        """For a Dagster outside the cluster, with the rights that it has inside."""
         settings = yaml.safe_load(kubectl("-n", NAMESPACE, "get", "configmap", "cifar-platform", "-o", "yaml"))["data"]
         return {
             **settings,

@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that can be away for a while, as a server behind it would be."""
+"""A TCP proxy on loopback that can simulate an outage of the server behind it."""
 
 import contextlib
 import select
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class Proxy:
-    """Passes bytes between clients and one server. While it is away, connections break and new ones are refused."""
+    """Passes bytes between clients and one server. During an outage, connections break and new ones are refused."""
 
     def __init__(self, host: str, port: int):
         self._server = (host, port)
@@ -32,14 +32,14 @@ class Proxy:
             proxy._break_all()
 
     def be_away(self, seconds: float) -> None:
-        """Return when it is back."""
+        """Returns when the outage is over."""
         self._away.set()
         self._break_all()
         time.sleep(seconds)
         self._away.clear()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # of the closed listener, at the end
+        with contextlib.suppress(OSError):  # the listener was closed at the end
             while True:
                 client, _ = self._listener.accept()
                 if self._away.is_set():

@@ -1,4 +1,4 @@
-"""A model server of its own in the cluster, and somebody in the cluster who asks it all the time."""
+"""A model server in the cluster, and a client in the cluster that sends requests continuously."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ print("TALLY " + json.dumps({"answers": answers, "failures": failures}))
 
 
 class Service(KServeInferenceService):
-    """With the rights of one service account, and no others."""
+    """Has only the rights of one service account."""
 
     account: str = "dagster"
 
@@ -59,7 +59,7 @@ class Service(KServeInferenceService):
 
 
 def service(namespace: str, *, account: str = "dagster", patience: float = 300, **settings: Any) -> Service:
-    """The service of the stories, its settings changed as told. `patience`: seconds for a pod that cannot start."""
+    """The service of the stories with changed settings. `patience`: seconds to wait for a pod that cannot start."""
     values: dict[str, Any] = {"image": SERVER_IMAGE, "env_config_maps": [], "env_secrets": ["object-store"]}
     values |= {"cpu": "50m", "max_replicas": 1, **settings}
     return Service(
@@ -85,14 +85,14 @@ def grant_access(namespace: str) -> None:
 
 
 def store_model(store: S3Store, seed: int, version: str) -> DeployRequest:
-    """A real model package, small, stored where the server's pod finds it."""
+    """A small, real model package, stored where the server's pod can read it."""
     uri, digest = store_tiny_model(store.at("models"), seed)
     return DeployRequest(uri, digest, version, dagster_run_id=f"run-{seed}", dataset_digest="d" * 64, test_accuracy=0.9)
 
 
 @dataclass
 class Tally:
-    """What somebody was answered."""
+    """The responses that the client got."""
 
     namespace: str
     answers: dict[str, int] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Tally:
 
 @contextmanager
 def asking(namespace: str) -> Iterator[Tally]:
-    """Ask by multipart form over new connections, about 20 times a second, while the block runs; then tell."""
+    """Sends multipart requests over new connections, about 20 per second, during the block, and collects responses."""
     container = {
         "name": "asker",
         "image": DAGSTER_IMAGE,
@@ -142,7 +142,7 @@ def _tally_lines(namespace: str) -> list[str]:
 
 
 def left_behind(namespace: str) -> list[str]:
-    """Names of what belongs to a service and is there."""
+    """Names of the existing objects of a service."""
     kinds = "inferenceservices,deployments,replicasets,services,horizontalpodautoscalers,pods"
     names = kubectl("-n", namespace, "get", kinds, "-o", "name", "--ignore-not-found").split()
     return [name for name in names if NAME in name]

@@ -1,4 +1,4 @@
-"""A Dagster run against the cluster: its own process can be signalled, another can take over."""
+"""A Dagster run against the cluster, in a process that can be signaled and that another one can replace."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def story_config(*command: str, **settings: Any) -> PyTorchJobConfig:
 
 @dataclass
 class ClusterStory:
-    """What one test does on the cluster."""
+    """One test on the cluster."""
 
     namespace: str
     core: Any
@@ -85,7 +85,7 @@ class ClusterStory:
         return any(pod.status.phase == "Running" for pod in self.pods())
 
     def when(self, condition: Callable[[], Any], action: Callable[[], None]) -> threading.Thread:
-        """Do something from another thread once a condition holds; the run continues in this one."""
+        """Calls something in another thread once a condition holds; the run continues in this one."""
 
         def wait_and_act() -> None:
             wait_for("the moment to act", condition)
@@ -124,7 +124,7 @@ CURRENT: list[tuple[ClusterStory, PyTorchJobConfig]] = []
 
 @dg.asset
 def trained(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-    """Runs the current story's job."""
+    """Runs the job of the current story."""
     story, config = CURRENT[-1]
 
     def on_message(payload: Any, replayed: bool) -> None:
@@ -147,7 +147,7 @@ def trained(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
 
 
 def story_job() -> dg.JobDefinition:
-    """The job of every story."""
+    """The job of all stories."""
     jobs = [dg.define_asset_job("story", executor_def=dg.in_process_executor)]
     return dg.Definitions(assets=[trained], jobs=jobs).resolve_job_def("story")
 
@@ -169,7 +169,7 @@ def run_story(story: ClusterStory, config: PyTorchJobConfig, parent_run_id: str 
 
 
 class _ForwardedMinio(Minio):
-    """The store as its environment variables say, for a process that did not set it up."""
+    """The store from its environment variables, for a process that did not set it up."""
 
     def __init__(self, namespace: str):
         super().__init__(namespace, int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]))
@@ -179,7 +179,7 @@ class _ForwardedMinio(Minio):
 
 
 def main() -> None:
-    """The run as a process of its own: see ClusterStory.in_another_process."""
+    """The run as a separate process: see ClusterStory.in_another_process."""
     namespace = os.environ["STORY_NAMESPACE"]
     config = PyTorchJobConfig.model_validate_json(os.environ["STORY_CONFIG"])
     with dg.DagsterInstance.get() as instance:

@@ -1,4 +1,4 @@
-"""The workflow of k8s/argo under the real controller: it succeeds, fails where and how it should, and leaves nothing.
+"""The workflow of k8s/argo with the real controller: success, failures of each step, and cleanup.
 
 Needs Argo Workflows, and the images cifar-dagster and cifar-trainer in the cluster.
 """
@@ -37,13 +37,13 @@ from tests.fixtures.workspace import ROOT, Workspace
 
 STATUS_SERIES = ROOT / "tests/unit/pytorch_job/status_series.yaml"
 ENDLESS = {**TINY_RECIPE, "epochs": 1000, "width": 64}
-"""For trainings that are ended from outside: they take far longer than any test waits."""
+"""For trainings that a test ends: they take far longer than any test waits."""
 NO_DEVICE = json.dumps({"threads": 1, "device": "cuda"})
 
 
 @pytest.fixture(scope="module")
 def argo(core: Any, platform: Platform) -> Iterator[ArgoCluster]:
-    """The templates applied. Skips where the cluster has no Argo."""
+    """The applied templates. Skips if the cluster has no Argo."""
     if not kubectl("get", "crd", "workflows.argoproj.io", "--ignore-not-found", "-o", "name"):
         pytest.skip("the cluster has no Argo Workflows")
     cluster = ArgoCluster(platform.namespace, WorkflowClient.production(), platform.store())
@@ -63,13 +63,13 @@ def damaged(argo: ArgoCluster) -> TinyData:
 
 @pytest.fixture(scope="module")
 def tiny(argo: ArgoCluster, damaged: TinyData) -> TinyData:
-    """A good version, the current one."""
+    """The current version, which is intact."""
     return store_tiny_data(argo.store)
 
 
 @pytest.fixture(scope="module")
 def stories(argo: ArgoCluster, tiny: TinyData, damaged: TinyData) -> dict[str, str]:
-    """Names of workflows that run all at once, as most of their time is spent waiting."""
+    """Names of workflows that run concurrently, because they mostly wait."""
     return {
         "killed": argo.create(overrides=json.dumps({**TINY_RECIPE, "epochs": 300})),
         "deleted": argo.create(overrides=json.dumps(ENDLESS)),
@@ -83,7 +83,7 @@ def stories(argo: ArgoCluster, tiny: TinyData, damaged: TinyData) -> dict[str, s
 
 @pytest.fixture(scope="module")
 def killed(argo: ArgoCluster, stories: dict[str, str]) -> str:
-    """Deletes the pod that waits for the training of one story; gives the uid of that PyTorchJob."""
+    """Deletes the pod that waits for the training of one story. Returns the uid of that PyTorchJob."""
     name = stories["killed"]
     wait_for("a training that is waited for", lambda: _training(argo, name), WORKFLOW_SECONDS)
     workflow = argo.workflow(name)
@@ -106,7 +106,7 @@ def test_deleting_the_workflow_removes_its_job(argo: ArgoCluster, stories: dict[
 def test_submitting_twice_creates_one_job(
     argo: ArgoCluster, stories: dict[str, str], killed: str, tiny: TinyData
 ) -> None:
-    """The pod that submits is lost once the PyTorchJob is there."""
+    """The pod that submits is deleted once the PyTorchJob exists."""
     workflow = argo.finished(stories["killed"])
     assert workflow.phase == "Succeeded", explain(argo.client, workflow)
     (job,) = [job for job in argo.client.jobs.find(argo.namespace) if job.labels.get(WORKFLOW_LABEL) == workflow.name]
@@ -146,19 +146,19 @@ def test_demo_does_not_train(argo: ArgoCluster, stories: dict[str, str]) -> None
 
 @dg.asset
 def long_training(context: dg.AssetExecutionContext, argo: PipelineResource) -> None:
-    """Waits for a workflow that takes long."""
+    """Waits for a long workflow."""
     (digest,) = context.run.tags["dataset"].split()
     request = PipelineRequest(digest, "fast", ENDLESS, {"threads": 1}, 0, 1, 0.0)
     argo.run(context, request)
 
 
-def test_cancelling_the_dagster_run_removes_workflow_and_job(argo: ArgoCluster, tiny: TinyData, tmp_path: Path) -> None:
-    resource = ArgoPipeline(namespace=argo.namespace, parameters=IMAGES, name_prefix="cancelled")
+def test_canceling_the_dagster_run_removes_workflow_and_job(argo: ArgoCluster, tiny: TinyData, tmp_path: Path) -> None:
+    resource = ArgoPipeline(namespace=argo.namespace, parameters=IMAGES, name_prefix="canceled")
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
 
         def cancel_once_it_trains() -> None:
             (run,) = wait_for("the run", lambda: instance.get_runs(filters=_STARTED))
-            name = Workflow.name_for("cancelled", run_id=run.run_id, step_key="long_training", attempt=0)
+            name = Workflow.name_for("canceled", run_id=run.run_id, step_key="long_training", attempt=0)
             wait_for("the workflow", lambda: argo.client.get(argo.namespace, name))
             wait_for("a training that is waited for", lambda: _training(argo, name), WORKFLOW_SECONDS)
             seen.append(argo.workflow(name))
@@ -166,8 +166,8 @@ def test_cancelling_the_dagster_run_removes_workflow_and_job(argo: ArgoCluster, 
             os.kill(os.getpid(), signal.SIGTERM)
 
         seen: list[Workflow] = []
-        canceller = Thread(target=cancel_once_it_trains, daemon=True)
-        canceller.start()
+        canceler = Thread(target=cancel_once_it_trains, daemon=True)
+        canceler.start()
         result = dg.materialize(
             [long_training],
             resources={"argo": resource},
@@ -175,7 +175,7 @@ def test_cancelling_the_dagster_run_removes_workflow_and_job(argo: ArgoCluster, 
             tags={"dataset": tiny.processed},
             raise_on_error=False,
         )
-        canceller.join(300)
+        canceler.join(300)
         run = instance.get_run_by_id(result.run_id)
     assert run
     assert run.status == dg.DagsterRunStatus.CANCELED
@@ -188,7 +188,7 @@ _STARTED = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])
 
 
 def test_controller_interprets_status_like_the_pipes_client(argo: ArgoCluster, core: Any) -> None:
-    """Every kind of end and one that is none, written by hand into jobs that no operator looks after."""
+    """Every final status and an intermediate one, written into jobs that no operator manages."""
     series: dict[str, list[dict[str, Any]]] = yaml.safe_load(STATUS_SERIES.read_text())
     last = {f"status-{number}": series[name][-1]["status"] for number, name in enumerate(_TOLD)}
     api = k8s.CustomObjectsApi(core.api_client)
@@ -256,7 +256,7 @@ def test_rights(argo: ArgoCluster, account: str, verb: str, resource: str, allow
 def test_both_pipelines_produce_the_same_model(
     argo: ArgoCluster, tiny: TinyData, platform: Platform, tmp_path: Path
 ) -> None:
-    """trained_model as a PyTorchJob of Dagster's, then the job argo_parity, both as users start them."""
+    """trained_model as a PyTorchJob, then the job argo_parity, both started as users do."""
     shutil.copy(ROOT / "dagster.yaml", tmp_path)
     environment = {
         **platform.environment(),
@@ -308,7 +308,7 @@ def _store_job(api: k8s.CustomObjectsApi, namespace: str, name: str, status: dic
         "kind": KIND,
         "metadata": {"name": name, "labels": {"app.kubernetes.io/managed-by": "argo-workflow"}},
         "spec": {
-            "runPolicy": {"managedBy": "kueue.x-k8s.io/multikueue"},  # someone else than the operator
+            "runPolicy": {"managedBy": "kueue.x-k8s.io/multikueue"},  # not the operator
             "pytorchReplicaSpecs": {"Master": replica},
         },
     }
@@ -318,7 +318,7 @@ def _store_job(api: k8s.CustomObjectsApi, namespace: str, name: str, status: dic
 
 
 def _looking_at(jobs: list[str], namespace: str) -> dict[str, Any]:
-    """A workflow that gets each job under the training step's conditions."""
+    """A workflow that reads each job with the training step's conditions."""
     manifest = "apiVersion: kubeflow.org/v1\nkind: PyTorchJob\nmetadata: {name: '{{inputs.parameters.job}}'}\n"
     arguments = {"parameters": [{"name": "job", "value": "{{item}}"}]}
     look = {

@@ -1,4 +1,4 @@
-"""k8s/dagster on a real cluster, used as people use it: through the webserver and the object store.
+"""k8s/dagster on a real cluster, used through the webserver and the object store.
 
 Needs `make -f images/images.mk image-dagster image-trainer postgres-image LOAD=...`.
 """
@@ -36,7 +36,7 @@ NUM_SYNTHETIC = 7000
 
 @pytest.fixture(scope="module")
 def dagster(platform: Platform) -> Iterator[Webserver]:
-    """Dagster in the platform's namespace, by the commands of docs/dagster_in_the_cluster.md; removed at the end."""
+    """Dagster in the platform's namespace, set up as in docs/dagster_in_the_cluster.md; removed at the end."""
     if missing := missing_images(*IMAGES):
         pytest.skip(
             f"the cluster lacks {' and '.join(missing)}: make -f images/images.mk image-dagster "
@@ -57,22 +57,22 @@ def dagster(platform: Platform) -> Iterator[Webserver]:
         kubectl("delete", "-k", OVERLAY, "--ignore-not-found", PATIENCE)
         kubectl(*inside, "delete", "pvc", "data-dagster-postgresql-0", "--ignore-not-found", PATIENCE)
         kubectl(*inside, "delete", "secret", PASSWORD)
-        # Jobs of run workers belong to no object of the overlay.
+        # No object of the overlay owns the Jobs of run workers.
         kubectl(*inside, "delete", "jobs", "-l", "dagster/run-id", PATIENCE)
 
 
 @pytest.fixture(autouse=True)
 def explained(platform: Platform, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Prints the namespace's state, which pytest shows of a test that failed."""
+    """Prints the namespace's state, which pytest shows for a failed test."""
     yield
     if request.session.testsfailed:
         print(dump(platform.namespace))
-        with suppress(RuntimeError):  # where there is no daemon
+        with suppress(RuntimeError):  # if there is no daemon
             print(kubectl("-n", platform.namespace, "logs", "deploy/dagster-daemon", "--tail=60"))
 
 
 def noise() -> bytes:
-    """A picture that no version has yet."""
+    """A picture that is not in any version yet."""
     buffer = io.BytesIO()
     Image.frombytes("RGB", (32, 32), secrets.token_bytes(32 * 32 * 3)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -84,8 +84,8 @@ def run_workers(platform: Platform, run_id: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def cancelled_afterwards(dagster: Webserver, run_id: str) -> Iterator[None]:
-    """Leaves no work behind: a run that has not ended is cancelled by the webserver."""
+def canceled_afterwards(dagster: Webserver, run_id: str) -> Iterator[None]:
+    """Cleans up: the webserver cancels a run that has not ended."""
     try:
         yield
     finally:
@@ -98,9 +98,9 @@ def cancelled_afterwards(dagster: Webserver, run_id: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def finished_run(dagster: Webserver) -> str:
-    """A run of raw_dataset that has ended, with all that Dagster can say as its output."""
+    """A run of raw_dataset that has ended, described by everything that Dagster knows about it."""
     run_id = dagster.materialize(RAW, config={"loggers": {"console": {"config": {"log_level": "DEBUG"}}}})
-    with cancelled_afterwards(dagster, run_id):
+    with canceled_afterwards(dagster, run_id):
         wait_for("the run's end", lambda: dagster.run(run_id).status in FINISHED)
     return run_id
 
@@ -160,7 +160,7 @@ def test_a_killed_run_worker_fails_its_run_and_another_run_takes_over(dagster: W
     wait_for("the run's end", lambda: dagster.run(run_id).status in FINISHED)
     assert dagster.run(run_id).status == "FAILURE"
     retry: Run = wait_for("the retry", lambda: next((run for run in dagster.runs() if run.parent == run_id), None))
-    with cancelled_afterwards(dagster, retry.id):
+    with canceled_afterwards(dagster, retry.id):
         assert retry.tags["dagster/retry_number"] == "1"
         wait_for("the retry's worker", lambda: run_workers(platform, retry.id))
     assert dagster.run(retry.id).status == "CANCELED"
@@ -168,7 +168,7 @@ def test_a_killed_run_worker_fails_its_run_and_another_run_takes_over(dagster: W
 
 
 def test_landed_data_is_trained_on_and_rejected_model_is_not_deployed(dagster: Webserver, platform: Platform) -> None:
-    """The way of a model that passes is seen in docs/dagster_in_the_cluster.md; here the gate asks for 100 %."""
+    """The gate's threshold is 100 % here; docs/dagster_in_the_cluster.md shows a model that passes."""
     before = {run.id for run in dagster.runs()}
     store = platform.store()
     store.write(LANDED_KEY, noise())
@@ -177,7 +177,7 @@ def test_landed_data_is_trained_on_and_rejected_model_is_not_deployed(dagster: W
             "the sensor's run",
             lambda: next((run for run in dagster.runs() if run.id not in before and run.job == "retrain"), None),
         )
-        with cancelled_afterwards(dagster, run.id):
+        with canceled_afterwards(dagster, run.id):
             assert run.tags["dagster/sensor_name"] == "landing_sensor"
             made = wait_for("the raw dataset", lambda: dagster.materialization(RAW, run.id))
             assert made["dagster/row_count"] == NUM_SYNTHETIC + 1

@@ -1,4 +1,4 @@
-"""What KServeInferenceService does on a real cluster with the real KServe, with the rights of `dagster`."""
+"""KServeInferenceService on a real cluster with the real KServe, with the rights of `dagster`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,7 +23,7 @@ from tests.unit.serving.tiny_model import tiny_logits
 
 @pytest.fixture(scope="module")
 def models(namespace: str, minio: Minio, core: Any) -> tuple[DeployRequest, DeployRequest]:
-    """Two models in the object store, and the Role of `dagster` in the namespace. Skips where KServe is not there."""
+    """Two models in the object store, and the Role of `dagster` in the namespace. Skips if KServe is not installed."""
     names: Any = k8s.ApisApi(core.api_client).get_api_versions()
     if "serving.kserve.io" not in {group.name for group in names.groups}:
         pytest.skip("the cluster has no KServe")
@@ -125,7 +125,7 @@ def test_broken_versions_fail_with_the_cause_while_the_old_one_answers(
     assert tally.failures == []
     assert set(tally.answers) == {first.model_digest}
     assert (status.ready, status.model_digest) == (True, first.model_digest)
-    # Nothing touched the old version's pods; those of the refused ones may take a while to end.
+    # The old version's pods are unchanged; those of the refused ones may take a while to end.
     wait_for("the old version's pods alone", lambda: pod_names(namespace) == pods)
 
 
@@ -144,7 +144,7 @@ def test_failed_first_version_leaves_nothing(
 
 @pytest.fixture
 def cordoned_later(core: Any) -> Iterator[Callable[[], None]]:
-    """A call after which no node takes a new pod, until the test ends."""
+    """A function after whose call no node accepts a new pod, until the test ends."""
     nodes = [node.metadata.name for node in core.list_node().items if not node.spec.unschedulable]
 
     def cordon() -> None:

@@ -1,4 +1,4 @@
-"""The NetworkPolicies on a network that enforces them: what docs/kubernetes.md names is open, all else is shut.
+"""The NetworkPolicies on a network that enforces them: only what docs/kubernetes.md names is open.
 
 One small pod stands for each kind of pod, with its labels, and listens on every port that matters.
 """
@@ -70,13 +70,13 @@ OPEN: set[Way] = {
     *((client, "code", "code") for client in ("webserver", "daemon")),
     *((client, "server", "server") for client in ("code", "run", "application")),
     *_between(*_REPLICAS),
-    *_between("application", "stranger"),  # namespaces that are not ours
+    *_between("application", "stranger"),  # other namespaces
 }
-"""Who reaches whom, on which port."""
+"""Which pods reach which others, on which port."""
 _OPEN_SECONDS, _SHUT_SECONDS = 30, 4
-"""How long a connection may take that should be open, and how long one is tried that should be shut."""
+"""Timeouts for a connection that should be open, and for one that should be closed."""
 _SETTLE_SECONDS = 120
-"""How long a policy may take to hold after it was applied."""
+"""How long a policy may take to be enforced after it was applied."""
 
 _LISTEN = """
 import selectors, socket, sys
@@ -106,7 +106,7 @@ with concurrent.futures.ThreadPoolExecutor(64) as pool:
 
 @dataclass
 class Network:
-    """Pods by kind, in namespaces of their own."""
+    """Pods by kind, in temporary namespaces."""
 
     namespaces: dict[str, str]
     addresses: dict[str, str] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class Network:
             self.addresses[kind] = kubectl("-n", self.namespaces[place], "get", "pod", kind, template)
 
     def states(self, ways: Iterable[Way]) -> dict[Way, str]:
-        """Which are open, shut, or in error."""
+        """The state of each connection: open, closed or an error."""
         by_kind: dict[str, list[Way]] = {}
         for way in ways:
             by_kind.setdefault(way[0], []).append(way)
@@ -129,7 +129,7 @@ class Network:
         return {way: state for states in found for way, state in states.items()}
 
     def settled(self, expected: dict[Way, str]) -> dict[Way, str]:
-        """Their states, looked at again where they are not as expected, as long as policies may take to hold."""
+        """The states, polled while they differ from the expected ones and policies may not be enforced yet."""
         found: dict[Way, str] = {}
         deadline = time.monotonic() + _SETTLE_SECONDS
         while True:
@@ -157,7 +157,7 @@ def _pod(kind: str, namespace: str, labels: dict[str, str]) -> dict[str, Any]:
         "image": IMAGE,
         "imagePullPolicy": "IfNotPresent",
         "command": ["python", "-u", "-c", _LISTEN, *ports],
-        # names of ports, which policies use
+        # port names, which policies use
         "ports": [{"name": name, "containerPort": PORTS[kind]} for name, port in _NAMED.items() if port == kind],
         "readinessProbe": {"tcpSocket": {"port": PORTS["gloo"]}, "periodSeconds": 1},
         "resources": {"requests": {"cpu": "5m", "memory": "16Mi"}},
@@ -172,7 +172,7 @@ def _pod(kind: str, namespace: str, labels: dict[str, str]) -> dict[str, Any]:
 
 
 _NAMED = {"s3": "minio", "http": "mlflow", "postgresql": "postgresql", "grpc": "code"}
-"""Ports that policies know by name, and whose pod has them."""
+"""Ports that policies refer to by name, and the pods that have them."""
 
 
 def policies(namespaces: dict[str, str]) -> str:
@@ -226,7 +226,7 @@ def test_only_documented_connections_are_open(network: Network) -> None:
 
 
 def test_only_dns_leaves_the_namespace(network: Network) -> None:
-    """Port 53 is open to where the cluster's DNS is."""
+    """Port 53 is open to the cluster's DNS."""
     script = "import socket; print(socket.getaddrinfo('kubernetes.default.svc', 443)[0][4][0])"
     for kind in ("unknown", "replica", "server", "mlflow"):
         namespace = network.namespaces[PODS[kind][0]]

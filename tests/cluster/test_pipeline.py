@@ -1,4 +1,4 @@
-"""raw_dataset, processed_dataset and trained_model on a real cluster by `dagster asset materialize`, as users type it.
+"""raw_dataset, processed_dataset and trained_model on a real cluster by `dagster asset materialize`.
 
 Needs the images of images.mk in the cluster. The trainings are small; docs/kubernetes.md has the figures of a real one.
 """
@@ -53,7 +53,7 @@ def training(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cluster(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A Dagster outside of the cluster, with the data materialized in it."""
+    """A Dagster outside the cluster, with materialized data."""
     made = _workspace(tmp_path_factory.mktemp("cluster"), platform.environment())
     _materialized(made, DATA)
     return made
@@ -61,7 +61,7 @@ def cluster(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Wor
 
 @pytest.fixture(scope="module")
 def trained(cluster: Workspace) -> str:
-    """A first training; gives what it printed."""
+    """A first training. Returns its output."""
     return _materialized(cluster, MODEL, training())
 
 
@@ -126,7 +126,7 @@ def test_model_below_the_threshold_is_rejected(cluster: Workspace, trained: str,
 def test_master_and_worker_train_like_one_process(
     cluster: Workspace, trained: str, models: S3Store, platform: Platform, jobs_removed: None
 ) -> None:
-    """And with the worker's pod deleted in mid-epoch the weights are bit for bit the same."""
+    """With the worker's pod deleted during an epoch, the weights are bit-identical."""
     alone = _accuracy(*_latest_model(cluster, models), models)
     two = training(scale={**POD, "replicas": 2})
     output = _materialized(cluster, MODEL, two)
@@ -200,7 +200,7 @@ def _accuracy(digest: str, manifest: ModelManifest, models: S3Store) -> float:
 
 
 def _shown(workspace: Workspace) -> dict[str, Any]:
-    """Names of what the UI shows of each asset: its metadata and its checks."""
+    """Names of the metadata and checks that the UI shows for each asset."""
     shown: dict[str, Any] = {}
     with workspace.instance() as instance:
         for key in (RAW_DATASET, PROCESSED_DATASET, TRAINED_MODEL):

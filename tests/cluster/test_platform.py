@@ -18,7 +18,7 @@ K8S = Path(__file__).parents[2] / "k8s"
 
 
 def objects_in(folder: str, namespace: str) -> list[dict[str, Any]]:
-    """What `kubectl apply -k` would send, put into one namespace that exists."""
+    """The output of `kubectl kustomize`, moved into one existing namespace."""
     documents = [document for document in yaml.safe_load_all(kubectl("kustomize", str(K8S / folder))) if document]
     found = [document for document in documents if document["kind"] != "Namespace"]
     for document in found:
@@ -41,7 +41,7 @@ def test_api_server_accepts_every_object(folder: str, core: Any) -> None:
 def limited(
     namespace: str, core: Any, jobs: PyTorchJobClient, minio: Minio, tmp_path: Path, no_jobs_left: None
 ) -> Iterator[ClusterStory]:
-    """A story told with the rights of the service account `dagster`, and no others."""
+    """A story that has only the rights of the service account `dagster`."""
     access = [o for o in objects_in("access", namespace) if o["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
     kubectl("apply", "--server-side", "-f", "-", text=yaml.safe_dump_all(access))
     api = k8s.ApiClient(core.api_client.configuration)

@@ -1,4 +1,4 @@
-"""KServeInferenceService in Knative mode on a real cluster: a canary's share, promotion, return; to no pod and back."""
+"""KServeInferenceService in Knative mode on a real cluster: canaries, promotion, rollback, scaling to zero and back."""
 
 import json
 import os
@@ -32,7 +32,7 @@ IMAGE = os.environ.get("TEST_SERVERLESS_IMAGE", "dev.local/cifar-server:dev")
 
 @dataclass(frozen=True)
 class Models:
-    """Two that answer as their metrics say, and one that does not."""
+    """Two models that predict as their metrics say, and one that does not."""
 
     first: DeployRequest
     second: DeployRequest

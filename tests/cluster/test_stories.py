@@ -1,4 +1,4 @@
-"""What PipesPyTorchJobClient does on a real cluster with the real operator."""
+"""PipesPyTorchJobClient on a real cluster with the real operator."""
 
 import re
 import signal
@@ -151,7 +151,7 @@ def test_kind_that_is_not_installed(story: ClusterStory, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("moment", ["created", "running", "image pull", "ignoring SIGTERM"])
 def test_cancel(story: ClusterStory, moment: str) -> None:
-    """Job and pods are gone long before the end of the work and of the time that the pods have to end in."""
+    """Job and pods are gone long before the end of the work and of the pods' grace period."""
     program = "deaf" if moment == "ignoring SIGTERM" else "epochs"
     config = story_config(program, "600", termination_grace_seconds=300)
     if moment == "image pull":
@@ -181,7 +181,7 @@ def test_killed_run_worker(story: ClusterStory, home: Path) -> None:
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     (run,) = story.instance.get_runs()
-    story.instance.report_run_failed(run)  # what run monitoring does
+    story.instance.report_run_failed(run)  # as run monitoring does
     with story.run(config, parent=run.run_id) as result:
         assert result.success
         assert result.asset_materializations_for_node("trained")[0].metadata["epochs"].value == 20
@@ -342,7 +342,7 @@ def test_object_store_outage_during_the_run(story: ClusterStory) -> None:
 
 
 def test_api_server_outage_during_the_run(story: ClusterStory) -> None:
-    """Unreachable for the run worker only; the job continues."""
+    """The API server is unreachable for the run worker only; the job continues."""
     configuration: Any = load_configuration()[0]
     server = urlsplit(configuration.host)
     assert server.hostname

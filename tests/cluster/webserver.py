@@ -14,7 +14,7 @@ _RUN = "runId status jobName parentRunId tags { key value } stepStats { stepKey 
 
 @dataclass(frozen=True)
 class Run:
-    """One look at a run."""
+    """The state of a run at one time."""
 
     id: str
     status: str
@@ -36,7 +36,7 @@ class Run:
 
 
 class Webserver:
-    """The webserver behind an address."""
+    """The webserver at an address."""
 
     def __init__(self, url: str):
         self.url = url
@@ -46,7 +46,7 @@ class Webserver:
             return answer.read().decode()
 
     def ask(self, query: str, **variables: Any) -> dict[str, Any]:
-        """The data of an answer. A question, unlike an order, is put again when its connection breaks off."""
+        """The data of the response. A query, unlike a mutation, is repeated if its connection breaks."""
         attempts = 1 if query.startswith("mutation") else 5
         for attempt in range(1, attempts + 1):
             try:
@@ -76,7 +76,7 @@ class Webserver:
         return [f"{d['daemonType']}: {d['lastHeartbeatErrors']}" for d in found if d["required"] and not d["healthy"]]
 
     def locations(self) -> dict[str, str]:
-        """What each code location answers: "RepositoryLocation", or an error's message."""
+        """The response of each code location: "RepositoryLocation", or an error's message."""
         asked = self.ask(
             "{ workspaceOrError { ... on Workspace { locationEntries "
             "{ name locationOrLoadError { __typename ... on PythonError { message } } } } } }"
@@ -86,7 +86,7 @@ class Webserver:
         return {name: answer.get("message", answer["__typename"]) for name, answer in found.items()}
 
     def materialize(self, *keys: str, config: dict[str, Any] | None = None) -> str:
-        """Launch a run of these assets, without their checks; gives its id."""
+        """Launch a run of these assets, without their checks. Returns its id."""
         selection = [{"path": key.split("/")} for key in keys]
         selector = {**LOCATION, "jobName": "__ASSET_JOB", "assetSelection": selection, "assetCheckSelection": []}
         asked = self.ask(
@@ -103,12 +103,12 @@ class Webserver:
         return Run.of(asked["runOrError"])
 
     def runs(self) -> list[Run]:
-        """The latest runs, the newest first."""
+        """The latest runs, newest first."""
         asked = self.ask(f"{{ runsOrError(limit: 20) {{ ... on Runs {{ results {{ {_RUN} }} }} }} }}")
         return [Run.of(answer) for answer in asked["runsOrError"]["results"]]
 
     def check_passed(self, run_id: str, name: str) -> bool | None:
-        """The verdict of an asset check in a run; None where it gave none."""
+        """Whether an asset check passed in a run; None if it was not evaluated."""
         asked = self.ask(
             "query ($i: ID!) { logsForRun(runId: $i) { ... on EventConnection { events "
             "{ ... on AssetCheckEvaluationEvent { evaluation { checkName success } } } } } }",
@@ -118,7 +118,7 @@ class Webserver:
         return next((evaluation["success"] for evaluation in found if evaluation["checkName"] == name), None)
 
     def num_ticks(self, sensor: str) -> int:
-        """How often the daemon has evaluated a sensor to the end."""
+        """Number of completed evaluations of a sensor by the daemon."""
         asked = self.ask(
             "query ($s: SensorSelector!) { sensorOrError(sensorSelector: $s) { ... on Sensor { sensorState "
             "{ ticks(limit: 1000) { status } } } } }",

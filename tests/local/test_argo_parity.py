@@ -17,7 +17,7 @@ CHECKS = ("same_inputs", "same_artefacts", "same_metrics", "same_weights", "same
 
 @pytest.fixture(scope="module")
 def trained(workspace: Workspace) -> str:
-    """trained_model made of a small dataset; gives its digest. Its accuracy is far below the gate's threshold."""
+    """Materializes trained_model on a small dataset, far below the gate's threshold. Returns its digest."""
     data = store_tiny_data(FolderStore(workspace.folder / ".cifar" / "store"))
     config = {"overrides": TINY_RECIPE, "recipe": "fast", "dataset_digest": data.processed, "seed": 5}
     config["execution"] = {"threads": 1}
@@ -35,7 +35,7 @@ def newest(workspace: Workspace, key: dg.AssetKey) -> str:
 
 
 def argo_parity(workspace: Workspace, config: dict[str, Any] | None = None) -> tuple[str, dict[str, bool]]:
-    """Run the job; what it printed, and the checks' verdicts."""
+    """Run the job. Returns its output and the checks' verdicts."""
     command = ["-m", "dagster", "job", "execute", "-m", "cifar_assets.definitions", "-j", "argo_parity"]
     if config:
         command += ["--config-json", json.dumps({"ops": {"cifar10__argo_trained_model": {"config": config}}})]

@@ -1,4 +1,4 @@
-"""Landed data, found by the real daemon, retrained and served; a refused model leaves the old one answering."""
+"""The real daemon finds landed data, retrains and serves; if a model is refused, the old one is still served."""
 
 import io
 import json
@@ -30,7 +30,7 @@ NUM_GOOD, NUM_BAD = 500, 20
 
 
 def landed_parquet(num_good: int, num_bad: int, seed: int) -> bytes:
-    """Rows in the Hugging Face layout: pictures of noise that decode, and others that do not or have no class."""
+    """Rows in the Hugging Face layout: valid pictures of noise, and rows with a broken picture or an unknown label."""
     random = np.random.default_rng(seed)
     rows = []
     for number in range(num_good):
@@ -49,7 +49,7 @@ def landed_parquet(num_good: int, num_bad: int, seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def served(workspace: Workspace) -> str:
-    """A first model in service; gives its digest."""
+    """Serves a first model and returns its digest."""
     done = workspace.materialize(FOUR_ASSETS, {"trained_model": SMALL_TRAINING})
     assert done.returncode == 0, done.stdout
     return client(workspace).served_model().model_digest
@@ -57,7 +57,7 @@ def served(workspace: Workspace) -> str:
 
 @pytest.fixture(scope="module")
 def daemon(workspace: Workspace, served: str) -> Iterator[dg.DagsterInstance]:
-    """`dagster dev` in the working folder, as a user runs it."""
+    """A running `dagster dev` in the working folder."""
     variables = {"RETRAIN_CONFIG": json.dumps(SMALL_TRAINING), **pausing(workspace.folder / "pause")}
     with workspace.dagster_dev(**variables), workspace.instance() as instance:
         yield instance
@@ -68,7 +68,7 @@ def client(workspace: Workspace) -> InferenceClient:
 
 
 def land(*objects: tuple[str, bytes]) -> None:
-    """Put the objects under landing/ as if they had been there for an hour: the sensor waits for recent uploads."""
+    """Put the objects under landing/, dated an hour ago: the sensor skips recently modified files."""
     raw, an_hour_ago = LocalObjectStore().raw, time.time() - 3600
     for key, data in objects:
         raw.write(key, data)
@@ -83,7 +83,7 @@ def ten_rows(number: int) -> tuple[str, bytes]:
 
 
 def ticks(instance: dg.DagsterInstance) -> Sequence[InstigatorTick]:
-    """Evaluations of the landing sensor since it first asked for a run."""
+    """Evaluations of the landing sensor since its first run request."""
     (sensor,) = [state for state in instance.all_instigator_state() if state.name == "landing_sensor"]
     found = instance.get_ticks(sensor.instigator_origin_id, sensor.selector_id)
     requested = [tick.timestamp for tick in found if tick.status == TickStatus.SUCCESS]

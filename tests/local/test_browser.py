@@ -1,4 +1,4 @@
-"""The Dagster UI as a person sees it: the real `dagster dev` in a real browser."""
+"""The Dagster UI of the real `dagster dev` in a real browser."""
 
 import re
 import shutil
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def ui(workspace: Workspace) -> Iterator[str]:
-    """Address of a running UI that shows one materialization of each asset of the line."""
+    """Address of a running UI with one materialization of each of the four assets."""
     done = workspace.materialize(FOUR_ASSETS, {"trained_model": SMALL_TRAINING})
     assert done.returncode == 0, done.stdout
     with workspace.dagster_dev() as url:

@@ -1,4 +1,4 @@
-"""What retraining on small arrivals costs, and what is left when a build is cut short or runs twice; in both stores."""
+"""The cost of retraining on little new data, and interrupted and concurrent builds, in both kinds of store."""
 
 import io
 import os
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 NUM_ARRIVALS = 30
 BYTES_PER_IMAGE = 3 * 3072
-"""Of a landed picture of noise: in its pack, with a header, and as pixels in a shard."""
+"""Bytes of a landed picture of noise: in its pack, with a header, and as pixels in a shard."""
 
 BYTES_PER_VERSION = 64 << 10
 """Manifests and notes."""
@@ -54,7 +54,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
 
 
 class Written:
-    """Bytes that were handed to a kind of store, however short they lived."""
+    """Bytes written to a kind of store, including objects that were deleted again."""
 
     def __init__(self, kind: type, monkeypatch: pytest.MonkeyPatch):
         self.total = 0
@@ -89,7 +89,7 @@ def stored(root: ObjectStore) -> int:
 
 
 def contents(root: ObjectStore) -> dict[str, bytes]:
-    """Everything that a version is made of; when it was made, and what else is remembered, left out."""
+    """All objects that a version consists of, without timestamps and derived records."""
     kept = ("versions/", "objects/", "shards/", "manifest.json", "rejected/")
     return {
         info.key: root.read(info.key)
@@ -108,7 +108,7 @@ def test_cost_of_thirty_small_arrivals_is_bounded(root: ObjectStore, monkeypatch
         stores.raw.write(f"landing/cat/{number}.png", data)
         brought += len(data)
         build(stores)
-    # each arrival writes the group again that it belongs to: half of the thirty on average
+    # each arrival rewrites its group: half of the thirty pictures on average
     bound = NUM_ARRIVALS * (NUM_ARRIVALS / 2 * BYTES_PER_IMAGE + BYTES_PER_VERSION)
     growth = stored(root) - first - brought
     print(f"{first:,} bytes at first; {brought:,} brought; {growth:,} more stored, {written.total:,} written")
@@ -136,12 +136,12 @@ def test_cost_of_an_arrival_is_independent_of_earlier_landings(tmp_path: Path, m
     written = Written(FolderStore, monkeypatch)
     stores.raw.write("landing/dog/new.png", png(5000))
     build(stores)
-    # the memory of the landing zone, and the names in the version, are lines of text for each landed object
+    # the record of the landing zone and the provenance have some lines of text for each landed object
     assert written.total < (GROUP_ROWS + 1) * BYTES_PER_IMAGE + BYTES_PER_VERSION + 1001 * 800
 
 
 class Interrupted(FolderStore):
-    """Refuses the n-th change, and all after it, like a full disk or an unreachable server."""
+    """Refuses all changes from the n-th on, like a full disk or an unreachable server."""
 
     left = 0
 
@@ -210,7 +210,7 @@ def test_store_failure_at_any_write_leaves_no_partial_version(tmp_path: Path, mo
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system, which the raw data fits on."""
+    """A small file system with enough space for the raw data."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.geteuid() != 0:

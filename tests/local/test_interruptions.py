@@ -26,12 +26,12 @@ def data(workspace: Workspace) -> None:
     done = workspace.materialize("cifar10/raw_dataset,cifar10/processed_dataset")
     assert done.returncode == 0, done.stdout
     LocalMlflow().prepare()
-    MlflowClient(LocalMlflow().uri).search_experiments()  # makes the tables, which two processes cannot at once
+    MlflowClient(LocalMlflow().uri).search_experiments()  # creates the tables, which two processes cannot do
 
 
 @dataclass(frozen=True)
 class Training:
-    """A command that trains and pauses."""
+    """A training command, and the file that makes it pause."""
 
     process: "subprocess.Popen[bytes]"
     trainer: psutil.Process
@@ -132,7 +132,7 @@ def test_next_command_fails_the_killed_run_and_resumes_the_training(workspace: W
     assert "Continuing from the checkpoint" in done.stdout
     assert (killed.status, succeeded.status) == (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS)
     left, finished = (run.info.status for run in mlflow_runs()[-2:])
-    # the trainer has seconds to tell MLflow; where they were too few, the next attempt closes the run
+    # if the trainer did not reach MLflow within its few seconds, the next attempt closes the run
     assert (left in ("KILLED", "FAILED"), finished) == (True, "FINISHED")
 
 

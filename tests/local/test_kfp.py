@@ -1,4 +1,4 @@
-"""The Kubeflow pipeline, run for real by KFP's local runner on a small dataset: each step a process of its own."""
+"""The Kubeflow pipeline, run by KFP's local runner on a small dataset, each step in a separate process."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def pipeline() -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """KFP's runner looks for `python3` on the PATH: it must be the one that has this project installed."""
+    """KFP's runner looks up `python3` in PATH: it has to be the one with this project installed."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -1,4 +1,4 @@
-"""Processes of the local deployment, killed at each stage of a run: every asset is made, and none is made twice."""
+"""Processes of the local deployment, killed at each stage of a run: each asset is materialized exactly once."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 
 
 def start_run(place: Workspace, url: str, hold: str) -> int:
-    """Starts the job through the UI's API and waits until it works on an asset. Gives the run worker's process."""
+    """Starts the job through the UI's API and waits until it works on an asset. Returns the run worker's process id."""
     (place.folder / f"hold-{hold}").touch()
     DagsterGraphQLClient("127.0.0.1", port_number=int(url.rpartition(":")[2])).submit_job_execution("everything")
     log = place.folder / f"log-{hold}"
@@ -44,7 +44,7 @@ def times_made(place: Workspace) -> list[int]:
 
 
 def wait_for_success(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
-    """All runs, the newest first, once that one has succeeded."""
+    """All runs, newest first, once the given one has succeeded."""
 
     def newest_succeeded() -> bool:
         return instance.get_runs(limit=1)[0].status == dg.DagsterRunStatus.SUCCESS

@@ -1,4 +1,4 @@
-"""The whole pipeline on synthetic images, without a cluster: real processes, as a user starts them."""
+"""The whole pipeline on synthetic images without a cluster, with the commands of a user."""
 
 import dagster as dg
 import numpy as np
@@ -22,7 +22,7 @@ BLOCKING = ["objects_intact", "nothing_lost", "splits_disjoint", "accuracy_thres
 
 @pytest.fixture(scope="module")
 def first_run(workspace: Workspace) -> str:
-    """Everything materialized once by one command; gives what it printed."""
+    """Materializes everything with one command and returns its output."""
     done = workspace.materialize("*", {"trained_model": SMALL_TRAINING})
     assert done.returncode == 0, done.stdout
     return done.stdout

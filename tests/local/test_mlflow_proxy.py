@@ -1,4 +1,4 @@
-"""A real tracking server behind a proxy that loses part of what is sent: what is registered is what is stored."""
+"""A real tracking server behind a lossy proxy: a registered model is completely stored."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ UPLOADS = "/api/2.0/mlflow-artifacts/artifacts/"
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes everything on, except for what `fault` does to a request for which `hits` is in the path."""
+    """Forwards all requests; `fault` handles those whose path contains `hits`."""
 
     def __init__(self, upstream: str):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -100,7 +100,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 
 
 def train(proxy: Proxy, experiment: str) -> Tracker:
-    """What a training sends at its end but for the end of the run."""
+    """Sends everything that a training sends at its end, except the run's end."""
     target = MlflowTarget(tracking_uri=proxy.url, experiment=experiment, registered_model=experiment)
     tracker = Tracker(target, "0" * 64)
     tracker.start({})

@@ -1,4 +1,4 @@
-"""The trainer as the pipeline starts it, with Pipes variables in its environment: how it refuses a job."""
+"""The trainer with the Pipes variables of the pipeline: how it refuses a job."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A secret in every setting of a whole local run: it is in nothing that the run prints, stores or records."""
+"""A secret in every setting of a whole local run: nothing that the run prints, stores or records contains it."""
 
 import http.server
 import threading
@@ -25,7 +25,7 @@ ONE_EPOCH = {**SMALL_TRAINING, "overrides": {**SMALL_TRAINING["overrides"], "epo
 
 @pytest.fixture(scope="module")
 def address(workspace: Workspace) -> Iterator[str]:
-    """Where the workspace's train images are served."""
+    """Address at which the workspace's training images are served."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: object) -> None:

@@ -1,4 +1,4 @@
-"""The AWS_... settings against a real MinIO that insists on a region, on TLS, and on host names for buckets."""
+"""The AWS_... settings with a real MinIO that requires a region, TLS, and bucket names in the host."""
 
 import os
 from collections.abc import Iterator
@@ -115,7 +115,7 @@ def test_prefix_is_applied_to_every_bucket_name(environment: None, monkeypatch: 
 
 
 def test_bucket_in_the_host_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MinIO stands in for the proxy as well: nothing here resolves the names of the buckets."""
+    """MinIO is also the proxy, because the buckets' host names cannot be resolved here."""
     with running_minio(tmp_path, MINIO_DOMAIN=DOMAIN) as server:
         for name, value in {**server.environment(), "AWS_ENDPOINT_URL": f"http://{DOMAIN}"}.items():
             monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""One contract for both stores, and what an S3 store says when the server or the settings are wrong."""
+"""The contract of both stores, and the errors of an S3 store for a faulty server or wrong settings."""
 
 import io
 import threading
@@ -27,7 +27,7 @@ from tests.fixtures.minio import certificates_for_loopback, running_minio
 
 @pytest.fixture(autouse=True)
 def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What these tests land was put there a while ago: nobody is still writing it."""
+    """Landed files count as settled at once."""
     monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)
 
 
@@ -304,7 +304,7 @@ def test_a_dataset_in_s3_is_the_one_in_a_folder(s3_server, tmp_path: Path, monke
         uses = find_image(Stores(raw, processed, root.at("models")), pixel_digest(images[0]))
         assert [use.processed_digest for use in uses] == [built.digest]
     assert results[0] == results[1]
-    # And a bucket can be the source of another store.
+    # A bucket can be the source of another store.
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     upload = s3_server.store(bucket).at("upload")

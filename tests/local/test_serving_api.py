@@ -70,7 +70,7 @@ def upload(server: ServerProcess, *files: bytes, content_type: str = "image/png"
 
 
 def check_refused(server: ServerProcess, answer: Answer, status: int, field: str, words: str) -> None:
-    """A client's fault: its status, a JSON error that names place and reason, and the server continues."""
+    """An error of the client: its status, a JSON error that names place and reason, and the server continues."""
     assert answer.status == status, answer.body
     assert answer.headers["Content-Type"] == "application/json"
     body = answer.json
@@ -106,7 +106,7 @@ def test_every_request_format_gets_the_same_answer(server) -> None:
 
 
 class TestBrokenUploads:
-    """Files that are not what they should be."""
+    """Files that are not valid pictures."""
 
     NOISE = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
@@ -165,7 +165,7 @@ class TestBrokenUploads:
 
 
 class TestTensors:
-    """The whole table of declarations is in the unit tests of the parser."""
+    """The parser's unit tests have the complete table of declarations."""
 
     @staticmethod
     def tensor(images: np.ndarray, **changes: Any) -> dict[str, Any]:
@@ -257,12 +257,12 @@ class TestPictureModes:
         np.testing.assert_allclose(answers[1:], np.tile(answers[0], (len(variants), 1)), atol=1e-6)
 
     def test_gray_variants_get_the_same_answer(self, server) -> None:
-        grey = SMOOTH[:, :, 0]
-        rgb = np.dstack([grey] * 3)
-        variants = [encode(grey), encode(np.dstack([grey, grey * 0 + 255])), encode(grey.astype(np.uint16) * 257)]
+        gray = SMOOTH[:, :, 0]
+        rgb = np.dstack([gray] * 3)
+        variants = [encode(gray), encode(np.dstack([gray, gray * 0 + 255])), encode(gray.astype(np.uint16) * 257)]
         answers = self.ask(server, encode(rgb), *variants)
         np.testing.assert_allclose(answers[1:], np.tile(answers[0], (3, 1)), atol=1e-6)
-        bits = Image.fromarray((grey > 127).astype(np.uint8) * 255)
+        bits = Image.fromarray((gray > 127).astype(np.uint8) * 255)
         one, eight = self.ask(server, encode(bits.convert("1")), encode(bits.convert("RGB")))
         np.testing.assert_allclose(one, eight, atol=1e-6)
 
@@ -275,8 +275,8 @@ class TestPictureModes:
     def test_hidden_colors_do_not_matter(self, server) -> None:
         alpha = np.where(np.arange(32)[:, None] < 16, 0, 255) * np.ones((1, 32))
         pairs = []
-        for colours in (PIXELS, np.where(alpha[:, :, None] == 0, 255 - PIXELS, PIXELS).astype(np.uint8)):
-            pairs.append(encode(np.dstack([colours, alpha.astype(np.uint8)])))
+        for colors in (PIXELS, np.where(alpha[:, :, None] == 0, 255 - PIXELS, PIXELS).astype(np.uint8)):
+            pairs.append(encode(np.dstack([colors, alpha.astype(np.uint8)])))
         for hidden in ((255, 0, 0), (0, 0, 255)):
             image = Image.fromarray((np.arange(1024) % 3).astype(np.uint8).reshape(32, 32))
             image.putpalette([*hidden, 10, 20, 30, 200, 100, 50])
@@ -286,7 +286,7 @@ class TestPictureModes:
         np.testing.assert_array_equal(answers[2], answers[3])
 
     def test_only_the_first_frame_of_an_animation_counts(self, server) -> None:
-        first, second = (Image.new("RGB", (32, 32), colour) for colour in ((250, 0, 0), (0, 0, 250)))
+        first, second = (Image.new("RGB", (32, 32), color) for color in ((250, 0, 0), (0, 0, 250)))
         animation = encode(first, save_all=True, append_images=[second])
         answers = self.ask(server, animation, encode(first))
         np.testing.assert_array_equal(answers[0], answers[1])
@@ -318,7 +318,7 @@ class TestLimits:
         check_refused(server, answer, 413, "body", "at most 16777216 bytes")
 
     def test_an_endless_body(self, server) -> None:
-        """Chunked, without an end: answered when the limit is reached, although the client keeps sending."""
+        """An endless chunked body is answered at the limit, although the client keeps sending."""
         with socket.create_connection(("127.0.0.1", server.port), timeout=300) as connection:
             connection.sendall(f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
             chunk = b"100000\r\n" + bytes(0x100000) + b"\r\n"
@@ -427,7 +427,7 @@ class TestSurface:
 
     def test_metrics_count_requests_and_errors(self, server) -> None:
         def sample(name: str) -> float:
-            time.sleep(0.3)  # they are gathered a few times a second
+            time.sleep(0.3)  # they are collected a few times a second
             lines = server.get("/metrics").body.decode().splitlines()
             return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
@@ -483,7 +483,7 @@ class TestClient:
         assert (served.ready, served.model_digest, served.model_version) == (True, digest, "7")
 
     def test_errors_name_the_request(self, server, tmp_path, monkeypatch) -> None:
-        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # loopback is not asked through a proxy
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # loopback is not reached through a proxy
         client = InferenceClient(server.url, timeout=300)
         (tmp_path / "x.png").write_bytes(b"x")
         with pytest.raises(ServerError, match=r"image\[0\]") as caught:
@@ -497,7 +497,7 @@ class TestClient:
 
 
 class TestKserveClient:
-    """The client of the kserve SDK, as it comes."""
+    """The unmodified client of the kserve SDK."""
 
     @staticmethod
     def ask(server: ServerProcess, protocol: str, method: str, *arguments: Any, **options: Any) -> Any:

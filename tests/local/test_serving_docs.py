@@ -1,4 +1,4 @@
-"""The commands and numbers of docs/serving.md, as printed there."""
+"""The commands and numbers of docs/serving.md."""
 
 import json
 import re

@@ -52,7 +52,7 @@ sys.exit(main(sys.argv[2:]))
 
 @contextlib.contextmanager
 def holdable_server(folder: Path, *options: str) -> Iterator[ServerProcess]:
-    """A server of the tiny model, for `held`."""
+    """A server of the tiny model for use with `held`."""
     model = store_tiny_model(FolderStore(folder / "models"))
     with run_server(*model, folder, *options, *PATIENT, program=("-c", HELD, str(folder))) as server:
         yield server
@@ -60,7 +60,7 @@ def holdable_server(folder: Path, *options: str) -> Iterator[ServerProcess]:
 
 @contextlib.contextmanager
 def held(server: ServerProcess, what: Literal["model", "decoder"]) -> Iterator[None]:
-    """The server's model, or its decoder of large pictures, finishes nothing until the block ends."""
+    """Blocks the server's model, or its decoder of large pictures, until the end of the block."""
     file = server.log_file.with_name(f"hold-{what}")
     file.touch()
     try:
@@ -79,7 +79,7 @@ def metric(server: ServerProcess, name: str) -> float:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
-    """Waits for a state that lasts: it may be looked at seldom."""
+    """Waits for a lasting state, so polling may be slow."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -101,7 +101,7 @@ def test_requests_over_the_limit_get_429_and_the_rest_are_answered(busy) -> None
         with held(busy, "model"):
             futures = [pool.submit(predict, busy)]
             wait_for(lambda: metric(busy, "cifar10_pending_requests") == 1)
-            wait_for(lambda: metric(busy, "cifar10_queue_images") == 0)  # the model is at it
+            wait_for(lambda: metric(busy, "cifar10_queue_images") == 0)  # the model is running
             futures += [pool.submit(predict, busy) for _ in range(47)]
             wait_for(lambda: num_done(futures) >= 43)
         answers = [future.result() for future in futures]
@@ -168,13 +168,13 @@ def test_readiness_fails_during_the_drain_delay(tmp_path) -> None:
         assert server.get("/v1/models/cifar10").json["ready"] is False
         assert server.get("/v2/health/live").status == 200
         assert predict(server).status == 200
-        server.process.send_signal(signal.SIGINT)  # asked again: at once
+        server.process.send_signal(signal.SIGINT)  # the second drain: at once
         assert server.process.wait(300) == 0
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> Iterator[ServerProcess]:
-    """A server that waits for its clients as long as they like."""
+    """A server without time limits for its clients."""
     with holdable_server(tmp_path_factory.mktemp("quick"), "--max-connections", "64") as server:
         yield server
         assert "Traceback" not in server.log
@@ -192,7 +192,7 @@ def many_connections(server: ServerProcess, number: int, data: bytes) -> Iterato
 
 
 def check_others_are_served(server: ServerProcess) -> None:
-    """Somebody with a small picture gets an answer, and so does the kubelet, while the others stay as they are."""
+    """A client with a small picture and the kubelet get answers, while the other connections stay open."""
     for _ in range(5):
         assert predict(server).status == 200
         assert server.get("/v2/health/ready").status == 200
@@ -247,7 +247,7 @@ def test_a_request_may_not_cost_more_than_one_large_picture(quick) -> None:
 
 
 def test_small_pictures_do_not_wait_for_large_ones(quick) -> None:
-    """Four large requests are as many as there is room for."""
+    """There is room for only four large requests."""
     body = large_pictures(2, 2800)
     with ThreadPoolExecutor(16) as pool:
         with held(quick, "decoder"):

@@ -1,4 +1,4 @@
-"""The local deployment: servers that hand on one listening socket, through the resource and the commands."""
+"""The local deployment through the resource and the commands: servers pass on one listening socket."""
 
 import contextlib
 import http.client
@@ -35,7 +35,7 @@ BODY = json.dumps({"instances": [np.zeros((32, 32, 3), int).tolist()]}).encode()
 
 
 class Deployment:
-    """A local deployment with models 0, 1, ... that may be asked for."""
+    """A local deployment, and models 0, 1, ... to deploy."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -56,7 +56,7 @@ class Deployment:
 
 @pytest.fixture(scope="module", autouse=True)
 def _patient_servers() -> Iterator[None]:
-    """A server that leaves closes no connection whose client on a busy machine pauses for seconds."""
+    """A draining server does not close connections of clients that pause for seconds on a busy machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CIFAR_SERVING_LINGER", "300")
         yield
@@ -64,7 +64,7 @@ def _patient_servers() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory) -> Iterator[Deployment]:
-    """A deployment of model 0, made by a process that is gone, with its whole process group."""
+    """A deployment of model 0 by a process that was killed with its process group."""
     deployment = Deployment(tmp_path_factory.mktemp("local"))
     request = deployment.request(0)
     code = (
@@ -88,12 +88,12 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
 
 
 class Load:
-    """Clients that ask without pause, on kept connections and on new ones, and note every answer."""
+    """Clients that send requests continuously, on kept and on new connections, and record every response."""
 
     def __init__(self, port: int):
         self.port = port
         self.digests: list[list[str]] = [[], [], [], []]
-        """Of the answers to each client, in order."""
+        """Model digests of the responses to each client, in order."""
         self.failures: list[str] = []
         self._stop = threading.Event()
         self._threads = [
@@ -112,7 +112,7 @@ class Load:
             thread.join()
 
     def wait_for(self, digest: str) -> None:
-        """Until each client got its last five answers from this model."""
+        """Wait until the last five responses to each client are from this model."""
         wait_for(lambda: all(digests[-5:] == [digest] * 5 for digests in self.digests) or self.failures)
 
     def _work(self, kept: bool, digests: list[str]) -> None:
@@ -197,7 +197,7 @@ def test_a_deployment_is_undone_when_its_run_dies(running, number) -> None:
 
 
 def is_in_use(path: Path) -> bool:
-    """Whether some process has the file open."""
+    """Whether any process has the file open."""
     links = (link for folder in Path("/proc").glob("[0-9]*/fd") for link in open_files(folder))
     return str(path) in links
 
@@ -256,7 +256,7 @@ def test_invalid_control_messages_change_nothing(running, monkeypatch) -> None:
 
 @pytest.fixture
 def own(tmp_path) -> Iterator[Deployment]:
-    """A deployment of one test, with nothing in it."""
+    """An empty deployment for one test."""
     deployment = Deployment(tmp_path)
     yield deployment
     deployment.service.delete()

@@ -1,4 +1,4 @@
-"""Users and rights on a real MinIO: each role may do what it does, and nothing else."""
+"""Users and rights on a real MinIO: each role may do what it needs, and nothing else."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.s3
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A MinIO that was set up twice, with keys changed in between."""
+    """A MinIO that was set up twice, with changed keys."""
     folder = tmp_path_factory.mktemp("minio-users")
     keys = folder / "keys"
     keys.mkdir()
@@ -60,7 +60,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 def store_of(server: S3Server, role: str | None = None, key: str = "") -> S3Store:
-    """The store as a role sees it, or as the root user does."""
+    """The store with the credentials of a role or of the root user."""
     keys = (user_of(role), key or f"secret-{role}-2") if role else (server.access_key, server.secret_key)
     return S3Store(S3Connection(server.endpoint, *keys, bucket_prefix=PREFIX))
 

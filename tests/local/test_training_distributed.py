@@ -1,4 +1,4 @@
-"""Processes that train together, most of them started by the launcher."""
+"""Distributed training; most processes are started by the launcher."""
 
 import multiprocessing
 import os
@@ -53,7 +53,7 @@ RECIPE = {
     "resolutions": [{"start": 0, "size": 16}],
 }
 PLAIN_STEPS = {"optimizer": "sgd", "warmup": 0.25}
-"""Muon makes every step as long as any other, and so the noise of halved batch norms as large as the gradient."""
+"""Muon normalizes every step, so the noise of batch norm on half a batch would be as large as the gradient."""
 EXECUTION = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 3}
 
 
@@ -91,7 +91,7 @@ def test_two_processes_train_like_one(place: Workplace, two: str) -> None:
 
 
 def test_three_processes_continue_to_the_same_weights(place: Workplace) -> None:
-    """Sums of three numbers depend on their order, which two would not show."""
+    """The sum of three numbers depends on their order; that of two does not."""
     port = str(free_port())
     specs = [place.spec(name, recipe_fields=RECIPE | {"epochs": 1}, execution=EXECUTION) for name in ("whole", "parts")]
     context = multiprocessing.get_context("forkserver")
@@ -106,7 +106,7 @@ def test_three_processes_continue_to_the_same_weights(place: Workplace) -> None:
 
 
 def train_whole_and_in_parts(rank: int, port: str, whole: JobSpec, parts: JobSpec) -> None:
-    """One process of three; its exit code is 1 when tensors differ."""
+    """One process of three. Its exit code is 1 if tensors differ."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
     processes = Processes(rank, 3)
@@ -131,7 +131,7 @@ def train_whole_and_in_parts(rank: int, port: str, whole: JobSpec, parts: JobSpe
 
 
 def test_process_that_lost_a_peer_requests_a_restart(place: Workplace, tmp_path: Path) -> None:
-    """Two processes as two pods have them, without launcher: one is killed, the other says so."""
+    """Two processes without the launcher, as in two pods: one is killed, and the other reports it."""
     spec = place.spec("cut", recipe_fields=RECIPE, execution=EXECUTION)
     script = tmp_path / "cut.py"
     script.write_text(CUT)
@@ -147,7 +147,7 @@ def test_process_that_lost_a_peer_requests_a_restart(place: Workplace, tmp_path:
 
 
 def test_the_launcher_says_whether_the_training_continues(place: Workplace, two: str) -> None:
-    """A process is killed, then the launcher is told to stop; the third start ends as an undisturbed training."""
+    """A process is killed, then the launcher is stopped; the third start ends like an uninterrupted training."""
     spec = place.spec("stopped", recipe_fields=RECIPE | PLAIN_STEPS, execution=EXECUTION)
     pause = pausing(place.folder / "pause")
     job = start_trainer(spec, *LAUNCHER, env=pause)

@@ -1,4 +1,4 @@
-"""One job from spec to published model, as a process of its own."""
+"""One job from spec to published model, as a separate process."""
 
 import io
 import json
@@ -145,7 +145,7 @@ def test_dagster_receives_epochs_and_result(place: Workplace, finished: tuple[st
 
 
 def test_the_same_job_gives_the_same_model(place: Workplace, finished: object) -> None:
-    """As a process of its own, with its messages through the object store, and from a spec in a file."""
+    """As a separate process, with messages through the object store and the spec in a file."""
     digest, _ = place.only_model()
     spec = place.spec("again", recipe_fields={"epochs": 4}, seed=5)
     done = run_trainer(spec, env=pipes_environment({"store_uri": place.models("messages-store").uri()}))

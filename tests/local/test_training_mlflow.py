@@ -51,7 +51,7 @@ def tracked(place: Workplace, experiment: str, recipe_fields: dict | None = None
 
 
 def runs_of(place: Workplace, experiment: str) -> list[Run]:
-    """Runs of an experiment, the first one first; none before the experiment is made."""
+    """Runs of an experiment, oldest first; none if the experiment does not exist."""
     client = MlflowClient(tracking_uri(place))
     found = client.get_experiment_by_name(experiment)
     if found is None:
@@ -100,10 +100,10 @@ def test_failed_training_and_its_retry_are_separate_runs(place: Workplace) -> No
 
 
 def test_stopped_training_is_killed_in_mlflow(place: Workplace) -> None:
-    """What a cancel does to the process."""
+    """The signal that a cancellation sends to the process."""
     process = start_trainer(tracked(place, "stopped"), env=pausing(place.folder / "pause-stopped"))
     wait_for_line(process, "Epoch 1/")
-    # what is logged before the stop; the end of the run alone has to be in time for the process's own end
+    # logged before the stop, so that only the end of the run has to be sent before the process ends
     wait_until(lambda: any("train_loss" in run.data.metrics for run in runs_of(place, "stopped")), "the first epoch")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=500)
@@ -112,7 +112,7 @@ def test_stopped_training_is_killed_in_mlflow(place: Workplace) -> None:
 
 
 def test_run_of_a_killed_process_is_closed_by_the_next_one(place: Workplace) -> None:
-    """Where the pod is started again by Kubernetes and the launcher sees one job."""
+    """Kubernetes restarts the pod, and Dagster sees one job."""
     spec = tracked(place, "killed")
     process = fork_trainer(spec, pausing(place.folder / "pause-killed"))
     wait_until(lambda: runs_of(place, "killed") or not process.is_alive(), "the run to be opened")
@@ -128,7 +128,7 @@ def test_run_of_a_killed_process_is_closed_by_the_next_one(place: Workplace) -> 
 
 @pytest.fixture
 def port() -> int:
-    """A port that nothing listens on."""
+    """An address where nothing listens."""
     return free_port()
 
 
@@ -150,7 +150,7 @@ def tracking_server(place: Workplace, port: int) -> Iterator[None]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{place.folder}/server.db"]
     command += ["--artifacts-destination", str(place.folder / "served"), "--serve-artifacts"]
     command += ["--port", str(port), "--workers", "1"]
-    # its workers for jobs of its own are many, and not needed here
+    # its many job workers are not needed here
     env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     try:
@@ -161,7 +161,7 @@ def tracking_server(place: Workplace, port: int) -> Iterator[None]:
 
 
 def test_mlflow_server_that_starts_late_gets_everything(place: Workplace, port: int) -> None:
-    """Over HTTP, artifacts proxied by the server."""
+    """Over HTTP, with artifacts proxied by the server."""
     uri = f"http://127.0.0.1:{port}"
     process = start_trainer(tracked(place, "late", tracking_uri=uri, artifact_uri=None))
     wait_for_line(process, "MLflow: start of the run failed and will be retried")

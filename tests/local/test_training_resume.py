@@ -1,4 +1,4 @@
-"""A training that is killed or stopped, and started again with the same spec."""
+"""Trainings that are killed or stopped, and started again with the same spec."""
 
 import os
 import random
@@ -26,7 +26,7 @@ def place(tmp_path: Path) -> Workplace:
 
 
 def wait_for_checkpoints(process: ForkServerProcess, place: Workplace, num_new: int) -> None:
-    """Until that many new checkpoints are there or the job ended: by the clock alone all kills may come too early."""
+    """Wait for this number of new checkpoints or the job's end: with a delay alone, all kills may come too early."""
     before = {path.name for path in place.checkpoints("killed")}
     seen: set[str] = set()
     while process.exitcode is None and len(seen) < num_new:
@@ -35,7 +35,7 @@ def wait_for_checkpoints(process: ForkServerProcess, place: Workplace, num_new: 
 
 
 def test_twenty_random_kills_do_not_change_the_weights(place: Workplace) -> None:
-    """SIGKILL, from before the first step to the writing of the model; then the same spec once more."""
+    """SIGKILL at times from before the first step to the writing of the model; then the same spec runs again."""
     execution = {"threads": 1, "device": "cpu", "checkpoint_every_steps": 2}
     undisturbed = place.spec("undisturbed", recipe_fields=LONG_RECIPE, execution=execution)
     spec = place.spec("killed", recipe_fields=LONG_RECIPE, execution=execution)
@@ -59,7 +59,7 @@ def test_twenty_random_kills_do_not_change_the_weights(place: Workplace) -> None
             kills += 1
             resumed_steps |= {path.name for path in place.checkpoints("killed")}
         else:
-            # it was quicker than the kill: the job is done, and starts over
+            # the job ended before the kill: start over
             assert process.exitcode == 0
     last = fork_trainer(spec)
     last.join()

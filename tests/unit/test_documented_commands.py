@@ -27,7 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PROGRAMS = ("dagster", "dg", "python", "make", "uv", "pytest", "kubectl", "helm")
 OUR_FILES = ("cifar_assets/", "docs/", "images/", "k8s/", "resources/", "tests/")
 PLACEHOLDER = re.compile(r"[A-Z]+\.yaml")
-"""A file of the reader's own."""
+"""A file that the reader has to provide."""
 
 
 def is_command(text: str) -> bool:
@@ -35,7 +35,7 @@ def is_command(text: str) -> bool:
 
 
 def commands_in(text: str) -> Iterator[str]:
-    """Command lines of fenced and indented blocks, those over several lines joined, and of code in sentences."""
+    """Command lines of code blocks, with continuation lines joined, and of inline code."""
     fenced = re.findall(r"^```(?:sh|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for block in [*fenced, *re.findall(r"(?:^    .*\n)+", prose, re.MULTILINE)]:
@@ -59,7 +59,7 @@ def is_whole(command: str) -> bool:
 
 
 def words_of(command: str) -> list[str]:
-    """The words of the program's call, without variables before it and what the shell does after it."""
+    """The program and its arguments, without preceding variables and following shell operators."""
     words = shlex.split(re.sub(r"<[a-z ]+>", "value", command.replace("\\\n", "")), comments=True)
     while "=" in words[0]:
         words.pop(0)
@@ -109,7 +109,7 @@ def test_dagster_would_run_it(words: Sequence[str]) -> None:
 
 
 def parsed_by(command: click.Command, words: Sequence[str]) -> dict[str, Any]:
-    """Options by their name in the code; click's error for what it does not know."""
+    """Options by their name in the code. Raises click's error for an unknown one."""
     rest = list(words)
     while isinstance(command, click.Group):
         _, found, rest = command.resolve_command(click.Context(command), rest)

@@ -1,4 +1,4 @@
-"""Who may import whom: resources nothing of the project, images nothing they lack, CIFAR-10 the data side alone."""
+"""Imports: resources none of the project, images nothing they lack, CIFAR-10 constants only the dataset package."""
 
 import ast
 import re
@@ -28,7 +28,7 @@ def test_resources_import_nothing_of_the_project(path: str) -> None:
 
 
 def test_only_the_data_side_names_cifar10s_classes_and_size() -> None:
-    """Trainer, server, checks and reports read them in the manifest of the dataset or of the model."""
+    """Trainer, server, checks and reports read them from the manifest of the dataset or of the model."""
     package = ROOT / "cifar_assets"
     sources = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in DATA_SIDE]
     named = re.compile(r"\b(CLASSES|IMAGE_SIZE|IMAGE_SHAPE|CIFAR10)\b")

@@ -1,4 +1,4 @@
-"""What is stored under a model's digest, and what storing it again changes."""
+"""Storing a model under its digest, once and again."""
 
 from pathlib import Path
 

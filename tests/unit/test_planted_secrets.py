@@ -1,6 +1,6 @@
-"""Secrets planted in every setting: none of them is in an error, in its traceback, or in a manifest.
+"""Secrets planted in every setting: no error, traceback or manifest contains one.
 
-tests/local/test_planted_secrets.py looks for one in everything that a run writes.
+tests/local/test_planted_secrets.py searches everything that a run writes.
 """
 
 import json
@@ -48,7 +48,7 @@ SPEC = JobSpec(
 
 
 def resources(monkeypatch: pytest.MonkeyPatch, **variables: str) -> dict[str, Any]:
-    """What the definitions use in this environment, resolved as Dagster does."""
+    """The resources of the definitions in this environment, resolved as Dagster does."""
     for name, value in (ENVIRONMENT | variables).items():
         monkeypatch.setenv(name, value)
     found = resources_for(settings_of(ENVIRONMENT | variables))
@@ -58,7 +58,7 @@ def resources(monkeypatch: pytest.MonkeyPatch, **variables: str) -> dict[str, An
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """The error with everything that Dagster records of it."""
+    """The error with everything that Dagster records about it."""
     with pytest.raises(ConfigError) as caught:
         call()
     return "".join(traceback.format_exception(caught.value))
@@ -128,7 +128,7 @@ def test_manifests_hold_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     request = DeployRequest("s3://models/a/", DIGEST, "1")
     service = build_inference_service_manifest(found["serving"].settings, request, name="cifar10", namespace="cifar")
     assert SECRET not in json.dumps([job.model_dump(), service], default=str)
-    assert store.child_environment()["AWS_SESSION_TOKEN"] == f"{SECRET}-token"  # there was something to leave out
+    assert store.child_environment()["AWS_SESSION_TOKEN"] == f"{SECRET}-token"  # there was something to redact
 
 
 def test_resolved_resource_shows_the_names_of_its_variables_only(monkeypatch: pytest.MonkeyPatch) -> None:

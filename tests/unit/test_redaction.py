@@ -1,4 +1,4 @@
-"""What an address may hold, and what is shown of it."""
+"""Redaction of credentials in addresses."""
 
 import pytest
 from hypothesis import given

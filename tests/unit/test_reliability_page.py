@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
 NAMED = re.compile(r"(tests/[\w/]+\.py)|::(\w+)")
-"""A file, or something in the file named last before it."""
+"""A file, or a test in the file that was named last."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What the pod of a cluster test does: `python story.py STORY [NUMBER]`. Needs dagster-pipes and minio only."""
+"""The program in the pods of cluster tests: `python story.py STORY [NUMBER]`. Needs only dagster-pipes and minio."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from resources.pipes_store import PipesStoreMessageWriter
 
 
 def epochs(count: int) -> None:
-    """One epoch a second, told to Dagster by rank 0; every rank prints."""
+    """One epoch per second; rank 0 reports it to Dagster, and every rank prints it."""
     stop_on_sigterm()
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0 or not PipesEnvVarParamsLoader().is_dagster_pipes_process():
@@ -30,7 +30,7 @@ def epochs(count: int) -> None:
 
 
 def peers(count: int) -> None:
-    """The master waits for its workers' greetings over the network that the operator set up."""
+    """The master waits until its workers have connected over the network that the operator set up."""
     stop_on_sigterm()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     port = int(os.environ["MASTER_PORT"])
@@ -68,7 +68,7 @@ def fail(code: int) -> None:
 
 
 def memory(mebibytes: int) -> None:
-    """Take memory until the kernel ends it."""
+    """Allocates memory until the kernel kills it."""
     taken = []
     while True:
         taken.append(bytearray(os.urandom(1 << 20) * mebibytes))
@@ -80,7 +80,7 @@ def crash(_: int) -> None:
 
 
 def deaf(seconds: int) -> None:
-    """Ignore SIGTERM, as a process does that is number 1 of its container and has no handler."""
+    """Ignores SIGTERM, like a process with id 1 in its container and without a handler."""
     say("deaf")
     time.sleep(seconds)
 

@@ -1,4 +1,4 @@
-"""Argo's controller beside the operator of tests/unit/pytorch_job: workflows whose steps a test acts out."""
+"""A fake of Argo's controller and of the training operator: a test plays the steps of a workflow."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error, not_foun
 
 @dataclass
 class FakeArgo(FakeCluster):
-    """Implements what WorkflowClient asks; PyTorchJobs are the base class's."""
+    """Implements the calls of WorkflowClient; the base class handles PyTorchJobs."""
 
     workflows: dict[str, dict[str, Any]] = field(default_factory=dict)
     step_pods: list[dict[str, Any]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class FakeArgo(FakeCluster):
         return copy.deepcopy(self.workflows[name])
 
     def list_namespaced_custom_object(self, group: str, version: str, namespace: str, plural: str, **options: Any):
-        if plural == PLURAL:  # as the role argo-launcher has it
+        if plural == PLURAL:  # as in the Role argo-launcher
             raise api_error(403, "workflows is forbidden")
         return super().list_namespaced_custom_object(group, version, namespace, plural, **options)
 
@@ -110,6 +110,6 @@ class FakeArgo(FakeCluster):
         self.workflows[workflow].setdefault("status", {}).update({"phase": phase, "message": message})
 
     def _collect(self, name: str) -> None:
-        """The garbage collector: what a workflow owns goes with it."""
+        """The garbage collector: deletes what a deleted workflow owned."""
         uid = self.workflows.pop(name)["metadata"]["uid"]
         self.jobs.pop(f"cifar10-{uid}", None)

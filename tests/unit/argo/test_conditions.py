@@ -1,4 +1,4 @@
-"""The resource step ends when, and as, the Pipes client's reading of the same status ends. On the real controller:
+"""The resource step ends at the same status, and with the same outcome, as the Pipes client. On the real controller:
 tests/cluster/test_argo.py."""
 
 from pathlib import Path
@@ -19,7 +19,7 @@ EXPECTED = {JobState.SUCCEEDED: "succeeded", JobState.FAILED: "failed"}
 
 
 def at_path(document: Any, path: str) -> str | None:
-    """What gjson finds at a path of names and positions, as text; None where there is nothing."""
+    """The value that gjson finds at a path of names and positions, as text; None if there is none."""
     for part in path.split("."):
         if isinstance(document, list) and part.isdecimal() and int(part) < len(document):
             document = document[int(part)]
@@ -31,14 +31,14 @@ def at_path(document: Any, path: str) -> str | None:
 
 
 def holds(requirement: str, job: dict[str, Any]) -> bool:
-    """A requirement of a label selector; of its operators, equality and existence."""
+    """A requirement of a label selector. Supports only equality and existence."""
     path, equal, value = requirement.partition("==")
     found = at_path(job, path)
     return found == value if equal else found is not None
 
 
 def outcome(job: dict[str, Any]) -> str:
-    """What workflow/executor/resource.go (matchConditions) does with both conditions."""
+    """Evaluates both conditions like matchConditions in workflow/executor/resource.go."""
     if any(holds(requirement, job) for requirement in FAILURE_CONDITION.split(",")):
         return "failed"
     return "succeeded" if all(holds(requirement, job) for requirement in SUCCESS_CONDITION.split(",")) else "waiting"

@@ -74,7 +74,7 @@ def test_names_are_short_enough_for_pods() -> None:
 
 
 def orphans(argo: FakeArgo, *, job: bool) -> None:
-    """What is left of a workflow that was deleted with `--cascade=orphan`: a step's pod, the job and its pod."""
+    """The leftovers of a workflow that was deleted with `--cascade=orphan`: a step's pod, the job and its pod."""
     labels = {"cifar/argo-workflow": NAME, "training.kubeflow.org/job-name": "cifar10-old"}
     if job:
         metadata = {"name": "cifar10-old", "namespace": "cifar", "uid": "old", "labels": labels}

@@ -1,4 +1,4 @@
-"""The steps as processes of this machine: none outlives the process that runs them."""
+"""The steps as local processes: none outlives the process that runs them."""
 
 import os
 import select
@@ -15,7 +15,7 @@ RUN_STEP = "import sys; from resources.argo.local import LocalPipeline; LocalPip
 
 
 def open_once_read(plan: Path, process: subprocess.Popen[bytes]) -> BinaryIO:
-    """The pipe's end to write to, from when the step reads: it waits for what never comes."""
+    """The write end of a pipe, once the step is reading from it and waits for data that never comes."""
     while process.poll() is None:
         try:
             return open(os.open(plan, os.O_WRONLY | os.O_NONBLOCK), "wb", buffering=0)

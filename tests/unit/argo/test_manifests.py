@@ -1,4 +1,4 @@
-"""What the committed workflow promises, read without a cluster: tests/cluster/test_argo.py runs it."""
+"""The committed workflow, checked without a cluster. tests/cluster/test_argo.py runs it."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def test_finished_workflows_are_cleaned_up() -> None:
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "report"])
 def test_only_infrastructure_faults_are_retried(name: str) -> None:
-    """No step fails by itself with an exit code that is retried; the training's condition has a test of its own."""
+    """No step's own failures have an exit code that is retried. The training's condition has a separate test."""
     expression = TEMPLATES[name]["retryStrategy"]["expression"]
     if name not in COMMANDS:
         assert expression == RESOURCE_IS_RETRIED

@@ -1,4 +1,4 @@
-"""The report of a failed workflow: the step, why, its last lines (the same stories run in tests/cluster)."""
+"""The report of a failed workflow: step, reason, last log lines. tests/cluster has the same stories."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The committed training step is what the code makes, and cannot make two jobs."""
+"""The committed training step equals the generated one, and cannot create two jobs."""
 
 import uuid
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_committed_yaml_is_generated(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def substituted(text: str, **parameters: str) -> dict[str, Any]:
-    """The manifest as Argo makes it."""
+    """The manifest with the parameters that Argo fills in."""
     values = {"workflow.uid": UID, "workflow.name": "run", "workflow.namespace": "cifar"}
     values |= {f"inputs.parameters.{name}": value for name, value in parameters.items()}
     for name, value in values.items():

@@ -31,7 +31,7 @@ CURRENT: list[FakeArgo] = []
 
 
 class FakePipeline(ArgoPipeline):
-    """The real resource, connected to the test's fake."""
+    """The real resource with the fake API."""
 
     def connect(self) -> WorkflowClient:
         return WorkflowClient(CURRENT[-1], CURRENT[-1])
@@ -39,7 +39,7 @@ class FakePipeline(ArgoPipeline):
 
 @dg.asset
 def model(context: dg.AssetExecutionContext, argo: PipelineResource) -> dg.MaterializeResult:
-    """What the asset does with its resource."""
+    """Runs the pipeline as the asset does."""
     result = argo.run(context, REQUEST)
     verdict = {"passed": result.verdict.passed, "accuracy": result.verdict.numbers["test_accuracy"]}
     return dg.MaterializeResult(metadata={"digest": result.training.model_digest, "run": result.run, **verdict})
@@ -47,7 +47,7 @@ def model(context: dg.AssetExecutionContext, argo: PipelineResource) -> dg.Mater
 
 @dg.asset(retry_policy=dg.RetryPolicy(max_retries=1))
 def retried(context: dg.AssetExecutionContext, argo: PipelineResource) -> None:
-    """The same, tried twice."""
+    """The same, with one retry."""
     argo.run(context, REQUEST)
 
 
@@ -130,7 +130,7 @@ def test_unreadable_report_is_an_error(fake: FakeArgo) -> None:
     assert "which cannot be read" in str(failure(materialize()).error)
 
 
-def test_cancelling_removes_the_workflow(fake: FakeArgo) -> None:
+def test_canceling_removes_the_workflow(fake: FakeArgo) -> None:
     with dg.DagsterInstance.ephemeral() as instance:
 
         def cancel(call: str) -> None:
@@ -185,7 +185,7 @@ def test_interrupted_process_leaves_the_workflow(fake: FakeArgo) -> None:
 
 
 def test_the_retry_after_a_workflow_that_vanished_first_removes_its_job(fake: FakeArgo) -> None:
-    """Deleted with `--cascade=orphan` while the first attempt waited for it."""
+    """It is deleted with `--cascade=orphan` while the first attempt waits for it."""
     beside: list[tuple[str, ...]] = []
 
     def vanish(call: str) -> None:

@@ -1,4 +1,4 @@
-"""A check gives a verdict whatever the data is like, and apart from the others."""
+"""Each check gives a verdict for any data, independently of the others."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def good() -> Verdict:
 
 
 def run(second: Callable[[], Verdict], names: tuple[str, ...] = ("first", "second", "third")) -> tuple[bool, dict]:
-    """Whether an asset behind the checks was reached, and the evaluations by name."""
+    """Whether the asset downstream of the checks was reached, and the evaluations by name."""
 
     @dg.asset(key=KEY)
     def data() -> None: ...

@@ -1,4 +1,4 @@
-"""Checks of the service when there is nothing to ask; what they say of a running one is in tests/local."""
+"""Checks of a service that does not respond. tests/local checks a running one."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.fixtures.orchestration import NotingService
 
 
 class Status(NotingService):
-    """Says that a model answers at an address where nothing listens."""
+    """Reports a model at an address where nothing listens."""
 
     digest: str
 
@@ -24,14 +24,14 @@ class Status(NotingService):
 
 
 class Broken(NotingService):
-    """Breaks when it is asked."""
+    """Raises when it is called."""
 
     def status(self) -> ServiceStatus:
         raise RuntimeError("the cluster is away")
 
 
 def verdicts(folder: Path, serving: NotingService, digest: str | None) -> dict[str, tuple[bool, str]]:
-    """What the checks say; their run succeeds."""
+    """The evaluations of the checks; their run succeeds."""
     with dg.DagsterInstance.ephemeral() as instance:
         if digest:
             made = dg.AssetMaterialization(INFERENCE_SERVICE, tags={DATA_VERSION_TAG: digest})

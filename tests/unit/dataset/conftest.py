@@ -1,4 +1,4 @@
-"""Small datasets in every format, made on the spot."""
+"""Small generated datasets in every format."""
 
 import gzip
 import io
@@ -25,7 +25,7 @@ Images = NDArray[np.uint8]
 
 
 class Maker:
-    """Writes valid data; tests damage it from there."""
+    """Writes valid data, which tests then damage."""
 
     rows = 20
 
@@ -58,7 +58,7 @@ class Maker:
         return {f"cifar-10-batches-bin/{name}": data for name, data in members.items()}
 
     def tar(self, members: dict[str, bytes], extra: list[tuple[tarfile.TarInfo, bytes]] | None = None) -> bytes:
-        """A tar.gz with the members, and then with the extra ones as they are."""
+        """A tar.gz with the members, followed by the extra ones unchanged."""
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
             for name, data in members.items():
@@ -105,7 +105,7 @@ def make() -> Maker:
 
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Gives the process that reads outside data some code to run when it starts; `child` is its module."""
+    """Makes the isolated reader run some code when it starts; `child` is its module."""
 
     def start_with(code: str) -> None:
         isolated.stop()
@@ -134,5 +134,5 @@ def source(tmp_path: Path, make: Maker) -> str:
 
 @pytest.fixture(autouse=True)
 def _settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What tests land was put there a while ago: nobody is still writing it."""
+    """Landed files count as settled at once."""
     monkeypatch.setattr("cifar_assets.dataset.landing.zone.SETTLED_SECONDS", -1.0)

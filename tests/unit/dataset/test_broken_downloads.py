@@ -17,7 +17,7 @@ from resources.object_store import FolderStore
 
 @dataclass
 class Server:
-    """Serves one body under any path, and can be told to break off."""
+    """Serves one body under any path, and can close the connection early."""
 
     body: bytes = b""
     break_after: int | None = None

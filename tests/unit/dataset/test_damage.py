@@ -29,7 +29,7 @@ pytestmark = pytest.mark.fuzz
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | None, str | None]:
-    """What the call gives, or the text of its DataError; any other exception is a fault."""
+    """The result of the call, or the text of its DataError. Any other exception is a bug."""
     try:
         return call(), None
     except DataError as error:

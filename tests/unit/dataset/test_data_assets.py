@@ -1,4 +1,4 @@
-"""Data through the assets: what Dagster records of good data, and nothing of invalid data."""
+"""The data assets: what Dagster records for valid data, and that it records nothing for invalid data."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A disk that is full while data is fetched, unpacked and stored."""
+"""A full disk while data is downloaded, read and stored."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""One preparation of pictures for training and serving."""
+"""The preparation of pictures, which training and serving share."""
 
 import io
 import struct
@@ -41,7 +41,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, *, depth: int, color: int, rows: bytes, extra: bytes = b"") -> bytes:
-    """A PNG written by hand, for what Pillow does not write."""
+    """A PNG assembled by hand, for variants that Pillow cannot write."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 

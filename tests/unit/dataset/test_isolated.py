@@ -141,7 +141,7 @@ def test_small_parquet_of_large_values_is_rejected(
     pq.write_table(table, buffer, compression="zstd", dictionary_pagesize_limit=1 << 30)
     assert buffer.tell() < 20_000
     raw.write("landing/bad.parquet", buffer.getvalue())
-    child("")  # a process of its own: the next test's has the usual limit
+    child("")  # so that the next test gets a new process with the usual limit
     monkeypatch.setattr(isolated, "MEMORY_BYTES", 768 << 20)
     build_raw_version(raw, source)
     assert reason in reason_of(raw, "bad.parquet")["reason"]

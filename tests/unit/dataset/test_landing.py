@@ -1,4 +1,4 @@
-"""Landed data: joined, rejected with a reason, or left where it is."""
+"""Landed data is joined, rejected with a reason, or left in place."""
 
 import io
 import json

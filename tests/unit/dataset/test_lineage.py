@@ -23,7 +23,7 @@ from resources.object_store import FolderStore
 
 
 class World:
-    """Two versions, the second with landed data, and a model of each."""
+    """Two versions, the second with landed data, and a model trained on each."""
 
     def __init__(self, make, raw: FolderStore, processed: FolderStore, source: str):
         self.models = FolderStore(raw.root.parent / "models")

@@ -1,4 +1,4 @@
-"""Whatever bytes a reader of outside data gets, it gives the right data or this project's own error."""
+"""For any bytes, a reader of untrusted data returns correct data or raises this project's own error."""
 
 import io
 import json
@@ -146,7 +146,7 @@ def archives(draw: DrawFn) -> bytes:
 
 
 def damage(draw: DrawFn, data: bytes) -> bytes:
-    """The bytes with a few changes, cut or as they are, and packed by gzip up to twice."""
+    """The bytes with a few changes, possibly truncated, and compressed with gzip up to twice."""
     found = bytearray(data)
     for position, value in draw(
         st.just([]) | st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), max_size=4)
@@ -177,7 +177,7 @@ _IMAGE = st.none() | st.binary(max_size=20) | st.sampled_from([bytes(100), chunk
 
 @st.composite
 def tables(draw: DrawFn) -> pa.Table:
-    """Tables that are nearly, or exactly, what is expected."""
+    """Tables that match the expected layout exactly or almost."""
     rows = draw(st.integers(0, 6))
     kind = draw(st.sampled_from([pa.binary()] * 4 + [pa.large_binary(), pa.string(), pa.list_(pa.int8())]))
     struct_type = pa.struct([(draw(st.sampled_from(["bytes"] * 5 + ["data"])), kind), ("path", pa.string())])

@@ -1,4 +1,4 @@
-"""What versions share: an arrival costs what it brings, and the version is a function of the content."""
+"""Shared parts: new data costs only its own size, and a version depends on content only."""
 
 import io
 import resource
@@ -159,7 +159,7 @@ def test_version_in_the_first_format_can_be_read(raw, processed, source: str) ->
 
 
 def write_first_kind(processed: ObjectStore, digest: str) -> str:
-    """The version as releases wrote it that kept all files of a version below its own folder."""
+    """The version as written by releases that kept all files of a version in its own folder."""
     manifest: dict[str, Any] = read_processed(processed, digest).model_dump(mode="json")
     manifest["kind"] = "cifar10-processed/1"
     files: dict[str, bytes] = {}

@@ -27,7 +27,7 @@ def test_the_digest_is_of_the_manifest_and_free_of_names_and_times(
 
 
 class Interrupted(FolderStore):
-    """A store whose writes stop for good after some number of them."""
+    """A store whose writes fail after a given number."""
 
     left = 0
 

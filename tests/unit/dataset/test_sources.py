@@ -107,7 +107,7 @@ def test_synthetic_is_the_same_everywhere_and_balanced() -> None:
     assert not np.array_equal(images, other)
     assert not np.array_equal(images, test)
     assert np.bincount(labels).tolist() == [20] * 10
-    # A digest pinned when this was written: another one means that stored synthetic versions change.
+    # Pinned: another digest means that stored synthetic versions change.
     assert pixel_digests(images[:1])[0].tobytes().hex()[:16] == PINNED
 
 

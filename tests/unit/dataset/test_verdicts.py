@@ -1,4 +1,4 @@
-"""What blocks a version: Dagster's checks and the pipelines' steps say the same, and nothing refused is current."""
+"""Blocking checks of versions: Dagster and the pipelines agree, and no refused version becomes current."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ from resources.verdict import objections
 
 @pytest.fixture
 def nine_classes(make, tmp_path: Path) -> str:
-    """A source without a picture of the last class."""
+    """A source without pictures of the last class."""
     path = tmp_path / "nine" / "train.parquet"
     path.parent.mkdir()
     path.write_bytes(make.parquet(make.images(90), make.labels(90) % 9))
@@ -139,7 +139,7 @@ def test_a_version_that_is_not_stored_gives_reasons(tmp_path: Path, raw: FolderS
 
 
 def test_judging_a_raw_version_writes_nothing(source: str, raw: FolderStore) -> None:
-    """The pipelines' pods may read the raw bucket, and no more."""
+    """The pipelines' pods may only read the raw bucket."""
     digest = build_raw_version(raw, source).digest
     for info in raw.list("index/"):
         raw.delete(info.key)

@@ -1,4 +1,4 @@
-"""examples/pytorch_job.py on the fake cluster, with its script run as it stands."""
+"""examples/pytorch_job.py on the fake cluster; its script runs unchanged."""
 
 import subprocess
 import sys

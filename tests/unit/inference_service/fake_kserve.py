@@ -33,14 +33,14 @@ class FakeKServe:
     events: list[Any] = field(default_factory=list)
     warnings: dict[str, list[str]] = field(default_factory=dict)
     logs: dict[str, str] = field(default_factory=dict)
-    behaviours: dict[str, Callable[["FakeKServe", dict[str, Any]], None]] = field(default_factory=dict)
-    """What becomes of a new pod, by the digest of its model; by default it gets ready."""
+    behaviors: dict[str, Callable[["FakeKServe", dict[str, Any]], None]] = field(default_factory=dict)
+    """What happens to a new pod, by the digest of its model; by default it becomes ready."""
     writes: list[dict[str, Any]] = field(default_factory=list)
     deleted: list[dict[str, Any]] = field(default_factory=list)
     failing: Callable[[str], None] = lambda call: None
     """Called before each call takes effect."""
     after_write: Callable[[], None] = lambda: None
-    """Runs before the answer of a write leaves: raising here loses the answer."""
+    """Called before the response to a write is sent: raising here loses the response."""
 
     # The custom resource
 
@@ -124,7 +124,7 @@ class FakeKServe:
         return SimpleNamespace(service=service, served_model=lambda: self.served_model())
 
     def served_model(self) -> ServedModel:
-        """What a pod answers that is ready or ending: one that is ending still serves open connections."""
+        """The response of a ready or terminating pod: a terminating one still serves open connections."""
         answering = [pod for pod in self.pods if is_ready(pod)]
         if not answering:
             raise ServerError("GET http://cifar10-predictor.space.svc got no response: connection refused")
@@ -134,7 +134,7 @@ class FakeKServe:
     # What the controllers do
 
     def _store(self, body: dict[str, Any]) -> dict[str, Any]:
-        if self.service and _with_defaults(body) == self.service:  # as the API server, which counts no generation
+        if self.service and _with_defaults(body) == self.service:  # an API server keeps the generation
             return copy.deepcopy(body)
         self.writes.append(_with_defaults(body))
         uid = body["metadata"].get("uid") or f"uid-{len(self.writes)}"
@@ -153,7 +153,7 @@ class FakeKServe:
             self.clock.after(1.0, lambda: self._retire_others(template))
             return
         pod = pod_body(f"pod-{len(self.writes)}", annotations, template)
-        behave = self.behaviours.get(annotations["cifar/model-digest"], gets_ready)
+        behave = self.behaviors.get(annotations["cifar/model-digest"], gets_ready)
         self.clock.after(0.5, lambda: self._start(pod, behave))
 
     def _start(self, pod: dict[str, Any], behave: Callable[["FakeKServe", dict[str, Any]], None]) -> None:
@@ -167,7 +167,7 @@ class FakeKServe:
                 self._end(pod)
 
     def _end(self, pod: dict[str, Any]) -> None:
-        if not is_ending(pod) and pod["status"]["phase"] != "Failed":  # a ReplicaSet leaves those that failed
+        if not is_ending(pod) and pod["status"]["phase"] != "Failed":  # a ReplicaSet keeps failed ones
             pod["metadata"]["deletion_timestamp"] = "2026-01-01T00:00:00Z"
             self.clock.after(GRACE_SECONDS, lambda: pod in self.pods and self.pods.remove(pod))
 
@@ -184,7 +184,7 @@ class FakeKServe:
 
 
 def template_of(service: dict[str, Any]) -> str:
-    """Stands for the template of its pods, which the service's annotations are copied to."""
+    """Identifies the template of its pods, to which the service's annotations are copied."""
     scaling = ("canaryTrafficPercent", "minReplicas", "maxReplicas")
     predictor = {key: value for key, value in service["spec"]["predictor"].items() if key not in scaling}
     return json.dumps([predictor, service["metadata"]["annotations"]], sort_keys=True)
@@ -195,7 +195,7 @@ def _template(pod: dict[str, Any]) -> str:
 
 
 def _with_defaults(body: dict[str, Any]) -> dict[str, Any]:
-    """As KServe's webhook and the API server store it."""
+    """The object as KServe's webhook and the API server store it."""
     body["spec"]["predictor"].setdefault("timeout", 60)
     return body
 
@@ -230,7 +230,7 @@ def gets_ready(cluster: FakeKServe, pod: dict[str, Any]) -> None:
 
 
 def ends(exit_code: int, *, restarts: int = 0, reason: str = "Error", log: str = ""):
-    """The server ends, again and again."""
+    """The server exits again and again."""
 
     def act(cluster: FakeKServe, pod: dict[str, Any]) -> None:
         def end(times: int) -> None:
@@ -275,7 +275,7 @@ def gets_no_pod(cluster: FakeKServe, pod: dict[str, Any]) -> None:
 
 
 class FakeKnative(FakeKServe):
-    """The same in serverless mode: revisions, and a share of the requests for the latest one."""
+    """The same in serverless mode: revisions, and a fraction of the requests for the latest one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,10 +283,10 @@ class FakeKnative(FakeKServe):
         self.created = self.ready = self.rolled_out = 0
         self.digests: dict[int, str] = {}
         self.shares: list[dict[str, int]] = []
-        """Share of the requests by digest, after every change of it."""
+        """Fraction of the requests by digest, after each change."""
 
     def served_model(self) -> ServedModel:
-        """The newest revision that is ready: it is the canary, or it gets all requests."""
+        """The newest ready revision: the canary, or the one that gets all requests."""
         if not self.ready:
             raise ServerError("no revision is ready")
         digest = self.digests[self.ready]
@@ -300,7 +300,7 @@ class FakeKnative(FakeKServe):
             self.digests[self.created] = annotations["cifar/model-digest"]
             pod = pod_body(f"pod-{self.created}", annotations, self.template)
             pod["metadata"]["labels"]["serving.knative.dev/revision"] = f"r{self.created}"
-            behave = self.behaviours.get(annotations["cifar/model-digest"], gets_ready)
+            behave = self.behaviors.get(annotations["cifar/model-digest"], gets_ready)
             self.clock.after(0.5, lambda: self._start(pod, behave))
         self.clock.after(1.0, self._route)
 

@@ -1,4 +1,4 @@
-"""The client with a server of another kind, or one whose answer is cut off."""
+"""The client with a server of another kind, and with truncated responses."""
 
 import socket
 import threading
@@ -16,7 +16,7 @@ Answering = Callable[[bytes], int]
 
 @pytest.fixture
 def answering() -> Iterator[Answering]:
-    """Gives the port of a server whose one answer to everything are these bytes."""
+    """Yields the port of a server that answers every request with these bytes."""
     listeners: list[socket.socket] = []
 
     def start(answer: bytes) -> int:

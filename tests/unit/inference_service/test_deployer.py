@@ -1,4 +1,4 @@
-"""Stories of deployments: what serves afterwards, what was written, and what the error says."""
+"""Deployments: what is served afterwards, what was written, and the error."""
 
 import copy
 import logging
@@ -94,7 +94,7 @@ def test_rollback_is_deploying_the_older_one(serving_a: FakeKServe) -> None:
 
 
 def test_ready_condition_of_an_earlier_generation_does_not_count(serving_a: FakeKServe) -> None:
-    serving_a.behaviours[B.model_digest] = fake.never_ready
+    serving_a.behaviors[B.model_digest] = fake.never_ready
     assert serving_a.service is not None
     assert serving_a.service["status"]["conditions"][0]["status"] == "True"
     assert "0 of 1 new pods are ready" in str(failure(serving_a, B, start_timeout_seconds=20))
@@ -127,8 +127,8 @@ STORIES: dict[str, tuple[Callable[[FakeKServe, dict[str, Any]], None], str, bool
 
 @pytest.mark.parametrize("story", STORIES)
 def test_failed_update_is_explained_and_undone(serving_a: FakeKServe, story: str) -> None:
-    behaviour, text, transient = STORIES[story]
-    serving_a.behaviours[B.model_digest] = behaviour
+    behavior, text, transient = STORIES[story]
+    serving_a.behaviors[B.model_digest] = behavior
     before = copy.deepcopy(serving_a.service)
     error = failure(serving_a, B)
     assert text in str(error)
@@ -143,16 +143,16 @@ def test_failed_update_is_explained_and_undone(serving_a: FakeKServe, story: str
 
 
 def test_reason_of_a_failure_is_known_until_something_else_is_deployed(serving_a: FakeKServe) -> None:
-    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    serving_a.behaviors[B.model_digest] = fake.ends(2)
     failure(serving_a, B)
     assert "ended with exit code 2" in (last_failure(serving_a) or "")
-    del serving_a.behaviours[B.model_digest]
+    del serving_a.behaviors[B.model_digest]
     deployer(serving_a).deploy(B)
     assert last_failure(serving_a) is None
 
 
 def test_failed_first_deployment_leaves_nothing(cluster: FakeKServe) -> None:
-    cluster.behaviours[A.model_digest] = fake.ends(2)
+    cluster.behaviors[A.model_digest] = fake.ends(2)
     assert "No model was served before, so the InferenceService was deleted" in str(failure(cluster, A))
     assert (cluster.service, cluster.pods) == (None, [])
     assert "ended with exit code 2" in (last_failure(cluster) or "")
@@ -176,7 +176,7 @@ def test_interrupted_attempt_is_continued(serving_a: FakeKServe) -> None:
 
 
 def test_failed_interrupted_attempt_is_rolled_back_to_the_serving_model(serving_a: FakeKServe) -> None:
-    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    serving_a.behaviors[B.model_digest] = fake.ends(2)
     InferenceServiceClient(serving_a, serving_a).replace(deployer(serving_a).deploy(A).service, build(B))
     serving_a.clock.sleep(2)
     assert f"rolled back to model {A.model_digest}" in str(failure(serving_a, B))
@@ -184,7 +184,7 @@ def test_failed_interrupted_attempt_is_rolled_back_to_the_serving_model(serving_
 
 
 def test_change_by_someone_else_ends_the_wait_and_stays(serving_a: FakeKServe) -> None:
-    serving_a.behaviours[B.model_digest] = fake.never_ready
+    serving_a.behaviors[B.model_digest] = fake.never_ready
     third = build(replace(B, model_digest="c" * 64))
 
     def change() -> None:
@@ -230,7 +230,7 @@ def test_long_outage_of_the_api_server_is_a_transient_error(serving_a: FakeKServ
 
 @pytest.mark.parametrize("status", [503, 403])
 def test_error_of_the_last_poll_does_not_keep_a_broken_revision(serving_a: FakeKServe, status: int) -> None:
-    serving_a.behaviours[B.model_digest] = fake.never_ready
+    serving_a.behaviors[B.model_digest] = fake.never_ready
     away_from(serving_a, serving_a.clock.now + 590, 30, status)
     error = failure(serving_a, B)
     assert "was not serving within 600 s: 0 of 1 new pods are ready." in str(error)
@@ -294,7 +294,7 @@ def test_evicted_pod_of_the_old_version_does_not_hold_up_the_new_one(serving_a: 
 
 
 def test_earlier_restarts_of_a_ready_pod_are_ignored(serving_a: FakeKServe) -> None:
-    serving_a.behaviours[B.model_digest] = fake.never_ready
+    serving_a.behaviors[B.model_digest] = fake.never_ready
     (pod,) = serving_a.pods
     ended = {"terminated": {"exit_code": 137, "reason": "OOMKilled", "finished_at": "2025-01-01T00:00:00Z"}}
     pod["status"]["container_statuses"] = [{**fake.container({"running": {}}, restarts=9), "last_state": ended}]
@@ -318,5 +318,5 @@ def test_events_and_logs_are_optional(cluster: FakeKServe) -> None:
     cluster.failing = refuse
     assert deployer(cluster).deploy(A).changed
     assert last_failure(cluster) is None
-    cluster.behaviours[B.model_digest] = fake.ends(2)
+    cluster.behaviors[B.model_digest] = fake.ends(2)
     assert "ended with exit code 2" in str(failure(cluster, B))

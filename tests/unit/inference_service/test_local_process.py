@@ -1,4 +1,4 @@
-"""The Unix socket by which servers of the local deployment are found, whatever is at its other end."""
+"""The Unix socket through which the local deployment finds its server, with various peers."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ ANSWERS = st.one_of(
 
 @contextlib.contextmanager
 def answering(folder: Path, answer: bytes, *, sends_descriptor: bool) -> Iterator[None]:
-    """Something that answers one connection to the folder's socket."""
+    """A peer that answers one connection to the folder's socket."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(f"{folder}/serving.sock")
         listening.listen()

@@ -1,4 +1,4 @@
-"""The manifest: every setting reaches it, nothing else does, and it equals what is committed."""
+"""The manifest contains every setting and nothing else, and equals the committed one."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def build(values: InferenceServiceSettings, request: DeployRequest = REQUEST) ->
     return build_inference_service_manifest(values, request, name="cifar10", namespace="space")
 
 
-# One value of each field that occurs nowhere else in a manifest, what it needs beside it, and how it is found there.
+# For each field: a unique value, settings it requires, and the text by which it is found in the manifest.
 KNATIVE = {"mode": "Knative"}
 SENTINELS: dict[str, tuple[dict[str, Any], str]] = {
     "image": ({"image": "sentinel/image:7"}, '"image": "sentinel/image:7"'),

@@ -1,4 +1,4 @@
-"""Deploying what is already there: a deployment that fails takes nothing down that it did not bring up itself."""
+"""Redeployments: a failed deployment removes only what it created itself."""
 
 import copy
 from dataclasses import replace
@@ -32,7 +32,7 @@ def serving_a(cluster: FakeKServe) -> FakeKServe:
 
 @pytest.fixture
 def half_of_a(cluster: FakeKServe, monkeypatch: pytest.MonkeyPatch) -> FakeKServe:
-    """Two replicas are asked for; both served, and now the second one fits nowhere."""
+    """Two replicas are requested. Both were ready; now the second one fits on no node."""
     monkeypatch.setattr(test_deployer, "SETTINGS", test_deployer.SETTINGS.model_copy(update={"min_replicas": 2}))
     second = fake.pod_body("second", {})
 
@@ -67,7 +67,7 @@ def fail_on(cluster: FakeKServe, *calls: str, error: Exception, after: float = 0
 
 
 def edit(cluster: FakeKServe, **fields: Any) -> None:
-    """What `kubectl edit` does: the spec changes, the annotations stay, and the pods are made again."""
+    """As `kubectl edit` does: the spec changes, the annotations stay, and the pods are recreated."""
     assert cluster.service is not None
     body = copy.deepcopy(cluster.service)
     body["spec"]["predictor"] |= fields
@@ -101,7 +101,7 @@ def test_kserve_removed_during_a_repair_deletes_nothing(half_of_a: FakeKServe, c
 
 
 def test_first_deployment_of_another_process_is_not_deleted_by_a_retry(cluster: FakeKServe) -> None:
-    cluster.behaviours[A.model_digest] = fake.ends(2)
+    cluster.behaviors[A.model_digest] = fake.ends(2)
     InferenceServiceClient(cluster, cluster).create(build(A))
     cluster.clock.sleep(2)
     assert "was left unchanged" in str(failure(cluster, A))
@@ -114,7 +114,7 @@ def test_create_answered_twice_is_still_undone(cluster: FakeKServe) -> None:
         raise api_error(504, "gateway timeout")
 
     cluster.after_write = lose_once
-    cluster.behaviours[A.model_digest] = fake.ends(2)
+    cluster.behaviors[A.model_digest] = fake.ends(2)
     assert "so the InferenceService was deleted" in str(failure(cluster, A))
     assert len(cluster.writes) == 1
     assert cluster.service is None
@@ -124,7 +124,7 @@ def test_service_in_deletion_is_replaced_and_only_the_new_one_is_undone(serving_
     assert serving_a.service is not None
     serving_a.service["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     serving_a.clock.after(5, lambda: (setattr(serving_a, "service", None), serving_a.pods.clear()))
-    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    serving_a.behaviors[B.model_digest] = fake.ends(2)
     assert "so the InferenceService was deleted" in str(failure(serving_a, B))
     assert [body["metadata"]["uid"] for body in serving_a.deleted] == ["uid-2"]
 
@@ -139,7 +139,7 @@ def test_service_whose_deletion_does_not_end_is_left_alone(serving_a: FakeKServe
 
 
 def test_service_that_someone_else_created_meanwhile_is_left_alone(cluster: FakeKServe) -> None:
-    cluster.behaviours[A.model_digest] = fake.never_ready
+    cluster.behaviors[A.model_digest] = fake.never_ready
 
     def recreate() -> None:
         cluster.service = None
@@ -169,10 +169,10 @@ def test_service_created_between_the_first_look_and_the_write_is_left_alone(clus
 @pytest.mark.parametrize("deleted", [True, False])
 def test_change_by_someone_else_before_the_clean_up_is_left_alone(serving_a: FakeKServe, deleted: bool) -> None:
     third = build(replace(B, model_digest="c" * 64))
-    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    serving_a.behaviors[B.model_digest] = fake.ends(2)
 
     def change(call: str) -> None:
-        if call == "log" and serving_a.service is not None:  # read after the deployment is given up
+        if call == "log" and serving_a.service is not None:  # read after the deployment failed
             serving_a.failing = lambda call: None
             if deleted:
                 serving_a.service = None
@@ -242,7 +242,7 @@ def test_edited_spec_that_serves_is_put_back_when_its_repair_fails(serving_a: Fa
     edit(serving_a, containers=[{"name": "kserve-container", "image": "hotfix"}])
     serving_a.clock.sleep(30)
     edited = copy.deepcopy(serving_a.service)
-    serving_a.behaviours[A.model_digest] = fake.waits("ErrImagePull", "no such tag")
+    serving_a.behaviors[A.model_digest] = fake.waits("ErrImagePull", "no such tag")
     assert f"rolled back to model {A.model_digest} version 1, which is served as before" in str(failure(serving_a, A))
     assert edited is not None
     assert serving_a.service is not None
@@ -251,7 +251,7 @@ def test_edited_spec_that_serves_is_put_back_when_its_repair_fails(serving_a: Fa
 
 
 def test_spec_edited_during_a_deployment_is_reported_and_left(serving_a: FakeKServe) -> None:
-    serving_a.behaviours[B.model_digest] = fake.never_ready
+    serving_a.behaviors[B.model_digest] = fake.never_ready
     serving_a.clock.after(5, lambda: edit(serving_a, nodeSelector={"no-such": "node"}))
     begin = serving_a.clock.now
     assert "changed by someone else" in str(failure(serving_a, B))
@@ -263,14 +263,14 @@ def test_spec_edited_during_a_deployment_is_reported_and_left(serving_a: FakeKSe
 def test_manually_removed_labels_do_not_break_the_rollback(serving_a: FakeKServe) -> None:
     assert serving_a.service is not None
     del serving_a.service["metadata"]["labels"]
-    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    serving_a.behaviors[B.model_digest] = fake.ends(2)
     assert f"rolled back to model {A.model_digest}" in str(failure(serving_a, B))
 
 
 def test_rollback_restores_the_service_of_orphaned_pods(serving_a: FakeKServe) -> None:
     """As `kubectl delete --cascade=orphan` leaves them."""
     serving_a.service = None
-    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    serving_a.behaviors[B.model_digest] = fake.ends(2)
     assert f"rolled back to model {A.model_digest}" in str(failure(serving_a, B))
     assert digests_of_pods(serving_a) == [A.model_digest]
     assert serving_a.deleted == []
@@ -280,7 +280,7 @@ def test_events_that_cannot_be_read_or_written_do_not_change_the_outcome(serving
     fail_on(serving_a, "events", "event", "log", error=api_error(500, "etcdserver: leader changed"))
     assert last_failure(serving_a) is None
     assert deployer(serving_a).deploy(B).changed
-    serving_a.behaviours[A.model_digest] = fake.ends(2)
+    serving_a.behaviors[A.model_digest] = fake.ends(2)
     assert "ended with exit code 2" in str(failure(serving_a, A))
 
 
@@ -298,7 +298,7 @@ def test_api_that_breaks_after_the_model_served_does_not_change_the_outcome(serv
 
 
 def test_clean_up_that_is_refused_is_added_to_the_first_error(serving_a: FakeKServe) -> None:
-    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    serving_a.behaviors[B.model_digest] = fake.ends(2)
     written = len(serving_a.writes)
 
     def refuse(call: str) -> None:
@@ -312,7 +312,7 @@ def test_clean_up_that_is_refused_is_added_to_the_first_error(serving_a: FakeKSe
 
 
 def test_pods_that_cannot_be_listed_at_the_end_do_not_hide_the_timeout(serving_a: FakeKServe) -> None:
-    serving_a.behaviours[B.model_digest] = fake.never_ready
+    serving_a.behaviors[B.model_digest] = fake.never_ready
     begin = serving_a.clock.now
 
     def fail(call: str) -> None:
@@ -330,7 +330,7 @@ def test_pod_that_flaps_between_two_causes_is_given_up(serving_a: FakeKServe) ->
             act = fake.waits(reasons[n % 2], "again")
             cluster.clock.after(2 * n, lambda act=act: act(cluster, pod))
 
-    serving_a.behaviours[B.model_digest] = flap
+    serving_a.behaviors[B.model_digest] = flap
     begin = serving_a.clock.now
     assert "(image not pulled)" in str(failure(serving_a, B))
     assert serving_a.clock.now - begin < 150
@@ -345,7 +345,7 @@ def test_refusal_at_the_write_is_not_followed_by_a_clean_up(half_of_a: FakeKServ
 
 @pytest.mark.parametrize("status", [503, 403])
 def test_put_back_tolerates_an_outage(serving_a: FakeKServe, status: int) -> None:
-    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    serving_a.behaviors[B.model_digest] = fake.ends(2)
 
     def away(call: str) -> None:
         if call == "log":

@@ -1,4 +1,4 @@
-"""The resource: what the environment says, where it is reached, and what its errors become."""
+"""The resource: settings from the environment, address, and translation of errors."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -117,7 +117,7 @@ def kubeconfig(tmp_path: Path) -> str:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeKServe:
-    """A cluster behind the resource, with time that passes at once."""
+    """A fake cluster behind the resource; waits take no time."""
     found = FakeKServe()
     monkeypatch.setattr(InferenceServiceClient, "production", lambda *_: InferenceServiceClient(found, found))
     in_no_time = partial(ServiceView, clock=found.clock, sleep=found.clock.sleep)

@@ -1,4 +1,4 @@
-"""Stories of serverless deployments: who gets which share of the requests, and when."""
+"""Serverless deployments: the fraction of the requests for each revision over time."""
 
 from dataclasses import replace
 from typing import Any
@@ -29,7 +29,7 @@ def build(request: DeployRequest, percent: int | None = 10) -> dict[str, Any]:
 
 
 class Judge:
-    """Returns or raises what it was given, and remembers which canaries it was asked about."""
+    """Returns or raises what it was given, and records the canaries it was called with."""
 
     def __init__(self, fault: str | BaseException | None = None):
         self.fault = fault
@@ -50,7 +50,7 @@ def deploy(
 
 
 def replace_with(cluster: FakeKnative, manifest: dict[str, Any]) -> None:
-    """Write the manifest as a run does that is cut off right after."""
+    """Writes the manifest like a run that is interrupted directly afterwards."""
     client = InferenceServiceClient(cluster, cluster)
     service = client.get("space", "cifar10")
     assert service is not None
@@ -127,7 +127,7 @@ def test_interrupted_canary_gets_no_more_than_its_share(serving_a: FakeKnative) 
 
 
 def test_revision_that_does_not_come_up_never_gets_a_request(serving_a: FakeKnative) -> None:
-    serving_a.behaviours[B.model_digest] = fake.ends(2)
+    serving_a.behaviors[B.model_digest] = fake.ends(2)
     with pytest.raises(DeployError, match="ended with exit code 2"):
         deploy(serving_a, B)
     assert all(B.model_digest not in share for share in serving_a.shares)
@@ -216,7 +216,7 @@ def test_refused_canary_is_not_promoted_when_the_next_model_fails(serving_a: Fak
     serving_a.pods[:] = []
     replace_with(serving_a, with_traffic(build(B), 0))
     c = DeployRequest("s3://models/c/", "c" * 64, "2", "run-c")
-    serving_a.behaviours[c.model_digest] = fake.ends(2)
+    serving_a.behaviors[c.model_digest] = fake.ends(2)
     with pytest.raises(DeployError, match="a canary without requests"):
         deploy(serving_a, c)
     assert serving_a.shares[-1] == {B.model_digest: 0, A.model_digest: 100}

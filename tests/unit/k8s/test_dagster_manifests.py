@@ -1,4 +1,4 @@
-"""What k8s/dagster promises, read without a cluster: tests/cluster/test_dagster.py applies it to a real one."""
+"""The manifests of k8s/dagster, checked without a cluster. tests/cluster/test_dagster.py applies them."""
 
 import copy
 import importlib
@@ -35,7 +35,7 @@ DEPLOYMENTS = {o["metadata"]["name"]: o["spec"]["template"]["spec"] for o in OBJ
 
 @pytest.fixture
 def instance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> InstanceRef:
-    """The cluster's instance as a pod would read it, with the environment that its pod has."""
+    """The instance config as a pod reads it, with the environment of that pod."""
     for key, value in {**SETTINGS, **PLATFORM, "DAGSTER_PG_PASSWORD": "p", "DAGSTER_NAMESPACE": "cifar"}.items():
         monkeypatch.setenv(key, value)
     (tmp_path / "dagster.yaml").write_text((DAGSTER / "dagster.yaml").read_text())
@@ -49,7 +49,7 @@ def settings_of(instance: InstanceRef) -> dict[str, Any]:
 
 
 def resolved(data: ConfigurableClassData | None) -> dict[str, Any]:
-    """The section's config after Dagster's own validation, environment variables put in."""
+    """The section's config after Dagster's validation, with environment variables resolved."""
     assert data is not None
     kind = getattr(importlib.import_module(data.module_name), data.class_name)
     result = process_config(resolve_to_config_type(kind.config_type()), yaml.safe_load(data.config_yaml))
@@ -68,7 +68,7 @@ def test_instance_is_valid_and_its_storage_is_the_database_of_the_settings(insta
     from sqlalchemy import create_engine, make_url
 
     url = make_url(f"{stored['scheme']}://{stored['hostname']}/{stored['db_name']}")
-    assert create_engine(url).dialect.driver == "psycopg2"  # the driver that dagster-postgres brings along
+    assert create_engine(url).dialect.driver == "psycopg2"  # the driver that dagster-postgres installs
     assert DagsterPostgresStorage.__name__ == instance.storage_data.class_name  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -108,7 +108,7 @@ def test_pools_retries_and_monitoring_are_those_of_a_checkout(instance: Instance
 
 
 def test_a_typo_in_the_instance_is_noticed(tmp_path: Path) -> None:
-    """The validation that the other tests rely on does refuse."""
+    """The validation that other tests rely on rejects an invalid field."""
     (tmp_path / "dagster.yaml").write_text((DAGSTER / "dagster.yaml").read_text().replace("run_retries:", "run_retry:"))
     with pytest.raises(Exception, match="run_retry"):
         dagster_instance_config(str(tmp_path))
@@ -141,7 +141,7 @@ def test_pods_are_restricted() -> None:
 
 
 def test_dagster_asks_for_little_cpu() -> None:
-    """Beside the platform, a run worker and a training pod on a node with two CPUs."""
+    """The platform, a run worker and a training pod fit on a node with two CPUs."""
     containers = [spec["containers"][0] for spec in [*DEPLOYMENTS.values(), POSTGRES]]
     requests = [container["resources"]["requests"]["cpu"] for container in containers]
     assert sum(int(request.removesuffix("m")) for request in requests) == 350

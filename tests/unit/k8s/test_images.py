@@ -1,4 +1,4 @@
-"""What the Dockerfile promises, read without building it."""
+"""The Dockerfile, checked without a build."""
 
 import re
 import tomllib
@@ -13,7 +13,7 @@ LOCK: dict[str, Any] = {p["name"]: p for p in tomllib.loads((ROOT / "uv.lock").r
 
 
 def lines(role: str) -> list[str]:
-    """The instructions of the role's target, those of its base first."""
+    """The instructions of the role's target, after those of its base."""
     targets: dict[str, list[str]] = {}
     for line in (ROOT / "images/Dockerfile").read_text().replace("\\\n", " ").splitlines():
         if start := re.fullmatch(r"FROM (\S+) AS (\w+)", line):
@@ -28,7 +28,7 @@ def extras(role: str) -> list[str]:
 
 
 def locked(role: str) -> set[str]:
-    """Names of all packages that the role's extras bring along, by the lock file."""
+    """Names of all packages that the lock file installs for the role's extras."""
     project = LOCK["cifar-assets"]
     todo = [d["name"] for d in project["dependencies"]]
     todo += [d["name"] for extra in extras(role) for d in project["optional-dependencies"].get(extra, [])]

@@ -1,4 +1,4 @@
-"""What the committed YAML promises, read without a cluster: tests/cluster/test_platform.py applies it to a real one."""
+"""The committed YAML, checked without a cluster. tests/cluster/test_platform.py applies it."""
 
 import json
 import re

@@ -1,6 +1,6 @@
-"""Each role has what it needs in the object store and on the network, read without a cluster.
+"""Each role has the rights it needs in the object store and on the network.
 
-tests/local/test_store_setup.py tries the rights on a real MinIO, tests/cluster/test_network.py the network.
+tests/local/test_store_setup.py tests them on a real MinIO, tests/cluster/test_network.py on a real network.
 """
 
 import json
@@ -72,12 +72,12 @@ def test_no_policy_allows_traffic_to_or_from_everyone(folder: str, policy: dict[
         for peer in rule["from"]:
             assert peer.get("podSelector") or peer["namespaceSelector"] != {}
     for rule in spec.get("egress", []):
-        if not rule.get("to"):  # DNS and the cluster's API are selected by no label
+        if not rule.get("to"):  # DNS and the cluster's API are not selected by labels
             assert {port["port"] for port in rule["ports"]} in ({53}, {443, 6443, 8443})
 
 
 def test_both_ends_of_a_connection_are_allowed() -> None:
-    """What goes out to a labelled pod of ours is let in there from the same kind of pod."""
+    """Egress to a labeled pod of ours has a matching ingress rule there."""
     incoming = {
         (NAMESPACES[folder], json.dumps(policy["spec"]["podSelector"]), json.dumps(selector))
         for folder, policy in POLICIES
@@ -108,7 +108,7 @@ def sources(policy: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def covers(wide: dict[str, Any], narrow: dict[str, Any]) -> bool:
-    """Whether a selector of one label admits all pods of another: the same key, and no fewer values."""
+    """Whether a selector admits all pods of another one: the same key, and all its values."""
     (wide_key, wide_values), (key, values) = label(wide), label(narrow)
     return wide_key == key and (wide_values is None or (values is not None and values <= wide_values))
 

@@ -1,4 +1,4 @@
-"""What comes from outside is listed and pinned: images, the actions of the workflow, the installer, Python packages."""
+"""External inputs are listed and pinned: images, GitHub actions, the installer, Python packages."""
 
 import re
 import subprocess
@@ -37,7 +37,7 @@ def image_fields(node: Any, key: str = "") -> list[str]:
     if isinstance(node, str):
         if key == "image":
             return [node]
-        if "\n" in node or node.startswith("- "):  # a patch or a manifest within a field
+        if "\n" in node or node.startswith("- "):  # a field that contains a patch or a manifest
             return [m["image"] for m in re.finditer(r"\bimage: *['\"]?(?P<image>[^\s'\"}]+)", node)]
     return []
 

@@ -1,4 +1,4 @@
-"""The committed Kubeflow pipeline is what its Python makes, step by step what the Argo workflow runs."""
+"""The committed Kubeflow pipeline equals the compiled one, and has the steps of the Argo workflow."""
 
 import runpy
 from itertools import pairwise

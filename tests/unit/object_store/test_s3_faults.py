@@ -33,7 +33,7 @@ def error(code: str, message: str = "told so") -> bytes:
 
 
 class Fake:
-    """Answers each request by the function set, with the number of the request."""
+    """Answers each request with the given function, which gets the number of the request."""
 
     def __init__(self, endpoint: str):
         self.endpoint = endpoint

@@ -1,4 +1,4 @@
-"""Settings of AWS's tools: each is honored, or refused by its name."""
+"""Settings of AWS's tools: each is used, or rejected by name."""
 
 import pytest
 import urllib3
@@ -16,7 +16,7 @@ def read(**variables: str) -> S3Connection:
 
 
 def resource(monkeypatch: pytest.MonkeyPatch, **variables: str) -> MinioObjectStore:
-    """The resource as Dagster resolves it in an environment."""
+    """The resource as Dagster resolves it with these environment variables."""
     for name, value in (KEYS | variables).items():
         monkeypatch.setenv(name, value)
     return object_store_from_environment(KEYS | variables).process_config_and_initialize()

@@ -1,4 +1,4 @@
-"""The graph: what loading it costs, and that it is the same graph in every deployment."""
+"""The graph: the cost of loading it, and that it is the same in every deployment."""
 
 import functools
 import json
@@ -92,7 +92,7 @@ def test_asset_graph_matches_the_snapshot(snapshot) -> None:
 
 @functools.cache
 def describe_in_cluster() -> dict[str, Any]:
-    """Loaded in a process of its own: the deployment is chosen when the module is loaded."""
+    """Loaded in a separate process: the deployment is chosen when the module is imported."""
     script = (
         "import json; from cifar_assets.definitions import defs; "
         "from tests.unit.orchestration.test_definitions import describe; print(json.dumps(describe(defs)))"

@@ -26,7 +26,7 @@ def tick(
     last: Outcome = "succeeded",
     read: Collection[ObjectInfo] | None = None,
 ) -> Decision:
-    """One tick. The last run has used everything that it was asked for, unless `read` says otherwise."""
+    """One tick. The last run has read all requested objects, unless `read` says otherwise."""
     ready = tuple(info for info in objects if info.size)
     skipped = {info.key: "empty object" for info in objects if not info.size}
     return decide(
@@ -203,7 +203,7 @@ def test_cursor_survives_a_json_round_trip() -> None:
 
 
 def test_a_cursor_of_the_first_form_is_migrated() -> None:
-    """As the sensor wrote it before cursors had a version."""
+    """The format from before cursors had a version."""
     objects = [landed("a.parquet")]
     covered = fingerprint(objects[0])
     text = f'{{"covered":["{covered}"],"sequence":4,"attempt":2,"run_key":"landing-4-0123456789ab"}}'

@@ -1,4 +1,4 @@
-"""The landing sensor's ticks over a real store and a real Dagster instance."""
+"""Ticks of the landing sensor with a real store and a real Dagster instance."""
 
 import os
 import time
@@ -47,7 +47,7 @@ def land(store: LocalObjectStore, name: str, content: bytes = b"PAR1") -> None:
 
 
 def build(store: LocalObjectStore, prefix: str = "") -> None:
-    """A build of the raw dataset that reads what landed, or what has this prefix."""
+    """A build of the raw dataset that reads the landed objects, or those with this prefix."""
     infos = [info for info in scan_landing(store.raw).ready if info.key.startswith(prefix)]
     LandingRecord(read=frozenset(fingerprint(info) for info in infos)).save(store.raw)
 

@@ -1,6 +1,6 @@
-"""MLflow runs that their trainer left RUNNING: who closes them, and as what.
+"""MLflow runs that their trainer left RUNNING: who closes them, and with which status.
 
-Dagster runs are real, in an instance of the test's own, and so is the sqlite store.
+Dagster runs are real, in a temporary instance, and so is the SQLite store.
 """
 
 import shutil
@@ -33,7 +33,7 @@ def instance() -> Iterator[dg.DagsterInstance]:
 
 
 def start_run(mlflow: MlflowResource, dagster_run_id: str) -> str:
-    """An MLflow run as the trainer starts it."""
+    """An MLflow run that was started as the trainer does."""
     client = mlflow.client()
     experiment = client.get_experiment_by_name(mlflow.experiment)
     assert experiment is not None
@@ -54,7 +54,7 @@ def tick(instance: dg.DagsterInstance, mlflow: MlflowResource) -> str:
 def materialize(
     instance: dg.DagsterInstance, body: Callable[[dg.AssetExecutionContext], object], fail_after: bool = False
 ) -> dg.DagsterRun:
-    """One Dagster run whose asset does what `body` does; it fails afterwards where told to."""
+    """One Dagster run whose asset calls `body` and then, if requested, fails."""
 
     @dg.asset
     def model(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
@@ -181,7 +181,7 @@ def test_tick_without_mlflow_reports_it_and_creates_nothing(instance: dg.Dagster
 def test_dagster_mlflows_own_resource_joins_the_trainers_run(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the tag: an op that uses it in the same Dagster run logs to the run of the training."""
+    """Through the tag: an op of the same Dagster run that uses it logs to the training's MLflow run."""
     from dagster_mlflow import mlflow_tracking
 
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):  # it sets them for the whole process
@@ -249,7 +249,7 @@ def test_a_tick_during_which_mlflow_goes_away_waits_for_it_once(
 
 
 @pytest.mark.parametrize(
-    ("error", "cancelled", "expected"),
+    ("error", "canceled", "expected"),
     [
         (dg.DagsterExecutionInterruptedError(), True, "KILLED"),
         (dg.DagsterExecutionInterruptedError(), False, "RUNNING"),
@@ -258,7 +258,7 @@ def test_a_tick_during_which_mlflow_goes_away_waits_for_it_once(
     ],
 )
 def test_a_step_closes_what_its_trainer_left_but_not_when_merely_evicted(
-    instance: dg.DagsterInstance, mlflow: LocalMlflow, error: BaseException, cancelled: bool, expected: str
+    instance: dg.DagsterInstance, mlflow: LocalMlflow, error: BaseException, canceled: bool, expected: str
 ) -> None:
     left: list[str] = []
     another = start_run(mlflow, "of-another-instance")
@@ -266,7 +266,7 @@ def test_a_step_closes_what_its_trainer_left_but_not_when_merely_evicted(
     def train(context: dg.AssetExecutionContext) -> None:
         with mlflow.closing_open_runs(context):
             left.append(start_run(mlflow, context.run.run_id))
-            if cancelled:
+            if canceled:
                 instance.report_run_canceling(context.run)
             raise error
 

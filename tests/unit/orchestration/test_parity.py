@@ -23,7 +23,7 @@ ENVIRONMENT = {"processes": 1, "threads": 2, "device": "cpu", "precision": "floa
 
 
 class Pair:
-    """Models of both pipelines in one store, and the results of the checks."""
+    """Models of both pipelines in one store, and the checks on them."""
 
     def __init__(self, folder: Path):
         self._resource = LocalObjectStore(path=str(folder))

@@ -1,4 +1,4 @@
-"""Runs whose process was killed: real commands in an instance of their own."""
+"""Runs whose process was killed: real commands in a temporary instance."""
 
 import io
 import logging
@@ -47,7 +47,7 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def materialize(processes: list[subprocess.Popen[bytes]], folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """`dagster asset materialize` in the background; gives the file with its output too."""
+    """`dagster asset materialize` in the background, and the file with its output."""
     output = folder / f"output-{len(processes)}"
     command = ["dagster", "asset", "materialize", "--select", "model", "-m", "tests.fixtures.pool_definitions"]
     with output.open("wb") as file:
@@ -98,7 +98,7 @@ def test_the_command_after_a_killed_one_fails_its_run_and_takes_its_slot(
 def test_a_command_says_whom_it_waits_for_and_takes_over_when_that_run_is_killed(
     folder: Path, instance: dg.DagsterInstance, processes: list[subprocess.Popen[bytes]]
 ) -> None:
-    """The killed run's child, as a trainer that still writes its checkpoint, keeps the slot until it has ended."""
+    """A child of the killed run, such as a trainer writing a checkpoint, holds the slot until it ends."""
     kill_while_it_works(processes, folder, with_child=True)
     (killed,) = instance.get_runs()
     process, output = materialize(processes, folder)
@@ -134,7 +134,7 @@ def started_run(instance: dg.DagsterInstance) -> dg.DagsterRun:
 
 
 def leave_lock(instance: dg.DagsterInstance, run_id: str) -> None:
-    """What a killed process leaves: its file, and no lock on it."""
+    """The state after a process was killed: its file exists, without a lock."""
     lock_path(instance, run_id).parent.mkdir(parents=True, exist_ok=True)
     lock_path(instance, run_id).touch()
 
@@ -163,7 +163,7 @@ def test_a_running_process_is_healthy_and_a_dead_one_is_not(instance: dg.Dagster
     assert launcher.check_run_worker_health(run).status == WorkerStatus.FAILED
 
 
-def test_a_cancelled_run_that_is_dead_is_canceled(instance: dg.DagsterInstance) -> None:
+def test_dead_run_that_was_being_canceled_is_canceled(instance: dg.DagsterInstance) -> None:
     run = started_run(instance)
     instance.report_run_canceling(run)
     leave_lock(instance, run.run_id)

@@ -1,4 +1,4 @@
-"""The environment of the code location: the table in the docs, and what a wrong value is answered with."""
+"""The environment of the code location: the table in the docs, and errors for invalid values."""
 
 import os
 import re

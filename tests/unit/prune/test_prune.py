@@ -1,4 +1,4 @@
-"""Pruning removes what nothing needs, says so first, and never what something needs."""
+"""Pruning announces and removes unused data, and never removes data in use."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ from tests.unit.prune.conftest import KEPT, Generation, Serving, World, png
 
 
 def is_whole(world: World, generation: Generation) -> bool:
-    """Whether the model and all that it came from can be read."""
+    """Whether the model and all data it was made from can be read."""
     stores = world.stores
     if not stores.models.exists(f"{generation.model}/manifest.json"):
         return False
@@ -194,7 +194,7 @@ def test_a_version_published_again_since_it_was_listed_survives(world: World, mo
 
 
 def test_an_object_in_use_again_is_young_again(world: World) -> None:
-    """A build that finds the objects of an old version may be about to use them."""
+    """A build that found the objects of an old version may still use them."""
     old = world.generations[0]
     shard = read_processed(world.stores.processed, old.processed).shards["train"][-1]
     for number in range(1, len(world.generations)):

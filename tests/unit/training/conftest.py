@@ -15,7 +15,7 @@ PROGRESSIVE = {
     "resolutions": [{"start": 0, "size": 16}, {"start": 0.5, "size": 24}, {"start": 0.75, "size": 32}],
     "cutout": 8,
 }
-"""Fields that use what no recipe uses together: images that grow twice, and cutout."""
+"""Fields in a combination that no recipe has: two changes of the image size, and cutout."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,7 +32,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def make_spec(dataset: str, tmp_path: Path) -> SpecMaker:
-    """Makes the spec of a training that takes a moment; recipe fields by name, the spec's own in `spec`.
+    """Makes the spec of a short training. Keywords are fields of the recipe; `spec` has fields of the spec.
 
     Beside the recipes there is one named progressive.
     """

@@ -1,4 +1,4 @@
-"""Running the trainer as a process of its own, as a pod does."""
+"""Runs the trainer as a separate process, as a pod does."""
 
 import json
 import multiprocessing
@@ -93,7 +93,7 @@ class Workplace:
 def run_trainer(
     spec: JobSpec, *launcher: str, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a job in a process of its own to its end; `launcher` is another command than the plain one."""
+    """Run a job in a separate process to its end; `launcher` replaces the default command."""
     return subprocess.run(
         launcher or COMMAND,
         capture_output=True,
@@ -103,7 +103,7 @@ def run_trainer(
 
 
 def start_trainer(spec: JobSpec, *launcher: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start a job in a process of its own; `launcher` is another command than the plain one."""
+    """Start a job in a separate process; `launcher` replaces the default command."""
     return subprocess.Popen(
         launcher or COMMAND,
         stdout=subprocess.PIPE,
@@ -114,12 +114,12 @@ def start_trainer(spec: JobSpec, *launcher: str, env: Mapping[str, str] | None =
 
 
 def fork_trainer(spec: JobSpec, env: Mapping[str, str] | None = None) -> ForkServerProcess:
-    """Start a job in a process of its own that finds torch loaded already, so that twenty of them take seconds."""
+    """Start a job in a forked process with torch already imported, so that twenty of them take seconds."""
     return _fork(spec, os.devnull, env or {})
 
 
 def run_forked(spec: JobSpec, env: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """Run a job as `fork_trainer` does to its end. Returns exit code and output."""
+    """Run a job with `fork_trainer` to its end. Returns exit code and output."""
     with tempfile.NamedTemporaryFile("r") as output:
         process = _fork(spec, output.name, env or {})
         process.join()
@@ -149,7 +149,7 @@ def _trainer_process(output: str, env: dict[str, str]) -> None:
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> list[str]:
-    """Read a process's output up to a line that holds the text."""
+    """Read a process's output up to a line that contains the text."""
     assert process.stdout is not None
     lines: list[str] = []
     for line in process.stdout:

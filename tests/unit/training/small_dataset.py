@@ -1,4 +1,4 @@
-"""A processed dataset of a few drawn images, stored as the data side stores it."""
+"""A processed dataset of a few drawn images, in the format of `cifar_assets.dataset`."""
 
 import tempfile
 from pathlib import Path

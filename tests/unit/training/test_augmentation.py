@@ -26,7 +26,7 @@ def test_no_augmentation_changes_nothing(images: Tensor) -> None:
 
 
 def test_augmentation_of_an_image_does_not_depend_on_its_batch(images: Tensor) -> None:
-    """Two processes that share a batch make of it what one makes alone."""
+    """Two processes that share a batch produce the same images as one process."""
     recipe = recipe_with(flip="random", translate=4, cutout=8)
 
     def augmented(indices: np.ndarray) -> Tensor:

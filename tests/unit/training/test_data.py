@@ -19,7 +19,7 @@ NUM_IMAGES = 30_000
 
 
 class RemoteStore(FolderStore):
-    """A folder whose files cannot be mapped in place, as those of S3."""
+    """A folder whose files cannot be mapped in place, like objects in S3."""
 
     def local_path(self, key: str) -> None:
         return None
@@ -36,7 +36,7 @@ def test_users_of_one_machine_have_caches_of_their_own(
 
 
 class DrawnImages:
-    """As much of a split's reader as a TensorSplit reads."""
+    """The part of SplitReader that TensorSplit uses."""
 
     labels = np.zeros(NUM_IMAGES, np.int64)
     manifest = CIFAR10

@@ -53,7 +53,7 @@ def test_only_a_process_that_has_others_can_lose_them() -> None:
 
 
 class PipesSession:
-    """Stands for the connection to Dagster; leaving it fails where messages cannot be delivered."""
+    """A fake connection to Dagster; closing it fails if messages cannot be delivered."""
 
     report_custom_message = None
 

@@ -10,7 +10,7 @@ from tests.unit.training.conftest import SpecMaker
 
 
 def train(spec: JobSpec) -> None:
-    """Run a job by the local trainer in an asset of its own."""
+    """Run a job with the local trainer in an asset."""
 
     @dg.asset
     def model(context: dg.AssetExecutionContext, trainer: LocalTrainer) -> dg.MaterializeResult:
@@ -23,7 +23,7 @@ def train(spec: JobSpec) -> None:
 def test_a_shell_of_another_training_makes_no_process_wait(
     make_spec: SpecMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a shell has them that torchrun started, or that a pod of a PyTorchJob opens."""
+    """The variables of a shell started by torchrun or in a pod of a PyTorchJob."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1", "PET_NNODES": "2"}.items():
         monkeypatch.setenv(name, value)
     train(make_spec("baseline", epochs=1))

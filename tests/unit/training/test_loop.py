@@ -1,4 +1,4 @@
-"""The loop in this process: what it computes, and that it can be left and continued anywhere."""
+"""The loop in this process: what it computes, and that it can be interrupted and continued at any step."""
 
 import copy
 from collections.abc import Callable
@@ -94,7 +94,7 @@ def test_a_run_cut_at_every_step_ends_as_an_undisturbed_one(make_spec: SpecMaker
 
 
 def test_a_step_redone_after_a_kill_gives_the_same(make_spec: SpecMaker, tmp_path: Path) -> None:
-    """A kill loses the steps since the last checkpoint: they are done again."""
+    """A kill loses the steps since the last checkpoint, which are repeated."""
     spec = make_spec("progressive", spec={"execution": {"threads": 1, "checkpoint_every_steps": 4}})
     whole = make_trainer(elsewhere(spec, tmp_path / "whole"))
     finish(whole)
@@ -118,7 +118,7 @@ def test_a_step_redone_after_a_kill_gives_the_same(make_spec: SpecMaker, tmp_pat
 
 
 class FailingCheckpoints(CheckpointStore):
-    """Cannot save at the steps named."""
+    """Fails to save at the given steps."""
 
     def __init__(self, spec: JobSpec, transient: bool, steps: set[int]):
         super().__init__(open_store(spec.output_uri), 3)
@@ -255,7 +255,7 @@ def test_one_step_of_the_baseline_recipe_is_plain_sgd(make_spec: SpecMaker) -> N
 
 
 def test_a_golden_loss_curve(make_spec: SpecMaker) -> None:
-    """A change that should alter no numbers alters none. Raise spec.ALGORITHM with these when one is meant to."""
+    """Pinned numbers. A change that is meant to alter them also increments spec.ALGORITHM."""
     records = finish(
         make_trainer(make_spec("progressive", epochs=4, learning_rate=0.01, warmup=0.2, label_smoothing=0.1))
     )

@@ -9,7 +9,7 @@ from cifar_assets.training.recipes import get_recipe
 
 
 def test_the_resnet_is_that_of_torchvision() -> None:
-    """Though it leaves out the taps that only meet padding: gradients are those of torchvision, too."""
+    """Without the taps that only see padding, outputs and gradients equal torchvision's."""
     torch.manual_seed(0)
     ours, theirs = ResNet18(64, 10, 32).double(), resnet18(num_classes=10).double()
     theirs.load_state_dict(ours.torchvision_state_dict())

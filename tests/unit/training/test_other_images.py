@@ -1,4 +1,4 @@
-"""A dataset of other classes and another size, from its manifest to the served model's answers."""
+"""A dataset with other classes and another image size, from its manifest to the served model's answers."""
 
 import base64
 import io

@@ -53,7 +53,7 @@ EARLIER_FIELDS = {"ema_decay": 0.9, "ema_every": 5, "final_learning_rate": 0.0, 
 
 
 def earlier_spec(network: str) -> str:
-    """A spec as an earlier release wrote it."""
+    """A spec that an earlier release wrote."""
     spec = json.loads(make_spec().model_dump_json())
     spec["write_seed_copies"] = not spec.pop("write_baseline_copies")
     spec["execution"] |= {"compile": False, "cache_folder": None}

@@ -1,4 +1,4 @@
-"""What the trainer's tracking does when MLflow refuses: it says what to do at once, and waits for nothing."""
+"""Tracking when MLflow refuses a request: the error comes at once and says what to do."""
 
 import logging
 import shutil
@@ -118,7 +118,7 @@ def test_a_database_of_another_mlflow_is_named_with_the_command_that_upgrades_it
 
 
 def test_a_database_that_cannot_be_written_is_named(mlflow: LocalMlflow) -> None:
-    """The error is SQLite's own: root, who may run the tests, can write any file."""
+    """A simulated error of SQLite, because root can write any file."""
     with (
         closing(sqlite3.connect(f"file:{mlflow.path}/mlflow.db?mode=ro", uri=True)) as database,
         pytest.raises(sqlite3.OperationalError) as refused,
@@ -139,7 +139,7 @@ def test_address_of_an_unknown_kind_is_named(uri: str, caplog: pytest.LogCapture
 
 @pytest.fixture
 def answer() -> Iterator[tuple[str, dict[str, object]]]:
-    """A server that answers every request alike, and what it answers."""
+    """A server with one answer to all requests, and that answer."""
     wanted: dict[str, object] = {}
 
     class Handler(BaseHTTPRequestHandler):
