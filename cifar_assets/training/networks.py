@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cifar_assets.contracts import ImageSpec
+from cifar_assets.training.convolution import Conv2d
 from cifar_assets.training.recipes import Recipe, Views
 
 
-class TrimmedConv2d(nn.Conv2d):
+class TrimmedConv2d(Conv2d):
     """A 3x3 convolution with padding 1 on a feature map of at most 2x2 pixels, without the taps that only see padding.
 
     On a map of 1x1 that leaves one tap of nine, with stride 2 on a map of 2x2 four. `size` is that of the input map at
@@ -18,7 +19,7 @@ class TrimmedConv2d(nn.Conv2d):
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, size: int):
-        super().__init__(inputs, outputs, size, stride, bias=False)
+        super().__init__(inputs, outputs, size, stride)
 
     def reset_parameters(self) -> None:
         # He initialization by fan-out of the 3x3 kernel, as in torchvision's ResNets
@@ -34,10 +35,10 @@ class TrimmedConv2d(nn.Conv2d):
         return functional.pad(self.weight.detach(), (1, after, 1, after))
 
 
-def _conv3x3(inputs: int, outputs: int, stride: int, size: int) -> nn.Conv2d:
+def _conv3x3(inputs: int, outputs: int, stride: int, size: int) -> Conv2d:
     if size == 1 or size == stride == 2:
         return TrimmedConv2d(inputs, outputs, stride, size)
-    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+    return Conv2d(inputs, outputs, 3, stride, padding=1)
 
 
 class BasicBlock(nn.Module):
@@ -52,7 +53,7 @@ class BasicBlock(nn.Module):
         self.downsample = (
             None
             if stride == 1 and inputs == outputs
-            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            else nn.Sequential(Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class SpeedNetStage(nn.Module):
     def __init__(self, inputs: int, outputs: int, depth: int):
         super().__init__()
         self.convs = nn.ModuleList(
-            nn.Conv2d(outputs if index else inputs, outputs, 3, padding=1, bias=False) for index in range(depth)
+            Conv2d(outputs if index else inputs, outputs, 3, padding=1) for index in range(depth)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(outputs) for _ in range(depth))
         for module in self.modules():

@@ -175,6 +175,7 @@ _BASELINE = {
     "padding": "zero",
     "precision": "float32",
 }
+_SHORT = {**_SPEEDNET, "depth": 2, "batch_size": 500, "learning_rate": 0.18}
 _LARGE = {"width": 128, "widening": 3, "head_learning_rate": 4.5e-6, "cutout": 8}
 
 RECIPES: dict[str, Recipe] = {
@@ -182,8 +183,8 @@ RECIPES: dict[str, Recipe] = {
     for name, fields in {
         "baseline": _BASELINE,
         "resnet18": _RESNET18,
-        "quick": {**_SPEEDNET, "epochs": 3, "depth": 2, "batch_size": 500, "learning_rate": 0.18, "validate_every": 3},
-        "fast": {**_SPEEDNET, "epochs": 5, "batch_size": 500, "validate_every": 5},
+        "quick": {**_SHORT, "epochs": 3, "validate_every": 3},
+        "fast": {**_SHORT, "epochs": 5, "validate_every": 5},
         "good": {**_SPEEDNET, "epochs": 8, "learning_rate": 0.18},
         "better": {**_SPEEDNET, "epochs": 14},
         "best": {**_SPEEDNET, "epochs": 14, **_LARGE},

@@ -16,7 +16,7 @@ from resources.trainer.contract import TrainingSpec
 
 _LOG = logging.getLogger(__name__)
 
-ALGORITHM = 3
+ALGORITHM = 4
 """Incremented if a code change gives other weights for the same inputs: old checkpoints are then not resumed."""
 
 

@@ -40,7 +40,7 @@ def make_spec(dataset: str, tmp_path: Path) -> SpecMaker:
     def make(recipe: str = "resnet18", spec: dict | None = None, **overrides: object) -> JobSpec:
         small = {"width": 4, "epochs": 3, "batch_size": 16, "precision": "float32"}
         if recipe == "progressive":
-            recipe, small = "fast", small | PROGRESSIVE
+            recipe, small = "good", small | PROGRESSIVE
         values = {
             "dataset_uri": dataset,
             "dataset_digest": dataset.rstrip("/").rpartition("/")[2],
