@@ -88,7 +88,7 @@ def _report(seconds: float) -> None:
         f"Took           {seconds:.0f} s to materialize all four assets",
         f"Asked the service about {len(labels)} test pictures: {len(right)} right.",
         "",
-        f"Ask it yourself; the picture shows: {labels[example]}",
+        f"Ask it yourself, in a browser at {served['url']} or by a command; the picture shows: {labels[example]}",
         f"  curl -F image=@{pictures[example]} {served['url']}/v1/models/{MODEL_NAME}:predict",
         "See the graph, the runs and the pictures: make dev. End the service: make stop.",
     ]

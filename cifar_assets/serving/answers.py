@@ -57,11 +57,12 @@ class Response:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Name in addresses and answers, version for people, digest for decisions, and the images and classes."""
+    """Name in addresses and answers, version for people, digests for decisions, and the images and classes."""
 
     name: str
     version: str
     digest: str
+    dataset_digest: str
     images: ImageSpec
 
 

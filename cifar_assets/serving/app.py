@@ -13,7 +13,7 @@ from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from cifar_assets.serving import v1, v2
+from cifar_assets.serving import page, v1, v2
 from cifar_assets.serving.answers import (
     BusyError,
     GoneError,
@@ -29,7 +29,7 @@ from cifar_assets.serving.answers import (
 from cifar_assets.serving.batcher import MicroBatcher
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.metrics import PENDING_REQUESTS, PREDICT_SECONDS, READ_SECONDS, REGISTRY, RENDER_SECONDS
-from cifar_assets.serving.settings import ServingLimits
+from cifar_assets.serving.settings import ServerSettings, ServingLimits
 
 _METRICS_SECONDS = 0.25
 _OPENAPI = Path(__file__).with_name("openapi.json")
@@ -41,7 +41,7 @@ Parse = Callable[[Mapping[bytes, bytes], bytes, ServingLimits], Query]
 class App:
     """Answers requests for one model. Create and use it on the event loop."""
 
-    def __init__(self, model: ServedModel, run: Callable[[Images], Logits], limits: ServingLimits):
+    def __init__(self, model: ServedModel, run: Callable[[Images], Logits], limits: ServerSettings):
         self.is_ready = True
         self._model = model
         self._limits = limits
@@ -55,6 +55,7 @@ class App:
         self._read_seconds, self._predict_seconds, self._render_seconds = (
             histogram.labels(model.name) for histogram in (READ_SECONDS, PREDICT_SECONDS, RENDER_SECONDS)
         )
+        self._page = page.page(model) if limits.page else None
         self._gets, self._posts = self._routes()
         PENDING_REQUESTS.set_function(lambda: self._num_pending)
 
@@ -65,7 +66,8 @@ class App:
         if parse is not None and request.method == "POST":
             self._predict(request, parse)
         elif get is not None and request.method in ("GET", "HEAD"):
-            request.answer(get())
+            is_for_people = request.path == "/" and b"text/html" in request.headers.get(b"accept", b"")
+            request.answer(self._page if self._page and is_for_people else get())
         else:
             request.answer(self._not_here(request))
 
@@ -104,6 +106,8 @@ class App:
             gets[f"/v2/models/{name}{suffix}"] = partial(json_response, metadata)
             posts[f"/v1/models/{name}{suffix}:predict"] = partial(v1.parse, self._model)
             posts[f"/v2/models/{name}{suffix}/infer"] = partial(v2.parse, self._model)
+        if self._page:
+            posts[page.PREDICT_PATH] = partial(page.parse, self._model)
         return gets, posts
 
     def _metrics(self) -> Response:

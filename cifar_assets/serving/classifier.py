@@ -6,9 +6,9 @@ import math
 import numpy as np
 import onnxruntime
 
-from cifar_assets.contracts import MODEL_INPUT, MODEL_OUTPUT, ImageSpec
+from cifar_assets.contracts import MODEL_INPUT, MODEL_OUTPUT
 from cifar_assets.cpus import available_cpus
-from cifar_assets.model_package import ONNX_FILE, read_file, read_manifest
+from cifar_assets.model_package import ONNX_FILE, ModelManifest, read_file, read_manifest
 from cifar_assets.serving.answers import Images, Logits
 from resources.errors import DataError
 from resources.object_store import open_store
@@ -20,9 +20,9 @@ class Classifier:
     """Runs the ONNX graph: uint8 (N, 3, size, size) to float32 logits (N, number of classes)."""
 
     def __init__(
-        self, onnx: bytes, images: ImageSpec, *, num_threads: int | None = None, source: str = "the ONNX model"
+        self, onnx: bytes, manifest: ModelManifest, *, num_threads: int | None = None, source: str = "the ONNX model"
     ):
-        self.images = images
+        self.manifest = manifest
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads or math.ceil(available_cpus())
         options.inter_op_num_threads = 1
@@ -38,8 +38,8 @@ class Classifier:
             for tensor in (*self._session.get_inputs(), *self._session.get_outputs())
         ]
         expected = [
-            (MODEL_INPUT, "tensor(uint8)", ["N", *images.image_shape]),
-            (MODEL_OUTPUT, "tensor(float)", ["N", len(images.classes)]),
+            (MODEL_INPUT, "tensor(uint8)", ["N", *manifest.image_shape]),
+            (MODEL_OUTPUT, "tensor(float)", ["N", len(manifest.classes)]),
         ]
         if found != expected:
             raise DataError(f"{source}: expected inputs and outputs {expected}, got {found}. Export the model again.")
@@ -51,9 +51,9 @@ class Classifier:
     def warm_up(self, batch_images: int) -> None:
         """Run all batch sizes once, so that no client pays for the first run. Raises DataError."""
         for size in dict.fromkeys((1, batch_images)):
-            logits = self.run(np.zeros((size, *self.images.image_shape), dtype=np.uint8))
+            logits = self.run(np.zeros((size, *self.manifest.image_shape), dtype=np.uint8))
             finite = bool(np.isfinite(logits).all())
-            if logits.shape != (size, len(self.images.classes)) or not finite:
+            if logits.shape != (size, len(self.manifest.classes)) or not finite:
                 received = f"values of shape {logits.shape}, all finite: {finite}"
                 raise DataError(f"For {size} black images the model returned {received}. Train or export it again.")
 

@@ -64,7 +64,8 @@ async def _serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    model = ServedModel(MODEL_NAME, settings.model_version, settings.model_digest, classifier.images)
+    manifest = classifier.manifest
+    model = ServedModel(MODEL_NAME, settings.model_version, settings.model_digest, manifest.dataset_digest, manifest)
     app = App(model, classifier.run, settings)
     http = HttpServer(app, settings)
     http.sweep()

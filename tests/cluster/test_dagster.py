@@ -14,7 +14,7 @@ from typing import Any
 import dagster as dg
 import pytest
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from cifar_assets.contracts import LANDING_PREFIX
 from resources.kubernetes.naming import RUN_ID_LABEL
@@ -23,8 +23,9 @@ from tests.cluster.conftest import dump
 from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, missing_images, wait_for
 from tests.cluster.platform import Platform
 from tests.cluster.webserver import FINISHED, Run, Webserver
+from tests.fixtures.browser import NEEDS_CHROMIUM, open_browser
 from tests.fixtures.ports import free_port
-from tests.local.test_browser import CHROMIUM, PATIENCE_MS, QUIET
+from tests.local.test_browser import PATIENCE_MS
 
 OVERLAY = str(Path(__file__).parent / "dagster")
 IMAGES = ("localhost/cifar-dagster:dev", "localhost/cifar-trainer:dev", "localhost/cifar-postgres:test")
@@ -129,10 +130,9 @@ def test_run_is_a_job_with_output_in_the_object_store(
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH")
+@NEEDS_CHROMIUM
 def test_a_browser_shows_the_run_and_its_output(dagster: Webserver, finished_run: str) -> None:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+    with open_browser() as browser:
         page = browser.new_page(viewport={"width": 1500, "height": 1000})
         page.set_default_timeout(PATIENCE_MS)
         page.goto(f"{dagster.url}/runs/{finished_run}")
@@ -141,7 +141,6 @@ def test_a_browser_shows_the_run_and_its_output(dagster: Webserver, finished_run
         page.get_by_placeholder("Select a step").click()
         page.get_by_text("cifar10__raw_dataset").last.click()
         expect(page.get_by_text("STEP_SUCCESS").first).to_be_visible(timeout=PATIENCE_MS)
-        browser.close()
 
 
 def test_api_server_accepts_the_overlay_without_a_database(dagster: Webserver) -> None:

@@ -1,33 +1,19 @@
 """The Dagster UI of the real `dagster dev` in a real browser."""
 
 import re
-import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from cifar_assets.assets.keys import PROCESSED_DATASET
 from cifar_assets.demo import FOUR_ASSETS
+from tests.fixtures.browser import NEEDS_CHROMIUM, open_browser
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PATIENCE_MS = 300_000
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH"),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800), NEEDS_CHROMIUM]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +27,11 @@ def ui(workspace: Workspace) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+    with open_browser() as browser:
         made = browser.new_page(viewport={"width": 1500, "height": 1100})
         made.set_default_timeout(PATIENCE_MS)
         expect.set_options(timeout=PATIENCE_MS)
         yield made
-        browser.close()
 
 
 def test_the_model_page_shows_accuracy_and_pictures(ui: str, page: Page) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from cifar_assets.serving.page import PREDICT_PATH
 from resources.object_store import FolderStore
 from tests.unit.serving.server_process import ServerProcess, form, run_server
 from tests.unit.serving.tiny_model import store_tiny_model
@@ -39,6 +40,7 @@ VALID_BODIES = [
         {},
     ),
     (PREDICT, *form(("image", picture("PNG")), ("image", picture("JPEG"))), {}),
+    (PREDICT_PATH, *form(("image", picture("PNG"))), {}),
     (INFER, json.dumps({"id": "a", "inputs": [{"name": "images", "shape": [1, 3, 32, 32]}]}).encode(), None, {}),
     (INFER, json.dumps({"inputs": []}).encode() + bytes(3072), "application/octet-stream", {"length": "14"}),
 ]

@@ -76,7 +76,7 @@ def test_a_manifest_without_an_image_size_is_of_cifar10(tmp_path) -> None:
     store = FolderStore(tmp_path)
     uri, digest = store_tiny_model(store)
     assert "image_size" not in json.loads(store.at(digest).read(MANIFEST_FILE))
-    assert load(uri, digest).images.image_shape == (3, 32, 32)
+    assert load(uri, digest).manifest.image_shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("changes", [{"classes": CLASSES[:9]}, {"image_size": 16}])

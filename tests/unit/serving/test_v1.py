@@ -18,7 +18,7 @@ from cifar_assets.serving.settings import ServingLimits
 from cifar_assets.serving.v1 import parse_form, parse_predict
 
 LIMITS = ServingLimits()
-MODEL = ServedModel("cifar10", "7", "a" * 64, CIFAR10)
+MODEL = ServedModel("cifar10", "7", "a" * 64, "d" * 64, CIFAR10)
 PIXELS = np.random.default_rng(3).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 CHW = PIXELS.transpose(2, 0, 1)
 

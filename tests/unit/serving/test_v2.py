@@ -20,7 +20,7 @@ LIMITS = ServingLimits()
 IMAGES = np.random.default_rng(5).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
 FLAT = IMAGES.ravel().tolist()
 LOGITS = np.random.default_rng(1).normal(size=(2, 10)).astype(np.float32)
-MODEL = ServedModel("cifar10", "7", "a" * 64, CIFAR10)
+MODEL = ServedModel("cifar10", "7", "a" * 64, "d" * 64, CIFAR10)
 
 
 def parse(body: bytes, header_length: bytes | None = None) -> Query:
