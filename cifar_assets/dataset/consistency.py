@@ -1,16 +1,24 @@
 """Which rows may be used together: no image twice, no image with two labels, no test image in training."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import ObjectIndex
 from cifar_assets.dataset.objects import RawObject, ranges_of
 
+_TWO_LABELS = "the source has the same pixels with two labels"
+_TEST_IMAGE = "test image in the training data"
+_USED = "an image with the same pixels is already used"
+
 
 class Place(NamedTuple):
-    """Where an image is already used. Kept small: there is one for each image of the source."""
+    """Where an image is already used."""
 
     label: int
     is_test: bool
@@ -18,42 +26,65 @@ class Place(NamedTuple):
     row: int
 
 
-Known = dict[bytes, Place]
-"""Images that a version uses, keyed by binary pixel digest."""
+@dataclass(frozen=True)
+class Known:
+    """The images that a version uses. Sorted arrays, because a dict of them would take five times as much memory."""
+
+    digests: NDArray[np.void] = field(default_factory=lambda: np.empty(0, "V32"))
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Positions in the rows of all objects together."""
+    items: Sequence[tuple[RawObject, ObjectIndex]] = ()
+
+    def get(self, pixels: bytes) -> Place | None:
+        """Where the image with this binary pixel digest is used."""
+        position = int(np.searchsorted(self.digests, np.void(pixels)))
+        if position == len(self.digests) or self.digests[position].tobytes() != pixels:
+            return None
+        row = int(self.rows[position])
+        for item, index in self.items:
+            if row < len(index):
+                return Place(int(index.labels[row]), SPLITS[index.splits[row]] == "test", item.key, row)
+            row -= len(index)
+        return None
 
 
-def check_source(
-    items: Sequence[tuple[RawObject, ObjectIndex]], known: Known
-) -> tuple[list[RawObject], dict[str, int]]:
+def check_source(items: Sequence[tuple[RawObject, ObjectIndex]]) -> tuple[list[RawObject], dict[str, int], Known]:
     """The source's objects without the rows that must not be trained on, and the number of excluded rows by reason.
 
-    The test split is used as the source provides it. Fills `known`.
+    The test split is used as the source provides it. The third value finds each image that is used.
     """
+    if not items:
+        return [], {}, Known()
+    digests, labels, splits = (
+        np.concatenate([getattr(index, name) for _, index in items]) for name in ("digests", "labels", "splits")
+    )
+    unique, group = np.unique(np.ascontiguousarray(digests).view("V32").ravel(), return_inverse=True)
+    test = np.flatnonzero(splits == SPLITS.index("test"))
+    train = np.flatnonzero(splits != SPLITS.index("test"))
+    first = np.full(len(unique), len(group))  # the row that is used; a test image's, if there is one
+    np.minimum.at(first, group[test], test)
+    in_test = (first < len(group))[group[train]]
+    lowest, highest = np.full(len(unique), len(CLASSES)), np.full(len(unique), -1)
+    np.minimum.at(lowest, group[train], labels[train])
+    np.maximum.at(highest, group[train], labels[train])
+    conflicting = (lowest != highest)[group[train]]
+    free = train[~in_test & ~conflicting]
+    np.minimum.at(first, group[free], free)
+    excluded = np.zeros(len(group), bool)
+    excluded[train] = in_test | conflicting | (first[group[train]] != train)
+    left_out = {
+        _TWO_LABELS: int(conflicting.sum()),
+        _TEST_IMAGE: int((in_test & ~conflicting).sum()),
+        _USED: int((excluded[train] & ~in_test & ~conflicting).sum()),
+    }
+    checked, start = [], 0
     for item, index in items:
-        for row, (pixels, label, is_test) in enumerate(index.images()):
-            if is_test:
-                known.setdefault(pixels, Place(label, True, item.key, row))
-    conflicting = _labeled_twice(image for _, index in items for image in index.images() if not image[2])
-    left_out: Counter[str] = Counter()
-    checked = []
-    for item, index in items:
-        excluded = []
-        for row, (pixels, label, is_test) in enumerate(index.images()):
-            if is_test:
-                continue
-            place = known.get(pixels)
-            if place is None and pixels not in conflicting:
-                known[pixels] = Place(label, False, item.key, row)
-                continue
-            excluded.append(row)
-            if pixels in conflicting:
-                left_out["the source has the same pixels with two labels"] += 1
-            elif place and place.is_test:
-                left_out["test image in the training data"] += 1
-            else:
-                left_out["an image with the same pixels is already used"] += 1
-        checked.append(item.model_copy(update={"excluded": ranges_of(excluded)}))
-    return checked, dict(left_out)
+        rows = np.flatnonzero(excluded[start : start + len(index)]).tolist()
+        checked.append(item.model_copy(update={"excluded": ranges_of(rows)}))
+        start += len(index)
+    used = np.flatnonzero(first < len(group))
+    known = Known(unique[used], first[used], items)
+    return checked, {reason: count for reason, count in left_out.items() if count}, known
 
 
 def check_landed(indexes: Sequence[ObjectIndex], known: Known) -> list[tuple[list[int], dict[int, str]]]:

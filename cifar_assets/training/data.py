@@ -135,7 +135,7 @@ class EpochAugmentation:
         self._flips = _draw_flips(recipe, seed, epoch, num_images)
         reach = 2 * recipe.translate + 1
         self._shifts = generator(seed, Stream.SHIFT, epoch).integers(0, reach, size=(num_images, 2))
-        self._holes = generator(seed, Stream.CUTOUT, epoch).random(size=(num_images, 2))
+        self._holes = generator(seed, Stream.CUTOUT, epoch).random(size=(num_images if recipe.cutout else 0, 2))
 
     def shift_and_flip(self, images: Tensor, indices: NDArray[np.int64]) -> Tensor:
         """uint8 images of full size, shifted and mirrored; `indices` are their positions in the split."""

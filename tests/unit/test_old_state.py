@@ -69,11 +69,8 @@ def test_a_raw_version_is_found_and_used(stores: Stores, digests: dict[str, str]
 
 def test_joined_landed_data_is_joined_again(stores: Stores, digests: dict[str, str]) -> None:
     manifest = read_raw(stores.raw, digests["raw"])
-    known = Known()
-    check_source(
-        [(item, index_of(stores.raw, item, manifest.resize)) for item in manifest.objects if item.role == "source"],
-        known,
-    )
+    sources = [item for item in manifest.objects if item.role == "source"]
+    *_, known = check_source([(item, index_of(stores.raw, item, manifest.resize)) for item in sources])
     objects, report = join_landed(stores.raw, known, resize=manifest.resize)
     assert sum(item.used_rows for item in objects) == 2
     assert report.rejected == []

@@ -1,34 +1,22 @@
-"""Rows of labeled picture files: Parquet in the Hugging Face layout, and tar files of pictures.
+"""Rows of labeled picture files: Parquet, and tar files of pictures.
 
-Parquet has a struct column `img` (or `image`) of bytes and path, and `label`. A tar has members `[split/]class/name`,
-uncompressed and as they were; its bytes depend on nothing but its members' names and contents, so equal pictures give
-an equal object wherever and whenever they are packed.
+A tar has members `[split/]class/name`, uncompressed and as they were; its bytes depend on nothing but its members'
+names and contents, so equal pictures give an equal object wherever and whenever they are packed.
 """
 
 import io
-import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.images import prepare_image
 from cifar_assets.dataset.formats.names import class_of
 from cifar_assets.dataset.formats.rows import RowBatch, Split, row_batches
 from resources.errors import DataError
 
-_PARQUET_ROWS = 16
-"""Rows in memory at a time: a row may decode to several megabytes even if the file is small."""
-
-_Row = tuple[bytes, object]
+EncodedRow = tuple[bytes, object]
 """A picture file and its label, both unchecked."""
-
-_BINARY = ([pa.binary()], [pa.large_binary()], [pa.binary_view()])
 
 
 def read_encoded(path: Path, kind: str, split: Split, name: str, *, resize: bool) -> Iterator[RowBatch]:
@@ -38,7 +26,7 @@ def read_encoded(path: Path, kind: str, split: Split, name: str, *, resize: bool
         yield from row_batches(rows(path, name), partial(prepare_image, resize=resize), split)
     except MemoryError:
         raise
-    except (pa.ArrowException, tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{name} is not a readable {noun} ({path.stat().st_size:,} bytes): {error}. "
             "It is truncated, still being written, or in another format: download or upload it again."
@@ -54,41 +42,14 @@ def pack_images(target: Path, members: Iterable[tuple[str, bytes]]) -> None:
             archive.addfile(info, io.BytesIO(data))
 
 
-def _check_schema(schema: pa.Schema, name: str) -> str:
-    """The name of the image column. DataError when the columns do not match the layout."""
-    column = "img" if "img" in schema.names else "image"
-    if schema.names.count(column) != 1 or schema.names.count("label") != 1:
-        raise DataError(
-            f"{name}: expected one column img (struct of bytes, path) and one label, got {', '.join(schema.names)}."
-        )
-    image, label = schema.field(column).type, schema.field("label").type
-    is_struct = pa.types.is_struct(image) and [field.type for field in image if field.name == "bytes"] in _BINARY
-    if not is_struct or not pa.types.is_integer(label):
-        raise DataError(
-            f"{name}: expected {column} as struct<bytes: binary, path: string> and an integer label, got {image} and "
-            f"{label}."
-        )
-    try:  # metadata that the `datasets` library writes
-        features: Any = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        classes = tuple(features["label"]["names"])
-    except (KeyError, ValueError, TypeError):
-        return column
-    if classes != CLASSES:
-        raise DataError(
-            f"{name}: the file declares the classes {classes}; expected {CLASSES}. Labels would mean other classes."
-        )
-    return column
+def _parquet_rows(path: Path, name: str) -> Iterator[EncodedRow]:
+    # loading pyarrow takes a noticeable part of the time to load the code location
+    from cifar_assets.dataset.formats.parquet import parquet_rows
+
+    return parquet_rows(path, name)
 
 
-def _parquet_rows(path: Path, name: str) -> Iterator[_Row]:
-    with pq.ParquetFile(path) as file:
-        column = _check_schema(file.schema_arrow, name)
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[f"{column}.bytes", "label"]):
-            for image, label in zip(batch.column(column), batch.column("label"), strict=True):
-                yield (image.as_py() or {}).get("bytes") or b"", label.as_py()
-
-
-def _tar_rows(path: Path, name: str) -> Iterator[_Row]:
+def _tar_rows(path: Path, name: str) -> Iterator[EncodedRow]:
     with tarfile.open(path, "r|") as archive:
         for member in archive:
             file, label = archive.extractfile(member), class_of(member.name)
@@ -97,7 +58,7 @@ def _tar_rows(path: Path, name: str) -> Iterator[_Row]:
             yield file.read(), label
 
 
-def _picture_rows(path: Path, name: str) -> Iterator[_Row]:
+def _picture_rows(path: Path, name: str) -> Iterator[EncodedRow]:
     yield path.read_bytes(), class_of(name)
 
 

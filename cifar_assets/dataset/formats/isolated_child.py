@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import cifar_assets.dataset.formats.parquet  # noqa: F401 (loaded before memory is limited)
 from cifar_assets.dataset.formats.isolated import OUT_OF_MEMORY, receive, send
 from cifar_assets.dataset.index import build_index, dump_index
 from cifar_assets.dataset.objects import read_rows

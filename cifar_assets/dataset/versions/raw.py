@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.consistency import Known, check_source
+from cifar_assets.dataset.consistency import check_source
 from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.landing.join import LandingReport, join_landed
 from cifar_assets.dataset.objects import RawObject, read_state
@@ -102,8 +102,7 @@ def build_raw_version(raw: ObjectStore, source: str, *, digest: str | None = Non
 
 def _build(raw: ObjectStore, source: str, resize: bool) -> RawVersion:
     imported = import_source(source, raw, resize=resize)
-    known = Known()
-    sources, left_out = check_source([(item, index_of(raw, item, resize)) for item in imported.objects], known)
+    sources, left_out, known = check_source([(item, index_of(raw, item, resize)) for item in imported.objects])
     landed, landing = join_landed(raw, known, resize=resize)
     manifest = RawManifest(resize=resize, objects=(*sources, *landed))
     digest = manifest.digest
