@@ -29,7 +29,10 @@ _JOB_DEFAULTS: Mapping[str, Any] = {
 def resources_for(settings: Settings) -> dict[str, Any]:
     """Resources by key. ConfigError names the invalid environment variable."""
     deployed = _local(settings) if settings.dagster_deployment == "local" else _kubernetes(settings)
-    return {**deployed, "gate": AccuracyGate(threshold=settings.accuracy_threshold)}
+    return {
+        **deployed,
+        "gate": AccuracyGate(threshold=settings.accuracy_threshold, precision=settings.serving_precision),
+    }
 
 
 def executor_for(settings: Settings) -> dg.ExecutorDefinition:

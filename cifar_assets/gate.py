@@ -5,15 +5,27 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from cifar_assets.model_package import METRICS_FILE, RECIPE_FILE, ModelManifest, read_json, read_manifest
+from cifar_assets.model_package import (
+    INT8_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    ModelManifest,
+    ServedPrecision,
+    WantedPrecision,
+    read_json,
+    read_manifest,
+)
 from cifar_assets.training.spec import JobSpec
-from resources.errors import DataError
+from resources.errors import ConfigError, DataError
 from resources.object_store import ObjectStore
 from resources.verdict import Judges, Verdict
 
 ACCURACY_CHECK = "accuracy_threshold"
 ONNX_TOLERANCE = 1e-3
 """Largest difference between ONNX and PyTorch logits, as a fraction of the largest logit (at least 1)."""
+INT8_MARGIN = 0.003
+"""How far the int8 model's test accuracy may be below the float model's: the standard error of an accuracy of 90 % on
+10,000 images. Another draw of test images would change the accuracy as much."""
 _REQUIRED = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference")
 
 
@@ -72,6 +84,35 @@ def onnx_equals_torch(metrics: Mapping[str, Any], tolerance: float) -> Verdict:
     allowed = tolerance * max(1.0, largest)
     text = f"Largest logit difference {difference:.2e}, allowed {allowed:.1e}."
     return Verdict(difference <= allowed, text, {"largest_difference": difference})
+
+
+def choose_precision(models: ObjectStore, digest: str, wanted: WantedPrecision) -> tuple[ServedPrecision, str]:
+    """The precision to serve a stored model in, and the reason. `auto` is int8 where that loses little accuracy.
+
+    Raises ConfigError when int8 is required but the model has no int8 file, or loses too much with it.
+    """
+    if wanted == "float32":
+        return "float32", "The setting requires float32."
+    verdict = int8_as_accurate(models, digest)
+    if verdict.passed or wanted == "auto":
+        return "int8" if verdict.passed else "float32", verdict.reason
+    raise ConfigError(f"The setting requires int8. {verdict.reason} Set SERVING_PRECISION to auto or float32.")
+
+
+def int8_as_accurate(models: ObjectStore, digest: str) -> Verdict:
+    """The int8 model is at most INT8_MARGIN less accurate than the float model on the whole test split."""
+    if INT8_FILE not in read_manifest(models.at(digest), digest).files:
+        return Verdict(False, f"Model {digest} has no {INT8_FILE}: it was trained by an earlier release.")
+    metrics = read_metrics(models, digest)
+    accuracy, own = number(metrics, "test_accuracy"), number(metrics, "int8_test_accuracy")
+    agreement = number(metrics, "int8_agreement")
+    text = (
+        f"Test accuracy is {own:.4f} with int8 and {accuracy:.4f} with float32; a loss of {INT8_MARGIN} is allowed. "
+        f"They predict the same class for {agreement:.2%} of the test images."
+    )
+    # rounded, because a loss of 30 in 10,000 images is exactly the margin only up to the last bit
+    passed = round(accuracy - own, 9) <= INT8_MARGIN
+    return Verdict(passed, text, {"int8_test_accuracy": own, "int8_agreement": agreement})
 
 
 def read_metrics(models: ObjectStore, digest: str) -> dict[str, Any]:

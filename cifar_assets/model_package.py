@@ -1,6 +1,7 @@
 """A trained model as stored: a folder of files under `models/<digest>/`, named by the digest of its manifest."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -14,6 +15,7 @@ from resources.object_store import ObjectStore
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.safetensors"
 ONNX_FILE = "model.onnx"
+INT8_FILE = "model.int8.onnx"
 METRICS_FILE = "metrics.json"
 RECIPE_FILE = "recipe.json"
 PERFORMANCE_FILE = "performance.json"
@@ -21,8 +23,16 @@ ENVIRONMENT_FILE = "environment.json"
 CARD_FILE = "MODEL_CARD.md"
 LOG_FILE = "training.log"
 
-IDENTITY_FILES = (WEIGHTS_FILE, ONNX_FILE, METRICS_FILE, RECIPE_FILE)
-"""Files the digest covers. Files that differ between identical trainings (timings, log) are stored beside them."""
+IDENTITY_FILES = (WEIGHTS_FILE, ONNX_FILE, INT8_FILE, METRICS_FILE, RECIPE_FILE)
+"""Files the digest covers. Files that differ between identical trainings (timings, log) are stored beside them.
+
+The int8 model is covered because it may be served: quantizing is deterministic, so identical trainings still give
+identical digests. Models of earlier releases have none.
+"""
+
+ServedPrecision = Literal["float32", "int8"]
+WantedPrecision = Literal["auto", ServedPrecision]
+SERVED_FILES: Mapping[ServedPrecision, str] = {"float32": ONNX_FILE, "int8": INT8_FILE}
 
 
 class ModelManifest(Manifest, ImageSpec):

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, Json, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from cifar_assets.model_package import WantedPrecision
 from resources.errors import ConfigError
 from resources.redaction import has_credentials
 
@@ -40,6 +41,10 @@ class Settings(BaseSettings):
         le=1,
         allow_inf_nan=False,
         description="Lowest test accuracy of a model that may be served: a fraction from 0 to 1, such as 0.8.",
+    )
+    serving_precision: WantedPrecision = Field(
+        default="auto",
+        description="`float32`, `int8` (fails for a model that loses accuracy), or `auto` (serving.md).",
     )
     retrain_config: JsonObject = Field(
         default={},

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import dagster as dg
 from pydantic import Field
 
+from cifar_assets.model_package import WantedPrecision
 from resources.errors import ExplainedError
 
 MAX_RETRIES = 2
@@ -20,6 +21,10 @@ class AccuracyGate(dg.ConfigurableResource):
         le=1,
         allow_inf_nan=False,
         description="Lowest test accuracy, as a fraction from 0 to 1, of a model that may be served. Equality passes.",
+    )
+    precision: WantedPrecision = Field(
+        default="auto",
+        description="Precision to serve in: float32, int8, or auto, which is int8 if it is about as accurate.",
     )
 
 

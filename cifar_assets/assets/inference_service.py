@@ -14,7 +14,7 @@ from cifar_assets.assets.keys import INFERENCE_SERVICE, OWNERS, PREFIX, PROCESSE
 from cifar_assets.assets.record import materialized_digest, previous_digests, why_unproven
 from cifar_assets.checks.data import PROCESSED_CHECKS
 from cifar_assets.checks.model import MODEL_CHECKS
-from cifar_assets.gate import judge
+from cifar_assets.gate import choose_precision, judge
 from cifar_assets.serving.comparison import find_canary_fault
 from resources.errors import ConfigError
 from resources.inference_service import DeployRequest, InferenceServiceResource
@@ -94,6 +94,8 @@ def inference_service(
             _record(context, mlflow, digest, verdict)
             text = f"Not deployed: {verdict.reason}. The previous model is still served."
             raise dg.Failure(f"{text} {_advice(digest, objections)}", metadata=decision, allow_retries=False)
+        precision, reason = choose_precision(models, digest, gate.precision)
+        decision |= {"precision": precision, "precision_reason": reason}
         service = serving.deploy(
             DeployRequest(
                 model_uri=models.at(digest).uri(),
@@ -103,6 +105,7 @@ def inference_service(
                 dataset_digest=manifest.dataset_digest,
                 test_accuracy=verdict.numbers["test_accuracy"],
                 accuracy_threshold=gate.threshold,
+                options={"precision": precision, "precision_reason": reason},
                 find_fault=lambda canary: find_canary_fault(canary, models, object_store.processed, digest),
             )
         )

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _MAX_ROWS = 50
 _DPI = 80
-_NUMBERS = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference")
+_NUMBERS = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference", "int8_test_accuracy")
 _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 Metadata = dict[str, Any]
 

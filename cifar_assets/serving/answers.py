@@ -1,8 +1,8 @@
 """Requests, responses, and the mapping from errors to responses."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,8 @@ class ServedModel:
     digest: str
     dataset_digest: str
     images: ImageSpec
+    properties: Mapping[str, str] = field(default_factory=dict)
+    """Further facts for the model's metadata."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class App:
             "versions": [version],
             "platform": "onnxruntime_onnx",
             **v2.tensors(self._model.images),
-            "properties": {"model_digest": digest},
+            "properties": {"model_digest": digest, **self._model.properties},
             "picture_formats": ["PNG", "JPEG"],
         }
         gets: dict[str, Callable[[], Response]] = {

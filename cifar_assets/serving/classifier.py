@@ -8,7 +8,7 @@ import onnxruntime
 
 from cifar_assets.contracts import MODEL_INPUT, MODEL_OUTPUT
 from cifar_assets.cpus import available_cpus
-from cifar_assets.model_package import ONNX_FILE, ModelManifest, read_file, read_manifest
+from cifar_assets.model_package import SERVED_FILES, ModelManifest, ServedPrecision, read_file, read_manifest
 from cifar_assets.serving.answers import Images, Logits
 from resources.errors import DataError
 from resources.object_store import open_store
@@ -58,16 +58,26 @@ class Classifier:
                 raise DataError(f"For {size} black images the model returned {received}. Train or export it again.")
 
 
-def load_classifier(model_uri: str, model_digest: str, *, num_threads: int | None, batch_images: int) -> Classifier:
-    """Load the package at the URI if it has the digest, and warm it up.
+def load_classifier(
+    model_uri: str,
+    model_digest: str,
+    precision: ServedPrecision = "float32",
+    *,
+    num_threads: int | None,
+    batch_images: int,
+) -> Classifier:
+    """Load the package's model of that precision if the package has the digest, and warm it up.
 
     Raises IntegrityError for other content, ObjectNotFoundError if there is none, DataError for a model that cannot be
     served, StoreError when the store does not respond.
     """
     package = open_store(model_uri)
     manifest = read_manifest(package, model_digest)
-    onnx = read_file(package, manifest, ONNX_FILE)
-    classifier = Classifier(onnx, manifest, num_threads=num_threads, source=package.uri(ONNX_FILE))
+    name = SERVED_FILES[precision]
+    if name not in manifest.files:
+        raise DataError(f"Model {model_digest} at {model_uri} has no {name}. Serve it with --precision=float32.")
+    onnx = read_file(package, manifest, name)
+    classifier = Classifier(onnx, manifest, num_threads=num_threads, source=package.uri(name))
     classifier.warm_up(batch_images)
-    _log.info("Loaded and verified model %s from %s", model_digest, model_uri)
+    _log.info("Loaded and verified %s of model %s from %s", name, model_digest, model_uri)
     return classifier

@@ -35,7 +35,11 @@ def run_server(settings: ServerSettings) -> None:
     Raises ConfigError when the address is not available, and what `load_classifier` raises; nothing has listened then.
     """
     classifier = load_classifier(
-        settings.model_uri, settings.model_digest, num_threads=settings.threads, batch_images=settings.batch_images
+        settings.model_uri,
+        settings.model_digest,
+        settings.precision,
+        num_threads=settings.threads,
+        batch_images=settings.batch_images,
     )
     try:
         listener = listen(settings.host, settings.port) if settings.fd is None else socket.socket(fileno=settings.fd)
@@ -65,7 +69,14 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     manifest = classifier.manifest
-    model = ServedModel(MODEL_NAME, settings.model_version, settings.model_digest, manifest.dataset_digest, manifest)
+    model = ServedModel(
+        MODEL_NAME,
+        settings.model_version,
+        settings.model_digest,
+        manifest.dataset_digest,
+        manifest,
+        {"precision": settings.precision, "precision_reason": settings.precision_reason},
+    )
     app = App(model, classifier.run, settings)
     http = HttpServer(app, settings)
     http.sweep()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, Field, ValidationError
 
 from cifar_assets.dataset.formats.images import ImageLimits
+from cifar_assets.model_package import ServedPrecision
 
 ENVIRONMENT_PREFIX = "CIFAR_SERVING_"
 
@@ -56,6 +57,8 @@ class ServerSettings(ServingLimits, frozen=True):
 
     model_uri: str = Field(description="URI of the model package: file:///... or s3://...")
     model_digest: str = Field(description="required digest of the package")
+    precision: ServedPrecision = Field("float32", description="which of the package's models to serve: float32 or int8")
+    precision_reason: str = Field("set by the server's options", description="why, for the model's metadata")
     model_version: str = Field("", description="version to report; by default the start of the digest")
     host: str = Field("127.0.0.1", description="address to listen on; pods use ::")
     port: int = Field(8080, ge=0, le=65535, description="port to listen on; defaults to the variable PORT")

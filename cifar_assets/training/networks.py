@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cifar_assets.contracts import ImageSpec
 from cifar_assets.training.convolution import Conv2d
@@ -122,6 +123,16 @@ class SpeedNetStage(nn.Module):
             hidden = functional.gelu(hidden + first if index == last > 1 else hidden)
         return hidden
 
+    def fold_first_norm(self) -> None:
+        """Put the first batch norm into its convolution, for inference.
+
+        The output is the same, because max pooling commutes with a norm of positive scale.
+        """
+        convolution, norm = self.convs[0], self.norms[0]
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        self.convs[0], self.norms[0] = fuse_conv_bn_eval(convolution, norm), nn.Identity()
+
 
 class SpeedNet(nn.Module):
     """A small net for quick training, in the manner of airbench (Jordan, arXiv:2404.00498).
@@ -184,4 +195,5 @@ class PublishedNetwork(nn.Module):
         pixels = ((images.to(torch.float32) / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if self.views == "plain":
             return self.network(pixels)
-        return (self.network(pixels) + self.network(pixels.flip(3))) / 2
+        logits = self.network(torch.cat((pixels, pixels.flip(3))))
+        return logits.view(2, -1, logits.shape[1]).mean(0)

@@ -1,5 +1,6 @@
 """The model package: the trained network in all published formats, and its metrics and records."""
 
+import copy
 import io
 import json
 import warnings
@@ -7,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
@@ -20,6 +20,7 @@ from cifar_assets.model_package import (
     CARD_FILE,
     ENVIRONMENT_FILE,
     IDENTITY_FILES,
+    INT8_FILE,
     METRICS_FILE,
     ONNX_FILE,
     PERFORMANCE_FILE,
@@ -30,7 +31,8 @@ from cifar_assets.model_package import (
 from cifar_assets.training.data import TensorSplit
 from cifar_assets.training.device import Processor, describe_environment
 from cifar_assets.training.loop import DivergedError, Trainer
-from cifar_assets.training.networks import PublishedNetwork, ResNet18
+from cifar_assets.training.networks import PublishedNetwork, ResNet18, SpeedNetStage
+from cifar_assets.training.quantize import int8_bytes, open_session
 from cifar_assets.training.spec import JobSpec
 from resources.digests import canonical_json, sha256_bytes
 from resources.errors import DataError
@@ -47,7 +49,8 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
     spec, data = trainer.spec, trainer.data
     classes = data.manifest.classes
     with trainer.timed("test"):
-        test = measure(predict(network, data.test, trainer.processor), data.test.labels.cpu().numpy(), classes)
+        test_logits = predict(network, data.test, trainer.processor)
+        test = measure(test_logits, data.test.labels.cpu().numpy(), classes)
         logits = predict(network, data.validation, trainer.processor)
         validation = measure(logits, data.validation.labels.cpu().numpy(), classes)
     with trainer.timed("export"):
@@ -56,6 +59,9 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
             logits = network(images).cpu().numpy()
         weights, onnx = weights_bytes(network), onnx_bytes(network, data.manifest.image_size)
         difference = onnx_difference(onnx, images.cpu().numpy(), logits)
+    with trainer.timed("quantize"):
+        int8 = int8_bytes(onnx, images.cpu().numpy(), torch.get_num_threads())
+        agreement = compare_int8(int8, data.test, test_logits)
     # nothing that differs between two runs of one job, such as times or the host
     metrics = {
         **{f"test_{name}": test[name] for name in ("accuracy", "loss", "images")},
@@ -71,11 +77,13 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
         "onnx_max_difference": difference,
         "onnx_largest_logit": float(np.abs(logits).max()),
         "onnx_images": len(images),
+        **agreement,
     }
     environment = describe_environment(trainer.processor, trainer.processes.world_size)
     files = {
         WEIGHTS_FILE: weights,
         ONNX_FILE: onnx,
+        INT8_FILE: int8,
         METRICS_FILE: canonical_json(metrics),
         RECIPE_FILE: canonical_json(spec.recipe.model_dump(mode="json")),
         PERFORMANCE_FILE: readable_json(_performance(trainer)),
@@ -104,6 +112,20 @@ def predict(classifier: nn.Module, split: TensorSplit, processor: Processor) -> 
     if not np.isfinite(logits).all():
         raise DivergedError("the output of the network", f"for some of {len(split)} images")
     return logits
+
+
+def compare_int8(int8: bytes, split: TensorSplit, logits: NDArray[np.float32]) -> dict[str, float]:
+    """Metrics of the int8 model on a split: accuracy, and agreement with the predictions that the logits give."""
+    session = open_session(int8, torch.get_num_threads())
+    batches = np.array_split(np.arange(len(split)), -(-len(split) // _BATCH))
+    found: Any = [session.run([MODEL_OUTPUT], {MODEL_INPUT: split.images(batch).cpu().numpy()})[0] for batch in batches]
+    predicted, labels = np.concatenate(found).argmax(axis=1), split.labels.cpu().numpy()
+    accuracy, float_accuracy = ((each == labels).mean() for each in (predicted, logits.argmax(axis=1)))
+    return {
+        "int8_test_accuracy": float(accuracy),
+        "int8_accuracy_difference": float(accuracy - float_accuracy),
+        "int8_agreement": float((predicted == logits.argmax(axis=1)).mean()),
+    }
 
 
 def measure(logits: NDArray[np.float32], labels: NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
@@ -166,7 +188,10 @@ def onnx_bytes(network: PublishedNetwork, image_size: int) -> bytes:
     The tracing exporter takes one second instead of the fifteen of torch.export, gives the same bytes for the same
     weights, and records no local paths.
     """
-    model = network.cpu().to(memory_format=torch.contiguous_format).eval()
+    model = copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format).eval()
+    for module in list(model.modules()):
+        if isinstance(module, SpeedNetStage):
+            module.fold_first_norm()  # the exporter itself folds norms that follow a convolution
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -191,8 +216,7 @@ def onnx_difference(onnx: bytes, images: NDArray[np.uint8], logits: NDArray[np.f
 
     Raises DataError if it is larger than rounding explains.
     """
-    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
-    found: Any = session.run([MODEL_OUTPUT], {MODEL_INPUT: images})[0]
+    found: Any = open_session(onnx, torch.get_num_threads()).run([MODEL_OUTPUT], {MODEL_INPUT: images})[0]
     difference = float(np.abs(found - logits).max())
     allowed = ONNX_TOLERANCE * max(1.0, float(np.abs(logits).max()))
     if not difference <= allowed:  # or if the output is not finite
@@ -220,6 +244,7 @@ def _model_card(spec: JobSpec, images: ImageSpec, metrics: dict[str, Any]) -> st
     views = " (mean over each image and its mirror image)" if spec.recipe.views == "mirrored" else ""
     rows = {
         f"test accuracy{views}": f"{_percent(metrics['test_accuracy'])} of {metrics['test_images']} images",
+        "test accuracy of the int8 model": _percent(metrics["int8_test_accuracy"]),
         "validation accuracy": f"{_percent(metrics['validation_accuracy'])} of {metrics['validation_images']} images",
         "expected calibration error": f"{metrics['expected_calibration_error']:.4f}",
         **{f"recall of {name}": _percent(recall) for name, recall in metrics["per_class_recall"].items()},

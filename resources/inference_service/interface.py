@@ -21,6 +21,8 @@ class DeployRequest:
     dataset_digest: str | None = None
     test_accuracy: float | None = None
     accuracy_threshold: float | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Further options of the server by name, which are also recorded as annotations."""
     find_fault: Callable[[InferenceClient], str | None] | None = field(default=None, compare=False, repr=False)
     """Tests a canary: returns why it must not get all requests, None if it may. Without it, no canary is used."""
 
@@ -31,6 +33,7 @@ class DeployRequest:
             "dataset-digest": self.dataset_digest,
             "test-accuracy": self.test_accuracy,
             "accuracy-threshold": self.accuracy_threshold,
+            **{name.replace("_", "-"): value for name, value in self.options.items()},
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 

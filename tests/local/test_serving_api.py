@@ -354,7 +354,8 @@ class TestSurface:
             answer = server.get(path)
             assert (answer.status, answer.json) == (200, expected), path
         metadata = server.get("/v2/models/cifar10").json
-        assert metadata["properties"] == {"model_digest": digest}
+        reason = "set by the server's options"
+        assert metadata["properties"] == {"model_digest": digest, "precision": "float32", "precision_reason": reason}
         assert metadata["versions"] == ["7"]
         assert "binary_tensor_data" in server.get("/v2").json["extensions"]
 

@@ -336,6 +336,23 @@ def test_a_model_that_cannot_answer_does_not_replace_one_that_can(own) -> None:
     assert own.service.status().ready
 
 
+def test_another_precision_of_the_served_model_is_another_deployment(own) -> None:
+    uri, digest = store_tiny_model(FolderStore(own.folder / "models"), int8=tiny_onnx(seed=1))
+    requests = [
+        DeployRequest(uri, digest, "v0", options={"precision": precision, "precision_reason": f"asked for {precision}"})
+        for precision in ("float32", "int8", "int8")
+    ]
+    white = json.dumps({"instances": [np.full((32, 32, 3), 255).tolist()]}).encode()
+    answers = []
+    for request in requests:
+        deployed = own.service.deploy(request)
+        assert deployed.changed is (request is not requests[2])
+        described = ask(own.service.port, "GET", "/v2/models/cifar10").json["properties"]
+        assert described == {"model_digest": digest, **request.options}
+        answers.append(ask(own.service.port, "POST", PREDICT, white).json["predictions"])
+    assert answers[0] != answers[1] == answers[2]
+
+
 @pytest.mark.parametrize("host", ["localhost", "::", "::1"])
 def test_the_host_may_be_any_name_of_this_machine(tmp_path, host) -> None:
     own = Deployment(tmp_path)

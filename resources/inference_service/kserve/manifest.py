@@ -149,6 +149,7 @@ def _container(settings: InferenceServiceSettings, request: DeployRequest) -> di
             f"--drain-delay={settings.drain_delay_seconds:g}",
             f"--linger={settings.linger_seconds:g}",
             f"--grace={settings.grace_seconds:g}",
+            *(f"--{name.replace('_', '-')}={value}" for name, value in request.options.items()),
         ],
         "env": [{"name": key, "value": value} for key, value in settings.env.items()],
         "envFrom": sources,

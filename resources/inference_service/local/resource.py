@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,8 @@ class ServerInfo:
     process_id: int
     private_port: int
     """Its port on 127.0.0.1 before it takes requests."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Further options, which a server of an earlier release does not have."""
 
     @property
     def url(self) -> str:
@@ -214,7 +216,8 @@ class LocalInferenceService(InferenceServiceResource):
         previous = old.info.model_digest if old else None
         listening = None
         if old and (old.info.host, old.info.port) == (self.host, self.port):
-            if (previous, old.info.model_version) == (request.model_digest, request.model_version):
+            served = (previous, old.info.model_version, old.info.options)
+            if served == (request.model_digest, request.model_version, request.options):
                 return _deployed(old.info, previous, changed=False)
             listening = contextlib.nullcontext(old.listener)
         try:
@@ -241,6 +244,7 @@ class LocalInferenceService(InferenceServiceResource):
         variables = {name: value for name, value in os.environ.items() if not name.startswith(withheld)}
         model = {name: getattr(request, name) for name in ("model_uri", "model_digest", "model_version")}
         info = {**model, "host": self.host, "port": self.port, "annotations": request.annotations()}
+        info["options"] = request.options
         process = None
         connection = socket.socket(socket.AF_UNIX)
         try:
@@ -251,6 +255,7 @@ class LocalInferenceService(InferenceServiceResource):
                 connection.connect(f"{short}/{_STARTING_NAME}")
                 options = {
                     **model,
+                    **request.options,
                     "fd": listener.fileno(),
                     "control_fd": control.fileno(),
                     "control_info": json.dumps({**info, "log_file": str(log_file)}),

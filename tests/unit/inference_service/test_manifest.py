@@ -1,6 +1,7 @@
 """The manifest contains every setting and nothing else, and equals the committed one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,15 @@ def test_decision_is_carried_and_read_back() -> None:
     assert annotations["cifar/test-accuracy"] == "0.91"
     assert request_of(annotations) == REQUEST
     assert request_of({"cifar/model-digest": "x"}) is None
+
+
+def test_options_of_the_server_are_passed_and_recorded() -> None:
+    options = {"precision": "int8", "precision_reason": "It is as accurate."}
+    manifest = build(settings(), replace(REQUEST, options=options))
+    (container,) = manifest["spec"]["predictor"]["containers"]
+    assert container["args"][-2:] == ["--precision=int8", "--precision-reason=It is as accurate."]
+    assert manifest["metadata"]["annotations"]["cifar/precision"] == "int8"
+    assert manifest["metadata"]["annotations"]["cifar/precision-reason"] == "It is as accurate."
 
 
 def test_revision_changes_with_what_is_served() -> None:

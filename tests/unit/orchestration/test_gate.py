@@ -3,9 +3,9 @@
 import pytest
 
 from cifar_assets.deployment import resources_for
-from cifar_assets.gate import judge
-from cifar_assets.model_package import METRICS_FILE
-from resources.errors import DataError, ExplainedError, IntegrityError
+from cifar_assets.gate import choose_precision, judge
+from cifar_assets.model_package import INT8_FILE, METRICS_FILE
+from resources.errors import ConfigError, DataError, ExplainedError, IntegrityError
 from resources.object_store import ObjectStore, open_store
 from tests.fixtures.models import store_model
 from tests.fixtures.settings import settings_of
@@ -43,6 +43,35 @@ def test_a_model_that_is_not_stored_cannot_pass(models: ObjectStore) -> None:
         judge(models, "f" * 64, 0.0)
 
 
+@pytest.mark.parametrize(("accuracy", "passed"), [(0.8001, True), (0.797, True), (0.7969, False), (0.1, False)])
+def test_int8_may_lose_up_to_the_margin(models: ObjectStore, accuracy: float, passed: bool) -> None:
+    digest = store_model(models, {"test_accuracy": 0.8, "int8_test_accuracy": accuracy}, covered={INT8_FILE: b"int8"})
+    precision, reason = choose_precision(models, digest, "auto")
+    assert precision == ("int8" if passed else "float32")
+    assert f"{accuracy:.4f} with int8 and 0.8000 with float32" in reason
+    assert "98.00%" in reason
+    assert choose_precision(models, digest, "float32") == ("float32", "The setting requires float32.")
+    if passed:
+        assert choose_precision(models, digest, "int8") == (precision, reason)
+    else:
+        with pytest.raises(ConfigError, match="requires int8"):
+            choose_precision(models, digest, "int8")
+
+
+def test_a_model_without_an_int8_file_is_served_as_float(models: ObjectStore) -> None:
+    digest = store_model(models)
+    precision, reason = choose_precision(models, digest, "auto")
+    assert precision == "float32"
+    assert f"has no {INT8_FILE}" in reason
+    with pytest.raises(ConfigError, match=f"has no {INT8_FILE}"):
+        choose_precision(models, digest, "int8")
+
+
 def test_the_threshold_comes_from_the_environment_or_its_default() -> None:
     assert resources_for(settings_of({"ACCURACY_THRESHOLD": "0.5"}))["gate"].threshold == 0.5
     assert resources_for(settings_of({}))["gate"].threshold == 0.85
+
+
+def test_the_precision_comes_from_the_environment_or_is_chosen() -> None:
+    assert resources_for(settings_of({"SERVING_PRECISION": "float32"}))["gate"].precision == "float32"
+    assert resources_for(settings_of({}))["gate"].precision == "auto"

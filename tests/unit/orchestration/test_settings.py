@@ -37,6 +37,7 @@ def test_variables_of_other_processes_are_in_the_table() -> None:
         *(("ACCURACY_THRESHOLD", text) for text in ("80", "-0.1", "0,8", "nan", "inf", "high")),
         *(("INFERENCE_SERVICE_PORT", text) for text in ("0", "65536", "http")),
         ("DAGSTER_DEPLOYMENT", "cloud"),
+        ("SERVING_PRECISION", "int4"),
         *(
             (name, text)
             for name in ("RETRAIN_CONFIG", "TRAINER_JOB", "SERVER_SETTINGS")

@@ -9,7 +9,7 @@ import pytest
 from onnx import helper
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.model_package import MANIFEST_FILE, ONNX_FILE, ModelManifest, write_package
+from cifar_assets.model_package import MANIFEST_FILE, ONNX_FILE, SERVED_FILES, ModelManifest, write_package
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.settings import ServingLimits
 from resources.digests import sha256_bytes
@@ -26,6 +26,16 @@ def test_the_stored_model_answers_as_it_should(tmp_path) -> None:
     uri, digest = store_tiny_model(FolderStore(tmp_path))
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
     np.testing.assert_allclose(load(uri, digest).run(images), tiny_logits(images), rtol=1e-3, atol=1e-3)
+
+
+def test_the_int8_model_is_served_if_the_package_has_one(tmp_path) -> None:
+    store, images = FolderStore(tmp_path), np.zeros((1, 3, 32, 32), np.uint8)
+    uri, digest = store_tiny_model(store, int8=tiny_onnx(bias=5.0))
+    runs = [load_classifier(uri, digest, each, num_threads=1, batch_images=4).run(images) for each in SERVED_FILES]
+    np.testing.assert_allclose(runs[1] - runs[0], 5.0)
+    uri, digest = store_tiny_model(store)
+    with pytest.raises(DataError, match=r"has no model\.int8\.onnx"):
+        load_classifier(uri, digest, "int8", num_threads=1, batch_images=4)
 
 
 def test_another_digest_is_refused(tmp_path) -> None:

@@ -5,7 +5,15 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.model_package import METRICS_FILE, ONNX_FILE, RECIPE_FILE, WEIGHTS_FILE, ModelManifest, write_package
+from cifar_assets.model_package import (
+    INT8_FILE,
+    METRICS_FILE,
+    ONNX_FILE,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+    ModelManifest,
+    write_package,
+)
 from resources.digests import sha256_bytes
 from resources.object_store import ObjectStore
 
@@ -49,13 +57,16 @@ def tiny_onnx(seed: int = 0, *, bias: float = 0.0, breaks_on_white: bool = False
     return model.SerializeToString()
 
 
-def store_tiny_model(models: ObjectStore, seed: int = 0, *, onnx_bytes: bytes | None = None) -> tuple[str, str]:
-    """Store a package; returns its URI and digest."""
+def store_tiny_model(
+    models: ObjectStore, seed: int = 0, *, onnx_bytes: bytes | None = None, int8: bytes | None = None
+) -> tuple[str, str]:
+    """Store a package; returns its URI and digest. `int8` is its int8 model, if it has one."""
     files = {
         WEIGHTS_FILE: tiny_weights(seed).tobytes(),
         ONNX_FILE: tiny_onnx(seed) if onnx_bytes is None else onnx_bytes,
         METRICS_FILE: b'{"test_accuracy":0.9}',
         RECIPE_FILE: b'{"name":"tiny"}',
+        **({} if int8 is None else {INT8_FILE: int8}),
     }
     manifest = ModelManifest(
         dataset_digest="d" * 64,

@@ -6,6 +6,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 from torchvision.models import resnet18
 
 from cifar_assets.contracts import CIFAR10, CLASSES
@@ -25,6 +26,11 @@ IMAGES = np.random.RandomState(0).randint(0, 256, (5, 3, 32, 32)).astype(np.uint
 def make_network(recipe: str = "resnet18", views: Views = "plain") -> PublishedNetwork:
     torch.manual_seed(0)
     inner = build_network(get_recipe(recipe, {"width": 4}), CIFAR10)
+    for module in inner.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after a training, so that folding it matters
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.bias, std=0.1)
     return PublishedNetwork(inner, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), views).eval()
 
 
