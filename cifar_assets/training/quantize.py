@@ -63,7 +63,10 @@ def _ranges(
     probe.graph.ClearField("output")
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
     session = open_session(probe.SerializeToString(), num_threads)
-    batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
-    found = [[(v.min(), v.max()) for v in session.run(tensors, {MODEL_INPUT: batch})] for batch in batches]
-    lowest, highest = np.min(found, axis=0)[:, 0], np.max(found, axis=0)[:, 1]
-    return {name: (low, high) for name, low, high in zip(tensors, lowest, highest, strict=True)}
+    lowest, highest = [], []
+    for start in range(0, len(images), _BATCH):
+        values: Any = session.run(tensors, {MODEL_INPUT: images[start : start + _BATCH]})
+        lowest.append([each.min() for each in values])
+        highest.append([each.max() for each in values])
+    ranges = zip(np.min(lowest, axis=0), np.max(highest, axis=0), strict=True)
+    return dict(zip(tensors, ranges, strict=True))

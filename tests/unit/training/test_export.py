@@ -28,8 +28,8 @@ def make_network(recipe: str = "resnet18", views: Views = "plain") -> PublishedN
     inner = build_network(get_recipe(recipe, {"width": 4}), CIFAR10)
     for module in inner.modules():
         if isinstance(module, nn.BatchNorm2d):  # as after a training, so that folding it matters
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
+            assert module.running_mean is not None
+            module.running_mean.normal_(std=0.1)
             nn.init.normal_(module.bias, std=0.1)
     return PublishedNetwork(inner, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), views).eval()
 
