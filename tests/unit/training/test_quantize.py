@@ -26,10 +26,9 @@ def test_int8_answers_nearly_as_float_does(recipe: str, views: Views) -> None:
     model = onnx_bytes(make_network(recipe, views), 32)
     int8 = int8_bytes(model, IMAGES, 1)
     expected = run(model, IMAGES)
-    for count in (1, len(IMAGES)):
-        difference = np.abs(run(int8, IMAGES[:count]) - expected[:count])
-        assert difference.max() < 0.1 * np.abs(expected).max()
-    assert difference.max() > 0
+    found = run(int8, IMAGES)
+    assert 0 < np.std(found - expected) < 0.25 * np.std(expected)
+    assert np.allclose(run(int8, IMAGES[:1]), found[:1], atol=1e-3)
 
 
 def test_the_first_convolution_and_the_head_stay_in_float() -> None:
