@@ -8,7 +8,7 @@ PATHS := cifar_assets resources examples tests k8s
 
 export CIFAR10_SOURCE
 
-.PHONY: help setup demo stop dev test lint minimal-imports types check format browser-test cluster-test audit fuzz
+.PHONY: help setup demo stop dev test lint minimal-imports types check format cluster-test audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the commands.

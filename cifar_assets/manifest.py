@@ -37,4 +37,4 @@ class Manifest(BaseModel):
         except ObjectNotFoundError as error:
             raise ObjectNotFoundError(missing) from error
         except ValueError as error:
-            raise DataError(f"{store.uri(key)} is not a {cls.__name__}: {error}") from error
+            raise DataError(f"{store.uri(key)} is not a manifest of this kind ({cls.__name__}): {error}") from error

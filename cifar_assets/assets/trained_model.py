@@ -115,6 +115,7 @@ def trained_model(
             if before:
                 result, origin = _stored(models, data_version(before.materialization), before)
             else:
+                spec.check_dataset(object_store.processed)
                 with mlflow.closing_open_runs(context):
                     result = trainer.train(context, spec, config.scale, object_store.child_environment())
                 check_made_by(spec, models, result.model_digest)

@@ -65,6 +65,7 @@ def _data(options: argparse.Namespace) -> None:
         seed=options.seed,
         mlflow=mlflow,
     )
+    spec.check_dataset(stores.processed)
     try:
         plan = Plan(run=options.run, raw_digest=raw_digest, replicas=options.replicas, spec=spec)
     except ValidationError as error:

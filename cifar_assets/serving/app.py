@@ -91,7 +91,7 @@ class App:
             "picture_formats": ["PNG", "JPEG"],
         }
         gets: dict[str, Callable[[], Response]] = {
-            "/": partial(json_response, {"status": "alive"}),
+            "/": partial(json_response, {"status": "alive"}, headers=page.NEGOTIATED if self._page else ()),
             "/v1/models": models,
             "/v2/models": models,
             "/v2": partial(json_response, server),

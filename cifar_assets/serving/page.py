@@ -22,6 +22,8 @@ from cifar_assets.serving.settings import ServingLimits
 
 PREDICT_PATH = "/page/predict"
 _HTML = Path(__file__).with_name("page.html")
+NEGOTIATED = (("Cache-Control", "no-cache"), ("Vary", "Accept"))
+"""Headers of both answers at the root: a cache must not give a browser the other one."""
 _POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -48,8 +50,7 @@ def page(model: ServedModel) -> Response:
         ("Referrer-Policy", "no-referrer"),
         ("Cross-Origin-Opener-Policy", "same-origin"),
         ("Cross-Origin-Resource-Policy", "same-origin"),
-        ("Cache-Control", "no-cache"),
-        ("Vary", "Accept"),
+        *NEGOTIATED,
     )
     return Response(200, text.encode(), "text/html; charset=utf-8", headers)
 

@@ -1,9 +1,11 @@
 """Convolutions whose weight gradient is fast on small feature maps."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 _SMALL_MAP = 64
@@ -30,8 +32,10 @@ class Conv2d(nn.Conv2d):
     def _is_slow_in_onednn(self, images: Tensor) -> bool:
         is_bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
         trains = torch.is_grad_enabled() and self.weight.requires_grad and images.device.type == "cpu"
-        out = (images.shape[2] // self.stride[0]) * (images.shape[3] // self.stride[1])
-        return is_bfloat16 and trains and self.in_channels >= _MANY_CHANNELS and out <= _SMALL_MAP
+        positions = math.prod(
+            _positions(side, self.kernel_size[0], self.stride[0], self.padding[0]) for side in images.shape[2:]
+        )
+        return is_bfloat16 and trains and self.in_channels >= _MANY_CHANNELS and positions <= _SMALL_MAP
 
 
 class _MatrixGradient(torch.autograd.Function):
@@ -42,6 +46,7 @@ class _MatrixGradient(torch.autograd.Function):
         return functional.conv2d(images, weight, None, stride, padding)
 
     @staticmethod
+    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (typed for any number of outputs)
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor | None, Tensor, None, None]:
@@ -63,18 +68,26 @@ def _patches(images: Tensor, size: int, stride: int, padding: int) -> Tensor:
     """The pixels under the kernel at each of its positions, (N * positions, size * size * C)."""
     pixels = functional.pad(images.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding)).contiguous()
     count, height, width, channels = pixels.shape
-    shape = (count, (height - size) // stride + 1, (width - size) // stride + 1, size, size * channels)
+    rows, columns = _positions(height, size, stride), _positions(width, size, stride)
+    shape = (count, rows, columns, size, size * channels)
     of_image, of_row, of_pixel, _ = pixels.stride()
     view = pixels.as_strided(shape, (of_image, stride * of_row, stride * of_pixel, of_row, 1))
     patches = _scratch(view.numel(), pixels.dtype).view(shape)
     return patches.copy_(view).view(-1, size * size * channels)
 
 
+def _positions(side: int, size: int, stride: int, padding: int = 0) -> int:
+    return (side + 2 * padding - size) // stride + 1
+
+
 _SCRATCH: dict[torch.dtype, Tensor] = {}
 
 
 def _scratch(numel: int, dtype: torch.dtype) -> Tensor:
-    """Memory for intermediate results, reused because fresh memory would cost a page fault for every 4 KiB."""
+    """Memory for intermediate results, reused because fresh memory would cost a page fault for every 4 KiB.
+
+    It is valid until the next call, so a process trains one network at a time.
+    """
     if dtype not in _SCRATCH or _SCRATCH[dtype].numel() < numel:
         _SCRATCH[dtype] = torch.empty(numel, dtype=dtype)
     return _SCRATCH[dtype][:numel]

@@ -196,4 +196,5 @@ class PublishedNetwork(nn.Module):
         if self.views == "plain":
             return self.network(pixels)
         logits = self.network(torch.cat((pixels, pixels.flip(3))))
-        return logits.view(2, -1, logits.shape[1]).mean(0)
+        num_classes = int(logits.shape[1])  # a constant of the ONNX model
+        return logits.view(2, -1, num_classes).mean(0)

@@ -92,6 +92,10 @@ class JobSpec(TrainingSpec):
             }
         )
 
+    def check_dataset(self, processed: ObjectStore) -> None:
+        """Raise ObjectNotFoundError if the dataset is not stored, ConfigError if the recipe does not fit its images."""
+        self.recipe.check_fits(read_processed(processed, self.dataset_digest).image_size)
+
     @property
     def processed_uri(self) -> str:
         """URI of the bucket that contains the dataset."""
@@ -115,12 +119,8 @@ def build_spec(
     seed: int,
     mlflow: MlflowTarget | None,
 ) -> JobSpec:
-    """The job that Dagster and the other pipelines run.
-
-    Raises ConfigError naming the invalid recipe or field, ObjectNotFoundError for a dataset that is not stored.
-    """
+    """The job that Dagster and the other pipelines run. Raises ConfigError naming the invalid recipe or field."""
     chosen = get_recipe(recipe, overrides)
-    chosen.check_fits(read_processed(processed, dataset_digest).image_size)
     fields = set_fields("execution", execution, Execution.model_fields)
     try:
         return JobSpec(

@@ -56,6 +56,10 @@ def job(folder: Path, digest: str, recipe: str, overrides: dict[str, Any], resid
 
 def run(spec: JobSpec, command: Sequence[str]) -> tuple[float, int, int]:
     """Images/s of a job in processes of its own, and the peak of its memory in MB: all, and without mapped files."""
+    models = Path(tempfile.mkdtemp(dir=spec.output_uri.removeprefix("file://").rstrip("/").removesuffix("/models")))
+    spec = spec.model_copy(
+        update={"output_uri": FolderStore(models).uri()}
+    )  # an equal model would not be written again
     process = subprocess.Popen(
         command, env={**os.environ, "CIFAR_JOB_SPEC": spec.model_dump_json()}, stdout=subprocess.PIPE, text=True
     )
@@ -69,9 +73,8 @@ def run(spec: JobSpec, command: Sequence[str]) -> tuple[float, int, int]:
     output = process.stdout.read()
     if process.returncode:
         raise SystemExit(f"The training ended with {process.returncode}: {output[-2000:]}")
-    models = Path(spec.output_uri.removeprefix("file://"))
-    newest = max(models.glob("*/performance.json"), key=lambda path: path.stat().st_mtime)
-    return json.loads(newest.read_text())["images_per_second"], most // 1024, anonymous // 1024
+    (performance,) = models.glob("*/performance.json")
+    return json.loads(performance.read_text())["images_per_second"], most // 1024, anonymous // 1024
 
 
 def processes(recipes: Sequence[str], rounds: int) -> None:
@@ -131,11 +134,11 @@ def memory_limit(megabytes: int) -> Iterator[tuple[str, list[str]]]:
         except OSError:
             continue
         try:
+            if not (group / setting).exists():
+                continue
             (group / setting).write_text(str(megabytes << 20))
             yield setting, ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
             return
-        except OSError:
-            continue
         finally:
             group.rmdir()
     yield "RLIMIT_DATA", ["prlimit", f"--data={megabytes << 20}", "--"]

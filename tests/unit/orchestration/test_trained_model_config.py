@@ -98,7 +98,14 @@ def test_empty_quantity_means_left_out() -> None:
 def test_dataset_of_smaller_images_is_refused_before_training(object_store: LocalObjectStore) -> None:
     dataset = store_manifest(object_store.processed, image_size=16)
     with pytest.raises(ConfigError, match="images of 16 pixels: lower resolutions"):
-        TrainedModelConfig().job_spec(object_store, dataset, None)
+        TrainedModelConfig().job_spec(object_store, dataset, None).check_dataset(object_store.processed)
+
+
+def test_cutout_larger_than_the_images_is_refused_before_training(
+    object_store: LocalObjectStore, spec_of: SpecOf
+) -> None:
+    with pytest.raises(ConfigError, match="images of 32 pixels: lower cutout"):
+        spec_of({"overrides": {"cutout": 33}}).check_dataset(object_store.processed)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +115,6 @@ def test_dataset_of_smaller_images_is_refused_before_training(object_store: Loca
         ({"overrides": {"epochs": 0}}, "epochs"),
         ({"overrides": {"epochs": "many"}}, "epochs"),
         ({"overrides": {"network": "vgg"}}, "network"),
-        ({"overrides": {"cutout": 33}}, "images of 32 pixels: lower cutout"),
         ({"overrides": {"resolutions": [{"start": 0.5, "size": 16}]}}, "resolutions"),
         ({"execution": {"threads": 0}}, "threads"),
         ({"execution": {"device": "tpu"}}, "device"),

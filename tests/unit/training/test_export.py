@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from cifar_assets.training.package import (
     onnx_difference,
     weights_bytes,
 )
+from cifar_assets.training.quantize import int8_bytes, open_session
 from cifar_assets.training.recipes import RECIPES, Views, get_recipe
 from resources.errors import DataError
 
@@ -46,11 +46,14 @@ def test_onnx_answers_as_torch_does(recipe: str, views: Views) -> None:
     assert onnx_difference(onnx_bytes(network, 32), IMAGES, torch_logits(network)) < 1e-4
 
 
-def test_the_onnx_model_is_what_serving_expects() -> None:
-    session = onnxruntime.InferenceSession(onnx_bytes(make_network(), 32), providers=["CPUExecutionProvider"])
+@pytest.mark.parametrize("views", ["plain", "mirrored"])
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_the_onnx_model_is_what_serving_expects(views: Views, is_int8: bool) -> None:
+    model = onnx_bytes(make_network("fast", views), 32)
+    session = open_session(int8_bytes(model, IMAGES, 1) if is_int8 else model, 1)
     (images,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (images.name, images.type, images.shape[1:]) == ("images", "tensor(uint8)", [3, 32, 32])
-    assert (logits.name, logits.type) == ("logits", "tensor(float)")
+    assert (logits.name, logits.type, logits.shape[1:]) == ("logits", "tensor(float)", [len(CLASSES)])
     for count in (1, 4):
         answer = session.run(None, {"images": IMAGES[:count]})[0]
         assert np.asarray(answer).shape == (count, len(CLASSES))

@@ -54,7 +54,7 @@ def test_no_convolution_or_matrix_product_of_a_step_runs_on_a_reference_kernel(t
         elif "exec" in fields:  # onednn_verbose,v1,primitive,exec,cpu,convolution,jit:avx512_core,...
             primitive, kernel = fields[fields.index("exec") + 2 :][:2]
             used.add(primitive)
-            if primitive in PRODUCTS and "ref" in kernel:
+            if primitive in PRODUCTS and kernel.startswith("ref"):
                 slow.append(f"{step}: {line}")
     assert "convolution" in used, done.stdout[-2000:]
     assert slow == []
