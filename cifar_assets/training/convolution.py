@@ -33,7 +33,7 @@ class Conv2d(nn.Conv2d):
         is_bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
         trains = torch.is_grad_enabled() and self.weight.requires_grad and images.device.type == "cpu"
         positions = math.prod(
-            _positions(side, self.kernel_size[0], self.stride[0], self.padding[0]) for side in images.shape[2:]
+            _positions(side, self.kernel_size[0], self.stride[0], int(self.padding[0])) for side in images.shape[2:]
         )
         return is_bfloat16 and trains and self.in_channels >= _MANY_CHANNELS and positions <= _SMALL_MAP
 
