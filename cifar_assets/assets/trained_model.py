@@ -100,7 +100,7 @@ def trained_model(
 ) -> dg.MaterializeResult:
     """Weights, ONNX and metrics under the model's digest, made by one training job.
 
-    Each epoch appears as an observation while the job runs. A job that was stopped continues from its checkpoint when
+    Epochs appear as observations while the job runs. A job that was stopped continues from its checkpoint when
     the asset is materialized again with the same config.
     """
     with retrying_infrastructure_faults():

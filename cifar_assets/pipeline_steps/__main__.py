@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _data(options: argparse.Namespace) -> None:
     mlflow, stores = _mlflow(options.run), open_stores(options.store)
     digest = current_dataset(stores) if options.dataset == CURRENT else options.dataset
-    raw_digest = read_processed(stores.processed, digest).raw_digest
+    manifest = read_processed(stores.processed, digest)
     spec = build_spec(
         stores.processed,
         stores.models,
@@ -65,7 +65,8 @@ def _data(options: argparse.Namespace) -> None:
         seed=options.seed,
         mlflow=mlflow,
     )
-    spec.check_dataset(stores.processed)
+    spec.recipe.check_fits(manifest.image_size)
+    raw_digest = manifest.raw_digest
     try:
         plan = Plan(run=options.run, raw_digest=raw_digest, replicas=options.replicas, spec=spec)
     except ValidationError as error:

@@ -1,7 +1,8 @@
 """The interface of all trainers: the scale, the result, and the messages sent during a training."""
 
+import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -42,12 +43,25 @@ class TrainingResult:
     """Optimizer step of the checkpoint it continued from."""
 
 
-class TrainingMessages:
-    """The trainer's custom Pipes messages: each epoch becomes an observation while the job runs."""
+_EPOCHS_ALL_RECORDED = 100
+_EPOCH_INTERVAL_SECONDS = 1.0
 
-    def __init__(self, context: dg.AssetExecutionContext):
+
+class TrainingMessages:
+    """The trainer's custom Pipes messages: epochs become observations while the job runs.
+
+    The first epochs are all recorded. After those, at most one a second, because each takes Dagster milliseconds of a
+    processor that a local training shares. Call `close` at the end: the last epoch is always recorded.
+    """
+
+    def __init__(self, context: dg.AssetExecutionContext, clock: Callable[[], float] = time.monotonic):
         self._context = context
+        self._clock = clock
         self._num_handled = 0
+        self._num_recorded = 0
+        self._recorded_at = 0.0
+        self._epoch: Mapping[str, Any] | None = None
+        """The newest epoch, while it is not recorded."""
         self._result: TrainingResult | None = None
 
     def handle_new(self, messages: Sequence[Any]) -> None:
@@ -60,13 +74,22 @@ class TrainingMessages:
         """Handle the next message. Unknown types are ignored."""
         match message:
             case {"type": "epoch", **metrics}:
-                description = f"Epoch {metrics.get('epoch')} of {metrics.get('epochs')}"
-                self._context.log_event(
-                    dg.AssetObservation(self._context.asset_key, description=description, metadata=metrics)
-                )
+                self._epoch = metrics
+                is_due = self._clock() - self._recorded_at >= _EPOCH_INTERVAL_SECONDS
+                if self._num_recorded < _EPOCHS_ALL_RECORDED or is_due:
+                    self.close()
             case {"type": "result", **values}:
                 known: dict[str, Any] = {each.name: values.get(each.name) for each in fields(TrainingResult)}
                 self._result = TrainingResult(**known)
+
+    def close(self) -> None:
+        """Record the newest epoch, unless it is recorded already."""
+        if self._epoch is None:
+            return
+        metrics, self._epoch = self._epoch, None
+        description = f"Epoch {metrics.get('epoch')} of {metrics.get('epochs')}"
+        self._context.log_event(dg.AssetObservation(self._context.asset_key, description=description, metadata=metrics))
+        self._num_recorded, self._recorded_at = self._num_recorded + 1, self._clock()
 
     def result(self) -> TrainingResult:
         """The result message. TrainingError if the trainer ended without one."""

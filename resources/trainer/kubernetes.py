@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import dagster as dg
@@ -59,7 +60,7 @@ class KubernetesTrainer(TrainerResource):
                 messages.handle(payload)
 
         config = self.job_config(spec, scale, child_environment)
-        with as_dagster_failure():
+        with closing(messages), as_dagster_failure():
             self.pipes_client().run(
                 context=context,
                 config=config,

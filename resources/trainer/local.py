@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import dagster as dg
@@ -38,11 +39,14 @@ class LocalTrainer(TrainerResource):
         child_environment: Mapping[str, str],
     ) -> TrainingResult:
         messages = TrainingMessages(context)
-        with dg.open_pipes_session(
-            context=context,
-            context_injector=dg.PipesTempFileContextInjector(),
-            message_reader=dg.PipesTempFileMessageReader(),
-        ) as session:
+        with (
+            closing(messages),
+            dg.open_pipes_session(
+                context=context,
+                context_injector=dg.PipesTempFileContextInjector(),
+                message_reader=dg.PipesTempFileMessageReader(),
+            ) as session,
+        ):
             process = subprocess.Popen(
                 self._command((scale.replicas or 1) * (scale.nproc_per_node or 1)),
                 env={
@@ -64,6 +68,7 @@ class LocalTrainer(TrainerResource):
                     context.log.info("Stopping the trainer; it writes a checkpoint first.")
                     stop_group(process, self.stop_grace_seconds)
         messages.handle_new(session.get_custom_messages())
+        messages.close()
         if process.returncode:
             interrupted = process.returncode < 0 or process.returncode == EXIT_RESUME
             raise TrainingError(_failure(process.returncode), transient=interrupted)

@@ -13,6 +13,7 @@ therefore cost nothing, and Pillow and its decoders cannot disagree about a file
 import io
 import struct
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +105,8 @@ class Picture:
     height: int
     essence: bytes
     """The parts of the file that pixels and rotation depend on."""
+    mode: str = ""
+    """Pillow's mode of the pixels of a JPEG that is not rotated; otherwise empty."""
 
 
 def open_picture(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
@@ -137,6 +140,11 @@ def picture_pixels(picture: Picture, size: int = IMAGE_SIZE) -> NDArray[np.uint8
 
     Whatever a decoder raises is an ImageError.
     """
+    if picture.mode and (picture.width, picture.height) == (size, size):
+        # Pillow's decoder without its parser, which would take longer and only find what is already known
+        with suppress(ValueError):  # for the reason, see below
+            image = Image.frombytes(picture.mode, (size, size), picture.essence, "jpeg", picture.mode, "")
+            return _channels_first(image.convert("RGB") if picture.mode == "L" else image)
     try:
         with Image.open(io.BytesIO(picture.essence), formats=("PNG", "JPEG")) as image:
             image.draft(None, (8 * size, 8 * size))  # of a large JPEG only a reduced scale is decoded
@@ -152,7 +160,7 @@ def picture_pixels(picture: Picture, size: int = IMAGE_SIZE) -> NDArray[np.uint8
         raise ImageError("a complete PNG or JPEG image", f"a truncated or damaged one{reason}") from error
     if rgb.size != (size, size):
         rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
+    return _channels_first(rgb)
 
 
 def check_size(num_bytes: int, limits: ImageLimits = DEFAULT_LIMITS) -> None:
@@ -203,7 +211,7 @@ def _scaled_gray(data: bytes, position: int, depth: int) -> bytes:
 
 def _open_jpeg(data: bytes, limits: ImageLimits) -> Picture:
     parts, seen = [data[:2]], set[int]()
-    position, size = 2, None
+    position, frame = 2, None
     for _ in range(_MAX_PARTS):
         position = data.index(b"\xff", position) + 1
         marker = data[position]
@@ -212,13 +220,14 @@ def _open_jpeg(data: bytes, limits: ImageLimits) -> Picture:
         body = position + 3
         end = position + 1 + max(2, *struct.unpack_from(">H", data, position + 1))
         if marker in _JPEG_FRAMES:
-            if size:
+            if frame:
                 raise ImageError("a JPEG of one image", "one with two frames")
-            size = _jpeg_size(data, body, limits)
-        if marker == _JPEG_START_OF_SCAN and size:
+            frame = _jpeg_frame(data, body, limits)
+        if marker == _JPEG_START_OF_SCAN and frame:
             if data.count(b"\xff\xda", position) > _MAX_SCANS:
                 raise ImageTooLargeError(f"a JPEG image with at most {_MAX_SCANS} scans", "more")
-            return Picture(*size, b"".join([*parts, data[position - 1 :]]))
+            width, height, mode = frame
+            return Picture(width, height, b"".join([*parts, data[position - 1 :]]), "" if 0xE1 in seen else mode)
         tells = marker in _JPEG_APPLICATION and data.startswith(_JPEG_APPLICATION[marker], body)
         if marker in _JPEG_FRAMES + _JPEG_TABLES or (tells and marker not in seen):
             parts.append(data[position - 1 : end])
@@ -227,14 +236,15 @@ def _open_jpeg(data: bytes, limits: ImageLimits) -> Picture:
     raise ImageTooLargeError(f"a JPEG with at most {_MAX_PARTS} segments", "more")
 
 
-def _jpeg_size(data: bytes, frame: int, limits: ImageLimits) -> tuple[int, int]:
+def _jpeg_frame(data: bytes, frame: int, limits: ImageLimits) -> tuple[int, int, str]:
+    """Width, height, and Pillow's mode."""
     bits, height, width, num_components = struct.unpack_from(">BHHB", data, frame)
     if bits != 8:
         raise ImageError("a JPEG with 8-bit samples", f"one with {bits}-bit samples")
     if num_components not in (1, 3):
         raise ImageError("a JPEG in color or gray", "a CMYK one" if num_components == 4 else "another kind")
     _check_pixels(width, height, limits.max_pixels * _JPEG_FACTOR, limits)
-    return width, height
+    return width, height, "L" if num_components == 1 else "RGB"
 
 
 def _check_pixels(width: int, height: int, max_pixels: int, limits: ImageLimits) -> None:
@@ -253,6 +263,11 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # a broken EXIF block is treated as absent, as viewers do
         return image
     return image if method is None else image.transpose(method)
+
+
+def _channels_first(rgb: Image.Image) -> NDArray[np.uint8]:
+    pixels = np.frombuffer(rgb.tobytes(), np.uint8).reshape(rgb.height, rgb.width, 3)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

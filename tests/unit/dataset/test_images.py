@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cifar_assets.dataset.formats.images import (
     ImageLimits,
     ImageTooLargeError,
     open_picture,
+    picture_pixels,
     pixel_digest,
     prepare_image,
 )
@@ -334,6 +336,16 @@ def test_a_cut_picture_is_refused(kind, kept) -> None:
     data = encode(noise, kind)
     with pytest.raises(ImageError, match=r"truncated|damaged"):
         prepare_image(data[: int(len(data) * kept)])
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("pixels", [SMOOTH, SMOOTH[..., 0]], ids=["color", "gray"])
+def test_the_short_way_to_decode_a_jpeg_gives_the_same_pixels(pixels, options) -> None:
+    picture = open_picture(encode(Image.fromarray(pixels).resize((32, 32)), "JPEG", **options))
+    assert picture.mode
+    np.testing.assert_array_equal(picture_pixels(picture), picture_pixels(replace(picture, mode="")))
+    with pytest.raises(ImageError, match="truncated"):
+        picture_pixels(replace(picture, essence=picture.essence[:-30]))
 
 
 class TestLimits:

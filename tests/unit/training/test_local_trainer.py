@@ -4,7 +4,7 @@ import dagster as dg
 import pytest
 
 from cifar_assets.training.spec import JobSpec
-from resources.trainer.interface import TrainingScale
+from resources.trainer.interface import TrainingMessages, TrainingScale
 from resources.trainer.local import LocalTrainer
 from tests.unit.training.conftest import SpecMaker
 
@@ -38,3 +38,27 @@ def test_a_learning_rate_that_ruins_the_weights_is_named(
     output = capfd.readouterr().out
     assert "Lower learning_rate" in output
     assert "unexpected reason" not in output
+
+
+def test_all_of_the_first_epochs_then_one_a_second_and_the_last_are_observed() -> None:
+    """1,000 epochs, ten a second."""
+    now = 0.0
+
+    @dg.asset
+    def model(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        nonlocal now
+        messages = TrainingMessages(context, lambda: now)
+        for epoch in range(1, 1001):
+            now = epoch / 10
+            messages.handle({"type": "epoch", "epoch": epoch, "epochs": 1000})
+        for _ in range(2):
+            messages.close()
+        return dg.MaterializeResult()
+
+    events = dg.materialize([model]).all_events
+    observed = [e.asset_observation_data.asset_observation for e in events if e.is_asset_observation]
+    epochs = [int(str(each.metadata["epoch"].value)) for each in observed]
+    assert epochs[:100] == list(range(1, 101))
+    assert 85 <= len(epochs[100:]) <= 92
+    assert epochs[-1] == 1000
+    assert len(set(epochs)) == len(epochs)
