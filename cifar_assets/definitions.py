@@ -7,8 +7,10 @@ import dagster as dg
 from cifar_assets import jobs, sensors
 from cifar_assets.assets.datasets import processed_dataset, raw_dataset
 from cifar_assets.assets.inference_service import inference_service
+from cifar_assets.assets.served_traffic import served_traffic
 from cifar_assets.assets.trained_model import argo_trained_model, trained_model
 from cifar_assets.checks.data import processed_dataset_checks, raw_dataset_checks
+from cifar_assets.checks.drift import served_traffic_checks
 from cifar_assets.checks.model import trained_model_checks
 from cifar_assets.checks.parity import argo_parity_checks
 from cifar_assets.checks.service import inference_service_checks
@@ -23,7 +25,7 @@ warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 _settings = read_settings()
 defs = dg.Definitions(
     assets=dg.with_source_code_references(
-        [raw_dataset, processed_dataset, trained_model, inference_service, argo_trained_model]
+        [raw_dataset, processed_dataset, trained_model, inference_service, argo_trained_model, served_traffic]
     ),
     asset_checks=[
         raw_dataset_checks,
@@ -31,9 +33,10 @@ defs = dg.Definitions(
         trained_model_checks,
         inference_service_checks,
         argo_parity_checks,
+        served_traffic_checks,
     ],
     jobs=[*jobs.ALL, prune_job],
-    schedules=[jobs.verify_service_daily, prune_weekly],
+    schedules=[jobs.verify_service_daily, jobs.watch_traffic_daily, prune_weekly],
     sensors=[*sensors.ALL, *sensors_for(_settings)],
     resources=resources_for(_settings),
     executor=executor_for(_settings),

@@ -38,7 +38,8 @@ def main() -> int:
         command += ["--config-json", canonical_json(config).decode()]
     _log.info("$ %s", shlex.join(command))
     os.environ.pop("DAGSTER_HOME", None)  # the demo always uses this folder, whatever DAGSTER_HOME the shell has set
-    environment = {**os.environ, "CIFAR10_SOURCE": source, "DAGSTER_DEPLOYMENT": "local"}
+    recording = {"RECORDED_FRACTION": os.environ.get("RECORDED_FRACTION") or "1"}
+    environment = {**os.environ, **recording, "CIFAR10_SOURCE": source, "DAGSTER_DEPLOYMENT": "local"}
     command[0] = str(Path(sys.executable).with_name("dg"))
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
@@ -78,7 +79,7 @@ def _report(seconds: float) -> None:
     _PICTURE_FOLDER.mkdir(parents=True, exist_ok=True)
     for path, image in zip(pictures, split.take(list(range(len(labels)))), strict=True):
         Image.fromarray(image.transpose(1, 2, 0)).save(path)
-    answers = InferenceClient(str(served["url"])).predict_files(pictures).classes
+    answers = InferenceClient(str(served["url"]), is_traffic=True).predict_files(pictures).classes
     right = [index for index, label in enumerate(labels) if answers[index] == label]
     example = right[0] if right else 0
     lines = [

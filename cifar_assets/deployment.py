@@ -8,8 +8,10 @@ import dagster as dg
 from pydantic import BaseModel, ValidationError
 
 from cifar_assets.assets.common import AccuracyGate
+from cifar_assets.serving.settings import ENVIRONMENT_PREFIX
 from cifar_assets.settings import Settings
 from resources.errors import ConfigError
+from resources.object_store import TRAFFIC_BUCKET
 from resources.object_store.resource import LocalObjectStore, ObjectStoreResource, object_store_from_environment
 from resources.run_liveness import watched_executor
 
@@ -53,7 +55,6 @@ def sensors_for(settings: Settings) -> list[dg.SensorDefinition]:
 
 
 def _local(settings: Settings) -> dict[str, Any]:
-    from cifar_assets.serving.settings import ENVIRONMENT_PREFIX
     from resources.argo.local import LocalPipeline
     from resources.inference_service import LocalInferenceService
     from resources.mlflow.resource import LocalMlflow
@@ -67,6 +68,7 @@ def _local(settings: Settings) -> dict[str, Any]:
             server_module="cifar_assets.serving",
             withheld_prefix=ENVIRONMENT_PREFIX,
             port=settings.inference_service_port,
+            options=_recording(settings, LocalObjectStore().traffic.uri(), record_interval="5"),
         ),
         "argo": LocalPipeline(),
     }
@@ -109,7 +111,12 @@ def serving_for(settings: Settings) -> "KServeInferenceService":
     from resources.inference_service.kserve.config import InferenceServiceSettings
     from resources.inference_service.kserve.resource import KServeInferenceService
 
+    bucket = f"{os.environ.get('CIFAR_BUCKET_PREFIX', '')}{TRAFFIC_BUCKET}"
+    options = _recording(settings, f"s3://{bucket}/").items()
+    env = {f"{ENVIRONMENT_PREFIX}{name.upper()}": value for name, value in options}
     service = {**settings.server_settings, "image": settings.server_image}
+    if env and isinstance(own := service.get("env", {}), dict):  # anything else is refused below
+        service["env"] = {**env, **own}
     fields = {
         "settings": _build(InferenceServiceSettings, "SERVER_SETTINGS", service),
         "namespace": settings.server_namespace,
@@ -119,6 +126,12 @@ def serving_for(settings: Settings) -> "KServeInferenceService":
         "gateway": settings.server_gateway,
     }
     return _build(KServeInferenceService, "SERVER_NAME or SERVER_NAMESPACE", fields)
+
+
+def _recording(settings: Settings, uri: str, **more: str) -> dict[str, str]:
+    """Options with which the model server records its traffic; none if recording is off."""
+    fraction = settings.recorded_fraction
+    return {"record_uri": uri, "record_fraction": f"{fraction:g}", **more} if fraction else {}
 
 
 def _build(kind: type[_Model], variable: str, fields: Mapping[str, Any]) -> _Model:

@@ -7,8 +7,10 @@ from cifar_assets.assets.keys import (
     INFERENCE_SERVICE,
     PROCESSED_DATASET,
     RAW_DATASET,
+    SERVED_TRAFFIC,
     TRAINED_MODEL,
 )
+from cifar_assets.settings import read_settings
 
 _DATA = dg.AssetSelection.assets(RAW_DATASET, PROCESSED_DATASET)
 _MODEL = dg.AssetSelection.assets(TRAINED_MODEL)
@@ -53,4 +55,23 @@ def verify_service_daily(context: dg.ScheduleEvaluationContext) -> dg.RunRequest
     return dg.RunRequest()
 
 
-ALL = [retrain, train, deploy, rollback, argo_parity, verify_service]
+watch_traffic = dg.define_asset_job(
+    "watch_traffic",
+    dg.AssetSelection.assets(SERVED_TRAFFIC),
+    description="Summarizes the recorded traffic of the last day and checks it for drift.",
+)
+
+
+@dg.schedule(
+    job=watch_traffic,
+    cron_schedule="30 6 * * *",
+    execution_timezone="UTC",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+    description="Summarizes the recorded traffic every morning and checks it for drift.",
+)
+def watch_traffic_daily() -> dg.RunRequest | dg.SkipReason:
+    """Requests one run a day if traffic is recorded."""
+    return dg.RunRequest() if read_settings().recorded_fraction else dg.SkipReason("RECORDED_FRACTION is 0.")
+
+
+ALL = [retrain, train, deploy, rollback, argo_parity, verify_service, watch_traffic]

@@ -54,6 +54,13 @@ class Settings(BaseSettings):
     inference_service_port: int = Field(
         default=8080, ge=1, le=65535, description="`local`: port of the service, from 1 to 65535."
     )
+    recorded_fraction: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Fraction of the predictions that the model server records, from 0 (none) to 1 (monitoring.md).",
+    )
     cifar_store: str = Field(
         default=".cifar/store",
         description="Object store that commands read: a folder, or `s3:///` for the one at AWS_ENDPOINT_URL.",

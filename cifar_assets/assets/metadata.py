@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import dagster as dg
 import numpy as np
 
 from cifar_assets.contracts import MODEL_NAME
-from cifar_assets.dataset.sheet import sample_sheet
+from cifar_assets.dataset.sheet import captioned_sheet, sample_sheet
 from cifar_assets.dataset.versions.lineage import changes_since
 from cifar_assets.dataset.versions.processed import ProcessedVersion
 from cifar_assets.dataset.versions.raw import RawVersion
@@ -26,6 +27,7 @@ from cifar_assets.model_package import (
     read_json,
     read_manifest,
 )
+from cifar_assets.traffic.records import Traffic
 from resources.errors import ExplainedError, ObjectNotFoundError
 from resources.inference_service import DeployedService
 from resources.mlflow.resource import RUN_METADATA, MlflowResource
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_ROWS = 50
+_MAX_PICTURES = 60
 _DPI = 80
 _NUMBERS = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference", "int8_test_accuracy")
 _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
@@ -113,7 +116,7 @@ def of_processed(processed: ObjectStore, version: ProcessedVersion, previous: st
             {"channel": name, "mean": mean, "std": std}
             for name, mean, std in zip(("red", "green", "blue"), manifest.mean, manifest.std, strict=True)
         ),
-        "samples": _picture(
+        "samples": picture(
             "training images by class", lambda: sample_sheet(open_split(processed, version.digest, "train"))
         ),
         **(_changes(processed, version.digest, previous) if previous else {}),
@@ -145,8 +148,8 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
         "uri": result.model_uri,
         "resumed_from": result.resumed_from or "the start",
         RUN_METADATA: mlflow.run_link(result.mlflow_run_id),
-        "curves": _picture("loss and accuracy by epoch", lambda: training_curves(metrics["history"])),
-        "confusion": _picture(
+        "curves": picture("loss and accuracy by epoch", lambda: training_curves(metrics["history"])),
+        "confusion": picture(
             "confusion matrix of the test split",
             lambda: confusion_matrix(metrics["confusion_matrix"], manifest.classes),
         ),
@@ -189,6 +192,64 @@ def of_service(service: DeployedService, manifest: ModelManifest) -> Metadata:
         "example": dg.MetadataValue.md(f"```\ncurl -F image=@picture.png {predict_url}\n```"),
         **{f"service_{name}": value for name, value in service.details.items()},
     }
+
+
+def of_traffic(by_model: Sequence[Traffic]) -> Metadata:
+    """Numbers of all models' traffic; classes, confidence, latency and pictures of the model that was recorded last."""
+    responses = sum((Counter(traffic.info.responses) for traffic in by_model), Counter[str]())
+    counts = {
+        "dagster/row_count": sum(map(len, by_model)),
+        "num_requests": responses.total(),
+        "num_refused": sum(number for status, number in responses.items() if status.startswith("4")),
+        "num_failed": sum(number for status, number in responses.items() if status.startswith("5")),
+        "responses": table({"status": status, "responses": number} for status, number in sorted(responses.items())),
+        "models": table(
+            {"model": each.info.model_digest, "version": each.info.model_version, "images": len(each)}
+            for each in by_model
+        ),
+    }
+    newest = by_model[-1] if by_model and len(by_model[-1]) else None
+    return {**counts, **(_of_answers(newest) if newest else {})}
+
+
+def _of_answers(traffic: Traffic) -> Metadata:
+    classes, probabilities = traffic.info.images.classes, traffic.probabilities
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    p50, p99 = np.percentile(traffic.column("seconds"), (50, 99)) * 1000
+    numbers = np.bincount(predicted, minlength=len(classes))
+    least = np.argsort(confidence, kind="stable")[:_MAX_PICTURES].tolist()
+    captions = [f"{classes[predicted[row]]} {confidence[row]:.0%}" for row in least]
+    return {
+        "median_confidence": shown(float(np.median(confidence))),
+        "latency_p50_milliseconds": shown(float(p50)),
+        "latency_p99_milliseconds": shown(float(p99)),
+        "classes": table(
+            {
+                "class": name,
+                "images": int(numbers[label]),
+                "fraction": float(numbers[label] / len(traffic)),
+                "median_confidence": float(np.median(confidence[predicted == label])) if numbers[label] else None,
+            }
+            for label, name in enumerate(classes)
+        ),
+        "plots": picture("images by class and confidence", lambda: traffic_plots(numbers, confidence, classes)),
+        "least_certain": picture(
+            "pictures, the least certain first",
+            lambda: captioned_sheet([traffic.image(row) for row in least], captions),
+        ),
+    }
+
+
+def traffic_plots(numbers: np.ndarray, confidence: np.ndarray, classes: Sequence[str]) -> bytes:
+    """Images by predicted class, and a histogram of the confidence. PNG."""
+    figure = _figure(8, 3)
+    bars, histogram = figure.subplots(1, 2)
+    bars.barh(classes, numbers)
+    bars.invert_yaxis()
+    bars.set_xlabel("images")
+    histogram.hist(confidence, bins=20, range=(0, 1))
+    histogram.set_xlabel("confidence")
+    return _png(figure)
 
 
 def training_curves(history: Sequence[Mapping[str, float]]) -> bytes:
@@ -234,7 +295,7 @@ def _png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def _picture(title: str, draw: Callable[[], bytes]) -> dg.MetadataValue:
+def picture(title: str, draw: Callable[[], bytes]) -> dg.MetadataValue:
     """A picture embedded in Markdown, so that the UI needs no file server. If drawing fails, the text gives the error:
     a picture must not fail the step.
     """

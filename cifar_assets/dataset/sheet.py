@@ -1,8 +1,10 @@
-"""A picture of sample images: one row per class."""
+"""Pictures of sample images."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from cifar_assets.dataset.versions.reader import SplitReader
@@ -10,6 +12,7 @@ from cifar_assets.dataset.versions.reader import SplitReader
 _SCALE = 2
 _GAP = 2
 _LABEL_WIDTH = 84
+_CAPTION_HEIGHT = 14
 
 
 def sample_sheet(reader: SplitReader, per_class: int = 10) -> bytes:
@@ -23,8 +26,30 @@ def sample_sheet(reader: SplitReader, per_class: int = 10) -> bytes:
         draw.text((4, top + cell // 2 - 6), name, fill="black")
         chosen = np.flatnonzero(reader.labels == label)[:per_class]
         for column, image in enumerate(reader.take(chosen)):
-            tile = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-            sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (_LABEL_WIDTH + column * cell, top))
+            sheet.paste(_tile(image, side), (_LABEL_WIDTH + column * cell, top))
+    return _png(sheet)
+
+
+def captioned_sheet(images: Sequence[NDArray[np.uint8] | None], captions: Sequence[str], columns: int = 10) -> bytes:
+    """A PNG with the images (3, size, size), each above its caption. An image of None stays white."""
+    side = max((image.shape[1] for image in images if image is not None), default=32) * _SCALE
+    width, height = side + 3 * _GAP, side + _CAPTION_HEIGHT
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        place = (number % columns * width, number // columns * height)
+        if image is not None:
+            sheet.paste(_tile(image, side), place)
+        draw.text((place[0], place[1] + side), caption[:11], fill="black")
+    return _png(sheet)
+
+
+def _tile(image: NDArray[np.uint8], side: int) -> Image.Image:
+    tile = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    return tile.resize((side, side), Image.Resampling.NEAREST)
+
+
+def _png(sheet: Image.Image) -> bytes:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

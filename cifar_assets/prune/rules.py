@@ -43,6 +43,7 @@ class Policy(dg.Config):
         "data of an earlier one.",
     )
     log_days: float = Field(default=30.0, ge=0, description="Days to keep compute logs.")
+    traffic_days: float = Field(default=30.0, ge=0, description="Days to keep records of served traffic.")
     retire_registered: bool = Field(
         default=False,
         description="Also remove old models that are registered in MLflow, with their MLflow versions and runs, "
@@ -177,8 +178,19 @@ def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore
     if store is None:
         return
     for info in store.list():
-        if "/compute_logs/" in info.key and datetime.now(UTC) - info.last_modified >= timedelta(days=policy.log_days):
-            yield _removal(store, [info], "compute log", info.key, f"older than {policy.log_days:g} days")
+        if "/compute_logs/" in info.key:
+            yield from _expired(store, info, "compute log", policy.log_days)
+
+
+def traffic(policy: Policy, store: ObjectStore) -> Iterator[Removal]:
+    """Records of served traffic older than traffic_days."""
+    for info in store.list():
+        yield from _expired(store, info, "traffic record", policy.traffic_days)
+
+
+def _expired(store: ObjectStore, info: ObjectInfo, kind: str, days: float) -> Iterator[Removal]:
+    if datetime.now(UTC) - info.last_modified >= timedelta(days=days):
+        yield _removal(store, [info], kind, info.key, f"older than {days:g} days")
 
 
 def _delete(path: Path) -> None:

@@ -23,6 +23,7 @@ from cifar_assets.prune.rules import (
     prune_processed,
     prune_raw,
     raw_of_processed,
+    traffic,
 )
 from cifar_assets.prune.tracking import open_tracking, prune_tracking, registered_models
 from cifar_assets.settings import read_settings
@@ -85,6 +86,7 @@ def prune(
     handle(orphans(stores, processed, raw, policy))
     handle(leftovers(policy, object_store.root()))
     handle(compute_logs(policy, instance, object_store.root()))
+    handle(traffic(policy, object_store.traffic))
     return done
 
 

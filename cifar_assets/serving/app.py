@@ -29,6 +29,7 @@ from cifar_assets.serving.answers import (
 from cifar_assets.serving.batcher import MicroBatcher
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.metrics import PENDING_REQUESTS, PREDICT_SECONDS, READ_SECONDS, REGISTRY, RENDER_SECONDS
+from cifar_assets.serving.recorder import Recorder
 from cifar_assets.serving.settings import ServerSettings, ServingLimits
 
 _METRICS_SECONDS = 0.25
@@ -41,8 +42,15 @@ Parse = Callable[[Mapping[bytes, bytes], bytes, ServingLimits], Query]
 class App:
     """Answers requests for one model. Create and use it on the event loop."""
 
-    def __init__(self, model: ServedModel, run: Callable[[Images], Logits], limits: ServerSettings):
+    def __init__(
+        self,
+        model: ServedModel,
+        run: Callable[[Images], Logits],
+        limits: ServerSettings,
+        recorder: Recorder | None = None,
+    ):
         self.is_ready = True
+        self._recorder = recorder
         self._model = model
         self._limits = limits
         self._num_pending = 0
@@ -182,12 +190,16 @@ class App:
                 response = error_response(error)
             self._render_seconds.observe(time.monotonic() - finished)
             self._answer(request, response)
+            if self._recorder and response.status == 200 and not isinstance(outcome, Exception):
+                self._recorder.record(request, images, outcome, time.monotonic() - started)
 
         self._batcher.submit(images, done, lambda: request.is_wanted)
 
     def _answer(self, request: Request, response: Response) -> None:
         self._num_pending -= 1
         request.answer(response)
+        if self._recorder:
+            self._recorder.count(request, response.status)
 
 
 def _parse(request: Request, parse: Parse, limits: ServingLimits) -> Query:

@@ -10,6 +10,8 @@ import asyncio
 import enum
 import http
 import math
+import re
+import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ _FRAMING_BYTES = 512 * 1024
 _DISCARDED_BYTES = 64 * 1024 * 1024
 _YOUNG_BODY_SECONDS = 2.0
 _SWEEP_SECONDS = 0.25
+_REQUEST_ID = re.compile(rb"[\w.:;=+/@-]{1,128}")
 _UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
 _METHODS = ("GET", "HEAD", "POST")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
@@ -46,6 +49,8 @@ class Request:
     keep_alive: bool
     is_wanted: bool = True
     """False once its client has gone."""
+    id: str = ""
+    """The client's `X-Request-Id` if that is valid, otherwise a random one. The answer has it too."""
 
 
 class State(enum.Enum):
@@ -268,6 +273,9 @@ class Connection(asyncio.Protocol):
             return
         self._enter(State.BODY)
         self._method = self._parser.get_method().decode()
+        request_id = self._headers.get(b"x-request-id", b"")
+        if _REQUEST_ID.fullmatch(request_id):
+            self._id = request_id.decode()
         encoding = self._headers.get(b"content-encoding", b"identity")
         if encoding.lower() != b"identity":
             raise RequestError("Content-Encoding", "an uncompressed body", shorten(encoding), status=415)
@@ -289,12 +297,15 @@ class Connection(asyncio.Protocol):
             return
         path = _path(bytes(self._url))
         keep_alive = self._parser.should_keep_alive()
-        self._request = Request(self._answer, self._method, path, self._headers, bytes(self._body), keep_alive)
+        self._request = Request(
+            self._answer, self._method, path, self._headers, bytes(self._body), keep_alive, id=self._id
+        )
         self._body = bytearray()  # the request has its own copy
         self._enter(State.ANSWER)
 
     def _begin(self) -> None:
         self._method = "other"
+        self._id = secrets.token_hex(16)
         self._url = bytearray()
         self._headers: dict[bytes, bytes] = {}
         self._body = bytearray()
@@ -340,6 +351,7 @@ class Connection(asyncio.Protocol):
         head = (
             f"{_STATUS_LINES[response.status]}Date: {self._server.date}\r\nContent-Type: {response.content_type}\r\n"
             f"Content-Length: {len(response.body)}\r\nConnection: {'close' if close else 'keep-alive'}\r\n"
+            f"X-Request-Id: {self._id}\r\n"
         )
         more = "".join(f"{name}: {value}\r\n" for name, value in response.headers)
         encoded = f"{head}{more}\r\n".encode("latin-1")

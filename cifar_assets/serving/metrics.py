@@ -24,6 +24,12 @@ QUEUE_IMAGES = _gauge("queue_images", "Images waiting for the model.")
 READ_SECONDS = _seconds("preprocess", "Reading a request and decoding its pictures.")
 PREDICT_SECONDS = _seconds("predict", "Time spent waiting for the model and running it.")
 RENDER_SECONDS = _seconds("postprocess", "Writing the answer.")
+RECORDED_IMAGES = Counter(
+    "cifar10_recorded_images",
+    "Images in the sample of answers to record: written, over_limit, or dropped for queue_full or store_failed.",
+    ["outcome"],
+    registry=REGISTRY,
+)
 BATCH_IMAGES = Histogram(
     "cifar10_batch_images",
     "Number of images in one run of the model.",

@@ -18,6 +18,7 @@ from cifar_assets.serving.answers import ServedModel
 from cifar_assets.serving.app import App
 from cifar_assets.serving.classifier import Classifier, load_classifier
 from cifar_assets.serving.http import HttpServer
+from cifar_assets.serving.recorder import open_recorder
 from cifar_assets.serving.settings import ServerSettings
 from resources.errors import ConfigError
 from resources.sockets import http_url, listen
@@ -27,6 +28,8 @@ _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.02
 _RETRY_SECONDS = 1.0
 _OTHER_FILES = 128
+_FLUSH_SECONDS = 2.0
+"""Time to write the last records, even if the requests took all of the grace period."""
 
 
 def run_server(settings: ServerSettings) -> None:
@@ -77,7 +80,8 @@ async def _serve(
         manifest,
         {"precision": settings.precision, "precision_reason": settings.precision_reason},
     )
-    app = App(model, classifier.run, settings)
+    recorder = open_recorder(settings, model)
+    app = App(model, classifier.run, settings, recorder)
     http = HttpServer(app, settings)
     http.sweep()
     succession = None if control is None else _Succession(control, listener, settings.control_info, leave_requested.set)
@@ -87,6 +91,7 @@ async def _serve(
     if succession is not None:
         succession.begin()
     _log.info("Serving model %s on %s", settings.model_digest, http_url(*listener.getsockname()[:2]))
+    deadline = 0.0
     with contextlib.suppress(asyncio.CancelledError):
         await leave_requested.wait()
         if settings.drain_delay:
@@ -97,9 +102,12 @@ async def _serve(
         if succession is not None:
             succession.end()
         _log.info("Draining: accepting no more connections, %d open", len(http.connections))
+        deadline = time.monotonic() + settings.linger + settings.grace
         await _drain(http, settings)
     http.abort()
     app.close()
+    if recorder is not None:
+        recorder.close(max(deadline - time.monotonic(), _FLUSH_SECONDS))
 
 
 async def _drain(http: HttpServer, settings: ServerSettings) -> None:

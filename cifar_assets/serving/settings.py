@@ -71,6 +71,11 @@ class ServerSettings(ServingLimits, frozen=True):
         2, ge=0, le=86400, description="seconds after that in which open connections may send requests"
     )
     grace: float = Field(30, ge=0, le=86400, description="seconds after that for requests in progress to finish")
+    record_uri: str = Field("", description="URI of the store in which answers are recorded; without it, none are")
+    record_fraction: float = Field(0.1, ge=0, le=1, description="fraction of the predictions to record")
+    record_per_hour: int = Field(1000, ge=0, description="images to record in an hour at most")
+    record_pixels: bool = Field(True, description="record the pixels too, as the model gets them")
+    record_interval: float = Field(60, gt=0, le=3600, description="seconds after which records are written")
     fd: int | None = Field(None, description="descriptor of a listening socket, in place of host and port")
     control_fd: int | None = Field(None, description="descriptor of a local deployment's listening Unix socket")
     control_info: str = Field("{}", description="JSON object to send on that socket")

@@ -61,6 +61,8 @@ class InferenceClient:
     timeout: float = 10.0
     """Timeout of one request in seconds."""
     headers: Mapping[str, str] = field(default_factory=dict)
+    is_traffic: bool = False
+    """Whether the server may record the requests. It should not if they come from checks and tools."""
 
     @cached_property
     def model_name(self) -> str:
@@ -140,9 +142,10 @@ class InferenceClient:
     ) -> T:
         """The result of `read` for the response's JSON and binary parts. Uses a new connection, and no proxy."""
         method, url = "GET" if body is None else "POST", self.base_url.rstrip("/") + path
+        unrecorded = {} if self.is_traffic else {"Cache-Control": "no-store"}
         try:
             with urllib3.PoolManager(timeout=self.timeout, retries=False) as pool:
-                answer = pool.request(method, url, body=body, headers={**self.headers, **(headers or {})})
+                answer = pool.request(method, url, body=body, headers={**unrecorded, **self.headers, **(headers or {})})
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise ServerError(f"{method} {url} got no response: {type(error).__name__}: {error}") from error
         if answer.status != 200:

@@ -13,6 +13,8 @@ RAW_BUCKET = "raw-data"
 PROCESSED_BUCKET = "processed-data"
 MODELS_BUCKET = "models"
 DATA_BUCKETS = (RAW_BUCKET, PROCESSED_BUCKET, MODELS_BUCKET)
+TRAFFIC_BUCKET = "served-traffic"
+"""What the model server records: see docs/monitoring.md."""
 MLFLOW_BUCKET = "mlflow"
 """Used only by the tracking server."""
 LOGS_BUCKET = "dagster-logs"

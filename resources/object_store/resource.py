@@ -8,14 +8,22 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
-from resources.object_store import DATA_BUCKETS, MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET, FolderStore, ObjectStore
+from resources.object_store import (
+    DATA_BUCKETS,
+    MODELS_BUCKET,
+    PROCESSED_BUCKET,
+    RAW_BUCKET,
+    TRAFFIC_BUCKET,
+    FolderStore,
+    ObjectStore,
+)
 
 if TYPE_CHECKING:
     from resources.object_store.s3 import S3Store
 
 
 class ObjectStoreResource(dg.ConfigurableResource):
-    """Provides the stores of the three data buckets, and the environment for a child process or pod to open them."""
+    """Provides the stores of the data buckets, and the environment for a child process or pod to open them."""
 
     @abstractmethod
     def root(self) -> ObjectStore:
@@ -39,6 +47,10 @@ class ObjectStoreResource(dg.ConfigurableResource):
     @property
     def models(self) -> ObjectStore:
         return self.root().bucket(MODELS_BUCKET)
+
+    @property
+    def traffic(self) -> ObjectStore:
+        return self.root().bucket(TRAFFIC_BUCKET)
 
 
 class LocalObjectStore(ObjectStoreResource):

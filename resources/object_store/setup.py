@@ -13,25 +13,34 @@ from minio import MinioAdmin
 from minio.credentials.providers import StaticProvider
 
 from resources.errors import ConfigError, ExplainedError
-from resources.object_store import DATA_BUCKETS, LOGS_BUCKET, MLFLOW_BUCKET, MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET
+from resources.object_store import (
+    DATA_BUCKETS,
+    LOGS_BUCKET,
+    MLFLOW_BUCKET,
+    MODELS_BUCKET,
+    PROCESSED_BUCKET,
+    RAW_BUCKET,
+    TRAFFIC_BUCKET,
+)
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
 
-ALL_BUCKETS = (*DATA_BUCKETS, MLFLOW_BUCKET, LOGS_BUCKET)
+ALL_BUCKETS = (*DATA_BUCKETS, TRAFFIC_BUCKET, MLFLOW_BUCKET, LOGS_BUCKET)
 _LIST = ("s3:ListBucket", "s3:GetBucketLocation", "s3:ListBucketMultipartUploads")
 _READ = ("s3:GetObject",)
+_PUT = ("s3:PutObject",)
 _ADD = (*_READ, "s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts")
 _CHANGE = (*_ADD, "s3:DeleteObject")
 _CHECKPOINTS = f"{MODELS_BUCKET}/checkpoints"
 
 ROLES: dict[str, dict[str, tuple[str, ...]]] = {
-    "dagster": dict.fromkeys((*DATA_BUCKETS, LOGS_BUCKET), _CHANGE),
+    "dagster": dict.fromkeys((*DATA_BUCKETS, TRAFFIC_BUCKET, LOGS_BUCKET), _CHANGE),
     "trainer": {PROCESSED_BUCKET: _READ, MODELS_BUCKET: _ADD, _CHECKPOINTS: _CHANGE},
-    "server": {MODELS_BUCKET: _READ},
+    "server": {MODELS_BUCKET: _READ, TRAFFIC_BUCKET: _PUT},
     "pipeline": {RAW_BUCKET: _READ, PROCESSED_BUCKET: _READ, MODELS_BUCKET: _ADD, _CHECKPOINTS: _CHANGE},
     "mlflow": {MLFLOW_BUCKET: _CHANGE},
 }
-"""Allowed actions of each role on the objects of a bucket, or of a prefix in it. A role may also list these buckets."""
+"""Allowed actions of each role on the objects of a bucket, or of a prefix in it. A role may list what it reads."""
 
 
 def user_of(role: str) -> str:
@@ -42,7 +51,7 @@ def user_of(role: str) -> str:
 def policy_of(role: str, bucket_prefix: str = "") -> dict[str, Any]:
     """The role's policy document."""
     places = ROLES[role]
-    buckets = sorted({place.partition("/")[0] for place in places})
+    buckets = sorted({place.partition("/")[0] for place, actions in places.items() if actions != _PUT})
     granted = [(_LIST, buckets), *((actions, [f"{place}/*"]) for place, actions in places.items())]
     statements = [
         {"Effect": "Allow", "Action": list(actions), "Resource": [f"arn:aws:s3:::{bucket_prefix}{it}" for it in to]}

@@ -14,7 +14,7 @@ from tests.fixtures.minio import S3Server, running_minio
 
 PREFIX = "team-"
 MAY_READ = {
-    "dagster": {"raw-data", "processed-data", "models", "dagster-logs"},
+    "dagster": {"raw-data", "processed-data", "models", "served-traffic", "dagster-logs"},
     "trainer": {"processed-data", "models"},
     "server": {"models"},
     "pipeline": {"raw-data", "processed-data", "models"},
@@ -22,9 +22,9 @@ MAY_READ = {
 }
 _TRAINERS = {"models/x", "models/checkpoints/x", "models/pipes/messages/x"}
 MAY_WRITE: dict[str, set[str]] = {
-    "dagster": {"raw-data/x", "processed-data/x", "dagster-logs/x", *_TRAINERS},
+    "dagster": {"raw-data/x", "processed-data/x", "served-traffic/x", "dagster-logs/x", *_TRAINERS},
     "trainer": _TRAINERS,
-    "server": set(),
+    "server": {"served-traffic/x"},
     "pipeline": _TRAINERS,
     "mlflow": {"mlflow/x"},
 }

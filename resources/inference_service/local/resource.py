@@ -184,6 +184,7 @@ class LocalInferenceService(InferenceServiceResource):
         default="",
         description="Variables with this prefix are not passed to the server: its settings come from this resource.",
     )
+    options: dict[str, str] = Field(default={}, description="Further options of the server, by name.")
     startup_timeout_seconds: float = Field(
         default=120.0, gt=0, description="How long loading, verifying and warming up a model may take."
     )
@@ -217,7 +218,7 @@ class LocalInferenceService(InferenceServiceResource):
         listening = None
         if old and (old.info.host, old.info.port) == (self.host, self.port):
             served = (previous, old.info.model_version, old.info.options)
-            if served == (request.model_digest, request.model_version, request.options):
+            if served == (request.model_digest, request.model_version, {**self.options, **request.options}):
                 return _deployed(old.info, previous, changed=False)
             listening = contextlib.nullcontext(old.listener)
         try:
@@ -244,7 +245,7 @@ class LocalInferenceService(InferenceServiceResource):
         variables = {name: value for name, value in os.environ.items() if not name.startswith(withheld)}
         model = {name: getattr(request, name) for name in ("model_uri", "model_digest", "model_version")}
         info = {**model, "host": self.host, "port": self.port, "annotations": request.annotations()}
-        info["options"] = request.options
+        info["options"] = {**self.options, **request.options}
         process = None
         connection = socket.socket(socket.AF_UNIX)
         try:
@@ -254,6 +255,7 @@ class LocalInferenceService(InferenceServiceResource):
                 control.listen()
                 connection.connect(f"{short}/{_STARTING_NAME}")
                 options = {
+                    **self.options,
                     **model,
                     **request.options,
                     "fd": listener.fileno(),

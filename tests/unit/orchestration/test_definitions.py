@@ -10,10 +10,11 @@ import textwrap
 from typing import Any
 
 import dagster as dg
+import pytest
 
 from cifar_assets.assets.keys import INFERENCE_SERVICE
 from cifar_assets.definitions import defs
-from cifar_assets.jobs import verify_service_daily
+from cifar_assets.jobs import verify_service_daily, watch_traffic_daily
 from tests.fixtures.workspace import ROOT
 
 LOAD = textwrap.dedent(
@@ -135,3 +136,9 @@ def test_the_daily_check_waits_for_a_first_service() -> None:
         assert isinstance(verify_service_daily(context), dg.SkipReason)
         instance.report_runless_asset_event(dg.AssetMaterialization(INFERENCE_SERVICE))
         assert isinstance(verify_service_daily(context), dg.RunRequest)
+
+
+def test_traffic_is_watched_if_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(watch_traffic_daily(), dg.SkipReason)
+    monkeypatch.setenv("RECORDED_FRACTION", "0.1")
+    assert isinstance(watch_traffic_daily(), dg.RunRequest)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from cifar_assets.deployment import resources_for
+from cifar_assets.deployment import resources_for, serving_for
 from cifar_assets.settings import Settings, read_settings
 from resources.errors import ConfigError
 from resources.object_store import s3_settings
@@ -75,3 +75,20 @@ def test_port_and_threshold_reach_the_resources() -> None:
     resources = resources_for(settings_of({"ACCURACY_THRESHOLD": "0.5", "INFERENCE_SERVICE_PORT": "9000"}))
     assert resources["gate"].threshold == 0.5
     assert resources["serving"].port == 9000
+
+
+def test_recording_reaches_the_server_of_either_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR_BUCKET_PREFIX", "team-")
+    on = {"RECORDED_FRACTION": "0.25", "TRAINER_IMAGE": "trainer:1", "SERVER_IMAGE": "server:1"}
+    assert resources_for(settings_of({}))["serving"].options == {}
+    local = resources_for(settings_of(on))["serving"].options
+    assert local["record_uri"].endswith("/.cifar/store/served-traffic/")
+    assert local["record_fraction"] == "0.25"
+    own = {"SERVER_SETTINGS": '{"env": {"CIFAR_SERVING_RECORD_PIXELS": "false"}}'}
+    cluster = serving_for(settings_of({**on, **own, "DAGSTER_DEPLOYMENT": "kubernetes"}))
+    assert cluster.settings.env == {
+        "CIFAR_SERVING_RECORD_URI": "s3://team-served-traffic/",
+        "CIFAR_SERVING_RECORD_FRACTION": "0.25",
+        "CIFAR_SERVING_RECORD_PIXELS": "false",
+    }
+    assert serving_for(settings_of({**on, "RECORDED_FRACTION": ""})).settings.env == {}

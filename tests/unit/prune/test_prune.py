@@ -330,6 +330,18 @@ def test_version_in_mlflow_of_another_store_stays(world: World, tracked: list[st
     assert "6" in {str(version.version) for version in client.search_model_versions(f"name = '{name}'")}
 
 
+def test_records_of_traffic_go_after_their_days(world: World) -> None:
+    records = FolderStore(world.folder / "store" / "served-traffic")
+    for key in ("2026-01-01/000000-a.parquet", "2026-01-02/000000-b.parquet"):
+        records.write(key, b"record")
+    two_days_ago = time.time() - 2 * 86_400
+    os.utime(records.root / "2026-01-01/000000-a.parquet", (two_days_ago, two_days_ago))
+    world.prune(traffic_days=3)
+    assert len(list(records.list())) == 2
+    world.prune(traffic_days=1)
+    assert [info.key for info in records.list()] == ["2026-01-02/000000-b.parquet"]
+
+
 def test_temporary_files_and_compute_logs_go_when_they_are_old(world: World) -> None:
     temporary = world.folder / "tmp"
     manager = world.instance.compute_log_manager

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -600,6 +601,30 @@ def test_answers_close_their_connections_during_the_drain() -> None:
             assert await client.is_closed()
 
     story(tell)
+
+
+def test_every_answer_has_the_clients_request_id_or_a_new_one() -> None:
+    async def tell(server: Server) -> None:
+        client = await server.connect()
+        assert (await client.ask(post(b"x", "X-Request-Id: Root=1-67:ab/c;d@e.f_+"))).headers[
+            "x-request-id"
+        ] == "root=1-67:ab/c;d@e.f_+"  # the test's client lowers whole lines
+        found = [(await client.ask(data)).headers["x-request-id"] for data in (GET, GET)]
+        for invalid in ("", "a b", "a" * 129, "<script>", "\u00e4"):
+            found.append((await client.ask(post(b"x", f"X-Request-Id: {invalid}"))).headers["x-request-id"])
+        found.append((await client.ask(b"nonsense\r\n\r\n")).headers["x-request-id"])
+        assert len(set(found)) == len(found)
+        assert all(re.fullmatch("[0-9a-f]{32}", each) for each in found)
+
+    story(tell)
+
+
+def test_a_refused_request_keeps_its_id() -> None:
+    async def tell(server: Server) -> None:
+        answer = await (await server.connect()).ask(post(bytes(100), "X-Request-Id: abc"))
+        assert (answer.status, answer.headers["x-request-id"]) == (413, "abc")
+
+    story(tell, max_body_bytes=10)
 
 
 HEADS = st.sampled_from([GET, post(b"abc"), chunked(b"abc", b""), post(b"", "Upgrade: h2c", "Connection: upgrade")])

@@ -58,7 +58,12 @@ def tiny_onnx(seed: int = 0, *, bias: float = 0.0, breaks_on_white: bool = False
 
 
 def store_tiny_model(
-    models: ObjectStore, seed: int = 0, *, onnx_bytes: bytes | None = None, int8: bytes | None = None
+    models: ObjectStore,
+    seed: int = 0,
+    *,
+    onnx_bytes: bytes | None = None,
+    int8: bytes | None = None,
+    dataset: str = "d" * 64,
 ) -> tuple[str, str]:
     """Store a package; returns its URI and digest. `int8` is its int8 model, if it has one."""
     files = {
@@ -69,7 +74,7 @@ def store_tiny_model(
         **({} if int8 is None else {INT8_FILE: int8}),
     }
     manifest = ModelManifest(
-        dataset_digest="d" * 64,
+        dataset_digest=dataset,
         raw_digest="e" * 64,
         seed=seed,
         classes=CLASSES,

@@ -1,0 +1,1 @@
+"""What the model server records of its traffic, and how its drift is measured. No dagster."""
