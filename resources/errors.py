@@ -27,6 +27,10 @@ class StoreError(ExplainedError):
     """The object store refused a request, or could not be reached, which is transient."""
 
 
+class BucketNotFoundError(StoreError):
+    """The named bucket does not exist."""
+
+
 class ObjectNotFoundError(StoreError):
     """The named object does not exist."""
 

@@ -24,6 +24,7 @@ from cifar_assets.dataset.versions.processed import MANIFEST_FILE, PARTS_PREFIX,
 from cifar_assets.dataset.versions.raw import VERSIONS_PREFIX, current_raw_digest, read_raw
 from cifar_assets.dataset.versions.shards import SHARDS_PREFIX
 from cifar_assets.model_package import read_manifest
+from resources.errors import BucketNotFoundError
 from resources.object_store import FolderStore, ObjectInfo, ObjectStore
 from resources.object_store.folder import TEMPORARY_PREFIX
 
@@ -183,9 +184,10 @@ def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore
 
 
 def traffic(policy: Policy, store: ObjectStore) -> Iterator[Removal]:
-    """Records of served traffic older than traffic_days."""
-    for info in store.list():
-        yield from _expired(store, info, "traffic record", policy.traffic_days)
+    """Records of served traffic older than traffic_days. Without recording there may be no bucket."""
+    with suppress(BucketNotFoundError):
+        for info in store.list():
+            yield from _expired(store, info, "traffic record", policy.traffic_days)
 
 
 def _expired(store: ObjectStore, info: ObjectInfo, kind: str, days: float) -> Iterator[Removal]:

@@ -15,7 +15,7 @@ from minio.datatypes import Object
 from minio.error import InvalidResponseError, MinioException, S3Error
 from urllib3.exceptions import HTTPError, SSLError
 
-from resources.errors import ConfigError, ObjectChangedError, ObjectNotFoundError, StoreError
+from resources.errors import BucketNotFoundError, ConfigError, ObjectChangedError, ObjectNotFoundError, StoreError
 from resources.object_store.base import ObjectInfo, ObjectStore
 from resources.object_store.folder import write_atomically
 from resources.object_store.s3_settings import ATTEMPTS, OVERLOADED, S3Client, S3Connection
@@ -23,6 +23,7 @@ from resources.object_store.s3_settings import ATTEMPTS, OVERLOADED, S3Client, S
 PART_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
 _NOT_FOUND = ("NoSuchKey", "NoSuchObject", "NotFound")
+_KINDS = {"NoSuchBucket": BucketNotFoundError, "PreconditionFailed": ObjectChangedError}
 _BUCKET_EXISTS = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
 _AGAIN_CODES = ("NoSuchUpload", "OperationAborted", "RequestTimeout")
 """Error codes after which to store the object again. NoSuchUpload is the response to the client's second request to
@@ -218,7 +219,7 @@ class S3Store(ObjectStore):
         except S3Error as error:
             if error.code in _NOT_FOUND:
                 raise ObjectNotFoundError(f"{self.uri(key)}: no such object.") from error
-            kind = ObjectChangedError if error.code == "PreconditionFailed" else StoreError
+            kind = _KINDS.get(error.code or "", StoreError)
             advice = _ADVICE.get(error.code or "", "See the server's log.")
             text = f"{place}: {error.code}: {error.message}. {advice}"
             raise kind(text, transient=error.code in _TRANSIENT_CODES or _is_overloaded(error)) from error

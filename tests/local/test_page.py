@@ -113,8 +113,9 @@ def test_a_chosen_picture_is_answered(page, server, picture) -> None:
     expect(page.locator("#model_version")).to_have_text("7")
     expect(page.locator("#dataset_digest")).to_have_text("d" * 64)
     for _ in range(2):  # the same file may be chosen again
-        with page.expect_response("**/page/predict"):
+        with page.expect_response("**/page/predict") as asked:
             page.get_by_label("Choose, drop or paste").set_input_files(picture)
+        assert asked.value.request.headers["cache-control"] == "no-store"
         check_answer(page, server, picture)
 
 

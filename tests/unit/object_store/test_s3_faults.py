@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from resources.errors import ConfigError, StoreError
+from resources.errors import BucketNotFoundError, ConfigError, StoreError
 from resources.object_store import open_store
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import ATTEMPTS, CA_VARIABLES, S3Connection
@@ -226,6 +226,12 @@ def test_mistakes_are_not_retried_and_say_what_to_do(status: int, code: str, adv
         fake.store().read("x")
     assert not caught.value.transient
     assert len(fake.requests) == 1
+
+
+def test_a_missing_bucket_is_told_apart(fake: Fake) -> None:
+    fake.answer = lambda handler, number: reply(handler, 404, error("NoSuchBucket"), Content_Type="application/xml")
+    with pytest.raises(BucketNotFoundError):
+        list(fake.store().list())
 
 
 def test_server_without_s3_is_recognized(fake: Fake) -> None:
