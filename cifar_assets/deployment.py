@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from resources.trainer.kubernetes import KubernetesTrainer
 
 _Model = TypeVar("_Model", bound=BaseModel)
-_JOB_DEFAULTS: Mapping[str, Any] = {
-    "env_secrets": ["object-store-trainer"],
-    "service_account_name": "trainer",
-    "scratch": "4Gi",
-    "run_policy": {"backoff_limit": 3},
+_JOB_DEFAULTS: Mapping[str, Any] = {"service_account_name": "trainer", "scratch": "4Gi"}
+_KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "pytorchjob": {"env_secrets": ["object-store-trainer"], "run_policy": {"backoff_limit": 3}},
+    "trainjob": {"runtime": "cifar-trainer", "runtime_kind": "TrainingRuntime"},
 }
 
 
@@ -92,14 +91,26 @@ def _kubernetes(settings: Settings) -> dict[str, Any]:
 
 
 def trainer_for(settings: Settings, object_store: ObjectStoreResource) -> "KubernetesTrainer":
-    """The trainer of a cluster."""
+    """The trainer of a cluster: for the kind of job that the settings name, or for each that TRAINER_JOB fits."""
     from resources.pytorch_job.config import PyTorchJobConfig
+    from resources.train_job.config import TrainJobConfig
     from resources.trainer.kubernetes import KubernetesTrainer
 
-    job = {**_JOB_DEFAULTS, **settings.trainer_job, "image": settings.trainer_image}
+    models = {"pytorchjob": PyTorchJobConfig, "trainjob": TrainJobConfig}
+    jobs: dict[str, Any] = {}
+    problems = []
+    for kind in [settings.trainer_kind] if settings.trainer_kind else models:
+        fields = {**_JOB_DEFAULTS, **_KIND_DEFAULTS[kind], **settings.trainer_job, "image": settings.trainer_image}
+        try:
+            jobs[kind] = _build(models[kind], "TRAINER_JOB", fields)
+        except ConfigError as error:
+            problems.append(error)
+    if not jobs:
+        raise problems[0]
     return KubernetesTrainer(
         object_store=object_store,
-        job=_build(PyTorchJobConfig, "TRAINER_JOB", job),
+        pytorch_job=jobs.get("pytorchjob"),
+        train_job=jobs.get("trainjob"),
         namespace=settings.trainer_namespace,
         store_endpoint_url=settings.trainer_store_endpoint_url,
         mlflow_tracking_uri=settings.trainer_mlflow_tracking_uri,

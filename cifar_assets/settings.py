@@ -71,11 +71,16 @@ class Settings(BaseSettings):
     trainer_image: str | None = Field(
         default=None, description="`kubernetes`, required: trainer image, such as `localhost/cifar-trainer:dev`."
     )
+    trainer_kind: Literal["pytorchjob", "trainjob"] | None = Field(
+        default=None,
+        description="`kubernetes`: `pytorchjob` or `trainjob`; by default what the cluster has, PyTorchJob first.",
+    )
     trainer_namespace: str = Field(default="cifar", description="`kubernetes`: namespace of trainings and workflows.")
     trainer_job: JsonObject = Field(
         default={},
         repr=False,
-        description='`kubernetes`: fields of `PyTorchJobConfig`, a JSON object, such as `{"memory": "4Gi"}`.',
+        description="`kubernetes`: fields of `PyTorchJobConfig` or `TrainJobConfig`, a JSON object, such as "
+        '`{"memory": "4Gi"}`.',
     )
     trainer_store_endpoint_url: str | None = Field(
         default=None,

@@ -110,6 +110,17 @@ class CustomResourceClient(Generic[S]):
         api = k8s.ApiClient(load_configuration(kubeconfig_file)[0])
         return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
 
+    def is_installed(self) -> bool:
+        """Whether the cluster knows the kind. Asking needs no Role."""
+        what = f"look for {self.resource.kind}s in the cluster"
+        try:
+            known = self._ask(what, self._custom.get_api_resources, self.group, self.version)
+        except ApiRefusedError as error:
+            if isinstance(error.__cause__, ApiException) and error.__cause__.status == 404:
+                return False
+            raise
+        return any(each.name == self.plural for each in known.resources)
+
     def create(self, manifest: Mapping[str, Any]) -> S | None:
         """The stored object, or None if its name is taken."""
         metadata = manifest["metadata"]

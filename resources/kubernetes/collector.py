@@ -17,6 +17,8 @@ from resources.object_store import ObjectStore
 
 _GRACE_SECONDS = 60.0
 """Time after the end of a run for its own process to remove the job."""
+_FINISHED_SECONDS = 24 * 3600.0
+"""Time after the end of a run for a person to look at a finished job that the cluster would keep forever."""
 _MESSAGE_RETENTION = timedelta(days=7)
 
 
@@ -30,29 +32,30 @@ class CollectorTarget:
 
 
 def build_job_collector(
-    kind: type[Job],
+    name: str,
     target: Callable[[dg.SensorEvaluationContext], CollectorTarget],
     *,
     required_resource_keys: set[str] | None = None,
     failure_grace_seconds: float = 900.0,
 ) -> dg.SensorDefinition:
-    """A sensor that deletes the active jobs of ended runs, and old messages. Finished jobs are removed by their TTL.
+    """A sensor that deletes the active jobs of ended runs, their finished jobs that do not expire, and old messages.
 
     A failed run's job is kept for `failure_grace_seconds`, because a retry of the run may adopt it. `target` is called
     at each evaluation, with the resources of `required_resource_keys`; no connection is opened before.
     """
 
     @dg.sensor(
-        name=f"{kind.slug.replace('-', '_')}_collector",
+        name=name,
         minimum_interval_seconds=120,
         default_status=dg.DefaultSensorStatus.RUNNING,
         required_resource_keys=required_resource_keys,
-        description=f"Deletes {kind.kind}s whose Dagster run has ended, and Pipes messages that nobody will read.",
+        description="Deletes jobs whose Dagster run has ended, and Pipes messages that nobody will read.",
     )
     def collector(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         where = target(context)
         problems: list[Exception] = []
         deleted: list[str] = []
+        kind = where.client.resource
         jobs: list[Job] = where.client.find(where.namespace, selector(**{MANAGED_BY_LABEL: kind.managed_by()}))
         for job in jobs:
             status = _ended_as(context.instance, job, failure_grace_seconds)
@@ -102,17 +105,19 @@ def collect_messages(store: ObjectStore, live_launch_ids: Collection[str | None]
 
 
 def is_abandoned(status: dg.DagsterRunStatus, seconds_since_end: float, failure_grace_seconds: float) -> bool:
-    """Whether nothing waits for the job of a run that ended this way."""
+    """Whether nothing waits any longer for the active job of a run that ended this way."""
     grace = failure_grace_seconds if status == dg.DagsterRunStatus.FAILURE else _GRACE_SECONDS
     return seconds_since_end >= grace
 
 
 def _ended_as(instance: dg.DagsterInstance, job: Job, failure_grace_seconds: float) -> dg.DagsterRunStatus | None:
     """Final status of the run that abandoned the job; None for a run of another Dagster instance."""
-    if job.finished or job.deleting or job.run_id is None:
+    if (job.finished and job.expires) or job.deleting or job.run_id is None:
         return None
     record = instance.get_run_record_by_id(job.run_id)
     if record is None or not record.dagster_run.is_finished:
         return None
     status, ended_at = record.dagster_run.status, record.end_time or record.update_timestamp.timestamp()
-    return status if is_abandoned(status, time.time() - ended_at, failure_grace_seconds) else None
+    seconds = time.time() - ended_at
+    over = seconds >= _FINISHED_SECONDS if job.finished else is_abandoned(status, seconds, failure_grace_seconds)
+    return status if over else None

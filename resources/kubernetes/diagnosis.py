@@ -110,13 +110,22 @@ class PodHistory:
     def __init__(self) -> None:
         self.pods: dict[str, Pod] = {}
         self._exits: dict[tuple[str, str, str, int], ContainerExit] = {}
+        self._forgotten: set[str] = set()
 
     def observe(self, pods: Iterable[Pod]) -> None:
         for pod in pods:
+            if pod.uid in self._forgotten:
+                continue
             self.pods[pod.uid] = pod
             for container in pod.containers:
                 for end in container.exits:
                     self._exits[(pod.uid, container.name, end.finished_at, end.exit_code)] = end
+
+    def forget(self, pods: Iterable[Pod]) -> None:
+        """Start again, and leave these pods out from now on."""
+        self._forgotten |= self.pods.keys() | {pod.uid for pod in pods}
+        self.pods.clear()
+        self._exits.clear()
 
     def failures(self) -> list[ContainerExit]:
         """Exits with a code other than 0, oldest first."""

@@ -27,6 +27,7 @@ from resources.kubernetes.diagnosis import (
 from resources.kubernetes.errors import KubernetesError, ResourceFailedError
 from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL, derive_name
 from resources.kubernetes.pods import Pod
+from resources.kubernetes.queue import WorkloadClient
 
 
 class JobState(StrEnum):
@@ -63,6 +64,10 @@ class Job(CustomResource, ABC):
     """The kind in label values, annotation keys and metadata."""
     longest_suffix: ClassVar[str]
     """The longest suffix that the operator appends to a job's name, for its pods and services."""
+    deadline_words: ClassVar[str] = "longer than specified deadline"
+    """Part of the message of a job that failed because its deadline has passed."""
+    expires: ClassVar[bool] = True
+    """Whether the cluster deletes a finished job after some time."""
 
     @property
     @abstractmethod
@@ -122,6 +127,10 @@ J = TypeVar("J", bound=Job)
 class JobClient(CustomResourceClient[J], Generic[J]):
     """Adds the removal of jobs with their pods, and the diagnosis of jobs that do not start, end or succeed."""
 
+    def workloads(self) -> WorkloadClient:
+        """Client of the Workloads that Kueue makes of jobs in a queue."""
+        return WorkloadClient(self._custom, self._core, self.request_timeout_seconds)
+
     def owners_of_pods(self, namespace: str, label_selector: str) -> set[tuple[str, str | None]]:
         """Name of the job and id of the run of each pod with the given labels, whether or not the job still exists."""
         labels = [pod.labels for pod in self.pods_with(namespace, label_selector)]
@@ -160,12 +169,17 @@ class JobClient(CustomResourceClient[J], Generic[J]):
             return None
         if not pods:
             return Obstacle(Cause.NO_PODS, "job", "the operator has not created a pod")
-        ended = [pod for pod in pods if pod.phase == "Failed" or (pod is pods[0] and pod.finished)]
-        found = find_obstacle(pods)
+        ended, found = self.ended(pods), find_obstacle(pods)
         if ended and found is None:
-            text = f"it ended as {ended[0].phase}, and the operator has not recorded it"
-            return Obstacle(Cause.OPERATOR_AWAY, ended[0].replica, text)
+            text = f"it ended as {ended.phase}, and the operator has not recorded it"
+            return Obstacle(Cause.OPERATOR_AWAY, ended.replica, text)
         return found
+
+    def ended(self, pods: Sequence[Pod]) -> Pod | None:
+        """A pod with whose end the job has ended: one that failed, or any once all have finished."""
+        failed = [pod for pod in pods if pod.phase == "Failed"]
+        over = failed or (pods if all(pod.finished for pod in pods) else ())
+        return over[0] if over else None
 
     def advice(self, cause: Cause) -> str:
         """The advice for an obstacle."""
@@ -191,7 +205,7 @@ class JobClient(CustomResourceClient[J], Generic[J]):
         failures, evicted = history.failures(), history.evicted()
         first = failures[0] if failures else None
         cause = exit_cause(first) if first else Cause.UNKNOWN
-        if "longer than specified deadline" in message and cause != Cause.OUT_OF_MEMORY:
+        if job.deadline_words in message and cause != Cause.OUT_OF_MEMORY:
             first, cause, summary = None, Cause.DEADLINE, message
         elif evicted and cause in (Cause.KILLED, Cause.UNKNOWN):
             first, cause, summary = None, Cause.EVICTED, f"{evicted[0].replica} was evicted: {evicted[0].message}"
@@ -213,5 +227,9 @@ class JobClient(CustomResourceClient[J], Generic[J]):
 
     def events(self, job: J, pods: Any) -> list[str]:
         """Warnings about the job and its pods."""
-        names = [job.name, *(pod.name for pod in pods)]
+        names = [*self.event_names(job), *(pod.name for pod in pods)]
         return [event for name in names for event in self.warnings(job.namespace, name)]
+
+    def event_names(self, job: J) -> Sequence[str]:
+        """Names of the objects whose events are about the job, apart from its pods."""
+        return (job.name,)

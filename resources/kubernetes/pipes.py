@@ -18,6 +18,7 @@ from resources.kubernetes.errors import ResourceFailedError, added_to
 from resources.kubernetes.job import Job, JobClient
 from resources.kubernetes.logs import LogLine, show_line
 from resources.kubernetes.messages import OnMessage, PipesStoreMessageReader
+from resources.kubernetes.queue import QueueWait
 from resources.kubernetes.steps import StepContext, as_dagster_failure, job_request, owned_job
 from resources.kubernetes.watch import JobWatcher
 from resources.object_store import ObjectStore
@@ -114,9 +115,9 @@ class PipesJobClient(dg.PipesClient, TreatAsResourceParam, ABC, Generic[C]):
                         extras={"namespace": job.namespace, "uid": job.uid, "adopted": started.adopted},
                     )
                     reader.attach(job.launch_id or request.launch_id)
-                    self._follow(context, client, job, reader, on_log_line)
+                    queued = self._follow(context, client, job, reader, on_log_line)
         key = client.resource.slug.replace("-", "_")
-        metadata = {key: f"{job.namespace}/{job.name}", f"{key}_adopted": started.adopted}
+        metadata = {key: f"{job.namespace}/{job.name}", f"{key}_adopted": started.adopted, **queued.metadata(key)}
         return dg.PipesClientCompletedInvocation(session, metadata=metadata)
 
     def _follow(
@@ -126,8 +127,8 @@ class PipesJobClient(dg.PipesClient, TreatAsResourceParam, ABC, Generic[C]):
         job: Job,
         reader: PipesStoreMessageReader,
         on_log_line: Callable[[LogLine], None],
-    ) -> None:
-        """Wait until the job has succeeded and all its messages are read."""
+    ) -> QueueWait:
+        """Wait until the job has succeeded and all its messages are read. Returns its time in a queue."""
         watcher = JobWatcher(
             client,
             job,
@@ -144,6 +145,7 @@ class PipesJobClient(dg.PipesClient, TreatAsResourceParam, ABC, Generic[C]):
                 reader.poll()  # the last messages may explain the failure
             raise
         reader.drain(timeout_seconds=_DRAIN_TIMEOUT_SECONDS, **self._timing)
+        return watcher.queue_wait
 
 
 def _dagster_labels(context: StepContext) -> dict[str, str]:

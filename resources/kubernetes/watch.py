@@ -15,6 +15,7 @@ from resources.kubernetes.errors import ApiError, ResourceDeletedError, Resource
 from resources.kubernetes.job import J, JobClient, JobState
 from resources.kubernetes.logs import LogLine, ReplicaLogs, show_line
 from resources.kubernetes.pods import Pod
+from resources.kubernetes.queue import QueueWait
 
 
 class JobWatcher(Generic[J]):
@@ -49,6 +50,7 @@ class JobWatcher(Generic[J]):
         self._active_since = clock()
         self._progress: Sequence[str] = ()
         self._pods: Sequence[Pod] = ()
+        self.queue_wait = QueueWait(clock, logger, client.workloads())
         self._pods_are_read = True
 
     def wait_until_finished(self) -> J:
@@ -84,6 +86,7 @@ class JobWatcher(Generic[J]):
             if text not in self._progress:
                 self._log.info("%s: %s", current, text)
         self._progress = current.progress
+        self.queue_wait.observe(current, suspended=current.status.state == JobState.SUSPENDED)
         pods = self._list_pods()
         if current.finished:
             self._show(self._logs.drain(self._pods, self._sleep))
@@ -104,7 +107,10 @@ class JobWatcher(Generic[J]):
             self._pods_are_read = False
             return None
         self._pods_are_read = True
-        self._history.observe(self._pods)
+        if self._job.status.state == JobState.SUSPENDED:
+            self._history.forget(self._pods)  # they were told to end, which is not a failure of the job
+        else:
+            self._history.observe(self._pods)
         return self._pods
 
     def _show(self, lines: Iterable[LogLine]) -> None:

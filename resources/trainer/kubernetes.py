@@ -1,4 +1,4 @@
-"""Training as a PyTorchJob: the same spec, command and messages as the local trainer's process."""
+"""Training as a PyTorchJob or a TrainJob: the same spec, command and messages as the local trainer's process."""
 
 import json
 from collections.abc import Mapping
@@ -9,26 +9,44 @@ import dagster as dg
 from pydantic import Field, ValidationError
 
 from resources.errors import ConfigError
-from resources.kubernetes.collector import CollectorTarget
+from resources.kubernetes.collector import CollectorTarget, build_job_collector
 from resources.kubernetes.diagnosis import WatchLimits
+from resources.kubernetes.errors import SettingsError
+from resources.kubernetes.job import JobClient
+from resources.kubernetes.pipes import PipesJobClient
 from resources.kubernetes.steps import as_dagster_failure
 from resources.object_store.resource import ObjectStoreResource
 from resources.object_store.s3_settings import CREDENTIALS
-from resources.pytorch_job.client import PipesPyTorchJobClient, PyTorchJobClient, build_pytorch_job_collector
+from resources.pytorch_job.client import PipesPyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
+from resources.train_job.client import PipesTrainJobClient
+from resources.train_job.config import TrainJobConfig
 from resources.trainer.contract import EXIT_BAD_SPEC, JOB_SPEC_VARIABLE, PIPES_PREFIX, TrainingSpec
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
+TrainingJobConfig = PyTorchJobConfig | TrainJobConfig
+
+_KINDS: Mapping[str, type[PipesJobClient[Any]]] = {
+    "pytorch_job": PipesPyTorchJobClient,
+    "train_job": PipesTrainJobClient,
+}
+"""The trainer's field with the settings of each kind, and what runs it. The first that the cluster has is used."""
+
 
 class KubernetesTrainer(TrainerResource):
-    """Runs the trainer image as a PyTorchJob and relays its messages.
+    """Runs the trainer image as a PyTorchJob or a TrainJob and relays its messages.
+
+    Where both have settings, the kind that the cluster knows is taken, PyTorchJob first.
 
     A failed job is dg.Failure with cause, exit code and log tails as metadata; it allows a retry only if the cause is
     outside the training.
     """
 
     object_store: dg.ResourceDependency[ObjectStoreResource]
-    job: PyTorchJobConfig = Field(description="Settings of all jobs; the asset's config may change their scale.")
+    pytorch_job: PyTorchJobConfig | None = Field(
+        default=None, description="Settings of all PyTorchJobs; the asset's config may change their scale."
+    )
+    train_job: TrainJobConfig | None = Field(default=None, description="Settings of all TrainJobs, likewise.")
     namespace: str = Field(description="Namespace of the jobs.")
     kubeconfig_file: str | None = Field(default=None, description="By default the service account or KUBECONFIG.")
     store_endpoint_url: str | None = Field(
@@ -59,44 +77,61 @@ class KubernetesTrainer(TrainerResource):
             if not (replayed and isinstance(payload, Mapping) and payload.get("type") == "epoch"):
                 messages.handle(payload)
 
-        config = self.job_config(spec, scale, child_environment)
         with closing(messages), as_dagster_failure():
-            self.pipes_client().run(
+            kind = self.kind()
+            config = self.job_config(kind, spec, scale, child_environment)
+            client: Any = _KINDS[kind].client_class
+            context.log.info("Training in a %s.", client.resource.kind)
+            done = self.pipes_client(kind).run(
                 context=context,
                 config=config,
                 name_prefix=spec.name,
                 work=json.dumps([spec.identity, config.replicas, config.nproc_per_node, config.image]),
                 on_message=on_message,
             )
+        context.add_output_metadata({name: value for name, value in done.metadata.items() if "_queue_" in name})
         return messages.result()
 
+    def kind(self) -> str:
+        """The field of the kind to use. SettingsError where the cluster has none of those that have settings."""
+        kinds = [kind for kind in _KINDS if getattr(self, kind)]
+        found = kinds if len(kinds) == 1 else [kind for kind in kinds if self.connect(kind).is_installed()]
+        if not found:
+            operators = " or ".join(_KINDS[kind].client_class.operator for kind in kinds or _KINDS)
+            raise SettingsError(f"The cluster has no kind of job to train in: install {operators} and its CRDs.")
+        return found[0]
+
     def job_config(
-        self, spec: TrainingSpec, scale: TrainingScale, child_environment: Mapping[str, str]
-    ) -> PyTorchJobConfig:
+        self, kind: str, spec: TrainingSpec, scale: TrainingScale, child_environment: Mapping[str, str]
+    ) -> TrainingJobConfig:
         """Settings of one training's job. ConfigError if the pods would have no credentials for the store."""
+        job: TrainingJobConfig = getattr(self, kind)
         env = {name: value for name, value in child_environment.items() if name not in CREDENTIALS}
-        if len(env) < len(child_environment) and not self.job.env_secrets:
+        if len(env) < len(child_environment) and not _may_open_store(job):
             raise ConfigError(
-                "The trainer's job has no Secret with the object store's credentials: list it in job.env_secrets, "
-                f"with the keys {' and '.join(CREDENTIALS[:2])}. They are never written into a manifest."
+                "The trainer's job has no Secret with the object store's credentials: list it in env_secrets of a "
+                "PyTorchJob, or in the TrainingRuntime of a TrainJob, with the keys "
+                f"{' and '.join(CREDENTIALS[:2])}. They are never written into a manifest."
             )
         if self.store_endpoint_url:
             env["AWS_ENDPOINT_URL"] = self.store_endpoint_url
         env[JOB_SPEC_VARIABLE] = self._spec_for_pods(spec).model_dump_json()
-        settings = self.job.model_dump() | scale.model_dump(exclude_none=True)
-        settings["env"] = {**self.job.env, **env}
-        if settings["nproc_per_node"] > 1 and not self.job.command:
-            # the operator sets what torchrun needs to know in PET_... variables
+        settings = job.model_dump() | scale.model_dump(exclude_none=True)
+        settings["env"] = {**job.env, **env}
+        # Both operators tell torchrun in PET_... variables what it needs to know; only the training operator tells a
+        # process that is alone in its pod, too.
+        several = settings["nproc_per_node"] > 1 or (settings["replicas"] > 1 and isinstance(job, TrainJobConfig))
+        if several and not job.command:
             settings["command"] = ["python", "-m", f"{self.module}.launch"]
         try:
-            return PyTorchJobConfig(**settings)
+            return type(job)(**settings)
         except ValidationError as error:
             raise ConfigError(f"The scale of trained_model is not valid for a job: {error}") from error
 
-    def pipes_client(self) -> PipesPyTorchJobClient:
-        return PipesPyTorchJobClient(
+    def pipes_client(self, kind: str) -> PipesJobClient[Any]:
+        return _KINDS[kind](
             message_store=self.object_store.models.at(PIPES_PREFIX),
-            client=self.connect(),
+            client=self.connect(kind),
             namespace=self.namespace,
             limits=self.limits(),
         )
@@ -111,13 +146,13 @@ class KubernetesTrainer(TrainerResource):
             retry_other_exit_codes=False,
         )
 
-    def connect(self) -> PyTorchJobClient:
+    def connect(self, kind: str) -> JobClient[Any]:
         """Client of the cluster's API. SettingsError when no cluster is configured."""
-        return PyTorchJobClient.production(self.kubeconfig_file)
+        return _KINDS[kind].client_class.production(self.kubeconfig_file)
 
     def collector_target(self) -> CollectorTarget:
         """The job client and message store for the collector sensor."""
-        return CollectorTarget(self.connect(), self.namespace, self.object_store.models.at(PIPES_PREFIX))
+        return CollectorTarget(self.connect(self.kind()), self.namespace, self.object_store.models.at(PIPES_PREFIX))
 
     def _spec_for_pods(self, spec: TrainingSpec) -> TrainingSpec:
         if spec.mlflow is None or self.mlflow_tracking_uri is None:
@@ -126,10 +161,17 @@ class KubernetesTrainer(TrainerResource):
         return spec.model_copy(update={"mlflow": target})
 
 
+def _may_open_store(job: TrainingJobConfig) -> bool:
+    """Whether Secrets that the job names, or a runtime made for its namespace, may bring the store's credentials."""
+    if isinstance(job, TrainJobConfig):
+        return job.runtime_kind == "TrainingRuntime" or set(CREDENTIALS[:2]) <= job.secret_env.keys()
+    return bool(job.env_secrets)
+
+
 def build_trainer_collector(resource_key: str = "trainer") -> dg.SensorDefinition:
     """The sensor that cleans up jobs and messages of the KubernetesTrainer with this resource key."""
 
     def target(context: dg.SensorEvaluationContext) -> CollectorTarget:
         return getattr(context.resources, resource_key).collector_target()
 
-    return build_pytorch_job_collector(target, required_resource_keys={resource_key})
+    return build_job_collector("trainer_collector", target, required_resource_keys={resource_key})

@@ -124,10 +124,14 @@ def test_step_of_the_other_pipelines_refuses_an_address_with_a_secret(
 def test_manifests_hold_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     found = resources(monkeypatch)
     store = found["object_store"]
-    job = found["trainer"].job_config(SPEC, TrainingScale(), store.child_environment())
+    scale = TrainingScale()
+    jobs = [
+        found["trainer"].job_config(kind, SPEC, scale, store.child_environment())
+        for kind in ("pytorch_job", "train_job")
+    ]
     request = DeployRequest("s3://models/a/", DIGEST, "1")
     service = build_inference_service_manifest(found["serving"].settings, request, name="cifar10", namespace="cifar")
-    assert SECRET not in json.dumps([job.model_dump(), service], default=str)
+    assert SECRET not in json.dumps([*(job.model_dump() for job in jobs), service], default=str)
     assert store.child_environment()["AWS_SESSION_TOKEN"] == f"{SECRET}-token"  # there was something to redact
 
 

@@ -12,7 +12,6 @@ import yaml
 from cifar_assets.deployment import trainer_for
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
-from resources.pytorch_job.config import PyTorchJobConfig
 from tests.fixtures.settings import settings_of
 
 ROOT = Path(__file__).parents[3]
@@ -31,7 +30,8 @@ def documents(*folders: str) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-OBJECTS = [(name, document) for name, document in documents("platform", "access", "pytorchjob") if "Kustom" not in name]
+FOLDERS = ("platform", "access", "pytorchjob", "trainjob", "overlays/kueue")
+OBJECTS = [(name, document) for name, document in documents(*FOLDERS) if "Kustom" not in name]
 
 
 def pod_specs(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -84,7 +84,7 @@ def test_platform_and_one_training_fit_a_small_minikube() -> None:
 
 
 def test_roles_name_verbs_and_resources_without_wildcards_and_are_in_the_docs() -> None:
-    table = (ROOT / "docs/kubernetes.md").read_text()
+    table = "".join((ROOT / "docs" / page).read_text() for page in ("kubernetes.md", "trainjob.md"))
     roles = [document for _, document in OBJECTS if document["kind"] in ("Role", "ClusterRole")]
     assert roles
     for role in roles:
@@ -95,7 +95,7 @@ def test_roles_name_verbs_and_resources_without_wildcards_and_are_in_the_docs() 
                 assert f"| `{resource}` | {', '.join(rule['verbs'])} |" in table
 
 
-@pytest.mark.parametrize("overlay", ["minikube", "gpu"])
+@pytest.mark.parametrize("overlay", ["minikube", "gpu", "kueue"])
 def test_trainer_settings_of_the_overlays_are_valid(overlay: str) -> None:
     overlays = ["minikube", overlay]
     values: dict[str, str] = {}
@@ -105,15 +105,33 @@ def test_trainer_settings_of_the_overlays_are_valid(overlay: str) -> None:
             for change in yaml.safe_load(patch["patch"]):
                 values[change["path"].rpartition("/")[2]] = change["value"]
     trainer = trainer_for(settings_of(values), LocalObjectStore())
-    assert trainer.job.image == values["TRAINER_IMAGE"]
-    assert trainer.job.memory == json.loads(values["TRAINER_JOB"])["memory"]
-    assert isinstance(trainer.job, PyTorchJobConfig)
-    assert trainer.job.gpu == (1 if overlay == "gpu" else 0)
+    for job in (trainer.pytorch_job, trainer.train_job):
+        assert job
+        assert job.image == values["TRAINER_IMAGE"]
+        assert job.memory == json.loads(values["TRAINER_JOB"])["memory"]
+        assert job.gpu == (1 if overlay == "gpu" else 0)
     assert isinstance(trainer.object_store.models, FolderStore)
 
 
+def test_every_training_of_the_overlay_kueue_is_in_the_queue_that_it_makes_and_fits_its_quota() -> None:
+    folder = K8S / "overlays/kueue"
+    (patch,) = yaml.safe_load((folder / "kustomization.yaml").read_text())["patches"]
+    (change,) = yaml.safe_load(patch["patch"])
+    job = json.loads(change["value"])
+    queues = {each["kind"]: each for each in yaml.safe_load_all((folder / "queue.yaml").read_text())}
+    assert job["queue"] == queues["LocalQueue"]["metadata"]["name"]
+    assert queues["LocalQueue"]["spec"]["clusterQueue"] == queues["ClusterQueue"]["metadata"]["name"]
+    (group,) = queues["ClusterQueue"]["spec"]["resourceGroups"]
+    (flavor,) = group["flavors"]
+    assert flavor["name"] == queues["ResourceFlavor"]["metadata"]["name"]
+    quota = {each["name"]: quantity(each["nominalQuota"]) for each in flavor["resources"]}
+    assert set(quota) == set(group["coveredResources"])
+    for name, allowed in quota.items():
+        assert quantity(job[name]) <= allowed < 2 * quantity(job[name])
+
+
 def test_every_file_belongs_to_a_kustomization() -> None:
-    for folder in ("platform", "access", "pytorchjob"):
+    for folder in (*FOLDERS[:-1], "trainjob/training"):
         kustomization = yaml.safe_load((K8S / folder / "kustomization.yaml").read_text())
         files = {path.name for path in (K8S / folder).glob("*.yaml")}
         settings = {name for name in files if name.endswith(".settings.yaml")}

@@ -18,7 +18,7 @@ from resources.object_store.setup import ROLES, policy_of, user_of
 from tests.fixtures.settings import settings_of
 
 K8S = Path(__file__).parents[3] / "k8s"
-NAMESPACES = {"platform": "cifar-platform", "access": "cifar", "dagster": "cifar", "argo": "cifar"}
+NAMESPACES = {"platform": "cifar-platform", "access": "cifar", "dagster": "cifar", "argo": "cifar", "trainjob": "cifar"}
 
 
 def documents(folder: str) -> list[dict[str, Any]]:
@@ -37,7 +37,8 @@ def test_no_manifest_but_those_of_the_platform_names_the_root_user() -> None:
 
 def test_default_secrets_are_those_of_the_roles() -> None:
     trainer = trainer_for(settings_of({"TRAINER_IMAGE": "x"}), LocalObjectStore())
-    assert trainer.job.env_secrets == ["object-store-trainer"]
+    assert trainer.pytorch_job
+    assert trainer.pytorch_job.env_secrets == ["object-store-trainer"]
     assert InferenceServiceSettings(image="x").env_secrets == ["object-store-server"]
 
 

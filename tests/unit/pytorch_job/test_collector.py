@@ -10,11 +10,11 @@ import dagster as dg
 import pytest
 
 from resources.errors import StoreError
-from resources.kubernetes.collector import CollectorTarget, collect_messages, is_abandoned
+from resources.kubernetes.collector import CollectorTarget, build_job_collector, collect_messages, is_abandoned
 from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.job import JobClient
 from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL
 from resources.object_store import FolderStore
-from resources.pytorch_job import PyTorchJob, PyTorchJobClient, build_pytorch_job_collector
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error
 
 FAILURE, CANCELED, SUCCESS = (
@@ -24,13 +24,13 @@ FAILURE, CANCELED, SUCCESS = (
 )
 
 
-def create(client: PyTorchJobClient, name: str, run_id: str, *, managed: bool = True, launch: str = "launch") -> None:
-    labels = {RUN_ID_LABEL: run_id} | ({MANAGED_BY_LABEL: PyTorchJob.managed_by()} if managed else {})
+def create(client: JobClient[Any], name: str, run_id: str, *, managed: bool = True, launch: str = "launch") -> None:
+    labels = {RUN_ID_LABEL: run_id} | ({MANAGED_BY_LABEL: client.resource.managed_by()} if managed else {})
     metadata = {
         "name": name,
         "namespace": "space",
         "labels": labels,
-        "annotations": {PyTorchJob.launch_annotation(): launch},
+        "annotations": {client.resource.launch_annotation(): launch},
     }
     client.create({"metadata": metadata})
 
@@ -69,10 +69,11 @@ def test_old_messages_go_unless_their_job_exists_or_one_of_them_is_new(tmp_path:
 
 
 def test_sensor_collects_by_the_instances_runs(
-    client: PyTorchJobClient, cluster: FakeCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    client: JobClient[Any], cluster: FakeCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    sensor = build_pytorch_job_collector(
+    sensor = build_job_collector(
+        "collector",
         lambda context: CollectorTarget(client, "space", FolderStore(tmp_path)),
         failure_grace_seconds=0,
     )
@@ -96,7 +97,7 @@ def test_sensor_collects_by_the_instances_runs(
 
 
 def test_job_that_cannot_be_deleted_is_named_and_does_not_block_others(
-    client: PyTorchJobClient, cluster: FakeCluster, tmp_path: Path
+    client: JobClient[Any], cluster: FakeCluster, tmp_path: Path
 ) -> None:
     class Away(FolderStore):
         def list(self, prefix: str = "") -> Never:
@@ -110,8 +111,8 @@ def test_job_that_cannot_be_deleted_is_named_and_does_not_block_others(
             raise api_error(500, "etcdserver: request timed out")
 
     cluster.failing = refuse_once
-    sensor = build_pytorch_job_collector(
-        lambda context: CollectorTarget(client, "space", Away(tmp_path)), failure_grace_seconds=0
+    sensor = build_job_collector(
+        "collector", lambda context: CollectorTarget(client, "space", Away(tmp_path)), failure_grace_seconds=0
     )
 
     @dg.job
@@ -125,5 +126,5 @@ def test_job_that_cannot_be_deleted_is_named_and_does_not_block_others(
         with pytest.raises(KubernetesError) as caught:
             sensor(dg.build_sensor_context(instance=instance))
     assert list(cluster.jobs) == ["first"]
-    for text in ("deleted: second, third", "Could not delete PyTorchJob space/first", "the store is away"):
+    for text in ("deleted: second, third", f"Could not delete {client.resource.kind} space/first", "the store is away"):
         assert text in str(caught.value)

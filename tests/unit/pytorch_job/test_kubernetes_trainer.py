@@ -14,11 +14,12 @@ from cifar_assets.deployment import trainer_for
 from cifar_assets.training.recipes import RECIPES
 from cifar_assets.training.spec import JobSpec
 from resources.errors import ConfigError, TrainingError
+from resources.kubernetes.errors import SettingsError
+from resources.kubernetes.job import JobClient
+from resources.kubernetes.pipes import PipesJobClient
 from resources.mlflow.target import MlflowTarget
 from resources.object_store.resource import LocalObjectStore
 from resources.pipes_store import STORE_URI_PARAM
-from resources.pytorch_job.client import PipesPyTorchJobClient, PyTorchJobClient
-from resources.pytorch_job.config import PyTorchJobConfig
 from resources.trainer.contract import EXIT_RESUME
 from resources.trainer.interface import TrainingScale
 from resources.trainer.kubernetes import (
@@ -26,7 +27,7 @@ from resources.trainer.kubernetes import (
     build_trainer_collector,
 )
 from tests.fixtures.settings import settings_of
-from tests.unit.pytorch_job.fake_cluster import FakeCluster, runs_and_succeeds
+from tests.unit.pytorch_job.fake_cluster import KINDS, PYTORCH_JOB, TRAIN_JOB, FakeCluster, Kind, runs_and_succeeds
 from tests.unit.pytorch_job.test_messages import process
 from tests.unit.pytorch_job.test_pipes import failing
 
@@ -43,15 +44,26 @@ STORE = {
     "AWS_ACCESS_KEY_ID": "the-access-key",
     "AWS_SECRET_ACCESS_KEY": "the-secret-key",
 }
+OPENS_STORE: dict[str, dict[str, Any]] = {
+    "pytorch_job": {"env_secrets": ["object-store"]},
+    "train_job": {"runtime": "of-the-namespace", "runtime_kind": "TrainingRuntime"},
+}
 RESULT = {"type": "result", "model_digest": DIGEST, "model_uri": f"s3://models/{DIGEST}/", "mlflow_run_id": "m"}
+
+
+def trainer_in(folder: Path, *kinds: Kind, **settings: Any) -> KubernetesTrainer:
+    """A trainer with settings for these kinds, whose pods get the store's credentials."""
+    jobs = {kind.key: kind.config(image="trainer:1", **OPENS_STORE[kind.key]) for kind in kinds}
+    return KubernetesTrainer(object_store=LocalObjectStore(path=str(folder)), namespace="space", **jobs, **settings)
 
 
 @pytest.fixture
 def trainer(tmp_path: Path, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> KubernetesTrainer:
-    def connected(trainer: KubernetesTrainer) -> PipesPyTorchJobClient:
-        return PipesPyTorchJobClient(
+    def connected(trainer: KubernetesTrainer, kind: str) -> PipesJobClient[Any]:
+        assert kind == cluster.kind.key
+        return cluster.kind.pipes(
             message_store=trainer.object_store.models.at("pipes/"),
-            client=PyTorchJobClient(cluster, cluster),
+            client=cluster.kind.client(cluster, cluster),
             namespace="space",
             limits=trainer.limits(),
             clock=cluster.clock,
@@ -59,11 +71,7 @@ def trainer(tmp_path: Path, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatc
         )
 
     monkeypatch.setattr(KubernetesTrainer, "pipes_client", connected)
-    return KubernetesTrainer(
-        object_store=LocalObjectStore(path=str(tmp_path)),
-        job=PyTorchJobConfig(image="trainer:1", env_secrets=["object-store"]),
-        namespace="space",
-    )
+    return trainer_in(tmp_path, cluster.kind)
 
 
 @pytest.fixture
@@ -84,14 +92,17 @@ def train(trainer: KubernetesTrainer) -> Iterator[Callable[..., dg.ExecuteInProc
 
 def say(cluster: FakeCluster, folder: Path, *messages: dict[str, Any]) -> None:
     (job,) = cluster.jobs.values()
-    launch_id = job["metadata"]["annotations"]["dagster/pytorch-job-launch"]
+    launch_id = job["metadata"]["annotations"][cluster.kind.job.launch_annotation()]
     with process({STORE_URI_PARAM: (folder / "models/pipes/messages" / launch_id).as_uri()}) as pipes:
         for message in messages:
             pipes.report_custom_message(message)
 
 
 def test_epochs_become_observations_and_the_result_is_returned(
-    train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster, tmp_path: Path
+    train: Callable[..., dg.ExecuteInProcessResult],
+    cluster: FakeCluster,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     cluster.on_created = runs_and_succeeds()
     epoch = {"type": "epoch", "epoch": 1, "epochs": 1, "train_loss": 0.5}
@@ -100,18 +111,32 @@ def test_epochs_become_observations_and_the_result_is_returned(
     assert result.success
     (materialization,) = result.asset_materializations_for_node("trained")
     assert materialization.metadata["model_digest"].value == DIGEST
+    assert f"Training in a {cluster.kind.job.kind}." in capfd.readouterr().err
     observations = [e for e in result.all_events if e.is_asset_observation]
     assert [o.asset_observation_data.asset_observation.metadata["train_loss"].value for o in observations] == [0.5]
 
 
-def test_collector_uses_the_trainer_that_dagster_resolves(
-    trainer: KubernetesTrainer, client: PyTorchJobClient, monkeypatch: pytest.MonkeyPatch
+def test_time_in_a_queue_is_metadata_of_the_model(
+    train: Callable[..., dg.ExecuteInProcessResult], cluster: FakeCluster, tmp_path: Path, kind: Kind
 ) -> None:
-    monkeypatch.setattr(KubernetesTrainer, "connect", lambda trainer: client)
+    def act(cluster: FakeCluster, name: str) -> None:
+        cluster.condition(name, "Suspended")
+        cluster.clock.after(100, lambda: runs_and_succeeds()(cluster, name))
+
+    cluster.on_created = act
+    cluster.clock.after(105, lambda: say(cluster, tmp_path, RESULT))
+    (materialization,) = train().asset_materializations_for_node("trained")
+    assert {"model_digest", f"{kind.key}_queue_seconds"} <= set(materialization.metadata)
+
+
+def test_collector_uses_the_trainer_that_dagster_resolves(
+    trainer: KubernetesTrainer, client: JobClient[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KubernetesTrainer, "connect", lambda trainer, kind: client)
     with dg.build_sensor_context(resources={"trainer": trainer}) as context:
         result = build_trainer_collector().evaluate_tick(context)
     assert result.skip_message
-    assert "Leftover PyTorchJobs deleted: none" in result.skip_message
+    assert f"Leftover {client.resource.kind}s deleted: none" in result.skip_message
 
 
 def test_job_without_a_result_is_an_error(
@@ -138,17 +163,12 @@ def test_retry_is_allowed_only_where_the_training_was_ended_or_asks_for_it(
     assert ("or its process requests a restart" in str(data.description)) == allowed
 
 
-def test_cluster_that_is_not_configured_is_a_failure_without_a_retry(tmp_path: Path) -> None:
+def test_cluster_that_is_not_configured_is_a_failure_without_a_retry(tmp_path: Path, kind: Kind) -> None:
     @dg.asset(retry_policy=dg.RetryPolicy(max_retries=3))
     def trained(context: dg.AssetExecutionContext, trainer: KubernetesTrainer) -> None:
         trainer.train(context, SPEC, TrainingScale(), STORE)
 
-    trainer = KubernetesTrainer(
-        object_store=LocalObjectStore(path=str(tmp_path)),
-        job=PyTorchJobConfig(image="trainer:1", env_secrets=["object-store"]),
-        namespace="space",
-        kubeconfig_file=str(tmp_path / "missing"),
-    )
+    trainer = trainer_in(tmp_path, kind, kubeconfig_file=str(tmp_path / "missing"))
     result = dg.materialize([trained], resources={"trainer": trainer}, raise_on_error=False)
     assert not [event for event in result.all_node_events if event.event_type == dg.DagsterEventType.STEP_UP_FOR_RETRY]
     (failure,) = [event for event in result.all_node_events if event.is_step_failure]
@@ -193,55 +213,103 @@ def test_credentials_are_never_in_the_manifest(
     assert "the-secret-key" not in text
     assert "the-access-key" not in text
     assert "http://localhost:9000" in text
-    assert '{"secretRef": {"name": "object-store"}}' in text
+    if cluster.kind is PYTORCH_JOB:  # the others' Secret is in their TrainingRuntime
+        assert '{"secretRef": {"name": "object-store"}}' in text
 
 
-def test_job_without_a_secret_for_the_store_is_refused(tmp_path: Path) -> None:
-    trainer = KubernetesTrainer(
-        object_store=LocalObjectStore(path=str(tmp_path)), job=PyTorchJobConfig(image="x"), namespace="space"
-    )
-    with pytest.raises(ConfigError, match="env_secrets"):
-        trainer.job_config(SPEC, TrainingScale(), STORE)
-    assert trainer.job_config(SPEC, TrainingScale(), {}).env["CIFAR_JOB_SPEC"] == SPEC.model_dump_json()
+def test_job_without_a_secret_for_the_store_is_refused(tmp_path: Path, kind: Kind) -> None:
+    jobs: dict[str, Any] = {kind.key: kind.config(image="x")}
+    trainer = KubernetesTrainer(object_store=LocalObjectStore(path=str(tmp_path)), namespace="space", **jobs)
+    with pytest.raises(ConfigError, match=r"env_secrets.*TrainingRuntime"):
+        trainer.job_config(kind.key, SPEC, TrainingScale(), STORE)
+    assert trainer.job_config(kind.key, SPEC, TrainingScale(), {}).env["CIFAR_JOB_SPEC"] == SPEC.model_dump_json()
 
 
-def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer) -> None:
+def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer, kind: Kind) -> None:
     scale = TrainingScale(replicas=3, nproc_per_node=2, cpu="4", memory="9Gi", gpu=2)
-    config = trainer.job_config(SPEC, scale, STORE)
+    config = trainer.job_config(kind.key, SPEC, scale, STORE)
     assert (config.replicas, config.nproc_per_node, config.cpu, config.memory, config.gpu) == (3, 2, "4", "9Gi", 2)
     assert config.command == ["python", "-m", "cifar_assets.training.launch"]
-    assert trainer.job_config(SPEC, TrainingScale(), STORE).command == []
+    assert trainer.job_config(kind.key, SPEC, TrainingScale(), STORE).command == []
 
 
-def test_what_the_scale_leaves_out_stays_as_the_trainers_job_has_it(tmp_path: Path) -> None:
+def test_what_the_scale_leaves_out_stays_as_the_trainers_job_has_it(tmp_path: Path, kind: Kind) -> None:
     environment = {"TRAINER_IMAGE": "x", "TRAINER_JOB": '{"gpu": 1, "replicas": 2, "nproc_per_node": 2, "cpu": "4"}'}
     trainer = trainer_for(settings_of(environment), LocalObjectStore(path=str(tmp_path)))
-    config = trainer.job_config(SPEC, TrainingScale(replicas=3, gpu=0), STORE)
+    config = trainer.job_config(kind.key, SPEC, TrainingScale(replicas=3, gpu=0), STORE)
     assert (config.gpu, config.replicas, config.nproc_per_node, config.cpu) == (0, 3, 2, "4")
     assert config.command == ["python", "-m", "cifar_assets.training.launch"]
-    assert trainer.job_config(SPEC, TrainingScale(), STORE).gpu == 1
+    assert trainer.job_config(kind.key, SPEC, TrainingScale(), STORE).gpu == 1
 
 
-def test_invalid_scale_is_refused_naming_the_field(trainer: KubernetesTrainer) -> None:
+def test_one_process_in_each_of_several_pods_needs_torchrun_where_the_operator_tells_only_that(
+    trainer: KubernetesTrainer, kind: Kind
+) -> None:
+    command = trainer.job_config(kind.key, SPEC, TrainingScale(replicas=2), STORE).command
+    assert command == ([] if kind is PYTORCH_JOB else ["python", "-m", "cifar_assets.training.launch"])
+
+
+@pytest.mark.parametrize(
+    ("installed", "used"), [(KINDS, PYTORCH_JOB), ((PYTORCH_JOB,), PYTORCH_JOB), ((TRAIN_JOB,), TRAIN_JOB)]
+)
+def test_kind_is_what_the_cluster_has(
+    tmp_path: Path, installed: tuple[Kind, ...], used: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = FakeCluster(installed=installed)
+    clients = {kind.key: kind.client(cluster, cluster) for kind in KINDS}
+    monkeypatch.setattr(KubernetesTrainer, "connect", lambda trainer, kind: clients[kind])
+    trainer = trainer_in(tmp_path, *KINDS)
+    assert trainer.kind() == used.key
+    assert trainer.collector_target().client is clients[used.key]
+
+
+def test_kind_that_is_set_is_used_without_a_look(tmp_path: Path, kind: Kind) -> None:
+    assert trainer_in(tmp_path, kind).kind() == kind.key
+
+
+def test_cluster_without_a_kind_to_train_in_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(installed=())
+    monkeypatch.setattr(
+        KubernetesTrainer, "connect", lambda trainer, kind: KINDS[kind == "train_job"].client(cluster, cluster)
+    )
+    with pytest.raises(SettingsError, match="install the Kubeflow training operator or Kubeflow Trainer"):
+        trainer_in(tmp_path, *KINDS).kind()
+
+
+def test_invalid_scale_is_refused_naming_the_field(trainer: KubernetesTrainer, kind: Kind) -> None:
     with pytest.raises(ConfigError, match="memory"):
-        trainer.job_config(SPEC, TrainingScale(memory="4GB"), STORE)
+        trainer.job_config(kind.key, SPEC, TrainingScale(memory="4GB"), STORE)
 
 
-def test_pods_get_their_own_addresses_of_the_platform(tmp_path: Path) -> None:
+def test_pods_get_their_own_addresses_of_the_platform(tmp_path: Path, kind: Kind) -> None:
     environment = {
         "TRAINER_IMAGE": "trainer:2",
-        "TRAINER_JOB": '{"cpu": "2", "run_policy": {"backoff_limit": 1}}',
+        "TRAINER_JOB": '{"cpu": "2"}',
+        "TRAINER_KIND": kind.key.replace("_", ""),
         "TRAINER_STORE_ENDPOINT_URL": "http://minio:9000",
         "TRAINER_MLFLOW_TRACKING_URI": "http://mlflow:5000",
     }
     trainer = trainer_for(settings_of(environment), LocalObjectStore(path=str(tmp_path)))
-    config = trainer.job_config(SPEC, TrainingScale(), STORE)
-    assert (config.image, config.cpu, config.run_policy.backoff_limit) == ("trainer:2", "2", 1)
+    config = trainer.job_config(kind.key, SPEC, TrainingScale(), STORE)
+    assert (config.image, config.cpu) == ("trainer:2", "2")
     assert config.env["AWS_ENDPOINT_URL"] == "http://minio:9000"
     spec = JobSpec.model_validate_json(config.env["CIFAR_JOB_SPEC"])
     assert spec.mlflow
     assert spec.mlflow.tracking_uri == "http://mlflow:5000"
     assert spec.identity == SPEC.identity
+
+
+def test_fields_of_one_kind_leave_only_that_kind(tmp_path: Path) -> None:
+    def kinds(**environment: str) -> list[str]:
+        trainer = trainer_for(settings_of({"TRAINER_IMAGE": "x", **environment}), LocalObjectStore(path=str(tmp_path)))
+        return [kind.key for kind in KINDS if getattr(trainer, kind.key)]
+
+    assert kinds() == ["pytorch_job", "train_job"]
+    assert kinds(TRAINER_KIND="trainjob") == ["train_job"]
+    assert kinds(TRAINER_JOB='{"run_policy": {"backoff_limit": 1}}') == ["pytorch_job"]
+    assert kinds(TRAINER_JOB='{"runtime": "mine"}') == ["train_job"]
+    with pytest.raises(ConfigError, match=r"TRAINER_JOB.*TrainJobConfig.*run_policy"):
+        kinds(TRAINER_KIND="trainjob", TRAINER_JOB='{"run_policy": {}}')
 
 
 def test_wrong_field_of_the_job_is_refused_by_name(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceConflictError, ResourceStuckError
+from resources.kubernetes.job import JobClient
 from resources.kubernetes.launch import JobLauncher, JobRequest
 from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL
-from resources.pytorch_job.client import PyTorchJob, PyTorchJobClient
+from resources.pytorch_job.client import PyTorchJob
 from tests.unit.pytorch_job.fake_cluster import FakeCluster, api_error, pod_body
 
 REQUEST = JobRequest(
@@ -36,14 +37,20 @@ def manifest(request: JobRequest) -> dict[str, Any]:
 
 
 @pytest.fixture
-def launcher(client: PyTorchJobClient, cluster: FakeCluster) -> JobLauncher:
+def launcher(client: JobClient[Any], cluster: FakeCluster) -> JobLauncher:
     return JobLauncher(
         client, clock=cluster.clock, sleeper=cluster.clock.sleep, logger=logging.getLogger("test"), outage_seconds=60
     )
 
 
 def start(launcher: JobLauncher, request: JobRequest = REQUEST):
+    request = replace(request, kind=launcher._client.resource)
     return launcher.start(request, manifest(request))
+
+
+def remove(launcher: JobLauncher) -> None:
+    request = replace(REQUEST, kind=launcher._client.resource)
+    launcher.remove(request, grace_seconds=5, timeout_seconds=25)
 
 
 def retry(request: JobRequest = REQUEST, **changes: Any) -> JobRequest:
@@ -132,17 +139,17 @@ def test_unrelated_run_and_other_step_start_their_own(launcher: JobLauncher, clu
     assert len(cluster.jobs) == 3
 
 
-def test_of_two_jobs_the_newer_stays(launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient) -> None:
+def test_of_two_jobs_the_newer_stays(launcher: JobLauncher, cluster: FakeCluster, client: JobClient[Any]) -> None:
     start(launcher)
     cluster.clock.sleep(5)
-    client.create(manifest(retry()))
+    client.create(manifest(retry(kind=client.resource)))
     again = start(launcher, retry(name="job-2", launch_id="3rd"))
     assert again.found.name == "job-1"
     assert list(cluster.jobs) == ["job-1"]
 
 
 def test_foreign_job_of_the_same_name_is_left_alone(
-    launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient
+    launcher: JobLauncher, cluster: FakeCluster, client: JobClient[Any]
 ) -> None:
     client.create({"metadata": {"name": "job-0", "namespace": "space", "labels": {RUN_ID_LABEL: "someone"}}})
     with pytest.raises(ResourceConflictError, match=r"space/job-0 exists and is not this step's.*'someone'"):
@@ -201,7 +208,7 @@ def test_removal_takes_job_and_pods_within_the_short_grace_time(launcher: JobLau
     start(launcher)
     cluster.pods["job-0"] = [pod_body("job-0")]
     begin = cluster.clock()
-    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
+    remove(launcher)
     assert (cluster.jobs, cluster.pods) == ({}, {})
     assert cluster.clock() - begin < 10
     assert cluster.deleted_pod_graces == [5]
@@ -214,21 +221,21 @@ def test_pods_are_asked_before_the_garbage_collector_asks_them_with_their_own_gr
     cluster.pods["job-0"] = [pod_body("job-0")]
     calls: list[str] = []
     cluster.failing = calls.append
-    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
+    remove(launcher)
     assert calls.index("delete pod") < calls.index("delete")
 
 
 def test_removal_leaves_a_foreign_job_of_the_same_name_and_its_pods_alone(
-    launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient
+    launcher: JobLauncher, cluster: FakeCluster, client: JobClient[Any]
 ) -> None:
     client.create({"metadata": {"name": "job-0", "namespace": "space", "labels": {RUN_ID_LABEL: "someone"}}})
     cluster.pods["job-0"] = [pod_body("job-0")]
-    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
+    remove(launcher)
     assert (list(cluster.jobs), list(cluster.pods)) == (["job-0"], ["job-0"])
 
 
 def test_removal_catches_a_job_that_appears_late(
-    launcher: JobLauncher, cluster: FakeCluster, client: PyTorchJobClient
+    launcher: JobLauncher, cluster: FakeCluster, client: JobClient[Any]
 ) -> None:
     """The create call times out, the step is cancelled before it tries again, and the job is stored after that."""
 
@@ -236,7 +243,7 @@ def test_removal_catches_a_job_that_appears_late(
         if call == "create":
             cluster.failing = lambda call: None
             cluster.clock.after(0.5, cancel)
-            cluster.clock.after(6, lambda: client.create(manifest(REQUEST)))
+            cluster.clock.after(6, lambda: client.create(manifest(replace(REQUEST, kind=client.resource))))
             raise TimeoutError("no answer in 10 s")
 
     def cancel() -> None:
@@ -245,7 +252,7 @@ def test_removal_catches_a_job_that_appears_late(
     cluster.failing = lose
     with pytest.raises(KeyboardInterrupt):
         start(launcher)
-    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
+    remove(launcher)
     assert cluster.num_created == 1
     assert cluster.jobs == {}
 
@@ -256,13 +263,13 @@ def test_removal_says_when_it_ran_out_of_time(launcher: JobLauncher, cluster: Fa
 
     cluster.failing = fail
     with pytest.raises(ResourceStuckError, match="could not be removed within 25 s"):
-        launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
+        remove(launcher)
 
 
 def orphaned_pod(cluster: FakeCluster, request: JobRequest, phase: str = "Running") -> None:
     """What `kubectl delete pytorchjob --cascade=orphan` leaves."""
     body = pod_body(request.name, phase=phase)
-    body["metadata"]["labels"] |= request.labels
+    body["metadata"]["labels"] |= replace(request, kind=cluster.kind.job).labels
     cluster.pods[request.name] = [body]
 
 
@@ -310,7 +317,7 @@ def test_pods_of_the_requests_name_that_another_made_are_left_alone(
 
 def test_removal_takes_pods_whose_job_vanished(launcher: JobLauncher, cluster: FakeCluster) -> None:
     orphaned_pod(cluster, replace(REQUEST, name="job-9"))
-    launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
+    remove(launcher)
     assert cluster.pods == {}
 
 
@@ -337,5 +344,5 @@ def test_refused_pods_do_not_keep_the_job(launcher: JobLauncher, cluster: FakeCl
 
     cluster.failing = refuse
     with pytest.raises(ApiRefusedError, match="forbidden"):
-        launcher.remove(REQUEST, grace_seconds=5, timeout_seconds=25)
+        remove(launcher)
     assert cluster.jobs == {}

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from resources.kubernetes.job import JobClient
 from resources.kubernetes.logs import TAIL_LINES, ReplicaLogs
-from resources.pytorch_job.client import PyTorchJobClient
 from tests.unit.pytorch_job.fake_cluster import (
     RUNNING,
     FakeCluster,
@@ -20,12 +20,12 @@ POD = "job-master-0"
 
 
 @pytest.fixture
-def logs(client: PyTorchJobClient, cluster: FakeCluster) -> ReplicaLogs:
+def logs(client: JobClient[Any], cluster: FakeCluster) -> ReplicaLogs:
     cluster.pods["job"] = [pod_body("job", container_statuses=[container_status(RUNNING)])]
     return ReplicaLogs(client, "space", cluster.clock, logging.getLogger("test"))
 
 
-def poll(logs: ReplicaLogs, client: PyTorchJobClient) -> list[str]:
+def poll(logs: ReplicaLogs, client: JobClient[Any]) -> list[str]:
     return [line.text for line in logs.poll(client.pods("space", "job"))]
 
 
@@ -33,7 +33,7 @@ def stamped(*lines: str, second: int = 0) -> str:
     return "".join(f"2026-01-01T00:00:{second:02d}.{i:09d}Z {line}\n" for i, line in enumerate(lines, start=1))
 
 
-def test_lines_that_overlap_are_shown_once(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster) -> None:
+def test_lines_that_overlap_are_shown_once(logs: ReplicaLogs, client: JobClient[Any], cluster: FakeCluster) -> None:
     cluster.logs[POD] = stamped("a", "b")
     assert poll(logs, client) == ["a", "b"]
     assert poll(logs, client) == []
@@ -41,9 +41,7 @@ def test_lines_that_overlap_are_shown_once(logs: ReplicaLogs, client: PyTorchJob
     assert poll(logs, client) == ["c"]
 
 
-def test_lines_of_one_time_stamp_are_all_shown(
-    logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster
-) -> None:
+def test_lines_of_one_time_stamp_are_all_shown(logs: ReplicaLogs, client: JobClient[Any], cluster: FakeCluster) -> None:
     stamp = "2026-01-01T00:00:00.5Z"
     cluster.logs[POD] = f"{stamp} one\n{stamp} two\n"
     assert poll(logs, client) == ["one", "two"]
@@ -51,7 +49,7 @@ def test_lines_of_one_time_stamp_are_all_shown(
     assert poll(logs, client) == ["three"]
 
 
-def test_unfinished_line_waits_for_its_end(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster) -> None:
+def test_unfinished_line_waits_for_its_end(logs: ReplicaLogs, client: JobClient[Any], cluster: FakeCluster) -> None:
     cluster.logs[POD] = stamped("whole") + "2026-01-01T00:00:01.0Z ha"
     assert poll(logs, client) == ["whole"]
     cluster.logs[POD] += "lf\n"
@@ -59,7 +57,7 @@ def test_unfinished_line_waits_for_its_end(logs: ReplicaLogs, client: PyTorchJob
 
 
 def test_last_line_of_an_ended_container_needs_no_end(
-    logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster
+    logs: ReplicaLogs, client: JobClient[Any], cluster: FakeCluster
 ) -> None:
     cluster.pods["job"] = [pod_body("job", container_statuses=[container_status(terminated(1))])]
     cluster.logs[POD] = "2026-01-01T00:00:01.0Z no newline"
@@ -68,7 +66,7 @@ def test_last_line_of_an_ended_container_needs_no_end(
 
 
 def test_restarted_container_gives_the_rest_of_the_old_log_first(
-    logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster
+    logs: ReplicaLogs, client: JobClient[Any], cluster: FakeCluster
 ) -> None:
     cluster.logs[POD] = stamped("old 1")
     assert poll(logs, client) == ["old 1"]
@@ -80,7 +78,7 @@ def test_restarted_container_gives_the_rest_of_the_old_log_first(
 
 
 def test_bare_sentence_in_place_of_a_log_is_passed_over(
-    logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster
+    logs: ReplicaLogs, client: JobClient[Any], cluster: FakeCluster
 ) -> None:
     cluster.logs[POD] = stamped("a")
     assert poll(logs, client) == ["a"]
@@ -90,7 +88,7 @@ def test_bare_sentence_in_place_of_a_log_is_passed_over(
     assert poll(logs, client) == ["b"]
 
 
-def test_api_outage_loses_no_line(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster) -> None:
+def test_api_outage_loses_no_line(logs: ReplicaLogs, client: JobClient[Any], cluster: FakeCluster) -> None:
     cluster.logs[POD] = stamped("a")
     pods = client.pods("space", "job")
 
@@ -105,7 +103,7 @@ def test_api_outage_loses_no_line(logs: ReplicaLogs, client: PyTorchJobClient, c
 
 
 def test_log_that_cannot_be_read_does_not_hold_up_the_others(
-    logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+    logs: ReplicaLogs, client: JobClient[Any], cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each read of a log on a node that is down takes as long as a request may take."""
     names = [f"worker-{n}" for n in range(8)]
@@ -133,7 +131,7 @@ def test_log_that_cannot_be_read_does_not_hold_up_the_others(
     assert list(logs.drain(client.pods("space", "job"), cluster.clock.sleep)) == []
 
 
-def test_tails_outlive_the_pods(logs: ReplicaLogs, client: PyTorchJobClient, cluster: FakeCluster) -> None:
+def test_tails_outlive_the_pods(logs: ReplicaLogs, client: JobClient[Any], cluster: FakeCluster) -> None:
     cluster.logs[POD] = stamped(*(f"line {i}" for i in range(100)))
     poll(logs, client)
     cluster.pods.clear()

@@ -12,8 +12,9 @@ from syrupy.assertion import SnapshotAssertion
 
 from resources.kubernetes.config import StrictConfig, print_manifest, render_manifest
 from resources.kubernetes.errors import SettingsError
+from resources.kubernetes.job_config import SecretKey
 from resources.pytorch_job import __main__ as command
-from resources.pytorch_job.config import PodTemplate, PyTorchJobConfig, RunPolicy, SecretKey
+from resources.pytorch_job.config import PodTemplate, PyTorchJobConfig, RunPolicy
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
 
 COMMITTED = Path(__file__).parents[3] / "k8s/pytorchjob"
@@ -55,6 +56,7 @@ SENTINELS: dict[type[BaseModel], dict[str, tuple[Any, str]]] = {
         "service_account_name": ("account-sentinel", '"serviceAccountName": "account-sentinel"'),
         "run_as_user": (1234, '"runAsUser": 1234'),
         "termination_grace_seconds": (43, '"terminationGracePeriodSeconds": 43'),
+        "queue": ("queue-sentinel", '"labels": {"kueue.x-k8s.io/queue-name": "queue-sentinel"}'),
         "labels": ({"label": "sentinel"}, '"labels": {"label": "sentinel"}'),
         "pod_template": (PodTemplate(container_config={"tty": True}), '"tty": true'),
         "extra_spec": ({"sentinel": 1}, '"sentinel": 1'),
@@ -104,7 +106,7 @@ def test_every_setting_reaches_the_manifest(model: type[BaseModel], name: str) -
 
 def test_sentinel_tables_cover_every_field_of_every_model() -> None:
     models = {each for each in StrictConfig.__subclasses__() if each.__module__.startswith("resources.pytorch_job.")}
-    assert set(SENTINELS) == models
+    assert set(SENTINELS) == models | {PyTorchJobConfig, SecretKey}
     for model, fields in SENTINELS.items():
         assert set(fields) == set(model.model_fields), model
 

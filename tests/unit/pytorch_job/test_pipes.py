@@ -15,15 +15,16 @@ from dagster._core.pipes.reattach import PIPES_LAUNCH_HANDLE_METADATA_KEY
 from dagster._core.storage.tags import RESUME_RETRY_TAG
 
 from resources.kubernetes.diagnosis import WatchLimits
+from resources.kubernetes.job_config import JobConfig
 from resources.kubernetes.messages import PipesStoreMessageReader
+from resources.kubernetes.pipes import PipesJobClient
 from resources.kubernetes.watch import JobWatcher
 from resources.object_store import FolderStore
 from resources.pipes_store import STORE_URI_PARAM
-from resources.pytorch_job.client import PipesPyTorchJobClient, PyTorchJobClient
-from resources.pytorch_job.config import PyTorchJobConfig
 from tests.unit.pytorch_job.fake_cluster import (
     RUNNING,
     FakeCluster,
+    Kind,
     api_error,
     container_status,
     pod_body,
@@ -42,14 +43,21 @@ class Story:
     cluster: FakeCluster
     store: FolderStore
     instance: dg.DagsterInstance
-    config: PyTorchJobConfig = field(default_factory=lambda: PyTorchJobConfig(image="image:1", replicas=2))
     epochs: list[tuple[int, bool]] = field(default_factory=list)
     after_training: Callable[[], None] = lambda: None
 
-    def client(self) -> PipesPyTorchJobClient:
-        return PipesPyTorchJobClient(
+    @property
+    def kind(self) -> Kind:
+        return self.cluster.kind
+
+    @property
+    def config(self) -> JobConfig:
+        return self.kind.config(image="image:1", replicas=2)
+
+    def client(self) -> PipesJobClient[Any]:
+        return self.kind.pipes(
             message_store=self.store,
-            client=PyTorchJobClient(self.cluster, self.cluster),
+            client=self.kind.client(self.cluster, self.cluster),
             namespace="space",
             limits=WatchLimits(outage_timeout_seconds=60, unschedulable_timeout_seconds=100),
             clock=self.cluster.clock,
@@ -86,7 +94,7 @@ class Story:
     def say(self, *epochs: int) -> None:
         """Let the process in the pod say something, as the manifest tells it to."""
         (job,) = self.cluster.jobs.values()
-        launch_id = job["metadata"]["annotations"]["dagster/pytorch-job-launch"]
+        launch_id = job["metadata"]["annotations"][self.kind.job.launch_annotation()]
         speak({STORE_URI_PARAM: self.store.at(f"messages/{launch_id}/").uri()}, *epochs)
 
     def status(self, result: dg.ExecuteInProcessResult) -> dg.DagsterRunStatus:
@@ -112,8 +120,8 @@ def test_success_brings_results_metadata_and_logs(story: Story, capsys: pytest.C
     assert result.success
     metadata = result.asset_materializations_for_node("trained")[0].metadata
     assert metadata["epochs"].value == 2
-    assert str(metadata["pytorch_job"].value).startswith("space/cifar10-")
-    assert metadata["pytorch_job_adopted"].value is False
+    assert str(metadata[story.kind.key].value).startswith("space/cifar10-")
+    assert metadata[f"{story.kind.key}_adopted"].value is False
     assert story.epochs == [(1, False), (2, False)]
     assert "[master-0] loss 0.5" in capsys.readouterr().out
 
@@ -124,10 +132,19 @@ def test_manifest_carries_run_step_and_pipes(story: Story) -> None:
     (job,) = story.cluster.jobs.values()
     assert job["metadata"]["labels"]["dagster/run-id"] == result.run_id
     assert job["metadata"]["labels"]["dagster/op"] == "trained"
-    for replica in job["spec"]["pytorchReplicaSpecs"].values():
-        assert replica["template"]["metadata"]["labels"]["dagster/run-id"] == result.run_id
-        names = {variable["name"] for variable in replica["template"]["spec"]["containers"][0]["env"]}
-        assert {"DAGSTER_PIPES_CONTEXT", "DAGSTER_PIPES_MESSAGES"} <= names
+    for labels, env in pods_of(job["spec"]):
+        assert labels["dagster/run-id"] == result.run_id
+        assert {"DAGSTER_PIPES_CONTEXT", "DAGSTER_PIPES_MESSAGES"} <= {variable["name"] for variable in env}
+
+
+def pods_of(spec: dict[str, Any]) -> Iterator[tuple[dict[str, str], list[dict[str, Any]]]]:
+    """Labels and environment of each kind of pod in the spec of a job."""
+    for replica in spec.get("pytorchReplicaSpecs", {}).values():
+        template = replica["template"]
+        yield template["metadata"]["labels"], template["spec"]["containers"][0]["env"]
+    for patch in spec.get("runtimePatches", ()):
+        (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        yield node["template"]["spec"]["template"]["metadata"]["labels"], spec["trainer"]["env"]
 
 
 def test_launch_is_recorded_for_dagsters_own_reattachment(story: Story) -> None:
@@ -223,7 +240,7 @@ def test_cancelled_while_a_create_call_without_an_answer_is_on_its_way(story: St
             raise TimeoutError("no answer in 10 s")
 
     def store_late() -> None:
-        labels = {"app.kubernetes.io/managed-by": "dagster-pytorch-job", **late_labels()}
+        labels = {"app.kubernetes.io/managed-by": story.kind.job.managed_by(), **late_labels()}
         body = {"metadata": {"name": "late", "namespace": "space", "labels": labels}}
         story.cluster.create_namespaced_custom_object("", "", "space", "", body)
 
@@ -301,7 +318,7 @@ def test_step_retry_after_an_outage_adopts_the_job_and_records_metrics_once(stor
     assert story.cluster.num_created == 1
     assert story.epochs == [(1, False), (1, True), (2, False)]
     metadata = result.asset_materializations_for_node("trained")[0].metadata
-    assert (metadata["epochs"].value, metadata["pytorch_job_adopted"].value) == (2, True)
+    assert (metadata["epochs"].value, metadata[f"{story.kind.key}_adopted"].value) == (2, True)
 
 
 def test_job_that_succeeded_is_not_run_again_when_the_step_fails_later(story: Story) -> None:

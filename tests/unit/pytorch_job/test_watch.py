@@ -8,9 +8,10 @@ import pytest
 
 from resources.kubernetes.diagnosis import Cause, WatchLimits
 from resources.kubernetes.errors import ApiRefusedError, ApiUnavailableError, ResourceDeletedError, ResourceFailedError
+from resources.kubernetes.job import JobClient, JobState
 from resources.kubernetes.watch import JobWatcher
-from resources.pytorch_job.client import JobState, PyTorchJobClient
 from tests.unit.pytorch_job.fake_cluster import (
+    PYTORCH_JOB,
     RUNNING,
     FakeCluster,
     api_error,
@@ -31,7 +32,7 @@ LIMITS = WatchLimits(
 
 
 class Watched:
-    def __init__(self, cluster: FakeCluster, client: PyTorchJobClient):
+    def __init__(self, cluster: FakeCluster, client: JobClient[Any]):
         self.cluster = cluster
         self.client = client
         self.lines: list[str] = []
@@ -61,13 +62,13 @@ class Watched:
         with pytest.raises(ResourceFailedError) as caught:
             self.wait()
         assert caught.value.diagnosis.cause == cause
-        for text in ("PyTorchJob space/job", *texts):
+        for text in (f"{self.client.resource.kind} space/job", *texts):
             assert text in str(caught.value)
         return caught.value
 
 
 @pytest.fixture
-def watched(cluster: FakeCluster, client: PyTorchJobClient) -> Watched:
+def watched(cluster: FakeCluster, client: JobClient[Any]) -> Watched:
     return Watched(cluster, client)
 
 
@@ -207,10 +208,33 @@ def test_suspended_job_is_not_given_up(watched: Watched, cluster: FakeCluster) -
     assert watched.wait().status.state.finished
 
 
+def test_what_a_suspension_ended_is_not_the_reason_of_a_later_failure(watched: Watched, cluster: FakeCluster) -> None:
+    """Kueue preempts the job: its pods are told to end, and others continue when there is room again."""
+    preempted = pod_body("job", container_statuses=[container_status(RUNNING)])
+    watched.create(pods_at(0, preempted))
+    cluster.condition("job", "Running")
+
+    def suspend() -> None:
+        cluster.condition("job", "Suspended")
+        preempted["metadata"]["deletion_timestamp"] = "2026-01-01T00:00:00Z"
+        preempted["status"] |= {"phase": "Failed", "container_statuses": [container_status(terminated(143))]}
+
+    def resume() -> None:
+        cluster.condition("job", "Running")
+        failed = pod_body("job", phase="Failed", container_statuses=[container_status(terminated(3))])
+        failed["metadata"] |= {"uid": "another", "name": "another-master-0"}
+        cluster.pods["job"] = [preempted, failed]
+
+    cluster.clock.after(10, suspend)
+    cluster.clock.after(500, resume)
+    cluster.clock.after(502, lambda: cluster.condition("job", "Failed"))
+    error = watched.fails(Cause.EXIT_CODE, "exit code 3")
+    assert "143" not in str(error)
+
+
 def test_deadline_shows_what_the_replicas_were_doing(watched: Watched, cluster: FakeCluster) -> None:
     watched.create(runs_and_succeeds(seconds=1000, log="2026-01-01T00:00:00Z epoch 3 of 90\n"))
-    message = "Job job has failed because it was active longer than specified deadline"
-    cluster.clock.after(30, lambda: cluster.condition("job", "Failed", message))
+    cluster.clock.after(30, lambda: cluster.condition("job", "Failed", cluster.kind.deadline_message))
     watched.fails(Cause.DEADLINE, "active_deadline_seconds", "epoch 3 of 90")
 
 
@@ -327,16 +351,19 @@ def test_persistent_refusal_ends_the_watch(watched: Watched, cluster: FakeCluste
 
 
 def succeeds_without_the_operator(cluster: FakeCluster, name: str) -> None:
+    """A PyTorchJob ends with its master, a TrainJob with the last of its nodes."""
+    ended = container_status(terminated(0, "Completed"))
+    worker = ("Running", container_status(RUNNING)) if cluster.kind is PYTORCH_JOB else ("Succeeded", ended)
     cluster.pods[name] = [
-        pod_body(name, phase="Succeeded", container_statuses=[container_status(terminated(0, "Completed"))]),
-        pod_body(name, "worker-0", container_statuses=[container_status(RUNNING)]),
+        pod_body(name, phase="Succeeded", container_statuses=[ended]),
+        pod_body(name, "worker-0", phase=worker[0], container_statuses=[worker[1]]),
     ]
     cluster.condition(name, "Running")
 
 
 def test_pods_that_ended_while_the_operator_is_away_end_the_watch(watched: Watched, cluster: FakeCluster) -> None:
     watched.create(succeeds_without_the_operator)
-    error = watched.fails(Cause.OPERATOR_AWAY, "master-0: it ended as Succeeded", "training operator", "adopts it")
+    error = watched.fails(Cause.OPERATOR_AWAY, "master-0: it ended as Succeeded", watched.client.operator, "adopts it")
     assert LIMITS.start_timeout_seconds <= cluster.clock() - 1000 <= LIMITS.start_timeout_seconds + 3
     assert not error.diagnosis.remove, "the job is not removed"
     assert error.transient
@@ -400,7 +427,7 @@ def test_old_obstacles_are_forgotten(watched: Watched, cluster: FakeCluster) -> 
 def test_job_that_outlives_its_deadline_is_given_up(watched: Watched, cluster: FakeCluster) -> None:
     """The operator is gone, and the node that would end the pod as well."""
     watched.create(runs_and_succeeds(seconds=100_000))
-    cluster.jobs["job"]["spec"] = {"runPolicy": {"activeDeadlineSeconds": 1000}}
+    cluster.jobs["job"]["spec"] = dict(cluster.kind.deadline_spec)
     cluster.clock.after(500, lambda: cluster.condition("job", "Suspended"))
     cluster.clock.after(5000, lambda: cluster.condition("job", "Running"))
     error = watched.fails(Cause.DEADLINE, "still Running", "its deadline is 1000 s")

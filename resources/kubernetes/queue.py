@@ -1,0 +1,81 @@
+"""Jobs that wait for quota in a queue of Kueue: why, and for how long. Written for v1beta2 of Kueue 0.19."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from resources.kubernetes.api import CustomResource, CustomResourceClient
+from resources.kubernetes.errors import KubernetesError
+from resources.kubernetes.naming import selector
+
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+"""On a job: the LocalQueue that it is in. Kueue keeps such a job suspended until there is room for it."""
+JOB_UID_LABEL = "kueue.x-k8s.io/job-uid"
+
+
+class Workload(CustomResource):
+    """What Kueue makes of a job in a queue."""
+
+    kind = "Workload"
+
+    @property
+    def waits_for(self) -> str:
+        """Why Kueue does not let the job start, in Kueue's words; empty where it says nothing."""
+        conditions = {each["type"]: each for each in (self.body.get("status") or {}).get("conditions") or ()}
+        for kind in ("QuotaReserved", "Admitted"):
+            condition = conditions.get(kind) or {}
+            if condition.get("status") == "False":
+                return f"{condition.get('reason') or kind}: {condition.get('message') or 'no message'}"
+        return ""
+
+
+class WorkloadClient(CustomResourceClient[Workload]):
+    """Reads Workloads through injected API objects."""
+
+    resource = Workload
+    group, version, plural = "kueue.x-k8s.io", "v1beta2", "workloads"
+    pod_label = QUEUE_LABEL
+    operator = "Kueue"
+
+    def why_waits(self, job: CustomResource) -> str:
+        """Why the queue that a job is in does not start it; empty where nothing says so, or it may not be read."""
+        try:
+            found = self.find(job.namespace, selector(**{JOB_UID_LABEL: job.uid}))
+        except KubernetesError as error:
+            return f"its Workload cannot be read: {error}"
+        return found[-1].waits_for if found else ""
+
+
+class QueueWait:
+    """Adds up for how long a job was suspended, and logs each new reason."""
+
+    def __init__(self, clock: Callable[[], float], logger: logging.Logger, workloads: WorkloadClient):
+        self._clock = clock
+        self._log = logger
+        self._workloads = workloads
+        self._seen_at: float | None = None
+        self._logged = ""
+        self.seconds = 0.0
+        self.reason = ""
+        """The last one that the queue gave."""
+
+    def observe(self, job: CustomResource, *, suspended: bool) -> None:
+        """Take note of one look at the job."""
+        now = self._clock()
+        if self._seen_at is not None:
+            self.seconds += now - self._seen_at
+            if not suspended:
+                self._logged = ""
+                self._log.info("%s is no longer suspended. It has waited for %.0f s in all.", job, self.seconds)
+        self._seen_at = now if suspended else None
+        queue = job.labels.get(QUEUE_LABEL)
+        reason = self._workloads.why_waits(job) if suspended and queue else ""
+        if reason and reason != self._logged:
+            self._log.info("%s waits in queue %s: %s", job, queue, reason)
+            self.reason = self._logged = reason
+
+    def metadata(self, prefix: str) -> dict[str, Any]:
+        """What to record of it; empty where the job was never suspended."""
+        if not self.seconds:
+            return {}
+        return {f"{prefix}_queue_seconds": round(self.seconds, 1), f"{prefix}_queue_reason": self.reason or "suspended"}
