@@ -91,7 +91,7 @@ def _kubernetes(settings: Settings) -> dict[str, Any]:
 
 
 def trainer_for(settings: Settings, object_store: ObjectStoreResource) -> "KubernetesTrainer":
-    """The trainer of a cluster: for the kind of job that the settings name, or for each that TRAINER_JOB fits."""
+    """The trainer of a cluster, for the kind of job in TRAINER_KIND or each kind for which TRAINER_JOB is valid."""
     from resources.pytorch_job.config import PyTorchJobConfig
     from resources.train_job.config import TrainJobConfig
     from resources.trainer.kubernetes import KubernetesTrainer

@@ -111,7 +111,7 @@ class CustomResourceClient(Generic[S]):
         return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
 
     def is_installed(self) -> bool:
-        """Whether the cluster knows the kind. Asking needs no Role."""
+        """Whether the cluster has the kind. Discovery needs no permissions."""
         what = f"look for {self.resource.kind}s in the cluster"
         try:
             known = self._ask(what, self._custom.get_api_resources, self.group, self.version)

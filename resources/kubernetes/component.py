@@ -1,4 +1,4 @@
-"""Dagster components whose assets a job of one kind makes, so that a YAML file defines them."""
+"""Base of Dagster components that define, in YAML, assets that a job produces."""
 
 from abc import ABC
 from collections.abc import Mapping, Sequence
@@ -16,20 +16,20 @@ from resources.object_store import open_store
 
 @dataclass
 class PipesJobComponent(dg.Component, dg.Resolvable, ABC):
-    """Assets made by one step that runs a job and reads its Pipes messages. A kind sets the two class attributes."""
+    """Assets of one step, which runs a job and reads its Pipes messages. A kind sets the two class attributes."""
 
     name: str
-    """Name of the step, and what the names of its jobs begin with."""
+    """Name of the step and prefix of its jobs' names."""
     assets: Sequence[dg.ResolvedAssetSpec]
-    """What the job makes. It reports them through Pipes."""
+    """Assets that the job produces and reports through Pipes."""
     job: Mapping[str, Any]
-    """Fields of the kind's config: image, command, replicas, and so on."""
+    """Fields of the kind's config, such as image, command and replicas."""
     message_store: str
     """URI of the folder for Pipes messages, such as s3://bucket/pipes. The pods need its credentials."""
     namespace: str | None = None
     """Namespace of the jobs; by default that of the pod or `default`."""
     extras: Mapping[str, Any] | None = None
-    """What the job's process reads as Pipes extras."""
+    """Pipes extras for the job's process."""
 
     client_class: ClassVar[type[PipesJobClient[Any]]]
     config_class: ClassVar[type[JobConfig]]
@@ -38,7 +38,7 @@ class PipesJobComponent(dg.Component, dg.Resolvable, ABC):
         self.config()
 
     def config(self) -> JobConfig:
-        """The job's settings. SettingsError names the fields that are wrong."""
+        """The job's settings. SettingsError names each invalid field."""
         try:
             return self.config_class(**self.job)
         except ValidationError as error:

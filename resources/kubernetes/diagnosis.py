@@ -122,7 +122,7 @@ class PodHistory:
                     self._exits[(pod.uid, container.name, end.finished_at, end.exit_code)] = end
 
     def forget(self, pods: Iterable[Pod]) -> None:
-        """Start again, and leave these pods out from now on."""
+        """Drop everything observed so far, and ignore these pods and those seen before from now on."""
         self._forgotten |= self.pods.keys() | {pod.uid for pod in pods}
         self.pods.clear()
         self._exits.clear()

@@ -128,7 +128,7 @@ class JobClient(CustomResourceClient[J], Generic[J]):
     """Adds the removal of jobs with their pods, and the diagnosis of jobs that do not start, end or succeed."""
 
     def workloads(self) -> WorkloadClient:
-        """Client of the Workloads that Kueue makes of jobs in a queue."""
+        """Client for the Workloads that Kueue creates for jobs in a queue."""
         return WorkloadClient(self._custom, self._core, self.request_timeout_seconds)
 
     def owners_of_pods(self, namespace: str, label_selector: str) -> set[tuple[str, str | None]]:
@@ -164,7 +164,7 @@ class JobClient(CustomResourceClient[J], Generic[J]):
         return [f"pod {pod.name}" for pod in pods]
 
     def obstacle(self, job: J, pods: Sequence[Pod]) -> Obstacle | None:
-        """What keeps the job from starting, or from ending after its first pod has ended; None if nothing does."""
+        """What keeps the job from starting, or from ending after its pods have ended; None if nothing does."""
         if job.status.state == JobState.SUSPENDED:
             return None
         if not pods:
@@ -176,10 +176,9 @@ class JobClient(CustomResourceClient[J], Generic[J]):
         return found
 
     def ended(self, pods: Sequence[Pod]) -> Pod | None:
-        """A pod with whose end the job has ended: one that failed, or any once all have finished."""
+        """A pod whose end should have ended the job: one that failed, or the first once all have finished."""
         failed = [pod for pod in pods if pod.phase == "Failed"]
-        over = failed or (pods if all(pod.finished for pod in pods) else ())
-        return over[0] if over else None
+        return failed[0] if failed else pods[0] if all(pod.finished for pod in pods) else None
 
     def advice(self, cause: Cause) -> str:
         """The advice for an obstacle."""
@@ -231,5 +230,5 @@ class JobClient(CustomResourceClient[J], Generic[J]):
         return [event for name in names for event in self.warnings(job.namespace, name)]
 
     def event_names(self, job: J) -> Sequence[str]:
-        """Names of the objects whose events are about the job, apart from its pods."""
+        """Names of the objects whose events concern the job, except its pods."""
         return (job.name,)

@@ -1,4 +1,4 @@
-"""Jobs that wait for quota in a queue of Kueue: why, and for how long. Written for v1beta2 of Kueue 0.19."""
+"""Why a job waits for quota in a queue of Kueue, and for how long. Written for Kueue 0.19 (v1beta2)."""
 
 import logging
 from collections.abc import Callable
@@ -9,18 +9,18 @@ from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.naming import selector
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-"""On a job: the LocalQueue that it is in. Kueue keeps such a job suspended until there is room for it."""
+"""Label of a job with its LocalQueue. Kueue keeps such a job suspended until its quota allows it to start."""
 JOB_UID_LABEL = "kueue.x-k8s.io/job-uid"
 
 
 class Workload(CustomResource):
-    """What Kueue makes of a job in a queue."""
+    """Kueue's record of a job in a queue."""
 
     kind = "Workload"
 
     @property
     def waits_for(self) -> str:
-        """Why Kueue does not let the job start, in Kueue's words; empty where it says nothing."""
+        """Why Kueue does not start the job, in its own words; empty if it gives no reason."""
         conditions = {each["type"]: each for each in (self.body.get("status") or {}).get("conditions") or ()}
         for kind in ("QuotaReserved", "Admitted"):
             condition = conditions.get(kind) or {}
@@ -38,7 +38,7 @@ class WorkloadClient(CustomResourceClient[Workload]):
     operator = "Kueue"
 
     def why_waits(self, job: CustomResource) -> str:
-        """Why the queue that a job is in does not start it; empty where nothing says so, or it may not be read."""
+        """Why the job's queue does not start it; empty if the job has no Workload yet."""
         try:
             found = self.find(job.namespace, selector(**{JOB_UID_LABEL: job.uid}))
         except KubernetesError as error:
@@ -47,7 +47,7 @@ class WorkloadClient(CustomResourceClient[Workload]):
 
 
 class QueueWait:
-    """Adds up for how long a job was suspended, and logs each new reason."""
+    """Sums up how long a job was suspended, and logs each new reason."""
 
     def __init__(self, clock: Callable[[], float], logger: logging.Logger, workloads: WorkloadClient):
         self._clock = clock
@@ -57,16 +57,16 @@ class QueueWait:
         self._logged = ""
         self.seconds = 0.0
         self.reason = ""
-        """The last one that the queue gave."""
+        """The last reason that the queue gave."""
 
     def observe(self, job: CustomResource, *, suspended: bool) -> None:
-        """Take note of one look at the job."""
+        """Record one poll of the job."""
         now = self._clock()
         if self._seen_at is not None:
             self.seconds += now - self._seen_at
             if not suspended:
                 self._logged = ""
-                self._log.info("%s is no longer suspended. It has waited for %.0f s in all.", job, self.seconds)
+                self._log.info("%s is no longer suspended. It has waited for %.0f s in total.", job, self.seconds)
         self._seen_at = now if suspended else None
         queue = job.labels.get(QUEUE_LABEL)
         reason = self._workloads.why_waits(job) if suspended and queue else ""
@@ -75,7 +75,7 @@ class QueueWait:
             self.reason = self._logged = reason
 
     def metadata(self, prefix: str) -> dict[str, Any]:
-        """What to record of it; empty where the job was never suspended."""
+        """Total wait and last reason; empty if the job was never suspended."""
         if not self.seconds:
             return {}
         return {f"{prefix}_queue_seconds": round(self.seconds, 1), f"{prefix}_queue_reason": self.reason or "suspended"}

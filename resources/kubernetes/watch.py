@@ -108,7 +108,7 @@ class JobWatcher(Generic[J]):
             return None
         self._pods_are_read = True
         if self._job.status.state == JobState.SUSPENDED:
-            self._history.forget(self._pods)  # they were told to end, which is not a failure of the job
+            self._history.forget(self._pods)  # they were stopped, which is not a failure of the job
         else:
             self._history.observe(self._pods)
         return self._pods

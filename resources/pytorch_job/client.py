@@ -62,7 +62,7 @@ class PyTorchJobClient(JobClient[PyTorchJob]):
         return f"{labels.get(_REPLICA_TYPE_LABEL, 'pod')}-{labels.get(_REPLICA_INDEX_LABEL, '0')}"
 
     def ended(self, pods: Sequence[Pod]) -> Pod | None:
-        """The job ends with its master, which is the first pod."""
+        """The job ends when its master, the first pod, ends."""
         return pods[0] if pods and pods[0].finished else super().ended(pods)
 
 

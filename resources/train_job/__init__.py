@@ -1,4 +1,4 @@
-"""TrainJobs of Kubeflow Trainer v2 from Dagster, as resources.pytorch_job is for PyTorchJobs. See docs/trainjob.md."""
+"""TrainJobs of Kubeflow Trainer v2 from Dagster: a Pipes client and its parts. See docs/trainjob.md."""
 
 from resources.kubernetes.errors import ResourceFailedError, SettingsError
 from resources.kubernetes.job import JobState

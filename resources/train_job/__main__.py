@@ -14,7 +14,7 @@ COMMAND = "python -m resources.train_job"
 
 
 def build(name: str, namespace: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The TrainJob of a settings file."""
+    """The TrainJob for a settings file."""
     return build_train_job_manifest(TrainJobConfig(**config), name=name, namespace=namespace)
 
 

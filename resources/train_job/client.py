@@ -25,7 +25,7 @@ INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 
 
 class TrainJob(Job):
-    """One stored TrainJob."""
+    """A stored TrainJob."""
 
     kind, slug, longest_suffix = KIND, "train-job", LONGEST_SUFFIX
     deadline_words, expires = "exceeded its active deadline", False
@@ -44,7 +44,7 @@ class TrainJob(Job):
 
 
 class JobSet(CustomResource):
-    """What Trainer makes of a TrainJob, under the same name. It owns the pods."""
+    """Created by Trainer for a TrainJob, with the same name. It owns the pods."""
 
     kind = "JobSet"
 
@@ -59,7 +59,7 @@ class JobSetClient(CustomResourceClient[JobSet]):
 
 
 class TrainJobClient(JobClient[TrainJob]):
-    """Reads and writes TrainJobs and their pods through injected API objects. `jobsets` does the same for JobSets."""
+    """Reads and writes TrainJobs, their JobSets and their pods through injected API objects."""
 
     resource = TrainJob
     group, version, plural = GROUP, VERSION, PLURAL
@@ -75,7 +75,7 @@ class TrainJobClient(JobClient[TrainJob]):
         return f"{name}-{(pod.metadata.annotations or {}).get(INDEX_ANNOTATION, '0')}"
 
     def remove(self, namespace: str, name: str, job: TrainJob | None, grace_seconds: int) -> list[str]:
-        """A JobSet that outlives its TrainJob counts too: Trainer would read the next one's status from it."""
+        """Also waits for the JobSet: Trainer would derive the status of the next TrainJob of that name from it."""
         left = super().remove(namespace, name, job, grace_seconds)
         jobset = self.jobsets.get(namespace, name)
         if jobset is None:
@@ -85,7 +85,7 @@ class TrainJobClient(JobClient[TrainJob]):
         return [*left, str(jobset)]
 
     def event_names(self, job: TrainJob) -> Sequence[str]:
-        """The TrainJob, its JobSet, which has the same name, and the Job that makes the pods."""
+        """The TrainJob, its JobSet of the same name, and the Job that creates the pods."""
         return (job.name, f"{job.name}-{CONTAINER_NAME}-0")
 
 
@@ -100,10 +100,10 @@ build_train_job_collector = functools.partial(build_job_collector, "train_job_co
 
 
 def read_status(status: Mapping[str, Any] | None, *, suspended: bool = False) -> JobStatus:
-    """State of a job from its `status`, and from whether its spec suspends it, which Trainer notes a little later.
+    """State of a job from its `status`. `suspended` is spec.suspend, which counts before Trainer has recorded it.
 
-    Trainer has no condition for a job that runs: the numbers of child Jobs say it. All nodes are one child Job, which
-    is ready once every node runs or has ended.
+    There is no condition for a running job, so its state is derived from the counts of child Jobs. All nodes are one
+    child Job, which is ready once every node runs or has ended.
     """
     status = status or {}
     held = {each.get("type"): each for each in status.get("conditions") or () if each.get("status") == "True"}
@@ -113,5 +113,5 @@ def read_status(status: Mapping[str, Any] | None, *, suspended: bool = False) ->
     if suspended or "Suspended" in held:
         return JobStatus(JobState.SUSPENDED)
     jobs: Sequence[Mapping[str, Any]] = status.get("jobsStatus") or ()
-    at_work = any(each.get("ready") or each.get("succeeded") for each in jobs)
-    return JobStatus(JobState.RUNNING if at_work else JobState.PENDING)
+    running = any(each.get("ready") or each.get("succeeded") for each in jobs)
+    return JobStatus(JobState.RUNNING if running else JobState.PENDING)

@@ -1,4 +1,4 @@
-"""The TrainJob as a mapping, from typed settings. Pure: no connection, no clock, inputs left as they are."""
+"""Builds the TrainJob as a mapping, from typed settings. Pure: no connection, no clock, inputs unchanged."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,16 +27,16 @@ def build_train_job_manifest(
     labels: Mapping[str, str] | None = None,
     annotations: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The whole custom resource. `env` and `labels` join those of the settings on every node.
+    """The complete custom resource. `env` and `labels` are added to those of the settings on every node.
 
-    SettingsError for a name from which JobSet would derive names of pods that are too long. Patches of `extra_spec` are
-    appended to those that the settings make.
+    SettingsError for a name that is invalid, also for a pod named after it. Runtime patches in `extra_spec` are
+    appended to the one made from the settings.
     """
     check_name(KIND, name, f"{name}-{CONTAINER_NAME}-0-{config.replicas - 1}-abcde")
     all_labels = {**config.labels, **(labels or {})}
     metadata = build_job_metadata(config, name, namespace, all_labels, annotations)
     template = build_pod_template(config, CONTAINER_NAME, env or {}, all_labels, K8sContainerContext())
-    trainer = _taken_from(template) | {"numNodes": config.replicas, "numProcPerNode": config.nproc_per_node}
+    trainer = _pop_trainer_fields(template) | {"numNodes": config.replicas, "numProcPerNode": config.nproc_per_node}
     extra = dict(config.extra_spec)
     spec = {
         "runtimeRef": {"apiGroup": GROUP, "kind": config.runtime_kind, "name": config.runtime},
@@ -47,10 +47,10 @@ def build_train_job_manifest(
     return {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "metadata": metadata, "spec": deep_merged(spec, extra)}
 
 
-def _taken_from(template: dict[str, Any]) -> dict[str, Any]:
-    """What Trainer has fields for, removed from the pod template, of which only what may be patched is left."""
+def _pop_trainer_fields(template: dict[str, Any]) -> dict[str, Any]:
+    """The fields of spec.trainer, removed from the pod template. Only what a patch may set is left there."""
     pod = template["spec"]
-    pod.pop("automountServiceAccountToken")  # only a runtime can say it
+    pod.pop("automountServiceAccountToken")  # can be set only in the runtime
     (container,) = pod["containers"]
     taken = {name: container.pop(name) for name in ("image", "command", "args", "env") if name in container}
     resources = container.pop("resources", None)
@@ -58,7 +58,7 @@ def _taken_from(template: dict[str, Any]) -> dict[str, Any]:
 
 
 def _patch(template: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
-    """The runtime's JobSet and pods get the labels, by which they are found, and the pods what is left of theirs."""
+    """Adds the labels to the runtime's JobSet and pods, and the rest of the pod template to the pods."""
     jobs = [{"name": CONTAINER_NAME, "template": {"spec": {"template": template}}}]
     jobset = {"metadata": {"labels": dict(labels)}, "spec": {"replicatedJobs": jobs}}
     return {"manager": PATCH_MANAGER, "trainingRuntimeSpec": {"template": jobset}}

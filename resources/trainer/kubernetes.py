@@ -1,6 +1,7 @@
 """Training as a PyTorchJob or a TrainJob: the same spec, command and messages as the local trainer's process."""
 
 import json
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
@@ -10,8 +11,9 @@ from pydantic import Field, ValidationError
 
 from resources.errors import ConfigError
 from resources.kubernetes.collector import CollectorTarget, build_job_collector
-from resources.kubernetes.diagnosis import WatchLimits
-from resources.kubernetes.errors import SettingsError
+from resources.interrupts import sleep
+from resources.kubernetes.diagnosis import Outage, WatchLimits
+from resources.kubernetes.errors import ApiUnavailableError, SettingsError
 from resources.kubernetes.job import JobClient
 from resources.kubernetes.pipes import PipesJobClient
 from resources.kubernetes.steps import as_dagster_failure
@@ -30,15 +32,13 @@ _KINDS: Mapping[str, type[PipesJobClient[Any]]] = {
     "pytorch_job": PipesPyTorchJobClient,
     "train_job": PipesTrainJobClient,
 }
-"""The trainer's field with the settings of each kind, and what runs it. The first that the cluster has is used."""
+"""Each kind's field with its settings, and its client. The first kind that the cluster has is used."""
 
 
 class KubernetesTrainer(TrainerResource):
     """Runs the trainer image as a PyTorchJob or a TrainJob and relays its messages.
 
-    Where both have settings, the kind that the cluster knows is taken, PyTorchJob first.
-
-    A failed job is dg.Failure with cause, exit code and log tails as metadata; it allows a retry only if the cause is
+    If both have settings, the kind that the cluster has is used, PyTorchJob first. A failed job is dg.Failure with cause, exit code and log tails as metadata; it allows a retry only if the cause is
     outside the training.
     """
 
@@ -78,10 +78,8 @@ class KubernetesTrainer(TrainerResource):
                 messages.handle(payload)
 
         with closing(messages), as_dagster_failure():
-            kind = self.kind()
+            kind = self._kind_after_outage(context)
             config = self.job_config(kind, spec, scale, child_environment)
-            client: Any = _KINDS[kind].client_class
-            context.log.info("Training in a %s.", client.resource.kind)
             done = self.pipes_client(kind).run(
                 context=context,
                 config=config,
@@ -93,13 +91,29 @@ class KubernetesTrainer(TrainerResource):
         return messages.result()
 
     def kind(self) -> str:
-        """The field of the kind to use. SettingsError where the cluster has none of those that have settings."""
+        """Field of the kind to use. SettingsError if the cluster has none of the kinds with settings."""
         kinds = [kind for kind in _KINDS if getattr(self, kind)]
         found = kinds if len(kinds) == 1 else [kind for kind in kinds if self.connect(kind).is_installed()]
         if not found:
             operators = " or ".join(_KINDS[kind].client_class.operator for kind in kinds or _KINDS)
-            raise SettingsError(f"The cluster has no kind of job to train in: install {operators} and its CRDs.")
+            raise SettingsError(f"The cluster has no kind of job for trainings: install {operators} and its CRDs.")
         return found[0]
+
+    def _kind_after_outage(self, context: dg.AssetExecutionContext) -> str:
+        limits = self.limits()
+        outage = Outage(
+            time.monotonic, limits.outage_timeout_seconds, logger=context.log, meanwhile="the training waits to start"
+        )
+        while True:
+            try:
+                kind = self.kind()
+            except ApiUnavailableError as error:
+                outage.endure(error)
+                sleep(limits.poll_interval_seconds)
+                continue
+            client: Any = _KINDS[kind].client_class
+            context.log.info("Training as a %s.", client.resource.kind)
+            return kind
 
     def job_config(
         self, kind: str, spec: TrainingSpec, scale: TrainingScale, child_environment: Mapping[str, str]
@@ -118,8 +132,8 @@ class KubernetesTrainer(TrainerResource):
         env[JOB_SPEC_VARIABLE] = self._spec_for_pods(spec).model_dump_json()
         settings = job.model_dump() | scale.model_dump(exclude_none=True)
         settings["env"] = {**job.env, **env}
-        # Both operators tell torchrun in PET_... variables what it needs to know; only the training operator tells a
-        # process that is alone in its pod, too.
+        # Both operators set torchrun's PET_... variables. Only the training operator also sets RANK and WORLD_SIZE, for
+        # a single process in each pod.
         several = settings["nproc_per_node"] > 1 or (settings["replicas"] > 1 and isinstance(job, TrainJobConfig))
         if several and not job.command:
             settings["command"] = ["python", "-m", f"{self.module}.launch"]
@@ -162,7 +176,7 @@ class KubernetesTrainer(TrainerResource):
 
 
 def _may_open_store(job: TrainingJobConfig) -> bool:
-    """Whether Secrets that the job names, or a runtime made for its namespace, may bring the store's credentials."""
+    """Whether the job's Secrets, or a runtime in its namespace, can contain the store's credentials."""
     if isinstance(job, TrainJobConfig):
         return job.runtime_kind == "TrainingRuntime" or set(CREDENTIALS[:2]) <= job.secret_env.keys()
     return bool(job.env_secrets)

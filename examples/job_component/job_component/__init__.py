@@ -1,1 +1,1 @@
-"""An asset defined in YAML that trains in a TrainJob. No CIFAR code."""
+"""An asset defined in YAML that trains as a TrainJob. No CIFAR code."""

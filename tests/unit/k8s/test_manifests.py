@@ -113,7 +113,7 @@ def test_trainer_settings_of_the_overlays_are_valid(overlay: str) -> None:
     assert isinstance(trainer.object_store.models, FolderStore)
 
 
-def test_every_training_of_the_overlay_kueue_is_in_the_queue_that_it_makes_and_fits_its_quota() -> None:
+def test_overlay_kueue_queues_trainings_and_its_quota_admits_one_at_a_time() -> None:
     folder = K8S / "overlays/kueue"
     (patch,) = yaml.safe_load((folder / "kustomization.yaml").read_text())["patches"]
     (change,) = yaml.safe_load(patch["patch"])

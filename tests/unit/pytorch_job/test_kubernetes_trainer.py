@@ -14,7 +14,7 @@ from cifar_assets.deployment import trainer_for
 from cifar_assets.training.recipes import RECIPES
 from cifar_assets.training.spec import JobSpec
 from resources.errors import ConfigError, TrainingError
-from resources.kubernetes.errors import SettingsError
+from resources.kubernetes.errors import ApiUnavailableError, SettingsError
 from resources.kubernetes.job import JobClient
 from resources.kubernetes.pipes import PipesJobClient
 from resources.mlflow.target import MlflowTarget
@@ -111,7 +111,7 @@ def test_epochs_become_observations_and_the_result_is_returned(
     assert result.success
     (materialization,) = result.asset_materializations_for_node("trained")
     assert materialization.metadata["model_digest"].value == DIGEST
-    assert f"Training in a {cluster.kind.job.kind}." in capfd.readouterr().err
+    assert f"Training as a {cluster.kind.job.kind}." in capfd.readouterr().err
     observations = [e for e in result.all_events if e.is_asset_observation]
     assert [o.asset_observation_data.asset_observation.metadata["train_loss"].value for o in observations] == [0.5]
 
@@ -233,7 +233,7 @@ def test_scale_of_the_run_reaches_the_job(trainer: KubernetesTrainer, kind: Kind
     assert trainer.job_config(kind.key, SPEC, TrainingScale(), STORE).command == []
 
 
-def test_what_the_scale_leaves_out_stays_as_the_trainers_job_has_it(tmp_path: Path, kind: Kind) -> None:
+def test_fields_omitted_from_the_scale_keep_the_value_of_the_trainer(tmp_path: Path, kind: Kind) -> None:
     environment = {"TRAINER_IMAGE": "x", "TRAINER_JOB": '{"gpu": 1, "replicas": 2, "nproc_per_node": 2, "cpu": "4"}'}
     trainer = trainer_for(settings_of(environment), LocalObjectStore(path=str(tmp_path)))
     config = trainer.job_config(kind.key, SPEC, TrainingScale(replicas=3, gpu=0), STORE)
@@ -242,7 +242,7 @@ def test_what_the_scale_leaves_out_stays_as_the_trainers_job_has_it(tmp_path: Pa
     assert trainer.job_config(kind.key, SPEC, TrainingScale(), STORE).gpu == 1
 
 
-def test_one_process_in_each_of_several_pods_needs_torchrun_where_the_operator_tells_only_that(
+def test_torchrun_starts_single_processes_if_the_operator_sets_no_rank(
     trainer: KubernetesTrainer, kind: Kind
 ) -> None:
     command = trainer.job_config(kind.key, SPEC, TrainingScale(replicas=2), STORE).command
@@ -252,7 +252,7 @@ def test_one_process_in_each_of_several_pods_needs_torchrun_where_the_operator_t
 @pytest.mark.parametrize(
     ("installed", "used"), [(KINDS, PYTORCH_JOB), ((PYTORCH_JOB,), PYTORCH_JOB), ((TRAIN_JOB,), TRAIN_JOB)]
 )
-def test_kind_is_what_the_cluster_has(
+def test_kind_is_the_first_that_the_cluster_has(
     tmp_path: Path, installed: tuple[Kind, ...], used: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = FakeCluster(installed=installed)
@@ -263,17 +263,40 @@ def test_kind_is_what_the_cluster_has(
     assert trainer.collector_target().client is clients[used.key]
 
 
-def test_kind_that_is_set_is_used_without_a_look(tmp_path: Path, kind: Kind) -> None:
+def test_configured_kind_is_used_without_discovery(tmp_path: Path, kind: Kind) -> None:
     assert trainer_in(tmp_path, kind).kind() == kind.key
 
 
-def test_cluster_without_a_kind_to_train_in_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_without_any_kind_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = FakeCluster(installed=())
     monkeypatch.setattr(
         KubernetesTrainer, "connect", lambda trainer, kind: KINDS[kind == "train_job"].client(cluster, cluster)
     )
     with pytest.raises(SettingsError, match="install the Kubeflow training operator or Kubeflow Trainer"):
         trainer_in(tmp_path, *KINDS).kind()
+
+
+def test_discovery_tolerates_an_api_outage(
+    train: Callable[..., dg.ExecuteInProcessResult],
+    trainer: KubernetesTrainer,
+    cluster: FakeCluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = iter([503, 503])
+
+    def kind(trainer: KubernetesTrainer) -> str:
+        for status in answers:
+            raise ApiUnavailableError(f"HTTP {status}")
+        return cluster.kind.key
+
+    waited: list[float] = []
+    monkeypatch.setattr(KubernetesTrainer, "kind", kind)
+    monkeypatch.setattr("resources.trainer.kubernetes.sleep", waited.append)
+    cluster.on_created = runs_and_succeeds()
+    cluster.clock.after(5, lambda: say(cluster, tmp_path, RESULT))
+    assert train().success
+    assert len(waited) == 2
 
 
 def test_invalid_scale_is_refused_naming_the_field(trainer: KubernetesTrainer, kind: Kind) -> None:
@@ -299,7 +322,7 @@ def test_pods_get_their_own_addresses_of_the_platform(tmp_path: Path, kind: Kind
     assert spec.identity == SPEC.identity
 
 
-def test_fields_of_one_kind_leave_only_that_kind(tmp_path: Path) -> None:
+def test_fields_of_one_kind_select_that_kind(tmp_path: Path) -> None:
     def kinds(**environment: str) -> list[str]:
         trainer = trainer_for(settings_of({"TRAINER_IMAGE": "x", **environment}), LocalObjectStore(path=str(tmp_path)))
         return [kind.key for kind in KINDS if getattr(trainer, kind.key)]

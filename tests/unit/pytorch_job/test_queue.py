@@ -1,4 +1,4 @@
-"""Jobs in a queue of Kueue: they wait as long as they must, say why, and continue after a preemption."""
+"""Jobs in a queue of Kueue wait without a time limit, report why, and continue after a preemption."""
 
 import math
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ PREEMPTED = "Preempted to accommodate a workload (UID: x) due to prioritization 
 
 
 class QueuedStory(Story):
-    """Its job waits in a queue until a test admits it."""
+    """A story whose job waits in a queue until the test admits it."""
 
     @property
     def config(self) -> JobConfig:
@@ -36,7 +36,7 @@ def condition(kind: str, status: str, reason: str, message: str) -> dict[str, st
 
 
 def waits(cluster: FakeCluster, name: str, reason: str = "WaitingForQuota", message: str = NO_QUOTA) -> None:
-    """What Kueue does with a job for which there is no room: its pods are told to end."""
+    """Kueue suspends the job, and its pods are deleted."""
     cluster.condition(name, "Suspended")
     cluster.pods.pop(name, None)
     cluster.workloads = [workload(cluster.jobs[name], condition("QuotaReserved", "False", reason, message))]
@@ -60,13 +60,13 @@ def story(cluster: FakeCluster, tmp_path: Path) -> Iterator[Story]:
         yield QueuedStory(cluster, FolderStore(tmp_path), instance)
 
 
-def test_the_queue_is_a_label_of_the_job_and_not_of_its_pods(story: Story) -> None:
+def test_queue_is_a_label_of_the_job_but_not_of_its_pods(story: Story) -> None:
     manifest = story.kind.pipes.build_manifest(story.config, name="job", namespace="space", labels={"a": "b"})
     assert manifest["metadata"]["labels"] == {"a": "b", QUEUE_LABEL: "small"}
     assert QUEUE_LABEL not in str(manifest["spec"])
 
 
-def test_job_that_waits_for_quota_uses_up_no_limit_and_says_why_and_for_how_long(story: Story) -> None:
+def test_waiting_for_quota_uses_up_no_limit_and_reports_reason_and_duration(story: Story) -> None:
     def act(cluster: FakeCluster, name: str) -> None:
         waits(cluster, name)
         cluster.clock.after(8000, lambda: admitted(cluster, name))
@@ -84,7 +84,7 @@ def test_job_that_waits_for_quota_uses_up_no_limit_and_says_why_and_for_how_long
     assert any("is no longer suspended. It has waited for 8" in line for line in log_of(story, result))
 
 
-def test_cancelled_while_it_waits(story: Story) -> None:
+def test_cancel_while_waiting_removes_the_job(story: Story) -> None:
     story.cluster.on_created = waits
     story.cluster.clock.after(3000, story.cancel)
     with execute(story) as result:
@@ -94,7 +94,7 @@ def test_cancelled_while_it_waits(story: Story) -> None:
     assert (story.cluster.jobs, story.cluster.pods) == ({}, {})
 
 
-def test_preempted_job_is_waited_for_and_continues(story: Story) -> None:
+def test_preempted_job_is_awaited_and_continues(story: Story) -> None:
     def act(cluster: FakeCluster, name: str) -> None:
         waits(cluster, name)
         cluster.clock.after(100, lambda: admitted(cluster, name))
@@ -114,7 +114,7 @@ def test_preempted_job_is_waited_for_and_continues(story: Story) -> None:
     assert any(PREEMPTED in line for line in log_of(story, result))
 
 
-def test_workload_that_may_not_be_read_costs_only_the_reason(story: Story) -> None:
+def test_unreadable_workload_costs_only_the_reason(story: Story) -> None:
     def act(cluster: FakeCluster, name: str) -> None:
         waits(cluster, name)
         cluster.clock.after(300, lambda: admitted(cluster, name))
@@ -147,5 +147,5 @@ def test_workload_that_may_not_be_read_costs_only_the_reason(story: Story) -> No
         ),
     ],
 )
-def test_reason_is_that_of_the_first_condition_that_is_missing(conditions: list[dict[str, str]], words: str) -> None:
+def test_reason_is_that_of_the_first_unmet_condition(conditions: list[dict[str, str]], words: str) -> None:
     assert Workload(workload({"metadata": {"uid": "x"}}, *conditions)).waits_for == words

@@ -1,4 +1,4 @@
-"""What is particular to TrainJobs; all else is in tests/unit/pytorch_job, whose tests run for both kinds."""
+"""What only TrainJobs do. tests/unit/pytorch_job runs for both kinds."""
 
 import logging
 import time
@@ -33,7 +33,7 @@ def launcher(client: TrainJobClient, cluster: FakeCluster) -> JobLauncher[TrainJ
 def test_failed_job_is_replaced_only_after_its_jobset_is_gone(
     launcher: JobLauncher[TrainJob], cluster: FakeCluster
 ) -> None:
-    """Trainer reads the status of a TrainJob from the JobSet of its name, whosever it is."""
+    """Trainer derives the status of a TrainJob from the JobSet of its name, whoever owns it."""
     launcher.start(REQUEST, MANIFEST)
     cluster.condition("job", "Failed")
     seen: list[bool] = []
@@ -46,7 +46,7 @@ def test_failed_job_is_replaced_only_after_its_jobset_is_gone(
 def test_jobset_whose_trainjob_vanished_is_deleted_if_it_is_ours(
     launcher: JobLauncher[TrainJob], cluster: FakeCluster, ours: bool
 ) -> None:
-    """As `kubectl delete trainjob --cascade=orphan` leaves it."""
+    """`kubectl delete trainjob --cascade=orphan` leaves one."""
     labels = {MANAGED_BY_LABEL: TrainJob.managed_by() if ours else "someone"}
     cluster.jobsets["job"] = {"metadata": {"name": "job", "namespace": "space", "uid": "set", "labels": labels}}
     if ours:
@@ -76,12 +76,12 @@ def test_first_node_may_end_long_before_the_others(client: TrainJobClient, clust
     assert watcher.wait_until_finished().finished
 
 
-def test_nodes_are_called_by_their_index(client: TrainJobClient, cluster: FakeCluster) -> None:
+def test_nodes_are_named_by_their_index(client: TrainJobClient, cluster: FakeCluster) -> None:
     cluster.pods["job"] = [pod_body("job", f"node-{index}") for index in (10, 2, 0)]
     assert [pod.replica for pod in client.pods("space", "job")] == ["node-0", "node-2", "node-10"]
 
 
-def test_events_of_the_job_that_makes_the_pods_are_shown(client: TrainJobClient, cluster: FakeCluster) -> None:
+def test_events_of_the_child_job_are_reported(client: TrainJobClient, cluster: FakeCluster) -> None:
     job = client.create(MANIFEST)
     assert job
     cluster.events["job-node-0"] = ["FailedCreate: exceeded quota"]
@@ -97,7 +97,7 @@ def test_finished_job_is_collected_a_day_after_its_run(
     hours: int,
     left: set[str],
 ) -> None:
-    """Trainer deletes none, and starts a failed one again once its JobSet is gone."""
+    """Trainer deletes no finished job."""
     sensor = build_train_job_collector(lambda context: CollectorTarget(client, "space", FolderStore(tmp_path)))
 
     @dg.job

@@ -1,4 +1,4 @@
-"""The manifest: every setting reaches it, nothing else does, and it equals what is committed."""
+"""Every setting reaches the manifest, and the committed manifests are up to date."""
 
 import copy
 import json
@@ -91,8 +91,8 @@ def test_labels_reach_the_job_its_jobset_and_its_pods() -> None:
     assert patched(manifest)["metadata"]["labels"] == wanted
 
 
-def test_patch_sets_nothing_that_only_the_trainer_or_the_runtime_may_set() -> None:
-    """Admission refuses an environment in a patch of the container `node`, and drops fields that it does not know."""
+def test_patch_sets_only_what_a_patch_may_set() -> None:
+    """Trainer refuses an environment in a patch of the container `node`, and unknown fields are dropped."""
     config = minimal(
         command=["a"], args=["b"], env={"A": "1"}, memory="1Gi", shared_memory="1Mi", node_selector={"a": "b"}
     )
@@ -102,19 +102,19 @@ def test_patch_sets_nothing_that_only_the_trainer_or_the_runtime_may_set() -> No
     assert set(template["spec"]) == {"nodeSelector", "securityContext", "terminationGracePeriodSeconds", "volumes"}
 
 
-def test_number_of_processes_is_always_said() -> None:
-    """Without it Trainer starts one for each CPU that a node asks for."""
+def test_number_of_processes_is_always_set() -> None:
+    """Without it Trainer starts one process for each CPU that a node requests."""
     assert build(minimal(cpu="8"))["spec"]["trainer"]["numProcPerNode"] == 1
 
 
-def test_patches_of_extra_spec_join_ours() -> None:
+def test_patches_of_extra_spec_are_appended() -> None:
     theirs = {"manager": "my.org/mine", "trainingRuntimeSpec": {}}
     spec = build(minimal(extra_spec={"runtimePatches": [theirs], "suspend": True}))["spec"]
     assert [patch["manager"] for patch in spec["runtimePatches"]] == ["dagster/train-job", "my.org/mine"]
     assert spec["suspend"] is True
 
 
-def test_builder_leaves_its_inputs_alone() -> None:
+def test_builder_does_not_change_its_inputs() -> None:
     config = minimal(env={"A": "1"}, labels={"a": "b"}, extra_spec={"runtimePatches": [{"manager": "x/y"}]})
     before = copy.deepcopy(config.model_dump())
     env, labels = {"C": "3"}, {"c": "d"}
@@ -139,12 +139,12 @@ def test_builder_leaves_its_inputs_alone() -> None:
         ({"memory": "4 GB"}, "memory '4 GB' is not a Kubernetes quantity"),
     ],
 )
-def test_settings_that_trainer_would_refuse_or_ignore_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_trainer_would_refuse_or_ignore_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         minimal(**settings)
 
 
-def test_name_from_which_jobset_would_make_names_that_are_too_long_is_refused() -> None:
+def test_name_too_long_for_its_pods_is_rejected() -> None:
     longest = "j" * (63 - len("-node-0-9-abcde"))
     build_train_job_manifest(minimal(replicas=10), name=longest, namespace="space")
     with pytest.raises(SettingsError, match=r"too long.*-node-0-10-abcde"):
@@ -169,13 +169,13 @@ def test_whole_manifest(snapshot: SnapshotAssertion) -> None:
     assert build(config, env={"DAGSTER_PIPES_CONTEXT": "..."}, labels={"dagster/run-id": "run"}) == snapshot
 
 
-def test_committed_manifest_equals_what_the_code_builds() -> None:
+def test_committed_manifest_is_up_to_date() -> None:
     settings = COMMITTED.with_name("trainer.settings.yaml")
     text = render_manifest(command.COMMAND, command.build, settings)
     assert COMMITTED.read_text() == text, f"Run: {command.COMMAND} {settings} > {COMMITTED}"
 
 
-def test_runtime_of_k8s_starts_a_failed_node_nowhere_again_and_job_and_runtime_restrict_the_pods() -> None:
+def test_committed_runtime_never_restarts_a_node_and_pods_are_restricted() -> None:
     runtime = yaml.safe_load((K8S / "runtime.yaml").read_text())
     job = yaml.safe_load(COMMITTED.read_text())
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]

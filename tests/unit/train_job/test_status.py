@@ -40,16 +40,16 @@ def test_state(state: str, status: dict[str, Any] | None) -> None:
     assert read_status(status).state == JobState(state)
 
 
-def test_a_suspension_counts_before_trainer_has_noted_it_and_an_end_counts_more() -> None:
+def test_suspension_counts_before_trainer_records_it_but_an_end_takes_precedence() -> None:
     assert read_status(None, suspended=True).state == JobState.SUSPENDED
     assert read_status({"jobsStatus": jobs(ready=1)}, suspended=True).state == JobState.SUSPENDED
     assert read_status({"conditions": [FAILED]}, suspended=True).state == JobState.FAILED
 
 
-def test_failure_without_a_message_gives_its_reason() -> None:
+def test_failure_without_a_message_reports_its_reason() -> None:
     assert read_status({"conditions": [{**FAILED, "message": ""}]}).message == "FailedJobs"
 
 
-def test_object_without_a_spec_is_read() -> None:
+def test_object_without_a_spec_is_pending() -> None:
     job = TrainJob({"metadata": {"name": "job", "namespace": "space"}})
     assert (job.status.state, job.deadline_seconds) == (JobState.PENDING, None)
