@@ -8,7 +8,7 @@ PATHS := cifar_assets resources examples tests k8s
 
 export CIFAR10_SOURCE
 
-.PHONY: help setup demo stop dev test lint minimal-imports types check format cluster-test audit fuzz
+.PHONY: help setup demo stop dev test lint minimal-imports types check format cluster-test cluster-test-all audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the commands.
@@ -57,6 +57,9 @@ format: setup ## Rewrite files in the project's style.
 	$(RUN) ruff format $(PATHS)
 
 cluster-test: setup ## Run tests on the cluster of KUBECONFIG, with the images loaded (see `make images`).
+	$(RUN) pytest tests/cluster -m "not thorough" $(ARGUMENTS)
+
+cluster-test-all: setup ## Also run the cluster tests that CI leaves out to save time.
 	$(RUN) pytest tests/cluster $(ARGUMENTS)
 
 audit: $(filter .uv/bin/uv,$(UV)) ## Look up known vulnerabilities of the locked packages. Needs api.osv.dev.

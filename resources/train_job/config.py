@@ -19,7 +19,8 @@ class TrainJobConfig(JobConfig):
 
     runtime: str = Field(default="torch-distributed", min_length=1, description="Name of the training runtime.")
     runtime_kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"] = Field(
-        default="ClusterTrainingRuntime", description="Whether the runtime belongs to the job's namespace or to the cluster."
+        default="ClusterTrainingRuntime",
+        description="Scope of the runtime: the job's namespace, or the cluster.",
     )
     active_deadline_seconds: int = Field(
         default=24 * 3600,

@@ -10,8 +10,8 @@ import dagster as dg
 from pydantic import Field, ValidationError
 
 from resources.errors import ConfigError
-from resources.kubernetes.collector import CollectorTarget, build_job_collector
 from resources.interrupts import sleep
+from resources.kubernetes.collector import CollectorTarget, build_job_collector
 from resources.kubernetes.diagnosis import Outage, WatchLimits
 from resources.kubernetes.errors import ApiUnavailableError, SettingsError
 from resources.kubernetes.job import JobClient
@@ -38,8 +38,8 @@ _KINDS: Mapping[str, type[PipesJobClient[Any]]] = {
 class KubernetesTrainer(TrainerResource):
     """Runs the trainer image as a PyTorchJob or a TrainJob and relays its messages.
 
-    If both have settings, the kind that the cluster has is used, PyTorchJob first. A failed job is dg.Failure with cause, exit code and log tails as metadata; it allows a retry only if the cause is
-    outside the training.
+    If both have settings, the kind that the cluster has is used, PyTorchJob first. A failed job is dg.Failure with
+    cause, exit code and log tails as metadata; it allows a retry only if the cause is outside the training.
     """
 
     object_store: dg.ResourceDependency[ObjectStoreResource]

@@ -14,14 +14,14 @@ import yaml
 from kubernetes import client as k8s
 from kubernetes import config as k8s_config
 
+from resources.kubernetes.job import JobClient
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
-from resources.pytorch_job.client import PyTorchJobClient
+from tests.cluster.kinds import EVERY_STORY, KINDS, STORE_SECRET, JobKind, is_installed
 from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, temporary_namespace, wait_for
 from tests.cluster.platform import Platform, is_kept
 from tests.fixtures.ports import free_port
 
-STORY_IMAGE = os.environ.get("TEST_STORY_IMAGE", "localhost/pytorch-job-story:test")
 MINIO_IMAGE = os.environ.get("TEST_MINIO_IMAGE", "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z")
 _KEYS = {"access_key": "story-access", "secret_key": "story-secret-key"}
 
@@ -44,11 +44,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def dump(namespace: str) -> str:
-    parts = []
+    parts, jobs = [], ",".join(job_plurals())
     for arguments in (
-        ["get", "pods,pytorchjobs,services", "-o", "wide"],
+        ["get", f"pods,{jobs},services", "-o", "wide"],
         ["get", "events", "--sort-by=.lastTimestamp"],
-        ["get", "pytorchjobs", "-o", "yaml"],
+        ["get", jobs, "-o", "yaml"],
     ):
         command = ["kubectl", "--request-timeout=30s", "-n", namespace, *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -72,15 +72,31 @@ def core() -> Any:
     return k8s.CoreV1Api(api)
 
 
-@pytest.fixture(scope="session")
-def jobs(core: Any) -> PyTorchJobClient:
-    return PyTorchJobClient.production()
+@pytest.fixture(params=EVERY_STORY)
+def kind(request: pytest.FixtureRequest, core: Any) -> JobKind:
+    """The kind of job of a story; skips if the cluster lacks it."""
+    kind: JobKind = request.param
+    if not is_installed(kind.client.group):
+        pytest.skip(f"the cluster does not have {kind.client.operator}")
+    return kind
+
+
+@pytest.fixture
+def jobs(kind: JobKind, namespace: str) -> JobClient[Any]:
+    """Client of the kind, with what its stories need in the namespace."""
+    kind.prepare(namespace)
+    return kind.client.production()
+
+
+def job_plurals() -> list[str]:
+    """The kinds of job that the cluster has, as kubectl names them."""
+    return [f"{each.client.plural}.{each.client.group}" for each in KINDS if is_installed(each.client.group)]
 
 
 def everything() -> set[str]:
     """Names of what a test could leave behind."""
-    kinds = "namespaces,persistentvolumes,pytorchjobs,persistentvolumeclaims,clusterroles,clusterrolebindings"
-    return set(kubectl("get", kinds, "-A", "-o", "name", "--ignore-not-found").split())
+    kinds = "namespaces,persistentvolumes,persistentvolumeclaims,clusterroles,clusterrolebindings"
+    return set(kubectl("get", ",".join([kinds, *job_plurals()]), "-A", "-o", "name", "--ignore-not-found").split())
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +133,7 @@ class Minio:
         volume = {"name": "data", "persistentVolumeClaim": {"claimName": "minio"}}
         template = {"metadata": {"labels": labels}, "spec": {"containers": [container], "volumes": [volume]}}
         objects = [
-            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "object-store"}, "stringData": secret},
+            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": STORE_SECRET}, "stringData": secret},
             {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "minio"}, "spec": claim},
             {
                 "apiVersion": "v1",
@@ -169,14 +185,15 @@ def minio(namespace: str) -> Iterator[Minio]:
 def no_jobs_left(namespace: str, core: Any) -> Iterator[None]:
     """Deletes the jobs of a test, so that the next one has the whole node."""
     yield
-    kubectl("-n", namespace, "delete", "pytorchjobs", "--all", "--wait=true", PATIENCE)
-    selector = ["-l", "training.kubeflow.org/job-name", "--ignore-not-found"]
-    kubectl("-n", namespace, "delete", "pods", *selector, "--grace-period=0", "--force")
-    wait_for("removal of pods", lambda: not pods_of(core, namespace))
+    kubectl("-n", namespace, "delete", ",".join(job_plurals()), "--all", "--wait=true", PATIENCE)
+    for kind in KINDS:
+        selector = ["-l", kind.client.pod_label, "--ignore-not-found"]
+        kubectl("-n", namespace, "delete", "pods", *selector, "--grace-period=0", "--force")
+        wait_for("removal of pods", lambda kind=kind: not pods_of(core, namespace, kind))
 
 
-def pods_of(core: Any, namespace: str) -> list[Any]:
-    return core.list_namespaced_pod(namespace, label_selector="training.kubeflow.org/job-name").items
+def pods_of(core: Any, namespace: str, kind: JobKind) -> list[Any]:
+    return core.list_namespaced_pod(namespace, label_selector=kind.client.pod_label).items
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,11 @@ from dagster._core.storage.tags import RESUME_RETRY_TAG
 from kubernetes import client as k8s
 
 from resources.kubernetes.diagnosis import WatchLimits
+from resources.kubernetes.job import JobClient
+from resources.kubernetes.job_config import JobConfig
 from resources.object_store.s3 import S3Store
-from resources.pytorch_job import PipesPyTorchJobClient, PyTorchJobClient, PyTorchJobConfig, RunPolicy
-from tests.cluster.conftest import STORY_IMAGE, Minio, pods_of
+from tests.cluster.conftest import Minio, pods_of
+from tests.cluster.kinds import KINDS, JobKind
 from tests.cluster.kubectl import wait_for
 
 LIMITS = WatchLimits(
@@ -30,40 +32,29 @@ LIMITS = WatchLimits(
 )
 
 
-def story_config(*command: str, **settings: Any) -> PyTorchJobConfig:
-    policy = RunPolicy(**{"active_deadline_seconds": 600, "backoff_limit": 2, **settings.pop("run_policy", {})})
-    return PyTorchJobConfig(
-        **{
-            "image": STORY_IMAGE,
-            "args": list(command),
-            "env_secrets": ["object-store"],
-            "cpu": "50m",
-            "memory": "128Mi",
-            "run_policy": policy,
-            **settings,
-        }
-    )
-
-
 @dataclass
 class ClusterStory:
     """One test on the cluster."""
 
+    kind: JobKind
     namespace: str
     core: Any
-    jobs: PyTorchJobClient
+    jobs: JobClient[Any]
     minio: Minio
     instance: dg.DagsterInstance
     epochs: list[tuple[int, bool]] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
-    client: PyTorchJobClient | None = None
+    client: JobClient[Any] | None = None
     limits: WatchLimits = LIMITS
 
-    def run(self, config: PyTorchJobConfig, *, parent: JobExecutionResult | str | None = None) -> JobExecutionResult:
+    def config(self, *command: str, **settings: Any) -> JobConfig:
+        return self.kind.config(*command, **settings)
+
+    def run(self, config: JobConfig, *, parent: JobExecutionResult | str | None = None) -> JobExecutionResult:
         return run_story(self, config, parent if isinstance(parent, str | None) else parent.run_id)
 
-    def failure(self, config: PyTorchJobConfig) -> str:
+    def failure(self, config: JobConfig) -> str:
         with self.run(config) as result:
             assert not result.success
             (event,) = [event for event in result.all_node_events if event.is_step_failure]
@@ -74,12 +65,16 @@ class ClusterStory:
         return [job.name for job in self.jobs.find(self.namespace)]
 
     def pods(self) -> list[Any]:
-        return pods_of(self.core, self.namespace)
+        return pods_of(self.core, self.namespace, self.kind)
 
     def is_heard(self) -> bool:
         """Whether the first message of a job has reached Dagster."""
+        return self.has_logged("the story begins")
+
+    def has_logged(self, text: str) -> bool:
+        """Whether a line of any run's log contains a text."""
         logs = [entry for run in self.instance.get_runs() for entry in self.instance.all_logs(run.run_id)]
-        return any("the story begins" in entry.user_message for entry in logs)
+        return any(text in entry.user_message for entry in logs)
 
     def running(self) -> bool:
         return any(pod.status.phase == "Running" for pod in self.pods())
@@ -105,12 +100,13 @@ class ClusterStory:
         assert run
         return run.status
 
-    def in_another_process(self, config: PyTorchJobConfig, home: Path) -> subprocess.Popen[bytes]:
+    def in_another_process(self, config: JobConfig, home: Path) -> subprocess.Popen[bytes]:
         """The same run as `run`, as a process that can be killed. Its Dagster instance is that of this story."""
         environment = {
             **os.environ,
             **self.minio.environment(),
             "DAGSTER_HOME": str(home),
+            "STORY_KIND": self.kind.name,
             "STORY_NAMESPACE": self.namespace,
             "STORY_CONFIG": config.model_dump_json(),
         }
@@ -119,7 +115,7 @@ class ClusterStory:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-CURRENT: list[tuple[ClusterStory, PyTorchJobConfig]] = []
+CURRENT: list[tuple[ClusterStory, JobConfig]] = []
 
 
 @dg.asset
@@ -130,7 +126,7 @@ def trained(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     def on_message(payload: Any, replayed: bool) -> None:
         story.epochs.append((payload["epoch"], replayed))
 
-    invocation = PipesPyTorchJobClient(
+    invocation = story.kind.pipes(
         message_store=story.minio.store().at("stories"),
         client=story.client or story.jobs,
         namespace=story.namespace,
@@ -152,7 +148,7 @@ def story_job() -> dg.JobDefinition:
     return dg.Definitions(assets=[trained], jobs=jobs).resolve_job_def("story")
 
 
-def run_story(story: ClusterStory, config: PyTorchJobConfig, parent_run_id: str | None) -> JobExecutionResult:
+def run_story(story: ClusterStory, config: JobConfig, parent_run_id: str | None) -> JobExecutionResult:
     """Run the story's job in this process; with a parent, as its retry from failure."""
     CURRENT.append((story, config))
     options, tags = None, {}
@@ -181,10 +177,11 @@ class _ForwardedMinio(Minio):
 def main() -> None:
     """The run as a separate process: see ClusterStory.in_another_process."""
     namespace = os.environ["STORY_NAMESPACE"]
-    config = PyTorchJobConfig.model_validate_json(os.environ["STORY_CONFIG"])
+    (kind,) = [each for each in KINDS if each.name == os.environ["STORY_KIND"]]
+    config = type(kind.config()).model_validate_json(os.environ["STORY_CONFIG"])
     with dg.DagsterInstance.get() as instance:
-        jobs = PyTorchJobClient.production()
-        story = ClusterStory(namespace, k8s.CoreV1Api(), jobs, _ForwardedMinio(namespace), instance)
+        jobs = kind.client.production()
+        story = ClusterStory(kind, namespace, k8s.CoreV1Api(), jobs, _ForwardedMinio(namespace), instance)
         with run_story(story, config, None) as result:
             sys.exit(0 if result.success else 1)
 

@@ -19,7 +19,7 @@ import yaml
 from tests.cluster.kubectl import PATIENCE, kubectl, temporary_namespace
 
 K8S = Path(__file__).parents[2] / "k8s"
-FOLDERS = ("platform", "access", "dagster", "argo")
+FOLDERS = ("platform", "access", "dagster", "argo", "trainjob")
 IMAGE = "python:3.11-slim"
 PORTS = {
     "minio": 9000,
@@ -31,6 +31,7 @@ PORTS = {
     "gloo": 45000,
 }
 _JOB = {"training.kubeflow.org/job-name": "job"}
+_JOBSET = {"jobset.sigs.k8s.io/jobset-name": "job"}
 
 _COMPONENT = "app.kubernetes.io/component"
 _NAME = "app.kubernetes.io/name"
@@ -45,6 +46,8 @@ PODS: dict[str, tuple[str, dict[str, str]]] = {
     "postgresql": ("cifar", {_NAME: "dagster-postgresql"}),
     "first-replica": ("cifar", {**_JOB, "training.kubeflow.org/replica-type": "master"}),
     "replica": ("cifar", {**_JOB, "training.kubeflow.org/replica-type": "worker"}),
+    "first-node": ("cifar", {**_JOBSET, "batch.kubernetes.io/job-completion-index": "0"}),
+    "node": ("cifar", {**_JOBSET, "batch.kubernetes.io/job-completion-index": "1"}),
     "server": ("cifar", {"serving.kserve.io/inferenceservice": "cifar10"}),
     "step": ("cifar", {"workflows.argoproj.io/workflow": "w"}),
     "unknown": ("cifar", {}),
@@ -53,6 +56,7 @@ PODS: dict[str, tuple[str, dict[str, str]]] = {
 }
 _DAGSTER = ("webserver", "daemon", "code", "run")
 _REPLICAS = ("first-replica", "replica")
+_NODES = ("first-node", "node")
 
 
 Way = tuple[str, str, str]
@@ -64,12 +68,16 @@ def _between(one: str, other: str) -> set[Way]:
 
 
 OPEN: set[Way] = {
-    *((client, "minio", "minio") for client in (*_DAGSTER, *_REPLICAS, "server", "step", "mlflow", "store-setup")),
-    *((client, "mlflow", "mlflow") for client in ("code", "run", "first-replica")),
+    *(
+        (client, "minio", "minio")
+        for client in (*_DAGSTER, *_REPLICAS, *_NODES, "server", "step", "mlflow", "store-setup")
+    ),
+    *((client, "mlflow", "mlflow") for client in ("code", "run", "first-replica", "first-node")),
     *((client, "postgresql", "postgresql") for client in _DAGSTER),
     *((client, "code", "code") for client in ("webserver", "daemon")),
     *((client, "server", "server") for client in ("code", "run", "application")),
     *_between(*_REPLICAS),
+    *_between(*_NODES),
     *_between("application", "stranger"),  # other namespaces
 }
 """Which pods reach which others, on which port."""

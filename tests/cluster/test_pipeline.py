@@ -22,8 +22,11 @@ from cifar_assets.model_package import METRICS_FILE, PERFORMANCE_FILE, ModelMani
 from resources.kubernetes.naming import RUN_ID_LABEL
 from resources.mlflow.resource import RUN_ID_TAG
 from resources.object_store.s3 import S3Store
+from tests.cluster.conftest import job_plurals
+from tests.cluster.kinds import K8S, TRAIN_JOB, JobKind, brief
 from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
 from tests.cluster.platform import PLATFORM_NAMESPACE, Platform
+from tests.cluster.queue import QUEUE, other_work, queue_with
 from tests.fixtures.workspace import ROOT, Workspace
 
 DATA = "cifar10/raw_dataset,cifar10/processed_dataset"
@@ -39,6 +42,11 @@ OVERRIDES = {
 COMMAND_SECONDS = 900
 """Far longer than any command takes."""
 POD = {"cpu": "200m", "memory": "2Gi"}
+SECOND = {
+    "PyTorchJob": "training.kubeflow.org/replica-type=worker,training.kubeflow.org/job-role!=master",
+    "TrainJob": "jobset.sigs.k8s.io/jobset-name,batch.kubernetes.io/job-completion-index=1",
+}
+"""Labels of the second pod of a training."""
 
 
 def training(**changes: Any) -> dict[str, Any]:
@@ -73,7 +81,24 @@ def models(platform: Platform) -> S3Store:
 @pytest.fixture
 def jobs_removed(platform: Platform) -> Iterator[None]:
     yield
-    kubectl("-n", platform.namespace, "delete", "pytorchjobs", "-l", RUN_ID_LABEL, "--wait=true", PATIENCE)
+    jobs = ",".join(job_plurals())
+    kubectl("-n", platform.namespace, "delete", jobs, "-l", RUN_ID_LABEL, "--wait=true", PATIENCE)
+
+
+@pytest.fixture
+def trainer_kind(kind: JobKind, platform: Platform, jobs_removed: None) -> dict[str, str]:
+    """Environment of a Dagster that trains with this kind of job."""
+    if kind is TRAIN_JOB:
+        kubectl("apply", "--server-side", "-k", str(K8S / "trainjob"))
+    return {"TRAINER_KIND": kind.setting}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digest of the model that two local processes train."""
+    local = _workspace(tmp_path_factory.mktemp("local"), {"DAGSTER_DEPLOYMENT": "local"})
+    _materialized(local, f"{DATA},{MODEL}", training(scale={"nproc_per_node": 2}))
+    return _latest_digest(local)
 
 
 def test_the_model_is_in_the_store_and_in_mlflow(
@@ -123,31 +148,57 @@ def test_model_below_the_threshold_is_rejected(cluster: Workspace, trained: str,
     assert kubectl("-n", platform.namespace, "get", "inferenceservices", "-o", "name", "--ignore-not-found") == ""
 
 
+@brief
 def test_master_and_worker_train_like_one_process(
-    cluster: Workspace, trained: str, models: S3Store, platform: Platform, jobs_removed: None
+    cluster: Workspace,
+    trained: str,
+    models: S3Store,
+    platform: Platform,
+    kind: JobKind,
+    trainer_kind: dict[str, str],
+    two_processes: str,
 ) -> None:
-    """With the worker's pod deleted during an epoch, the weights are bit-identical."""
+    """The model is that of two local processes, also with the second pod deleted during an epoch."""
     alone = _accuracy(*_latest_model(cluster, models), models)
     two = training(scale={**POD, "replicas": 2})
-    output = _materialized(cluster, MODEL, two)
-    assert "[worker-0] Process 2 of 2 has joined over gloo" in output
+    output = _materialized(cluster, MODEL, two, **trainer_kind)
+    assert f"[{kind.replicas[1]}] Process 2 of 2 has joined over gloo" in output
     undisturbed, manifest = _latest_model(cluster, models)
     assert _accuracy(undisturbed, manifest, models) == pytest.approx(alone, abs=0.1)
+    assert undisturbed == two_processes
 
-    checkpoints = models.at("checkpoints")
-    before = {info.key for info in checkpoints.list()}
-    process = _start(cluster, two)
-    wait_for("a checkpoint", lambda: {info.key for info in checkpoints.list()} - before, COMMAND_SECONDS)
-    worker = "training.kubeflow.org/replica-type=worker,training.kubeflow.org/job-role!=master"
-    kubectl("-n", platform.namespace, "delete", "pod", "-l", worker, "--wait=false")
+    process = _start_until_checkpoint(cluster, models, two, trainer_kind)
+    kubectl("-n", platform.namespace, "delete", "pod", "-l", SECOND[kind.name], "--wait=false")
     output, _ = process.communicate(timeout=COMMAND_SECONDS)
     assert process.returncode == 0, output
-    assert _latest_model(cluster, models)[0] == undisturbed
-    with cluster.instance() as instance:
-        event = instance.get_latest_materialization_event(TRAINED_MODEL)
-    assert event is not None
-    assert event.asset_materialization is not None
-    assert event.asset_materialization.metadata["resumed_from"].value != "the start"
+    assert _latest_digest(cluster) == undisturbed
+    assert _latest(cluster).metadata["resumed_from"].value != "the start"
+
+
+@pytest.mark.thorough
+def test_preempted_training_makes_the_same_model(
+    cluster: Workspace,
+    trained: str,
+    models: S3Store,
+    platform: Platform,
+    kind: JobKind,
+    trainer_kind: dict[str, str],
+) -> None:
+    _materialized(cluster, MODEL, training(), **trainer_kind)
+    undisturbed = _latest_digest(cluster)
+    job = json.loads(platform.environment()["TRAINER_JOB"])
+    queued = {**trainer_kind, "TRAINER_JOB": json.dumps({**job, "queue": QUEUE})}
+    with queue_with(platform.namespace, cpu="300m"):
+        process = _start_until_checkpoint(cluster, models, training(), queued)
+        with other_work(platform.namespace, "200m", urgent=True):
+            pods = ("-n", platform.namespace, "get", "pods", "-l", kind.client.pod_label, "-o", "name")
+            wait_for("the end of the training's pods", lambda: not kubectl(*pods))
+        output, _ = process.communicate(timeout=COMMAND_SECONDS)
+        assert process.returncode == 0, output
+    assert _latest_digest(cluster) == undisturbed
+    metadata = _latest(cluster).metadata
+    assert metadata["resumed_from"].value != "the start"
+    assert float(str(metadata[f"{kind.key}_queue_seconds"].value)) > 0
 
 
 def test_training_continues_without_mlflow(cluster: Workspace, models: S3Store, jobs_removed: None) -> None:
@@ -168,30 +219,48 @@ def _workspace(folder: Path, environment: Mapping[str, str]) -> Workspace:
     return Workspace(folder, {**common, **environment})
 
 
-def _materialized(workspace: Workspace, select: str, config: Mapping[str, Any] | None = None) -> str:
-    done = workspace.materialize(select, config)
+def _materialized(
+    workspace: Workspace, select: str, config: Mapping[str, Any] | None = None, **environment: str
+) -> str:
+    done = workspace.materialize(select, config, **environment)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-def _start(workspace: Workspace, config: Mapping[str, Any]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def _start_until_checkpoint(
+    workspace: Workspace, models: S3Store, config: Mapping[str, Any], environment: Mapping[str, str]
+) -> subprocess.Popen[str]:
+    """A training that has written a checkpoint and continues."""
+    checkpoints = models.at("checkpoints")
+    before = {info.key for info in checkpoints.list()}
+    process = subprocess.Popen(
         workspace.materialize_command(MODEL, config),
         cwd=workspace.folder,
-        env={**os.environ, **workspace.environment},
+        env={**os.environ, **workspace.environment, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    wait_for("a checkpoint", lambda: {info.key for info in checkpoints.list()} - before, COMMAND_SECONDS)
+    return process
 
 
-def _latest_model(workspace: Workspace, models: S3Store) -> tuple[str, ModelManifest]:
+def _latest(workspace: Workspace) -> dg.AssetMaterialization:
     with workspace.instance() as instance:
         event = instance.get_latest_materialization_event(TRAINED_MODEL)
     assert event is not None
     assert event.asset_materialization is not None
-    digest = data_version(event.asset_materialization)
+    return event.asset_materialization
+
+
+def _latest_digest(workspace: Workspace) -> str:
+    digest = data_version(_latest(workspace))
     assert digest is not None
+    return digest
+
+
+def _latest_model(workspace: Workspace, models: S3Store) -> tuple[str, ModelManifest]:
+    digest = _latest_digest(workspace)
     return digest, read_manifest(models.at(digest), digest)
 
 

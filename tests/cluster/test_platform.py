@@ -9,12 +9,11 @@ import pytest
 import yaml
 from kubernetes import client as k8s
 
-from resources.pytorch_job import PyTorchJobClient
+from resources.kubernetes.job import JobClient
 from tests.cluster.conftest import Minio
+from tests.cluster.kinds import K8S, TRAIN_JOB, JobKind, brief, is_installed
 from tests.cluster.kubectl import kubectl, temporary_namespace
-from tests.cluster.story import ClusterStory, story_config
-
-K8S = Path(__file__).parents[2] / "k8s"
+from tests.cluster.story import ClusterStory
 
 
 def objects_in(folder: str, namespace: str) -> list[dict[str, Any]]:
@@ -28,8 +27,10 @@ def objects_in(folder: str, namespace: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["overlays/minikube", "overlays/gpu", "pytorchjob"])
+@pytest.mark.parametrize("folder", ["overlays/minikube", "overlays/gpu", "pytorchjob", "trainjob"])
 def test_api_server_accepts_every_object(folder: str, core: Any) -> None:
+    if folder == "trainjob" and not is_installed(TRAIN_JOB.client.group):
+        pytest.skip("the cluster does not have Kubeflow Trainer")
     with temporary_namespace("dry-run") as namespace:
         objects = objects_in(folder, namespace)
         text = yaml.safe_dump_all(objects)
@@ -39,27 +40,29 @@ def test_api_server_accepts_every_object(folder: str, core: Any) -> None:
 
 @pytest.fixture
 def limited(
-    namespace: str, core: Any, jobs: PyTorchJobClient, minio: Minio, tmp_path: Path, no_jobs_left: None
+    kind: JobKind, namespace: str, core: Any, jobs: JobClient[Any], minio: Minio, tmp_path: Path, no_jobs_left: None
 ) -> Iterator[ClusterStory]:
     """A story that has only the rights of the service account `dagster`."""
-    access = [o for o in objects_in("access", namespace) if o["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
+    objects = [each for folder in ("access", "trainjob") for each in objects_in(folder, namespace)]
+    access = [each for each in objects if each["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
     kubectl("apply", "--server-side", "-f", "-", text=yaml.safe_dump_all(access))
     api = k8s.ApiClient(core.api_client.configuration)
     api.set_default_header("Impersonate-User", f"system:serviceaccount:{namespace}:dagster")
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
-        limited_client = PyTorchJobClient(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
-        yield ClusterStory(namespace, core, jobs, minio, instance, client=limited_client)
+        limited_client = kind.client(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
+        yield ClusterStory(kind, namespace, core, jobs, minio, instance, client=limited_client)
 
 
+@brief
 def test_role_is_enough_to_run_and_see_a_job(limited: ClusterStory) -> None:
-    config = story_config("epochs", "3", service_account_name="trainer")
+    config = limited.config("epochs", "3", service_account_name="trainer")
     with limited.run(config) as result:
         assert result.success
-    assert "master-0: rank 0 epoch 2" in limited.lines
+    assert f"{limited.kind.replicas[0]}: rank 0 epoch 2" in limited.lines
 
 
 def test_role_is_enough_to_explain_and_replace_a_failure(limited: ClusterStory) -> None:
-    config = story_config("fail", "3", restart_policy="Never")
+    config = limited.config("fail", "3", once=True)
     with limited.run(config) as first:
         assert not first.success
         with limited.run(config, parent=first) as second:
@@ -69,7 +72,7 @@ def test_role_is_enough_to_explain_and_replace_a_failure(limited: ClusterStory) 
 
 def test_role_is_enough_to_cancel(limited: ClusterStory) -> None:
     limited.when(limited.running, limited.cancel)
-    with limited.run(story_config("epochs", "600")) as result:
+    with limited.run(limited.config("epochs", "600")) as result:
         assert limited.status(result) == dg.DagsterRunStatus.CANCELED
     assert limited.names() == []
 
@@ -82,6 +85,8 @@ def test_role_is_enough_to_cancel(limited: ClusterStory) -> None:
         ["create", "pods/exec"],
         ["update", "pytorchjobs.kubeflow.org"],
         ["deletecollection", "pytorchjobs.kubeflow.org"],
+        ["update", "trainjobs.trainer.kubeflow.org"],
+        ["create", "jobsets.jobset.x-k8s.io"],
     ],
     ids=" ".join,
 )

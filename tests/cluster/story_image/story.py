@@ -11,41 +11,43 @@ from dagster_pipes import PipesEnvVarParamsLoader, open_dagster_pipes
 
 from resources.pipes_store import PipesStoreMessageWriter
 
+RANK = int(os.environ.get("RANK") or os.environ.get("PET_NODE_RANK", "0"))
+"""A PyTorchJob's operator sets RANK. Trainer sets only torchrun's variables."""
+
 
 def epochs(count: int) -> None:
     """One epoch per second; rank 0 reports it to Dagster, and every rank prints it."""
     stop_on_sigterm()
-    rank = int(os.environ.get("RANK", "0"))
-    if rank != 0 or not PipesEnvVarParamsLoader().is_dagster_pipes_process():
+    if RANK != 0 or not PipesEnvVarParamsLoader().is_dagster_pipes_process():
         for epoch in range(count):
-            say(f"rank {rank} epoch {epoch}")
+            say(f"rank {RANK} epoch {epoch}")
             time.sleep(1)
         return
     with open_dagster_pipes(message_writer=PipesStoreMessageWriter()) as pipes:
         pipes.log.info("the story begins")
         for epoch in range(count):
-            say(f"rank {rank} epoch {epoch}")
+            say(f"rank {RANK} epoch {epoch}")
             pipes.report_custom_message({"epoch": epoch, "host": socket.gethostname()})
             time.sleep(1)
 
 
 def peers(count: int) -> None:
-    """The master waits until its workers have connected over the network that the operator set up."""
+    """Rank 0 waits until the others have connected over the network that the operator set up."""
     stop_on_sigterm()
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    port = int(os.environ["MASTER_PORT"])
-    if rank > 0:
+    world = int(os.environ.get("WORLD_SIZE") or os.environ["PET_NNODES"])
+    master, port = os.environ["PET_MASTER_ADDR"], int(os.environ["PET_MASTER_PORT"])
+    if RANK > 0:
         deadline = time.monotonic() + 300
         while True:
             try:
-                with socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=5) as peer:
-                    peer.sendall(json.dumps({"rank": rank}).encode())
+                with socket.create_connection((master, port), timeout=5) as peer:
+                    peer.sendall(json.dumps({"rank": RANK}).encode())
                 break
             except OSError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)
-        say(f"rank {rank} greeted")
+        say(f"rank {RANK} greeted")
         return
     with (
         socket.create_server(("", port)) as server,
@@ -94,5 +96,6 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    say("started")
     stories = {f.__name__: f for f in (epochs, peers, fail, memory, crash, deaf)}
     stories[sys.argv[1]](int(sys.argv[2]) if len(sys.argv) > 2 else 0)

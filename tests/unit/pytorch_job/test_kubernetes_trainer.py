@@ -242,9 +242,7 @@ def test_fields_omitted_from_the_scale_keep_the_value_of_the_trainer(tmp_path: P
     assert trainer.job_config(kind.key, SPEC, TrainingScale(), STORE).gpu == 1
 
 
-def test_torchrun_starts_single_processes_if_the_operator_sets_no_rank(
-    trainer: KubernetesTrainer, kind: Kind
-) -> None:
+def test_torchrun_starts_single_processes_if_the_operator_sets_no_rank(trainer: KubernetesTrainer, kind: Kind) -> None:
     command = trainer.job_config(kind.key, SPEC, TrainingScale(replicas=2), STORE).command
     assert command == ([] if kind is PYTORCH_JOB else ["python", "-m", "cifar_assets.training.launch"])
 
