@@ -3,8 +3,8 @@
     KUBECONFIG=... python tests/benchmarks/job_overhead.py [--runs 5]
 
 For each kind of job that the cluster has, steps and bare create calls take turns. The times are those of Dagster's
-STEP_START event, of the create call, and of the first log line by the node's clock, so they contain no polling; run it on
-the cluster's machine, or with synchronized clocks. Needs the image of the cluster tests. Aim: at most 2 s more.
+STEP_START event, of the create call, and of the first log line by the node's clock, so they contain no polling. Run it
+on the cluster's machine, or with synchronized clocks. Needs the image of the cluster tests. Aim: at most 2 s more.
 """
 
 import argparse
