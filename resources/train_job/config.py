@@ -1,13 +1,15 @@
 """Typed settings of a TrainJob. Its runtime, such as the one in k8s/trainjob, has the settings that it lacks."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from resources.kubernetes.job_config import JobConfig
 
 CONTAINER_NAME = "node"
 """Trainer applies its settings to the container with this name, in the runtime's job of the same name."""
+DEFAULT_GRACE_SECONDS = 30
+"""Kubernetes' default for pods. Only another value is part of the job."""
 _RUNTIME_ENV = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 
 
@@ -35,3 +37,13 @@ class TrainJobConfig(JobConfig):
             if name in value:
                 raise ValueError(f"{name} is set by Trainer: use replicas and nproc_per_node.")
         return value
+
+    @model_validator(mode="after")
+    def _kept_in_a_queue(self) -> Self:
+        """Kueue 0.19 removes the field from the job when it admits it, and JobSet then refuses to resume the job."""
+        if self.queue and self.termination_grace_seconds != DEFAULT_GRACE_SECONDS:
+            raise ValueError(
+                "termination_grace_seconds of a TrainJob in a queue must be the default: set "
+                "terminationGracePeriodSeconds in the runtime."
+            )
+        return self

@@ -7,7 +7,7 @@ from dagster_k8s.container_context import K8sContainerContext
 
 from resources.kubernetes.naming import check_name
 from resources.kubernetes.pod_template import build_job_metadata, build_pod_template, deep_merged
-from resources.train_job.config import CONTAINER_NAME, TrainJobConfig
+from resources.train_job.config import CONTAINER_NAME, DEFAULT_GRACE_SECONDS, TrainJobConfig
 
 GROUP = "trainer.kubeflow.org"
 VERSION = "v1alpha1"
@@ -51,6 +51,8 @@ def _pop_trainer_fields(template: dict[str, Any]) -> dict[str, Any]:
     """The fields of spec.trainer, removed from the pod template. Only what a patch may set is left there."""
     pod = template["spec"]
     pod.pop("automountServiceAccountToken")  # can be set only in the runtime
+    if pod["terminationGracePeriodSeconds"] == DEFAULT_GRACE_SECONDS:
+        pod.pop("terminationGracePeriodSeconds")  # so that the job can be in a queue, see TrainJobConfig
     (container,) = pod["containers"]
     taken = {name: container.pop(name) for name in ("image", "command", "args", "env") if name in container}
     resources = container.pop("resources", None)

@@ -99,7 +99,7 @@ def test_patch_sets_only_what_a_patch_may_set() -> None:
     template = patched(build(config, env={"B": "2"}))
     (container,) = template["spec"].pop("containers")
     assert set(container) == {"name", "securityContext", "volumeMounts"}
-    assert set(template["spec"]) == {"nodeSelector", "securityContext", "terminationGracePeriodSeconds", "volumes"}
+    assert set(template["spec"]) == {"nodeSelector", "securityContext", "volumes"}
 
 
 def test_number_of_processes_is_always_set() -> None:
@@ -136,6 +136,7 @@ def test_builder_does_not_change_its_inputs() -> None:
         ({"env": {"PET_NNODES": "2"}}, "PET_NNODES is set by Trainer"),
         ({"secret_env": {"PET_MASTER_ADDR": {"secret": "a", "key": "b"}}}, "PET_MASTER_ADDR is set by Trainer"),
         ({"env": {"DAGSTER_PIPES_CONTEXT": "x"}}, "set by Dagster Pipes"),
+        ({"queue": "q", "termination_grace_seconds": 60}, "set terminationGracePeriodSeconds in the runtime"),
         ({"memory": "4 GB"}, "memory '4 GB' is not a Kubernetes quantity"),
     ],
 )
