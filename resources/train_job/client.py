@@ -35,6 +35,11 @@ class TrainJob(Job):
         return read_status(self.body.get("status"), suspended=bool(self._spec.get("suspend")))
 
     @property
+    def progress(self) -> Sequence[str]:
+        """Nothing while it is pending: its counts say so again between the end of its pods and its own end."""
+        return () if self.status.state == JobState.PENDING else super().progress
+
+    @property
     def deadline_seconds(self) -> int | None:
         return self._spec.get("activeDeadlineSeconds")
 
