@@ -51,5 +51,5 @@ def _tile(image: NDArray[np.uint8], side: int) -> Image.Image:
 
 def _png(sheet: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
+    sheet.save(buffer, "PNG")
     return buffer.getvalue()

@@ -89,12 +89,12 @@ class MlflowResource(dg.ConfigurableResource):
         An interrupt without cancellation, such as an eviction of this process, closes nothing: the training may
         continue.
         """
-        from resources.kubernetes.steps import is_being_cancelled  # not at module level: a laptop needs no kubernetes
-
         try:
             yield
         except BaseException as error:
             try:
+                from resources.kubernetes.steps import is_being_cancelled  # a laptop needs no kubernetes until here
+
                 if (cancelled := is_being_cancelled(context)) or isinstance(error, Exception):
                     for run_id, dagster_run_id in self.running().items():
                         if dagster_run_id == context.run.run_id:
