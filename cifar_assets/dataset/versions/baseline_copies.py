@@ -76,9 +76,7 @@ def _write_archive(store: ObjectStore, key: str, files: Iterator[tuple[str, byte
         with (
             path.open("wb") as file,
             gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed,
-            tarfile.open(
-                fileobj=cast(IO[bytes], packed), mode="w", format=tarfile.PAX_FORMAT, copybufsize=1 << 20
-            ) as archive,
+            tarfile.open(fileobj=cast(IO[bytes], packed), mode="w", format=tarfile.PAX_FORMAT) as archive,
         ):
             for name, data in files:
                 info = tarfile.TarInfo(name)
