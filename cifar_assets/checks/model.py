@@ -11,6 +11,7 @@ from cifar_assets.assets.common import AccuracyGate
 from cifar_assets.assets.keys import TRAINED_MODEL
 from cifar_assets.assets.record import materialized_digest
 from cifar_assets.checks.results import answers, declare
+from cifar_assets.checks.shadow import ShadowConfig, judge_shadow
 from cifar_assets.gate import ONNX_TOLERANCE, judge_model, number, read_metrics
 from cifar_assets.model_package import read_manifest
 from resources.mlflow.resource import MlflowResource
@@ -34,6 +35,7 @@ class ModelCheckConfig(dg.Config):
         gt=0,
         description="Largest allowed difference of ONNX and PyTorch logits, as a fraction of the largest (at least 1).",
     )
+    shadow: ShadowConfig = Field(default=ShadowConfig(), description="Comparison with the served model on its traffic.")
 
 
 MODEL_CHECKS = declare(
@@ -50,6 +52,8 @@ MODEL_CHECKS = declare(
         "recall_floor": "Every class is recognized. If it fails, look at the confusion matrix and the class counts.",
         "not_worse_than_champion": "Test accuracy is within a margin of the champion's, on the same test split.",
         "calibrated": "Confidence is calibrated: the expected calibration error is within its bound.",
+        "shadow_agrees": "The model usually predicts the same class as the served model for the pictures that it was "
+        "sent. If it fails, look at the pictures that differ before you deploy.",
     },
 )
 
@@ -73,6 +77,7 @@ def trained_model_checks(
         ),
         "not_worse_than_champion": lambda: _against_champion(models, mlflow, digest, config.champion_margin),
         "calibrated": lambda: calibrated(metrics(), config.calibration_bound),
+        "shadow_agrees": lambda: judge_shadow(object_store, digest, config.shadow),
     }
     yield from answers(context, MODEL_CHECKS, digest, judges)
 

@@ -8,6 +8,7 @@ import io
 import secrets
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from pydantic import BaseModel
 
 from cifar_assets.contracts import ImageSpec
 from cifar_assets.traffic.statistics import STATISTICS, image_statistics
-from resources.errors import DataError
+from resources.errors import BucketNotFoundError, DataError
 from resources.object_store import ObjectStore
 
 if TYPE_CHECKING:
@@ -123,6 +124,11 @@ class Traffic:
         data = self.table["pixels"][row].as_py()
         return None if data is None else np.frombuffer(data, np.uint8).reshape(self.info.images.image_shape)
 
+    def distinct_pictures(self) -> NDArray[np.int64]:
+        """Rows of distinct pictures whose pixels were recorded, the one recorded last at the end."""
+        last = {pixels: row for row, pixels in enumerate(self.table["pixels"].to_pylist()) if pixels is not None}
+        return np.asarray(sorted(last.values()), np.int64)
+
 
 def read_traffic(store: ObjectStore, start: datetime, end: datetime) -> list[Traffic]:
     """The files written from start to before end, by model, the one recorded last at the end.
@@ -149,10 +155,11 @@ def read_traffic(store: ObjectStore, start: datetime, end: datetime) -> list[Tra
 
 def _keys(store: ObjectStore, start: datetime, end: datetime) -> Iterator[str]:
     first, last = (f"{each.astimezone(UTC):{_KEY_FORMAT}}" for each in (start, end))
-    for day in range((end - start).days + 2):
-        for info in store.list(f"{start.astimezone(UTC) + timedelta(days=day):%Y-%m-%d}/"):
-            if first <= info.key[:_KEY_LENGTH] < last:
-                yield info.key
+    with suppress(BucketNotFoundError):  # without recording there may be no bucket
+        for day in range((end - start).days + 2):
+            for info in store.list(f"{start.astimezone(UTC) + timedelta(days=day):%Y-%m-%d}/"):
+                if first <= info.key[:_KEY_LENGTH] < last:
+                    yield info.key
 
 
 def _read(store: ObjectStore, key: str) -> tuple[BatchInfo, "pa.Table"]:

@@ -38,7 +38,7 @@ def test_metrics_that_lack_a_key_give_verdicts(tmp_path: Path, name: str) -> Non
     document = {key: value for key, value in METRICS.items() if key != name}
     stored = store_model(world.models, json.dumps(document).encode())
     result = world.materialize(TRAINED_MODEL, config={TRAINED_MODEL: {"model_digest": stored}})
-    assert len(result.get_asset_check_evaluations()) == 6
+    assert len(result.get_asset_check_evaluations()) == 7
 
 
 @pytest.mark.parametrize("performance", [b"{", b"[]", b'{"images_per_second": null}', b'{"seconds_per_phase": {}}'])

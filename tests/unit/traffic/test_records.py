@@ -12,7 +12,7 @@ from cifar_assets.contracts import CIFAR10
 from cifar_assets.traffic import records
 from cifar_assets.traffic.records import Answered, BatchInfo, Traffic, read_traffic, write_batch
 from cifar_assets.traffic.statistics import STATISTICS, image_statistics
-from resources.errors import DataError
+from resources.errors import BucketNotFoundError, DataError
 from resources.object_store import FolderStore
 
 RANDOM = np.random.default_rng(0)
@@ -114,3 +114,11 @@ def test_statistics_of_flat_and_of_no_images_are_finite() -> None:
     flat = np.stack([np.full((3, 32, 32), value, np.uint8) for value in (0, 255)])
     np.testing.assert_allclose(image_statistics(flat), [[0, 0, 0, 0], [1, 0, 0, 0]], atol=1e-3)
     assert image_statistics(flat[:0]).shape == (0, 4)
+
+
+def test_a_store_without_the_bucket_has_no_records(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(prefix: str) -> None:
+        raise BucketNotFoundError(f"{store.uri(prefix)}: no such bucket.")
+
+    monkeypatch.setattr(store, "list", refuse)
+    assert read_all(store) == []
