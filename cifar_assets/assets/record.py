@@ -18,18 +18,19 @@ VERSION_METADATA = "checked_version"
 RECENT = 100
 """How many materializations are searched for a run's own, for earlier versions, and for a training to reuse."""
 
-_ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-UNFINISHED = [status for status in dg.DagsterRunStatus if status not in _ENDED]
+ENDED = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+UNFINISHED = [status for status in dg.DagsterRunStatus if status not in ENDED]
 """Statuses of runs that have not ended."""
 _PAGE = 50
 
 
 class Made(NamedTuple):
-    """One materialization, the run that made it, and its data version (None if it was reported without one)."""
+    """One materialization, its run, its data version (None if it was reported without one), and when it was made."""
 
     materialization: dg.AssetMaterialization
     run_id: str
     digest: str | None
+    timestamp: float
 
 
 def materializations(instance: dg.DagsterInstance, key: dg.AssetKey, limit: int | None = RECENT) -> Iterator[Made]:
@@ -43,7 +44,8 @@ def _materializations(instance: dg.DagsterInstance, key: dg.AssetKey) -> Iterato
         page = instance.fetch_materializations(key, limit=_PAGE, cursor=cursor)
         for record in page.records:
             if made := record.asset_materialization:
-                yield Made(made, record.run_id, (made.tags or {}).get(DATA_VERSION_TAG))
+                digest = (made.tags or {}).get(DATA_VERSION_TAG)
+                yield Made(made, record.run_id, digest, record.timestamp)
         cursor, has_more = page.cursor, page.has_more
 
 

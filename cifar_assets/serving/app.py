@@ -28,7 +28,14 @@ from cifar_assets.serving.answers import (
 )
 from cifar_assets.serving.batcher import MicroBatcher
 from cifar_assets.serving.http import Request
-from cifar_assets.serving.metrics import PENDING_REQUESTS, PREDICT_SECONDS, READ_SECONDS, REGISTRY, RENDER_SECONDS
+from cifar_assets.serving.metrics import (
+    MODEL,
+    PENDING_REQUESTS,
+    PREDICT_SECONDS,
+    READ_SECONDS,
+    REGISTRY,
+    RENDER_SECONDS,
+)
 from cifar_assets.serving.recorder import Recorder
 from cifar_assets.serving.settings import ServerSettings, ServingLimits
 
@@ -66,6 +73,7 @@ class App:
         self._page = page.page(model) if limits.page else None
         self._gets, self._posts = self._routes()
         PENDING_REQUESTS.set_function(lambda: self._num_pending)
+        MODEL.info({"digest": model.digest, "version": model.version})
 
     def __call__(self, request: Request) -> None:
         """Answer the request, now or later."""

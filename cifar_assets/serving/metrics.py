@@ -1,6 +1,6 @@
 """The server's metrics, in a separate registry."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -16,6 +16,7 @@ def _seconds(name: str, text: str) -> Histogram:
     return Histogram(f"request_{name}_seconds", text, ["model_name"], registry=REGISTRY)
 
 
+MODEL = Info("cifar10_model", "The served model.", registry=REGISTRY)
 RESPONSES = Counter("cifar10_responses", "Answers by method and status.", ["method", "status"], registry=REGISTRY)
 CONNECTIONS = _gauge("connections", "Open connections.")
 PENDING_BYTES = _gauge("pending_bytes", "Bytes of large request bodies in progress.")

@@ -18,7 +18,14 @@ from resources.object_store.setup import ROLES, policy_of, user_of
 from tests.fixtures.settings import settings_of
 
 K8S = Path(__file__).parents[3] / "k8s"
-NAMESPACES = {"platform": "cifar-platform", "access": "cifar", "dagster": "cifar", "argo": "cifar", "trainjob": "cifar"}
+NAMESPACES = {
+    "platform": "cifar-platform",
+    "access": "cifar",
+    "dagster": "cifar",
+    "argo": "cifar",
+    "trainjob": "cifar",
+    "monitoring": "cifar",
+}
 
 
 def documents(folder: str) -> list[dict[str, Any]]:
