@@ -26,7 +26,7 @@ from cifar_assets.serving.answers import (
     json_response,
     shorten,
 )
-from cifar_assets.serving.batcher import MicroBatcher
+from cifar_assets.serving.batcher import MicroBatcher, Run
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.metrics import (
     MODEL,
@@ -50,11 +50,7 @@ class App:
     """Answers requests for one model. Create and use it on the event loop."""
 
     def __init__(
-        self,
-        model: ServedModel,
-        run: Callable[[Images], Logits],
-        limits: ServerSettings,
-        recorder: Recorder | None = None,
+        self, model: ServedModel, run: Run, num_threads: int, limits: ServerSettings, recorder: Recorder | None = None
     ):
         self.is_ready = True
         self._recorder = recorder
@@ -66,7 +62,9 @@ class App:
         self._large_requests: set[asyncio.Task[None]] = set()
         self._num_pixels = 0
         self._readers = [ThreadPoolExecutor(1, thread_name_prefix="reader") for _ in range(2)]
-        self._batcher = MicroBatcher(run, batch_images=limits.batch_images, queue_images=limits.queue_images)
+        self._batcher = MicroBatcher(
+            run, batch_images=limits.batch_images, queue_images=limits.queue_images, num_threads=num_threads
+        )
         self._read_seconds, self._predict_seconds, self._render_seconds = (
             histogram.labels(model.name) for histogram in (READ_SECONDS, PREDICT_SECONDS, RENDER_SECONDS)
         )

@@ -1,11 +1,13 @@
-"""Micro-batching: requests queue up while the model runs, and the next run takes the whole queue.
+"""Micro-batching: requests queue up while the model runs, and the next run takes its share of the queue.
 
 Everything except the run itself happens on the event loop, so a batch costs one wake-up on each side, regardless of the
-number of requests in it, and needs no lock.
+number of requests in it, and needs no lock. There are as many runs at a time as CPUs, each in one thread: threads that
+compute one run together wait for each other in every layer. Only a run that has the model to itself uses all CPUs.
 """
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -47,12 +49,14 @@ class Ticket:
 
 _Batch = list[tuple[Ticket, Images]]
 """Requests, each with its images in the batch."""
+Run = Callable[[Images, bool], Logits]
+"""Logits of images. The second argument says whether this is the only run, which may use all CPUs."""
 
 
 class MicroBatcher:
-    """Runs images through the model in one thread. Create and use it on the event loop."""
+    """Runs images through the model in `num_threads` threads. Create and use it on the event loop."""
 
-    def __init__(self, run: Callable[[Images], Logits], *, batch_images: int, queue_images: int):
+    def __init__(self, run: Run, *, batch_images: int, queue_images: int, num_threads: int = 1):
         self._run = run
         self._batch_images = batch_images
         self._queue_images = queue_images
@@ -60,10 +64,12 @@ class MicroBatcher:
         self._waiting: deque[Ticket] = deque()
         self._num_waiting = 0
         self._seconds_per_image = 0.01
-        self._is_busy = False
-        self._batches: SimpleQueue[_Batch | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
-        self._thread.start()
+        self._is_scheduled = False
+        self._num_running = self._num_images_running = 0
+        self._batches: SimpleQueue[tuple[_Batch, bool] | None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, name="inference", daemon=True) for _ in range(num_threads)]
+        for thread in self._threads:
+            thread.start()
         QUEUE_IMAGES.set_function(lambda: self._num_waiting)
 
     def check_room(self, num_images: int) -> None:
@@ -83,29 +89,38 @@ class MicroBatcher:
         self.check_room(len(images))
         self._waiting.append(Ticket(images, done, is_wanted))
         self._num_waiting += len(images)
-        if not self._is_busy:
-            self._is_busy = True
+        if not self._is_scheduled and self._num_running < len(self._threads):
+            self._is_scheduled = True
             self._loop.call_soon(self._start)  # after all requests that have arrived by now
 
     def close(self) -> None:
-        """Stop the thread after its current batch."""
-        self._batches.put(None)
-        self._thread.join()
+        """Stop the threads after their current batches."""
+        for _ in self._threads:
+            self._batches.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _start(self) -> None:
-        batch = self._take()
-        self._is_busy = bool(batch)
-        if not batch:
-            return
-        if sum(len(images) for _, images in batch) * self._seconds_per_image > _SHORT_SECONDS:
-            self._batches.put(batch)
-        else:
-            self._loop.call_soon(self._finish, batch, *self._run_batch(batch))
+        """Give each idle thread its share of the queue."""
+        self._is_scheduled = False
+        while self._waiting and self._num_running < len(self._threads):
+            is_short = not self._num_running and self._num_waiting * self._seconds_per_image <= _SHORT_SECONDS
+            share = math.ceil((self._num_waiting + self._num_images_running) / len(self._threads))
+            batch = self._take(self._num_waiting if is_short else share)
+            if not batch:
+                return
+            is_alone = not self._num_running and not self._waiting
+            self._num_running += 1
+            self._num_images_running += sum(len(images) for _, images in batch)
+            if is_short:
+                self._loop.call_soon(self._finish, batch, *self._run_batch(batch, is_alone))
+                return
+            self._batches.put((batch, is_alone))
 
-    def _take(self) -> _Batch:
-        """The next batch. If a request does not fit, the rest of it moves to the end of the queue."""
+    def _take(self, num_images: int) -> _Batch:
+        """The next batch. A request that does not fit queues again for the rest of it when this part is done."""
         batch: _Batch = []
-        room = self._batch_images
+        room = min(num_images, self._batch_images)
         while self._waiting and room:
             ticket = self._waiting.popleft()
             if not ticket.is_wanted():
@@ -117,17 +132,18 @@ class MicroBatcher:
             room -= len(images)
             self._num_waiting -= len(images)
             ticket.num_taken += len(images)
-            if ticket.num_left:
-                self._waiting.append(ticket)
         return batch
 
     def _finish(self, batch: _Batch, outcome: Logits | Exception, seconds: float) -> None:
         num_images = sum(len(images) for _, images in batch)
         self._seconds_per_image = seconds / num_images
-        if isinstance(outcome, Exception):
-            for ticket in [ticket for ticket, _ in batch if ticket.num_left]:
-                self._waiting.remove(ticket)
-                self._num_waiting -= ticket.num_left
+        self._num_running -= 1
+        self._num_images_running -= num_images
+        ticket = batch[-1][0]  # the only one that may not have fit
+        if ticket.num_left and isinstance(outcome, Exception):
+            self._num_waiting -= ticket.num_left
+        elif ticket.num_left:
+            self._waiting.append(ticket)
         self._start()
         RUN_SECONDS.observe(seconds)
         BATCH_IMAGES.observe(num_images)
@@ -140,17 +156,17 @@ class MicroBatcher:
                 start += len(images)
 
     def _work(self) -> None:
-        while (batch := self._batches.get()) is not None:
-            outcome = self._run_batch(batch)
+        while (work := self._batches.get()) is not None:
+            outcome = self._run_batch(*work)
             with contextlib.suppress(RuntimeError):  # the loop was closed by a second Ctrl-C
-                self._loop.call_soon_threadsafe(self._finish, batch, *outcome)
+                self._loop.call_soon_threadsafe(self._finish, work[0], *outcome)
 
-    def _run_batch(self, batch: _Batch) -> tuple[Logits | Exception, float]:
+    def _run_batch(self, batch: _Batch, is_alone: bool) -> tuple[Logits | Exception, float]:
         """The logits of the batch or an error, and the duration in seconds."""
         started = time.monotonic()
         try:
             images = batch[0][1] if len(batch) == 1 else np.concatenate([images for _, images in batch])
-            outcome: Logits | Exception = self._run(images)
+            outcome: Logits | Exception = self._run(images, is_alone)
         except Exception as error:
             outcome = error
         return outcome, time.monotonic() - started

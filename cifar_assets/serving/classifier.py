@@ -23,14 +23,10 @@ class Classifier:
         self, onnx: bytes, manifest: ModelManifest, *, num_threads: int | None = None, source: str = "the ONNX model"
     ):
         self.manifest = manifest
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads or math.ceil(available_cpus())
-        options.inter_op_num_threads = 1
-        # Idle threads that spin eat the CPU quota of a small pod.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
+        self.num_threads = num_threads or math.ceil(available_cpus())
         try:
-            self._session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+            self._session = _session(onnx, self.num_threads)
+            self._narrow_session = self._session if self.num_threads == 1 else _session(onnx, 1)
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             raise DataError(f"{source} does not load in ONNX Runtime: {error}") from error
         found = [
@@ -44,18 +40,30 @@ class Classifier:
         if found != expected:
             raise DataError(f"{source}: expected inputs and outputs {expected}, got {found}. Export the model again.")
 
-    def run(self, images: Images) -> Logits:
-        (logits,) = self._session.run([MODEL_OUTPUT], {MODEL_INPUT: images})
+    def run(self, images: Images, is_alone: bool = True) -> Logits:
+        """Logits of the images, computed by all threads, or by the calling one while others run the model too."""
+        session = self._session if is_alone else self._narrow_session
+        (logits,) = session.run([MODEL_OUTPUT], {MODEL_INPUT: images})
         return np.asarray(logits, dtype=np.float32)
 
     def warm_up(self, batch_images: int) -> None:
         """Run all batch sizes once, so that no client pays for the first run. Raises DataError."""
-        for size in dict.fromkeys((1, batch_images)):
-            logits = self.run(np.zeros((size, *self.manifest.image_shape), dtype=np.uint8))
+        for size, is_alone in dict.fromkeys(((1, True), (batch_images, True), (batch_images, False))):
+            logits = self.run(np.zeros((size, *self.manifest.image_shape), dtype=np.uint8), is_alone)
             finite = bool(np.isfinite(logits).all())
             if logits.shape != (size, len(self.manifest.classes)) or not finite:
                 received = f"values of shape {logits.shape}, all finite: {finite}"
                 raise DataError(f"For {size} black images the model returned {received}. Train or export it again.")
+
+
+def _session(onnx: bytes, num_threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    # Idle threads that spin eat the CPU quota of a small pod.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
 
 
 def load_classifier(

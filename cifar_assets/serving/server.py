@@ -81,7 +81,7 @@ async def _serve(
         {"precision": settings.precision, "precision_reason": settings.precision_reason},
     )
     recorder = open_recorder(settings, model)
-    app = App(model, classifier.run, settings, recorder)
+    app = App(model, classifier.run, classifier.num_threads, settings, recorder)
     http = HttpServer(app, settings)
     http.sweep()
     succession = None if control is None else _Succession(control, listener, settings.control_info, leave_requested.set)
