@@ -31,7 +31,7 @@ class ServingLimits(BaseModel, frozen=True):
     max_pending_bytes: int = Field(default=32 * 1024 * 1024, ge=1, description="bytes of large bodies together")
     max_pending_pixels: int = Field(default=64 * 1024 * 1024, ge=1, description="pixels that may wait to be decoded")
     queue_images: int = Field(default=512, ge=1, description="images that may wait for the model")
-    batch_images: int = Field(default=16, ge=1, description="images in one run of the model")
+    batch_images: int = Field(default=8, ge=1, description="images in one run of the model")
     header_timeout: float = Field(
         default=10, gt=0, description="seconds from the connection or a later request to the body"
     )

@@ -44,12 +44,22 @@ Request = tuple[str, bytes, dict[str, str]]
 
 
 def untrained_network(recipe: str) -> "PublishedNetwork":
-    """The recipe's network with the weights it starts from: as costly to run as a trained one."""
+    """The recipe's network with the weights it starts from: as costly to run as a trained one.
+
+    The biases, which start at zero, get small values: the exporter merges equal ones, and could not quantize them then.
+    """
+    import torch
+
     from cifar_assets.contracts import CIFAR10
     from cifar_assets.training.networks import PublishedNetwork, build_network
     from cifar_assets.training.recipes import get_recipe
 
-    return PublishedNetwork(build_network(get_recipe(recipe), CIFAR10), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    torch.manual_seed(0)
+    network = build_network(get_recipe(recipe), CIFAR10)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.01)
+    return PublishedNetwork(network, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def untrained_onnx(recipe: str) -> bytes:

@@ -5,8 +5,8 @@
 Each peer (tests/benchmarks/peers) runs in an environment of its own, made by uv, as its documentation starts it, with
 one worker process and with batching where it has that. A request holds one 32x32 JPEG: a multipart form, V1 JSON for
 kserve, the bare picture for mosec. All servers stay up, and rounds go through them in turn. One client process with a
-raw socket for each connection asks in a closed loop. All must agree on the probabilities. Memory is that of all
-processes of a server. Needs uv and a package index; ends after rounds x levels x peers x seconds.
+raw socket for each connection asks in a closed loop. All must agree on the probabilities, int8 within 0.01. Memory is
+that of all processes of a server. Needs uv and a package index; ends after rounds x levels x peers x seconds.
 """
 
 import argparse
@@ -32,16 +32,18 @@ from PIL import Image
 
 from resources.digests import sha256_bytes
 from resources.object_store import FolderStore
-from tests.benchmarks.serving_latency import untrained_network, untrained_onnx
+from tests.benchmarks.serving_latency import untrained_network
 from tests.unit.serving.server_process import form
 from tests.unit.serving.tiny_model import store_tiny_model
 
 LEVELS = (1, 8, 32)
+OURS = {"ours": "float32", "ours_int8": "int8"}
 FOLDER = Path(__file__).parent / "peers"
 ONNX = [f"onnxruntime=={version('onnxruntime')}", "numpy", "pillow"]
 TORCH = [f"torch=={version('torch')}", "pydantic", "numpy", "pillow"]
 PEERS = {
     "ours": [],
+    "ours_int8": [],
     "flask_torch": ["flask==3.1.3", *TORCH],
     "kserve_torch": [f"kserve=={version('kserve')}", *TORCH],
     "fastapi_onnx": ["fastapi==0.121.3", "uvicorn[standard]==0.38.0", "python-multipart", *ONNX],
@@ -61,7 +63,7 @@ def request_of(peer: str) -> bytes:
     """A whole HTTP request, for one picture."""
     picture = jpeg()
     path, (body, content_type) = "/predict", form(("image", picture), content_type="image/jpeg")
-    if peer == "ours":
+    if peer in OURS:
         path = "/v1/models/cifar10:predict"
     elif peer == "kserve_torch":
         path, content_type = "/v1/models/cifar10:predict", "application/json"
@@ -176,8 +178,8 @@ def free_port() -> int:
 
 
 def command_of(peer: str, port: int, uri: str, digest: str) -> list[str]:
-    if peer == "ours":
-        named = ["--model-uri", uri, "--model-digest", digest, "--port", str(port)]
+    if peer in OURS:
+        named = ["--model-uri", uri, "--model-digest", digest, "--port", str(port), "--precision", OURS[peer]]
         return [sys.executable, "-m", "cifar_assets.serving", *named, "--threads", str(os.cpu_count() or 1)]
     if peer == "bentoml_onnx":
         return [python_of(peer), "-m", "bentoml", "serve", "bentoml_onnx:Classifier", "--port", str(port)]
@@ -203,7 +205,7 @@ def running(peer: str, models: Path, uri: str, digest: str) -> Iterator[Server]:
         environment = {**os.environ, "MODEL": str(models), "PORT": str(port), "PYTHONPATH": os.getcwd()}
         with (models / f"{peer}.log").open("wb") as log:
             started = time.perf_counter()
-            where = FOLDER if peer != "ours" else Path.cwd()
+            where = Path.cwd() if peer in OURS else FOLDER
             process = subprocess.Popen(
                 command, cwd=where, env=environment, stdout=log, stderr=log, start_new_session=True
             )
@@ -241,7 +243,7 @@ def check(peer: str, answer: object, models: Path) -> None:
     expected = models / "expected.npy"
     if not expected.exists():
         np.save(expected, found)
-    if not np.allclose(found, np.load(expected), atol=1e-3):
+    if not np.allclose(found, np.load(expected), atol=1e-2 if peer == "ours_int8" else 1e-3):
         raise SystemExit(f"{peer} answers {found}, not {np.load(expected)}.")
 
 
@@ -249,12 +251,16 @@ def store_model(recipe: str, folder: Path) -> tuple[str, str]:
     """The recipe's network with untrained weights, as ONNX, as torch module, and as a package of ours."""
     import torch
 
-    torch.manual_seed(0)
-    onnx_bytes = untrained_onnx(recipe)
-    (folder / "model.onnx").write_bytes(onnx_bytes)
-    torch.manual_seed(0)
-    torch.save(untrained_network(recipe).eval(), folder / "model.pt")
-    return store_tiny_model(FolderStore(folder / "models"), onnx_bytes=onnx_bytes)
+    from cifar_assets.training.package import onnx_bytes
+    from cifar_assets.training.quantize import int8_bytes
+
+    network = untrained_network(recipe).eval()
+    model = onnx_bytes(network, 32)
+    images = np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8)
+    (folder / "model.onnx").write_bytes(model)
+    torch.save(network, folder / "model.pt")
+    int8 = int8_bytes(model, images, os.cpu_count() or 1)
+    return store_tiny_model(FolderStore(folder / "models"), onnx_bytes=model, int8=int8)
 
 
 def main() -> None:

@@ -17,10 +17,12 @@ class GatedModel:
 
     def __init__(self, *, is_open: bool = True):
         self.sizes: list[int] = []
+        self.alone: list[bool] = []
         self.started = threading.Semaphore(0)
         self.may_run = threading.Semaphore(10**6 if is_open else 0)
 
-    def run(self, images: np.ndarray) -> np.ndarray:
+    def run(self, images: np.ndarray, is_alone: bool) -> np.ndarray:
+        self.alone.append(is_alone)
         self.started.release()
         assert self.may_run.acquire(timeout=200)
         self.sizes.append(len(images))
@@ -35,10 +37,15 @@ def images(*values: int) -> np.ndarray:
 
 
 def story(
-    tell: Callable[[MicroBatcher], Awaitable[None]], model: GatedModel, *, batch_images: int = 8, queue_images: int = 20
+    tell: Callable[[MicroBatcher], Awaitable[None]],
+    model: GatedModel,
+    *,
+    batch_images: int = 8,
+    queue_images: int = 20,
+    num_threads: int = 1,
 ) -> None:
     async def run() -> None:
-        batcher = MicroBatcher(model.run, batch_images=batch_images, queue_images=queue_images)
+        batcher = MicroBatcher(model.run, batch_images=batch_images, queue_images=queue_images, num_threads=num_threads)
         try:
             await asyncio.wait_for(tell(batcher), 300)
         finally:
@@ -121,6 +128,32 @@ def test_a_large_request_runs_in_pieces_and_lets_small_ones_in_between() -> None
         assert order == ["small", "large"]
 
     story(tell, model, batch_images=4)
+
+
+def test_threads_share_the_queue_and_a_single_run_has_all_of_them() -> None:
+    model = GatedModel(is_open=False)
+
+    async def tell(batcher: MicroBatcher) -> None:
+        futures = [submit(batcher, images(value)) for value in range(4)]
+        for _ in range(2):
+            await until_started(model)
+        for _ in range(3):
+            model.may_run.release()
+        assert [await first_pixels(future) for future in futures] == [[0], [1], [2], [3]]
+        assert await first_pixels(submit(batcher, images(4))) == [4]
+        assert model.sizes == [2, 2, 1]
+        assert model.alone == [False, False, True]
+
+    story(tell, model, num_threads=2)
+
+
+def test_the_parts_of_a_large_request_keep_their_order_with_several_threads() -> None:
+    async def tell(batcher: MicroBatcher) -> None:
+        futures = [submit(batcher, images(*range(10 * index, 10 * index + 10))) for index in range(3)]
+        for index, future in enumerate(futures):
+            assert await first_pixels(future) == list(range(10 * index, 10 * index + 10))
+
+    story(tell, GatedModel(), batch_images=3, queue_images=40, num_threads=3)
 
 
 def count_of_runs() -> list[float]:
@@ -210,6 +243,7 @@ def test_a_failing_batch_fails_its_requests_and_no_others() -> None:
             await bad
         assert await first_pixels(good) == [7]
         assert model.sizes == [4, 1]
+        assert REGISTRY.get_sample_value("cifar10_queue_images") == 0
 
     story(tell, model, batch_images=4)
 
@@ -230,4 +264,5 @@ def test_many_requests_each_get_their_own_answers() -> None:
         found = await asyncio.gather(*[first_pixels(submit(batcher, images(*value))) for value in values])
         assert found == values
 
-    story(tell, GatedModel(), queue_images=10_000)
+    for num_threads in (1, 3):
+        story(tell, GatedModel(), queue_images=10_000, num_threads=num_threads)

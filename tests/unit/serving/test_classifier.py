@@ -25,7 +25,9 @@ def load(uri: str, digest: str) -> Classifier:
 def test_the_stored_model_answers_as_it_should(tmp_path) -> None:
     uri, digest = store_tiny_model(FolderStore(tmp_path))
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
-    np.testing.assert_allclose(load(uri, digest).run(images), tiny_logits(images), rtol=1e-3, atol=1e-3)
+    classifier = load_classifier(uri, digest, num_threads=2, batch_images=4)
+    for is_alone in (True, False):
+        np.testing.assert_allclose(classifier.run(images, is_alone), tiny_logits(images), rtol=1e-3, atol=1e-3)
 
 
 def test_the_int8_model_is_served_if_the_package_has_one(tmp_path) -> None:
