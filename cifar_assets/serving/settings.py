@@ -63,7 +63,7 @@ class ServerSettings(ServingLimits, frozen=True):
     host: str = Field("127.0.0.1", description="address to listen on; pods use ::")
     port: int = Field(8080, ge=0, le=65535, description="port to listen on; defaults to the variable PORT")
     page: bool = Field(True, description="whether browsers get a page for people at /: true or false")
-    threads: int | None = Field(None, ge=1, description="threads of one run of the model; by default one per CPU")
+    threads: int | None = Field(None, ge=1, description="threads that run the model; by default one per CPU")
     drain_delay: float = Field(
         0, ge=0, le=86400, description="seconds after SIGTERM in which connections are still accepted"
     )
