@@ -49,8 +49,8 @@ _PNG_MAX_EXIF = 64 << 10
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _JPEG_START_OF_SCAN = 0xDA
 _JPEG_WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xD9), 0xFF)
-_JPEG_FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
-_JPEG_TABLES = (0xC4, 0xCC, 0xDB, 0xDD)
+_JPEG_FRAMES = {*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}
+_JPEG_KEPT = _JPEG_FRAMES | {0xC4, 0xCC, 0xDB, 0xDD}  # and tables
 _JPEG_APPLICATION = {0xE0: b"JFIF\0", 0xE1: b"Exif\0\0", 0xEE: b"Adobe"}
 """Segments that define colors and rotation; the first of each kind counts."""
 
@@ -229,7 +229,7 @@ def _open_jpeg(data: bytes, limits: ImageLimits) -> Picture:
             width, height, mode = frame
             return Picture(width, height, b"".join([*parts, data[position - 1 :]]), "" if 0xE1 in seen else mode)
         tells = marker in _JPEG_APPLICATION and data.startswith(_JPEG_APPLICATION[marker], body)
-        if marker in _JPEG_FRAMES + _JPEG_TABLES or (tells and marker not in seen):
+        if marker in _JPEG_KEPT or (tells and marker not in seen):
             parts.append(data[position - 1 : end])
             seen.add(marker)
         position = end

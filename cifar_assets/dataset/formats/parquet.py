@@ -58,5 +58,6 @@ def _rows(path: Path, name: str) -> Iterator[EncodedRow]:
     with pq.ParquetFile(path) as file:
         column = _check_schema(file.schema_arrow, name)
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[f"{column}.bytes", "label"]):
-            for image, label in zip(batch.column(column), batch.column("label"), strict=True):
-                yield (image.as_py() or {}).get("bytes") or b"", label.as_py()
+            (images,) = batch.column(column).flatten()
+            for image, label in zip(images.to_pylist(), batch.column("label").to_pylist(), strict=True):
+                yield image or b"", label
