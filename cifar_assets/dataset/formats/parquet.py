@@ -59,5 +59,5 @@ def _rows(path: Path, name: str) -> Iterator[EncodedRow]:
         column = _check_schema(file.schema_arrow, name)
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[f"{column}.bytes", "label"]):
             (images,) = batch.column(column).flatten()
-            for image, label in zip(images.to_pylist(), batch.column("label").to_pylist(), strict=True):
-                yield image or b"", label
+            for image, label in zip(images, batch.column("label"), strict=True):
+                yield image.as_py() or b"", label.as_py()  # one value in memory at a time
