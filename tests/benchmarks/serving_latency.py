@@ -44,9 +44,9 @@ Request = tuple[str, bytes, dict[str, str]]
 
 
 def untrained_network(recipe: str) -> "PublishedNetwork":
-    """The recipe's network with the weights it starts from: as costly to run as a trained one.
+    """The recipe's network with about the weights it starts from: as costly to run as a trained one.
 
-    The biases, which start at zero, get small values: the exporter merges equal ones, and could not quantize them then.
+    Noise makes them different: the exporter merges equal ones, which the int8 model would convert in every run.
     """
     import torch
 
@@ -56,9 +56,9 @@ def untrained_network(recipe: str) -> "PublishedNetwork":
 
     torch.manual_seed(0)
     network = build_network(get_recipe(recipe), CIFAR10)
-    for name, parameter in network.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.01)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.001 * torch.randn_like(parameter))
     return PublishedNetwork(network, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
