@@ -191,7 +191,8 @@ def test_preempted_training_makes_the_same_model(
     with queue_with(platform.namespace, cpu="300m"):
         process = _start_until_checkpoint(cluster, models, training(), queued)
         with other_work(platform.namespace, "200m", urgent=True):
-            pods = ("-n", platform.namespace, "get", "pods", "-l", kind.client.pod_label, "-o", "name")
+            running = ("-l", kind.client.pod_label, "--field-selector=status.phase=Running")
+            pods = ("-n", platform.namespace, "get", "pods", *running, "-o", "name")
             wait_for("the end of the training's pods", lambda: not kubectl(*pods))
         output, _ = process.communicate(timeout=COMMAND_SECONDS)
         assert process.returncode == 0, output
