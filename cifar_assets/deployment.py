@@ -11,6 +11,7 @@ from cifar_assets.assets.common import AccuracyGate
 from cifar_assets.serving.settings import ENVIRONMENT_PREFIX
 from cifar_assets.settings import Settings
 from resources.errors import ConfigError
+from resources.model_signature import SIGNING_KEY_VARIABLE
 from resources.object_store import TRAFFIC_BUCKET
 from resources.object_store.resource import LocalObjectStore, ObjectStoreResource, object_store_from_environment
 from resources.run_liveness import watched_executor
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
     from resources.trainer.kubernetes import KubernetesTrainer
 
 _Model = TypeVar("_Model", bound=BaseModel)
-_JOB_DEFAULTS: Mapping[str, Any] = {"service_account_name": "trainer", "scratch": "4Gi"}
+_JOB_DEFAULTS: Mapping[str, Any] = {
+    "service_account_name": "trainer",
+    "scratch": "4Gi",
+    "secret_env": {SIGNING_KEY_VARIABLE: {"secret": "model-signing", "key": "private.pem", "optional": True}},
+}
 _KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "pytorchjob": {"env_secrets": ["object-store-trainer"], "run_policy": {"backoff_limit": 3}},
     "trainjob": {"runtime": "cifar-trainer", "runtime_kind": "TrainingRuntime"},
@@ -32,7 +37,11 @@ def resources_for(settings: Settings) -> dict[str, Any]:
     deployed = _local(settings) if settings.dagster_deployment == "local" else _kubernetes(settings)
     return {
         **deployed,
-        "gate": AccuracyGate(threshold=settings.accuracy_threshold, precision=settings.serving_precision),
+        "gate": AccuracyGate(
+            threshold=settings.accuracy_threshold,
+            precision=settings.serving_precision,
+            public_keys=settings.model_public_key,
+        ),
     }
 
 
@@ -65,7 +74,7 @@ def _local(settings: Settings) -> dict[str, Any]:
         "trainer": LocalTrainer(),
         "serving": LocalInferenceService(
             server_module="cifar_assets.serving",
-            withheld_prefix=ENVIRONMENT_PREFIX,
+            withheld_prefixes=[ENVIRONMENT_PREFIX, SIGNING_KEY_VARIABLE],
             port=settings.inference_service_port,
             options=_recording(settings, LocalObjectStore().traffic.uri(), record_interval="5"),
         ),

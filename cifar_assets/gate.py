@@ -14,6 +14,7 @@ from cifar_assets.model_package import (
     WantedPrecision,
     read_json,
     read_manifest,
+    verify_package,
 )
 from cifar_assets.training.spec import JobSpec
 from resources.errors import ConfigError, DataError
@@ -29,14 +30,18 @@ INT8_MARGIN = 0.003
 _REQUIRED = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_max_difference")
 
 
-def judge(models: ObjectStore, digest: str, threshold: float) -> tuple[ModelManifest, Verdict]:
+def judge(
+    models: ObjectStore, digest: str, threshold: float, public_keys: str | None = None
+) -> tuple[ModelManifest, Verdict]:
     """Read the model's manifest and metrics, verified by digest, and compare; the numbers include `test_accuracy`.
 
     Equality passes. Raises IntegrityError or ObjectNotFoundError when the stored model does not match the digest,
-    DataError when its metrics have no accuracy from 0 to 1.
+    or, if there are public keys, its signature; DataError when its metrics have no accuracy from 0 to 1.
     """
     package = models.at(digest)
     manifest = read_manifest(package, digest)
+    if public_keys:
+        verify_package(package, digest, public_keys)
     accuracy = number(read_json(package, manifest, METRICS_FILE), "test_accuracy")
     if not 0 <= accuracy <= 1:
         raise DataError(
@@ -49,11 +54,17 @@ def judge(models: ObjectStore, digest: str, threshold: float) -> tuple[ModelMani
     return manifest, Verdict(passed, reason, {"test_accuracy": accuracy, "threshold": threshold})
 
 
-def judge_model(models: ObjectStore, digest: str, threshold: float, onnx_tolerance: float = ONNX_TOLERANCE) -> Judges:
+def judge_model(
+    models: ObjectStore,
+    digest: str,
+    threshold: float,
+    onnx_tolerance: float = ONNX_TOLERANCE,
+    public_keys: str | None = None,
+) -> Judges:
     """The blocking checks of a stored model."""
     metrics = cache(lambda: read_metrics(models, digest))
     return {
-        ACCURACY_CHECK: lambda: judge(models, digest, threshold)[1],
+        ACCURACY_CHECK: lambda: judge(models, digest, threshold, public_keys)[1],
         "metrics_finite": lambda: metrics_finite(metrics()),
         "onnx_equals_torch": lambda: onnx_equals_torch(metrics(), onnx_tolerance),
     }

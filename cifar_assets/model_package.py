@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from cifar_assets.contracts import ImageSpec
 from cifar_assets.manifest import Manifest
 from resources.digests import sha256_bytes
-from resources.errors import DataError, ObjectNotFoundError
+from resources.errors import DataError, IntegrityError, ObjectNotFoundError
+from resources.model_signature import SIGNATURE_FILE, read_public_keys, sign, verify
 from resources.object_store import ObjectStore
+
+if TYPE_CHECKING:
+    from Crypto.PublicKey.ECC import EccKey
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -21,6 +25,7 @@ RECIPE_FILE = "recipe.json"
 PERFORMANCE_FILE = "performance.json"
 ENVIRONMENT_FILE = "environment.json"
 CARD_FILE = "MODEL_CARD.md"
+SBOM_FILE = "sbom.cdx.json"
 LOG_FILE = "training.log"
 
 IDENTITY_FILES = (WEIGHTS_FILE, ONNX_FILE, INT8_FILE, METRICS_FILE, RECIPE_FILE)
@@ -29,6 +34,9 @@ IDENTITY_FILES = (WEIGHTS_FILE, ONNX_FILE, INT8_FILE, METRICS_FILE, RECIPE_FILE)
 The int8 model is covered because it may be served: quantizing is deterministic, so identical trainings still give
 identical digests. Models of earlier releases have none.
 """
+
+UNSIGNED_FILES = (PERFORMANCE_FILE, LOG_FILE)
+"""Files that a signature does not cover: a training may still write them after it has published the model."""
 
 ServedPrecision = Literal["float32", "int8"]
 WantedPrecision = Literal["auto", ServedPrecision]
@@ -56,21 +64,33 @@ def read_file(package: ObjectStore, manifest: ModelManifest, name: str) -> bytes
     return package.read_verified(name, manifest.files[name])
 
 
-def write_package(models: ObjectStore, manifest: ModelManifest, files: dict[str, bytes]) -> str:
+def verify_package(package: ObjectStore, digest: str, public_keys: str) -> None:
+    """Raise IntegrityError unless one of the keys signed the model at the package's root as it is stored."""
+    signed = verify(package, UNSIGNED_FILES, public_keys)
+    if signed.get(MANIFEST_FILE) != digest:
+        raise IntegrityError(f"{package.uri(SIGNATURE_FILE)} is not of model {digest}. Train the model again.")
+
+
+def write_package(
+    models: ObjectStore, manifest: ModelManifest, files: dict[str, bytes], signing_key: "EccKey | None" = None
+) -> str:
     """Store a model under its digest, which is returned. The manifest is written last and makes the package exist.
 
     `files` holds every covered file and any uncovered ones. An intact model is only completed with missing files; a
-    damaged one is written again.
+    damaged one is written again, and so is one without a valid signature by the key.
     """
     digest = manifest.digest
     package = models.at(digest)
     for name, sha256 in manifest.files.items():
         if sha256_bytes(files[name]) != sha256:
             raise DataError(f"{name} does not have the digest its manifest gives.")
-    whole = is_whole(package, digest)
+    whole = is_whole(package, digest) and (signing_key is None or _is_signed(package, digest, signing_key))
     for name, data in files.items():
         if not (whole and package.exists(name)):
             package.write(name, data)
+    if signing_key and not whole:
+        signed = {**files, MANIFEST_FILE: manifest.to_bytes()}
+        package.write(SIGNATURE_FILE, sign(digest, signed, UNSIGNED_FILES, signing_key))
     manifest.write(package, MANIFEST_FILE)  # even if intact: it counts as new again
     return digest
 
@@ -82,6 +102,14 @@ def is_whole(package: ObjectStore, digest: str) -> bool:
         for name in manifest.files:
             read_file(package, manifest, name)
     except (DataError, ObjectNotFoundError):
+        return False
+    return True
+
+
+def _is_signed(package: ObjectStore, digest: str, signing_key: "EccKey") -> bool:
+    try:
+        verify_package(package, digest, read_public_keys(signing_key.public_key().export_key(format="PEM")))
+    except IntegrityError:
         return False
     return True
 

@@ -7,6 +7,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cifar_assets.model_package import WantedPrecision
 from resources.errors import ConfigError
+from resources.model_signature import read_public_keys
 from resources.redaction import has_credentials
 
 
@@ -45,6 +46,10 @@ class Settings(BaseSettings):
     serving_precision: WantedPrecision = Field(
         default="auto",
         description="`float32`, `int8` (fails for a model that loses accuracy), or `auto` (serving.md).",
+    )
+    model_public_key: Annotated[str, AfterValidator(read_public_keys)] | None = Field(
+        default=None,
+        description="Public key, or file of it: only models that it signed are served (signing.md).",
     )
     retrain_config: JsonObject = Field(
         default={},

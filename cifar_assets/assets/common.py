@@ -26,6 +26,9 @@ class AccuracyGate(dg.ConfigurableResource):
         default="auto",
         description="Precision to serve in: float32, int8, or auto, which is int8 if it is about as accurate.",
     )
+    public_keys: str | None = Field(
+        default=None, description="Keys in PEM. With them, a model is served only if one of them signed its package."
+    )
 
 
 @contextmanager

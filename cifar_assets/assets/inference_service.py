@@ -83,7 +83,7 @@ def inference_service(
     with retrying_infrastructure_faults():
         models = object_store.models
         digest = config.resolved_digest(context)
-        manifest, verdict = judge(models, digest, gate.threshold)
+        manifest, verdict = judge(models, digest, gate.threshold, gate.public_keys)
         objections = [
             *why_unproven(context.instance, TRAINED_MODEL, digest, MODEL_CHECKS),
             *why_unproven(context.instance, PROCESSED_DATASET, manifest.dataset_digest, PROCESSED_CHECKS),

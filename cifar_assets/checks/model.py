@@ -71,7 +71,7 @@ def trained_model_checks(
     models = object_store.models
     metrics = cache(lambda: read_metrics(models, digest))
     judges = {
-        **judge_model(models, digest, gate.threshold, config.onnx_tolerance),
+        **judge_model(models, digest, gate.threshold, config.onnx_tolerance, gate.public_keys),
         "recall_floor": lambda: recall_reached(
             metrics(), read_manifest(models.at(digest), digest).classes, config.recall_floor
         ),

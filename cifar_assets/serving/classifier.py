@@ -8,9 +8,17 @@ import onnxruntime
 
 from cifar_assets.contracts import MODEL_INPUT, MODEL_OUTPUT
 from cifar_assets.cpus import available_cpus
-from cifar_assets.model_package import SERVED_FILES, ModelManifest, ServedPrecision, read_file, read_manifest
+from cifar_assets.model_package import (
+    SERVED_FILES,
+    ModelManifest,
+    ServedPrecision,
+    read_file,
+    read_manifest,
+    verify_package,
+)
 from cifar_assets.serving.answers import Images, Logits
 from resources.errors import DataError
+from resources.model_signature import read_public_keys
 from resources.object_store import open_store
 
 _log = logging.getLogger(__name__)
@@ -71,16 +79,19 @@ def load_classifier(
     model_digest: str,
     precision: ServedPrecision = "float32",
     *,
+    public_key: str = "",
     num_threads: int | None,
     batch_images: int,
 ) -> Classifier:
-    """Load the package's model of that precision if the package has the digest, and warm it up.
+    """Load the package's model of that precision if it has the digest and the key's signature, and warm it up.
 
-    Raises IntegrityError for other content, ObjectNotFoundError if there is none, DataError for a model that cannot be
-    served, StoreError when the store does not respond.
+    Raises IntegrityError for other content, ConfigError for a value that is not a key, ObjectNotFoundError if there is
+    none, DataError for a model that cannot be served, StoreError when the store does not respond.
     """
     package = open_store(model_uri)
     manifest = read_manifest(package, model_digest)
+    if public_key:
+        verify_package(package, model_digest, read_public_keys(public_key))
     name = SERVED_FILES[precision]
     if name not in manifest.files:
         raise DataError(f"Model {model_digest} at {model_uri} has no {name}. Serve it with --precision=float32.")

@@ -41,6 +41,7 @@ def run_server(settings: ServerSettings) -> None:
         settings.model_uri,
         settings.model_digest,
         settings.precision,
+        public_key=settings.public_key,
         num_threads=settings.threads,
         batch_images=settings.batch_images,
     )

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cifar_assets.dataset.formats.images import ImageLimits
 from cifar_assets.model_package import ServedPrecision
+from resources.model_signature import PUBLIC_KEY_VARIABLE
 
 ENVIRONMENT_PREFIX = "CIFAR_SERVING_"
 
@@ -59,6 +60,9 @@ class ServerSettings(ServingLimits, frozen=True):
     model_digest: str = Field(description="required digest of the package")
     precision: ServedPrecision = Field("float32", description="which of the package's models to serve: float32 or int8")
     precision_reason: str = Field("set by the server's options", description="why, for the model's metadata")
+    public_key: str = Field(
+        "", description=f"serve only what this key signed: PEM or a file; defaults to {PUBLIC_KEY_VARIABLE}"
+    )
     model_version: str = Field("", description="version to report; by default the start of the digest")
     host: str = Field("127.0.0.1", description="address to listen on; pods use ::")
     port: int = Field(8080, ge=0, le=65535, description="port to listen on; defaults to the variable PORT")
@@ -92,7 +96,8 @@ def parse_settings(arguments: Sequence[str] | None, environment: Mapping[str, st
         epilog=f"Each option can also be set in the environment: --model-uri as {ENVIRONMENT_PREFIX}MODEL_URI.",
         allow_abbrev=False,
     )
-    values: dict[str, str] = {"port": environment["PORT"]} if "PORT" in environment else {}
+    shared = {"port": "PORT", "public_key": PUBLIC_KEY_VARIABLE}
+    values = {name: environment[variable] for name, variable in shared.items() if variable in environment}
     for name, option in ServerSettings.model_fields.items():
         if name == "image":
             continue

@@ -3,8 +3,9 @@
 import io
 import json
 import logging
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,7 +22,11 @@ from cifar_assets.training.package import baseline_copy_bytes, build_package, re
 from cifar_assets.training.spec import JobSpec
 from cifar_assets.training.tracking import RunStatus, Tracker
 from resources.errors import StoreError
+from resources.model_signature import signing_key_from
 from resources.object_store import open_store
+
+if TYPE_CHECKING:
+    from Crypto.PublicKey.ECC import EccKey
 
 _LOG = logging.getLogger(__name__)
 _STOP_PATIENCE_SECONDS = 8.0
@@ -40,6 +45,7 @@ def run_job(spec: JobSpec, stop: StopSignal, send: SendMessage, log: io.StringIO
     Raises TrainingStopped when asked to stop, when the store is not reachable or when another process was lost,
     ConfigError and DataError for errors that the user must correct.
     """
+    signing_key = signing_key_from(os.environ)  # an invalid one is refused before hours of training
     processes = distributed.read_processes()
     use_threads(spec.execution)
     processor = choose_processor(spec.execution, spec.recipe.precision, processes.local_rank)
@@ -61,7 +67,7 @@ def run_job(spec: JobSpec, stop: StopSignal, send: SendMessage, log: io.StringIO
             trainer.train(lambda record: _report_epoch(spec, record, send, tracker))
             network = PublishedNetwork(trainer.published(), data.manifest.mean, data.manifest.std, spec.recipe.views)
             if processes.rank == 0:
-                return _publish(trainer, network.eval().to(processor.device), send, tracker, log)
+                return _publish(trainer, network.eval().to(processor.device), signing_key, send, tracker, log)
     except TrainingStopped as error:
         if not isinstance(error, PeerLostError):
             status, patience = "KILLED", _STOP_PATIENCE_SECONDS
@@ -120,7 +126,12 @@ def _measured(record: EpochRecord) -> dict[str, float]:
 
 
 def _publish(
-    trainer: Trainer, network: PublishedNetwork, send: SendMessage, tracker: Tracker, log: io.StringIO
+    trainer: Trainer,
+    network: PublishedNetwork,
+    signing_key: "EccKey | None",
+    send: SendMessage,
+    tracker: Tracker,
+    log: io.StringIO,
 ) -> dict[str, Any]:
     spec, models = trainer.spec, open_store(trainer.spec.output_uri)
     manifest, files = build_package(trainer, network)
@@ -129,7 +140,7 @@ def _publish(
     uri = models.uri(f"{digest}/")
     _LOG.info("Test accuracy %.2f %%, model %s", 100 * metrics["test_accuracy"], uri)
     files[LOG_FILE] = log.getvalue().encode()
-    write_package(models, manifest, files)
+    write_package(models, manifest, files, signing_key)
     if spec.write_baseline_copies:
         models.write(BASELINE_MODEL_KEY, baseline_copy_bytes(network))
     final = {name: metrics[name] for name in ("test_accuracy", "test_loss", "expected_calibration_error")}

@@ -25,6 +25,7 @@ from cifar_assets.model_package import (
     ONNX_FILE,
     PERFORMANCE_FILE,
     RECIPE_FILE,
+    SBOM_FILE,
     WEIGHTS_FILE,
     ModelManifest,
 )
@@ -33,6 +34,7 @@ from cifar_assets.training.device import Processor, describe_environment
 from cifar_assets.training.loop import DivergedError, Trainer
 from cifar_assets.training.networks import PublishedNetwork, ResNet18, SpeedNetStage
 from cifar_assets.training.quantize import int8_bytes, open_session
+from cifar_assets.training.sbom import build_sbom
 from cifar_assets.training.spec import JobSpec
 from resources.digests import canonical_json, sha256_bytes
 from resources.errors import DataError
@@ -99,6 +101,7 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
         image_size=data.manifest.image_size,
         files={name: sha256_bytes(files[name]) for name in IDENTITY_FILES},
     )
+    files[SBOM_FILE] = readable_json(build_sbom(manifest.digest))
     return manifest, files
 
 
@@ -260,7 +263,8 @@ def _model_card(spec: JobSpec, images: ImageSpec, metrics: dict[str, Any]) -> st
 
 Classifies {what}. It always answers with one of them, whatever the image shows.
 This is one training with seed {spec.seed}; other seeds give somewhat different results. The test split was used once,
-after training. The complete recipe is in `recipe.json`, the environment in `environment.json`.
+after training. The complete recipe is in `recipe.json`, the environment in `environment.json`, its packages
+in `sbom.cdx.json`.
 
 | measure | value |
 |---|---|

@@ -102,7 +102,11 @@ def cifar10_pipeline(
     for task in (data, processed, trained, model):
         task.set_caching_options(False)  # each run reads the store again
         kubernetes.use_config_map_as_env(task, "cifar-platform", ENDPOINT)
+        kubernetes.use_config_map_as_env(
+            task, "cifar-platform", {"MODEL_PUBLIC_KEY": "MODEL_PUBLIC_KEY"}, optional=True
+        )
         kubernetes.use_secret_as_env(task, "object-store-pipeline", CREDENTIALS)
+    kubernetes.use_secret_as_env(trained, "model-signing", {"private.pem": "MODEL_SIGNING_KEY"}, optional=True)
     return model.output
 
 

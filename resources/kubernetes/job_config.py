@@ -17,6 +17,7 @@ class SecretKey(StrictConfig):
 
     secret: str = Field(description="Name of the Secret, in the job's namespace.")
     key: str = Field(description="Key within it.")
+    optional: bool = Field(default=False, description="Start without the variable if there is no such key.")
 
 
 class JobConfig(StrictConfig):

@@ -9,7 +9,7 @@ from dagster_k8s.job import UserDefinedDagsterK8sConfig
 from dagster_k8s.models import k8s_model_from_dict
 from kubernetes import client as k8s
 
-from resources.kubernetes.job_config import JobConfig
+from resources.kubernetes.job_config import JobConfig, SecretKey
 from resources.kubernetes.queue import QUEUE_LABEL
 
 
@@ -35,7 +35,7 @@ def build_pod_template(
         env=[
             *({"name": name, "value": value} for name, value in {**config.env, **env}.items()),
             *(
-                {"name": name, "value_from": {"secret_key_ref": {"name": ref.secret, "key": ref.key}}}
+                {"name": name, "value_from": {"secret_key_ref": _secret_key(ref)}}
                 for name, ref in config.secret_env.items()
             ),
         ],
@@ -61,6 +61,10 @@ def build_pod_template(
     content = {"metadata": dict(merged.pod_template_spec_metadata), "spec": pod}
     body: Any = k8s.ApiClient().sanitize_for_serialization(k8s_model_from_dict(k8s.V1PodTemplateSpec, content))
     return body
+
+
+def _secret_key(ref: SecretKey) -> dict[str, Any]:
+    return {"name": ref.secret, "key": ref.key, **({"optional": True} if ref.optional else {})}
 
 
 def _container(config: JobConfig) -> dict[str, Any]:

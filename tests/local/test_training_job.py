@@ -18,6 +18,7 @@ from cifar_assets.model_package import (
     IDENTITY_FILES,
     LOG_FILE,
     PERFORMANCE_FILE,
+    SBOM_FILE,
     read_manifest,
 )
 from cifar_assets.training.data import open_data
@@ -71,7 +72,8 @@ def test_package_is_complete_and_records_its_origin(place: Workplace, finished: 
     assert (manifest.classes, manifest.image_size) == (CLASSES, 32)
     assert set(manifest.files) == set(IDENTITY_FILES)
     stored = {info.key.partition("/")[2] for info in place.models().list(f"{digest}/")}
-    assert stored == {*IDENTITY_FILES, PERFORMANCE_FILE, ENVIRONMENT_FILE, CARD_FILE, LOG_FILE, "manifest.json"}
+    beside = {PERFORMANCE_FILE, ENVIRONMENT_FILE, CARD_FILE, SBOM_FILE, LOG_FILE, "manifest.json"}
+    assert stored == {*IDENTITY_FILES, *beside}
     assert metrics["dataset_digest"] == place.digest
     assert metrics["raw_digest"] == RAW_DIGEST
     assert place.checkpoints() == []

@@ -180,9 +180,9 @@ class LocalInferenceService(InferenceServiceResource):
     state_dir: str = Field(default=".cifar/serving", description="Folder of the server's control socket and logs.")
     host: str = Field(default="127.0.0.1", description="Address to listen on; `::` for IPv6 and IPv4.")
     port: int = Field(default=8080, ge=1, le=65535, description="Port to listen on.")
-    withheld_prefix: str = Field(
-        default="",
-        description="Variables with this prefix are not passed to the server: its settings come from this resource.",
+    withheld_prefixes: list[str] = Field(
+        default=[],
+        description="Variables with such a prefix are not passed to the server: its settings come from this resource.",
     )
     options: dict[str, str] = Field(default={}, description="Further options of the server, by name.")
     startup_timeout_seconds: float = Field(
@@ -241,7 +241,7 @@ class LocalInferenceService(InferenceServiceResource):
         log_file = folder / f"server-{time.strftime('%Y%m%d-%H%M%S')}-{request.model_digest[:12]}.log"
         starting = folder / _STARTING_NAME
         starting.unlink(missing_ok=True)
-        withheld = self.withheld_prefix or "="  # a character that no name contains
+        withheld = tuple(self.withheld_prefixes)
         variables = {name: value for name, value in os.environ.items() if not name.startswith(withheld)}
         model = {name: getattr(request, name) for name in ("model_uri", "model_digest", "model_version")}
         info = {**model, "host": self.host, "port": self.port, "annotations": request.annotations()}

@@ -38,7 +38,9 @@ def test_nothing_is_installed_when_a_step_starts(compiled: list[dict[str, Any]])
 def test_credentials_come_from_the_secret(compiled: list[dict[str, Any]]) -> None:
     executors = compiled[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert len(executors) == 4
-    for executor in executors.values():
-        (secret,) = executor["secretAsEnv"]
+    for name, executor in executors.items():
+        secret, *others = executor["secretAsEnv"]
         assert secret["secretName"] == "object-store-pipeline"
         assert {entry["envVar"] for entry in secret["keyToEnv"]} == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+        signing = [(other["secretName"], other["optional"]) for other in others]
+        assert signing == ([("model-signing", True)] if name == "exec-train" else [])
