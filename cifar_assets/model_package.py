@@ -84,13 +84,16 @@ def write_package(
     for name, sha256 in manifest.files.items():
         if sha256_bytes(files[name]) != sha256:
             raise DataError(f"{name} does not have the digest its manifest gives.")
-    whole = is_whole(package, digest) and (signing_key is None or _is_signed(package, digest, signing_key))
+    whole = is_whole(package, digest)
+    signed = whole and signing_key is not None and _is_signed(package, digest, signing_key)
+    if signing_key and not signed:
+        whole = False
     for name, data in files.items():
-        if not (whole and package.exists(name)):
+        if not (signed or (whole and package.exists(name))):
             package.write(name, data)
-    if signing_key and not whole:
-        signed = {**files, MANIFEST_FILE: manifest.to_bytes()}
-        package.write(SIGNATURE_FILE, sign(digest, signed, UNSIGNED_FILES, signing_key))
+    if signing_key and not signed:
+        covered = {**files, MANIFEST_FILE: manifest.to_bytes()}
+        package.write(SIGNATURE_FILE, sign(digest, covered, UNSIGNED_FILES, signing_key))
     manifest.write(package, MANIFEST_FILE)  # even if intact: it counts as new again
     return digest
 

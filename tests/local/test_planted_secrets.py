@@ -7,10 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from Crypto.PublicKey import ECC
 
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace
 
 SECRET = "hush-0815"
+SIGNING_KEY = str(ECC.generate(curve="P-256").export_key(format="PEM"))
+SECRETS = [SECRET, *SIGNING_KEY.splitlines()[1:-1]]
 PLANTED = {
     "AWS_ACCESS_KEY_ID": f"key-{SECRET}",
     "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -18,6 +21,7 @@ PLANTED = {
     "MLFLOW_TRACKING_URI": f"http://user:{SECRET}@127.0.0.1:9/",
     "MLFLOW_TRACKING_PASSWORD": SECRET,
     "ACCURACY_THRESHOLD": "0",
+    "MODEL_SIGNING_KEY": SIGNING_KEY,
     "TRAINER_JOB": f'{{"env": {{"API_KEY": "{SECRET}"}}}}',
 }
 ONE_EPOCH = {**SMALL_TRAINING, "overrides": {**SMALL_TRAINING["overrides"], "epochs": 1}}
@@ -40,7 +44,8 @@ def address(workspace: Workspace) -> Iterator[str]:
 
 
 def files_with_the_secret(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if any(secret.encode() in path.read_bytes() for secret in SECRETS)]
 
 
 def test_signature_of_a_source_address_is_not_leaked(workspace: Workspace, address: str) -> None:
@@ -48,8 +53,9 @@ def test_signature_of_a_source_address_is_not_leaked(workspace: Workspace, addre
     select = "cifar10/raw_dataset,cifar10/processed_dataset,cifar10/trained_model"
     done = workspace.materialize(select, {"trained_model": ONE_EPOCH}, **PLANTED, CIFAR10_SOURCE=signed)
     assert done.returncode == 0, done.stdout
-    assert SECRET not in done.stdout
+    assert not any(secret in done.stdout for secret in SECRETS)
     assert (workspace.folder / ".cifar/mlflow/mlflow.db").exists()
+    assert list((workspace.folder / ".cifar/store/models").glob("*/model.sig"))
     assert files_with_the_secret(workspace.folder) == []
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from Crypto.PublicKey import ECC
 
 from resources.errors import DeployError
 from resources.inference_service import DeployedService, DeployRequest, LocalInferenceService
@@ -334,6 +335,14 @@ def test_a_model_that_cannot_answer_does_not_replace_one_that_can(own) -> None:
         own.service.deploy(DeployRequest(uri, digest, "broken"))
     assert {own.served_digest() for _ in range(20)} == {served}
     assert own.service.status().ready
+
+
+def test_an_unsigned_model_does_not_replace_a_served_one(own, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = own.deploy(0).model_digest
+    monkeypatch.setenv("MODEL_PUBLIC_KEY", str(ECC.generate(curve="P-256").public_key().export_key(format="PEM")))
+    with pytest.raises(DeployError, match=rf"has no model\.sig, but .*Model {served} is still served"):
+        own.deploy(1)
+    assert own.served_digest() == served
 
 
 def test_another_precision_of_the_served_model_is_another_deployment(own) -> None:

@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "AWS_SECRET_ACCESS_KEY": f"{SECRET}-secret",
     "AWS_SESSION_TOKEN": f"{SECRET}-token",
     "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+    "MODEL_SIGNING_KEY": f"{SECRET}-private",
     "TRAINER_IMAGE": "trainer:1",
     "SERVER_IMAGE": "server:1",
 }
@@ -74,6 +75,7 @@ def refusal(call: Callable[[], object]) -> str:
         ("MLFLOW_TRACKING_URI", f"postgresql://user:{SECRET}@db/mlflow"),
         ("TRAINER_MLFLOW_TRACKING_URI", ADDRESS),
         ("SERVER_URL", ADDRESS),
+        ("MODEL_PUBLIC_KEY", SECRET),
         ("TRAINER_JOB", json.dumps({"env": {"MLFLOW_TRACKING_PASSWORD": SECRET}})),
         ("TRAINER_JOB", json.dumps({"env": {"PROXY": ADDRESS}})),
         ("TRAINER_JOB", json.dumps({"replicas": SECRET})),

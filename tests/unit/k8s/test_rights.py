@@ -46,6 +46,10 @@ def test_default_secrets_are_those_of_the_roles() -> None:
     trainer = trainer_for(settings_of({"TRAINER_IMAGE": "x"}), LocalObjectStore())
     assert trainer.pytorch_job
     assert trainer.pytorch_job.env_secrets == ["object-store-trainer"]
+    for job in (trainer.pytorch_job, trainer.train_job):
+        assert job
+        secrets = {name: (ref.secret, ref.optional) for name, ref in job.secret_env.items()}
+        assert secrets == {"MODEL_SIGNING_KEY": ("model-signing", True)}
     assert InferenceServiceSettings(image="x").env_secrets == ["object-store-server"]
 
 

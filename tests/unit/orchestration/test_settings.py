@@ -2,8 +2,10 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
+from Crypto.PublicKey import ECC
 
 from cifar_assets.deployment import resources_for, serving_for
 from cifar_assets.settings import Settings, read_settings
@@ -50,6 +52,17 @@ def test_wrong_value_is_an_error_that_names_the_variable_and_what_is_allowed(nam
     allowed = (Settings.model_fields[name.lower()].description or "").rstrip(".")
     with pytest.raises(ConfigError, match=rf"{name}: .*{re.escape(allowed)}"):
         settings_of({name: value})
+
+
+def test_public_key_reaches_the_gate_as_text(tmp_path: Path) -> None:
+    pair = ECC.generate(curve="P-256")
+    file = tmp_path / "public.pem"
+    file.write_text(str(pair.public_key().export_key(format="PEM")))
+    for value in (str(file), file.read_text()):
+        assert resources_for(settings_of({"MODEL_PUBLIC_KEY": value}))["gate"].public_keys == f"{file.read_text()}\n"
+    for value in (str(tmp_path / "missing.pem"), str(pair.export_key(format="PEM"))):
+        with pytest.raises(ConfigError, match="MODEL_PUBLIC_KEY"):
+            settings_of({"MODEL_PUBLIC_KEY": value})
 
 
 @pytest.mark.parametrize("name", ["TRAINER_IMAGE", "SERVER_IMAGE"])

@@ -70,6 +70,7 @@ SENTINELS: dict[type[BaseModel], dict[str, tuple[Any, str]]] = {
     SecretKey: {
         "secret": ("secret-sentinel", '"name": "secret-sentinel"'),
         "key": ("key-of-secret", '"key": "key-of-secret"'),
+        "optional": (True, '"optional": true'),
     },
     PodTemplate: {
         "container_config": ({"stdin": True}, '"stdin": true'),
@@ -81,6 +82,7 @@ SENTINELS: dict[type[BaseModel], dict[str, tuple[Any, str]]] = {
 COMPANIONS: dict[str, dict[str, Any]] = {
     "gpu_resource": {"gpu": 1},
     "secret": {"key": "x"},
+    "optional": {"key": "x"},
 }
 
 
