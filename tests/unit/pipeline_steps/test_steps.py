@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from Crypto.PublicKey import ECC
 from dagster_pipes import PipesMappingParamsLoader
 from yaml import safe_load
 
@@ -210,6 +211,18 @@ def test_a_model_file_that_was_changed(pipeline: Steps, tiny: TinyData) -> None:
     pipeline.store.at("models").write(f"{digest}/{WEIGHTS_FILE}", b"other weights")
     assert pipeline.model(0) == 1
     assert WEIGHTS_FILE in pipeline.error
+
+
+def test_an_unsigned_model_when_there_is_a_public_key(
+    pipeline: Steps, tiny: TinyData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pipeline.data() == 0
+    report_model(pipeline)
+    monkeypatch.setenv("MODEL_PUBLIC_KEY", str(ECC.generate(curve="P-256").public_key().export_key(format="PEM")))
+    assert pipeline.model(0) == 1
+    assert "has no model.sig, but MODEL_PUBLIC_KEY is set" in pipeline.error
+    monkeypatch.setenv("MODEL_PUBLIC_KEY", "missing.pem")
+    assert pipeline.model(0) == steps.EXIT_BAD_SETTING
 
 
 def test_a_model_of_another_seed_than_the_runs(pipeline: Steps, tiny: TinyData) -> None:
