@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -10,11 +10,8 @@ from cifar_assets.contracts import ImageSpec
 from cifar_assets.manifest import Manifest
 from resources.digests import sha256_bytes
 from resources.errors import DataError, IntegrityError, ObjectNotFoundError
-from resources.model_signature import SIGNATURE_FILE, read_public_keys, sign, verify
+from resources.model_signature import SIGNATURE_FILE, public_key_of, sign, verify
 from resources.object_store import ObjectStore
-
-if TYPE_CHECKING:
-    from Crypto.PublicKey.ECC import EccKey
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -72,7 +69,7 @@ def verify_package(package: ObjectStore, digest: str, public_keys: str) -> None:
 
 
 def write_package(
-    models: ObjectStore, manifest: ModelManifest, files: dict[str, bytes], signing_key: "EccKey | None" = None
+    models: ObjectStore, manifest: ModelManifest, files: dict[str, bytes], signing_key: str | None = None
 ) -> str:
     """Store a model under its digest, which is returned. The manifest is written last and makes the package exist.
 
@@ -86,10 +83,8 @@ def write_package(
             raise DataError(f"{name} does not have the digest its manifest gives.")
     whole = is_whole(package, digest)
     signed = whole and signing_key is not None and _is_signed(package, digest, signing_key)
-    if signing_key and not signed:
-        whole = False
     for name, data in files.items():
-        if not (signed or (whole and package.exists(name))):
+        if not (signed or (whole and not signing_key and package.exists(name))):
             package.write(name, data)
     if signing_key and not signed:
         covered = {**files, MANIFEST_FILE: manifest.to_bytes()}
@@ -109,9 +104,9 @@ def is_whole(package: ObjectStore, digest: str) -> bool:
     return True
 
 
-def _is_signed(package: ObjectStore, digest: str, signing_key: "EccKey") -> bool:
+def _is_signed(package: ObjectStore, digest: str, signing_key: str) -> bool:
     try:
-        verify_package(package, digest, read_public_keys(signing_key.public_key().export_key(format="PEM")))
+        verify_package(package, digest, public_key_of(signing_key))
     except IntegrityError:
         return False
     return True

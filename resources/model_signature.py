@@ -6,12 +6,11 @@ is not used: it would add 20 packages and 50 MB to the server's image, whereas m
 """
 
 import base64
-import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from resources.digests import canonical_json, sha256_bytes, sha256_stream
 from resources.errors import ConfigError, IntegrityError, ObjectNotFoundError
@@ -24,78 +23,68 @@ SIGNATURE_FILE = "model.sig"
 SIGNING_KEY_VARIABLE = "MODEL_SIGNING_KEY"
 PUBLIC_KEY_VARIABLE = "MODEL_PUBLIC_KEY"
 
-_BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
-_STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _PREDICATE_TYPE = "https://model_signing/signature/v1.0"
+_SERIALIZATION = {"method": "files", "hash_type": "sha256"}
 _PEM = re.compile(r"-----BEGIN ((?:EC )?PRIVATE KEY|PUBLIC KEY)-----.+?-----END \1-----", re.DOTALL)
 
 
-def signing_key_from(environment: Mapping[str, str]) -> "EccKey | None":
-    """The private key that MODEL_SIGNING_KEY holds or names, or None.
+def signing_key_from(environment: Mapping[str, str]) -> str | None:
+    """The private key that MODEL_SIGNING_KEY holds or names, in PEM, or None.
 
-    Raises ConfigError for anything else than one private P-256 key, and if MODEL_PUBLIC_KEY does not belong to it. No
-    message contains the value.
+    Raises ConfigError for anything else, and if MODEL_PUBLIC_KEY does not accept it. No message contains the value.
     """
-    if not (value := environment.get(SIGNING_KEY_VARIABLE)):
+    value, public = environment.get(SIGNING_KEY_VARIABLE), environment.get(PUBLIC_KEY_VARIABLE)
+    if not value:
         return None
-    keys = _load(value, SIGNING_KEY_VARIABLE)
-    if len(keys) != 1 or not keys[0].has_private():
-        raise ConfigError(f"{SIGNING_KEY_VARIABLE}: expected one private key. docs/signing.md shows how to make it.")
-    public = public_keys_from(environment)
-    if public and _hint(keys[0]) not in map(_hint, _load(public, PUBLIC_KEY_VARIABLE)):
+    key = _load(value, SIGNING_KEY_VARIABLE)[0]
+    if public and _hint(key) not in map(_hint, _load(public, PUBLIC_KEY_VARIABLE)):
         raise ConfigError(
-            f"{SIGNING_KEY_VARIABLE} does not belong to {PUBLIC_KEY_VARIABLE}, so the gate would refuse the model. Set "
-            "the two files of one pair, or add the new public key to the earlier ones."
+            f"{SIGNING_KEY_VARIABLE} does not belong to {PUBLIC_KEY_VARIABLE}, so the model would be refused. Set the "
+            "two keys of one pair, or add the new public key to the earlier ones."
         )
-    return keys[0]
+    return str(key.export_key(format="PEM"))
 
 
-def public_keys_from(environment: Mapping[str, str]) -> str | None:
-    """The public keys that MODEL_PUBLIC_KEY holds or names, in PEM, or None. ConfigError as in `read_public_keys`."""
-    value = environment.get(PUBLIC_KEY_VARIABLE)
-    return read_public_keys(value) if value else None
+def public_key_of(private_key: str) -> str:
+    """The public key that belongs to a private one, both in PEM."""
+    return _pem(_load(private_key, SIGNING_KEY_VARIABLE)[0])
 
 
 def read_public_keys(value: str) -> str:
-    """Public P-256 keys, one or more, in PEM, from such a text or the path of a file. Raises ConfigError otherwise."""
-    keys = _load(value, PUBLIC_KEY_VARIABLE)
-    if any(key.has_private() for key in keys):
-        raise ConfigError(f"{PUBLIC_KEY_VARIABLE} is a private key: set the public one, and make a new pair.")
-    return "".join(map(_pem, keys))
+    """Public keys in PEM, from such a text or the path of a file. Raises ConfigError for anything else."""
+    return "".join(map(_pem, _load(value, PUBLIC_KEY_VARIABLE)))
 
 
-def sign(name: str, files: Mapping[str, bytes], unsigned: Collection[str], key: "EccKey") -> bytes:
-    """The signature of a package: its name, its files, and further files that may change without invalidating it."""
+def sign(package_name: str, files: Mapping[str, bytes], unsigned: Collection[str], private_key: str) -> bytes:
+    """The signature of a package with these files, of which the `unsigned` ones may change."""
     from Crypto.Hash import SHA256
     from Crypto.Signature import DSS
 
     digests = {name: sha256_bytes(files[name]) for name in sorted(set(files) - set(unsigned))}
-    total = hashlib.sha256(b"".join(map(bytes.fromhex, digests.values()))).hexdigest()
-    ignored = [SIGNATURE_FILE, *sorted(unsigned)]
+    total = sha256_bytes(b"".join(map(bytes.fromhex, digests.values())))
+    ignored = [SIGNATURE_FILE, *unsigned]
+    serialization = {**_SERIALIZATION, "allow_symlinks": False, "ignore_paths": ignored}
+    resources = [{"name": name, "algorithm": "sha256", "digest": digest} for name, digest in digests.items()]
     statement = {
-        "_type": _STATEMENT_TYPE,
-        "subject": [{"name": name, "digest": {"sha256": total}}],
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": package_name, "digest": {"sha256": total}}],
         "predicateType": _PREDICATE_TYPE,
-        "predicate": {
-            "serialization": {
-                "method": "files",
-                "hash_type": "sha256",
-                "allow_symlinks": False,
-                "ignore_paths": ignored,
-            },
-            "resources": [{"name": name, "algorithm": "sha256", "digest": digest} for name, digest in digests.items()],
-        },
+        "predicate": {"serialization": serialization, "resources": resources},
     }
     payload = canonical_json(statement)
+    key = _load(private_key, SIGNING_KEY_VARIABLE)[0]
     signature = DSS.new(key, "deterministic-rfc6979", encoding="der").sign(SHA256.new(_pre_authentication(payload)))
-    envelope = {
-        "payload": base64.b64encode(payload).decode(),
-        "payloadType": _PAYLOAD_TYPE,
-        "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
+    bundle = {
+        "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+        "verificationMaterial": {"publicKey": {"hint": _hint(key)}, "tlogEntries": []},
+        "dsseEnvelope": {
+            "payload": base64.b64encode(payload).decode(),
+            "payloadType": _PAYLOAD_TYPE,
+            "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
+        },
     }
-    material = {"publicKey": {"hint": _hint(key)}, "tlogEntries": []}
-    return canonical_json({"mediaType": _BUNDLE_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope})
+    return canonical_json(bundle)
 
 
 def verify(package: ObjectStore, unsigned: Collection[str], public_keys: str) -> Mapping[str, str]:
@@ -137,17 +126,17 @@ def _signed_digests(package: ObjectStore, public_keys: str) -> dict[str, str]:
             verifier = DSS.new(keys[hint], "fips-186-3", encoding="der")
             verifier.verify(SHA256.new(_pre_authentication(payload)), signature)
             statement = json.loads(payload)
-            expected = (_PREDICATE_TYPE, "files", "sha256")
-            serialization = statement["predicate"]["serialization"]
-            if (statement["predicateType"], serialization["method"], serialization["hash_type"]) != expected:
-                raise ValueError(f"expected a statement of the kinds {expected}")
-            return {resource["name"]: resource["digest"] for resource in statement["predicate"]["resources"]}
+            predicate = statement["predicate"]
+            is_usual = _SERIALIZATION.items() <= predicate["serialization"].items()
+            if statement["predicateType"] != _PREDICATE_TYPE or not is_usual:
+                raise ValueError("it is of another kind")
+            return {resource["name"]: resource["digest"] for resource in predicate["resources"]}
     except ObjectNotFoundError as error:
         raise IntegrityError(
             f"{package.uri()} has no {SIGNATURE_FILE}, but {PUBLIC_KEY_VARIABLE} is set, so only signed models are "
             f"accepted. Set {SIGNING_KEY_VARIABLE} for the trainer and train the model again."
         ) from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
             f"{package.uri(SIGNATURE_FILE)} is not a valid signature: {error}. Restore it, or train the model again."
         ) from error
@@ -161,18 +150,18 @@ def _signed_digests(package: ObjectStore, public_keys: str) -> dict[str, str]:
 def _load(value: str, variable: str) -> "list[EccKey]":
     from Crypto.PublicKey import ECC
 
+    private, keys, reason = variable == SIGNING_KEY_VARIABLE, [], ""
     try:
         text = value if "-----BEGIN" in value else Path(value).read_text()
-        keys: list[Any] = [ECC.import_key(match[0]) for match in _PEM.finditer(text)]
-    except (OSError, ValueError) as error:  # neither is shown whole: a message may contain the value
-        reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
-        keys = []
-    else:
-        reason = ""
-    if not keys or any(key.curve != "NIST P-256" for key in keys):
+        keys = [ECC.import_key(match[0]) for match in _PEM.finditer(text)]
+    except OSError as error:
+        reason = f" ({error.strerror})"  # the whole message could contain the key
+    except ValueError:
+        pass
+    if not keys or any(key.curve != "NIST P-256" or key.has_private() != private for key in keys):
         raise ConfigError(
-            f"{variable}: expected an unencrypted P-256 key in PEM, or the path of a file with one{reason}. "
-            "docs/signing.md shows how to make it."
+            f"{variable}: expected an unencrypted {'private' if private else 'public'} P-256 key in PEM, or the path "
+            f"of a file with one{reason}. docs/signing.md shows how to make a pair."
         ) from None
     return keys
 

@@ -18,7 +18,6 @@ from cifar_assets.model_package import (
 )
 from cifar_assets.serving.answers import Images, Logits
 from resources.errors import DataError
-from resources.model_signature import read_public_keys
 from resources.object_store import open_store
 
 _log = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ def load_classifier(
     package = open_store(model_uri)
     manifest = read_manifest(package, model_digest)
     if public_key:
-        verify_package(package, model_digest, read_public_keys(public_key))
+        verify_package(package, model_digest, public_key)
     name = SERVED_FILES[precision]
     if name not in manifest.files:
         raise DataError(f"Model {model_digest} at {model_uri} has no {name}. Serve it with --precision=float32.")

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,9 +24,6 @@ from cifar_assets.training.tracking import RunStatus, Tracker
 from resources.errors import StoreError
 from resources.model_signature import signing_key_from
 from resources.object_store import open_store
-
-if TYPE_CHECKING:
-    from Crypto.PublicKey.ECC import EccKey
 
 _LOG = logging.getLogger(__name__)
 _STOP_PATIENCE_SECONDS = 8.0
@@ -128,7 +125,7 @@ def _measured(record: EpochRecord) -> dict[str, float]:
 def _publish(
     trainer: Trainer,
     network: PublishedNetwork,
-    signing_key: "EccKey | None",
+    signing_key: str | None,
     send: SendMessage,
     tracker: Tracker,
     log: io.StringIO,

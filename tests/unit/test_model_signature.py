@@ -48,7 +48,7 @@ def store_signed(folder: Path, seed: int = 0, key: ECC.EccKey | None = PRIVATE) 
     package = models.at(digest)
     manifest = read_manifest(package, digest)
     files = {name: package.read(name) for name in manifest.files}
-    write_package(models, manifest, {**files, **BESIDE}, key)
+    write_package(models, manifest, {**files, **BESIDE}, key and private_pem(key))
     return package, digest
 
 
@@ -219,16 +219,15 @@ def test_keys_of_openssl_are_read_from_a_file_or_the_variable(form: str, tmp_pat
     ("value", "expected"),
     [
         ("hush-0815", "path of a file"),
-        (private_pem().replace("\n", " ")[:60], "unencrypted P-256 key"),
-        (private_pem()[:100] + "hush-0815" + private_pem()[109:], "unencrypted P-256 key"),
+        (private_pem().replace("\n", " ")[:60], "unencrypted private P-256 key"),
+        (private_pem()[:100] + "hush-0815" + private_pem()[109:], "unencrypted private P-256 key"),
         (str(PRIVATE.export_key(format="PEM", passphrase="x", protection="PBKDF2WithHMAC-SHA1AndAES128-CBC")), "unenc"),
         (str(ECC.generate(curve="P-384").export_key(format="PEM")), "P-256"),
         (RSA.generate(1024).export_key(pkcs=8).decode(), "P-256"),
-        (PUBLIC, "expected one private key"),
-        (private_pem() + "\n" + private_pem(OTHER), "expected one private key"),
+        (PUBLIC, "unencrypted private P-256 key"),
         (private_pem(OTHER), "does not belong to MODEL_PUBLIC_KEY"),
     ],
-    ids=["neither", "cut", "garbled", "encrypted", "P-384", "RSA", "public", "two", "another pair"],
+    ids=["neither", "cut", "garbled", "encrypted", "P-384", "RSA", "public", "another pair"],
 )
 def test_a_wrong_private_key_is_refused_and_not_shown(value: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected) as caught:
