@@ -28,4 +28,6 @@ class Classifier(litserve.LitAPI):
 
 if __name__ == "__main__":
     api = Classifier(max_batch_size=32, batch_timeout=0.001)
-    litserve.LitServer(api, accelerator="cpu").run(host="127.0.0.1", port=PORT, log_level="warning")
+    litserve.LitServer(api, accelerator="cpu").run(
+        host="127.0.0.1", port=PORT, log_level="warning", generate_client_file=False
+    )
