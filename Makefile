@@ -45,9 +45,11 @@ lint: setup ## Check style, spelling and the lock file.
 	$(RUN) codespell $(PATHS) docs README.md
 	$(UV) lock --check
 
-minimal-imports: $(filter .uv/bin/uv,$(UV)) ## Import the trainer and the server with only the packages in their images.
+minimal-imports: $(filter .uv/bin/uv,$(UV)) ## Import what runs in each image with only its packages.
 	$(UV) run --isolated --frozen --no-dev --extra trainer python -c "import cifar_assets.training.__main__"
 	$(UV) run --isolated --frozen --no-dev --extra server python -c "import cifar_assets.serving.app"
+	$(UV) run --isolated --frozen --no-dev --extra orchestration --extra kubernetes python -c \
+	  "import cifar_assets.definitions, cifar_assets.exporter, cifar_assets.serving.classifier"
 
 types: setup ## Check types.
 	$(RUN) basedpyright $(PATHS)

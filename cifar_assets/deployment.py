@@ -115,7 +115,7 @@ def trainer_for(settings: Settings, object_store: ObjectStoreResource) -> "Kuber
         except ConfigError as error:
             problems.append(error)
     if not jobs:
-        raise problems[0]
+        raise ConfigError(" ".join(dict.fromkeys(map(str, problems))))
     return KubernetesTrainer(
         object_store=object_store,
         pytorch_job=jobs.get("pytorchjob"),

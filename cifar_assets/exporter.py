@@ -15,6 +15,8 @@ from cifar_assets.assets.record import DATA_VERSION_TAG, ENDED, materializations
 from resources.dagster_private import AssetCheckStatus, TickStatus
 
 PORT = 9464
+CLUSTER_SENSOR = "trainer_collector"
+"""Only a cluster's code location defines it. The exporter, which has no settings of a cluster, does not."""
 _EVALUATED = {AssetCheckStatus.SUCCEEDED, AssetCheckStatus.FAILED}
 _ENDED_TICKS = [TickStatus.SUCCESS, TickStatus.SKIPPED, TickStatus.FAILURE]
 
@@ -49,7 +51,8 @@ class DagsterCollector(Collector):
         yield ended
 
     def _ticks(self) -> GaugeMetricFamily:
-        defined = {each.name for each in (*self._repository.sensor_defs, *self._repository.schedule_defs)}
+        own = (*self._repository.sensor_defs, *self._repository.schedule_defs)
+        defined = {CLUSTER_SENSOR, *(each.name for each in own)}
         newest: dict[str, tuple[float, bool]] = {}
         for state in self._instance.all_instigator_state():
             if state.is_running and state.name in defined:

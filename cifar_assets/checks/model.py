@@ -77,7 +77,7 @@ def trained_model_checks(
         ),
         "not_worse_than_champion": lambda: _against_champion(models, mlflow, digest, config.champion_margin),
         "calibrated": lambda: calibrated(metrics(), config.calibration_bound),
-        "shadow_agrees": lambda: judge_shadow(object_store, digest, config.shadow),
+        "shadow_agrees": lambda: judge_shadow(object_store, digest, config.shadow, gate.public_keys),
     }
     yield from answers(context, MODEL_CHECKS, digest, judges)
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from cifar_assets.assets.metadata import picture, table
 from cifar_assets.contracts import ImageSpec
 from cifar_assets.dataset.sheet import captioned_sheet
+from cifar_assets.model_package import ONNX_FILE, read_file, read_manifest, verify_package
 from cifar_assets.traffic.records import Traffic, read_traffic
 from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource
@@ -32,13 +33,17 @@ class ShadowConfig(dg.Config):
     )
 
 
-def judge_shadow(object_store: ObjectStoreResource, digest: str, config: ShadowConfig) -> Verdict:
+def judge_shadow(
+    object_store: ObjectStoreResource, digest: str, config: ShadowConfig, public_keys: str | None = None
+) -> Verdict:
     """Lets the model answer the distinct pictures, at most 2,000, that the served model got most recently.
 
-    The record is replayed, so no client waits for a second answer and nothing runs beside the service.
+    The record is replayed, so no client waits for a second answer and nothing runs beside the service. Raises
+    IntegrityError for a damaged model, or one that none of the public keys verifies, and DataError if it does not load.
     """
     end = datetime.now(UTC) + timedelta(seconds=1)  # with what was just written
-    recorded = read_traffic(object_store.traffic, end - timedelta(hours=config.hours), end)
+    start = end - timedelta(hours=config.hours)
+    recorded = [each for each in read_traffic(object_store.traffic, start, end) if len(each)]
     if not recorded:
         return Verdict(True, "Not compared: nothing was recorded.")
     traffic = recorded[-1]
@@ -49,18 +54,24 @@ def judge_shadow(object_store: ObjectStoreResource, digest: str, config: ShadowC
         text = f"Not compared: {len(rows)} distinct pictures were recorded, at least {config.min_images} are needed."
         return Verdict(True, text, {"num_images": len(rows)})
     images = np.stack([image for row in rows if (image := traffic.image(int(row))) is not None])
-    spec, predicted = _predict(object_store.models, digest, images)
+    spec, predicted = _predict(object_store.models, digest, public_keys, images)
     if spec != traffic.info.images:
         return Verdict(True, "Not compared: the served model has other classes or another image size.")
     return compare_models(traffic, rows, predicted, config.min_agreement)
 
 
-def _predict(models: ObjectStore, digest: str, images: NDArray[np.uint8]) -> tuple[ImageSpec, NDArray[np.int64]]:
+def _predict(
+    models: ObjectStore, digest: str, public_keys: str | None, images: NDArray[np.uint8]
+) -> tuple[ImageSpec, NDArray[np.int64]]:
     """The model's classes and image size, and its predicted class of each image."""
-    from cifar_assets.serving.classifier import load_classifier  # onnxruntime is slow to import
+    from cifar_assets.serving.classifier import Classifier  # onnxruntime is slow to import
 
-    candidate = load_classifier(models.at(digest).uri(), digest, num_threads=None, batch_images=_BATCH_IMAGES)
-    spec = ImageSpec(classes=candidate.manifest.classes, image_size=candidate.manifest.image_size)
+    package = models.at(digest)
+    manifest = read_manifest(package, digest)
+    if public_keys:
+        verify_package(package, digest, public_keys)
+    candidate = Classifier(read_file(package, manifest, ONNX_FILE), manifest, source=package.uri(ONNX_FILE))
+    spec = ImageSpec(classes=manifest.classes, image_size=manifest.image_size)
     if images.shape[1:] != spec.image_shape:
         return spec, np.empty(0, np.int64)
     starts = range(0, len(images), _BATCH_IMAGES)

@@ -10,6 +10,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +185,13 @@ def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore
 
 
 def traffic(policy: Policy, store: ObjectStore) -> Iterator[Removal]:
-    """Records of served traffic older than traffic_days. Without recording there may be no bucket."""
+    """Records of served traffic older than traffic_days, by day. Without recording there may be no bucket."""
+    end = datetime.now(UTC) - timedelta(days=policy.traffic_days)
     with suppress(BucketNotFoundError):
-        for info in store.list():
-            yield from _expired(store, info, "traffic record", policy.traffic_days)
+        for day, infos in groupby(store.list(), lambda info: info.key.partition("/")[0]):
+            old = [info for info in infos if info.last_modified <= end]
+            if old:
+                yield _removal(store, old, "traffic records", day, f"older than {policy.traffic_days:g} days")
 
 
 def _expired(store: ObjectStore, info: ObjectInfo, kind: str, days: float) -> Iterator[Removal]:

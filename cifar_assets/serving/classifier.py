@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
@@ -16,9 +17,11 @@ from cifar_assets.model_package import (
     read_manifest,
     verify_package,
 )
-from cifar_assets.serving.answers import Images, Logits
 from resources.errors import DataError
 from resources.object_store import open_store
+
+if TYPE_CHECKING:  # Dagster's image, which also runs models, has no HTTP server
+    from cifar_assets.serving.answers import Images, Logits
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class Classifier:
         if found != expected:
             raise DataError(f"{source}: expected inputs and outputs {expected}, got {found}. Export the model again.")
 
-    def run(self, images: Images, is_alone: bool = True) -> Logits:
+    def run(self, images: "Images", is_alone: bool = True) -> "Logits":
         """Logits of the images, computed by all threads, or by the calling one while others run the model too."""
         session = self._session if is_alone else self._narrow_session
         (logits,) = session.run([MODEL_OUTPUT], {MODEL_INPUT: images})

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from Crypto.PublicKey import ECC
 
 from cifar_assets.checks.shadow import ShadowConfig, judge_shadow
 from cifar_assets.contracts import CIFAR10, ImageSpec
 from cifar_assets.traffic.records import Answered, BatchInfo, write_batch
+from resources.errors import IntegrityError
 from resources.object_store.resource import LocalObjectStore
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_logits
 
@@ -79,3 +81,10 @@ def test_models_of_other_classes_are_not_compared(world: World) -> None:
     info = BatchInfo(model_digest=SERVED, model_version="1", images=spec, responses={"200": 1})
     write_batch(world.store.traffic, answers, info, keep_pixels=True)
     assert "other classes" in judge_shadow(world.store, world.candidate, ShadowConfig()).reason
+
+
+def test_a_model_that_the_public_key_does_not_verify_is_not_loaded(world: World) -> None:
+    world.record(tiny_logits(world.images, seed=1))
+    key = ECC.generate(curve="P-256").public_key().export_key(format="PEM")
+    with pytest.raises(IntegrityError, match=r"model\.sig"):
+        judge_shadow(world.store, world.candidate, ShadowConfig(), key)

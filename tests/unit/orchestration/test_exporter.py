@@ -24,6 +24,7 @@ from cifar_assets.assets.keys import INFERENCE_SERVICE, TRAINED_MODEL
 from cifar_assets.assets.record import DATA_VERSION_TAG
 from cifar_assets.exporter import DagsterCollector
 from resources.dagster_private import TickStatus
+from resources.trainer.kubernetes import build_trainer_collector
 
 
 class Broken(dg.Config):
@@ -148,9 +149,11 @@ def test_last_ended_tick_of_what_is_on_counts(instance: dg.DagsterInstance) -> N
     ticked(instance, "watching", TickStatus.SKIPPED, TickStatus.FAILURE, TickStatus.STARTED)
     ticked(instance, "morning", TickStatus.FAILURE, TickStatus.SUCCESS)
     ticked(instance, "removed_from_the_code", TickStatus.FAILURE)
+    ticked(instance, build_trainer_collector().name, TickStatus.FAILURE)  # only a cluster defines it
     assert read(instance) == {
         'dagster_last_tick_failed{name="watching"}': 1,
         'dagster_last_tick_failed{name="morning"}': 0,
+        'dagster_last_tick_failed{name="trainer_collector"}': 1,
     }
 
 

@@ -332,14 +332,17 @@ def test_version_in_mlflow_of_another_store_stays(world: World, tracked: list[st
 
 def test_records_of_traffic_go_after_their_days(world: World) -> None:
     records = FolderStore(world.folder / "store" / "served-traffic")
-    for key in ("2026-01-01/000000-a.parquet", "2026-01-02/000000-b.parquet"):
-        records.write(key, b"record")
+    old = ["2026-01-01/000000-a.parquet", "2026-01-01/000100-b.parquet", "2026-01-02/000000-c.parquet"]
+    new = ["2026-01-02/235900-d.parquet", "2026-01-03/000000-e.parquet"]
     two_days_ago = time.time() - 2 * 86_400
-    os.utime(records.root / "2026-01-01/000000-a.parquet", (two_days_ago, two_days_ago))
+    for key in old + new:
+        records.write(key, b"record")
+    for key in old:
+        os.utime(records.root / key, (two_days_ago, two_days_ago))
     world.prune(traffic_days=3)
-    assert len(list(records.list())) == 2
+    assert len(list(records.list())) == 5
     world.prune(traffic_days=1)
-    assert [info.key for info in records.list()] == ["2026-01-02/000000-b.parquet"]
+    assert [info.key for info in records.list()] == new
 
 
 def test_temporary_files_and_compute_logs_go_when_they_are_old(world: World) -> None:
