@@ -222,7 +222,7 @@ class CustomResourceClient(Generic[S]):
             raise ApiUnavailableError(f"Could not {what}: no response from the API server ({error}).") from error
 
     def _advice(self, error: ApiException) -> str:
-        if error.status == 403:
+        if error.status == 403 and "denied the request" not in _message(error):  # which a webhook says
             return "Give the service account a Role that allows it (docs/kubernetes.md), or check the quota."
         if error.status == 404 and "namespaces" in _message(error):
             return "Create the namespace, or correct its name."

@@ -17,6 +17,9 @@ from resources.kubernetes.logs import LogLine, ReplicaLogs, show_line
 from resources.kubernetes.pods import Pod
 from resources.kubernetes.queue import QueueWait
 
+_OPERATOR_LAG_SECONDS = 10.0
+"""An operator that runs records the end of a job's pods within this time."""
+
 
 class JobWatcher(Generic[J]):
     """Watches one job until it ends."""
@@ -47,6 +50,8 @@ class JobWatcher(Generic[J]):
             clock, limits.outage_timeout_seconds, logger=logger, meanwhile="the work continues without being watched"
         )
         self._patience = Patience(limits, clock)
+        self._announced: Cause | None = None
+        """What the log last said that the job waits for."""
         self._active_since = clock()
         self._progress: Sequence[str] = ()
         self._pods: Sequence[Pod] = ()
@@ -136,12 +141,16 @@ class JobWatcher(Generic[J]):
             )
 
     def _give_up_if_stuck(self, pods: Sequence[Pod]) -> None:
-        obstacle, earlier = self._client.obstacle(self._job, pods), self._patience.cause
+        obstacle = self._client.obstacle(self._job, pods)
         waited = self._patience.spend(obstacle)
         if obstacle is None:
+            self._announced = None
             return
         cause, allowed = obstacle.cause, self._limits.of(obstacle.cause)
-        if cause != earlier and cause not in (Cause.SLOW_START, Cause.NO_PODS):
+        is_usual = cause in (Cause.SLOW_START, Cause.NO_PODS)
+        is_usual |= cause == Cause.OPERATOR_AWAY and waited < _OPERATOR_LAG_SECONDS
+        if cause != self._announced and not is_usual:
+            self._announced = cause
             left = max(0.0, allowed - waited)
             self._log.warning("%s is waiting: %s. It is abandoned after %.0f s.", self._job, obstacle, left)
         if waited >= allowed:

@@ -76,6 +76,7 @@ def test_no_answer_is_not_a_refusal(client: JobClient[Any], cluster: FakeCluster
         (api_error(404, "the server could not find the requested resource"), "install {operator} and"),
         (api_error(404, 'namespaces "space" not found', name="space", kind="namespaces"), "Create the namespace"),
         (api_error(422, "spec is invalid", name="job"), "spec is invalid.*Correct"),
+        (api_error(403, 'admission webhook "jobs" denied the request: no such runtime'), "no such runtime.*Correct"),
         (api_error(400, "admission webhook denied the request: Master.replicas must be 1"), "must be 1"),
     ],
 )

@@ -369,10 +369,14 @@ def test_pods_that_ended_while_the_operator_is_away_end_the_watch(watched: Watch
     assert error.transient
 
 
-def test_operator_that_comes_back_in_time_is_waited_for(watched: Watched, cluster: FakeCluster) -> None:
+@pytest.mark.parametrize(("seconds", "warns"), [(3, False), (250, True)])
+def test_operator_that_comes_back_in_time_is_waited_for(
+    watched: Watched, cluster: FakeCluster, caplog: pytest.LogCaptureFixture, seconds: float, warns: bool
+) -> None:
     watched.create(succeeds_without_the_operator)
-    cluster.clock.after(250, lambda: cluster.condition("job", "Succeeded"))
+    cluster.clock.after(seconds, lambda: cluster.condition("job", "Succeeded"))
     assert watched.wait().status.state == JobState.SUCCEEDED
+    assert ("the operator has not recorded it" in caplog.text) is warns
 
 
 def test_worker_may_end_before_its_master(watched: Watched, cluster: FakeCluster) -> None:
