@@ -226,7 +226,7 @@ class RevisionWatch:
         """The last log lines of the container that ended, or of the one that does not become ready."""
         view = self._view
         try:
-            for previous in (True, False):
+            for previous in (True, False, True):  # once more, as it may have been restarted between the first two
                 text = view.client.log(view.namespace, pod, CONTAINER_NAME, tail_lines=_LOG_LINES, previous=previous)
                 if text:
                     return [line.partition(" ")[2] for line in text.splitlines()]

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +141,23 @@ def test_failed_update_is_explained_and_undone(serving_a: FakeKServe, story: str
     assert before is not None
     assert serving_a.service["spec"] == before["spec"]
     assert serving_a.service["metadata"]["annotations"] == before["metadata"]["annotations"]
+
+
+def test_log_is_found_if_the_container_is_restarted_meanwhile(
+    serving_a: FakeKServe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving_a.behaviors[B.model_digest] = fake.ends(2)
+    before_the_restart, after_it = api_error(400, "previous terminated container not found"), b"t Not serving: broken"
+    answers: list[Any] = [before_the_restart, b"", after_it]
+
+    def read(*_: Any, **__: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return SimpleNamespace(data=answer)
+
+    monkeypatch.setattr(serving_a, "read_namespaced_pod_log", read)
+    assert "Last lines of pod-2:\n    Not serving: broken" in str(failure(serving_a, B))
 
 
 def test_reason_of_a_failure_is_known_until_something_else_is_deployed(serving_a: FakeKServe) -> None:
