@@ -16,54 +16,45 @@ from cifar_assets.deployment import resources_for
 from cifar_assets.settings import Settings
 from cifar_assets.traffic.records import read_traffic
 from resources.inference_service.client import InferenceClient
-from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, wait_for
+from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
 from tests.cluster.platform import Platform
-from tests.cluster.serving_story import NAME, store_model
-from tests.fixtures.ports import free_port
+from tests.cluster.serving_story import store_model
 
 NUM_IMAGES = 60
 
 
 @pytest.fixture
-def port() -> int:
-    return free_port()
-
-
-@pytest.fixture
-def resources(platform: Platform, port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def resources(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Dagster's resources, outside the cluster, for a service that records everything."""
     if "serving.kserve.io" not in kubectl("api-versions"):
         pytest.skip("the cluster has no KServe")
-    recording = {"RECORDED_FRACTION": "1", "SERVER_URL": f"http://127.0.0.1:{port}"}
     server = {"cpu": "50m", "max_replicas": 1, "env": {"CIFAR_SERVING_RECORD_INTERVAL": "1"}}
-    for name, value in {**platform.environment(), **recording, "SERVER_SETTINGS": json.dumps(server)}.items():
+    recording = {"RECORDED_FRACTION": "1", "SERVER_SETTINGS": json.dumps(server)}
+    for name, value in {**platform.environment(), **recording}.items():
         monkeypatch.setenv(name, value)
     yield resources_for(Settings())
     kubectl("-n", platform.namespace, "delete", "inferenceservices", "--all", "--wait=true", PATIENCE)
 
 
-def test_dagster_reads_what_the_pod_recorded(platform: Platform, port: int, resources: dict[str, Any]) -> None:
+def test_dagster_reads_what_the_pod_recorded(platform: Platform, resources: dict[str, Any]) -> None:
+    given = {name: resources[name] for name in ("object_store", "serving")}
+    store, serving = (resource.process_config_and_initialize() for resource in given.values())
     served, candidate = (store_model(platform.store(), seed, str(seed)) for seed in (1, 2))
-    resources["serving"].deploy(served)
+    deployed = serving.deploy(served)
     images = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 3, 32, 32), dtype=np.uint8)
-    with forwarded(platform.namespace, f"svc/{NAME}-predictor", port, 80):
-        answered = InferenceClient(f"http://127.0.0.1:{port}", is_traffic=True).predict_arrays(images)
-        assert answered.model_digest == served.model_digest
+    answered = InferenceClient(deployed.url, is_traffic=True).predict_arrays(images)
+    assert answered.model_digest == served.model_digest
 
-        def num_recorded() -> int:
-            now = datetime.now(UTC)
-            traffic = read_traffic(
-                resources["object_store"].traffic, now - timedelta(hours=1), now + timedelta(hours=1)
-            )
-            return sum(map(len, traffic))
+    def num_recorded() -> int:
+        now = datetime.now(UTC)
+        return sum(map(len, read_traffic(store.traffic, now - timedelta(hours=1), now + timedelta(hours=1))))
 
-        wait_for("the record", lambda: num_recorded() == NUM_IMAGES)
-        given = {name: resources[name] for name in ("object_store", "serving")}
-        done = dg.materialize([served_traffic, served_traffic_checks], resources=given)
+    wait_for("the record", lambda: num_recorded() == NUM_IMAGES)
+    done = dg.materialize([served_traffic, served_traffic_checks], resources=given)
     (made,) = done.asset_materializations_for_node(served_traffic.node_def.name)
     assert made.metadata["dagster/row_count"].value == NUM_IMAGES
     (drift,) = done.get_asset_check_evaluations()
     assert drift.passed
     assert f"{NUM_IMAGES} distinct images were recorded" in str(drift.description)
-    shadow = judge_shadow(resources["object_store"], candidate.model_digest, ShadowConfig())
+    shadow = judge_shadow(store, candidate.model_digest, ShadowConfig())
     assert f"of {NUM_IMAGES} recorded pictures" in shadow.reason
