@@ -45,6 +45,7 @@ CIFAR10 = ImageSpec(classes=CLASSES)
 
 LANDING_PREFIX = "landing/"
 REJECTED_PREFIX = "rejected/"
+TO_LABEL_PREFIX = "to-label/"
 
 BASELINE_RAW_KEY = "cifar10-dataset.tar.gz"
 BASELINE_PROCESSED_KEY = "cifar10-processed.tar.gz"

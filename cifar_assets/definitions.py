@@ -7,6 +7,7 @@ import dagster as dg
 from cifar_assets import jobs, sensors
 from cifar_assets.assets.datasets import processed_dataset, raw_dataset
 from cifar_assets.assets.inference_service import inference_service
+from cifar_assets.assets.pictures_to_label import pictures_to_label
 from cifar_assets.assets.served_traffic import served_traffic
 from cifar_assets.assets.trained_model import argo_trained_model, trained_model
 from cifar_assets.checks.data import processed_dataset_checks, raw_dataset_checks
@@ -25,7 +26,15 @@ warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 _settings = read_settings()
 defs = dg.Definitions(
     assets=dg.with_source_code_references(
-        [raw_dataset, processed_dataset, trained_model, inference_service, argo_trained_model, served_traffic]
+        [
+            raw_dataset,
+            processed_dataset,
+            trained_model,
+            inference_service,
+            argo_trained_model,
+            served_traffic,
+            pictures_to_label,
+        ]
     ),
     asset_checks=[
         raw_dataset_checks,

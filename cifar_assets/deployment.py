@@ -76,7 +76,7 @@ def _local(settings: Settings) -> dict[str, Any]:
             server_module="cifar_assets.serving",
             withheld_prefixes=[ENVIRONMENT_PREFIX, SIGNING_KEY_VARIABLE],
             port=settings.inference_service_port,
-            options=_recording(settings, LocalObjectStore().traffic.uri(), record_interval="5"),
+            options=_recording(settings, LocalObjectStore().traffic.uri(), record_interval="5", feedback="true"),
         ),
         "argo": LocalPipeline(),
     }

@@ -1,7 +1,6 @@
 """Whether the traffic of the served model differs from the test images of its dataset."""
 
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import dagster as dg
@@ -16,7 +15,7 @@ from cifar_assets.dataset.sheet import captioned_sheet
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import read_manifest
 from cifar_assets.traffic.drift import Comparison, Sample, compare_samples, find_drift
-from cifar_assets.traffic.records import Traffic, read_traffic
+from cifar_assets.traffic.records import Traffic, read_window
 from cifar_assets.traffic.statistics import image_statistics
 from resources.inference_service import InferenceServiceResource
 from resources.inference_service.client import InferenceClient, ServerError
@@ -25,6 +24,8 @@ from resources.verdict import Verdict
 
 _MAX_NAMED = 5
 _NUM_PICTURES = 40
+DRIFTED = "drifted"
+"""Metadata with the places of the pictures that differ most."""
 
 
 class DriftConfig(dg.Config):
@@ -74,8 +75,7 @@ def served_traffic_checks(
 def _judge_traffic(
     window: str, config: DriftConfig, object_store: ObjectStoreResource, serving: InferenceServiceResource
 ) -> Verdict:
-    start, end = map(datetime.fromisoformat, window.split("/"))
-    by_model = read_traffic(object_store.traffic, start, end)
+    by_model = read_window(object_store.traffic, window)
     if not by_model:
         return Verdict(True, "Not tested: nothing was recorded.")
     status = serving.status()
@@ -122,21 +122,23 @@ def judge_drift(reference: Sample, sample: Sample, traffic: Traffic, rows: np.nd
         text = f"No drift in {len(sample)} images; largest PSI {worst.psi:.2f} ({worst.name})."
         return Verdict(True, text, numbers)
     more = f" {len(found) - _MAX_NAMED} more properties differ." if len(found) > _MAX_NAMED else ""
+    values, chosen = _most_different(found[0], sample, classes)
+    captions = [f"{classes[sample.predicted[row]]} {values[row]:.2f}" for row in chosen]
     numbers["pictures"] = picture(
-        "the pictures that differ most", lambda: _most_different(found[0], sample, traffic, rows)
+        "the pictures that differ most",
+        lambda: captioned_sheet([traffic.image(int(rows[row])) for row in chosen], captions),
     )
+    places = traffic.places
+    numbers[DRIFTED] = dg.MetadataValue.json([list(places[rows[row]]) for row in chosen])
     return Verdict(False, " ".join(map(str, found[:_MAX_NAMED])) + more, numbers)
 
 
-def _most_different(finding: Comparison, sample: Sample, traffic: Traffic, rows: np.ndarray) -> bytes:
-    """Pictures of the sample with the values furthest in the direction of the finding. PNG."""
-    classes = traffic.info.images.classes
+def _most_different(finding: Comparison, sample: Sample, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Values of the finding's property, and the rows with those furthest in its direction."""
     values = sample.properties.get(finding.name)
     if values is None:
         values = sample.probabilities[:, classes.index(finding.name)]
     order = np.argsort(values if finding.found < finding.expected else -values)
     if finding.of_class:
         order = order[sample.predicted[order] == classes.index(finding.of_class)]
-    chosen = order[:_NUM_PICTURES]
-    captions = [f"{classes[sample.predicted[row]]} {values[row]:.2f}" for row in chosen]
-    return captioned_sheet([traffic.image(int(rows[row])) for row in chosen], captions)
+    return values, order[:_NUM_PICTURES]

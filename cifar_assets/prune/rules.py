@@ -17,6 +17,7 @@ from typing import Any
 import dagster as dg
 from pydantic import BaseModel, Field
 
+from cifar_assets.contracts import TO_LABEL_PREFIX
 from cifar_assets.dataset.index import INDEX_PREFIX
 from cifar_assets.dataset.objects import OBJECTS_PREFIX, read_state
 from cifar_assets.dataset.sources.importing import IMPORTS_PREFIX, Imports
@@ -45,7 +46,9 @@ class Policy(dg.Config):
         "data of an earlier one.",
     )
     log_days: float = Field(default=30.0, ge=0, description="Days to keep compute logs.")
-    traffic_days: float = Field(default=30.0, ge=0, description="Days to keep records of served traffic.")
+    traffic_days: float = Field(
+        default=30.0, ge=0, description="Days to keep records of served traffic, and what is to be labeled."
+    )
     retire_registered: bool = Field(
         default=False,
         description="Also remove old models that are registered in MLflow, with their MLflow versions and runs, "
@@ -184,9 +187,11 @@ def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore
             yield from _expired(store, info, "compute log", policy.log_days)
 
 
-def traffic(policy: Policy, store: ObjectStore) -> Iterator[Removal]:
-    """Records of served traffic older than traffic_days, by day. Without recording there may be no bucket."""
+def traffic(policy: Policy, store: ObjectStore, raw: ObjectStore) -> Iterator[Removal]:
+    """Records of served traffic, and what is to be labeled, older than traffic_days. The bucket may not exist."""
     end = datetime.now(UTC) - timedelta(days=policy.traffic_days)
+    for info in raw.list(TO_LABEL_PREFIX):
+        yield from _expired(raw, info, "picture to label", policy.traffic_days)
     with suppress(BucketNotFoundError):
         for day, infos in groupby(store.list(), lambda info: info.key.partition("/")[0]):
             old = [info for info in infos if info.last_modified <= end]

@@ -86,7 +86,7 @@ def prune(
     handle(orphans(stores, processed, raw, policy))
     handle(leftovers(policy, object_store.root()))
     handle(compute_logs(policy, instance, object_store.root()))
-    handle(traffic(policy, object_store.traffic))
+    handle(traffic(policy, object_store.traffic, stores.raw))
     return done
 
 

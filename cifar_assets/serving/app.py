@@ -27,6 +27,7 @@ from cifar_assets.serving.answers import (
     shorten,
 )
 from cifar_assets.serving.batcher import MicroBatcher, Run
+from cifar_assets.serving.feedback import FEEDBACK_PATH, take_feedback
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.metrics import (
     MODEL,
@@ -54,6 +55,7 @@ class App:
     ):
         self.is_ready = True
         self._recorder = recorder
+        self._feedback = partial(take_feedback, recorder, model) if recorder and limits.feedback else None
         self._model = model
         self._limits = limits
         self._num_pending = 0
@@ -79,6 +81,8 @@ class App:
         get = self._gets.get(request.path)
         if parse is not None and request.method == "POST":
             self._predict(request, parse)
+        elif self._feedback and request.path == FEEDBACK_PATH and request.method == "POST":
+            request.answer(self._feedback(request))
         elif get is not None and request.method in ("GET", "HEAD"):
             is_for_people = request.path == "/" and b"text/html" in request.headers.get(b"accept", b"")
             request.answer(self._page if self._page and is_for_people else get())
@@ -137,7 +141,8 @@ class App:
 
     def _not_here(self, request: Request) -> Response:
         asked = f"{shorten(request.method)} {shorten(request.path)}"
-        allowed = "GET, HEAD" if request.path in self._gets else "POST" if request.path in self._posts else None
+        posts = {*self._posts, *([FEEDBACK_PATH] if self._feedback else [])}
+        allowed = "GET, HEAD" if request.path in self._gets else "POST" if request.path in posts else None
         if allowed is not None:
             return json_response({"error": f"{asked}: Method Not Allowed."}, 405, (("Allow", allowed),))
         served = f"model {self._model.name}, version {self._model.version}"

@@ -17,7 +17,7 @@ import orjson
 from PIL import Image
 
 from cifar_assets.serving import v1
-from cifar_assets.serving.answers import Images, Logits, Query, Response, ServedModel, json_response
+from cifar_assets.serving.answers import Headers, Images, Logits, Query, Response, ServedModel, json_response
 from cifar_assets.serving.settings import ServingLimits
 
 PREDICT_PATH = "/page/predict"
@@ -25,24 +25,32 @@ _HTML = Path(__file__).with_name("page.html")
 NEGOTIATED = (("Cache-Control", "no-cache"), ("Vary", "Accept"))
 """Headers of both answers at the root: a cache must not give a browser the other one."""
 _POLICY = (
-    "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'; img-src "
 )
 
 
 def page(model: ServedModel) -> Response:
-    """The document, whose policy allows only its own script and style, by their hashes."""
-    text = _HTML.read_text(encoding="utf-8")
-    policy = _POLICY
-    for kind, content in re.findall(r"<(script|style)>(.*?)</\1>", text, re.DOTALL):
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        policy += f"; {kind}-src 'sha256-{digest}'"
+    """The document for this model."""
     facts = {
         **_identity(model),
         "name": model.name,
         "size": str(model.images.image_size),
         "classes": ", ".join(model.images.classes),
     }
+    return document(_HTML, facts, headers=NEGOTIATED)
+
+
+def document(path: Path, facts: Mapping[str, str], *, images: str = "data:", headers: Headers = ()) -> Response:
+    """The file with the facts in place of {{their names}}.
+
+    Its policy allows only its own script and style, by their hashes, and images from these sources.
+    """
+    text = path.read_text(encoding="utf-8")
+    policy = _POLICY + images
+    for kind, content in re.findall(r"<(script|style)>(.*?)</\1>", text, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        policy += f"; {kind}-src 'sha256-{digest}'"
     text = re.sub(r"\{\{(\w+)\}\}", lambda found: html.escape(facts[found[1]]), text)
     headers = (
         ("Content-Security-Policy", policy),
@@ -50,7 +58,7 @@ def page(model: ServedModel) -> Response:
         ("Referrer-Policy", "no-referrer"),
         ("Cross-Origin-Opener-Policy", "same-origin"),
         ("Cross-Origin-Resource-Policy", "same-origin"),
-        *NEGOTIATED,
+        *headers,
     )
     return Response(200, text.encode(), "text/html; charset=utf-8", headers)
 

@@ -12,12 +12,13 @@ from cifar_assets.serving.answers import Images, Logits, ServedModel, softmax
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.metrics import RECORDED_IMAGES
 from cifar_assets.serving.settings import ServerSettings
-from cifar_assets.traffic.records import Answered, BatchInfo, write_batch
+from cifar_assets.traffic.records import Answered, BatchInfo, Feedback, write_batch
 from resources.object_store import ObjectStore, open_store
 
 _log = logging.getLogger(__name__)
 _BATCH_IMAGES = 256
 _QUEUE_IMAGES = 1024
+_QUEUE_FEEDBACK = 1024
 _HOUR_SECONDS = 3600.0
 
 
@@ -38,6 +39,7 @@ class Recorder:
         """With logits in place of the probabilities."""
         self._num_waiting = 0
         self._responses: Counter[str] = Counter()
+        self._feedback: list[Feedback] = []
         self._hour_started = time.monotonic()
         self._num_this_hour = 0
         self._is_away = False
@@ -76,6 +78,14 @@ class Recorder:
         if self._num_waiting >= _BATCH_IMAGES:
             self._wake.set()
 
+    def add_feedback(self, feedback: Feedback) -> bool:
+        """Queue it; False if the queue is full."""
+        with self._lock:
+            has_room = len(self._feedback) < _QUEUE_FEEDBACK
+            if has_room:
+                self._feedback.append(feedback)
+        return has_room
+
     def close(self, seconds: float) -> None:
         """Write what is queued, if that takes no longer than this."""
         self._is_closing = True
@@ -96,18 +106,26 @@ class Recorder:
         with self._lock:
             waiting, self._waiting, self._num_waiting = self._waiting, [], 0
             responses, self._responses = self._responses, Counter()
-        if not waiting and not responses:
+            feedback, self._feedback = self._feedback, []
+        if not waiting and not responses and not feedback:
             return
         num_images = sum(len(each.images) for each in waiting)
         model = self._model
         spec = ImageSpec(classes=model.images.classes, image_size=model.images.image_size)
-        info = BatchInfo(model_digest=model.digest, model_version=model.version, images=spec, responses=responses)
+        info = BatchInfo(
+            model_digest=model.digest,
+            model_version=model.version,
+            images=spec,
+            responses=responses,
+            feedback=tuple(feedback),
+        )
         answers = [replace(each, probabilities=softmax(each.probabilities)) for each in waiting]
         try:
             write_batch(self._store, answers, info, keep_pixels=self._settings.record_pixels)
         except Exception as error:  # whatever it is, the next batch may succeed
             with self._lock:
                 self._responses += responses
+                self._feedback = feedback + self._feedback
             _count("store_failed", num_images)
             if not self._is_away:
                 _log.warning("Answers are not recorded until the object store works again: %s", error)

@@ -80,6 +80,7 @@ class ServerSettings(ServingLimits, frozen=True):
     record_per_hour: int = Field(1000, ge=0, description="images to record in an hour at most")
     record_pixels: bool = Field(True, description="record the pixels too, as the model gets them")
     record_interval: float = Field(60, gt=0, le=3600, description="seconds after which records are written")
+    feedback: bool = Field(False, description="take labels at /v1/feedback into the record")
     fd: int | None = Field(None, description="descriptor of a listening socket, in place of host and port")
     control_fd: int | None = Field(None, description="descriptor of a local deployment's listening Unix socket")
     control_info: str = Field("{}", description="JSON object to send on that socket")

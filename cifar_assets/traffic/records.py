@@ -32,6 +32,24 @@ _KEY_FORMAT = "%Y-%m-%d/%H%M%S"
 _KEY_LENGTH = len("2026-11-27/143002")
 
 
+Place = tuple[str, int]
+"""An image by its request's id and its position in the request."""
+
+
+class Feedback(BaseModel, frozen=True):
+    """What a program says is the class of an image."""
+
+    request_id: str
+    index: int
+    label: str
+    time: float
+    """When, in seconds since the epoch."""
+
+    @property
+    def place(self) -> Place:
+        return self.request_id, self.index
+
+
 class BatchInfo(BaseModel, frozen=True):
     """What the rows of a file share."""
 
@@ -40,6 +58,8 @@ class BatchInfo(BaseModel, frozen=True):
     images: ImageSpec
     responses: dict[str, int]
     """Number of responses by HTTP status since the server's previous file, recorded or not."""
+    feedback: tuple[Feedback, ...] = ()
+    """What came since the server's previous file, about images of any file."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +118,7 @@ class Traffic:
     """The recorded answers of one model, in the order in which they were written."""
 
     info: BatchInfo
-    """Of the newest file, with the responses of all files."""
+    """Of the newest file, with the responses and the feedback of all files."""
     table: "pa.Table"
 
     def __len__(self) -> int:
@@ -118,6 +138,11 @@ class Traffic:
         """One row for each image, one column for each class."""
         values = self.table["probabilities"].combine_chunks().flatten().to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
         return values.reshape(len(self), len(self.info.images.classes))
+
+    @property
+    def places(self) -> list[Place]:
+        """One for each image."""
+        return list(zip(self.table["request_id"].to_pylist(), self.table["index"].to_pylist(), strict=True))
 
     def image(self, row: int) -> NDArray[np.uint8] | None:
         """The pixels (3, size, size) of one image; None if they were not recorded."""
@@ -148,9 +173,15 @@ def read_traffic(store: ObjectStore, start: datetime, end: datetime) -> list[Tra
     traffic = []
     for files in found.values():
         responses = sum((Counter(info.responses) for info, _ in files), Counter())
-        newest = files[0][0].model_copy(update={"responses": dict(sorted(responses.items()))})
+        feedback = tuple(each for info, _ in reversed(files) for each in info.feedback)
+        newest = files[0][0].model_copy(update={"responses": dict(sorted(responses.items())), "feedback": feedback})
         traffic.append(Traffic(newest, pa.concat_tables(table for _, table in reversed(files))))
     return traffic[::-1]
+
+
+def read_window(store: ObjectStore, window: str) -> list[Traffic]:
+    """`read_traffic` for a data version of the asset `served_traffic`."""
+    return read_traffic(store, *map(datetime.fromisoformat, window.split("/")))
 
 
 def _keys(store: ObjectStore, start: datetime, end: datetime) -> Iterator[str]:

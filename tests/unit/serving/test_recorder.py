@@ -99,6 +99,7 @@ def test_answers_are_written_at_the_end(store: GatedStore, before: Counter[str])
         "model_version": "1",
         "images": CIFAR10.model_dump(),
         "responses": {"200": 2, "400": 1},
+        "feedback": (),
     }
     np.testing.assert_allclose(traffic.probabilities, softmax(LOGITS[[0, 0, 1]]), rtol=1e-5)
     np.testing.assert_array_equal(traffic.image(2), images(2)[0])

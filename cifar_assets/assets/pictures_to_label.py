@@ -1,0 +1,152 @@
+"""Recorded pictures that are worth a label, as a batch for `python -m cifar_assets.labelling`."""
+
+import io
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from datetime import UTC, datetime
+from typing import Literal
+
+import dagster as dg
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+
+from cifar_assets.assets import metadata
+from cifar_assets.assets.common import retrying_infrastructure_faults
+from cifar_assets.assets.keys import OWNERS, PREFIX, SERVED_TRAFFIC
+from cifar_assets.assets.record import VERSION_METADATA, evaluations, materialized_digest
+from cifar_assets.checks.drift import DRIFTED
+from cifar_assets.dataset.formats.images import pixel_digest
+from cifar_assets.dataset.sheet import captioned_sheet
+from cifar_assets.labelling.batches import Batch, Label, Picture, land_labels, pictures_asked, write_batch
+from cifar_assets.traffic.records import Place, Traffic, read_window
+from resources.digests import sha256_json
+from resources.object_store import ObjectStore
+from resources.object_store.resource import ObjectStoreResource
+
+_DRIFT_CHECK = dg.AssetCheckKey(SERVED_TRAFFIC, "drift")
+
+
+class PicturesToLabelConfig(dg.Config):
+    """How much there is to label."""
+
+    num_pictures: int = Field(
+        default=50, ge=1, le=1000, description="Most pictures of a batch; up to half of them because they drifted."
+    )
+
+
+@dg.asset(
+    key_prefix=PREFIX,
+    group_name="monitoring",
+    kinds={"s3"},
+    owners=OWNERS,
+    tags={"layer": "monitoring"},
+    deps=[SERVED_TRAFFIC],
+)
+def pictures_to_label(
+    context: dg.AssetExecutionContext, config: PicturesToLabelConfig, object_store: ObjectStoreResource
+) -> dg.MaterializeResult:
+    """A batch of recorded pictures: those that drifted according to the check, and the least certain ones.
+
+    Pictures of earlier batches are left out. Those whose class a program told the server land with that label instead.
+    """
+    with retrying_infrastructure_faults():
+        raw, window = object_store.raw, materialized_digest(context, SERVED_TRAFFIC)
+        by_model = read_window(object_store.traffic, window)
+        told = _land_feedback(raw, by_model)
+        drifted = [place for place in _drifted(context.instance, window) if place not in told]
+        name = f"{datetime.now(UTC):%Y-%m-%dT%H%M%S}"
+        chosen = choose(by_model[-1], drifted, told, pictures_asked(raw), config.num_pictures) if by_model else []
+        pictures = [picture for picture, _ in chosen]
+        if pictures:
+            info = by_model[-1].info
+            batch = Batch(
+                model_digest=info.model_digest,
+                model_version=info.model_version,
+                window=window,
+                classes=info.images.classes,
+                pictures=tuple(pictures),
+            )
+            write_batch(raw, name, batch, [_png(image) for _, image in chosen])
+        captions = [f"{each.guess} {each.confidence:.0%}" for each in pictures]
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(name if pictures else "none"),
+            metadata={
+                "num_pictures": len(pictures),
+                "num_drifted": sum(each.reason == "drifted" for each in pictures),
+                "num_landed_from_feedback": len(told),
+                "next": "python -m cifar_assets.labelling" if pictures else "nothing to label",
+                "pictures": metadata.picture("", lambda: captioned_sheet([image for _, image in chosen], captions)),
+            },
+        )
+
+
+def choose(
+    traffic: Traffic, drifted: Sequence[Place], told: AbstractSet[Place], known: AbstractSet[str], num_pictures: int
+) -> list[tuple[Picture, NDArray[np.uint8]]]:
+    """Pictures with their pixels, no two of them the same. Not those whose class was told, or whose file is known."""
+    classes, probabilities, places = traffic.info.images.classes, traffic.probabilities, traffic.places
+    times = traffic.table["time"]
+    row_of = {place: row for row, place in enumerate(places)}
+    uncertain = np.argsort(probabilities.max(axis=1), kind="stable").tolist()
+    found: dict[str, tuple[Picture, NDArray[np.uint8]]] = {}
+
+    def add(rows: Sequence[int], reason: Literal["drifted", "uncertain"], limit: int) -> None:
+        for row in rows:
+            image = None if len(found) == limit or places[row] in told else traffic.image(row)
+            if image is None or (file := f"{pixel_digest(image)}.png") in known | found.keys():
+                continue
+            request_id, index = places[row]
+            guess, confidence = int(probabilities[row].argmax()), float(probabilities[row].max())
+            found[file] = (
+                Picture(
+                    file=file,
+                    request_id=request_id,
+                    index=index,
+                    time=times[row].as_py(),
+                    guess=classes[guess],
+                    confidence=confidence,
+                    reason=reason,
+                ),
+                image,
+            )
+
+    add([row_of[place] for place in drifted if place in row_of], "drifted", num_pictures // 2)
+    add(uncertain, "uncertain", num_pictures)
+    return list(found.values())
+
+
+def _drifted(instance: dg.DagsterInstance, window: str) -> list[Place]:
+    """Places that the newest evaluation of the check names; none if that is of another window."""
+    evaluation, _ = next(evaluations(instance, _DRIFT_CHECK), (None, None))
+    if (
+        evaluation is None
+        or evaluation.metadata[VERSION_METADATA].value != window
+        or DRIFTED not in evaluation.metadata
+    ):
+        return []
+    return [(str(request_id), int(index)) for request_id, index in evaluation.metadata[DRIFTED].value]
+
+
+def _land_feedback(raw: ObjectStore, by_model: Sequence[Traffic]) -> set[Place]:
+    """Land the recorded pictures that have feedback, of several for a picture the last; returns their places."""
+    told = {each.place: each for traffic in by_model for each in traffic.info.feedback}
+    rows: dict[Place, tuple[bytes, str, Label]] = {}
+    for traffic in by_model:
+        for row, place in enumerate(traffic.places):
+            image = traffic.image(row) if place in told else None
+            if image is not None:
+                feedback = told[place]
+                label = Label(label=feedback.label, by="feedback", time=datetime.fromtimestamp(feedback.time, UTC))
+                rows[place] = (_png(image), place[0], label)
+    if rows:
+        name = sha256_json([[*place, label.label] for place, (_, _, label) in sorted(rows.items())])[:16]
+        land_labels(raw, f"feedback/{name}", by_model[-1].info.images.classes, rows.values())
+    return set(rows)
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, "PNG")
+    return buffer.getvalue()
