@@ -122,8 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_from_the_page(self) -> bool:
         """Other sites' pages cannot send this type or origin; with a name of theirs for 127.0.0.1, not this host."""
-        host = self.server.host
-        return self.headers["Host"] == host and (
+        host = self.headers["Host"]
+        return host in (self.server.host, f"localhost:{self.server.server_port}") and (
             self.command == "GET"
             or (self.headers["Content-Type"] == "application/json" and self.headers["Origin"] == f"http://{host}")
         )
