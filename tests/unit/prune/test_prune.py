@@ -337,12 +337,15 @@ def test_records_of_traffic_go_after_their_days(world: World) -> None:
     two_days_ago = time.time() - 2 * 86_400
     for key in old + new:
         records.write(key, b"record")
-    for key in old:
-        os.utime(records.root / key, (two_days_ago, two_days_ago))
+    world.stores.raw.write("to-label/2026-01-01T000000/a.png", b"picture")
+    to_label = world.folder / "store/raw-data/to-label/2026-01-01T000000/a.png"
+    for path in (*(records.root / key for key in old), to_label):
+        os.utime(path, (two_days_ago, two_days_ago))
     world.prune(traffic_days=3)
     assert len(list(records.list())) == 5
     world.prune(traffic_days=1)
     assert [info.key for info in records.list()] == new
+    assert list(world.stores.raw.list("to-label/")) == []
 
 
 def test_temporary_files_and_compute_logs_go_when_they_are_old(world: World) -> None:
