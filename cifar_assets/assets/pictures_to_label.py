@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any
 
 import dagster as dg
 import numpy as np
@@ -19,7 +19,7 @@ from cifar_assets.assets.record import VERSION_METADATA, evaluations, materializ
 from cifar_assets.checks.drift import DRIFTED
 from cifar_assets.dataset.formats.images import pixel_digest
 from cifar_assets.dataset.sheet import captioned_sheet
-from cifar_assets.labelling.batches import Batch, Label, Picture, land_labels, pictures_asked, write_batch
+from cifar_assets.labelling.batches import Batch, Label, Picture, Reason, land_labels, pictures_asked, write_batch
 from cifar_assets.traffic.records import Place, Traffic, read_window
 from resources.digests import sha256_json
 from resources.object_store import ObjectStore
@@ -92,7 +92,7 @@ def choose(
     uncertain = np.argsort(probabilities.max(axis=1), kind="stable").tolist()
     found: dict[str, tuple[Picture, NDArray[np.uint8]]] = {}
 
-    def add(rows: Sequence[int], reason: Literal["drifted", "uncertain"], limit: int) -> None:
+    def add(rows: Sequence[int], reason: Reason, limit: int) -> None:
         for row in rows:
             image = None if len(found) == limit or places[row] in told else traffic.image(row)
             if image is None or (file := f"{pixel_digest(image)}.png") in known | found.keys():
@@ -126,7 +126,8 @@ def _drifted(instance: dg.DagsterInstance, window: str) -> list[Place]:
         or DRIFTED not in evaluation.metadata
     ):
         return []
-    return [(str(request_id), int(index)) for request_id, index in evaluation.metadata[DRIFTED].value]
+    found: Any = evaluation.metadata[DRIFTED].value
+    return [(request_id, index) for request_id, index in found]
 
 
 def _land_feedback(raw: ObjectStore, by_model: Sequence[Traffic]) -> set[Place]:

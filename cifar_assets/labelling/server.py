@@ -83,7 +83,7 @@ class LabellingServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: LabellingServer
+    server: LabellingServer  # pyright: ignore[reportIncompatibleVariableOverride]  (no other one creates it)
 
     def do_GET(self) -> None:
         desk, path = self.server.desk, self.path

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -89,7 +90,7 @@ def raw(tmp_path: Path) -> FolderStore:
     return store
 
 
-def landed(raw: FolderStore, key: str = "landing/labeled/2026-01-02T000000.parquet") -> list[dict[str, object]]:
+def landed(raw: FolderStore, key: str = "landing/labeled/2026-01-02T000000.parquet") -> list[dict[str, Any]]:
     return pq.read_table(io.BytesIO(raw.read(key))).to_pylist()
 
 
