@@ -133,7 +133,7 @@ def press(page: Page, key: str, progress: str) -> None:
     """Press a key, and wait until the page has taken it and can take the next."""
     page.keyboard.press(key)
     expect(page.locator("#progress")).to_have_text(progress)
-    page.wait_for_function("!isBusy")
+    expect(page.get_by_role("main")).to_have_attribute("aria-busy", "false")
 
 
 def test_a_batch_is_labeled_by_keyboard_and_joins_the_dataset(
@@ -144,7 +144,7 @@ def test_a_batch_is_labeled_by_keyboard_and_joins_the_dataset(
     with browser.new_context() as context:
         context.on("weberror", lambda error: errors.append(str(error.error)))
         page = open_page(context, address)
-        page.wait_for_function("!isBusy")
+        expect(page.get_by_role("main")).to_have_attribute("aria-busy", "false")
         assert page.get_by_role("img").evaluate("image => image.naturalWidth") == 32
         expect(page.locator("#guess")).to_contain_text("drifted; the model's guess: ")
         press(page, "4", "1 labeled, 19 to go")
@@ -155,7 +155,7 @@ def test_a_batch_is_labeled_by_keyboard_and_joins_the_dataset(
         press(page, "s", "2 labeled, 17 to go")
         page.reload()  # what was labeled is stored; what was skipped is shown again
         expect(page.locator("#progress")).to_have_text("2 labeled, 18 to go")
-        page.wait_for_function("!isBusy")
+        expect(page.get_by_role("main")).to_have_attribute("aria-busy", "false")
         press(page, "u", "1 labeled, 19 to go")
         for number in range(19):
             press(page, "2", f"{number + 2} labeled, {18 - number} to go")
@@ -184,10 +184,10 @@ def test_it_works_on_a_phone_and_says_what_failed(world: World, browser: Browser
         expect(page.get_by_role("button", name="Save")).to_be_disabled()
         page.get_by_role("button", name="7 frog").tap()
         expect(page.get_by_role("status")).to_have_text("Labeled as frog")
-        page.wait_for_function("!isBusy")
+        expect(page.get_by_role("main")).to_have_attribute("aria-busy", "false")
         page.get_by_role("button", name="Undo").tap()
         expect(page.get_by_role("status")).to_have_text("Undone")
-        page.wait_for_function("!isBusy")
+        expect(page.get_by_role("main")).to_have_attribute("aria-busy", "false")
         page.route("**/label", lambda route: route.abort())
         page.get_by_role("button", name="7 frog").tap()
         expect(page.get_by_role("status")).to_contain_text("Not done")
