@@ -8,7 +8,7 @@ PATHS := cifar_assets resources examples tests k8s
 
 export CIFAR10_SOURCE
 
-.PHONY: help setup demo stop dev test lint minimal-imports types check format cluster-test cluster-test-all audit fuzz
+.PHONY: help setup demo demo-loop stop dev test lint minimal-imports types check format cluster-test cluster-test-all audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the commands.
@@ -24,6 +24,9 @@ setup: $(filter .uv/bin/uv,$(UV)) ## Install the locked environment.
 
 demo: setup ## From images to a served model. CIFAR10_SOURCE selects images other than the synthetic ones.
 	@$(RUN) python -m cifar_assets.demo
+
+demo-loop: setup ## After demo: darkened pictures are noticed, labeled, trained on, and a new version answers.
+	@$(RUN) python -m cifar_assets.demo_loop
 
 stop: setup ## Stop the local inference service.
 	@$(RUN) python -m resources.inference_service.local stop

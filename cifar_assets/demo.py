@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from PIL import Image
@@ -18,7 +19,7 @@ from resources.digests import canonical_json
 from resources.inference_service.client import InferenceClient
 from resources.object_store.resource import LocalObjectStore
 
-_log = logging.getLogger("demo")
+log = logging.getLogger("demo")
 _NUM_PICTURES = 20
 _PICTURE_FOLDER = Path(".cifar/demo")
 FOUR_ASSETS = f'+key:"{INFERENCE_SERVICE.to_user_string()}"'
@@ -27,26 +28,50 @@ FOUR_ASSETS = f'+key:"{INFERENCE_SERVICE.to_user_string()}"'
 
 def main() -> int:
     """Run the demo. If the materialization fails, its exit code is returned."""
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    _log.setLevel(logging.INFO)
-    source = os.environ.get("CIFAR10_SOURCE") or "synthetic"
-    _log.info("Images: %s%s", source, _SYNTHETIC_NOTE if source.startswith("synthetic") else "")
+    prepare()
     started = time.monotonic()
-    command = ["dg", "launch", "--assets", FOUR_ASSETS]
-    if source.startswith("synthetic"):
-        config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": _SYNTHETIC_TRAINING}}}
-        command += ["--config-json", canonical_json(config).decode()]
-    _log.info("$ %s", shlex.join(command))
-    os.environ.pop("DAGSTER_HOME", None)  # the demo always uses this folder, whatever DAGSTER_HOME the shell has set
-    recording = {"RECORDED_FRACTION": os.environ.get("RECORDED_FRACTION") or "1"}
-    environment = {**os.environ, **recording, "CIFAR10_SOURCE": source, "DAGSTER_DEPLOYMENT": "local"}
-    command[0] = str(Path(sys.executable).with_name("dg"))
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        _log.error("The run failed; see the lines above. `make dev` shows it in the Dagster UI.")
+    if code := launch("--assets", FOUR_ASSETS, trains=True):
         return code
     _report(time.monotonic() - started)
     return 0
+
+
+def prepare() -> None:
+    """Log to stdout, which images are used first, and use this folder whatever DAGSTER_HOME the shell has set."""
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    log.setLevel(logging.INFO)
+    source = _source()
+    log.info("Images: %s%s", source, _SYNTHETIC_NOTE if source.startswith("synthetic") else "")
+    os.environ.pop("DAGSTER_HOME", None)
+
+
+def launch(*arguments: str, trains: bool = False) -> int:
+    """Run `dg launch` with these arguments, and with less training for synthetic images. Returns the exit code."""
+    command = ["dg", "launch", *arguments]
+    if trains and _source().startswith("synthetic"):
+        config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": _SYNTHETIC_TRAINING}}}
+        command += ["--config-json", canonical_json(config).decode()]
+    log.info("$ %s", shlex.join(command))
+    recording = {"RECORDED_FRACTION": os.environ.get("RECORDED_FRACTION") or "1"}
+    environment = {**os.environ, **recording, "CIFAR10_SOURCE": _source(), "DAGSTER_DEPLOYMENT": "local"}
+    command[0] = str(Path(sys.executable).with_name("dg"))
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        log.error("The run failed; see the lines above. `make dev` shows it in the Dagster UI.")
+    return code
+
+
+def served() -> dict[str, Any]:
+    """Metadata of the service's last materialization."""
+    with dg.DagsterInstance.from_config(str(Path.cwd())) as instance:
+        event = instance.get_latest_materialization_event(INFERENCE_SERVICE)
+    if event is None or event.asset_materialization is None:
+        raise SystemExit("inference_service has no materialization: run `make demo` first.")
+    return {name: value.value for name, value in event.asset_materialization.metadata.items()}
+
+
+def _source() -> str:
+    return os.environ.get("CIFAR10_SOURCE") or "synthetic"
 
 
 # A small dataset of simple images needs only a few steps with small batches, half of them at half the resolution.
@@ -68,18 +93,14 @@ _SYNTHETIC_NOTE = (
 
 
 def _report(seconds: float) -> None:
-    with dg.DagsterInstance.from_config(str(Path.cwd())) as instance:
-        event = instance.get_latest_materialization_event(INFERENCE_SERVICE)
-    if event is None or event.asset_materialization is None:
-        raise SystemExit("inference_service has no materialization.")
-    served = {name: value.value for name, value in event.asset_materialization.metadata.items()}
-    split = open_split(LocalObjectStore().processed, str(served["dataset_digest"]), "test")
+    made = served()
+    split = open_split(LocalObjectStore().processed, str(made["dataset_digest"]), "test")
     labels = [split.manifest.classes[label] for label in split.labels[:_NUM_PICTURES]]
     pictures = [_PICTURE_FOLDER / f"test-{index}.png" for index in range(len(labels))]
     _PICTURE_FOLDER.mkdir(parents=True, exist_ok=True)
     for path, image in zip(pictures, split.take(list(range(len(labels)))), strict=True):
         Image.fromarray(image.transpose(1, 2, 0)).save(path)
-    answers = InferenceClient(str(served["url"]), is_traffic=True).predict_files(pictures).classes
+    answers = InferenceClient(str(made["url"]), is_traffic=True).predict_files(pictures).classes
     right = [index for index, label in enumerate(labels) if answers[index] == label]
     example = right[0] if right else 0
     lines = [
@@ -93,7 +114,7 @@ def _report(seconds: float) -> None:
         f"  curl -F image=@{pictures[example]} {served['url']}/v1/models/{MODEL_NAME}:predict",
         "See the graph, the runs and the pictures: make dev. End the service: make stop.",
     ]
-    _log.info("\n".join(lines))
+    log.info("\n".join(lines))
 
 
 if __name__ == "__main__":

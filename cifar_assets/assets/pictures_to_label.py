@@ -50,6 +50,7 @@ def pictures_to_label(
     """A batch of recorded pictures: those that drifted according to the check, and the least certain ones.
 
     Pictures of earlier batches are left out. Those whose class a program told the server land with that label instead.
+    In a run that also materializes `served_traffic`, this waits for the check.
     """
     with retrying_infrastructure_faults():
         raw, window = object_store.raw, materialized_digest(context, SERVED_TRAFFIC)
@@ -61,13 +62,7 @@ def pictures_to_label(
         pictures = [picture for picture, _ in chosen]
         if pictures:
             info = by_model[-1].info
-            batch = Batch(
-                model_digest=info.model_digest,
-                model_version=info.model_version,
-                window=window,
-                classes=info.images.classes,
-                pictures=tuple(pictures),
-            )
+            batch = Batch(model_digest=info.model_digest, classes=info.images.classes, pictures=tuple(pictures))
             write_batch(raw, name, batch, [_png(image) for _, image in chosen])
         captions = [f"{each.guess} {each.confidence:.0%}" for each in pictures]
         return dg.MaterializeResult(
@@ -87,9 +82,7 @@ def choose(
 ) -> list[tuple[Picture, NDArray[np.uint8]]]:
     """Pictures with their pixels, no two of them the same. Not those whose class was told, or whose file is known."""
     classes, probabilities, places = traffic.info.images.classes, traffic.probabilities, traffic.places
-    times = traffic.table["time"]
     row_of = {place: row for row, place in enumerate(places)}
-    uncertain = np.argsort(probabilities.max(axis=1), kind="stable").tolist()
     found: dict[str, tuple[Picture, NDArray[np.uint8]]] = {}
 
     def add(rows: Sequence[int], reason: Reason, limit: int) -> None:
@@ -98,36 +91,24 @@ def choose(
             if image is None or (file := f"{pixel_digest(image)}.png") in known | found.keys():
                 continue
             request_id, index = places[row]
-            guess, confidence = int(probabilities[row].argmax()), float(probabilities[row].max())
-            found[file] = (
-                Picture(
-                    file=file,
-                    request_id=request_id,
-                    index=index,
-                    time=times[row].as_py(),
-                    guess=classes[guess],
-                    confidence=confidence,
-                    reason=reason,
-                ),
-                image,
+            guess, confidence = classes[probabilities[row].argmax()], float(probabilities[row].max())
+            picture = Picture(
+                file=file, request_id=request_id, index=index, guess=guess, confidence=confidence, reason=reason
             )
+            found[file] = picture, image
 
     add([row_of[place] for place in drifted if place in row_of], "drifted", num_pictures // 2)
-    add(uncertain, "uncertain", num_pictures)
+    add(np.argsort(probabilities.max(axis=1), kind="stable").tolist(), "uncertain", num_pictures)
     return list(found.values())
 
 
 def _drifted(instance: dg.DagsterInstance, window: str) -> list[Place]:
     """Places that the newest evaluation of the check names; none if that is of another window."""
-    evaluation, _ = next(evaluations(instance, _DRIFT_CHECK), (None, None))
-    if (
-        evaluation is None
-        or evaluation.metadata[VERSION_METADATA].value != window
-        or DRIFTED not in evaluation.metadata
-    ):
+    found = next((each.metadata for each, _ in evaluations(instance, _DRIFT_CHECK)), {})
+    if DRIFTED not in found or found[VERSION_METADATA].value != window:
         return []
-    found: Any = evaluation.metadata[DRIFTED].value
-    return [(request_id, index) for request_id, index in found]
+    value: Any = found[DRIFTED].value
+    return [(request_id, index) for request_id, index in value]
 
 
 def _land_feedback(raw: ObjectStore, by_model: Sequence[Traffic]) -> set[Place]:

@@ -50,6 +50,7 @@ DRIFT_CHECKS = declare(
         "drift": "The pictures that the model gets are like the test images of its dataset. If it fails, look at them: "
         "fix what sends them, or label them and train on them.",
     },
+    awaited=True,  # by pictures_to_label
 )
 
 

@@ -19,12 +19,19 @@ def declare(
     blocking: Mapping[str, str] = {},
     failing: Mapping[str, str] = {},
     warning: Mapping[str, str] = {},
+    awaited: bool = False,
 ) -> list[dg.AssetCheckSpec]:
-    """Checks of an asset by name with descriptions. A failed check blocks the run, is an error, or is a warning."""
+    """Checks of an asset by name with descriptions. A failed check blocks the run, is an error, or is a warning.
+
+    If `awaited`, the downstream assets of a run wait for the warnings, which do not block them.
+    """
     return [
         *(dg.AssetCheckSpec(name, asset=asset, description=text, blocking=True) for name, text in blocking.items()),
         *(dg.AssetCheckSpec(name, asset=asset, description=text) for name, text in failing.items()),
-        *(dg.AssetCheckSpec(name, asset=asset, description=text, metadata=_WARNS) for name, text in warning.items()),
+        *(
+            dg.AssetCheckSpec(name, asset=asset, description=text, metadata=_WARNS, blocking=awaited)
+            for name, text in warning.items()
+        ),
     ]
 
 

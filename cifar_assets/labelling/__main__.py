@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from cifar_assets.dataset.stores import add_store_option, open_stores
-from cifar_assets.labelling.server import Desk, LabellingServer
+from cifar_assets.labelling.batches import Desk
+from cifar_assets.labelling.server import LabellingServer
 from resources.errors import ExplainedError
 
 

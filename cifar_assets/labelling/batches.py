@@ -4,11 +4,13 @@ A batch is a folder `to-label/<name>/` of the raw bucket: PNG files, named by th
 `manifest.json`, which is written last, and `labels.json`. What is saved is a Parquet file in `landing/`.
 """
 
+import base64
 import io
 import json
+import threading
 from collections.abc import Iterable, Sequence
-from datetime import datetime
-from typing import Literal
+from datetime import UTC, datetime
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +30,6 @@ class Picture(BaseModel, frozen=True):
     file: str
     request_id: str
     index: int
-    time: datetime
     guess: str
     confidence: float
     reason: Reason
@@ -37,11 +38,7 @@ class Picture(BaseModel, frozen=True):
 class Batch(BaseModel, frozen=True):
     """The pictures of a batch, and the model that classified them."""
 
-    version: Literal[1] = 1
     model_digest: str
-    model_version: str
-    window: str
-    """From when to when they were recorded."""
     classes: tuple[str, ...]
     pictures: tuple[Picture, ...]
 
@@ -54,8 +51,7 @@ class Label(BaseModel, frozen=True):
     time: datetime
 
 
-Labels = RootModel[dict[str, Label]]
-"""By file name."""
+_LabelsByFile = RootModel[dict[str, Label]]
 
 
 def write_batch(raw: ObjectStore, name: str, batch: Batch, files: Sequence[bytes]) -> None:
@@ -72,38 +68,10 @@ def pictures_asked(raw: ObjectStore) -> set[str]:
 
 def newest_batch(raw: ObjectStore) -> str:
     """The name of the newest complete batch. DataError if there is none."""
-    keys = (info.key.removeprefix(TO_LABEL_PREFIX) for info in raw.list(TO_LABEL_PREFIX))
-    names = [key.partition("/")[0] for key in keys if key.endswith(f"/{_MANIFEST}")]
+    names = [info.key.split("/")[1] for info in raw.list(TO_LABEL_PREFIX) if info.key.endswith(f"/{_MANIFEST}")]
     if not names:
         raise DataError(f"{raw.uri(TO_LABEL_PREFIX)} has no batch: materialize pictures_to_label first.")
     return max(names)
-
-
-def read_batch(raw: ObjectStore, name: str) -> Batch:
-    """The manifest of a batch. DataError if it is not one."""
-    key = f"{TO_LABEL_PREFIX}{name}/{_MANIFEST}"
-    try:
-        return Batch.model_validate_json(raw.read(key))
-    except ValidationError as error:
-        raise DataError(f"{raw.uri(key)} is not the manifest of a batch ({error}): remove the batch.") from error
-
-
-def read_picture(raw: ObjectStore, name: str, file: str) -> bytes:
-    """The PNG file of a picture."""
-    return raw.read(f"{TO_LABEL_PREFIX}{name}/{file}")
-
-
-def read_labels(raw: ObjectStore, name: str) -> dict[str, Label]:
-    """The labels given so far, by file name."""
-    try:
-        return Labels.model_validate_json(raw.read(f"{TO_LABEL_PREFIX}{name}/{_LABELS}")).root
-    except ObjectNotFoundError:
-        return {}
-
-
-def write_labels(raw: ObjectStore, name: str, labels: dict[str, Label]) -> None:
-    """Replace the labels of a batch."""
-    raw.write(f"{TO_LABEL_PREFIX}{name}/{_LABELS}", Labels(labels).model_dump_json().encode())
 
 
 def land_labels(raw: ObjectStore, name: str, classes: Sequence[str], rows: Iterable[tuple[bytes, str, Label]]) -> str:
@@ -128,3 +96,61 @@ def land_labels(raw: ObjectStore, name: str, classes: Sequence[str], rows: Itera
     key = f"{LANDING_PREFIX}{name}.parquet"
     raw.write(key, buffer.getvalue())
     return key
+
+
+class Desk:
+    """A batch with its pictures and labels. Each label is stored at once; `save` lands them."""
+
+    def __init__(self, raw: ObjectStore, name: str | None, by: str):
+        self.name = name or newest_batch(raw)
+        self._raw = raw
+        self._by = by
+        self._folder = f"{TO_LABEL_PREFIX}{self.name}/"
+        self._labels: dict[str, Label] = {}
+        try:
+            self._batch = Batch.model_validate_json(raw.read(self._folder + _MANIFEST))
+            if raw.exists(self._folder + _LABELS):
+                self._labels = _LabelsByFile.model_validate_json(raw.read(self._folder + _LABELS)).root
+            self._files = {each.file: raw.read(self._folder + each.file) for each in self._batch.pictures}
+        except (ValidationError, ObjectNotFoundError) as error:
+            raise DataError(f"{raw.uri(self._folder)} is not a complete batch ({error}): label another.") from error
+        self._lock = threading.Lock()
+
+    def state(self) -> dict[str, Any]:
+        """Classes, pictures with their PNG files in Base64, and labels in the order in which they were given."""
+        pictures = [
+            {**each.model_dump(), "png": base64.b64encode(self._files[each.file]).decode()}
+            for each in self._batch.pictures
+        ]
+        labels = sorted(self._labels.items(), key=lambda item: item[1].time)
+        return {
+            "classes": self._batch.classes,
+            "pictures": pictures,
+            "labels": {file: label.label for file, label in labels},
+        }
+
+    def label(self, file: str, label: str | None) -> None:
+        """Label a picture, or with None remove its label. DataError for an unknown picture or class."""
+        if file not in self._files or label not in (None, *self._batch.classes):
+            raise DataError(f"Batch {self.name} has no picture {file!r} or no class {label!r}: reload the page.")
+        with self._lock:
+            labels = {name: given for name, given in self._labels.items() if name != file}
+            if label is not None:
+                labels[file] = Label(label=label, by=self._by, time=datetime.now(UTC))
+            self._raw.write(self._folder + _LABELS, _LabelsByFile(labels).model_dump_json().encode())
+            self._labels = labels
+
+    def save(self) -> dict[str, Any]:
+        """Land all labels, in place of those that this batch landed before. DataError if there are none."""
+        with self._lock:
+            rows = [
+                (self._files[each.file], each.request_id, self._labels[each.file])
+                for each in self._batch.pictures
+                if each.file in self._labels
+            ]
+            if not rows:
+                raise DataError(f"Batch {self.name} has no labels: give some first.")
+            return {
+                "saved": len(rows),
+                "key": land_labels(self._raw, f"labeled/{self.name}", self._batch.classes, rows),
+            }

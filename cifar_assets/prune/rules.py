@@ -189,9 +189,9 @@ def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore
 
 def traffic(policy: Policy, store: ObjectStore, raw: ObjectStore) -> Iterator[Removal]:
     """Records of served traffic, and what is to be labeled, older than traffic_days. The bucket may not exist."""
-    end = datetime.now(UTC) - timedelta(days=policy.traffic_days)
     for info in raw.list(TO_LABEL_PREFIX):
         yield from _expired(raw, info, "picture to label", policy.traffic_days)
+    end = datetime.now(UTC) - timedelta(days=policy.traffic_days)
     with suppress(BucketNotFoundError):
         for day, infos in groupby(store.list(), lambda info: info.key.partition("/")[0]):
             old = [info for info in infos if info.last_modified <= end]

@@ -20,7 +20,8 @@ from cifar_assets.checks.drift import served_traffic_checks
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.dataset.versions.reader import open_split
-from cifar_assets.labelling.server import Desk, LabellingServer
+from cifar_assets.labelling.batches import Desk
+from cifar_assets.labelling.server import LabellingServer
 from resources.inference_service import DeployRequest, LocalInferenceService
 from resources.inference_service.client import InferenceClient
 from resources.object_store import FolderStore
@@ -78,11 +79,9 @@ def record_and_choose(folder: Path) -> World:
         wait_until(lambda: sum(len(each.info.feedback) for each in recorded(traffic)) == 2, "the feedback")
         with dg.DagsterInstance.ephemeral() as instance:
             resources = {"object_store": store, "serving": serving}
-            dg.materialize([served_traffic, served_traffic_checks], resources=resources, instance=instance)
             config = {"ops": {pictures_to_label.node_def.name: {"config": {"num_pictures": 20}}}}
             done = dg.materialize(
-                [served_traffic, pictures_to_label],
-                selection=[pictures_to_label],
+                [served_traffic, served_traffic_checks, pictures_to_label],
                 resources=resources,
                 instance=instance,
                 run_config=config,

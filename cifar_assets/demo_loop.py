@@ -1,0 +1,104 @@
+"""`make demo-loop`: darkened pictures are noticed, labeled, trained on, and a new version of the model answers."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import urllib3
+
+from cifar_assets import demo
+from cifar_assets.assets.keys import SERVED_TRAFFIC
+from cifar_assets.assets.record import evaluations
+from cifar_assets.dataset.formats.images import pixel_digest
+from cifar_assets.dataset.landing.zone import SETTLED_SECONDS
+from cifar_assets.dataset.versions.reader import open_split
+from cifar_assets.labelling.batches import Desk
+from cifar_assets.labelling.server import LabellingServer
+from cifar_assets.traffic.records import read_traffic
+from resources.errors import StoreError
+from resources.inference_service.client import InferenceClient
+from resources.object_store import ObjectStore
+from resources.object_store.resource import LocalObjectStore
+
+_NUM_SENT, _NUM_LABELED = 300, 20
+_RECORD_SECONDS = 60
+
+
+def main() -> int:
+    """Tell the story with the running service. If one of its runs fails, its exit code is returned."""
+    demo.prepare()
+    store, served = LocalObjectStore(), demo.served()
+    split = open_split(store.processed, str(served["dataset_digest"]), "test")
+    images = split.take(np.arange(_NUM_SENT)) // 2
+    labels = [split.manifest.classes[label] for label in split.labels[:_NUM_SENT]]
+    client = InferenceClient(str(served["url"]), is_traffic=True)
+    demo.log.info("Sending %d test pictures at half brightness to version %s.", _NUM_SENT, served["model_version"])
+    num_recorded = _num_recorded(store.traffic)
+    before = client.predict_arrays(images).classes
+    _wait_until_recorded(store.traffic, num_recorded + _NUM_SENT)
+    if code := demo.launch("--assets", f'key:"{SERVED_TRAFFIC.to_user_string()}"+'):  # with pictures_to_label
+        return code
+    with dg.DagsterInstance.from_config(str(Path.cwd())) as instance:
+        evaluation, _ = next(evaluations(instance, dg.AssetCheckKey(SERVED_TRAFFIC, "drift")))
+    demo.log.info("\nThe check drift says: %s\n", evaluation.description)
+    _label(store.raw, {f"{pixel_digest(image)}.png": label for image, label in zip(images, labels, strict=True)})
+    demo.log.info("Waiting %.0f s, after which a landed file counts as complete.", SETTLED_SECONDS)
+    time.sleep(SETTLED_SECONDS + 1)
+    if code := demo.launch("--job", "retrain", trains=True):
+        return code
+    after = client.predict_arrays(images).classes
+    right = [sum(map(str.__eq__, answers, labels)) for answers in (before, after)]
+    demo.log.info(
+        "\nVersion %s answered %d of the %d darkened pictures right. Version %s, which was also trained on what was "
+        "labeled, answers %d.",
+        served["model_version"],
+        right[0],
+        _NUM_SENT,
+        demo.served()["model_version"],
+        right[1],
+    )
+    return 0
+
+
+def _num_recorded(traffic: ObjectStore) -> int:
+    now = datetime.now(UTC)
+    return sum(map(len, read_traffic(traffic, now - timedelta(hours=1), now + timedelta(hours=1))))
+
+
+def _wait_until_recorded(traffic: ObjectStore, num_images: int) -> None:
+    end = time.monotonic() + _RECORD_SECONDS
+    while _num_recorded(traffic) < num_images:
+        if time.monotonic() > end:
+            raise StoreError("The service records too few pictures: run `make demo` with RECORDED_FRACTION=1 first.")
+        time.sleep(1)
+
+
+def _label(raw: ObjectStore, truth: Mapping[str, str]) -> None:
+    """Send what the page would send for the first pictures of the newest batch."""
+    with LabellingServer(Desk(raw, None, "demo"), 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        origin = f"http://{server.host}"
+
+        def ask(method: str, path: str, **body: str) -> dict:
+            answer = urllib3.request(method, origin + path, body=json.dumps(body), headers={"Origin": origin})
+            if answer.status != 200:
+                raise StoreError(f"{path}: {answer.status} {answer.data[:500]}")
+            return answer.json()
+
+        files = [picture["file"] for picture in ask("GET", "/batch")["pictures"] if picture["file"] in truth]
+        for file in files[:_NUM_LABELED]:
+            ask("POST", "/label", file=file, label=truth[file])
+        demo.log.info("Labeled %(saved)s pictures: raw-data/%(key)s", ask("POST", "/save"))
+        server.shutdown()
+        thread.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
