@@ -105,13 +105,13 @@ def _report(seconds: float) -> None:
     example = right[0] if right else 0
     lines = [
         "",
-        f"Test accuracy  {float(str(served['test_accuracy'])):.2%}",
-        f"Model          version {served['model_version']}, digest {served['model_digest']}",
+        f"Test accuracy  {float(str(made['test_accuracy'])):.2%}",
+        f"Model          version {made['model_version']}, digest {made['model_digest']}",
         f"Took           {seconds:.0f} s to materialize all four assets",
         f"Asked the service about {len(labels)} test pictures: {len(right)} right.",
         "",
-        f"Ask it yourself, in a browser at {served['url']} or by a command; the picture shows: {labels[example]}",
-        f"  curl -F image=@{pictures[example]} {served['url']}/v1/models/{MODEL_NAME}:predict",
+        f"Ask it yourself, in a browser at {made['url']} or by a command; the picture shows: {labels[example]}",
+        f"  curl -F image=@{pictures[example]} {made['url']}/v1/models/{MODEL_NAME}:predict",
         "See the graph, the runs and the pictures: make dev. End the service: make stop.",
     ]
     log.info("\n".join(lines))

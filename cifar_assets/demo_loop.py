@@ -36,32 +36,34 @@ def main() -> int:
     store, served = LocalObjectStore(), demo.served()
     split = open_split(store.processed, str(served["dataset_digest"]), "test")
     images = split.take(np.arange(_NUM_SENT)) // 2
-    labels = [split.manifest.classes[label] for label in split.labels[:_NUM_SENT]]
+    labels = split.labels[:_NUM_SENT]
+    truth = {
+        f"{pixel_digest(image)}.png": split.manifest.classes[label] for image, label in zip(images, labels, strict=True)
+    }
     client = InferenceClient(str(served["url"]), is_traffic=True)
     demo.log.info("Sending %d test pictures at half brightness to version %s.", _NUM_SENT, served["model_version"])
     num_recorded = _num_recorded(store.traffic)
-    before = client.predict_arrays(images).classes
+    before = client.predict_arrays(images).labels
     _wait_until_recorded(store.traffic, num_recorded + _NUM_SENT)
     if code := demo.launch("--assets", f'key:"{SERVED_TRAFFIC.to_user_string()}"+'):  # with pictures_to_label
         return code
     with dg.DagsterInstance.from_config(str(Path.cwd())) as instance:
         evaluation, _ = next(evaluations(instance, dg.AssetCheckKey(SERVED_TRAFFIC, "drift")))
     demo.log.info("\nThe check drift says: %s\n", evaluation.description)
-    _label(store.raw, {f"{pixel_digest(image)}.png": label for image, label in zip(images, labels, strict=True)})
+    _label(store.raw, truth)
     demo.log.info("Waiting %.0f s, after which a landed file counts as complete.", SETTLED_SECONDS)
     time.sleep(SETTLED_SECONDS + 1)
     if code := demo.launch("--job", "retrain", trains=True):
         return code
-    after = client.predict_arrays(images).classes
-    right = [sum(map(str.__eq__, answers, labels)) for answers in (before, after)]
+    after = client.predict_arrays(images).labels
     demo.log.info(
         "\nVersion %s answered %d of the %d darkened pictures right. Version %s, which was also trained on what was "
-        "labeled, answers %d.",
+        "labeled, answers %d right.",
         served["model_version"],
-        right[0],
+        np.count_nonzero(before == labels),
         _NUM_SENT,
         demo.served()["model_version"],
-        right[1],
+        np.count_nonzero(after == labels),
     )
     return 0
 

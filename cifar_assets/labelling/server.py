@@ -34,7 +34,7 @@ class LabellingServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: LabellingServer
+    server: LabellingServer  # pyright: ignore[reportIncompatibleVariableOverride]  (no other one creates it)
 
     def do_GET(self) -> None:
         self._answer()

@@ -13,7 +13,9 @@ from resources.errors import DataError, ObjectNotFoundError, StoreError
 from resources.verdict import Verdict
 
 KEY = dg.AssetKey("data")
-CHECKS = declare(KEY, blocking={"first": "blocks"}, warning={"second": "warns"}, failing={"third": "fails"})
+CHECKS = declare(
+    KEY, blocking={"first": "blocks"}, warning={"second": "warns"}, failing={"third": "fails"}, awaited=True
+)
 
 
 def good() -> Verdict:
