@@ -176,7 +176,7 @@ _BASELINE = {
     "precision": "float32",
 }
 _SHORT = {**_SPEEDNET, "depth": 2, "batch_size": 500, "learning_rate": 0.18}
-_LARGE = {"width": 128, "widening": 3, "head_learning_rate": 4.5e-6, "cutout": 8}
+_LARGE = {"width": 96, "widening": 4, "head_learning_rate": 4.5e-6, "cutout": 8}
 
 RECIPES: dict[str, Recipe] = {
     name: Recipe.model_validate({"name": name, **fields})
@@ -187,7 +187,7 @@ RECIPES: dict[str, Recipe] = {
         "fast": {**_SHORT, "epochs": 5, "validate_every": 5},
         "good": {**_SPEEDNET, "epochs": 8, "learning_rate": 0.18},
         "better": {**_SPEEDNET, "epochs": 14},
-        "best": {**_SPEEDNET, "epochs": 14, **_LARGE},
+        "best": {**_SPEEDNET, "epochs": 18, "learning_rate": 0.2, **_LARGE},
     }.items()
 }
 
