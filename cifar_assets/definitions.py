@@ -8,6 +8,7 @@ from cifar_assets import jobs, sensors
 from cifar_assets.assets.datasets import processed_dataset, raw_dataset
 from cifar_assets.assets.inference_service import inference_service
 from cifar_assets.assets.pictures_to_label import pictures_to_label
+from cifar_assets.assets.predictions import predictions
 from cifar_assets.assets.served_traffic import served_traffic
 from cifar_assets.assets.trained_model import argo_trained_model, trained_model
 from cifar_assets.checks.data import processed_dataset_checks, raw_dataset_checks
@@ -34,6 +35,7 @@ defs = dg.Definitions(
             argo_trained_model,
             served_traffic,
             pictures_to_label,
+            predictions,
         ]
     ),
     asset_checks=[

@@ -5,6 +5,7 @@ import dagster as dg
 from cifar_assets.assets.keys import (
     ARGO_TRAINED_MODEL,
     INFERENCE_SERVICE,
+    PREDICTIONS,
     PROCESSED_DATASET,
     RAW_DATASET,
     SERVED_TRAFFIC,
@@ -74,4 +75,10 @@ def watch_traffic_daily() -> dg.RunRequest | dg.SkipReason:
     return dg.RunRequest() if read_settings().recorded_fraction else dg.SkipReason("RECORDED_FRACTION is 0.")
 
 
-ALL = [retrain, train, deploy, rollback, argo_parity, verify_service, watch_traffic]
+predict = dg.define_asset_job(
+    "predict",
+    dg.AssetSelection.assets(PREDICTIONS),
+    description="Classifies the pictures of a folder or prefix, which the config has to name, with the served model.",
+)
+
+ALL = [retrain, train, deploy, rollback, argo_parity, verify_service, watch_traffic, predict]

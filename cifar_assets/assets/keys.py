@@ -10,6 +10,7 @@ TRAINED_MODEL = dg.AssetKey([PREFIX, "trained_model"])
 ARGO_TRAINED_MODEL = dg.AssetKey([PREFIX, "argo_trained_model"])
 INFERENCE_SERVICE = dg.AssetKey([PREFIX, "inference_service"])
 SERVED_TRAFFIC = dg.AssetKey([PREFIX, "served_traffic"])
+PREDICTIONS = dg.AssetKey([PREFIX, "predictions"])
 
 OWNERS = ["team:ml-platform"]
 """The owning team; replace it with yours."""

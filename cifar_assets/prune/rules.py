@@ -26,6 +26,7 @@ from cifar_assets.dataset.versions.processed import MANIFEST_FILE, PARTS_PREFIX,
 from cifar_assets.dataset.versions.raw import VERSIONS_PREFIX, current_raw_digest, read_raw
 from cifar_assets.dataset.versions.shards import SHARDS_PREFIX
 from cifar_assets.model_package import read_manifest
+from cifar_assets.predictions.parts import PREDICTIONS_PREFIX
 from resources.errors import BucketNotFoundError
 from resources.object_store import FolderStore, ObjectInfo, ObjectStore
 from resources.object_store.folder import TEMPORARY_PREFIX
@@ -48,6 +49,9 @@ class Policy(dg.Config):
     log_days: float = Field(default=30.0, ge=0, description="Days to keep compute logs.")
     traffic_days: float = Field(
         default=30.0, ge=0, description="Days to keep records of served traffic, and what is to be labeled."
+    )
+    prediction_days: float = Field(
+        default=90.0, ge=0, description="Days to keep the predictions for a folder of pictures after the last run."
     )
     retire_registered: bool = Field(
         default=False,
@@ -167,6 +171,14 @@ def leftovers(policy: Policy, root: ObjectStore) -> Iterator[Removal]:
         if found and policy.is_old(datetime.fromtimestamp(max(each.st_mtime for each in found), UTC)):
             size = sum(each.st_size for each in found)
             yield Removal("temporary file", str(path), "not used recently", size, lambda path=path: _delete(path))
+
+
+def predictions(policy: Policy, processed: ObjectStore) -> Iterator[Removal]:
+    """Predictions of a model for a source that no run made or confirmed for prediction_days."""
+    for name, infos in _by_folder(processed, PREDICTIONS_PREFIX, 3).items():
+        if datetime.now(UTC) - _last_change(infos) >= timedelta(days=policy.prediction_days):
+            reason = f"older than {policy.prediction_days:g} days"
+            yield _removal(processed, infos, "predictions", f"{PREDICTIONS_PREFIX}{name}", reason)
 
 
 def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore) -> Iterator[Removal]:

@@ -19,6 +19,7 @@ from cifar_assets.prune.rules import (
     find_digests,
     leftovers,
     orphans,
+    predictions,
     prune_models,
     prune_processed,
     prune_raw,
@@ -86,6 +87,7 @@ def prune(
     handle(orphans(stores, processed, raw, policy))
     handle(leftovers(policy, object_store.root()))
     handle(compute_logs(policy, instance, object_store.root()))
+    handle(predictions(policy, stores.processed))
     handle(traffic(policy, object_store.traffic, stores.raw))
     return done
 

@@ -98,9 +98,3 @@ def shorten(value: object) -> str:
     text = ascii(value[:100] if isinstance(value, (str, bytes)) else value)
     size = len(value) if isinstance(value, (str, bytes)) else len(text)
     return text if len(text) <= 60 else f"{text[:60]}... ({size} characters)"
-
-
-def softmax(logits: Logits) -> NDArray[np.float64]:
-    """Probabilities of each row, in float64 so that a row sums to one."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from cifar_assets.contracts import MODEL_INPUT, MODEL_OUTPUT
 from cifar_assets.cpus import available_cpus
@@ -64,6 +65,12 @@ class Classifier:
             if logits.shape != (size, len(self.manifest.classes)) or not finite:
                 received = f"values of shape {logits.shape}, all finite: {finite}"
                 raise DataError(f"For {size} black images the model returned {received}. Train or export it again.")
+
+
+def softmax(logits: "Logits") -> NDArray[np.float64]:
+    """Probabilities of each row, in float64 so that a row sums to one."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
 
 
 def _session(onnx: bytes, num_threads: int) -> onnxruntime.InferenceSession:

@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import replace
 
 from cifar_assets.contracts import ImageSpec
-from cifar_assets.serving.answers import Images, Logits, ServedModel, softmax
+from cifar_assets.serving.answers import Images, Logits, ServedModel
+from cifar_assets.serving.classifier import softmax
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.metrics import RECORDED_IMAGES
 from cifar_assets.serving.settings import ServerSettings

@@ -20,8 +20,8 @@ from cifar_assets.serving.answers import (
     Response,
     ServedModel,
     shorten,
-    softmax,
 )
+from cifar_assets.serving.classifier import softmax
 from cifar_assets.serving.json_body import body_type, check_count, describe, nested_pixels, parse_json
 from cifar_assets.serving.settings import ServingLimits
 

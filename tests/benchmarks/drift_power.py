@@ -17,8 +17,7 @@ from cifar_assets.checks.drift import DriftConfig
 from cifar_assets.dataset.stores import open_stores
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import read_manifest
-from cifar_assets.serving.answers import softmax
-from cifar_assets.serving.classifier import load_classifier
+from cifar_assets.serving.classifier import load_classifier, softmax
 from cifar_assets.traffic.drift import Sample, compare_samples, find_drift
 from cifar_assets.traffic.statistics import image_statistics
 

@@ -20,7 +20,7 @@ from kserve.protocol.infer_type import RequestedOutput
 from PIL import Image
 
 from cifar_assets.contracts import CLASSES
-from cifar_assets.serving.answers import softmax
+from cifar_assets.serving.classifier import softmax
 from resources.inference_service.client import InferenceClient, ServerError
 from resources.object_store import FolderStore
 from tests.unit.serving.server_process import PATIENT, Answer, ServerProcess, ask, form, run_server

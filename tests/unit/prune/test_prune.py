@@ -410,3 +410,21 @@ def test_a_landed_image_whose_pack_was_removed_is_packed_again(world: World) -> 
     world.prune(keep_versions=1)
     world.stores.raw.write("landing/dog/new.png", png(100))
     assert is_whole(world, world.build())
+
+
+def test_predictions_go_after_their_days(world: World) -> None:
+    def keys() -> list[str]:
+        return [info.key for info in world.stores.processed.list("predictions/")]
+
+    two_days_ago = time.time() - 2 * 86_400
+    for model, ages in {"a": ("old", "old"), "b": ("old", "new")}.items():
+        for file, age in zip(("manifest.json", "part-start.parquet"), ages, strict=True):
+            world.stores.processed.write(key := f"predictions/photos/{model * 64}/float32/{file}", b"{}")
+            if age == "old":
+                os.utime(world.folder / "store/processed-data" / key, (two_days_ago, two_days_ago))
+    world.prune(prediction_days=3)
+    assert len(keys()) == 4
+    world.prune(prediction_days=1)
+    assert keys() == [
+        f"predictions/photos/{'b' * 64}/float32/{file}" for file in ("manifest.json", "part-start.parquet")
+    ]

@@ -12,7 +12,8 @@ import pytest
 
 from cifar_assets.contracts import CIFAR10
 from cifar_assets.serving import recorder as module
-from cifar_assets.serving.answers import ServedModel, softmax
+from cifar_assets.serving.answers import ServedModel
+from cifar_assets.serving.classifier import softmax
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.metrics import RECORDED_IMAGES
 from cifar_assets.serving.recorder import Recorder, open_recorder

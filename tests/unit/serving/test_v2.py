@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from cifar_assets.contracts import CIFAR10
 from cifar_assets.serving import v2
-from cifar_assets.serving.answers import GoneError, Query, RequestError, Response, ServedModel, softmax
+from cifar_assets.serving.answers import GoneError, Query, RequestError, Response, ServedModel
 from cifar_assets.serving.app import _parse
+from cifar_assets.serving.classifier import softmax
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.settings import ServingLimits
 

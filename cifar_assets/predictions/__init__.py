@@ -1,0 +1,1 @@
+"""Batch prediction: a stored model over a folder of pictures. See docs/predictions.md."""
