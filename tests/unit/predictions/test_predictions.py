@@ -102,7 +102,7 @@ def test_a_second_run_repeats_nothing(world: World) -> None:
 
 def test_only_new_and_changed_pictures_are_classified(world: World) -> None:
     first = world.predict()
-    world.write("1/0000.png", png(1000))
+    world.write("1/000a.png", png(1000))
     world.write("2/050.png", png(1001))
     os.utime(world.photos / "0/030.png", (1, 1))  # touched, with the same content
     (world.photos / "0/066.png").unlink()
