@@ -3,7 +3,7 @@
 They are a contract with stored data and with remote processes: a change requires a migration.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
@@ -17,8 +17,12 @@ IMAGE_SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
 """Channels, height, width of one stored image (uint8 RGB)."""
 
 
+Fit = Literal["crop", "pad"]
+"""How a picture becomes a square: cut to its center, or surrounded with black."""
+
+
 class ImageSpec(BaseModel):
-    """Classes and image size, as recorded in the manifests of a dataset and of the models trained on it."""
+    """Classes and form of the images, as recorded in the manifests of a dataset and of the models trained on it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,19 +30,49 @@ class ImageSpec(BaseModel):
     image_size: int = Field(
         default=IMAGE_SIZE, ge=1, description="Height and width in pixels. Manifests without it are of CIFAR-10."
     )
+    fit: Fit = Field(default="crop", description="How a picture that is not square becomes a square.")
 
     @model_serializer(mode="wrap")
-    def _leave_out_the_default_size(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keeps the digests of manifests that were written before sizes were recorded."""
+    def _leave_out_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keeps the digests of manifests that were written before these fields were recorded."""
         values = dump(self)
-        if values.get("image_size") == IMAGE_SIZE:
-            del values["image_size"]
+        for name, default in (("image_size", IMAGE_SIZE), ("fit", "crop")):
+            if values.get(name) == default:
+                del values[name]
         return values
+
+    @property
+    def spec(self) -> "ImageSpec":
+        """These fields alone, of a manifest."""
+        return ImageSpec(classes=self.classes, image_size=self.image_size, fit=self.fit)
+
+    @property
+    def is_cifar10(self) -> bool:
+        """Whether these are the classes and the form of CIFAR-10."""
+        return self.spec == CIFAR10
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height, width of one image (uint8 RGB)."""
         return 3, self.image_size, self.image_size
+
+
+class ImageRequest(BaseModel):
+    """What a data set asks of its source. What it leaves open is taken from the source, which gives the ImageSpec."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    classes: tuple[str, ...] | None = Field(
+        default=None, min_length=2, description="Class names in label order; by default those of the source."
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=16,
+        le=224,
+        description="Height and width in pixels. By default that of the source's pictures if they are squares of one "
+        "size up to 64, otherwise 64.",
+    )
+    fit: Fit = Field(default="crop", description="How a picture that is not square becomes a square.")
 
 
 CIFAR10 = ImageSpec(classes=CLASSES)

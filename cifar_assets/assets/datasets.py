@@ -7,7 +7,7 @@ from cifar_assets.assets import metadata
 from cifar_assets.assets.common import retrying_infrastructure_faults
 from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.record import materialized_digest, previous_digests
-from cifar_assets.dataset.versions.baseline_copies import write_baseline_processed, write_baseline_raw
+from cifar_assets.dataset.versions.baseline_copies import write_baseline_copies
 from cifar_assets.dataset.versions.processed import build_processed
 from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.dataset.versions.splits import SplitConfig
@@ -27,7 +27,9 @@ class RawDatasetConfig(dg.Config):
         description="'download', 'synthetic', or a path or s3:// URI of an official archive, of Parquet files "
         "or of class folders. Defaults to the environment variable CIFAR10_SOURCE, or 'download' if that is not set.",
     )
-    resize: bool = Field(default=True, description="Scale images of another size to 32x32; otherwise they are refused.")
+    resize: bool = Field(
+        default=True, description="Scale images of another size to that of the dataset; otherwise they are refused."
+    )
     version: str | None = Field(
         default=None,
         description="Digest of an earlier raw version to make current again, instead of building one from the source.",
@@ -77,7 +79,7 @@ class ProcessedDatasetConfig(dg.Config):
     test_fraction: float = Field(
         default=0.1, gt=0, lt=1, description="Fraction held out for testing if the source has no test split."
     )
-    max_shard_rows: int = Field(default=16_384, ge=1, description="Images per shard, 3 kB each.")
+    max_shard_rows: int = Field(default=16_384, ge=1, description="Images of 3 kB per shard; fewer larger ones.")
     write_baseline_copies: bool = Field(
         default=True,
         description="Also write cifar10-dataset.tar.gz and cifar10-processed.tar.gz, unless a check blocks the "
@@ -111,8 +113,7 @@ def processed_dataset(
         if reasons := objections(judge_processed(raw, processed, version.digest)):
             context.log.warning(f"The copies for the old pipeline are left unchanged: {' '.join(reasons)}")
         elif config.write_baseline_copies:
-            write_baseline_raw(raw, processed, version.digest)
-            write_baseline_processed(processed, version.digest)
+            write_baseline_copies(raw, processed, version.digest)
         earlier = (each for each in previous_digests(context.instance, PROCESSED_DATASET) if each != version.digest)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(version.digest),

@@ -85,6 +85,7 @@ def of_raw(raw: ObjectStore, version: RawVersion) -> Metadata:
     return {
         "dagster/row_count": manifest.rows,
         "source": version.source,
+        "assumed": "; ".join(version.assumed) or "nothing",
         "uri": raw.uri(f"versions/{version.digest}/manifest.json"),
         "size_bytes": manifest.size,
         "num_objects": len(manifest.objects),

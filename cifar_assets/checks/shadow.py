@@ -71,7 +71,7 @@ def _predict(
     if public_keys:
         verify_package(package, digest, public_keys)
     candidate = Classifier(read_file(package, manifest, ONNX_FILE), manifest, source=package.uri(ONNX_FILE))
-    spec = ImageSpec(classes=manifest.classes, image_size=manifest.image_size)
+    spec = manifest.spec
     if images.shape[1:] != spec.image_shape:
         return spec, np.empty(0, np.int64)
     starts = range(0, len(images), _BATCH_IMAGES)

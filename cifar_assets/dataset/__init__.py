@@ -1,1 +1,1 @@
-"""Content-addressed images: importing, validating, splitting and reading CIFAR-10 data. No Dagster, no torch."""
+"""Content-addressed images: importing, validating, splitting and reading labeled images. No Dagster, no torch."""

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cifar_assets.dataset.formats.images import pixel_digest, prepare_image
 from cifar_assets.dataset.stores import Stores, add_store_option, open_stores
 from cifar_assets.dataset.versions.lineage import (
@@ -14,9 +17,9 @@ from cifar_assets.dataset.versions.lineage import (
     model_lineage,
     models_by_dataset,
 )
-from cifar_assets.dataset.versions.raw import current_raw_digest, list_raw_versions
+from cifar_assets.dataset.versions.raw import current_raw_digest, list_raw_versions, read_raw
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
-from resources.errors import ExplainedError
+from resources.errors import ExplainedError, ObjectNotFoundError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,13 +79,22 @@ def _dataset(stores: Stores, digest: str, with_images: bool) -> Iterator[str]:
 
 def _where(stores: Stores, image: str) -> Iterator[str]:
     path = Path(image)
-    digest = pixel_digest(prepare_image(path.read_bytes())) if path.is_file() else image
+    digest = pixel_digest(_prepared(stores, path)) if path.is_file() else image
     found, models = find_image(stores, digest), models_by_dataset(stores.models)
     yield f"image {digest}: used in {len(found)} places"
     for origin in found:
         trained = ", ".join(models.get(origin.processed_digest, ())) or "none"
         yield f"  {origin.split} of processed {origin.processed_digest} as {origin.label}"
         yield f"    from {origin.object_key} row {origin.row}; models: {trained}"
+
+
+def _prepared(stores: Stores, path: Path) -> NDArray[np.uint8]:
+    """The picture as in the current version."""
+    current = current_raw_digest(stores.raw)
+    if current is None:
+        raise ObjectNotFoundError(f"There is no raw version in {stores.raw.uri()}: materialize the raw dataset.")
+    images = read_raw(stores.raw, current)
+    return prepare_image(path.read_bytes(), images.image_size, images.fit)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import ObjectIndex
 from cifar_assets.dataset.objects import RawObject, ranges_of
@@ -64,7 +63,7 @@ def check_source(items: Sequence[tuple[RawObject, ObjectIndex]]) -> tuple[list[R
     first = np.full(len(unique), len(group))  # the row that is used; a test image's, if there is one
     np.minimum.at(first, group[test], test)
     in_test = (first < len(group))[group[train]]
-    lowest, highest = np.full(len(unique), len(CLASSES)), np.full(len(unique), -1)
+    lowest, highest = np.full(len(unique), np.iinfo(np.int64).max), np.full(len(unique), -1)
     np.minimum.at(lowest, group[train], labels[train])
     np.maximum.at(highest, group[train], labels[train])
     conflicting = (lowest != highest)[group[train]]
@@ -87,7 +86,9 @@ def check_source(items: Sequence[tuple[RawObject, ObjectIndex]]) -> tuple[list[R
     return checked, {reason: count for reason, count in left_out.items() if count}, known
 
 
-def check_landed(indexes: Sequence[ObjectIndex], known: Known) -> list[tuple[list[int], dict[int, str]]]:
+def check_landed(
+    indexes: Sequence[ObjectIndex], known: Known, classes: tuple[str, ...]
+) -> list[tuple[list[int], dict[int, str]]]:
     """Per landed object: the rows that duplicate an image in use, and the rejected rows with reasons.
 
     The given order determines which of several copies is used. It depends on content, not on names or times.
@@ -100,7 +101,7 @@ def check_landed(indexes: Sequence[ObjectIndex], known: Known) -> list[tuple[lis
         rejected: dict[int, str] = {}
         for row, (pixels, label, is_test) in enumerate(index.images()):
             place = known.get(pixels)
-            reason = index.refused.get(row) or _refusal(label, is_test, place, pixels in conflicting)
+            reason = index.refused.get(row) or _refusal(label, is_test, place, pixels in conflicting, classes)
             if reason:
                 rejected[row] = reason
             elif place or pixels in taken:
@@ -116,7 +117,9 @@ def _labeled_twice(images: Iterable[tuple[bytes, int, bool]]) -> set[bytes]:
     return {pixels for pixels, label, _ in images if labels.setdefault(pixels, label) != label}
 
 
-def _refusal(label: int, is_test: bool, place: Place | None, is_conflicting: bool) -> str | None:
+def _refusal(
+    label: int, is_test: bool, place: Place | None, is_conflicting: bool, classes: tuple[str, ...]
+) -> str | None:
     if place is None and is_test:
         return "belongs to a test split, but only the source defines test images; land it as training data"
     if place is None:
@@ -125,7 +128,7 @@ def _refusal(label: int, is_test: bool, place: Place | None, is_conflicting: boo
     where = f"row {place.row} of {place.key}"
     if place.label != label:
         return (
-            f"labeled {CLASSES[label]}, but the source has the same pixels as {CLASSES[place.label]} ({where}): "
+            f"labeled {classes[label]}, but the source has the same pixels as {classes[place.label]} ({where}): "
             "correct the label or leave the image out"
         )
     if place.is_test and not is_test:

@@ -1,7 +1,7 @@
 """The index of an object: pixel digest, label, split and refusal of each row, known without reading it again.
 
-An index is a function of the object's bytes and of how images are prepared, so its key contains both and it never
-becomes stale. It makes validating an unchanged object cheap. It is derived data: deleting it only costs time.
+An index is a function of the object's bytes, of the classes and of how images are prepared. Its key covers them all, so
+it never becomes stale. It makes validating an unchanged object cheap. It is derived data: deleting it only costs time.
 """
 
 import hashlib
@@ -16,15 +16,12 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.isolated import ask
-from cifar_assets.dataset.formats.rows import REFUSED_LABEL, SPLITS, RowBatch
-from cifar_assets.dataset.objects import ObjectFormat, RawObject, fetched
+from cifar_assets.dataset.formats.rows import REFUSED_LABEL, SPLITS, Preparation, RowBatch
+from cifar_assets.dataset.formats.survey import Survey
+from cifar_assets.dataset.objects import ObjectFormat, RawObject, fetched, read_state
 from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
-
-PREPARATION = 3
-"""Incremented whenever `prepare_image` gives other pixels for an image that it accepted before, or refuses it."""
 
 INDEX_PREFIX = "index/"
 MAX_REFUSED_ROWS = 100_000
@@ -92,7 +89,7 @@ def dump_index(index: ObjectIndex) -> bytes:
     return save({**arrays, "notes": np.frombuffer(notes, np.uint8)})
 
 
-def parse_index(data: bytes) -> ObjectIndex | None:
+def parse_index(data: bytes, num_classes: int) -> ObjectIndex | None:
     """The inverse of `dump_index`; None when the bytes are not an index that this release understands."""
     try:
         tensors = load(data)
@@ -104,44 +101,67 @@ def parse_index(data: bytes) -> ObjectIndex | None:
     rows = len(labels) if labels.ndim else -1
     if shapes != [("uint8", (rows, 32)), ("int64", (rows,)), ("uint8", (rows,))]:
         return None
-    if not (np.all((labels >= REFUSED_LABEL) & (labels < len(CLASSES))) and np.all(splits < len(SPLITS))):
+    if not (np.all((labels >= REFUSED_LABEL) & (labels < num_classes)) and np.all(splits < len(SPLITS))):
         return None
     return ObjectIndex(digests, labels, splits, notes.refused, notes.unread)
 
 
-def read_index(path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool) -> ObjectIndex:
+def survey_of(raw: ObjectStore, path: Path, sha256: str, kind: ObjectFormat, name: str) -> Survey:
+    """What a file with that digest says of its classes and pictures, read in another process or stored before.
+
+    Raises as `isolated.ask` does.
+    """
+    known = read_state(raw, _survey_key(sha256), Survey)
+    if known is not None:
+        return known
+    answer = ask("survey", {"path": str(path), "format": kind, "name": name}, name, path.stat().st_size)
+    try:
+        return Survey.model_validate_json(answer)
+    except ValueError:
+        raise DataError(f"{name}: the process that read the file did not answer. Do not use this file.") from None
+
+
+def save_survey(raw: ObjectStore, sha256: str, survey: Survey) -> None:
+    """Store what a file says of itself."""
+    raw.write(_survey_key(sha256), survey.model_dump_json().encode())
+
+
+def read_index(path: Path, kind: ObjectFormat, split: str, name: str, how: Preparation) -> ObjectIndex:
     """The index of a file's rows, read in another process: the file is untrusted. Raises as `isolated.ask` does."""
-    arguments = {"path": str(path), "format": kind, "split": split, "name": name, "resize": resize}
-    index = parse_index(ask(arguments, name, path.stat().st_size))
+    arguments = {"path": str(path), "format": kind, "split": split, "name": name, "how": how.settings}
+    index = parse_index(ask("index", arguments, name, path.stat().st_size), len(how.classes))
     if index is None:
         raise DataError(f"{name}: the process that read the file did not return an index. Do not use this file.")
     return index
 
 
-def save_index(raw: ObjectStore, sha256: str, split: str, resize: bool, index: ObjectIndex) -> None:
+def save_index(raw: ObjectStore, sha256: str, split: str, how: Preparation, index: ObjectIndex) -> None:
     """Store the index of an object with the given digest."""
-    raw.write(_key(sha256, split, resize), dump_index(index))
+    raw.write(_key(sha256, split, how), dump_index(index))
 
 
-def load_index(raw: ObjectStore, sha256: str, split: str, resize: bool) -> ObjectIndex | None:
+def load_index(raw: ObjectStore, sha256: str, split: str, how: Preparation) -> ObjectIndex | None:
     """The stored index of an object, or None when there is no readable one."""
     try:
-        return parse_index(raw.read(_key(sha256, split, resize)))
+        return parse_index(raw.read(_key(sha256, split, how)), len(how.classes))
     except ObjectNotFoundError:
         return None
 
 
-def index_of(raw: ObjectStore, item: RawObject, resize: bool, *, keep: bool = True) -> ObjectIndex:
+def index_of(raw: ObjectStore, item: RawObject, how: Preparation, *, keep: bool = True) -> ObjectIndex:
     """The index of a stored object; with `keep`, a newly built index is stored."""
-    index = load_index(raw, item.sha256, item.split, resize)
+    index = load_index(raw, item.sha256, item.split, how)
     if index is None or len(index) != item.rows:
         with fetched(raw, item.key, item.sha256) as path:
-            name = raw.uri(item.key)
-            index = read_index(path, item.format, item.split, name, resize=resize)
+            index = read_index(path, item.format, item.split, raw.uri(item.key), how)
         if keep:
-            save_index(raw, item.sha256, item.split, resize, index)
+            save_index(raw, item.sha256, item.split, how, index)
     return index
 
 
-def _key(sha256: str, split: str, resize: bool) -> str:
-    return f"{INDEX_PREFIX}{sha256}-{split}-{PREPARATION}{'r' if resize else 's'}.safetensors"
+def _survey_key(sha256: str) -> str:
+    return f"{INDEX_PREFIX}{sha256}-survey.json"
+
+
+def _key(sha256: str, split: str, how: Preparation) -> str:
+    return f"{INDEX_PREFIX}{sha256}-{split}-{how.key}.safetensors"

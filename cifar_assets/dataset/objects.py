@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cifar_assets.dataset.formats.archive import parse_records, read_archive
-from cifar_assets.dataset.formats.encoded import read_encoded
-from cifar_assets.dataset.formats.rows import RowBatch, Split, pixel_batches
+from cifar_assets.dataset.formats.archive import SIDE, parse_records, pixel_batches, read_archive, survey_archive
+from cifar_assets.dataset.formats.encoded import read_encoded, survey_encoded
+from cifar_assets.dataset.formats.rows import SPLITS, Preparation, RowBatch, Split
+from cifar_assets.dataset.formats.survey import Survey
 from resources.digests import sha256_file
 from resources.errors import DataError, IntegrityError, ObjectNotFoundError
 from resources.object_store import ObjectStore
@@ -96,15 +97,24 @@ def grouped(items: Sequence[T], digest: Callable[[T], str], rows: Callable[[T], 
 
 
 def read_rows(
-    path: Path, kind: ObjectFormat, split: str, name: str, *, resize: bool, unread: dict[str, str] | None = None
+    path: Path, kind: ObjectFormat, split: str, name: str, how: Preparation, *, unread: dict[str, str] | None = None
 ) -> Iterator[RowBatch]:
     """The rows of a file in one of the formats; `name` is its name in errors, `unread` receives what is skipped."""
-    only: Split = "test" if split == "test" else "any" if split == "any" else "train"
     if kind == "archive":
-        return read_archive(path, name, unread)
+        return read_archive(path, name, how, unread)
+    only = cast(Split, split) if split in SPLITS else "train"
     if kind == "records":
-        return pixel_batches(*parse_records(path.read_bytes(), name), only)
-    return read_encoded(path, kind, only, name, resize=resize)
+        return pixel_batches(*parse_records(path.read_bytes(), name), only, how)
+    return read_encoded(path, kind, only, name, how)
+
+
+def survey_rows(path: Path, kind: ObjectFormat, name: str) -> Survey:
+    """What a file says of its classes and pictures."""
+    if kind == "archive":
+        return survey_archive(path, name)
+    if kind == "records":
+        return Survey(smallest=(SIDE, SIDE), largest=(SIDE, SIDE))
+    return survey_encoded(path, kind, name)
 
 
 @contextmanager

@@ -10,14 +10,24 @@ from PIL import Image, ImageDraw
 from cifar_assets.dataset.versions.reader import SplitReader
 
 _SCALE = 2
+_MAX_SIDE = 64
+_MAX_CLASS_ROWS = 20
 _GAP = 2
 _LABEL_WIDTH = 84
 _CAPTION_HEIGHT = 14
+_MAX_CAPTIONS = 200
 
 
 def sample_sheet(reader: SplitReader, per_class: int = 10) -> bytes:
-    """A PNG with the first images of each class, labeled. The same version gives the same picture."""
-    classes, side = reader.manifest.classes, reader.manifest.image_size * _SCALE
+    """A PNG with the first images of each class, labeled. The same version gives the same picture.
+
+    Of many classes, the first image of each of up to 200.
+    """
+    classes, side = reader.manifest.classes, min(reader.manifest.image_size * _SCALE, _MAX_SIDE)
+    if len(classes) > _MAX_CLASS_ROWS:
+        firsts = [np.flatnonzero(reader.labels == label)[:1] for label in range(min(len(classes), _MAX_CAPTIONS))]
+        images = [reader.take(first)[0] if len(first) else None for first in firsts]
+        return captioned_sheet(images, classes[: len(images)])
     cell = side + _GAP
     sheet = Image.new("RGB", (_LABEL_WIDTH + per_class * cell, len(classes) * cell), "white")
     draw = ImageDraw.Draw(sheet)
@@ -32,7 +42,7 @@ def sample_sheet(reader: SplitReader, per_class: int = 10) -> bytes:
 
 def captioned_sheet(images: Sequence[NDArray[np.uint8] | None], captions: Sequence[str], columns: int = 10) -> bytes:
     """A PNG with the images (3, size, size), each above its caption. An image of None stays white."""
-    side = max((image.shape[1] for image in images if image is not None), default=32) * _SCALE
+    side = min(max((image.shape[1] for image in images if image is not None), default=32) * _SCALE, _MAX_SIDE)
     width, height = side + 3 * _GAP, side + _CAPTION_HEIGHT
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -46,7 +56,7 @@ def captioned_sheet(images: Sequence[NDArray[np.uint8] | None], captions: Sequen
 
 def _tile(image: NDArray[np.uint8], side: int) -> Image.Image:
     tile = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-    return tile.resize((side, side), Image.Resampling.NEAREST)
+    return tile.resize((side, side), Image.Resampling.NEAREST if side >= tile.width else Image.Resampling.BICUBIC)
 
 
 def _png(sheet: Image.Image) -> bytes:

@@ -66,7 +66,6 @@ def _data(options: argparse.Namespace) -> None:
         seed=options.seed,
         mlflow=mlflow,
     )
-    spec.recipe.check_fits(manifest.image_size)
     raw_digest = manifest.raw_digest
     try:
         plan = Plan(run=options.run, raw_digest=raw_digest, replicas=options.replicas, spec=spec)

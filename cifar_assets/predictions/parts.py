@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
 from cifar_assets.contracts import ImageSpec
-from cifar_assets.dataset.index import PREPARATION
+from cifar_assets.dataset.formats.rows import PREPARATION
 from cifar_assets.dataset.objects import is_present, read_state
 from cifar_assets.manifest import Manifest
 from cifar_assets.model_package import ServedPrecision

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_assets.cpus import available_cpus
-from cifar_assets.dataset.formats.images import check_size, open_picture, picture_pixels
+from cifar_assets.dataset.formats.images import DEFAULT_LIMITS, check_size, open_picture, picture_pixels
 from cifar_assets.dataset.formats.names import PICTURE_SUFFIXES, suffix_of
 from cifar_assets.dataset.objects import printable, unlisted
 from cifar_assets.dataset.progress import report
@@ -70,7 +70,8 @@ class Predictions:
 
         def pixels(name: str) -> NDArray[np.uint8] | None:
             try:
-                return picture_pixels(open_picture(self.source.read(name)), self.manifest.image_size)
+                picture = open_picture(self.source.read(name))
+                return picture_pixels(picture, self.manifest.image_size, self.manifest.fit)
             except ExplainedError:
                 return None
 
@@ -119,6 +120,7 @@ def predict(
         precision=precision,
         classes=images.classes,
         image_size=images.image_size,
+        fit=images.fit,
         rows=done,
         files={file: part.sha256 for file, part in parts.items()},
     )
@@ -191,7 +193,7 @@ class _Run:
             row: Row = {"path": info.key, "model_digest": self._model_digest}
             rows.append(row)
             try:
-                check_size(info.size)
+                check_size(info.size, DEFAULT_LIMITS)
                 data = self._source.read(info.key)
                 row["sha256"] = sha256_bytes(data)
                 before = batch.before.get(info.key, {})
@@ -199,7 +201,8 @@ class _Run:
                     row |= before
                     continue
                 with self._cpus:
-                    images.append(picture_pixels(open_picture(data), self._model.manifest.image_size))
+                    form = self._model.manifest
+                    images.append(picture_pixels(open_picture(data), form.image_size, form.fit))
                 new.append(row)
             except ExplainedError as error:
                 if error.transient:

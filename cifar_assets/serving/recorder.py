@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from cifar_assets.contracts import ImageSpec
 from cifar_assets.serving.answers import Images, Logits, ServedModel
 from cifar_assets.serving.classifier import softmax
 from cifar_assets.serving.http import Request
@@ -112,11 +111,10 @@ class Recorder:
             return
         num_images = sum(len(each.images) for each in waiting)
         model = self._model
-        spec = ImageSpec(classes=model.images.classes, image_size=model.images.image_size)
         info = BatchInfo(
             model_digest=model.digest,
             model_version=model.version,
-            images=spec,
+            images=model.images.spec,
             responses=responses,
             feedback=tuple(feedback),
         )

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
+from cifar_assets.contracts import ImageSpec
 from cifar_assets.dataset.formats.images import (
     ImageError,
     ImageTooLargeError,
@@ -91,14 +92,14 @@ def _query(model: ServedModel, parts: Iterable[tuple[str, bytes | Images]], limi
                 limit = f"at most {limits.max_pixels} pixels in all pictures of a request"
                 raise RequestError(field, limit, f"{num_pixels} up to this one", status=413)
         items.append((field, part))
-    return Query(num_pixels, partial(_decode, items, model.images.image_size), partial(_render, model))
+    return Query(num_pixels, partial(_decode, items, model.images), partial(_render, model))
 
 
-def _decode(items: list[tuple[str, Picture | Images]], size: int) -> Images:
+def _decode(items: list[tuple[str, Picture | Images]], form: ImageSpec) -> Images:
     images = []
     for field, item in items:
         with _image_faults(field):
-            images.append(picture_pixels(item, size) if isinstance(item, Picture) else item)
+            images.append(picture_pixels(item, form.image_size, form.fit) if isinstance(item, Picture) else item)
     return images[0][np.newaxis] if len(images) == 1 else np.stack(images)
 
 

@@ -25,8 +25,8 @@ from resources.object_store import ObjectStore
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MAX_IMAGES = 20_000
-"""The most images that are read at a time."""
+MAX_IMAGES, _MAX_BYTES = 20_000, 512 << 20
+"""The most that is read at a time."""
 _METADATA = b"cifar10-traffic/1"
 _KEY_FORMAT = "%Y-%m-%d/%H%M%S"
 _KEY_LENGTH = len("2026-11-27/143002")
@@ -158,17 +158,18 @@ class Traffic:
 def read_traffic(store: ObjectStore, start: datetime, end: datetime) -> list[Traffic]:
     """The files written from start to before end, by model, the one recorded last at the end.
 
-    If there are more than MAX_IMAGES, only the newest files. Raises DataError for a file that is not a record.
+    If there are more than MAX_IMAGES, or too many large ones, only the newest files. Raises DataError for a file that
+    is not a record.
     """
     import pyarrow as pa
 
     found: defaultdict[str, list[tuple[BatchInfo, pa.Table]]] = defaultdict(list)
-    num_images = 0
+    num_images = num_bytes = 0
     for key in reversed(list(_keys(store, start, end))):
         info, table = _read(store, key)
-        if num_images + table.num_rows > MAX_IMAGES:
+        num_images, num_bytes = num_images + table.num_rows, num_bytes + table.nbytes
+        if num_images > MAX_IMAGES or num_bytes > _MAX_BYTES:
             break
-        num_images += table.num_rows
         found[info.model_digest].append((info, table))
     traffic = []
     for files in found.values():

@@ -6,6 +6,7 @@ Order and augmentation depend only on (seed, epoch, image), not on the number of
 import enum
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,12 +17,13 @@ from torch.nn import functional
 from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
 from cifar_assets.dataset.versions.reader import SplitReader, open_split
 from cifar_assets.dataset.versions.splits import SplitName
-from cifar_assets.training.recipes import Recipe
+from cifar_assets.training.recipes import FULL_SIZE, Recipe
 from cifar_assets.training.spec import JobSpec
 from resources.errors import DataError
 from resources.object_store import open_store
 
-_STREAM_BATCH = 1024
+_STREAM_BYTES = 3 << 20
+_BATCH_IMAGES, _BATCH_PIXELS = 500, 500 * 32 * 32
 
 
 class TensorSplit:
@@ -40,6 +42,11 @@ class TensorSplit:
     def __len__(self) -> int:
         return len(self._reader)
 
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self._reader.manifest.image_size
+
     def images(self, indices: NDArray[np.int64]) -> Tensor:
         """uint8 images (N, 3, size, size) at the positions given."""
         if self._resident is None:
@@ -52,8 +59,9 @@ class TensorSplit:
 
     def _read(self, indices: NDArray[np.int64]) -> Tensor:
         images = torch.empty((len(indices), *self._reader.manifest.image_shape), dtype=torch.uint8, device=self._device)
-        for start in range(0, len(indices), _STREAM_BATCH):
-            part = self._reader.take(indices[start : start + _STREAM_BATCH])
+        step = max(1, _STREAM_BYTES // math.prod(self._reader.manifest.image_shape))
+        for start in range(0, len(indices), step):
+            part = self._reader.take(indices[start : start + step])
             images[start : start + len(part)] = torch.from_numpy(part)
         return images
 
@@ -106,6 +114,11 @@ def epoch_batches(seed: int, epoch: int, num_images: int, batch_size: int) -> li
     return np.array_split(order, steps_per_epoch(num_images, batch_size))
 
 
+def batch_images(image_size: int) -> int:
+    """Number of images in a batch that is only evaluated: fewer of larger images, so that memory is bounded."""
+    return max(16, min(_BATCH_IMAGES, _BATCH_PIXELS // image_size**2))
+
+
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
     """Number of optimizer steps per epoch."""
     return -(-num_images // batch_size)
@@ -114,7 +127,7 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
 def resolution(recipe: Recipe, step: int, steps_per_epoch: int, image_size: int) -> int:
     """Size in pixels of the images, of full size `image_size`, at a step counted from 0 over the whole training."""
     progress = step / (recipe.epochs * steps_per_epoch)
-    return next(phase.size or image_size for phase in reversed(recipe.resolutions) if progress >= phase.start)
+    return next(phase.size_of(image_size) for phase in reversed(recipe.resolutions) if progress >= phase.start)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -131,16 +144,15 @@ class EpochAugmentation:
 
     def __init__(self, recipe: Recipe, seed: int, epoch: int, num_images: int, image_size: int):
         self._recipe = recipe
-        self._image_size = image_size
+        self._reach = recipe.reach(image_size)
         self._flips = _draw_flips(recipe, seed, epoch, num_images)
-        reach = 2 * recipe.translate + 1
-        self._shifts = generator(seed, Stream.SHIFT, epoch).integers(0, reach, size=(num_images, 2))
+        self._shifts = generator(seed, Stream.SHIFT, epoch).integers(0, 2 * self._reach + 1, size=(num_images, 2))
         self._holes = generator(seed, Stream.CUTOUT, epoch).random(size=(num_images if recipe.cutout else 0, 2))
 
     def shift_and_flip(self, images: Tensor, indices: NDArray[np.int64]) -> Tensor:
         """uint8 images of full size, shifted and mirrored; `indices` are their positions in the split."""
-        if self._recipe.translate:
-            images = _shift(images, torch.from_numpy(self._shifts[indices]), self._recipe)
+        if self._reach:
+            images = _shift(images, torch.from_numpy(self._shifts[indices]), self._reach, self._recipe.padding)
         if self._flips is not None:
             flipped = torch.from_numpy(self._flips[indices]).to(images.device).view(-1, 1, 1, 1)
             images = torch.where(flipped, images.flip(3), images)
@@ -151,7 +163,7 @@ class EpochAugmentation:
         if not self._recipe.cutout:
             return images
         size = images.shape[-1]
-        side = max(1, round(self._recipe.cutout * size / self._image_size))
+        side = max(1, round(self._recipe.cutout * size / FULL_SIZE))
         corner = torch.from_numpy((self._holes[indices] * size).astype(np.int64)).to(images.device) - side // 2
         pixels = torch.arange(size, device=images.device)
         inside = (pixels >= corner.unsqueeze(2)) & (pixels < corner.unsqueeze(2) + side)
@@ -169,10 +181,9 @@ def _draw_flips(recipe: Recipe, seed: int, epoch: int, num_images: int) -> NDArr
     return (first + epoch) % 2 == 1
 
 
-def _shift(images: Tensor, shifts: Tensor, recipe: Recipe) -> Tensor:
-    reach = recipe.translate
+def _shift(images: Tensor, shifts: Tensor, reach: int, fill: Literal["zero", "reflect"]) -> Tensor:
     padding = (reach, reach, reach, reach)
-    if recipe.padding == "reflect":
+    if fill == "reflect":
         # reflection padding has no uint8 kernel
         padded = functional.pad(images.to(torch.float32), padding, mode="reflect").to(torch.uint8)
     else:

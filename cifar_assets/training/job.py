@@ -138,7 +138,7 @@ def _publish(
     _LOG.info("Test accuracy %.2f %%, model %s", 100 * metrics["test_accuracy"], uri)
     files[LOG_FILE] = log.getvalue().encode()
     write_package(models, manifest, files, signing_key)
-    if spec.write_baseline_copies:
+    if spec.write_baseline_copies and trainer.data.manifest.is_cifar10:
         models.write(BASELINE_MODEL_KEY, baseline_copy_bytes(network))
     final = {name: metrics[name] for name in ("test_accuracy", "test_loss", "expected_calibration_error")}
     origin = {"model_digest": digest, "model_uri": uri, "dataset_digest": spec.dataset_digest}

@@ -1,6 +1,7 @@
 """The training loop. It can stop after any step and continue from a checkpoint to bit-identical weights."""
 
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from cifar_assets.training.checkpoint import Checkpoint, CheckpointStore, EpochR
 from cifar_assets.training.data import (
     EpochAugmentation,
     TrainingData,
+    batch_images,
     epoch_batches,
     resize,
     resolution,
@@ -33,9 +35,8 @@ from resources.errors import ConfigError, StoreError
 _LOG = logging.getLogger(__name__)
 _AGREE_EVERY = 8
 """Steps after which the processes check whether any was asked to stop: each check costs an all-reduce."""
-_WHITENING_IMAGES = 5000
-_BATCH = 500
-"""Images of a validation batch in each process."""
+_AUGMENTED_BYTES = 24 << 20
+_WHITENING_IMAGES, _WHITENING_PIXELS = 5000, 5000 * 32 * 32
 
 
 class DivergedError(ConfigError):
@@ -71,7 +72,7 @@ class Trainer:
         self._checkpoints = checkpoints
         self._stop = stop
         self._steps = steps_per_epoch(len(data.train), spec.recipe.batch_size)
-        spec.recipe.check_fits(self._image_size)
+        spec.recipe.check_fits(data.manifest, len(data.train))
         self._check_batches()
         self._mean = _channels(data.manifest.mean, processor.device)
         self._std = _channels(data.manifest.std, processor.device)
@@ -137,9 +138,7 @@ class Trainer:
                 group["lr"] = factor * group["initial_lr"]
             optimizer.zero_grad()
         indices = self.processes.part_of(batch)
-        pixels = augmentation.shift_and_flip(self.data.train.images(indices), indices)
-        pixels = self._normalize(pixels, self._resolution(self.global_step))
-        pixels = augmentation.cut_out(pixels, indices)
+        pixels = self._augmented(indices, augmentation)
         with self.processor.autocast():
             logits = network(pixels.contiguous(memory_format=torch.channels_last))
         loss = functional.cross_entropy(
@@ -184,7 +183,8 @@ class Trainer:
 
         Uses the current training size: a network performs poorly on images twice as large as those it was trained on.
         """
-        network, split, batch = self.published(), self.data.validation, _BATCH * self.processes.world_size
+        network, split = self.published(), self.data.validation
+        batch = batch_images(self._image_size) * self.processes.world_size
         sums = torch.zeros(2, dtype=torch.float64, device=self.processor.device)
         for start in range(0, len(split), batch):
             indices = self.processes.part_of(np.arange(start, min(start + batch, len(split))))
@@ -202,6 +202,15 @@ class Trainer:
 
     def _resolution(self, step: int) -> int:
         return resolution(self._recipe, step, self._steps, self._image_size)
+
+    def _augmented(self, indices: NDArray[np.int64], augmentation: EpochAugmentation) -> Tensor:
+        """Normalized images for a step, made a few megabytes at a time."""
+        size, parts = self._resolution(self.global_step), []
+        num_bytes = len(indices) * math.prod(self.data.manifest.image_shape)
+        for part in np.array_split(indices, max(1, -(-num_bytes // _AUGMENTED_BYTES))):
+            pixels = augmentation.shift_and_flip(self.data.train.images(part), part)
+            parts.append(augmentation.cut_out(self._normalize(pixels, size), part))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _normalize(self, images: Tensor, size: int) -> Tensor:
         return resize((images.to(torch.float32) / 255 - self._mean) / self._std, size)
@@ -245,7 +254,8 @@ class Trainer:
                 self.state.loss_sum.zero_()
             self._saved_step = self.resumed_from = step
         elif isinstance(self.state.network, SpeedNet):
-            images = self.data.train.images(np.arange(min(_WHITENING_IMAGES, len(self.data.train))))
+            most = min(_WHITENING_IMAGES, _WHITENING_PIXELS // self._image_size**2, len(self.data.train))
+            images = self.data.train.images(np.arange(most))
             self.state.network.set_whitening(self._normalize(images, images.shape[-1]))
 
     def _take_over(self, checkpoint: Checkpoint) -> None:

@@ -9,7 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cifar_assets.contracts import ImageSpec
 from cifar_assets.training.convolution import Conv2d
-from cifar_assets.training.recipes import Recipe, Views
+from cifar_assets.training.recipes import Recipe, Views, stem_stride
 
 
 class TrimmedConv2d(Conv2d):
@@ -97,6 +97,9 @@ def _stage(inputs: int, outputs: int, stride: int, size: int) -> nn.Sequential:
     return nn.Sequential(first, BasicBlock(outputs, outputs, 1, math.ceil(size / stride)))
 
 
+_MAX_AXES = 24
+
+
 class SpeedNetStage(nn.Module):
     """Convolution, pooling and further convolutions, each normalized and passed through GELU.
 
@@ -138,13 +141,15 @@ class SpeedNet(nn.Module):
     """A small net for quick training, in the manner of airbench (Jordan, arXiv:2404.00498).
 
     A fixed 2x2 convolution whitens the images, convolutions start as identities where shapes allow, batch norm has no
-    scale, and global max pooling precedes the head.
+    scale, and global max pooling precedes the head. For images of 48 pixels or more, the first convolution is wider and
+    has a stride, and gives no more than the main axes.
     """
 
-    def __init__(self, width: int, num_classes: int, widening: int = 4, depth: int = 2):
+    def __init__(self, width: int, num_classes: int, image_size: int, widening: int = 4, depth: int = 2):
         super().__init__()
-        whitened, wide = 2 * 3 * 2 * 2, widening * width
-        self.whiten = nn.Conv2d(3, whitened, 2, bias=False)
+        stride, wide = stem_stride(image_size), widening * width
+        whitened = 2 * min(3 * (stride + 1) ** 2, _MAX_AXES)
+        self.whiten = nn.Conv2d(3, whitened, stride + 1, stride, bias=False)
         self.whiten.weight.requires_grad_(False)
         self.stages = nn.Sequential(
             SpeedNetStage(whitened, width, depth), SpeedNetStage(width, wide, depth), SpeedNetStage(wide, wide, depth)
@@ -157,10 +162,13 @@ class SpeedNet(nn.Module):
         return self.fc(hidden.amax((2, 3)))
 
     def set_whitening(self, images: Tensor, epsilon: float = 5e-4) -> None:
-        """Initialize the first layer with the principal axes of the images' 2x2 patches: unit variance, both signs."""
-        patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).to(torch.float64)
+        """Initialize the first layer with the principal axes of the images' patches: unit variance, both signs."""
+        size, stride, number = self.whiten.kernel_size[0], self.whiten.stride[0], self.whiten.out_channels // 2
+        patches = images.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)
+        patches = patches.reshape(-1, 3 * size * size).to(torch.float64)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        axes = (vectors / torch.sqrt(values + epsilon)).T.flip(0).reshape(12, 3, 2, 2).to(torch.float32)
+        axes = (vectors / torch.sqrt(values + epsilon)).T.flip(0)[:number]
+        axes = axes.reshape(number, 3, size, size).to(torch.float32)
         self.whiten.weight.data.copy_(torch.cat((axes, -axes)))
 
 
@@ -171,7 +179,7 @@ def build_network(recipe: Recipe, images: ImageSpec) -> ResNet18 | SpeedNet:
         case "resnet18":
             network = ResNet18(recipe.width, num_classes, images.image_size)
         case "speednet":
-            network = SpeedNet(recipe.width, num_classes, recipe.widening, recipe.depth)
+            network = SpeedNet(recipe.width, num_classes, images.image_size, recipe.widening, recipe.depth)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = recipe.batch_norm_momentum

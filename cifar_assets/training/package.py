@@ -29,7 +29,7 @@ from cifar_assets.model_package import (
     WEIGHTS_FILE,
     ModelManifest,
 )
-from cifar_assets.training.data import TensorSplit
+from cifar_assets.training.data import TensorSplit, batch_images
 from cifar_assets.training.device import Processor, describe_environment
 from cifar_assets.training.loop import DivergedError, Trainer
 from cifar_assets.training.networks import PublishedNetwork, ResNet18, SpeedNetStage
@@ -42,7 +42,6 @@ from resources.errors import DataError
 _OPSET = 20
 """The first with `Gelu`, which ONNX Runtime does not recognize in its parts between quantized layers."""
 _ONNX_IMAGES = 256
-_BATCH = 500
 _CALIBRATION_BINS = 15
 _REPEATABLE = {"epoch", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "resolution"}
 
@@ -57,7 +56,8 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
         logits = predict(network, data.validation, trainer.processor)
         validation = measure(logits, data.validation.labels.cpu().numpy(), classes)
     with trainer.timed("export"):
-        images = data.validation.images(np.arange(min(_ONNX_IMAGES, len(data.validation))))
+        most = min(_ONNX_IMAGES, max(64, batch_images(data.manifest.image_size)))
+        images = data.validation.images(np.arange(min(most, len(data.validation))))
         with torch.inference_mode():
             logits = network(images).cpu().numpy()
         weights, onnx = weights_bytes(network), onnx_bytes(network, data.manifest.image_size)
@@ -99,6 +99,7 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
         seed=spec.seed,
         classes=classes,
         image_size=data.manifest.image_size,
+        fit=data.manifest.fit,
         files={name: sha256_bytes(files[name]) for name in IDENTITY_FILES},
     )
     files[SBOM_FILE] = readable_json(build_sbom(manifest.digest))
@@ -108,8 +109,9 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
 def predict(classifier: nn.Module, split: TensorSplit, processor: Processor) -> NDArray[np.float32]:
     """Logits (N, number of classes) of a classifier that takes uint8 images. Raises DivergedError for NaN."""
     parts = []
-    for start in range(0, len(split), _BATCH):
-        indices = np.arange(start, min(start + _BATCH, len(split)))
+    batch = batch_images(split.image_size)
+    for start in range(0, len(split), batch):
+        indices = np.arange(start, min(start + batch, len(split)))
         with torch.inference_mode(), processor.autocast():
             parts.append(classifier(split.images(indices)).float().cpu().numpy())
     logits = np.concatenate(parts)
@@ -121,7 +123,7 @@ def predict(classifier: nn.Module, split: TensorSplit, processor: Processor) -> 
 def compare_int8(int8: bytes, split: TensorSplit, logits: NDArray[np.float32]) -> dict[str, float]:
     """Metrics of the int8 model on a split: accuracy, and agreement with the predictions that the logits give."""
     session = open_session(int8, torch.get_num_threads())
-    batches = np.array_split(np.arange(len(split)), -(-len(split) // _BATCH))
+    batches = np.array_split(np.arange(len(split)), -(-len(split) // batch_images(split.image_size)))
     found: Any = [session.run([MODEL_OUTPUT], {MODEL_INPUT: split.images(batch).cpu().numpy()})[0] for batch in batches]
     predicted, labels = np.concatenate(found).argmax(axis=1), split.labels.cpu().numpy()
     accuracy, float_accuracy = ((each == labels).mean() for each in (predicted, logits.argmax(axis=1)))

@@ -1,11 +1,12 @@
 """Recipes: everything that determines the trained weights, apart from data and seed. No torch."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cifar_assets.contracts import ImageSpec
 from resources.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
@@ -15,8 +16,12 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 DEFAULT_RECIPE = "fast"
 _RENAMED = {"seed": "baseline"}
-_SPEEDNET_PIXELS = 9
-"""Its first layer takes one, and three stages halve what is left."""
+_SPEEDNET_MAP = 8
+"""Pixels after its first layer that three stages can halve."""
+_FEW_IMAGES, _LEAST_STEPS = 5000, 200
+"""Recipes are made for 50,000 images. With fewer than a tenth, they take at least this number of steps."""
+FULL_SIZE = 32
+"""The image size that a recipe's numbers of pixels are for. They scale with the images."""
 
 
 class ResolutionPhase(BaseModel):
@@ -28,8 +33,16 @@ class ResolutionPhase(BaseModel):
     size: int | None = Field(
         default=None,
         ge=8,
-        description="Height and width in pixels that images are scaled down to. Without it they stay.",
+        le=FULL_SIZE,
+        description="Height and width in pixels that images of 32 pixels are scaled down to, and others in proportion. "
+        "Without it they stay.",
     )
+
+    def size_of(self, image_size: int) -> int:
+        """Height and width in pixels of images of this size."""
+        if self.size is None or image_size == FULL_SIZE:
+            return self.size or image_size
+        return min(image_size, 4 * round(self.size * image_size / FULL_SIZE / 4))
 
 
 class Recipe(BaseModel):
@@ -86,10 +99,15 @@ class Recipe(BaseModel):
     flip: Literal["none", "random", "alternating"] = Field(
         default="random", description="Mirroring: none, at random per image and epoch, or in every other epoch."
     )
-    translate: int = Field(default=4, ge=0, le=16, description="Pixels an image may be shifted by in each direction.")
+    translate: int = Field(
+        default=4, ge=0, le=16, description="Pixels an image of 32 may be shifted by in each direction."
+    )
     padding: Literal["zero", "reflect"] = Field(default="reflect", description="Fill of the area beyond the edge.")
     cutout: int = Field(
-        default=0, ge=0, description="Side in pixels of the square blanked at a random place of an image of full size."
+        default=0,
+        ge=0,
+        le=FULL_SIZE,
+        description="Side in pixels of the square blanked at a random place of an image of 32 pixels.",
     )
     batch_norm_momentum: float = Field(
         default=0.1, gt=0, le=1, description="Weight of the newest batch in the running statistics of batch norm."
@@ -112,20 +130,50 @@ class Recipe(BaseModel):
             raise ValueError(f"resolutions must begin with start 0 and have increasing starts, got {starts}")
         return self
 
-    def check_fits(self, image_size: int) -> None:
-        """Raise ConfigError where a field, or the network, asks for larger images than those of this size."""
-        sizes = [phase.size or image_size for phase in self.resolutions]
-        least = {"resolutions": max(sizes), "cutout": self.cutout, "translate": self.translate + 1}
-        if unfit := [name for name, size in least.items() if size > image_size]:
-            raise ConfigError(
-                f"Recipe {self.name!r} does not fit the dataset's images of {image_size} pixels: lower "
-                f"{', '.join(unfit)}."
+    def reach(self, image_size: int) -> int:
+        """Pixels that an image of this size may be shifted by."""
+        return -(-self.translate * image_size // FULL_SIZE)
+
+    def fitted(self, num_images: int, given: Collection[str] = ()) -> "Recipe":
+        """This recipe for so many training images: for few, smaller batches and more epochs, so that it learns.
+
+        Fields that were `given` stay.
+        """
+        if not 0 < num_images < _FEW_IMAGES:
+            return self
+        batch = self.batch_size if "batch_size" in given else min(self.batch_size, max(32, num_images // 8))
+        epochs = self.epochs if "epochs" in given else max(self.epochs, -(-_LEAST_STEPS // -(-num_images // batch)))
+        if (batch, epochs) != (self.batch_size, self.epochs):
+            _LOG.info(
+                "The dataset has only %d training images: recipe %s takes batches of %d instead of %d, and %d epochs "
+                "instead of %d.",
+                *(num_images, self.name, batch, self.batch_size, epochs, self.epochs),
             )
-        if self.network == "speednet" and min(sizes) < _SPEEDNET_PIXELS:
+        return self.model_copy(update={"batch_size": batch, "epochs": epochs})
+
+    def check_fits(self, images: ImageSpec, num_images: int | None = None) -> None:
+        """Raise ConfigError if this recipe cannot train on these images, of which so many are for training."""
+        num_classes = len(images.classes)
+        if num_classes < 2:
+            raise ConfigError(f"The dataset has {num_classes} class: a classifier needs at least two.")
+        if num_images and num_images < num_classes:
             raise ConfigError(
-                f"Recipe {self.name!r} trains at {min(sizes)} pixels; a speednet needs at least {_SPEEDNET_PIXELS}. "
-                "Choose the network resnet18, or larger images."
+                f"The dataset has {num_classes} classes and only {num_images} training images: add images to its "
+                "source."
             )
+        smallest = min(phase.size_of(images.image_size) for phase in self.resolutions)
+        stride = stem_stride(images.image_size)
+        least = stride * (_SPEEDNET_MAP - 1) + stride + 1
+        if self.network == "speednet" and smallest < least:
+            raise ConfigError(
+                f"Recipe {self.name!r} trains at {smallest} pixels; for images of {images.image_size} pixels, a "
+                f"speednet needs at least {least}. Choose the network resnet18, or larger images."
+            )
+
+
+def stem_stride(image_size: int) -> int:
+    """Stride of a speednet's first layer, so that its stages see large images as they see those of 32 pixels."""
+    return max(1, round(image_size / FULL_SIZE))
 
 
 # In the manner of airbench (Jordan, arXiv:2404.00498); the learning rates suit a training of any length.

@@ -94,7 +94,8 @@ class JobSpec(TrainingSpec):
 
     def check_dataset(self, processed: ObjectStore) -> None:
         """Raise ObjectNotFoundError if the dataset is not stored, ConfigError if the recipe does not fit its images."""
-        self.recipe.check_fits(read_processed(processed, self.dataset_digest).image_size)
+        manifest = read_processed(processed, self.dataset_digest)
+        self.recipe.check_fits(manifest, manifest.count("train"))
 
     @property
     def processed_uri(self) -> str:
@@ -119,11 +120,16 @@ def build_spec(
     seed: int,
     mlflow: MlflowTarget | None,
 ) -> JobSpec:
-    """The job that Dagster and the other pipelines run. Raises ConfigError naming the invalid recipe or field."""
-    chosen = get_recipe(recipe, overrides)
+    """The job that Dagster and the other pipelines run. Raises ConfigError naming the invalid recipe or field.
+
+    A recipe is fitted to few training images, and must fit the dataset as `JobSpec.check_dataset` says.
+    """
+    num_images = read_processed(processed, dataset_digest).count("train")
+    given = {name for name, value in overrides.items() if value is not None}
+    chosen = get_recipe(recipe, overrides).fitted(num_images, given)
     fields = set_fields("execution", execution, Execution.model_fields)
     try:
-        return JobSpec(
+        spec = JobSpec(
             dataset_uri=processed.at(dataset_digest).uri(),
             dataset_digest=dataset_digest,
             recipe=chosen,
@@ -135,6 +141,8 @@ def build_spec(
         )
     except ValidationError as error:
         raise ConfigError(f"The training's settings are not valid: {error}") from error
+    spec.check_dataset(processed)
+    return spec
 
 
 def parse_spec(text: str | bytes, source: str) -> JobSpec:

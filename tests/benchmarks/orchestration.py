@@ -24,7 +24,7 @@ from pathlib import Path
 import dagster as dg
 
 from cifar_assets.contracts import CLASSES, LANDING_PREFIX
-from cifar_assets.dataset.index import PREPARATION
+from cifar_assets.dataset.formats.rows import Preparation
 from cifar_assets.dataset.landing.zone import LandingRecord, Seen, fingerprint, scan_landing
 from cifar_assets.demo import FOUR_ASSETS
 from cifar_assets.sensors import landing_sensor
@@ -128,7 +128,8 @@ def sensor(rounds: int) -> None:
         assert ticks[-1][1].run_requests
         infos = scan_landing(store.raw).ready
         seen = {fingerprint(info): Seen(sha256="0" * 64, pixels="0" * 64) for info in infos}
-        LandingRecord(read=frozenset(seen), preparation=f"{PREPARATION}r", seen=seen).save(store.raw)
+        how = Preparation(classes=CLASSES, resize=True)
+        LandingRecord(read=frozenset(seen), preparation=how.key, seen=seen).save(store.raw)
         again = [tick(cursor) for _ in range(rounds)]
         assert not any(result.run_requests for _, result in again)
     for what, made in (("all new", ticks), ("all known", again)):

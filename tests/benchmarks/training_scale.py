@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_assets.contracts import CLASSES
+from cifar_assets.contracts import CIFAR10, CLASSES
 from cifar_assets.dataset.index import pixel_digests
 from cifar_assets.dataset.sources.synthetic import draw_split
 from cifar_assets.dataset.versions.processed import MANIFEST_FILE, ProcessedManifest
@@ -105,7 +105,7 @@ def store_distinct(folder: Path, count: int) -> str:
     shards: dict[SplitName, tuple[Shard, ...]] = {}
     counts: dict[SplitName, dict[str, int]] = {}
     for split, number in numbers.items():
-        writer = ShardWriter(store, folder, SplitConfig().max_shard_rows)
+        writer = ShardWriter(store, folder, SplitConfig().max_shard_rows, CIFAR10)
         for copy in range(number // DRAWN):
             copied, rows = images ^ np.uint8(copy), np.arange(DRAWN, dtype=np.int64)
             tensors = {"images": copied, "labels": labels, "digests": pixel_digests(copied), "rows": rows}

@@ -98,7 +98,7 @@ def check_answer(page: Page, server: ServerProcess, picture: Path) -> None:
     expect(image).to_be_visible()
     encoded = (image.get_attribute("src") or "").partition(",")[2]
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
-    np.testing.assert_array_equal(pixels.transpose(2, 0, 1), prepare_image(picture.read_bytes()))
+    np.testing.assert_array_equal(pixels.transpose(2, 0, 1), prepare_image(picture.read_bytes(), 32))
     assert image.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
     assert image.evaluate("image => image.width") > 150
 

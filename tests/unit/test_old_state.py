@@ -70,8 +70,8 @@ def test_a_raw_version_is_found_and_used(stores: Stores, digests: dict[str, str]
 def test_joined_landed_data_is_joined_again(stores: Stores, digests: dict[str, str]) -> None:
     manifest = read_raw(stores.raw, digests["raw"])
     sources = [item for item in manifest.objects if item.role == "source"]
-    *_, known = check_source([(item, index_of(stores.raw, item, manifest.resize)) for item in sources])
-    objects, report = join_landed(stores.raw, known, resize=manifest.resize)
+    *_, known = check_source([(item, index_of(stores.raw, item, manifest)) for item in sources])
+    objects, report = join_landed(stores.raw, known, manifest)
     assert sum(item.used_rows for item in objects) == 2
     assert report.rejected == []
 
@@ -130,11 +130,11 @@ def test_derived_state_of_another_release_is_rebuilt(
     stores: Stores, digests: dict[str, str], change: Callable[[bytes], bytes]
 ) -> None:
     """Nothing that only saves work stops a build, whatever it holds."""
-    _, report = join_landed(stores.raw, Known(), resize=True)
+    _, report = join_landed(stores.raw, Known(), read_raw(stores.raw, digests["raw"]))
     report.record.save(stores.raw)
     for key in ("landing-read.json", f"versions/{digests['raw']}/provenance.json"):
         stores.raw.write(key, change(stores.raw.read(key)))
-    objects, report = join_landed(stores.raw, Known(), resize=True)
+    objects, report = join_landed(stores.raw, Known(), read_raw(stores.raw, digests["raw"]))
     assert (sum(item.used_rows for item in objects), report.rejected) == (2, [])
     assert read_provenance(stores.raw, digests["raw"]).version == 1
     assert len(list_raw_versions(stores.raw)) == 1
@@ -151,12 +151,12 @@ def test_a_manifest_of_an_unknown_kind_is_named(stores: Stores, digests: dict[st
 
 def test_an_index_of_another_version_is_not_used(stores: Stores, digests: dict[str, str]) -> None:
     item = read_raw(stores.raw, digests["raw"]).objects[0]
-    index = index_of(stores.raw, item, resize=True)
+    index = index_of(stores.raw, item, read_raw(stores.raw, digests["raw"]))
     data = dump_index(index)
-    again = parse_index(data)
+    again = parse_index(data, 10)
     assert again is not None
     assert np.array_equal(again.digests, index.digests)
-    assert parse_index(data.replace(b'"version":2', b'"version":9')) is None
+    assert parse_index(data.replace(b'"version":2', b'"version":9'), 10) is None
 
 
 def test_a_checkpoints_position_is_read_with_and_without_a_version() -> None:

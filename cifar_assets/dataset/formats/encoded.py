@@ -7,28 +7,53 @@ names and contents, so equal pictures give an equal object wherever and whenever
 import io
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from cifar_assets.dataset.formats.images import prepare_image
+from cifar_assets.dataset.formats.images import SOURCE_LIMITS, prepare_image
 from cifar_assets.dataset.formats.names import class_of
-from cifar_assets.dataset.formats.rows import RowBatch, Split, row_batches
+from cifar_assets.dataset.formats.rows import Preparation, RowBatch, Split, row_batches
+from cifar_assets.dataset.formats.survey import Survey
 from resources.errors import DataError
 
 EncodedRow = tuple[bytes, object]
 """A picture file and its label, both unchecked."""
 
+_SURVEYED = 20_000
 
-def read_encoded(path: Path, kind: str, split: Split, name: str, *, resize: bool) -> Iterator[RowBatch]:
+
+def read_encoded(path: Path, kind: str, split: Split, name: str, how: Preparation) -> Iterator[RowBatch]:
     """Decoded rows of a file with pictures, in file order. DataError naming the file when it has another format."""
-    noun, rows = _KINDS[kind]
+    pixels_of = partial(prepare_image, size=how.image_size, fit=how.fit, resize=how.resize, limits=SOURCE_LIMITS)
+    with _naming_the_file(path, kind, name):
+        yield from row_batches(_KINDS[kind][1](path, name, how.classes), pixels_of, split, how)
+
+
+def survey_encoded(path: Path, kind: str, name: str) -> Survey:
+    """What a file with pictures says of itself, from the headers of its first pictures. Raises as `read_encoded`."""
+    found = Survey()
+    with _naming_the_file(path, kind, name):
+        if kind == "parquet":
+            # loading pyarrow takes a noticeable part of the time to load the code location
+            from cifar_assets.dataset.formats.parquet import declared_classes
+
+            found.classes = declared_classes(path, name)
+        for data, label in islice(_KINDS[kind][1](path, name, None), _SURVEYED):
+            found.add(data, label)
+    return found
+
+
+@contextmanager
+def _naming_the_file(path: Path, kind: str, name: str) -> Iterator[None]:
     try:
-        yield from row_batches(rows(path, name), partial(prepare_image, resize=resize), split)
+        yield
     except MemoryError:
         raise
     except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{name} is not a readable {noun} ({path.stat().st_size:,} bytes): {error}. "
+            f"{name} is not a readable {_KINDS[kind][0]} ({path.stat().st_size:,} bytes): {error}. "
             "It is truncated, still being written, or in another format: download or upload it again."
         ) from error
 
@@ -42,24 +67,23 @@ def pack_images(target: Path, members: Iterable[tuple[str, bytes]]) -> None:
             archive.addfile(info, io.BytesIO(data))
 
 
-def _parquet_rows(path: Path, name: str) -> Iterator[EncodedRow]:
-    # loading pyarrow takes a noticeable part of the time to load the code location
+def _parquet_rows(path: Path, name: str, classes: tuple[str, ...] | None) -> Iterator[EncodedRow]:
     from cifar_assets.dataset.formats.parquet import parquet_rows
 
-    return parquet_rows(path, name)
+    return parquet_rows(path, name, classes)
 
 
-def _tar_rows(path: Path, name: str) -> Iterator[EncodedRow]:
+def _tar_rows(path: Path, name: str, classes: tuple[str, ...] | None) -> Iterator[EncodedRow]:
     with tarfile.open(path, "r|") as archive:
         for member in archive:
-            file, label = archive.extractfile(member), class_of(member.name)
-            if file is None or label is None:
+            file, label = archive.extractfile(member), class_of(member.name, classes or ())
+            if file is None or (label is None and classes is not None):
                 raise DataError(f"{name}: member {member.name!r} is not an image in a class folder.")
             yield file.read(), label
 
 
-def _picture_rows(path: Path, name: str) -> Iterator[EncodedRow]:
-    yield path.read_bytes(), class_of(name)
+def _picture_rows(path: Path, name: str, classes: tuple[str, ...] | None) -> Iterator[EncodedRow]:
+    yield path.read_bytes(), class_of(name, classes or ())
 
 
 _KINDS = {

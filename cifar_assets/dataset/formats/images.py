@@ -1,10 +1,10 @@
-"""Decodes picture bytes to the 32x32 pixels that a model sees, for stored data and for requests alike.
+"""Decodes picture bytes to the square of pixels that a model sees, for stored data and for requests alike.
 
 Accepted: JPEG and PNG, under any name or content type. Every other format is refused, and so are samples that cannot be
 read exactly: CMYK and 12-bit JPEG, and a transparent color in a 16-bit RGB PNG. Of an animated PNG, the default image
 counts. EXIF rotation is applied. Transparent parts become white. 16-bit samples keep their high byte. Color profiles
-are ignored. A picture of another size is cropped to its central square and scaled with an antialiased bicubic filter; a
-32x32 picture keeps the pixels that Pillow decodes.
+are ignored. A picture of another size is cropped to its central square, or padded to a square with black, and scaled
+with an antialiased bicubic filter; one of the right size keeps the pixels that Pillow decodes.
 
 Pillow gets only the parts of the file that the pixels and the rotation depend on. Texts, profiles and previews
 therefore cost nothing, and Pillow and its decoders cannot disagree about a file's size.
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from cifar_assets.contracts import IMAGE_SHAPE, IMAGE_SIZE
+from cifar_assets.contracts import Fit
 from resources.digests import sha256_bytes
 from resources.errors import DataError
 
@@ -35,6 +35,8 @@ _TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 _JPEG_FACTOR = 2
+_DRAFT_SIDE = 256
+"""A JPEG is decoded at no smaller a scale than one of this width and height, or four times those of the result."""
 _MAX_PARTS = 4096
 """Chunks of a PNG, segments of a JPEG."""
 _MAX_SCANS = 32
@@ -82,6 +84,8 @@ class ImageLimits:
 
 
 DEFAULT_LIMITS = ImageLimits()
+SOURCE_LIMITS = ImageLimits(max_bytes=20 * 1024 * 1024, max_pixels=25 * 1000 * 1000)
+"""For pictures that become data, which are read in a process of their own: photographs of up to 50 megapixels."""
 
 
 class ImageError(DataError):
@@ -124,18 +128,20 @@ def open_picture(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
         raise ImageError("a complete PNG or JPEG image", _describe(data)) from error
 
 
-def prepare_image(data: bytes, *, resize: bool = True, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
-    """The picture as a contiguous uint8 array of shape (3, 32, 32): RGB, channels first.
+def prepare_image(
+    data: bytes, size: int, fit: Fit = "crop", *, resize: bool = True, limits: ImageLimits = DEFAULT_LIMITS
+) -> NDArray[np.uint8]:
+    """The picture as a contiguous uint8 array of shape (3, size, size): RGB, channels first.
 
     With `resize=False` a picture of another size is refused. Raises ImageError.
     """
     picture = open_picture(data, limits)
-    if not resize and (picture.width, picture.height) != IMAGE_SHAPE[1:]:
-        raise ImageError(f"a {IMAGE_SIZE}x{IMAGE_SIZE} image", f"{picture.width}x{picture.height} pixels")
-    return picture_pixels(picture)
+    if not resize and (picture.width, picture.height) != (size, size):
+        raise ImageError(f"a {size}x{size} image", f"{picture.width}x{picture.height} pixels")
+    return picture_pixels(picture, size, fit)
 
 
-def picture_pixels(picture: Picture, size: int = IMAGE_SIZE) -> NDArray[np.uint8]:
+def picture_pixels(picture: Picture, size: int, fit: Fit = "crop") -> NDArray[np.uint8]:
     """The pixels of an admitted picture, as `prepare_image` gives them, at height and width `size`.
 
     Whatever a decoder raises is an ImageError.
@@ -147,7 +153,8 @@ def picture_pixels(picture: Picture, size: int = IMAGE_SIZE) -> NDArray[np.uint8
             return _channels_first(image.convert("RGB") if picture.mode == "L" else image)
     try:
         with Image.open(io.BytesIO(picture.essence), formats=("PNG", "JPEG")) as image:
-            image.draft(None, (8 * size, 8 * size))  # of a large JPEG only a reduced scale is decoded
+            side = max(_DRAFT_SIDE, 4 * size)
+            image.draft(None, (side, side))  # of a large JPEG only a reduced scale is decoded
             num_colors = len(image.palette.palette) // 3 if image.palette else 0
             image.load()
             if image.mode == "P" and np.asarray(image).max() >= num_colors:
@@ -158,21 +165,24 @@ def picture_pixels(picture: Picture, size: int = IMAGE_SIZE) -> NDArray[np.uint8
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, zlib.error
         reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
         raise ImageError("a complete PNG or JPEG image", f"a truncated or damaged one{reason}") from error
-    if rgb.size != (size, size):
-        rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
-    return _channels_first(rgb)
+    return _channels_first(_scaled(rgb, size, fit))
 
 
-def check_size(num_bytes: int, limits: ImageLimits = DEFAULT_LIMITS) -> None:
+def scaled_pixels(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """A square image (3, side, side) at another size, as `prepare_image` gives it."""
+    return _channels_first(_scaled(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))), size, "crop"))
+
+
+def check_size(num_bytes: int, limits: ImageLimits) -> None:
     """Raise ImageTooLargeError for a file that is too long; for callers that know the length before the bytes."""
     if num_bytes > limits.max_bytes:
         raise ImageTooLargeError(f"an image file of at most {limits.max_bytes} bytes", f"{num_bytes} bytes")
 
 
 def pixel_digest(image: NDArray[np.uint8]) -> str:
-    """The identity of an image: hex sha256 of its uint8 pixels in (3, 32, 32) order."""
-    if image.dtype != np.uint8 or image.shape != IMAGE_SHAPE:
-        raise ValueError(f"expected a uint8 array of shape {IMAGE_SHAPE}, got {image.dtype} {image.shape}")
+    """The identity of an image: hex sha256 of its uint8 pixels in (3, size, size) order."""
+    if image.dtype != np.uint8 or image.shape != (3, *image.shape[-1:] * 2):
+        raise ValueError(f"expected a uint8 array of shape (3, size, size), got {image.dtype} {image.shape}")
     return sha256_bytes(image.tobytes())
 
 
@@ -263,6 +273,18 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # a broken EXIF block is treated as absent, as viewers do
         return image
     return image if method is None else image.transpose(method)
+
+
+def _scaled(rgb: Image.Image, size: int, fit: Fit) -> Image.Image:
+    if rgb.size == (size, size):
+        return rgb
+    if fit == "crop":
+        return ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
+    factor = size / max(rgb.size)
+    width, height = (max(1, round(side * factor)) for side in rgb.size)
+    canvas = Image.new("RGB", (size, size))
+    canvas.paste(rgb.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+    return canvas
 
 
 def _channels_first(rgb: Image.Image) -> NDArray[np.uint8]:

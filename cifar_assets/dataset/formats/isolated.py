@@ -45,14 +45,18 @@ class ReaderFailedError(ExplainedError):
     """The reader failed on a file for an unexpected reason. Nothing is known about the file."""
 
 
-def ask(arguments: Mapping[str, Any], name: str, num_bytes: int) -> bytes:
-    """The result of `isolated_child.index_file` for a file of `num_bytes` that is called `name` in errors.
+def ask(task: str, arguments: Mapping[str, Any], name: str, num_bytes: int) -> bytes:
+    """The result of a task of `isolated_child` for a file of `num_bytes` that is called `name` in errors.
 
     Raises DataError as the reader does, ReaderKilledError when the data killed its reader, ReaderFailedError for any
     other exception of the reader.
     """
     seconds = CPU_SECONDS + CPU_SECONDS_PER_MIB * (num_bytes >> 20)
-    question = {"arguments": arguments, "seconds": {"cpu": seconds, "wall": seconds * WALL_SECONDS_PER_CPU_SECOND}}
+    question = {
+        "task": task,
+        "arguments": arguments,
+        "seconds": {"cpu": seconds, "wall": seconds * WALL_SECONDS_PER_CPU_SECOND},
+    }
     with _lock:
         while True:
             is_fresh = _child is None or _child[0].poll() is not None

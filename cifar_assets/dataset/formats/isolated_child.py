@@ -13,16 +13,22 @@ from typing import Any
 
 import cifar_assets.dataset.formats.parquet  # noqa: F401 (loaded before memory is limited)
 from cifar_assets.dataset.formats.isolated import OUT_OF_MEMORY, receive, send
+from cifar_assets.dataset.formats.rows import Preparation
 from cifar_assets.dataset.index import build_index, dump_index
-from cifar_assets.dataset.objects import read_rows
+from cifar_assets.dataset.objects import read_rows, survey_rows
 from resources.errors import DataError
 
 
-def index_file(*, path: str, format: Any, split: str, name: str, resize: bool) -> bytes:
+def index_file(*, path: str, format: Any, split: str, name: str, how: dict[str, Any]) -> bytes:
     """The index of a file's rows."""
     unread: dict[str, str] = {}
-    index = build_index(read_rows(Path(path), format, split, name, resize=resize, unread=unread), name)
-    return dump_index(replace(index, unread=unread))
+    rows = read_rows(Path(path), format, split, name, Preparation.model_validate(how), unread=unread)
+    return dump_index(replace(build_index(rows, name), unread=unread))
+
+
+def survey_file(*, path: str, format: Any, name: str) -> bytes:
+    """What a file says of its classes and pictures."""
+    return survey_rows(Path(path), format, name).model_dump_json().encode()
 
 
 def main() -> None:
@@ -37,7 +43,8 @@ def main() -> None:
             return
         _limit_time(**question["seconds"])
         try:
-            send(parent, {}, index_file(**question["arguments"]))
+            read = survey_file if question["task"] == "survey" else index_file
+            send(parent, {}, read(**question["arguments"]))
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
         except DataError as error:

@@ -1,5 +1,6 @@
 """Rows of images, as every format yields them."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -7,16 +8,37 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from cifar_assets.contracts import CLASSES, IMAGE_SHAPE
+from cifar_assets.contracts import ImageSpec
+from resources.digests import sha256_json
 from resources.errors import DataError
 
-Split = Literal["train", "test", "any"]
-"""The split of a row in the source; "any" if the source does not define splits."""
+Split = Literal["train", "test", "any", "validation"]
+"""The split of a row in the source; "any" if the source does not define a test split."""
 
-SPLITS: tuple[Split, ...] = ("train", "test", "any")
+SPLITS: tuple[Split, ...] = ("train", "test", "any", "validation")
 REFUSED_LABEL = -1
-_BATCH_ROWS = 2048
+_BATCH_BYTES = 6 << 20
+
+PREPARATION = 3
+"""Incremented whenever `prepare_image` gives other pixels for an image that it accepted before, or refuses it."""
+
+
+class Preparation(ImageSpec):
+    """How the rows of an object become images and labels."""
+
+    resize: bool = Field(description="Whether images of another size were scaled; otherwise they were refused.")
+
+    @property
+    def key(self) -> str:
+        """Short digest: what was derived with another one must not be used."""
+        return f"{PREPARATION}-{sha256_json(self.settings)[:16]}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields as JSON, without those of a subclass."""
+        return self.model_dump(mode="json", include=set(Preparation.model_fields))
 
 
 @dataclass(frozen=True)
@@ -26,7 +48,7 @@ class RowBatch:
     first_row: int
     split: Split
     images: NDArray[np.uint8]
-    """N x 3 x 32 x 32, RGB."""
+    """N x 3 x size x size, RGB."""
     labels: NDArray[np.int64]
     refused: dict[int, str] = field(default_factory=dict)
     """Why a row is not a usable image, by row number in the object."""
@@ -36,36 +58,34 @@ class RowBatch:
 
 
 def row_batches(
-    rows: Iterable[tuple[Any, object]], pixels_of: Callable[[Any], NDArray[np.uint8]], split: Split, first_row: int = 0
+    rows: Iterable[tuple[Any, object]],
+    pixels_of: Callable[[Any], NDArray[np.uint8]],
+    split: Split,
+    images: ImageSpec,
+    first_row: int = 0,
 ) -> Iterator[RowBatch]:
     """Batches over rows of a picture and its label. A row that is not usable is marked as refused."""
     rows = iter(rows)
+    most = max(1, _BATCH_BYTES // math.prod(images.image_shape))
     while True:
-        images = np.zeros((_BATCH_ROWS, *IMAGE_SHAPE), np.uint8)
-        labels = np.full(_BATCH_ROWS, REFUSED_LABEL)
+        pixels = np.zeros((most, *images.image_shape), np.uint8)
+        labels = np.full(most, REFUSED_LABEL)
         refused: dict[int, str] = {}
         count = 0
-        for count, (picture, label) in enumerate(islice(rows, _BATCH_ROWS), 1):
+        for count, (picture, label) in enumerate(islice(rows, most), 1):
             try:
-                checked = _check_label(label)
-                images[count - 1] = pixels_of(picture)
+                checked = _check_label(label, len(images.classes))
+                pixels[count - 1] = pixels_of(picture)
                 labels[count - 1] = checked
             except DataError as error:
                 refused[first_row + count - 1] = str(error)
         if not count:
             return
-        yield RowBatch(first_row, split, images[:count], labels[:count], refused)
+        yield RowBatch(first_row, split, pixels[:count], labels[:count], refused)
         first_row += count
 
 
-def pixel_batches(
-    images: NDArray[np.uint8], labels: NDArray[np.int64], split: Split, first_row: int = 0
-) -> Iterator[RowBatch]:
-    """Batches over decoded pixels (N x 3 x 32 x 32) and their labels."""
-    return row_batches(zip(images, labels, strict=True), lambda pixels: pixels, split, first_row)
-
-
-def _check_label(label: object) -> int:
-    if isinstance(label, bool) or not isinstance(label, int | np.integer) or not 0 <= label < len(CLASSES):
-        raise DataError(f"label {label!r} is out of range: expected an integer from 0 to {len(CLASSES) - 1}")
+def _check_label(label: object, num_classes: int) -> int:
+    if isinstance(label, bool) or not isinstance(label, int | np.integer) or not 0 <= label < num_classes:
+        raise DataError(f"label {label!r} is out of range: expected an integer from 0 to {num_classes - 1}")
     return int(label)

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_assets.contracts import CLASSES, LANDING_PREFIX
+from cifar_assets.contracts import LANDING_PREFIX
 from cifar_assets.dataset import progress
 from cifar_assets.dataset.consistency import Known, check_landed
 from cifar_assets.dataset.formats.encoded import pack_images
-from cifar_assets.dataset.formats.images import check_size
+from cifar_assets.dataset.formats.images import SOURCE_LIMITS, check_size
 from cifar_assets.dataset.formats.isolated import ReaderFailedError
-from cifar_assets.dataset.formats.names import PICTURE_SUFFIXES, class_of, is_test, suffix_of
-from cifar_assets.dataset.formats.rows import SPLITS
-from cifar_assets.dataset.index import PREPARATION, ObjectIndex, load_index, read_index, save_index
+from cifar_assets.dataset.formats.names import PICTURE_SUFFIXES, class_of, folder_name, is_test, suffix_of
+from cifar_assets.dataset.formats.rows import SPLITS, Preparation
+from cifar_assets.dataset.index import ObjectIndex, load_index, read_index, save_index
 from cifar_assets.dataset.landing.rejection import Rejection, reject_object, reject_rows
 from cifar_assets.dataset.landing.zone import LandingRecord, Seen, fingerprint, scan_landing
 from cifar_assets.dataset.objects import RawObject, grouped, is_present, is_stored, ranges_of, store_object
@@ -38,12 +38,14 @@ class Landed:
     info: ObjectInfo
     seen: Seen
     index: ObjectIndex
+    folder: str = ""
+    """The folder of an image's class."""
 
     @property
     def about(self) -> str:
         """Derived from the name: copies under other names may differ."""
         table, index = self.seen.table, self.index
-        return table.split if table else f"{CLASSES[index.labels[0]]}:{SPLITS[index.splits[0]]}"
+        return table.split if table else f"{self.folder}:{SPLITS[index.splits[0]]}"
 
     @property
     def order(self) -> tuple[bool, str, str, str]:
@@ -53,7 +55,7 @@ class Landed:
     @property
     def member(self) -> str:
         """The name of an image in its pack, independent of the name it landed under."""
-        return f"{CLASSES[self.index.labels[0]]}/{self.seen.sha256}"
+        return f"{self.folder}/{self.seen.sha256}"
 
 
 class _RefusedError(Exception):
@@ -94,16 +96,15 @@ class LandingReport:
         return sum(len(rejection.rows) or 1 for rejection in self.rejected)
 
 
-def join_landed(raw: ObjectStore, known: Known, *, resize: bool) -> tuple[list[RawObject], LandingReport]:
+def join_landed(raw: ObjectStore, known: Known, how: Preparation) -> tuple[list[RawObject], LandingReport]:
     """The objects to join, ordered by content, after checking landed data against the known images.
 
     Refused data is moved to `rejected/` with a reason; an object with only some refused rows stays.
     """
     scan = scan_landing(raw)
     report = LandingReport(skipped=dict(scan.skipped))
-    preparation = f"{PREPARATION}{'r' if resize else 's'}"
     before = LandingRecord.load(raw)
-    if before is None or before.preparation != preparation:
+    if before is None or before.preparation != how.key:
         before = LandingRecord()
 
     def refuse(info: ObjectInfo, sha256: str, reason: str, rows: dict[int, str]) -> None:
@@ -116,7 +117,7 @@ def join_landed(raw: ObjectStore, known: Known, *, resize: bool) -> tuple[list[R
     for number, info in enumerate(scan.ready, 1):
         progress.report("validating landed objects", number, len(scan.ready))
         try:
-            found = _recall(raw, info, before, resize) or _read(raw, info, resize)
+            found = _recall(raw, info, before, how) or _read(raw, info, how)
             landed.append(found)
             report.skipped.update({f"{info.key}, member {name}": why for name, why in found.index.unread.items()})
         except _RefusedError as error:
@@ -130,7 +131,7 @@ def join_landed(raw: ObjectStore, known: Known, *, resize: bool) -> tuple[list[R
     objects: list[RawObject] = []
     images: list[Landed] = []
     seen: dict[str, Seen] = {}
-    checked = check_landed([each.index for each in landed], known)
+    checked = check_landed([each.index for each in landed], known, how.classes)
     for each, (duplicates, rejected) in zip(landed, checked, strict=True):
         key, sha256, table, num_rows = each.info.key, each.seen.sha256, each.seen.table, len(each.index)
         num_used = num_rows - len(duplicates) - len(rejected)
@@ -152,27 +153,27 @@ def join_landed(raw: ObjectStore, known: Known, *, resize: bool) -> tuple[list[R
                 images.append(each)
         report.names.setdefault(sha256, []).append(key)
         seen[fingerprint(each.info)] = each.seen
-    packs = {name: _pack(raw, group, before.packs.get(name), resize) for name, group in _groups(images).items()}
+    packs = {name: _pack(raw, group, before.packs.get(name), how) for name, group in _groups(images).items()}
     report.record = LandingRecord(
         read=frozenset(fingerprint(info) for info in scan.ready if info.key not in report.skipped),
-        preparation=preparation,
+        preparation=how.key,
         seen=seen,
         packs=packs,
     )
     return sorted([*objects, *packs.values()], key=lambda item: item.sha256), report
 
 
-def _recall(raw: ObjectStore, info: ObjectInfo, before: LandingRecord, resize: bool) -> Landed | None:
+def _recall(raw: ObjectStore, info: ObjectInfo, before: LandingRecord, how: Preparation) -> Landed | None:
     seen = before.seen.get(fingerprint(info))
     if seen is None:
         return None
     if seen.table is None:
-        return _image(info, seen)
-    index = load_index(raw, seen.sha256, seen.table.split, resize)
+        return _image(info, seen, how)
+    index = load_index(raw, seen.sha256, seen.table.split, how)
     return Landed(info, seen, index) if index and is_present(raw, seen.table.key, seen.table.size) else None
 
 
-def _read(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Landed:
+def _read(raw: ObjectStore, info: ObjectInfo, how: Preparation) -> Landed:
     room = shutil.disk_usage(tempfile.gettempdir()).free
     if info.size > room:
         raise ReaderFailedError(
@@ -186,40 +187,47 @@ def _read(raw: ObjectStore, info: ObjectInfo, resize: bool) -> Landed:
             raise ObjectChangedError("it changed while it was being read", transient=True)
         sha256 = sha256_file(path)
         if suffix_of(info.key) not in PICTURE_SUFFIXES:
-            return _read_table(raw, info, path, sha256, resize)
+            return _read_table(raw, info, path, sha256, how)
         with _refusing(sha256):
-            check_size(info.size)
-            index = read_index(path, "picture", "train", info.key, resize=resize)
+            check_size(info.size, SOURCE_LIMITS)
+            if class_of(info.key.removeprefix(LANDING_PREFIX), how.classes) is None:
+                raise DataError(
+                    f"an image of a class that the dataset does not have: put it under {LANDING_PREFIX}<class>/, class "
+                    f"one of {', '.join(how.classes)}, or add the class to the source"
+                )
+            index = read_index(path, "picture", "train", info.key, how)
             if index.refused:
                 raise DataError(index.refused[0])
-        return _image(info, Seen(sha256=sha256, pixels=index.digests.tobytes().hex()))
+        return _image(info, Seen(sha256=sha256, pixels=index.digests.tobytes().hex()), how)
 
 
-def _read_table(raw: ObjectStore, info: ObjectInfo, path: Path, sha256: str, resize: bool) -> Landed:
+def _read_table(raw: ObjectStore, info: ObjectInfo, path: Path, sha256: str, how: Preparation) -> Landed:
     """Stored under its digest, unless no row can be used. The suffix follows the content: the name must not matter."""
     kind = "parquet" if suffix_of(info.key) == ".parquet" else "archive"
     split = "mixed"
     if kind == "parquet":
         split = "test" if is_test(info.key.removeprefix(LANDING_PREFIX)) else "train"
     with _refusing(sha256):
-        index = load_index(raw, sha256, split, resize) or read_index(path, kind, split, info.key, resize=resize)
+        index = load_index(raw, sha256, split, how) or read_index(path, kind, split, info.key, how)
         if not len(index):
             raise DataError(f"{info.key} holds no rows.")
     with path.open("rb") as file:
         suffix = ".parquet" if kind == "parquet" else ".tar.gz" if file.read(2) == b"\x1f\x8b" else ".tar"
     key = store_object(raw, path, sha256, suffix) if len(index.refused) < len(index) else ""
-    save_index(raw, sha256, split, resize, index)
+    save_index(raw, sha256, split, how, index)
     rows = len(index)
     table = RawObject(key=key, sha256=sha256, size=info.size, format=kind, role="landed", split=split, rows=rows)
     return Landed(info, Seen(sha256=sha256, table=table), index)
 
 
-def _image(info: ObjectInfo, seen: Seen) -> Landed:
+def _image(info: ObjectInfo, seen: Seen, how: Preparation) -> Landed:
     name = info.key.removeprefix(LANDING_PREFIX)
     digests = np.frombuffer(bytes.fromhex(seen.pixels), np.uint8).reshape(1, 32)
     split = SPLITS.index("test" if is_test(name) else "train")
-    index = ObjectIndex(digests, np.array([class_of(name)]), np.array([split], np.uint8), {})
-    return Landed(info, seen, index)
+    label = class_of(name, how.classes)
+    assert label is not None  # otherwise it was refused
+    index = ObjectIndex(digests, np.array([label]), np.array([split], np.uint8), {})
+    return Landed(info, seen, index, folder_name(how.classes[label]))
 
 
 def _groups(images: Sequence[Landed]) -> dict[str, list[Landed]]:
@@ -229,7 +237,7 @@ def _groups(images: Sequence[Landed]) -> dict[str, list[Landed]]:
     return {sha256_json([image.member for image in group]): group for group in ordered}
 
 
-def _pack(raw: ObjectStore, images: Sequence[Landed], before: RawObject | None, resize: bool) -> RawObject:
+def _pack(raw: ObjectStore, images: Sequence[Landed], before: RawObject | None, how: Preparation) -> RawObject:
     if before and is_stored(raw, before.key, before.sha256, before.size):
         return before
     with tempfile.TemporaryDirectory(prefix="cifar-pack-") as folder:
@@ -247,5 +255,5 @@ def _pack(raw: ObjectStore, images: Sequence[Landed], before: RawObject | None, 
     digests, labels, splits = (
         np.concatenate([getattr(image.index, name) for image in images]) for name in ("digests", "labels", "splits")
     )
-    save_index(raw, sha256, "train", resize, ObjectIndex(digests, labels, splits, {}))
+    save_index(raw, sha256, "train", how, ObjectIndex(digests, labels, splits, {}))
     return RawObject(key=key, sha256=sha256, size=size, format="images", role="landed", split="train", rows=len(images))

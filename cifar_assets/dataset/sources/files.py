@@ -3,16 +3,24 @@
 import os
 import re
 import urllib.parse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
-from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.archive import pack_records
 from cifar_assets.dataset.formats.encoded import pack_images
-from cifar_assets.dataset.formats.images import DEFAULT_LIMITS
-from cifar_assets.dataset.formats.names import ARCHIVE_SUFFIXES, PICTURE_SUFFIXES, class_of, is_test, suffix_of
+from cifar_assets.dataset.formats.images import SOURCE_LIMITS
+from cifar_assets.dataset.formats.names import (
+    ARCHIVE_SUFFIXES,
+    PICTURE_SUFFIXES,
+    class_folders,
+    class_of,
+    folder_name,
+    split_of,
+    suffix_of,
+)
 from cifar_assets.dataset.formats.rows import SPLITS, Split
 from cifar_assets.dataset.objects import LINKED_FOLDER, UNREADABLE_FOLDER, ObjectFormat, printable, unlisted
 from cifar_assets.dataset.sources import synthetic
@@ -21,9 +29,11 @@ from resources.errors import ConfigError, DataError
 from resources.object_store import FolderStore, ObjectStore, open_store
 from resources.redaction import redacted
 
-_PACK_IMAGES = 20_000
-"""Images per packed object, so that one object stays easy to move."""
-_TEST_WORD = re.compile("(?<![a-z])test(s|ing)?(?![a-z])")
+_PACK_IMAGES, _PACK_BYTES = 20_000, 512 << 20
+"""Limits of a packed object, so that it stays easy to move."""
+_SPLIT_WORD = re.compile("(?<![a-z])(test(s|ing)?|val|valid(ation)?)(?![a-z])")
+_LOST_AND_FOUND = "lost+found"
+"""The folder of a file system's own, which only root can read."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +45,21 @@ class SourceFile:
     format: ObjectFormat
     split: Split | Literal["mixed"]
     suffix: str
+    classes: tuple[str, ...] | None = None
+    """Class names, where folders give them."""
 
 
-def source_files(address: str, work: Path, unread: dict[str, str]) -> Iterator[SourceFile]:
+def source_files(
+    address: str, work: Path, unread: dict[str, str], classes: tuple[str, ...] | None
+) -> Iterator[SourceFile]:
     """The files at an address, one at a time: a file in the folder `work` is deleted when the next one is requested.
 
-    `unread` receives what is not part of the layout, with the reason. Raises ConfigError for an address that is invalid
-    or does not exist, DataError for an unknown layout.
+    `unread` receives what is not part of the layout, with the reason. Of class folders, only those of `classes` are
+    read, if that is given. Raises ConfigError for an address that is invalid or does not exist, DataError for an
+    unknown layout or a class that is missing.
     """
     if address == "synthetic" or address.startswith("synthetic:"):
-        yield from _synthetic_files(address, work)
+        yield from _synthetic_files(address, work, classes or synthetic.CLASSES)
         return
     base, digest = split_digest(address)
     if base.startswith(("http://", "https://")):
@@ -63,18 +78,22 @@ def source_files(address: str, work: Path, unread: dict[str, str]) -> Iterator[S
     elif digest:
         raise ConfigError(f"Source {address!r} is not a single file: remove #md5= or #sha256=, or name the file.")
     else:
-        yield from _folder_files(store, f"{key}/" if key else "", base, work, unread)
+        yield from _folder_files(store, f"{key}/" if key else "", base, work, unread, classes)
 
 
-def _synthetic_files(address: str, work: Path) -> Iterator[SourceFile]:
+def _synthetic_files(address: str, work: Path, classes: tuple[str, ...]) -> Iterator[SourceFile]:
     seed = address.partition(":")[2] or "0"
     if not seed.isdecimal():
         raise ConfigError(f"Source {address!r}: the seed must be a whole number, as in synthetic:7. {CHOICES}")
+    if len(classes) > len(synthetic.CLASSES):
+        raise ConfigError(
+            f"Source {address!r} draws at most {len(synthetic.CLASSES)} classes, not {len(classes)}. {CHOICES}"
+        )
     splits: tuple[tuple[Split, int], ...] = (("train", synthetic.TRAIN_ROWS), ("test", synthetic.TEST_ROWS))
     for split, rows in splits:
         path = work / f"{split}.bin"
-        path.write_bytes(pack_records(*synthetic.draw_split(int(seed), split, rows)))
-        yield SourceFile(path, f"{address} ({split})", "records", split, ".bin")
+        path.write_bytes(pack_records(*synthetic.draw_split(int(seed), split, rows, len(classes))))
+        yield SourceFile(path, f"{address} ({split})", "records", split, ".bin", classes)
 
 
 def _locate(address: str) -> tuple[ObjectStore, str]:
@@ -105,34 +124,41 @@ def _one_file(path: Path, name: str, address: str) -> SourceFile:
 
 
 def _folder_files(
-    store: ObjectStore, prefix: str, source: str, work: Path, unread: dict[str, str]
+    store: ObjectStore,
+    prefix: str,
+    source: str,
+    work: Path,
+    unread: dict[str, str],
+    wanted: tuple[str, ...] | None,
 ) -> Iterator[SourceFile]:
     """The files of a folder or prefix: Parquet, or images in class folders."""
     unread.update({key.removeprefix(prefix): reason for key, reason in unlisted(store, prefix).items()})
+    sizes = {info.key.removeprefix(prefix): info.size for info in store.list(prefix) if not info.key.endswith("/")}
+    visible = [name for name in sizes if printable(name) not in unread and "/." not in f"/{name}"]
+    pictures = [name for name in visible if suffix_of(name) in PICTURE_SUFFIXES]
+    classes = wanted or class_folders(pictures)
     for name, reason in unread.items():
         if "/." in f"/{name}":
             continue
         if reason == LINKED_FOLDER:  # it may be the test split
             raise DataError(f"{source}: {name} is {reason}, or remove the link.")
-        if _is_part(name if reason.startswith(UNREADABLE_FOLDER) else name.rpartition("/")[2]):
+        if _is_part(name, reason.startswith(UNREADABLE_FOLDER), classes):
             raise DataError(
                 f"{source}: {name} cannot be read ({reason}), and may hold a split or a class. Make it readable, or "
                 "remove it."
             )
-    sizes = {info.key.removeprefix(prefix): info.size for info in store.list(prefix) if not info.key.endswith("/")}
     if not sizes and not unread:
         raise ConfigError(f"Source {source!r}: there is no file, folder, object or prefix with this name. {CHOICES}")
     unread.update({name: "hidden" for name in sizes if "/." in f"/{name}"})
-    visible = [name for name in sizes if printable(name) not in unread]
     parquet = [name for name in visible if suffix_of(name) == ".parquet"]
-    images = [name for name in visible if suffix_of(name) in PICTURE_SUFFIXES and class_of(name) is not None]
+    images = [name for name in pictures if class_of(name, classes) is not None]
     used = parquet or images
     if not used:
         found = [*visible, *(f"{name} ({reason})" for name, reason in unread.items())]
         raise DataError(
             f"{source} is not a recognized dataset: found {', '.join(found[:5])}. Expected Parquet files in the Hugging"
-            f" Face layout, or folders named {', '.join(CLASSES[:3])}, ... with images, with or without train/ and "
-            "test/ above them. For an official archive, name the file, not its folder."
+            f" Face layout, or a folder of images for each class{_named(wanted)}, with or without train/, validation/ "
+            "and test/ above them. For an official archive, name the file, not its folder."
         )
     kind = "Parquet files" if parquet else "images in class folders"
     unread.update({name: f"only {kind} are read" for name in visible if name not in set(used)})
@@ -142,42 +168,68 @@ def _folder_files(
             path = _local_copy(store, prefix + name, work)
             yield SourceFile(path, name, "parquet", split, ".parquet")
         return
+    _check_folders(classes, images, source)
     for name in images:
-        if sizes[name] > DEFAULT_LIMITS.max_bytes:
-            limit = f"at most {DEFAULT_LIMITS.max_bytes:,} are read. Remove or correct it."
+        if sizes[name] > SOURCE_LIMITS.max_bytes:
+            limit = f"at most {SOURCE_LIMITS.max_bytes:,} are read. Remove or correct it."
             raise DataError(f"{name} has {sizes[name]:,} bytes; {limit}")
-    yield from _packed_class_folders(pairs, lambda name: _local_copy(store, prefix + name, work), source, work)
+    packs = _packed_class_folders(pairs, sizes, lambda name: _local_copy(store, prefix + name, work), source, work)
+    yield from (replace(pack, classes=classes) for pack in packs)
 
 
-def _is_part(name: str) -> bool:
-    """Whether the name is that of a Parquet file, or of a folder of a split or class or in one."""
-    folder = f"{name.lower()}/"
-    is_folder = is_test(folder) or "train" in folder.split("/") or class_of(folder) is not None
-    return is_folder or suffix_of(name) == ".parquet"
+def _named(classes: tuple[str, ...] | None) -> str:
+    return f" ({', '.join(classes[:3])}, ...)" if classes else ""
+
+
+def _check_folders(classes: tuple[str, ...], images: list[str], source: str) -> None:
+    """DataError where a class has no images, or two folders differ in case only."""
+    found = {class_of(name, classes) for name in images}
+    missing = [name for label, name in enumerate(classes) if label not in found]
+    if missing:
+        raise DataError(f"{source} has no images of {', '.join(missing)}. Add them, or correct the list of classes.")
+    lower = sorted(folder_name(name).lower() for name in classes)
+    if double := next((name for name, following in pairwise(lower) if name == following), None):
+        raise DataError(f"{source} has several class folders {double!r} that differ in case only: rename them.")
+
+
+def _is_part(name: str, is_folder: bool, classes: tuple[str, ...]) -> bool:
+    """Whether what cannot be read may be a Parquet file, or a folder of a split or class or in one."""
+    if is_folder:
+        return name.rpartition("/")[2] != _LOST_AND_FOUND
+    base = name.rpartition("/")[2]
+    return bool(split_of(f"{base}/")) or class_of(f"{base}/", classes) is not None or suffix_of(name) == ".parquet"
 
 
 def _packed_class_folders(
-    pairs: list[tuple[str, Split]], fetch: Callable[[str], Path], source: str, work: Path
+    pairs: list[tuple[str, Split]], sizes: Mapping[str, int], fetch: Callable[[str], Path], source: str, work: Path
 ) -> Iterator[SourceFile]:
     for split in SPLITS:
         group = [name for name, its_split in pairs if its_split == split]
-        for start in range(0, len(group), _PACK_IMAGES):
-            part, target = group[start : start + _PACK_IMAGES], work / f"{split}-{start}.tar"
+        start = 0
+        while start < len(group):
+            totals = accumulate(sizes[name] for name in group[start : start + _PACK_IMAGES])
+            part = group[start : start + max(1, sum(total <= _PACK_BYTES for total in totals))]
+            target = work / f"{split}-{start}.tar"
             pack_images(target, ((name, fetch(name).read_bytes()) for name in part))
             shown = f"{source} ({split} images {start} to {start + len(part) - 1})"
             yield SourceFile(target, shown, "images", split, ".tar")
             target.unlink()
+            start += len(part)
 
 
 def _with_splits(names: list[str], source: str) -> list[tuple[str, Split]]:
-    """The split of each file. A name that suggests test data but is not a documented one is refused."""
+    """The split of each file. A name that suggests a split but is not a documented one is refused."""
     for name in names:
         telling = name if suffix_of(name) == ".parquet" else name.rpartition("/")[0]
-        if _TEST_WORD.search(telling.lower()) and not is_test(name):
+        if (found := _SPLIT_WORD.search(telling.lower())) and split_of(name) in (None, "train"):
+            split = "test" if found[1].startswith("test") else "validation"
             raise DataError(
-                f"{source}: it is not clear whether {telling} belongs to a test split. Put test data into a folder "
-                "named test, or name a Parquet file test.parquet or test-00000.parquet; rename files that are not "
-                "test data."
+                f"{source}: it is not clear whether {telling} belongs to a {split} split. Put {split} data into a "
+                f"folder named {split}, or name a Parquet file {split}.parquet or {split}-00000.parquet; rename files "
+                f"that are not {split} data."
             )
-    other: Split = "train" if any(map(is_test, names)) else "any"
-    return [(name, "test" if is_test(name) else other) for name in names]
+    splits = [split_of(name) for name in names]
+    other: Split = "train" if "test" in splits else "any"
+    return [
+        (name, split if split in ("test", "validation") else other) for name, split in zip(names, splits, strict=True)
+    ]

@@ -8,10 +8,14 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from cifar_assets.dataset.index import load_index, read_index, save_index
+from cifar_assets.contracts import ImageRequest
+from cifar_assets.dataset.formats.rows import Preparation
+from cifar_assets.dataset.formats.survey import settle
+from cifar_assets.dataset.index import load_index, read_index, save_index, save_survey, survey_of
 from cifar_assets.dataset.objects import RawObject, is_stored, read_state, store_object
 from cifar_assets.dataset.sources.download import OFFICIAL_MD5, OFFICIAL_URL, split_digest
 from cifar_assets.dataset.sources.files import SourceFile, source_files
+from cifar_assets.dataset.versions.splits import SplitConfig
 from resources.digests import sha256_file, sha256_json
 from resources.errors import DataError
 from resources.object_store import ObjectStore
@@ -26,45 +30,68 @@ _SHOWN_REFUSALS = 5
 class Imports(BaseModel):
     """The result of an import. Stored for an address with a digest, so that it is not downloaded again."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     objects: tuple[RawObject, ...]
+    how: Preparation = Field(description="The classes and the form of the images.")
+    assumed: list[str] = Field(default=[], description="What the request left open and the source did not say.")
     unread: dict[str, str] = Field(
         default={}, description="Folders and files that were not read, by name, with the reason."
     )
 
 
-def import_source(source: str, raw: ObjectStore, *, resize: bool = False) -> Imports:
+def import_source(
+    source: str,
+    raw: ObjectStore,
+    wanted: ImageRequest = ImageRequest(),  # noqa: B008 (it is frozen)
+    *,
+    resize: bool = False,
+) -> Imports:
     """Validate the source and store its objects under their digests; nothing of an invalid file is stored.
 
-    `source` is 'download', 'synthetic' or 'synthetic:<seed>', a path, or an s3:// or http(s):// address. A file's
-    address may end in `#md5=...` or `#sha256=...`, which the file must match. Importing data that is already stored
-    does not store it again. Raises ConfigError for a source that is invalid or does not exist, DataError (naming file
-    and row) for a damaged one.
+    What the request leaves open is settled by the first file, or in class folders the first thousands of pictures; the
+    other files must agree. `source` is 'download', 'synthetic' or 'synthetic:<seed>', a path, or an s3:// or http(s)://
+    address. A file's address may end in `#md5=...` or `#sha256=...`, which the file must match. Importing data that is
+    already stored does not store it again. Raises ConfigError for a source that is invalid or does not exist, DataError
+    (naming file and row) for a damaged one, or one of other classes.
     """
     address = f"{OFFICIAL_URL}#md5={OFFICIAL_MD5}" if source == "download" else source
     base, digest = split_digest(address)
     is_pinned_url = digest and base.startswith(("http://", "https://"))
-    key = f"{IMPORTS_PREFIX}{sha256_json(address)}.json"
+    key = f"{IMPORTS_PREFIX}{sha256_json([address, wanted.model_dump(mode='json'), resize])}.json"
     known = read_state(raw, key, Imports) if is_pinned_url else None
     if known and all(is_stored(raw, item.key, item.sha256, item.size) for item in known.objects):
         logger.info("%s is already stored and is not downloaded again.", redacted(source))
         return known
     unread: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="cifar-source-") as work:
-        files = source_files(address, Path(work), unread)
-        objects = tuple([_import_file(file, raw, resize, unread) for file in files])
-    imported = Imports(objects=objects, unread=unread)
+        objects, how, assumed = [], None, list[str]()
+        for file in source_files(address, Path(work), unread, wanted.classes):
+            logger.info("Reading %s.", file.name)
+            sha256 = sha256_file(file.path)
+            if how is None:
+                survey = survey_of(raw, file.path, sha256, file.format, file.name)
+                images, assumed = settle(wanted, survey, file.classes, file.name)
+                how = Preparation(**dict(images), resize=resize)
+                objects.append(_import_file(file, sha256, raw, how, unread))
+                save_survey(raw, sha256, survey)
+            else:
+                objects.append(_import_file(file, sha256, raw, how, unread))
+        if how is None:
+            raise DataError(f"{redacted(source)} has no images.")
+    if not any(item.split in ("test", "mixed") for item in objects):
+        assumed.append(f"no test split: {SplitConfig().test_fraction:.0%} of the images are held out for testing")
+    imported = Imports(objects=tuple(objects), how=how, unread=unread, assumed=assumed)
     if is_pinned_url:
         raw.write(key, imported.model_dump_json().encode())
     return imported
 
 
-def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, unread: dict[str, str]) -> RawObject:
-    logger.info("Reading %s.", file.name)
-    sha256 = sha256_file(file.path)
-    known = index = load_index(raw, sha256, file.split, resize)
+def _import_file(
+    file: SourceFile, sha256: str, raw: ObjectStore, how: Preparation, unread: dict[str, str]
+) -> RawObject:
+    known = index = load_index(raw, sha256, file.split, how)
     if index is None:
-        index = read_index(file.path, file.format, file.split, file.name, resize=resize)
+        index = read_index(file.path, file.format, file.split, file.name, how)
     if index.refused:  # or by the stored index of a landed file with the same bytes
         raise DataError(_refusal(file, index.refused, len(index)))
     if not len(index):
@@ -72,7 +99,7 @@ def _import_file(file: SourceFile, raw: ObjectStore, resize: bool, unread: dict[
     unread.update({f"{file.name}, member {member}": reason for member, reason in index.unread.items()})
     key, size, rows = store_object(raw, file.path, sha256, file.suffix), file.path.stat().st_size, len(index)
     if known is None:
-        save_index(raw, sha256, file.split, resize, index)
+        save_index(raw, sha256, file.split, how, index)
     return RawObject(key=key, sha256=sha256, size=size, format=file.format, role="source", split=file.split, rows=rows)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import logging
 import pickle
 import tarfile
 import tempfile
@@ -21,9 +22,20 @@ from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from resources.object_store import ObjectStore
 
+logger = logging.getLogger(__name__)
+
 _GZIP_LEVEL = 0
 """No compression: level 1 takes longer than all other work of the step and saves 8 %, as images are mostly noise."""
 _PROTOCOL = 2  # also readable by Python 2, like the official archive
+
+
+def write_baseline_copies(raw: ObjectStore, processed: ObjectStore, processed_digest: str) -> None:
+    """Write both copies, if the version has the classes and the image size of CIFAR-10."""
+    if not read_processed(processed, processed_digest).is_cifar10:
+        logger.info("There are no copies for the old pipeline: it reads CIFAR-10's classes at 32x32 only.")
+        return
+    write_baseline_raw(raw, processed, processed_digest)
+    write_baseline_processed(processed, processed_digest)
 
 
 def write_baseline_raw(raw: ObjectStore, processed: ObjectStore, processed_digest: str) -> str:

@@ -126,7 +126,7 @@ def changes_since(processed: ObjectStore, digest: str, previous: str) -> Changes
 
 def _labeled_images(processed: ObjectStore, digest: str, split: SplitName) -> set[bytes]:
     rows = open_split(processed, digest, split)
-    labeled = np.column_stack([rows.digests, rows.labels.astype(np.uint8)])
+    labeled = np.column_stack([rows.digests, rows.labels.astype("<i8").view(np.uint8).reshape(-1, 8)])
     return {row.tobytes() for row in labeled}
 
 

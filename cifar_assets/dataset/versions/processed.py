@@ -15,12 +15,20 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from cifar_assets.contracts import CLASSES, ImageSpec
-from cifar_assets.dataset.index import PREPARATION, pixel_digests
+from cifar_assets.dataset.formats.rows import PREPARATION
+from cifar_assets.dataset.index import pixel_digests
 from cifar_assets.dataset.objects import GROUP_ROWS, RawObject, fetched, grouped, is_stored, read_rows, read_state
 from cifar_assets.dataset.progress import report
 from cifar_assets.dataset.versions.raw import RawManifest, read_raw
 from cifar_assets.dataset.versions.shards import Shard, ShardWriter, Tensors, channel_totals, mean_and_std
-from cifar_assets.dataset.versions.splits import NEEDED_SPLITS, SPLIT_NAMES, SplitConfig, SplitName, assign_splits
+from cifar_assets.dataset.versions.splits import (
+    NEEDED_SPLITS,
+    SPLIT_NAMES,
+    SplitConfig,
+    SplitName,
+    assign_splits,
+    fitting,
+)
 from cifar_assets.manifest import Manifest
 from resources.digests import sha256_json
 from resources.errors import DataError, IntegrityError, StoreError
@@ -100,11 +108,11 @@ def build_processed(
     config = config or SplitConfig()
     source = read_raw(raw, raw_digest)
     totals = np.zeros((3, 3), np.int64)
-    labels = {split: np.zeros(len(CLASSES), np.int64) for split in SPLIT_NAMES}
+    labels = {split: np.zeros(len(source.classes), np.int64) for split in SPLIT_NAMES}
     shards: dict[SplitName, list[Shard]] = {split: [] for split in SPLIT_NAMES}
     num_done, reused = 0, True
     for numbers in _group_objects(source.objects):
-        part, is_new = _find_or_build_part(raw, processed, source, numbers, config)
+        part, is_new = _find_or_build_part(raw, processed, source, numbers, fitting(config, source.objects))
         reused = reused and not is_new
         totals += np.asarray(part.channels, np.int64)
         for split in SPLIT_NAMES:
@@ -121,7 +129,10 @@ def build_processed(
     manifest = ProcessedManifest(
         raw_digest=raw_digest,
         config=config,
-        counts={split: dict(zip(CLASSES, labels[split].tolist(), strict=True)) for split in SPLIT_NAMES},
+        classes=source.classes,
+        image_size=source.image_size,
+        fit=source.fit,
+        counts={split: dict(zip(source.classes, labels[split].tolist(), strict=True)) for split in SPLIT_NAMES},
         mean=mean,
         std=std,
         shards={split: tuple(shards[split]) for split in SPLIT_NAMES},
@@ -166,7 +177,7 @@ def _find_or_build_part(
     identity = {
         "objects": [[item.sha256, item.format, item.split, item.excluded] for item in items],
         "config": config.model_dump(mode="json"),
-        "preparation": [PREPARATION, manifest.resize],
+        "preparation": manifest.key,
     }
     key = f"{PARTS_PREFIX}{sha256_json(identity)}.json"
     part = read_state(processed, key, Part)
@@ -185,7 +196,7 @@ def _build_part(
     totals = np.zeros((3, 3), np.int64)
     with tempfile.TemporaryDirectory(prefix="cifar-part-") as work:
         writers: dict[SplitName, ShardWriter] = {
-            split: ShardWriter(processed, Path(work), config.max_shard_rows) for split in SPLIT_NAMES
+            split: ShardWriter(processed, Path(work), config.max_shard_rows, manifest) for split in SPLIT_NAMES
         }
         for number, item in enumerate(items):
             for rows, source_split in _used_rows(raw, manifest, item, number):
@@ -209,7 +220,7 @@ def _used_rows(
     used = item.used()
     name = raw.uri(item.key)
     with fetched(raw, item.key, item.sha256) as path:
-        for batch in read_rows(path, item.format, item.split, name, resize=manifest.resize):
+        for batch in read_rows(path, item.format, item.split, name, manifest):
             count, first = len(batch), batch.first_row
             keep = used[first : first + count]
             if len(keep) != count or any(used[row] for row in batch.refused):

@@ -9,8 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from cifar_assets.contracts import CLASSES
+from cifar_assets.contracts import CLASSES, ImageRequest
 from cifar_assets.dataset.consistency import check_source
+from cifar_assets.dataset.formats.rows import Preparation
 from cifar_assets.dataset.index import index_of
 from cifar_assets.dataset.landing.join import LandingReport, join_landed
 from cifar_assets.dataset.objects import RawObject, read_state
@@ -29,12 +30,11 @@ VERSIONS_PREFIX = "versions/"
 CURRENT_KEY = "current.json"
 
 
-class RawManifest(Manifest):
+class RawManifest(Manifest, Preparation):
     """The objects of a raw version."""
 
     kind: Literal["cifar10-raw/1"] = "cifar10-raw/1"
     classes: tuple[str, ...] = CLASSES
-    resize: bool = Field(description="Whether images of another size were scaled; otherwise they were refused.")
     objects: tuple[RawObject, ...] = Field(description="The source's objects in its order, then landed ones by digest.")
 
     @property
@@ -64,6 +64,8 @@ class RawVersion:
     """Source rows not used, by reason."""
     unread: dict[str, str] = field(default_factory=dict)
     """Folders and files of the source that were not read, by name, with the reason."""
+    assumed: list[str] = field(default_factory=list)
+    """What the data set leaves open and the source did not say, as sentences without a full stop."""
     landing: LandingReport = field(default_factory=LandingReport)
 
 
@@ -76,7 +78,14 @@ class Provenance(BaseModel):
     landed: dict[str, list[str]] = Field(default={}, description="Landed names of the objects, by sha256.")
 
 
-def build_raw_version(raw: ObjectStore, source: str, *, digest: str | None = None, resize: bool = True) -> RawVersion:
+def build_raw_version(
+    raw: ObjectStore,
+    source: str,
+    wanted: ImageRequest = ImageRequest(),  # noqa: B008 (it is frozen)
+    *,
+    digest: str | None = None,
+    resize: bool = True,
+) -> RawVersion:
     """Publish the version made from the source and the valid landed data.
 
     It becomes the current one if it can be split, which its blocking checks test as well.
@@ -90,7 +99,7 @@ def build_raw_version(raw: ObjectStore, source: str, *, digest: str | None = Non
         make_current(raw, digest)
         return RawVersion(digest, read_raw(raw, digest), f"version {digest}")
     try:
-        return _build(raw, source, resize)
+        return _build(raw, source, wanted, resize)
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
@@ -100,11 +109,14 @@ def build_raw_version(raw: ObjectStore, source: str, *, digest: str | None = Non
         ) from error
 
 
-def _build(raw: ObjectStore, source: str, resize: bool) -> RawVersion:
-    imported = import_source(source, raw, resize=resize)
-    sources, left_out, known = check_source([(item, index_of(raw, item, resize)) for item in imported.objects])
-    landed, landing = join_landed(raw, known, resize=resize)
-    manifest = RawManifest(resize=resize, objects=(*sources, *landed))
+def _build(raw: ObjectStore, source: str, wanted: ImageRequest, resize: bool) -> RawVersion:
+    imported = import_source(source, raw, wanted, resize=resize)
+    how = imported.how
+    for sentence in imported.assumed:
+        logger.info("Assumed: %s.", sentence)
+    sources, left_out, known = check_source([(item, index_of(raw, item, how)) for item in imported.objects])
+    landed, landing = join_landed(raw, known, how)
+    manifest = RawManifest(**dict(how), objects=(*sources, *landed))
     digest = manifest.digest
     provenance = Provenance(
         source=redacted(source),
@@ -118,7 +130,7 @@ def _build(raw: ObjectStore, source: str, resize: bool) -> RawVersion:
     except DataError as error:
         logger.warning("The current raw version is unchanged: %s", error)
     landing.record.save(raw)
-    return RawVersion(digest, manifest, redacted(source), left_out, imported.unread, landing)
+    return RawVersion(digest, manifest, redacted(source), left_out, imported.unread, imported.assumed, landing)
 
 
 def read_raw(raw: ObjectStore, digest: str) -> RawManifest:
@@ -149,7 +161,7 @@ def make_current(raw: ObjectStore, digest: str) -> None:
         if info is None or info.size != item.size:
             found = "is missing" if info is None else f"has {info.size:,} bytes instead of {item.size:,}"
             raise DataError(f"Raw version {digest} cannot be used: {raw.uri(item.key)} {found}.")
-    finding = splits_filled(raw, manifest.objects, manifest.resize)
+    finding = splits_filled(raw, manifest.objects, manifest)
     if not finding.passed:
         raise DataError(f"Raw version {digest} cannot be used: {finding.reason}")
     raw.write(CURRENT_KEY, canonical_json({"version": 1, "digest": digest, "manifest": _key(digest, "manifest")}))

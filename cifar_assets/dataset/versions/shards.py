@@ -1,6 +1,7 @@
 """Shards: safetensors files with images of a split and the origin of each image."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from cifar_assets.contracts import CLASSES
+from cifar_assets.contracts import ImageSpec
 from cifar_assets.dataset.objects import store_object
 from resources.digests import sha256_file
 from resources.errors import DataError
@@ -18,14 +19,15 @@ from resources.object_store import ObjectStore
 
 SHARDS_PREFIX = "shards/"
 _DTYPES = {"U8": np.dtype("u1"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+_ROW_BYTES = 3072
 _TENSORS = ("images", "labels", "digests", "objects", "rows")
 
 Channels = tuple[float, float, float]
 Tensors = dict[str, NDArray]
 """Prepared images and their origins, in arrays of equal length.
 
-`images` (N x 3 x 32 x 32), `labels`, `digests` (N x 32: sha256 of the pixels), `objects` (number of the object in its
-part) and `rows` (row in that object).
+`images` (N x 3 x size x size), `labels`, `digests` (N x 32: sha256 of the pixels), `objects` (number of the object in
+its part) and `rows` (row in that object).
 """
 
 
@@ -50,16 +52,17 @@ class Shard(BaseModel):
 class ShardWriter:
     """Collects rows of one split, and stores a shard under its digest whenever there are enough."""
 
-    def __init__(self, store: ObjectStore, folder: Path, max_rows: int) -> None:
-        """The folder is used for the file being written."""
-        self._store, self._path, self._max_rows = store, folder / "shard", max_rows
+    def __init__(self, store: ObjectStore, folder: Path, max_rows: int, images: ImageSpec) -> None:
+        """The folder is used for the file being written. Of images larger than 3 kB, a shard has fewer rows."""
+        self._store, self._path = store, folder / "shard"
+        self._max_rows = max(1, max_rows * _ROW_BYTES // max(_ROW_BYTES, math.prod(images.image_shape)))
         self._waiting: list[Tensors] = []
         self._shards: list[Shard] = []
-        self.label_counts = np.zeros(len(CLASSES), np.int64)
+        self.label_counts = np.zeros(len(images.classes), np.int64)
 
     def add(self, rows: Tensors) -> None:
         """Append rows to the split."""
-        self.label_counts += np.bincount(rows["labels"], minlength=len(CLASSES))
+        self.label_counts += np.bincount(rows["labels"], minlength=len(self.label_counts))
         self._waiting.append(rows)
         if sum(len(each["labels"]) for each in self._waiting) >= self._max_rows:
             self._write(whole_only=True)
@@ -86,7 +89,7 @@ class ShardWriter:
 
 
 def channel_totals(images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """For each channel of N x 3 x 32 x 32 images: number of pixels, their sum, and the sum of their squares."""
+    """For each channel of N x 3 x size x size images: number of pixels, their sum, and the sum of their squares."""
     values = np.arange(256, dtype=np.int64)
     counts = [np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(3)]
     return np.array([[count.sum(), count @ values, count @ values**2] for count in counts])

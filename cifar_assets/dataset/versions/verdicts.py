@@ -24,7 +24,7 @@ def judge_raw(raw: ObjectStore, digest: str) -> Judges:
     manifest = cache(lambda: read_raw(raw, digest))
     return {
         "objects_intact": lambda: objects_intact(raw, manifest()),
-        "splits_filled": lambda: splits_filled(raw, manifest().objects, manifest().resize),
+        "splits_filled": lambda: splits_filled(raw, manifest().objects, manifest()),
     }
 
 

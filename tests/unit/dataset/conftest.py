@@ -2,10 +2,11 @@
 
 import gzip
 import io
+import json
 import pickle
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from PIL import Image
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats import isolated
 from cifar_assets.dataset.formats.archive import BATCHES
+from cifar_assets.dataset.formats.rows import Preparation
 from resources.object_store import FolderStore
+
+HOW = Preparation(classes=CLASSES, resize=True)
+AS_IS = Preparation(classes=CLASSES, resize=False)
 
 Images = NDArray[np.uint8]
 
@@ -76,12 +81,18 @@ class Maker:
     def parquet(self, images: Images, labels: list[int | None] | NDArray[np.int64]) -> bytes:
         return self.encoded_parquet([self.png(image) for image in images], list(labels))
 
-    def encoded_parquet(self, encoded: list[bytes | None], labels: list, schema: pa.Schema | None = None) -> bytes:
+    def names(self, classes: Sequence[str] = CLASSES, column: str = "label") -> dict[str, str]:
+        """Metadata of a Parquet file that declares its classes."""
+        feature = {"names": list(classes), "_type": "ClassLabel"}
+        return {"huggingface": json.dumps({"info": {"features": {column: feature}}})}
+
+    def encoded_parquet(
+        self, encoded: list[bytes | None], labels: list, metadata: dict[str, str] | None = None
+    ) -> bytes:
         rows = [{"bytes": data, "path": f"{number}.png"} for number, data in enumerate(encoded)]
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         table = pa.table({"img": pa.array(rows, kind), "label": pa.array(labels, pa.int64())})
-        if schema is not None:
-            table = table.replace_schema_metadata(schema.metadata)
+        table = table.replace_schema_metadata(self.names() if metadata is None else metadata)
         buffer = io.BytesIO()
         pq.write_table(table, buffer, row_group_size=7)
         return buffer.getvalue()

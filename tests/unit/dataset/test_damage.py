@@ -21,6 +21,7 @@ from cifar_assets.dataset.formats.pickles import load_fields
 from cifar_assets.dataset.index import build_index
 from cifar_assets.dataset.objects import RawObject, ranges_of
 from resources.errors import DataError
+from tests.unit.dataset.conftest import AS_IS
 
 _BATCH = pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 2], "names": ["a", "b"]}, protocol=2)
 
@@ -62,11 +63,11 @@ def test_a_damaged_archive(make, tmp_path: Path, position: int, change: int, cut
     good = make.archive()
     path = tmp_path / "a.tar.gz"
     path.write_bytes(damaged(good, position, change, cut))
-    index, error = attempt(lambda: build_index(read_archive(path, "the archive")))
+    index, error = attempt(lambda: build_index(read_archive(path, "the archive", AS_IS)))
     assert error is None or "the archive" in error
     if index is not None:
         path.write_bytes(good)
-        expected = build_index(read_archive(path, "the archive"))
+        expected = build_index(read_archive(path, "the archive", AS_IS))
         assert np.array_equal(index.digests, expected.digests)
         assert np.array_equal(index.labels, expected.labels)
 
@@ -75,7 +76,7 @@ def test_a_damaged_archive(make, tmp_path: Path, position: int, change: int, cut
 def test_a_damaged_parquet_file(make, tmp_path: Path, position: int, change: int, cut: int) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(damaged(make.parquet(make.images(10), make.labels(10)), position, change, cut))
-    batches, error = attempt(lambda: list(read_encoded(path, "parquet", "train", "the file", resize=False)))
+    batches, error = attempt(lambda: list(read_encoded(path, "parquet", "train", "the file", AS_IS)))
     assert error is None or "the file" in error
     if batches is not None:
         assert sum(len(batch) for batch in batches) <= 10
@@ -106,7 +107,7 @@ def test_a_damaged_picture(data: bytes, damage: list[tuple[int, int, int]], vali
         data = damaged(data, position, change, cut) or b"x"
     if valid_checksums and data.startswith(b"\x89PNG"):
         data = with_checksums(data)
-    image, error = attempt(lambda: prepare_image(data))
+    image, error = attempt(lambda: prepare_image(data, 32))
     assert error is None or error.startswith("Expected ")
     assert image is None or (image.shape == (3, 32, 32) and image.dtype == np.uint8)
 

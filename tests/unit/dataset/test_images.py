@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zlib
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ from cifar_assets.dataset.formats.images import (
     open_picture,
     picture_pixels,
     pixel_digest,
-    prepare_image,
 )
+from cifar_assets.dataset.formats.images import prepare_image as prepare_image_of_size
 from resources.digests import sha256_bytes
+
+prepare_image = partial(prepare_image_of_size, size=32)
 
 RNG = np.random.default_rng(7)
 PIXELS = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -343,9 +346,9 @@ def test_a_cut_picture_is_refused(kind, kept) -> None:
 def test_the_short_way_to_decode_a_jpeg_gives_the_same_pixels(pixels, options) -> None:
     picture = open_picture(encode(Image.fromarray(pixels).resize((32, 32)), "JPEG", **options))
     assert picture.mode
-    np.testing.assert_array_equal(picture_pixels(picture), picture_pixels(replace(picture, mode="")))
+    np.testing.assert_array_equal(picture_pixels(picture, 32), picture_pixels(replace(picture, mode=""), 32))
     with pytest.raises(ImageError, match="truncated"):
-        picture_pixels(replace(picture, essence=picture.essence[:-30]))
+        picture_pixels(replace(picture, essence=picture.essence[:-30]), 32)
 
 
 class TestLimits:
@@ -387,7 +390,7 @@ class TestLimits:
             "from cifar_assets.dataset.formats.images import prepare_image\n"
             "used = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
             "resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20),) * 2)\n"
-            "print(prepare_image(sys.stdin.buffer.read()).shape)"
+            "print(prepare_image(sys.stdin.buffer.read(), 32).shape)"
         )
         run = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=False)
         assert run.stdout == b"(3, 32, 32)\n", run.stderr.decode()

@@ -99,7 +99,7 @@ def test_reader_that_does_not_start_rejects_no_file(make, raw: FolderStore, sour
 def test_process_has_no_credentials_and_no_heavy_libraries(child, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     child("import os, sys\nchild.index_file = lambda: ' '.join([*sys.modules, *os.environ]).encode()")
-    found = ask({}, "nothing", 0).decode().split()
+    found = ask("index", {}, "nothing", 0).decode().split()
     assert not {"torch", "dagster", "mlflow", "kubernetes", "AWS_SECRET_ACCESS_KEY"} & set(found)
     assert {"pyarrow", "PIL"} <= set(found)
 
@@ -113,12 +113,12 @@ def test_file_is_not_blamed_for_a_process_that_read_others(make, raw: FolderStor
 
 def test_answer_that_is_too_large_is_refused(child, monkeypatch: pytest.MonkeyPatch) -> None:
     child("child.index_file = lambda: bytes(2 << 20)")
-    assert len(ask({}, "it", 0)) == 2 << 20
+    assert len(ask("index", {}, "it", 0)) == 2 << 20
     monkeypatch.setattr(
         isolated, "receive", lambda connection: (json.loads(connection.recv_bytes()), connection.recv_bytes(1 << 20))
     )
     with pytest.raises(ReaderKilledError, match="it crashed its reader"):
-        ask({}, "it", 0)
+        ask("index", {}, "it", 0)
 
 
 def test_archive_that_unpacks_to_too_much_is_rejected(make, raw: FolderStore, source: str) -> None:
@@ -129,7 +129,7 @@ def test_archive_that_unpacks_to_too_much_is_rejected(make, raw: FolderStore, so
 
 
 @pytest.mark.parametrize(
-    ("mebibytes", "reason"), [(24, "at most 10485760 bytes, got 25165824 bytes"), (100, "needs too much memory")]
+    ("mebibytes", "reason"), [(24, "at most 20971520 bytes, got 25165824 bytes"), (100, "needs too much memory")]
 )
 def test_small_parquet_of_large_values_is_rejected(
     mebibytes: int, reason: str, raw: FolderStore, source: str, child, monkeypatch: pytest.MonkeyPatch

@@ -347,7 +347,6 @@ NOT_DATA = {
     "landing/x.parquet.crdownload": 100,
     "landing/parquet": 100,
     "landing/cat.png": 100,
-    "landing/elephant/x.png": 100,
     "landing/cat": 5,
     "landing/x.zip": 100,
 }
@@ -373,6 +372,24 @@ def test_objects_that_are_not_data_are_skipped_with_a_reason(key: str, size: int
 )
 def test_data_is_not_skipped(key: str) -> None:
     assert classify_landing_object(key, 10) is None
+
+
+def test_image_of_a_class_that_the_dataset_does_not_have_is_rejected(make, raw: FolderStore, source: str) -> None:
+    before = build_raw_version(raw, source).digest
+    raw.write("landing/elephant/x.png", make.png(make.images(1, 5)[0]))
+    version = build_raw_version(raw, source)
+    assert version.digest == before
+    (rejection,) = version.landing.rejected
+    assert "a class that the dataset does not have: put it under landing/<class>/, class one of air" in rejection.reason
+    assert raw.exists(f"{rejection.moved_to}.reason.json")
+
+
+def test_landed_file_of_other_classes_is_rejected(make, raw: FolderStore, source: str) -> None:
+    build_raw_version(raw, source)
+    table = make.encoded_parquet([make.png(make.images(1, 5)[0])], [0], make.names(["tulip", *CLASSES[1:]]))
+    raw.write("landing/x.parquet", table)
+    (rejection,) = build_raw_version(raw, source).landing.rejected
+    assert "declares the classes ('tulip', " in rejection.reason
 
 
 def test_objects_that_are_not_data_are_left_alone(make, raw: FolderStore, source: str) -> None:

@@ -33,6 +33,7 @@ from cifar_assets.landing_decision import LandingCursor
 from resources.digests import sha256_bytes
 from resources.errors import DataError, ExplainedError
 from resources.object_store import FolderStore
+from tests.unit.dataset.conftest import AS_IS, HOW
 from tests.unit.dataset.test_damage import attempt
 from tests.unit.dataset.test_images import chunk
 
@@ -165,7 +166,7 @@ def test_archive_of_any_members(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.tar.gz"
     path.write_bytes(data)
     unread: dict[str, str] = {}
-    index, error = attempt(lambda: build_index(read_archive(path, "it", unread)))
+    index, error = attempt(lambda: build_index(read_archive(path, "it", AS_IS, unread)))
     assert error is None or "it" in error
     if index is not None:
         event("read")
@@ -214,7 +215,7 @@ def test_parquet_file_of_any_table(tmp_path: Path, data: st.DataObject) -> None:
     is_damaged = data.draw(st.booleans())
     path = tmp_path / "a.parquet"
     path.write_bytes(data.draw(damaged(buffer.getvalue())) if is_damaged else buffer.getvalue())
-    index, error = attempt(lambda: read_index(path, "parquet", "train", "it", resize=True))
+    index, error = attempt(lambda: read_index(path, "parquet", "train", "it", HOW))
     if error is not None:
         assert "it" in error
         event(error[:40])
@@ -227,7 +228,7 @@ def test_parquet_file_with_a_column_name_that_is_not_text_is_refused(tmp_path: P
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"img": [{"bytes": b"", "path": ""}], "label": [0]}), path)
     path.write_bytes(path.read_bytes().replace(b"label", b"\x80abel"))
-    _, error = attempt(lambda: read_index(path, "parquet", "train", "it", resize=True))
+    _, error = attempt(lambda: read_index(path, "parquet", "train", "it", HOW))
     assert error is not None
     assert "it is not a readable Parquet file" in error
 
@@ -242,7 +243,7 @@ def test_tar_of_pictures(tmp_path: Path, members: list[tuple[str, bytes]], data:
     path = tmp_path / "a.tar"
     pack_images(path, [(f"cat/{name}".replace("\0", ""), content) for name, content in members])
     path.write_bytes(data.draw(damaged(path.read_bytes())))
-    index, error = attempt(lambda: build_index(read_encoded(path, "images", "train", "it", resize=True)))
+    index, error = attempt(lambda: build_index(read_encoded(path, "images", "train", "it", HOW)))
     assert error is None or "it" in error
     assert index is None or len(index.refused) == len(index)
 
@@ -271,7 +272,7 @@ def png_files(draw: DrawFn) -> bytes:
 @given(png_files())
 def test_png_of_any_chunks(data: bytes) -> None:
     try:
-        prepared = prepare_image(data)
+        prepared = prepare_image(data, 32)
     except ImageError:
         return
     event("decoded")
@@ -284,7 +285,7 @@ def test_jpeg_of_any_segments(segments: list[tuple[int, bytes]], rest: bytes) ->
     parts = [bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data for marker, data in segments]
     frame = b"\xff\xc0\0\x0b\x08\0\x20\0\x20\1\1\x11\0"
     try:
-        prepare_image(b"\xff\xd8" + b"".join(parts) + frame + b"\xff\xda\0\x08\1\1\0\0?\0" + rest)
+        prepare_image(b"\xff\xd8" + b"".join(parts) + frame + b"\xff\xda\0\x08\1\1\0\0?\0" + rest, 32)
     except ImageError:
         return
     event("decoded")
@@ -295,7 +296,7 @@ _INDEX = dump_index(build_index([]))
 
 @given(damaged(_INDEX) | st.binary(max_size=60) | JSON.map(lambda value: frame(json.dumps(value).encode())))
 def test_index_of_any_bytes(data: bytes) -> None:
-    index = parse_index(data)
+    index = parse_index(data, 10)
     assert index is None or len(index.digests) == len(index.labels) == len(index.splits)
 
 

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import pickle
 import urllib.parse
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cifar_assets.contracts import CLASSES
+from cifar_assets.contracts import CLASSES, ImageRequest
 from cifar_assets.dataset.formats.names import is_test
 from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import index_of, pixel_digests
@@ -22,13 +21,14 @@ from resources.digests import sha256_bytes
 from resources.errors import ConfigError, DataError
 from resources.object_store import FolderStore, ObjectInfo
 from tests.fixtures.minio import S3Server
+from tests.unit.dataset.conftest import AS_IS
 
 
 def by_split(raw: FolderStore, objects: Iterable[RawObject]) -> dict[str, dict[bytes, int]]:
     """Label by pixel digest, per split."""
     found: dict[str, dict[bytes, int]] = {}
     for item in objects:
-        index = index_of(raw, item, resize=False)
+        index = index_of(raw, item, AS_IS)
         for (digest, label, _), split in zip(index.images(), index.splits, strict=True):
             found.setdefault(SPLITS[split], {})[digest] = label
     return found
@@ -165,7 +165,7 @@ def test_foreign_parquet_columns_are_refused(raw: FolderStore, tmp_path: Path) -
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"expected one column img.*got text, label"):
+    with pytest.raises(DataError, match=r"expected one column of pictures.*got text \(string\), label"):
         import_source(str(tmp_path / "train.parquet"), raw)
 
 
@@ -199,12 +199,10 @@ def test_bad_rows_known_from_the_landing_zone_are_refused_in_a_source_too(
 
 
 def test_parquet_that_declares_another_class_order_is_refused(make, raw: FolderStore, tmp_path: Path) -> None:
-    names = {"info": {"features": {"label": {"names": list(reversed(CLASSES)), "_type": "ClassLabel"}}}}
-    schema = pa.schema([], metadata={"huggingface": json.dumps(names)})
     path = tmp_path / "train.parquet"
-    path.write_bytes(make.encoded_parquet([make.png(make.images(1)[0])], [0], schema))
+    path.write_bytes(make.encoded_parquet([make.png(make.images(1)[0])], [0], make.names(CLASSES[::-1])))
     with pytest.raises(DataError, match="Labels would mean other classes"):
-        import_source(str(path), raw)
+        import_source(str(path), raw, ImageRequest(classes=CLASSES))
 
 
 def test_an_archive_with_other_label_names_is_refused(make, raw: FolderStore, tmp_path: Path) -> None:
@@ -213,7 +211,7 @@ def test_an_archive_with_other_label_names_is_refused(make, raw: FolderStore, tm
     path = tmp_path / "a.tar.gz"
     path.write_bytes(make.tar(members))
     with pytest.raises(DataError, match="Labels would mean other classes"):
-        import_source(str(path), raw)
+        import_source(str(path), raw, ImageRequest(classes=CLASSES))
 
 
 def test_importing_again_stores_nothing_and_repairs_a_damaged_copy(raw: FolderStore, source: str) -> None:
@@ -254,8 +252,7 @@ def test_unread_files_are_named(make, raw: FolderStore, tmp_path: Path) -> None:
     folder = write_classes(make, tmp_path / "pictures")
     (folder / "cat" / "gone.png").symlink_to(tmp_path / "nothing")
     (folder / "cat" / "notes.txt").write_text("x")
-    (folder / "cats").mkdir()
-    (folder / "cats" / "a.png").write_bytes(b"x")
+    (folder / "a.png").write_bytes(b"x")
     (folder / ".cache" / "dog").mkdir(parents=True)
     (folder / ".cache" / "dog" / "1.png").write_bytes(b"x")
     (folder / ".cache" / "ferry").symlink_to(folder / "ship")
@@ -265,7 +262,7 @@ def test_unread_files_are_named(make, raw: FolderStore, tmp_path: Path) -> None:
     assert build_raw_version(raw, str(folder)).unread == {
         "cat/gone.png": "a broken link",
         "cat/notes.txt": only,
-        "cats/a.png": only,
+        "a.png": only,
         ".cache/dog/1.png": "hidden",
         ".cache/ferry": "a link to a folder: copy the folder, or link its files",
         "cat/pipe.png": "not a file",
@@ -332,8 +329,11 @@ def test_archive_with_an_empty_batch_is_refused(make, raw: FolderStore, tmp_path
 
 
 def test_version_without_a_class_does_not_become_current(make, raw: FolderStore, tmp_path: Path) -> None:
-    whole = build_raw_version(raw, str(write_classes(make, tmp_path / "ten")))
-    nine = build_raw_version(raw, str(write_classes(make, tmp_path / "nine", CLASSES[:9])))
+    path = tmp_path / "a.parquet"
+    path.write_bytes(make.parquet(make.images(60), make.labels(60)))
+    whole = build_raw_version(raw, str(path))
+    path.write_bytes(make.parquet(make.images(60), make.labels(60) % 9))
+    nine = build_raw_version(raw, str(path))
     assert current_raw_digest(raw) == whole.digest
     with pytest.raises(DataError, match="no images of truck"):
         make_current(raw, nine.digest)
@@ -412,7 +412,7 @@ def test_picture_too_large_is_refused_before_it_is_read(make, raw: FolderStore, 
     folder = write_classes(make, tmp_path / "pictures")
     with (folder / "cat" / "0.png").open("r+b") as file:
         file.truncate(1 << 40)
-    with pytest.raises(DataError, match=r"cat/0\.png has 1,099,511,627,776 bytes; at most 10,485,760 are read"):
+    with pytest.raises(DataError, match=r"cat/0\.png has 1,099,511,627,776 bytes; at most 20,971,520 are read"):
         import_source(str(folder), raw)
 
 

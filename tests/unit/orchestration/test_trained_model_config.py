@@ -96,16 +96,14 @@ def test_empty_quantity_means_left_out() -> None:
 
 
 def test_dataset_of_smaller_images_is_refused_before_training(object_store: LocalObjectStore) -> None:
-    dataset = store_manifest(object_store.processed, image_size=16)
-    with pytest.raises(ConfigError, match="images of 16 pixels: lower resolutions"):
+    dataset = store_manifest(object_store.processed, image_size=10)
+    with pytest.raises(ConfigError, match="for images of 10 pixels, a speednet needs at least 9"):
         TrainedModelConfig().job_spec(object_store, dataset, None).check_dataset(object_store.processed)
 
 
-def test_cutout_larger_than_the_images_is_refused_before_training(
-    object_store: LocalObjectStore, spec_of: SpecOf
-) -> None:
-    with pytest.raises(ConfigError, match="images of 32 pixels: lower cutout"):
-        spec_of({"overrides": {"cutout": 33}}).check_dataset(object_store.processed)
+def test_cutout_larger_than_the_images_is_refused_before_training(spec_of: SpecOf) -> None:
+    with pytest.raises(ConfigError, match="cutout"):
+        spec_of({"overrides": {"cutout": 33}})
 
 
 @pytest.mark.parametrize(

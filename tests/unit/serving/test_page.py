@@ -88,7 +88,7 @@ def test_the_answer_has_the_pixels_that_the_model_got(server) -> None:
     prefix, _, encoded = answer.pop("picture").partition(",")
     assert prefix == "data:image/png;base64"
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
-    np.testing.assert_array_equal(shown.transpose(2, 0, 1), prepare_image(picture()))
+    np.testing.assert_array_equal(shown.transpose(2, 0, 1), prepare_image(picture(), 32))
     assert answer.pop("dataset_digest") == "d" * 64
     assert answer == server.post("/v1/models/cifar10:predict", *body).json
 

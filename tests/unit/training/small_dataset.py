@@ -29,7 +29,7 @@ def store_dataset(
     store = FolderStore(bucket)
     with tempfile.TemporaryDirectory() as name:
         writers: dict[SplitName, ShardWriter] = {
-            split: ShardWriter(store, Path(name), shard_rows) for split in SPLIT_NAMES
+            split: ShardWriter(store, Path(name), shard_rows, images) for split in SPLIT_NAMES
         }
         totals = []
         for number, (split, count) in enumerate(zip(SPLIT_NAMES, (train, validation, test), strict=True)):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from cifar_assets.contracts import CIFAR10
+from cifar_assets.contracts import CIFAR10, ImageSpec
 from cifar_assets.training.networks import PublishedNetwork, ResNet18, SpeedNet, TrimmedConv2d, build_network
 from cifar_assets.training.recipes import get_recipe
 
@@ -56,23 +56,26 @@ def test_initial_weights_are_drawn_from_torchs_generator() -> None:
     assert not torch.equal(weights(1), weights(2))
 
 
-@pytest.mark.parametrize("size", [16, 24, 32])
+@pytest.mark.parametrize("full_size", [16, 28, 32, 47, 48, 64, 100, 224])
 @pytest.mark.parametrize("recipe", ["baseline", "resnet18", "fast"])
-def test_every_network_takes_every_size(recipe: str, size: int) -> None:
-    network = build_network(get_recipe(recipe, {"width": 4}), CIFAR10)
-    assert network(torch.randn(3, 3, size, size)).shape == (3, 10)
+def test_every_network_takes_every_size(recipe: str, full_size: int) -> None:
+    chosen = get_recipe(recipe, {"width": 4})
+    network = build_network(chosen, ImageSpec(classes=("a", "b", "c"), image_size=full_size))
+    for size in {full_size, *(phase.size_of(full_size) for phase in chosen.resolutions)}:
+        assert network(torch.randn(2, 3, size, size)).shape == (2, 3)
 
 
-def test_whitening_leaves_uncorrelated_patches_of_unit_variance() -> None:
+@pytest.mark.parametrize(("size", "axes"), [(32, 12), (64, 24), (224, 24)])
+def test_whitening_leaves_uncorrelated_patches_of_unit_variance(size: int, axes: int) -> None:
     torch.manual_seed(0)
-    images = nn.functional.avg_pool2d(torch.randn(64, 3, 34, 34), 3, 1)
-    network = SpeedNet(4, 10)
+    images = nn.functional.avg_pool2d(torch.randn(64, 3, size + 2, size + 2), 3, 1)
+    network = SpeedNet(4, 10, size)
     network.set_whitening(images, epsilon=0.0)
     with torch.no_grad():
-        patches = network.whiten(images)[:, :12].transpose(0, 1).flatten(1)
-        mirrored = network.whiten(images)[:, 12:].transpose(0, 1).flatten(1)
+        patches = network.whiten(images)[:, :axes].transpose(0, 1).flatten(1)
+        mirrored = network.whiten(images)[:, axes:].transpose(0, 1).flatten(1)
     covariance = patches @ patches.T / patches.shape[1]
-    assert torch.allclose(covariance, torch.eye(12), atol=1e-3)
+    assert torch.allclose(covariance, torch.eye(axes), atol=1e-3)
     assert torch.allclose(mirrored, -patches)
 
 

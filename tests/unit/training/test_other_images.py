@@ -25,7 +25,7 @@ SHAPES = ImageSpec(classes=("disc", "ring", "star"), image_size=16)
     ("recipe", "overrides"),
     [
         ("resnet18", {"cutout": 4}),
-        ("fast", {"resolutions": [{"start": 0, "size": 12}, {"start": 0.5}]}),
+        ("fast", {}),
     ],
 )
 def test_three_classes_at_16_pixels_are_trained_and_served(

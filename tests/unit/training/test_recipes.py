@@ -4,6 +4,7 @@ import sys
 import pytest
 from pydantic import BaseModel
 
+from cifar_assets.contracts import ImageSpec
 from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe, ResolutionPhase, get_recipe
 from cifar_assets.training.spec import Execution, JobSpec
 from resources.errors import ConfigError
@@ -72,17 +73,50 @@ def test_a_wrong_override_is_refused_by_name(overrides: dict, named: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("recipe", "overrides", "named"),
+    ("recipe", "overrides", "size", "named"),
     [
-        ("resnet18", {"resolutions": [{"start": 0, "size": 17}]}, "images of 16 pixels: lower resolutions"),
-        ("resnet18", {"cutout": 17, "translate": 16}, "lower cutout, translate"),
-        ("fast", {}, "resolutions"),
-        ("fast", {"resolutions": [{"start": 0, "size": 8}]}, "a speednet needs at least 9"),
+        ("fast", {"resolutions": [{"start": 0, "size": 16}]}, 16, "at 8 pixels; .* a speednet needs at least 9"),
+        ("fast", {"resolutions": [{"start": 0, "size": 8}]}, 64, "at 16 pixels; .* a speednet needs at least 17"),
     ],
 )
-def test_a_recipe_for_larger_images_is_refused_by_field(recipe: str, overrides: dict, named: str) -> None:
+def test_recipe_for_larger_images_is_refused(recipe: str, overrides: dict, size: int, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        get_recipe(recipe, overrides).check_fits(16)
+        get_recipe(recipe, overrides).check_fits(ImageSpec(classes=("a", "b"), image_size=size))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_fits_every_size(recipe: str) -> None:
+    for size in range(16, 225):
+        get_recipe(recipe).check_fits(ImageSpec(classes=("a", "b"), image_size=size))
+
+
+@pytest.mark.parametrize(("classes", "images", "named"), [(("a",), 9, "at least two"), (("a", "b", "c"), 2, "only 2")])
+def test_dataset_that_cannot_be_learned_is_refused(classes: tuple[str, ...], images: int, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        get_recipe("fast").check_fits(ImageSpec(classes=classes), images)
+
+
+@pytest.mark.parametrize(
+    ("images", "given", "expected"),
+    [
+        (45_000, {}, (500, 5)),
+        (5_000, {}, (500, 5)),
+        (4_000, {}, (500, 25)),
+        (240, {}, (32, 25)),
+        (240, {"epochs": 2}, (32, 2)),
+        (240, {"batch_size": 100}, (100, 67)),
+        (20, {}, (32, 200)),
+    ],
+)
+def test_recipe_takes_enough_steps_on_few_images(images: int, given: dict, expected: tuple[int, int]) -> None:
+    recipe = get_recipe("fast", given).fitted(images, given)
+    assert (recipe.batch_size, recipe.epochs) == expected
+
+
+@pytest.mark.parametrize(("size", "expected"), [(16, 12), (28, 20), (32, 24), (64, 48), (96, 72), (224, 168)])
+def test_resolutions_scale_with_the_images(size: int, expected: int) -> None:
+    first, last = get_recipe("fast").resolutions
+    assert (first.size_of(size), last.size_of(size)) == (expected, size)
 
 
 def test_an_unknown_recipe_is_refused_with_the_choices() -> None:

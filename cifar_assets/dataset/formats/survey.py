@@ -1,0 +1,97 @@
+"""What a source says of itself, and what that and a request make of its images."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from cifar_assets.contracts import ImageRequest, ImageSpec
+from cifar_assets.dataset.formats.images import SOURCE_LIMITS, ImageError, open_picture
+from resources.errors import DataError
+
+MAX_CLASSES = 10_000
+_LEAST_SIZE, _USUAL_SIZE = 16, 64
+_NAMED = 10
+
+
+class Survey(BaseModel):
+    """The class names that a file declares, and the sizes of its pictures."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    classes: tuple[str, ...] | None = None
+    highest_label: int = -1
+    smallest: tuple[int, int] | None = None
+    """Width and height of the picture with the fewest pixels."""
+    largest: tuple[int, int] | None = None
+
+    def add(self, data: bytes, label: object) -> None:
+        """Count a picture in. One that cannot be read is not counted: reading its row says why."""
+        if isinstance(label, int) and not isinstance(label, bool):
+            self.highest_label = max(self.highest_label, label)
+        try:
+            picture = open_picture(data, SOURCE_LIMITS)
+        except ImageError:
+            return
+        size = picture.width, picture.height
+        self.smallest = min(self.smallest or size, size, key=_order)
+        self.largest = max(self.largest or size, size, key=_order)
+
+
+def settle(
+    wanted: ImageRequest, found: Survey, folders: tuple[str, ...] | None, name: str
+) -> tuple[ImageSpec, list[str]]:
+    """The images that a request makes of a source, and what was assumed. DataError if the source has other classes."""
+    assumed: list[str] = []
+    declared = folders or found.classes
+    classes = wanted.classes or declared
+    if classes is None:
+        if found.highest_label < 0:
+            raise DataError(f"{name} does not name its classes, and no row has a label. Add labels to the source.")
+        classes = tuple(map(str, range(min(found.highest_label, MAX_CLASSES) + 1)))
+        assumed.append(f"{len(classes)} classes without names in the source: they are called 0 to {classes[-1]}")
+    elif wanted.classes is None:
+        shown = ", ".join(classes[:_NAMED]) + (", ..." if len(classes) > _NAMED else "")
+        origin = "from the folder names" if folders else "as the source names them"
+        assumed.append(f"{len(classes)} classes, {origin}: {shown}")
+    check_classes(classes, declared, name)
+    size = wanted.image_size
+    if size is None:
+        size, sentence = _own_size(found, wanted.fit)
+        assumed.append(sentence)
+    return ImageSpec(classes=classes, image_size=size, fit=wanted.fit), assumed
+
+
+def check_classes(classes: tuple[str, ...], declared: tuple[str, ...] | None, where: str) -> None:
+    """DataError if a file declares other classes than these, or if these cannot be told apart."""
+    if declared is not None and declared != classes:
+        raise DataError(
+            f"{where} declares the classes {_shown(declared)}; expected {_shown(classes)}. Labels would mean other "
+            "classes."
+        )
+    if len(set(classes)) < len(classes) or not all(name.strip() for name in classes) or len(classes) > MAX_CLASSES:
+        raise DataError(
+            f"{where}: expected at most {MAX_CLASSES:,} class names that are different and not empty, got "
+            f"{_shown(classes)}. Correct them in the source."
+        )
+
+
+def _own_size(found: Survey, fit: str) -> tuple[int, str]:
+    if found.smallest is None or found.largest is None:
+        return _USUAL_SIZE, f"pictures are scaled to {_USUAL_SIZE}x{_USUAL_SIZE}"
+    (width, height), (largest_width, largest_height) = found.smallest, found.largest
+    if found.smallest == found.largest and _LEAST_SIZE <= width == height <= _USUAL_SIZE:
+        return width, f"pictures keep their size of {width}x{height}"
+    range_ = f"{width}x{height}"
+    if found.smallest != found.largest:
+        range_ += f" to {largest_width}x{largest_height}"
+    how = "cropped to squares" if fit == "crop" else "padded to squares"
+    return _USUAL_SIZE, f"pictures of {range_} are {how} and scaled to {_USUAL_SIZE}x{_USUAL_SIZE}"
+
+
+def _shown(classes: tuple[str, ...]) -> str:
+    return f"({', '.join(map(repr, classes[:_NAMED]))}{', ...' if len(classes) > _NAMED else ''})"
+
+
+def _order(size: tuple[int, int]) -> tuple[int, int]:
+    return size[0] * size[1], size[0]
