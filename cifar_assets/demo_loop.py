@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import numpy as np
@@ -27,7 +28,7 @@ from resources.object_store import ObjectStore
 from resources.object_store.resource import LocalObjectStore
 
 _NUM_SENT, _NUM_LABELED = 300, 20
-_RECORD_SECONDS = 60
+_RECORD_SECONDS = 300
 
 
 def main() -> int:
@@ -50,7 +51,7 @@ def main() -> int:
     with dg.DagsterInstance.from_config(str(Path.cwd())) as instance:
         evaluation, _ = next(evaluations(instance, dg.AssetCheckKey(SERVED_TRAFFIC, "drift")))
     demo.log.info("\nThe check drift says: %s\n", evaluation.description)
-    _label(store.raw, truth)
+    demo.log.info("Labeled %(saved)s pictures: raw-data/%(key)s", label_newest(store.raw, truth, _NUM_LABELED))
     demo.log.info("Waiting %.0f s, after which a landed file counts as complete.", SETTLED_SECONDS)
     time.sleep(SETTLED_SECONDS + 1)
     if code := demo.launch("--job", "retrain", trains=True):
@@ -81,8 +82,8 @@ def _wait_until_recorded(traffic: ObjectStore, num_images: int) -> None:
         time.sleep(1)
 
 
-def _label(raw: ObjectStore, truth: Mapping[str, str]) -> None:
-    """Send what the page would send for the first pictures of the newest batch."""
+def label_newest(raw: ObjectStore, truth: Mapping[str, str], num_pictures: int) -> dict[str, Any]:
+    """Send what the page would send for the first pictures of the newest batch. `truth` has classes by file."""
     with LabellingServer(Desk(raw, None, "demo"), 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -95,11 +96,12 @@ def _label(raw: ObjectStore, truth: Mapping[str, str]) -> None:
             return answer.json()
 
         files = [picture["file"] for picture in ask("GET", "/batch")["pictures"] if picture["file"] in truth]
-        for file in files[:_NUM_LABELED]:
+        for file in files[:num_pictures]:
             ask("POST", "/label", file=file, label=truth[file])
-        demo.log.info("Labeled %(saved)s pictures: raw-data/%(key)s", ask("POST", "/save"))
+        saved = ask("POST", "/save")
         server.shutdown()
         thread.join()
+    return saved
 
 
 if __name__ == "__main__":
