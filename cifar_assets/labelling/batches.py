@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, RootModel, ValidationError
 
 from cifar_assets.contracts import LANDING_PREFIX, TO_LABEL_PREFIX
+from cifar_assets.traffic.records import Place
 from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
@@ -72,6 +73,19 @@ def newest_batch(raw: ObjectStore) -> str:
     if not names:
         raise DataError(f"{raw.uri(TO_LABEL_PREFIX)} has no batch: materialize pictures_to_label first.")
     return max(names)
+
+
+def labels_given(raw: ObjectStore) -> dict[Place, str]:
+    """The classes that people gave in all batches, by the places of the pictures in the record."""
+    found: dict[Place, str] = {}
+    for info in raw.list(TO_LABEL_PREFIX):
+        if info.key.endswith(f"/{_LABELS}"):
+            labels = _LabelsByFile.model_validate_json(raw.read(info.key)).root
+            batch = Batch.model_validate_json(raw.read(info.key.removesuffix(_LABELS) + _MANIFEST))
+            found |= {
+                (each.request_id, each.index): labels[each.file].label for each in batch.pictures if each.file in labels
+            }
+    return found
 
 
 def land_labels(raw: ObjectStore, name: str, classes: Sequence[str], rows: Iterable[tuple[bytes, str, Label]]) -> str:
