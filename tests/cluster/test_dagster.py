@@ -13,6 +13,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+import yaml
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -20,6 +21,7 @@ from cifar_assets.contracts import LANDING_PREFIX
 from resources.kubernetes.naming import RUN_ID_LABEL
 from resources.object_store import RAW_BUCKET
 from tests.cluster.conftest import dump
+from tests.cluster.kinds import K8S, is_installed
 from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, missing_images, wait_for
 from tests.cluster.platform import Platform
 from tests.cluster.webserver import FINISHED, Run, Webserver
@@ -28,6 +30,7 @@ from tests.fixtures.ports import free_port
 from tests.local.test_browser import PATIENCE_MS
 
 OVERLAY = str(Path(__file__).parent / "dagster")
+MONITORING = str(K8S / "monitoring")
 IMAGES = ("localhost/cifar-dagster:dev", "localhost/cifar-trainer:dev", "localhost/cifar-postgres:test")
 PASSWORD = "dagster-postgresql-secret"
 RAW = "cifar10/raw_dataset"
@@ -149,6 +152,24 @@ def test_api_server_accepts_the_overlay_without_a_database(dagster: Webserver) -
     answer = kubectl("apply", "--server-side", *dry, "-k", overlay)
     assert "deployment.apps/dagster-daemon" in answer
     assert "dagster-postgresql" not in answer
+
+
+def test_exporter_shows_the_state_of_the_daemon(dagster: Webserver, platform: Platform) -> None:
+    """All of k8s/monitoring, except what needs the Prometheus Operator if the cluster lacks it."""
+    wait_for("healthy daemons", lambda: not dagster.unhealthy_daemons())
+    objects = list(yaml.safe_load_all(kubectl("kustomize", MONITORING)))
+    if not is_installed("monitoring.coreos.com"):
+        objects = [each for each in objects if not each["apiVersion"].startswith("monitoring.coreos.com/")]
+    manifest = yaml.safe_dump_all(objects)
+    kubectl("apply", "--server-side", "-f", "-", text=manifest)
+    try:
+        kubectl("-n", platform.namespace, "rollout", "status", "deploy/dagster-exporter", PATIENCE)
+        port = free_port()
+        with forwarded(platform.namespace, "deploy/dagster-exporter", port, 9464):
+            metrics = Webserver(f"http://127.0.0.1:{port}").get("/metrics")
+    finally:
+        kubectl("delete", "-f", "-", PATIENCE, text=manifest)
+    assert "dagster_daemon_heartbeat_timestamp_seconds{" in metrics
 
 
 def test_a_killed_run_worker_fails_its_run_and_another_run_takes_over(dagster: Webserver, platform: Platform) -> None:
