@@ -26,7 +26,7 @@ from cifar_assets.serving.feedback import FEEDBACK_PATH
 from cifar_assets.settings import Settings
 from cifar_assets.traffic.records import Traffic, read_traffic
 from resources.inference_service.client import InferenceClient
-from resources.object_store import ObjectStore
+from resources.object_store import RAW_BUCKET, TRAFFIC_BUCKET, ObjectStore
 from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
 from tests.cluster.platform import Platform
 from tests.cluster.serving_story import store_model
@@ -52,6 +52,7 @@ def environment(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> Iterator
         monkeypatch.setenv(name, value)
     yield made
     kubectl("-n", platform.namespace, "delete", "inferenceservices", "--all", "--wait=true", PATIENCE)
+    remove(platform.store().at(TRAFFIC_BUCKET))
 
 
 @pytest.fixture
@@ -72,10 +73,13 @@ def workspace(
     training = {**SMALL_TRAINING, "scale": {"cpu": "200m", "memory": "2Gi"}}
     more = {"CIFAR10_SOURCE": str(source), "ACCURACY_THRESHOLD": "0.3", "RETRAIN_CONFIG": json.dumps(training)}
     yield Workspace(folder, {**environment, "PYTHONPATH": str(ROOT), **more})
-    raw = platform.store().at("raw-data")
     for prefix in (LANDING_PREFIX, TO_LABEL_PREFIX):
-        for info in list(raw.list(prefix)):
-            raw.delete(info.key)
+        remove(platform.store().at(RAW_BUCKET), prefix)
+
+
+def remove(store: ObjectStore, prefix: str = "") -> None:
+    for info in list(store.list(prefix)):
+        store.delete(info.key)
 
 
 def recorded(store: ObjectStore, model_digest: str) -> list[Traffic]:
