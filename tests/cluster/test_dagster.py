@@ -166,10 +166,16 @@ def test_exporter_shows_the_state_of_the_daemon(dagster: Webserver, platform: Pl
         kubectl("-n", platform.namespace, "rollout", "status", "deploy/dagster-exporter", PATIENCE)
         port = free_port()
         with forwarded(platform.namespace, "deploy/dagster-exporter", port, 9464):
-            metrics = Webserver(f"http://127.0.0.1:{port}").get("/metrics")
+            exporter = Webserver(f"http://127.0.0.1:{port}")
+
+            def shows_the_daemon() -> bool:
+                with suppress(OSError):  # it does not listen yet
+                    return "dagster_daemon_heartbeat_timestamp_seconds{" in exporter.get("/metrics")
+                return False
+
+            wait_for("the daemon's heartbeat", shows_the_daemon)
     finally:
         kubectl("delete", "-f", "-", PATIENCE, text=manifest)
-    assert "dagster_daemon_heartbeat_timestamp_seconds{" in metrics
 
 
 def test_a_killed_run_worker_fails_its_run_and_another_run_takes_over(dagster: Webserver, platform: Platform) -> None:
