@@ -1,4 +1,4 @@
-"""`make demo` and then `make demo-loop`, as a user runs them, with synthetic images."""
+"""`make demo` and then `make demo-loop`, as a user runs them, with a few drawn images."""
 
 import re
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.ports import free_port
+from tests.fixtures.tiny_data import write_drawn_images
 from tests.fixtures.workspace import ROOT, Workspace
 
 pytestmark = pytest.mark.timeout(1800)
@@ -17,10 +18,16 @@ pytestmark = pytest.mark.timeout(1800)
 def checkout(tmp_path: Path) -> Iterator[Workspace]:
     for name in ("dagster.yaml", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    made = Workspace(
-        tmp_path,
-        {"PYTHONPATH": str(ROOT), "CIFAR10_SOURCE": "synthetic", "INFERENCE_SERVICE_PORT": str(free_port())},
-    )
+    source = tmp_path / "source"
+    source.mkdir()
+    write_drawn_images(source, train=1500, test=600)
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "CIFAR10_SOURCE": str(source),
+        "ACCURACY_THRESHOLD": "0",
+        "INFERENCE_SERVICE_PORT": str(free_port()),
+    }
+    made = Workspace(tmp_path, environment)
     yield made
     made.python("-m", "resources.inference_service.local", "stop")
 
