@@ -16,8 +16,9 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar_assets.contracts import ImageSpec
 from cifar_assets.cpus import available_cpus
-from cifar_assets.dataset.formats.images import DEFAULT_LIMITS, check_size, open_picture, picture_pixels
+from cifar_assets.dataset.formats.images import SOURCE_LIMITS, check_size, open_picture, picture_pixels
 from cifar_assets.dataset.formats.names import PICTURE_SUFFIXES, suffix_of
 from cifar_assets.dataset.objects import printable, unlisted
 from cifar_assets.dataset.progress import report
@@ -70,8 +71,7 @@ class Predictions:
 
         def pixels(name: str) -> NDArray[np.uint8] | None:
             try:
-                picture = open_picture(self.source.read(name))
-                return picture_pixels(picture, self.manifest.image_size, self.manifest.fit)
+                return _decode(self.source.read(name), self.manifest)
             except ExplainedError:
                 return None
 
@@ -118,9 +118,7 @@ def predict(
         source=source.uri(),
         model_digest=model_digest,
         precision=precision,
-        classes=images.classes,
-        image_size=images.image_size,
-        fit=images.fit,
+        **dict(images.spec),
         rows=done,
         files={file: part.sha256 for file, part in parts.items()},
     )
@@ -193,7 +191,7 @@ class _Run:
             row: Row = {"path": info.key, "model_digest": self._model_digest}
             rows.append(row)
             try:
-                check_size(info.size, DEFAULT_LIMITS)
+                check_size(info.size, SOURCE_LIMITS)
                 data = self._source.read(info.key)
                 row["sha256"] = sha256_bytes(data)
                 before = batch.before.get(info.key, {})
@@ -201,8 +199,7 @@ class _Run:
                     row |= before
                     continue
                 with self._cpus:
-                    form = self._model.manifest
-                    images.append(picture_pixels(open_picture(data), form.image_size, form.fit))
+                    images.append(_decode(data, self._model.manifest))
                 new.append(row)
             except ExplainedError as error:
                 if error.transient:
@@ -224,6 +221,10 @@ class _Run:
             "confidence": float(probabilities[label]),
             "probabilities": probabilities.tolist(),
         }
+
+
+def _decode(data: bytes, form: ImageSpec) -> NDArray[np.uint8]:
+    return picture_pixels(open_picture(data, SOURCE_LIMITS), form.image_size, form.fit)
 
 
 def _pictures(source: ObjectStore) -> Iterator[ObjectInfo]:

@@ -17,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from cifar_assets.cpus import available_cpus
-from cifar_assets.dataset.formats.images import prepare_image
+from cifar_assets.dataset.formats.images import open_picture, picture_pixels
 from cifar_assets.predictions.run import predict
 from cifar_assets.serving.classifier import load_classifier
 from resources.object_store import FolderStore, open_store
@@ -39,6 +40,10 @@ def write_pictures(folder: Path, number: int, side: int) -> list[Path]:
         paths.append(folder / f"{index:07d}.jpg")
         paths[-1].write_bytes(buffer.getvalue())
     return paths
+
+
+def decoded(path: Path, size: int) -> NDArray[np.uint8]:
+    return picture_pixels(open_picture(path.read_bytes()), size)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -62,13 +67,14 @@ def main() -> None:
         photos.mkdir()
         paths = write_pictures(photos, options.images, options.side)
         model = load_classifier(uri, digest, num_threads=None, batch_images=BATCH)
-        images = np.stack([prepare_image(path.read_bytes()) for path in paths])
+        size = model.manifest.image_size
+        images = np.stack([decoded(path, size) for path in paths])
         models = open_store(uri.rstrip("/").rpartition("/")[0])
         times: dict[str, list[float]] = {"loop": [], "decode": [], "predict": []}
         for number in range(options.rounds):
             batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
             times["loop"].append(seconds(lambda: [model.run(batch) for batch in batches]))  # noqa: B023
-            times["decode"].append(seconds(lambda: [prepare_image(path.read_bytes()) for path in paths]))
+            times["decode"].append(seconds(lambda: [decoded(path, size) for path in paths]))
             target = root.at(f"round-{number}")
             found = predict(str(photos), models, target, digest, "float32")
             assert found.num_predicted == len(paths)

@@ -175,6 +175,15 @@ def test_pictures_that_cannot_be_used_have_the_reason(world: World, monkeypatch:
     assert world.predict().num_predicted == 1  # what could not be read is tried again
 
 
+def test_photographs_that_the_service_refuses_are_classified(world: World) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6000, 4000), "red").save(buffer, "JPEG")
+    world.write("photo.jpg", buffer.getvalue())
+    found = world.predict()
+    assert found.num_predicted == NUM_PICTURES + 1
+    assert found.unusable == []
+
+
 def test_answers_that_are_not_finite(world: World) -> None:
     _, world.digest = store_tiny_model(world.models, onnx_bytes=tiny_onnx(breaks_on_white=True))
     buffer = io.BytesIO()
