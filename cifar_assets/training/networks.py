@@ -11,6 +11,9 @@ from cifar_assets.contracts import ImageSpec
 from cifar_assets.training.convolution import Conv2d
 from cifar_assets.training.recipes import Recipe, Views, stem_stride
 
+_WHITENING_BATCH = 100
+"""Images whose patches are in memory at a time, in float64."""
+
 
 class TrimmedConv2d(Conv2d):
     """A 3x3 convolution with padding 1 on a feature map of at most 2x2 pixels, without the taps that only see padding.
@@ -164,9 +167,12 @@ class SpeedNet(nn.Module):
     def set_whitening(self, images: Tensor, epsilon: float = 5e-4) -> None:
         """Initialize the first layer with the principal axes of the images' patches: unit variance, both signs."""
         size, stride, number = self.whiten.kernel_size[0], self.whiten.stride[0], self.whiten.out_channels // 2
-        patches = images.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)
-        patches = patches.reshape(-1, 3 * size * size).to(torch.float64)
-        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        moments, count = torch.zeros((3 * size * size, 3 * size * size), dtype=torch.float64, device=images.device), 0
+        for part in images.split(_WHITENING_BATCH):
+            patches = part.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)
+            patches = patches.reshape(-1, 3 * size * size).to(torch.float64)
+            moments, count = moments + patches.T @ patches, count + len(patches)
+        values, vectors = torch.linalg.eigh(moments / count)
         axes = (vectors / torch.sqrt(values + epsilon)).T.flip(0)[:number]
         axes = axes.reshape(number, 3, size, size).to(torch.float32)
         self.whiten.weight.data.copy_(torch.cat((axes, -axes)))
