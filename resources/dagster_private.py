@@ -1,6 +1,8 @@
 """All uses of Dagster's private API: the one place to check on an upgrade."""
 
+from dagster._check import CheckError
 from dagster._core.definitions.resource_annotation import TreatAsResourceParam
+from dagster._core.errors import DagsterPipesExecutionError
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 from dagster._core.execution.retries import RetryMode
 from dagster._core.executor.in_process import InProcessExecutor
@@ -17,7 +19,9 @@ __all__ = [
     "AssetCheckStatus",
     "BulkActionStatus",
     "BulkActionsFilter",
+    "CheckError",
     "CheckRunHealthResult",
+    "DagsterPipesExecutionError",
     "DefaultRunLauncher",
     "InProcessExecutor",
     "RetryMode",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Event, Thread
+from typing import Any
 
 from dagster_pipes import PipesDefaultMessageWriter, PipesMessage, PipesMessageWriterChannel, PipesParams
 
@@ -22,6 +23,15 @@ STORE_URI_PARAM = "store_uri"
 """Key of the Pipes params in which the reader passes the destination of messages."""
 
 _log = logging.getLogger(__name__)
+
+
+def parse_object(data: bytes) -> dict[str, Any] | None:
+    """The JSON object in the bytes; None for anything else, because a process in the pod may write anything."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 class PipesStoreMessageWriter(PipesDefaultMessageWriter):

@@ -14,7 +14,7 @@ from cifar_assets.dataset.versions.splits import SplitConfig
 from cifar_assets.training.spec import JobSpec
 from resources.errors import ConfigError, ObjectNotFoundError
 from resources.object_store import ObjectStore
-from resources.pipes_store import STORE_URI_PARAM
+from resources.pipes_store import STORE_URI_PARAM, parse_object
 from resources.trainer.contract import JOB_SPEC_VARIABLE, PIPES_PREFIX
 
 
@@ -54,11 +54,10 @@ class Plan(BaseModel):
         """The newest result message of the run's training. ObjectNotFoundError when there is none."""
         result: Mapping[str, Any] | None = None
         for info in models.list(self.messages_prefix):
-            for line in models.read(info.key).decode().splitlines():
-                message = json.loads(line)
-                payload = (message.get("params") or {}).get("payload") or {}
-                if message["method"] == "report_custom_message" and payload.get("type") == "result":
-                    result = {name: value for name, value in payload.items() if name not in ("type", "mlflow_unsent")}
+            for line in models.read(info.key).splitlines():
+                match parse_object(line):
+                    case {"method": "report_custom_message", "params": {"payload": {"type": "result", **payload}}}:
+                        result = {name: value for name, value in payload.items() if name != "mlflow_unsent"}
         if result is None:
             raise ObjectNotFoundError(
                 f"The training of run {self.run} reported no model in {models.uri(self.messages_prefix)}: "

@@ -11,9 +11,9 @@ import dagster as dg
 from resources.errors import StoreError
 from resources.kubernetes.errors import KubernetesError
 from resources.kubernetes.job import Job, JobClient
-from resources.kubernetes.messages import MARKS_FOLDER, MESSAGES_FOLDER
 from resources.kubernetes.naming import MANAGED_BY_LABEL, selector
 from resources.object_store import ObjectStore
+from resources.pipes_reader import MARKS_FOLDER, MESSAGES_FOLDER
 
 _GRACE_SECONDS = 60.0
 """Time after the end of a run for its own process to remove the job."""

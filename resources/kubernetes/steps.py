@@ -17,6 +17,7 @@ from resources.kubernetes.diagnosis import Diagnosis
 from resources.kubernetes.errors import KubernetesError, ResourceFailedError, added_to, with_notes
 from resources.kubernetes.job import J, Job, JobClient
 from resources.kubernetes.launch import JobLauncher, JobRequest, Started
+from resources.pipes_reader import MessagesLostError
 from resources.redaction import redacted
 
 StepContext = dg.OpExecutionContext | dg.AssetExecutionContext
@@ -96,7 +97,7 @@ def as_dagster_failure() -> Iterator[None]:
     """Turns errors of an object or the cluster into dg.Failure, with the diagnosis as metadata."""
     try:
         yield
-    except KubernetesError as error:
+    except (KubernetesError, MessagesLostError) as error:
         metadata = _metadata(error.diagnosis) if isinstance(error, ResourceFailedError) else {}
         raise dg.Failure(with_notes(error), metadata, allow_retries=error.transient) from error
 

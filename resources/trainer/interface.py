@@ -2,7 +2,7 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -57,18 +57,11 @@ class TrainingMessages:
     def __init__(self, context: dg.AssetExecutionContext, clock: Callable[[], float] = time.monotonic):
         self._context = context
         self._clock = clock
-        self._num_handled = 0
         self._num_recorded = 0
         self._recorded_at = 0.0
         self._epoch: Mapping[str, Any] | None = None
         """The newest epoch, while it is not recorded."""
         self._result: TrainingResult | None = None
-
-    def handle_new(self, messages: Sequence[Any]) -> None:
-        """Handle all messages received so far that were not handled before."""
-        for message in messages[self._num_handled :]:
-            self.handle(message)
-        self._num_handled = len(messages)
 
     def handle(self, message: Any) -> None:
         """Handle the next message. Unknown types are ignored."""

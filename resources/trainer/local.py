@@ -5,8 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import closing
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -14,11 +17,14 @@ from pydantic import Field
 
 from resources.errors import TrainingError
 from resources.interrupts import sleep
+from resources.object_store import FolderStore
+from resources.pipes_reader import PipesStoreMessageReader
 from resources.run_liveness import inherited_locks
 from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE, TrainingSpec
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
 _POLL_SECONDS = 0.2
+_READ_TIMEOUT_SECONDS = 30.0
 _CONTINUE = "Materialize trained_model again to continue from its checkpoint."
 _PLACE_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """Set by torchrun and the training operator for their processes. PET_* are options of torchrun."""
@@ -38,15 +44,7 @@ class LocalTrainer(TrainerResource):
         scale: TrainingScale,
         child_environment: Mapping[str, str],
     ) -> TrainingResult:
-        messages = TrainingMessages(context)
-        with (
-            closing(messages),
-            dg.open_pipes_session(
-                context=context,
-                context_injector=dg.PipesTempFileContextInjector(),
-                message_reader=dg.PipesTempFileMessageReader(),
-            ) as session,
-        ):
+        with closing(TrainingMessages(context)) as messages, _pipes_session(context, messages) as (session, reader):
             process = subprocess.Popen(
                 self._command((scale.replicas or 1) * (scale.nproc_per_node or 1)),
                 env={
@@ -61,14 +59,13 @@ class LocalTrainer(TrainerResource):
             )
             try:
                 while process.poll() is None:
-                    messages.handle_new(session.get_custom_messages())
+                    reader.poll()
                     sleep(_POLL_SECONDS)
             finally:
                 if process.poll() is None:
                     context.log.info("Stopping the trainer; it writes a checkpoint first.")
                     stop_group(process, self.stop_grace_seconds)
-        messages.handle_new(session.get_custom_messages())
-        messages.close()
+            reader.drain(timeout_seconds=_READ_TIMEOUT_SECONDS, clock=time.monotonic, sleeper=sleep)
         if process.returncode:
             interrupted = process.returncode < 0 or process.returncode == EXIT_RESUME
             raise TrainingError(_failure(process.returncode), transient=interrupted)
@@ -77,6 +74,23 @@ class LocalTrainer(TrainerResource):
     def _command(self, num_processes: int) -> list[str]:
         several = [f"{self.module}.launch", "--standalone", f"--nproc-per-node={num_processes}"]
         return [*following_parent(), sys.executable, "-m", *(several if num_processes > 1 else [self.module])]
+
+
+@contextmanager
+def _pipes_session(
+    context: dg.AssetExecutionContext, messages: TrainingMessages
+) -> Iterator[tuple[dg.PipesSession, PipesStoreMessageReader]]:
+    with tempfile.TemporaryDirectory(prefix="training-messages-") as folder:
+        reader = PipesStoreMessageReader(
+            FolderStore(Path(folder)),
+            launch_id="training",
+            run_id=context.run.run_id,
+            logger=context.log,
+            on_message=lambda payload, replayed: messages.handle(payload),
+        )
+        injector = dg.PipesEnvContextInjector()
+        with dg.open_pipes_session(context=context, context_injector=injector, message_reader=reader) as session:
+            yield session, reader
 
 
 def stop_group(process: subprocess.Popen[Any], grace_seconds: float) -> None:

@@ -16,6 +16,7 @@ import dagster as dg
 import numpy as np
 from dagster_pipes import open_dagster_pipes
 
+from resources.pipes_store import PipesStoreMessageWriter
 from resources.trainer.contract import JOB_SPEC_VARIABLE, TrainingSpec
 from resources.trainer.interface import TrainingScale
 from resources.trainer.local import LocalTrainer
@@ -42,7 +43,7 @@ def load_machine(spec: LoadSpec) -> None:
     """What the trainer's process does in `messages`."""
     matrix = np.random.default_rng(0).random((1024, 1024), np.float32)
     metrics = {"epochs": spec.num_messages, "train_loss": 1.0, "validation_accuracy": 0.5, "images_per_second": 1e3}
-    with open_dagster_pipes() as pipes:
+    with open_dagster_pipes(message_writer=PipesStoreMessageWriter()) as pipes:
         sent = 0
         for number in range(1, spec.num_products + 1):
             matrix.dot(matrix)

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import dagster as dg
 import pytest
@@ -21,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resources.errors import StoreError
-from resources.kubernetes.messages import MessagesLostError, PipesStoreMessageReader
 from resources.object_store import FolderStore
+from resources.object_store.folder import write_atomically
+from resources.pipes_reader import MessagesLostError, PipesStoreMessageReader
 from resources.pipes_store import PipesStoreMessageWriter, _StoreChannel
 from tests.unit.pytorch_job.fake_cluster import FakeClock
 
@@ -321,6 +322,24 @@ def test_writer_falls_back_to_the_default_of_dagster_pipes(tmp_path: Path) -> No
         "report_custom_message",
         "closed",
     ]
+
+
+def test_chunk_that_is_still_being_written_is_read_when_it_is_whole(tmp_path: Path) -> None:
+    store, handler = FolderStore(tmp_path), Handler()
+    reader = reader_of(store)
+    line = json.dumps({"method": "report_custom_message", "params": {"payload": {"epoch": 1}}}).encode()
+
+    def write_in_two_parts(file: BinaryIO) -> None:
+        file.write(line[:20])
+        file.flush()
+        reader.poll()
+        assert handler.messages == []
+        file.write(line[20:])
+
+    with reader.read_messages(handler):
+        write_atomically(tmp_path / "messages/launch/writer/0001.jsonl", write_in_two_parts)
+        reader.poll()
+    assert handler.payloads() == [{"epoch": 1}]
 
 
 LINES = st.one_of(

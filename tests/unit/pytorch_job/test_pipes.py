@@ -16,10 +16,10 @@ from dagster._core.storage.tags import RESUME_RETRY_TAG
 
 from resources.kubernetes.diagnosis import WatchLimits
 from resources.kubernetes.job_config import JobConfig
-from resources.kubernetes.messages import PipesStoreMessageReader
 from resources.kubernetes.pipes import PipesJobClient
 from resources.kubernetes.watch import JobWatcher
 from resources.object_store import FolderStore
+from resources.pipes_reader import PipesStoreMessageReader
 from resources.pipes_store import STORE_URI_PARAM
 from tests.unit.pytorch_job.fake_cluster import (
     RUNNING,

@@ -6,10 +6,11 @@ import pytest
 from cifar_assets.training.spec import JobSpec
 from resources.trainer.interface import TrainingMessages, TrainingScale
 from resources.trainer.local import LocalTrainer
+from tests.unit.training import damaging_trainer
 from tests.unit.training.conftest import SpecMaker
 
 
-def train(spec: JobSpec) -> None:
+def train(spec: JobSpec, module: str = "cifar_assets.training") -> dg.ExecuteInProcessResult:
     """Run a job with the local trainer in an asset."""
 
     @dg.asset
@@ -17,7 +18,7 @@ def train(spec: JobSpec) -> None:
         trainer.train(context, spec, TrainingScale(), {})
         return dg.MaterializeResult()
 
-    dg.materialize([model], resources={"trainer": LocalTrainer()})
+    return dg.materialize([model], resources={"trainer": LocalTrainer(module=module)})
 
 
 def test_a_shell_of_another_training_makes_no_process_wait(
@@ -38,6 +39,23 @@ def test_a_learning_rate_that_ruins_the_weights_is_named(
     output = capfd.readouterr().out
     assert "Lower learning_rate" in output
     assert "unexpected reason" not in output
+
+
+def test_damaged_messages_are_ignored(make_spec: SpecMaker, capfd: pytest.CaptureFixture[str]) -> None:
+    done = train(make_spec("baseline", epochs=3), module=damaging_trainer.__name__)
+    epochs = [
+        e.asset_observation_data.asset_observation.metadata["epoch"].value
+        for e in done.all_events
+        if e.is_asset_observation
+    ]
+    assert epochs == [1, 2, 3]
+    assert "Ignoring a message in file:///" in capfd.readouterr().err
+
+
+def test_training_without_a_result_is_named(make_spec: SpecMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(damaging_trainer.WITHOUT_RESULT, "1")
+    with pytest.raises(Exception, match="ended without reporting a model"):
+        train(make_spec("baseline"), module=damaging_trainer.__name__)
 
 
 def test_all_of_the_first_epochs_then_one_a_second_and_the_last_are_observed() -> None:

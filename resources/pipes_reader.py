@@ -1,7 +1,9 @@
 """Reader of Pipes messages in an object store. The writer in the pod is resources/pipes_store.py.
 
-Polls on the caller's thread. Every attachment reads a job's messages from the first one, so results are complete after
-a re-attach; a mark in the store shows which of them this Dagster run has already recorded.
+Polls on the caller's thread and sees only whole chunks, also of a process on this machine: Dagster's reader of a local
+file ends at a line that the process has written only in part. Every attachment reads a job's messages from the first
+one, so results are complete after a re-attach; a mark in the store shows which of them this Dagster run has already
+recorded.
 """
 
 import json
@@ -13,10 +15,10 @@ from typing import Any
 import dagster as dg
 from dagster_pipes import PipesParams
 
-from resources.errors import ObjectNotFoundError, StoreError
-from resources.kubernetes.errors import KubernetesError
+from resources.dagster_private import CheckError, DagsterPipesExecutionError
+from resources.errors import ExplainedError, ObjectNotFoundError, StoreError
 from resources.object_store import ObjectStore
-from resources.pipes_store import STORE_URI_PARAM
+from resources.pipes_store import STORE_URI_PARAM, parse_object
 
 MESSAGES_FOLDER = "messages"
 MARKS_FOLDER = "read"
@@ -25,9 +27,19 @@ OnMessage = Callable[[Any, bool], None]
 """Handles a custom message; the flag says whether an earlier attempt of this Dagster run already received it."""
 
 _SHOWN_ONCE = ("log", "log_external_stream")
+_MALFORMED = (
+    CheckError,
+    dg.DagsterError,
+    DagsterPipesExecutionError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)
+"""Raised by Dagster for a message whose content is not valid."""
 
 
-class MessagesLostError(KubernetesError):
+class MessagesLostError(ExplainedError):
     """The job's Pipes messages could not be read completely."""
 
 
@@ -67,7 +79,8 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
             yield {STORE_URI_PARAM: self._uri}
         finally:
             if self._closed:
-                handler.handle_message(self._closed)
+                with self._ignoring_damage(self._closed):
+                    handler.handle_message(self._closed)
             self._handler = None
 
     def attach(self, launch_id: str) -> None:
@@ -94,13 +107,14 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
                 if clock() > deadline:
                     raise MessagesLostError(
                         f"The job ended, but its messages in {self._uri} could not be read for "
-                        f"{timeout_seconds:.0f} s: {error} Retry the step: it reads them without running again."
+                        f"{timeout_seconds:.0f} s: {error} Retry the step: it reads them without running again.",
+                        transient=True,
                     ) from error
                 sleeper(1.0)
 
     def no_messages_debug_text(self) -> str:
         return (
-            f"Attempted to read messages from {self._uri}. The process in the pod must call "
+            f"Attempted to read messages from {self._uri}. Its writer must call "
             "open_dagster_pipes(message_writer=PipesStoreMessageWriter())."
         )
 
@@ -129,7 +143,7 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
 
     def _load_mark(self, key: str) -> dict[str, str]:
         try:
-            mark = _parse(self._store.read(key))
+            mark = parse_object(self._store.read(key))
         except ObjectNotFoundError:
             return {}
         if mark is None or not all(isinstance(chunk, str) for chunk in mark.values()):
@@ -139,11 +153,21 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
 
     def _handle_chunk(self, key: str, *, replayed: bool) -> None:
         for line in self._store.read(key).split(b"\n"):
-            message = _parse(line)
+            message = parse_object(line)
             if message is not None and {"method", "params"} <= set(message):
-                self._handle(message, replayed=replayed)
+                with self._ignoring_damage(message):
+                    self._handle(message, replayed=replayed)
             elif line:
                 self._log.warning("Ignoring a line in %s that is not a Pipes message: %s", key, ascii(line[:100]))
+
+    @contextmanager
+    def _ignoring_damage(self, message: Mapping[str, Any]) -> Iterator[None]:
+        try:
+            yield
+        except _MALFORMED as error:  # it must not end hours of work
+            self._log.warning(
+                "Ignoring a message in %s that is not valid: %s. %s", self._uri, ascii(message)[:100], error
+            )
 
     def _handle(self, message: Mapping[str, Any], *, replayed: bool) -> None:
         if self._handler is None:
@@ -169,12 +193,3 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
         self._handler.handle_message(message)  # pyright: ignore[reportArgumentType]  # JSON of a PipesMessage
         if method == "report_custom_message" and self._on_message:
             self._on_message(message["params"]["payload"], replayed)
-
-
-def _parse(data: bytes) -> dict[str, Any] | None:
-    """The JSON object in the bytes; None for anything else, because a process in the pod may write anything."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
