@@ -1,5 +1,6 @@
 # Every command sets up what it needs: uv in .uv if it is missing, the locked environment in .venv.
-CIFAR10_SOURCE ?= synthetic
+SOURCE ?= synthetic
+CIFAR10_SOURCE ?= $(SOURCE)
 FUZZ_MINUTES ?= 60
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv),.uv/bin/uv)
@@ -22,7 +23,7 @@ help: ## List the commands.
 setup: $(filter .uv/bin/uv,$(UV)) ## Install the locked environment.
 	@$(UV) sync --frozen --all-extras --compile-bytecode --quiet
 
-demo: setup ## From images to a served model. CIFAR10_SOURCE selects images other than the synthetic ones.
+demo: setup ## From images to a served model. SOURCE=FOLDER takes your own pictures in class folders.
 	@$(RUN) python -m cifar_assets.demo
 
 demo-loop: setup ## After demo: darkened pictures are noticed, labeled, trained on, and a new version answers.

@@ -76,6 +76,8 @@ class ImageRequest(BaseModel):
 
 
 CIFAR10 = ImageSpec(classes=CLASSES)
+CIFAR10_THRESHOLD = 0.85
+"""Lowest test accuracy of a model of CIFAR-10 that may be served, unless ACCURACY_THRESHOLD is set."""
 
 LANDING_PREFIX = "landing/"
 REJECTED_PREFIX = "rejected/"

@@ -4,7 +4,6 @@ import warnings
 
 import dagster as dg
 
-from cifar_assets import jobs, sensors
 from cifar_assets.assets.datasets import processed_dataset, raw_dataset
 from cifar_assets.assets.inference_service import inference_service
 from cifar_assets.assets.pictures_to_label import pictures_to_label
@@ -16,39 +15,56 @@ from cifar_assets.checks.drift import served_traffic_checks
 from cifar_assets.checks.model import trained_model_checks
 from cifar_assets.checks.parity import argo_parity_checks
 from cifar_assets.checks.service import inference_service_checks
+from cifar_assets.data_set import DataSet, read_data_sets
 from cifar_assets.deployment import executor_for, resources_for, sensors_for
-from cifar_assets.prune.run import prune_job, prune_weekly
+from cifar_assets.jobs import build_jobs
+from cifar_assets.prune.run import build_prune_job
+from cifar_assets.sensors import build_sensors
 from cifar_assets.settings import read_settings
 
 # Some Dagster APIs used here are in beta or preview and would warn in every process of every run.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
+ASSETS = [
+    raw_dataset,
+    processed_dataset,
+    trained_model,
+    inference_service,
+    predictions,
+    served_traffic,
+    pictures_to_label,
+]
+CHECKS = [
+    raw_dataset_checks,
+    processed_dataset_checks,
+    trained_model_checks,
+    inference_service_checks,
+    served_traffic_checks,
+]
+
+
+def build_definitions(data_set: DataSet) -> dg.Definitions:
+    """The definitions of one data set, without their resources."""
+    (jobs, schedules), (prune_job, prune_weekly) = build_jobs(data_set), build_prune_job(data_set)
+    # the Argo workflow knows only the default data set
+    argo = ([argo_trained_model], [argo_parity_checks]) if data_set.is_default else ([], [])
+    return dg.Definitions(
+        assets=dg.with_source_code_references([build(data_set) for build in (*ASSETS, *argo[0])]),
+        asset_checks=[build(data_set) for build in (*CHECKS, *argo[1])],
+        jobs=[*jobs, prune_job],
+        schedules=[*schedules, prune_weekly],
+        sensors=build_sensors(data_set),
+    )
+
+
 _settings = read_settings()
-defs = dg.Definitions(
-    assets=dg.with_source_code_references(
-        [
-            raw_dataset,
-            processed_dataset,
-            trained_model,
-            inference_service,
-            argo_trained_model,
-            served_traffic,
-            pictures_to_label,
-            predictions,
-        ]
+_data_sets = read_data_sets(_settings)
+defs = dg.Definitions.merge(
+    *map(build_definitions, _data_sets),
+    dg.Definitions(
+        sensors=sensors_for(_settings),
+        resources=resources_for(_settings, _data_sets),
+        executor=executor_for(_settings),
     ),
-    asset_checks=[
-        raw_dataset_checks,
-        processed_dataset_checks,
-        trained_model_checks,
-        inference_service_checks,
-        argo_parity_checks,
-        served_traffic_checks,
-    ],
-    jobs=[*jobs.ALL, prune_job],
-    schedules=[jobs.verify_service_daily, jobs.watch_traffic_daily, prune_weekly],
-    sensors=[*sensors.ALL, *sensors_for(_settings)],
-    resources=resources_for(_settings),
-    executor=executor_for(_settings),
 )

@@ -12,16 +12,19 @@ from typing import Any
 import dagster as dg
 from PIL import Image
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE, TRAINED_MODEL
-from cifar_assets.contracts import MODEL_NAME
+from cifar_assets.assets import keys
 from cifar_assets.dataset.versions.reader import open_split
 from resources.digests import canonical_json
 from resources.inference_service.client import InferenceClient
+from resources.mlflow.target import DEFAULT_NAME
 from resources.object_store.resource import LocalObjectStore
 
 log = logging.getLogger("demo")
 _NUM_PICTURES = 20
 _PICTURE_FOLDER = Path(".cifar/demo")
+RAW_DATASET, TRAINED_MODEL, INFERENCE_SERVICE = (
+    dg.AssetKey([DEFAULT_NAME, asset]) for asset in (keys.RAW_DATASET, keys.TRAINED_MODEL, keys.INFERENCE_SERVICE)
+)
 FOUR_ASSETS = f'+key:"{INFERENCE_SERVICE.to_user_string()}"'
 """The service and all its upstream assets. "*" would also train the model of the Argo workflow."""
 
@@ -63,10 +66,14 @@ def launch(*arguments: str, trains: bool = False) -> int:
 
 def served() -> dict[str, Any]:
     """Metadata of the service's last materialization."""
+    return _metadata(INFERENCE_SERVICE)
+
+
+def _metadata(key: dg.AssetKey) -> dict[str, Any]:
     with dg.DagsterInstance.from_config(str(Path.cwd())) as instance:
-        event = instance.get_latest_materialization_event(INFERENCE_SERVICE)
+        event = instance.get_latest_materialization_event(key)
     if event is None or event.asset_materialization is None:
-        raise SystemExit("inference_service has no materialization: run `make demo` first.")
+        raise SystemExit(f"{key.path[-1]} has no materialization: run `make demo` first.")
     return {name: value.value for name, value in event.asset_materialization.metadata.items()}
 
 
@@ -100,18 +107,20 @@ def _report(seconds: float) -> None:
     _PICTURE_FOLDER.mkdir(parents=True, exist_ok=True)
     for path, image in zip(pictures, split.take(list(range(len(labels)))), strict=True):
         Image.fromarray(image.transpose(1, 2, 0)).save(path)
-    answers = InferenceClient(str(made["url"]), is_traffic=True).predict_files(pictures).classes
+    client = InferenceClient(str(made["url"]), is_traffic=True)
+    answers = client.predict_files(pictures).classes
     right = [index for index, label in enumerate(labels) if answers[index] == label]
     example = right[0] if right else 0
     lines = [
         "",
-        f"Test accuracy  {float(str(made['test_accuracy'])):.2%}",
+        f"Assumed        {_metadata(RAW_DATASET).get('assumed', 'nothing')}",
+        f"Test accuracy  {float(str(made['test_accuracy'])):.2%}; needed: {float(str(made['threshold'])):.2%}",
         f"Model          version {made['model_version']}, digest {made['model_digest']}",
         f"Took           {seconds:.0f} s to materialize all four assets",
         f"Asked the service about {len(labels)} test pictures: {len(right)} right.",
         "",
         f"Ask it yourself, in a browser at {made['url']} or by a command; the picture shows: {labels[example]}",
-        f"  curl -F image=@{pictures[example]} {made['url']}/v1/models/{MODEL_NAME}:predict",
+        f"  curl -F image=@{pictures[example]} {made['url']}/v1/models/{client.model_name}:predict",
         "See the graph, the runs and the pictures: make dev. End the service: make stop.",
     ]
     log.info("\n".join(lines))

@@ -14,7 +14,7 @@ import numpy as np
 import urllib3
 
 from cifar_assets import demo
-from cifar_assets.assets.keys import SERVED_TRAFFIC
+from cifar_assets.assets import keys
 from cifar_assets.assets.record import evaluations
 from cifar_assets.dataset.formats.images import pixel_digest
 from cifar_assets.dataset.landing.zone import SETTLED_SECONDS
@@ -24,9 +24,11 @@ from cifar_assets.labelling.server import LabellingServer
 from cifar_assets.traffic.records import read_traffic
 from resources.errors import StoreError
 from resources.inference_service.client import InferenceClient
+from resources.mlflow.target import DEFAULT_NAME
 from resources.object_store import ObjectStore
 from resources.object_store.resource import LocalObjectStore
 
+SERVED_TRAFFIC = dg.AssetKey([DEFAULT_NAME, keys.SERVED_TRAFFIC])
 _NUM_SENT, _NUM_LABELED = 300, 20
 _RECORD_SECONDS = 300
 

@@ -1,13 +1,15 @@
 """Chooses the graph's resources: the only module that knows which deployment this is. Opens no connection."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import dagster as dg
 from pydantic import BaseModel, ValidationError
 
 from cifar_assets.assets.common import AccuracyGate
+from cifar_assets.data_set import DataSet, default_data_set, read_data_sets
 from cifar_assets.serving.settings import ENVIRONMENT_PREFIX
 from cifar_assets.settings import Settings
 from resources.errors import ConfigError
@@ -32,17 +34,18 @@ _KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def resources_for(settings: Settings) -> dict[str, Any]:
-    """Resources by key. ConfigError names the invalid environment variable."""
-    deployed = _local(settings) if settings.dagster_deployment == "local" else _kubernetes(settings)
-    return {
-        **deployed,
-        "gate": AccuracyGate(
-            threshold=settings.accuracy_threshold,
-            precision=settings.serving_precision,
-            public_keys=settings.model_public_key,
-        ),
-    }
+def resources_for(settings: Settings, data_sets: Sequence[DataSet] = ()) -> dict[str, Any]:
+    """Resources by key, some of them for each data set. ConfigError names the invalid environment variable."""
+    is_local = settings.dagster_deployment == "local"
+    shared, own = (_local_shared, _local) if is_local else (_kubernetes_shared, _kubernetes)
+    resources = shared(settings)
+    for data_set in data_sets or read_data_sets(settings):
+        gate = AccuracyGate(
+            threshold=data_set.threshold, precision=settings.serving_precision, public_keys=settings.model_public_key
+        )
+        for name, resource in {**own(settings, data_set), "gate": gate}.items():
+            resources[data_set.named(name)] = resource
+    return resources
 
 
 def executor_for(settings: Settings) -> dg.ExecutorDefinition:
@@ -62,40 +65,55 @@ def sensors_for(settings: Settings) -> list[dg.SensorDefinition]:
     return [build_trainer_collector()]
 
 
-def _local(settings: Settings) -> dict[str, Any]:
+def _local_shared(_: Settings) -> dict[str, Any]:
     from resources.argo.local import LocalPipeline
-    from resources.inference_service import LocalInferenceService
-    from resources.mlflow.resource import LocalMlflow
     from resources.trainer.local import LocalTrainer
 
+    return {"trainer": LocalTrainer(), "argo": LocalPipeline()}
+
+
+def _local(settings: Settings, data_set: DataSet) -> dict[str, Any]:
+    from resources.inference_service import LocalInferenceService
+    from resources.mlflow.resource import LocalMlflow
+
+    object_store = LocalObjectStore(folder=data_set.folder)
+    state_dir = Path(LocalInferenceService.model_fields["state_dir"].default) / data_set.folder
     return {
-        "object_store": LocalObjectStore(),
-        "mlflow": LocalMlflow(),
-        "trainer": LocalTrainer(),
+        "object_store": object_store,
+        "mlflow": LocalMlflow(experiment=data_set.name, registered_model=data_set.name),
         "serving": LocalInferenceService(
             server_module="cifar_assets.serving",
             withheld_prefixes=[ENVIRONMENT_PREFIX, SIGNING_KEY_VARIABLE],
-            port=settings.inference_service_port,
-            options=_recording(settings, LocalObjectStore().traffic.uri(), record_interval="5", feedback="true"),
+            state_dir=str(state_dir),
+            port=data_set.port or settings.inference_service_port,
+            options=_options(settings, data_set, object_store.traffic.uri(), record_interval="5", feedback="true"),
         ),
-        "argo": LocalPipeline(),
     }
 
 
-def _kubernetes(settings: Settings) -> dict[str, Any]:
+def _kubernetes_shared(settings: Settings) -> dict[str, Any]:
     from resources.argo.resource import ArgoPipeline
-    from resources.mlflow.resource import MlflowServer
 
-    object_store = object_store_from_environment(os.environ)
     images = {"trainer-image": settings.trainer_image}
     parameters = {name: str(value) for name, value in {**images, **settings.argo_parameters}.items()}
     return {
-        "object_store": object_store,
-        # if it is missing, the resource raises its own error when it is used
-        "mlflow": MlflowServer(tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI") if settings.mlflow_tracking_uri else ""),
-        "trainer": trainer_for(settings, object_store),
-        "serving": serving_for(settings),
+        "trainer": trainer_for(settings, object_store_from_environment(os.environ)),
         "argo": ArgoPipeline(namespace=settings.trainer_namespace, parameters=parameters),
+    }
+
+
+def _kubernetes(settings: Settings, data_set: DataSet) -> dict[str, Any]:
+    from resources.mlflow.resource import MlflowServer
+
+    return {
+        "object_store": object_store_from_environment(os.environ, data_set.folder),
+        "mlflow": MlflowServer(
+            # if it is missing, the resource raises its own error when it is used
+            tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI") if settings.mlflow_tracking_uri else "",
+            experiment=data_set.name,
+            registered_model=data_set.name,
+        ),
+        "serving": serving_for(settings, data_set),
     }
 
 
@@ -126,13 +144,14 @@ def trainer_for(settings: Settings, object_store: ObjectStoreResource) -> "Kuber
     )
 
 
-def serving_for(settings: Settings) -> "KServeInferenceService":
-    """The service of a cluster."""
+def serving_for(settings: Settings, data_set: DataSet | None = None) -> "KServeInferenceService":
+    """The service of a data set, by default CIFAR-10, in a cluster."""
     from resources.inference_service.kserve.config import InferenceServiceSettings
     from resources.inference_service.kserve.resource import KServeInferenceService
 
+    data_set = data_set or default_data_set(settings)
     bucket = f"{os.environ.get('CIFAR_BUCKET_PREFIX', '')}{TRAFFIC_BUCKET}"
-    options = _recording(settings, f"s3://{bucket}/").items()
+    options = _options(settings, data_set, f"s3://{bucket}/{data_set.folder}").items()
     env = {f"{ENVIRONMENT_PREFIX}{name.upper()}": value for name, value in options}
     service = {**settings.server_settings, "image": settings.server_image}
     if env and isinstance(own := service.get("env", {}), dict):  # anything else is refused below
@@ -140,18 +159,19 @@ def serving_for(settings: Settings) -> "KServeInferenceService":
     fields = {
         "settings": _build(InferenceServiceSettings, "SERVER_SETTINGS", service),
         "namespace": settings.server_namespace,
-        "name": settings.server_name,
-        "base_url": settings.server_url,
-        "host": settings.server_host,
+        "name": data_set.service or settings.server_name,
+        "base_url": data_set.url,
+        "host": settings.server_host if data_set.is_default else None,
         "gateway": settings.server_gateway,
     }
-    return _build(KServeInferenceService, "SERVER_NAME or SERVER_NAMESPACE", fields)
+    return _build(KServeInferenceService, "SERVER_NAME, SERVER_NAMESPACE or a service of DATA_SETS", fields)
 
 
-def _recording(settings: Settings, uri: str, **more: str) -> dict[str, str]:
-    """Options with which the model server records its traffic; none if recording is off."""
+def _options(settings: Settings, data_set: DataSet, uri: str, **recording: str) -> dict[str, str]:
+    """Options of the model server: the model's name, and where traffic is recorded, unless that is off."""
+    name = {} if data_set.is_default else {"model_name": data_set.name}
     fraction = settings.recorded_fraction
-    return {"record_uri": uri, "record_fraction": f"{fraction:g}", **more} if fraction else {}
+    return {**name, "record_uri": uri, "record_fraction": f"{fraction:g}", **recording} if fraction else name
 
 
 def _build(kind: type[_Model], variable: str, fields: Mapping[str, Any]) -> _Model:

@@ -30,7 +30,7 @@ class DagsterCollector(Collector):
     def __init__(self, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition):
         self._instance = instance
         self._repository = repository
-        self._trained_at: dict[str, float] = {}
+        self._trained_at: dict[tuple[str, str], float] = {}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """All metrics."""
@@ -87,23 +87,28 @@ class DagsterCollector(Collector):
         return beats
 
     def _deployed_model(self) -> Iterator[GaugeMetricFamily]:
-        model = _gauge("cifar10_deployed_model_info", "The model that inference_service deployed last.", "digest")
+        labels = "data_set", "digest"
+        model = _gauge("cifar10_deployed_model_info", "The model that inference_service deployed last.", *labels)
         trained = _gauge(
-            "cifar10_deployed_model_trained_timestamp_seconds", "When this model was first materialized.", "digest"
+            "cifar10_deployed_model_trained_timestamp_seconds", "When this model was first materialized.", *labels
         )
-        event = self._instance.get_latest_materialization_event(INFERENCE_SERVICE)
-        tags = event.asset_materialization.tags if event and event.asset_materialization else None
-        if event and (digest := (tags or {}).get(DATA_VERSION_TAG)):
-            model.add_metric([digest], 1)
-            trained.add_metric([digest], self._trained(digest, event.timestamp))
+        for key in sorted(self._repository.asset_graph.get_all_asset_keys()):
+            if key.path[-1] != INFERENCE_SERVICE:
+                continue
+            event = self._instance.get_latest_materialization_event(key)
+            tags = event.asset_materialization.tags if event and event.asset_materialization else None
+            if event and (digest := (tags or {}).get(DATA_VERSION_TAG)):
+                model.add_metric([key.path[0], digest], 1)
+                trained.add_metric([key.path[0], digest], self._trained(key.path[0], digest, event.timestamp))
         yield model
         yield trained
 
-    def _trained(self, digest: str, deployed_at: float) -> float:
-        if digest not in self._trained_at:  # reads the history of all trainings
-            made = materializations(self._instance, TRAINED_MODEL, limit=None)
-            self._trained_at[digest] = min((m.timestamp for m in made if m.digest == digest), default=deployed_at)
-        return self._trained_at[digest]
+    def _trained(self, data_set: str, digest: str, deployed_at: float) -> float:
+        if (data_set, digest) not in self._trained_at:  # reads the history of all trainings
+            made = materializations(self._instance, dg.AssetKey([data_set, TRAINED_MODEL]), limit=None)
+            first = min((m.timestamp for m in made if m.digest == digest), default=deployed_at)
+            self._trained_at[data_set, digest] = first
+        return self._trained_at[data_set, digest]
 
 
 def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:

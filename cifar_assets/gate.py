@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
+from cifar_assets.contracts import CIFAR10, CIFAR10_THRESHOLD
 from cifar_assets.model_package import (
     INT8_FILE,
     METRICS_FILE,
@@ -31,33 +32,54 @@ _REQUIRED = ("test_accuracy", "test_loss", "expected_calibration_error", "onnx_m
 
 
 def judge(
-    models: ObjectStore, digest: str, threshold: float, public_keys: str | None = None
+    models: ObjectStore, digest: str, threshold: float | None, public_keys: str | None = None
 ) -> tuple[ModelManifest, Verdict]:
-    """Read the model's manifest and metrics, verified by digest, and compare; the numbers include `test_accuracy`.
+    """Read the model's manifest and metrics, verified by digest, and compare; the numbers include both sides.
 
-    Equality passes. Raises IntegrityError or ObjectNotFoundError when the stored model does not match the digest,
-    or, if there are public keys, its signature; DataError when its metrics have no accuracy from 0 to 1.
+    Equality passes. Without a threshold, it is CIFAR10_THRESHOLD for the classes of CIFAR-10; another model has to be
+    better than always naming the most frequent class of the test images. Raises IntegrityError or ObjectNotFoundError
+    when the stored model does not match the digest, or, if there are public keys, its signature; DataError when its
+    metrics have no accuracy from 0 to 1.
     """
     package = models.at(digest)
     manifest = read_manifest(package, digest)
     if public_keys:
         verify_package(package, digest, public_keys)
-    accuracy = number(read_json(package, manifest, METRICS_FILE), "test_accuracy")
+    metrics = read_json(package, manifest, METRICS_FILE)
+    accuracy = number(metrics, "test_accuracy")
     if not 0 <= accuracy <= 1:
         raise DataError(
             f"{package.uri(METRICS_FILE)}: test_accuracy is {accuracy!r}, expected a number from 0 to 1. "
             "The model cannot be judged: train it again."
         )
-    passed = accuracy >= threshold
-    relation = "reaches" if passed else "is below"
-    reason = f"Test accuracy {accuracy:.4f} of model {digest} {relation} the threshold {threshold:.4f}"
+    if threshold is None and manifest.classes != CIFAR10.classes:
+        threshold = default_threshold(manifest, metrics)
+        passed = accuracy > threshold
+        side = "is more" if passed else "is not more"
+        what = f"{side} than the {threshold:.4f} of always naming the most frequent class"
+    else:
+        threshold = CIFAR10_THRESHOLD if threshold is None else threshold
+        passed = accuracy >= threshold
+        what = f"{'reaches' if passed else 'is below'} the threshold {threshold:.4f}"
+    reason = f"Test accuracy {accuracy:.4f} of model {digest} {what}"
     return manifest, Verdict(passed, reason, {"test_accuracy": accuracy, "threshold": threshold})
+
+
+def default_threshold(manifest: ModelManifest, metrics: Mapping[str, Any]) -> float:
+    """CIFAR10_THRESHOLD for the classes of CIFAR-10, else the fraction of test images of the most frequent class."""
+    if manifest.classes == CIFAR10.classes:
+        return CIFAR10_THRESHOLD
+    try:
+        counts = [sum(row) for row in metrics["confusion_matrix"]]
+        return max(counts) / sum(counts)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise DataError(f"{METRICS_FILE} has no confusion matrix: train the model again.") from error
 
 
 def judge_model(
     models: ObjectStore,
     digest: str,
-    threshold: float,
+    threshold: float | None,
     onnx_tolerance: float = ONNX_TOLERANCE,
     public_keys: str | None = None,
 ) -> Judges:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ MAX_ATTEMPTS = 3
 """Number of runs requested for one batch of objects if runs crash or miss some of it, including the first."""
 
 _NAMES_SHOWN = 3
-_BY_HAND = "To try again, start the job retrain manually or reset this sensor's cursor."
+_BY_HAND = "To try again, start the job {job} manually or reset this sensor's cursor."
 
 Outcome = Literal["succeeded", "crashed", "refused", "canceled", "unfinished"]
 """`refused` means that a blocking check failed: the same objects would fail it again."""
@@ -27,7 +27,7 @@ _STATES: dict[Outcome | None, str] = {
     "unfinished": "No new data: run {run} is processing {objects}.",
     "canceled": f"Run {{run}} for {{objects}} was canceled. {_BY_HAND}",
     "refused": "Run {run} for {objects} failed a blocking check and would fail it again. Land other data, or change "
-    "the check's bounds and start the job retrain manually.",
+    "the check's bounds and start the job {job} manually.",
 }
 """The reason to skip when none of the objects is new, by outcome."""
 
@@ -78,12 +78,15 @@ def decide(
     busy: str | None = None,
     last: LastRun | None = None,
     read: Collection[str] | None = None,
+    name: Callable[[str], str] = str,
 ) -> Decision:
     """Whether to retrain now. Pure: the same cursor and listing give the same run key, so a repeated tick adds no run.
 
     `busy` describes a training in progress, `last` is the previously requested run, if it still exists, and `read`
-    holds the fingerprints of the objects that the last build of the raw dataset read, or None.
+    holds the fingerprints of the objects that the last build of the raw dataset read, or None. `name` gives the data
+    set's names of jobs.
     """
+    job = name("retrain")
     notes = "".join(f" Skipped {count}: {reason}." for reason, count in sorted(Counter(scan.skipped.values()).items()))
 
     def wait(reason: str) -> Decision:
@@ -102,14 +105,14 @@ def decide(
             why = f"run {last.run_id} {'failed' if last.outcome == 'crashed' else 'did not read them'}"
         what, attempt = f"{_objects(len(keys))} ({', '.join(keys[:_NAMES_SHOWN])}{more}), as {why}", cursor.attempt + 1
         if attempt > MAX_ATTEMPTS:
-            return wait(f"Gave up after {cursor.attempt} runs: {what}. See the run's log. {_BY_HAND}")
+            return wait(f"Gave up after {cursor.attempt} runs: {what}. See the run's log. {_BY_HAND.format(job=job)}")
     else:
         objects = f"the {_objects(len(ready))} under {LANDING_PREFIX}"
-        return wait(_STATES[last.outcome if last else None].format(objects=objects, run=last and last.run_id))
+        return wait(_STATES[last.outcome if last else None].format(objects=objects, run=last and last.run_id, job=job))
     if busy:
         return wait(f"Waiting for {busy} to end: {what}.")
     covered, sequence = sorted(ready), cursor.sequence + 1
-    run_key = f"landing-{sequence}-{sha256_json(covered)[:12]}"
+    run_key = f"{name('landing')}-{sequence}-{sha256_json(covered)[:12]}"
     again = f" (attempt {attempt} of {MAX_ATTEMPTS})" if attempt > 1 else ""
     after = LandingCursor(covered=covered, sequence=sequence, attempt=attempt, run_key=run_key)
     return Decision(after, run_key, f"Retraining{again}: {what}.{notes}")

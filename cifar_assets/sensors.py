@@ -5,12 +5,12 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
-from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
+from cifar_assets.assets.binding import bind
+from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, INFERENCE_SERVICE, TRAINED_MODEL, key_of
 from cifar_assets.assets.record import UNFINISHED
+from cifar_assets.data_set import DataSet
 from cifar_assets.dataset.landing.zone import LandingRecord, scan_landing
-from cifar_assets.jobs import retrain
 from cifar_assets.landing_decision import LandingCursor, LastRun, Outcome, decide
-from cifar_assets.settings import read_settings
 from resources.dagster_private import BulkActionsFilter, BulkActionStatus
 from resources.errors import ConfigError
 from resources.mlflow.resource import RUN_METADATA, MlflowResource
@@ -26,16 +26,35 @@ RETRY_SECONDS = 600.0
 _RUN_KEY_TAG = "dagster/run_key"
 _ROOT_RUN_TAG = "dagster/root_run_id"
 _UNFINISHED_BACKFILLS = [BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING, BulkActionStatus.FAILING]
-_TRAINED = {TRAINED_MODEL, ARGO_TRAINED_MODEL}
 
 
-@dg.sensor(
-    job=retrain,
-    minimum_interval_seconds=30,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Starts one retrain run for each batch of landed objects; later ones wait for it to end.",
-)
-def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStoreResource) -> dg.SensorResult:
+def build_sensors(data_set: DataSet) -> list[dg.SensorDefinition]:
+    """The sensors of a data set."""
+    landing = dg.sensor(
+        name=data_set.named("landing_sensor"),
+        job_name=data_set.named("retrain"),
+        minimum_interval_seconds=30,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Starts one retrain run for each batch of landed objects; later ones wait for it to end.",
+    )(bind(request_retraining, data_set))
+    closing = dg.sensor(
+        name=data_set.named("close_mlflow_runs"),
+        minimum_interval_seconds=120,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Ends MLflow runs that are still RUNNING though the Dagster run of their training has ended.",
+    )(bind(close_mlflow_runs, data_set))
+    deploying = dg.AutomationConditionSensorDefinition(
+        data_set.named("deploy_when_trained"),
+        target=dg.AssetSelection.assets(key_of(data_set, INFERENCE_SERVICE)),
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Deploys a newly trained model once its blocking checks passed, unless a run has already done so.",
+    )
+    return [landing, closing, deploying]
+
+
+def request_retraining(
+    data_set: DataSet, context: dg.SensorEvaluationContext, object_store: ObjectStoreResource
+) -> dg.SensorResult:
     """One tick: list the landing prefix and request at most one run."""
     cursor, note = LandingCursor.load(context.cursor)
     raw, instance = object_store.raw, context.instance
@@ -43,9 +62,10 @@ def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStor
     decision = decide(
         cursor,
         scan_landing(raw),
-        busy=training_in_flight(instance),
+        busy=training_in_flight(instance, data_set),
         last=last_run(instance, cursor.run_key),
         read=record.read if record else None,
+        name=data_set.named,
     )
     if decision.run_key is None:
         return dg.SensorResult(skip_reason=decision.reason + note)
@@ -54,36 +74,41 @@ def landing_sensor(context: dg.SensorEvaluationContext, object_store: ObjectStor
         reason = f"Run {known.run_id} was already started for these objects by a tick whose cursor was not saved."
         return dg.SensorResult(skip_reason=reason, cursor=after)
     context.log.info(decision.reason + note)
-    training = {"reuse": True, **read_settings().retrain_config}
+    training = {"reuse": True, **data_set.retrain_config}
     request = dg.RunRequest(
         run_key=decision.run_key,
-        run_config={"ops": {TRAINED_MODEL.to_python_identifier(): {"config": training}}},
+        run_config={"ops": {key_of(data_set, TRAINED_MODEL).to_python_identifier(): {"config": training}}},
         tags={"landing": decision.reason[:200]},
     )
     return dg.SensorResult(run_requests=[request], cursor=after)
 
 
-def training_in_flight(instance: dg.DagsterInstance) -> str | None:
-    """Describes an unfinished run, however it was started, or backfill that will materialize a model; else None."""
+def training_in_flight(instance: dg.DagsterInstance, data_set: DataSet) -> str | None:
+    """Describes an unfinished run, however it was started, or backfill that will materialize a model; else None.
+
+    Of this data set only. The data of another one can be prepared while a model trains; the trainings themselves wait
+    for each other in the pool.
+    """
+    trained = {key_of(data_set, TRAINED_MODEL), key_of(data_set, ARGO_TRAINED_MODEL)}
     for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
-        if _will_train(instance, run):
+        if _will_train(instance, run, trained):
             return f"run {run.run_id} ({run.job_name}, {run.status.value})"
     failed_lately = dg.RunsFilter(
         statuses=[dg.DagsterRunStatus.FAILURE], updated_after=datetime.now(UTC) - timedelta(seconds=RETRY_SECONDS)
     )
     for run in instance.get_runs(failed_lately):
-        if run.is_complete_and_waiting_to_retry and run.remote_job_origin and _will_train(instance, run):
+        if run.is_complete_and_waiting_to_retry and run.remote_job_origin and _will_train(instance, run, trained):
             return f"the automatic retry of run {run.run_id}"
     for backfill in instance.get_backfills(BulkActionsFilter(statuses=_UNFINISHED_BACKFILLS)):
-        if _TRAINED & set(backfill.asset_selection or ()):
+        if trained & set(backfill.asset_selection or ()):
             return f"backfill {backfill.backfill_id}"
     return None
 
 
-def _will_train(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    """Whether the run plans to materialize a model, according to the plan that Dagster stores with every run."""
+def _will_train(instance: dg.DagsterInstance, run: dg.DagsterRun, trained: set[dg.AssetKey]) -> bool:
+    """Whether the run plans to materialize one of these, according to the plan that Dagster stores with every run."""
     planned = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
-    return any(entry.get_dagster_event().asset_key in _TRAINED for entry in planned)
+    return any(entry.get_dagster_event().asset_key in trained for entry in planned)
 
 
 def last_run(instance: dg.DagsterInstance, run_key: str | None) -> LastRun | None:
@@ -134,13 +159,8 @@ def mlflow_end(
     return "FAILED", record.end_time
 
 
-@dg.sensor(
-    minimum_interval_seconds=120,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Ends MLflow runs that are still RUNNING though the Dagster run of their training has ended.",
-)
-def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResource) -> dg.SkipReason:
-    """Runs that a tick cannot close because MLflow is down are found again by the next tick."""
+def close_mlflow_runs(data_set: DataSet, context: dg.SensorEvaluationContext, mlflow: MlflowResource) -> dg.SkipReason:
+    """Of the data set's experiment. What a tick cannot close because MLflow is down is found again by the next."""
     try:
         running = mlflow.running()
     except ConfigError as error:
@@ -166,13 +186,3 @@ def close_mlflow_runs(context: dg.SensorEvaluationContext, mlflow: MlflowResourc
         f"Not closed, to be retried by the next tick: {', '.join(refused) or 'none'}. "
         f"Still RUNNING because their Dagster runs are in progress, just failed or are unknown here: {num_left}."
     )
-
-
-deploy_when_trained = dg.AutomationConditionSensorDefinition(
-    "deploy_when_trained",
-    target=dg.AssetSelection.groups("serving"),
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Deploys a newly trained model once its blocking checks passed, unless a run has already done so.",
-)
-
-ALL = [landing_sensor, close_mlflow_runs, deploy_when_trained]

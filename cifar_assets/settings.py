@@ -36,12 +36,18 @@ class Settings(BaseSettings):
         repr=False,
         description="Raw images: `download`, `synthetic`, or a path or URI, including a signed one (data.md).",
     )
-    accuracy_threshold: float = Field(
-        default=0.85,
+    data_sets: str | None = Field(
+        default=None,
+        repr=False,
+        description="Further data sets: a YAML list, or a file that contains it (your_own_images.md).",
+    )
+    accuracy_threshold: float | None = Field(
+        default=None,
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="Lowest test accuracy of a model that may be served: a fraction from 0 to 1, such as 0.8.",
+        description="Lowest test accuracy of a model that may be served: a fraction from 0 to 1, such as 0.8. By "
+        "default 0.85 for CIFAR-10, and for other images more than always naming the most frequent class.",
     )
     serving_precision: WantedPrecision = Field(
         default="auto",

@@ -16,11 +16,13 @@ RETRY_SECONDS = 10.0
 class AccuracyGate(dg.ConfigurableResource):
     """The asset check and the deployment use this one resource, so both apply the same threshold."""
 
-    threshold: float = Field(
+    threshold: float | None = Field(
+        default=None,
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="Lowest test accuracy, as a fraction from 0 to 1, of a model that may be served. Equality passes.",
+        description="Lowest test accuracy, as a fraction from 0 to 1, of a model that may be served. Equality passes. "
+        "Without it, see ACCURACY_THRESHOLD.",
     )
     precision: WantedPrecision = Field(
         default="auto",

@@ -4,15 +4,16 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import metadata
+from cifar_assets.assets.binding import data_set_asset
 from cifar_assets.assets.common import retrying_infrastructure_faults
-from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, RAW_DATASET
+from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET, key_of
 from cifar_assets.assets.record import materialized_digest, previous_digests
+from cifar_assets.data_set import DataSet
 from cifar_assets.dataset.versions.baseline_copies import write_baseline_copies
 from cifar_assets.dataset.versions.processed import build_processed
 from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.dataset.versions.splits import SplitConfig
 from cifar_assets.dataset.versions.verdicts import judge_processed
-from cifar_assets.settings import read_settings
 from resources.errors import ConfigError
 from resources.object_store.resource import ObjectStoreResource
 from resources.redaction import has_credentials, redacted
@@ -25,7 +26,7 @@ class RawDatasetConfig(dg.Config):
     source: str | None = Field(
         default=None,
         description="'download', 'synthetic', or a path or s3:// URI of an official archive, of Parquet files "
-        "or of class folders. Defaults to the environment variable CIFAR10_SOURCE, or 'download' if that is not set.",
+        "or of class folders. Defaults to that of the data set: for cifar10 to CIFAR10_SOURCE, or 'download'.",
     )
     resize: bool = Field(
         default=True, description="Scale images of another size to that of the dataset; otherwise they are refused."
@@ -35,18 +36,18 @@ class RawDatasetConfig(dg.Config):
         description="Digest of an earlier raw version to make current again, instead of building one from the source.",
     )
 
-    def resolved_source(self) -> str:
+    def resolved_source(self, data_set: DataSet) -> str:
         if self.source and has_credentials(self.source):
             raise ConfigError(
-                f"source is {redacted(self.source)}: Dagster shows run config in its UI. Set CIFAR10_SOURCE instead, "
-                "in a cluster from a Secret."
+                f"source is {redacted(self.source)}: Dagster shows run config in its UI. Set CIFAR10_SOURCE or "
+                "DATA_SETS instead, in a cluster from a Secret."
             )
-        return self.source or read_settings().cifar10_source
+        return self.source or data_set.source
 
 
-@dg.asset(key_prefix=PREFIX, group_name="data", kinds={"s3", "parquet"}, owners=OWNERS, tags={"layer": "raw"})
+@data_set_asset(group="data", kinds={"s3", "parquet"}, tags={"layer": "raw"})
 def raw_dataset(
-    context: dg.AssetExecutionContext, config: RawDatasetConfig, object_store: ObjectStoreResource
+    data_set: DataSet, context: dg.AssetExecutionContext, config: RawDatasetConfig, object_store: ObjectStoreResource
 ) -> dg.MaterializeResult:
     """Raw images imported from the source, joined with all valid landed data.
 
@@ -56,7 +57,11 @@ def raw_dataset(
     with retrying_infrastructure_faults():
         object_store.ensure_buckets()
         version = build_raw_version(
-            object_store.raw, config.resolved_source(), digest=config.version, resize=config.resize
+            object_store.raw,
+            config.resolved_source(data_set),
+            data_set.request,
+            digest=config.version,
+            resize=config.resize,
         )
         return dg.MaterializeResult(
             data_version=dg.DataVersion(version.digest), metadata=metadata.of_raw(object_store.raw, version)
@@ -89,16 +94,12 @@ class ProcessedDatasetConfig(dg.Config):
     )
 
 
-@dg.asset(
-    key_prefix=PREFIX,
-    group_name="data",
-    kinds={"s3", "numpy"},
-    owners=OWNERS,
-    tags={"layer": "processed"},
-    deps=[RAW_DATASET],
-)
+@data_set_asset(group="data", kinds={"s3", "numpy"}, tags={"layer": "processed"}, deps=[RAW_DATASET])
 def processed_dataset(
-    context: dg.AssetExecutionContext, config: ProcessedDatasetConfig, object_store: ObjectStoreResource
+    data_set: DataSet,
+    context: dg.AssetExecutionContext,
+    config: ProcessedDatasetConfig,
+    object_store: ObjectStoreResource,
 ) -> dg.MaterializeResult:
     """Decoded images as uint8 tensors in safetensors shards, split into train, validation and test.
 
@@ -107,14 +108,18 @@ def processed_dataset(
     """
     with retrying_infrastructure_faults():
         raw, processed = object_store.raw, object_store.processed
-        raw_digest = config.raw_digest or materialized_digest(context, RAW_DATASET)
+        raw_digest = config.raw_digest or materialized_digest(context, key_of(data_set, RAW_DATASET))
         split = SplitConfig(**config.model_dump(exclude={"raw_digest", "write_baseline_copies"}))
         version = build_processed(raw, processed, raw_digest, split)
         if reasons := objections(judge_processed(raw, processed, version.digest)):
             context.log.warning(f"The copies for the old pipeline are left unchanged: {' '.join(reasons)}")
-        elif config.write_baseline_copies:
+        elif config.write_baseline_copies and data_set.is_default:
             write_baseline_copies(raw, processed, version.digest)
-        earlier = (each for each in previous_digests(context.instance, PROCESSED_DATASET) if each != version.digest)
+        earlier = (
+            each
+            for each in previous_digests(context.instance, key_of(data_set, PROCESSED_DATASET))
+            if each != version.digest
+        )
         return dg.MaterializeResult(
             data_version=dg.DataVersion(version.digest),
             metadata=metadata.of_processed(processed, version, next(earlier, None)),

@@ -9,11 +9,13 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import metadata
+from cifar_assets.assets.binding import data_set_asset
 from cifar_assets.assets.common import AccuracyGate, retrying_infrastructure_faults
-from cifar_assets.assets.keys import INFERENCE_SERVICE, OWNERS, PREFIX, PROCESSED_DATASET, SERVING_POOL, TRAINED_MODEL
+from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, SERVING_POOL, TRAINED_MODEL, key_of
 from cifar_assets.assets.record import materialized_digest, previous_digests, why_unproven
 from cifar_assets.checks.data import PROCESSED_CHECKS
 from cifar_assets.checks.model import MODEL_CHECKS
+from cifar_assets.data_set import DataSet
 from cifar_assets.gate import choose_precision, judge
 from cifar_assets.serving.comparison import find_canary_fault
 from resources.errors import ConfigError
@@ -39,14 +41,14 @@ class InferenceServiceConfig(dg.Config):
         description="Deploy the model that was served before the current one. Cannot be combined with model_digest.",
     )
 
-    def resolved_digest(self, context: dg.AssetExecutionContext) -> str:
+    def resolved_digest(self, data_set: DataSet, context: dg.AssetExecutionContext) -> str:
         if self.rollback and self.model_digest:
             raise ConfigError("rollback and model_digest are both set, but each selects a model. Set only one of them.")
         if self.model_digest:
             return self.model_digest
         if not self.rollback:
-            return materialized_digest(context, TRAINED_MODEL)
-        served = previous_digests(context.instance, INFERENCE_SERVICE)
+            return materialized_digest(context, key_of(data_set, TRAINED_MODEL))
+        served = previous_digests(context.instance, key_of(data_set, INFERENCE_SERVICE))
         if len(served) < 2:
             raise ConfigError(
                 "There is no earlier deployment to roll back to. Set model_digest to the model to deploy."
@@ -54,18 +56,17 @@ class InferenceServiceConfig(dg.Config):
         return served[1]
 
 
-@dg.asset(
-    key_prefix=PREFIX,
-    group_name="serving",
+@data_set_asset(
+    group="serving",
     kinds={"kserve", "onnx"},
-    owners=OWNERS,
     tags={"layer": "serving"},
     deps=[TRAINED_MODEL],
-    pool=SERVING_POOL,
+    pool=lambda data_set: data_set.named(SERVING_POOL),
     automation_condition=dg.AutomationCondition.eager() & dg.AutomationCondition.all_deps_blocking_checks_passed(),
     freshness_policy=dg.FreshnessPolicy.time_window(fail_window=MAX_SERVICE_AGE),
 )
 def inference_service(
+    data_set: DataSet,
     context: dg.AssetExecutionContext,
     config: InferenceServiceConfig,
     object_store: ObjectStoreResource,
@@ -82,18 +83,23 @@ def inference_service(
     """
     with retrying_infrastructure_faults():
         models = object_store.models
-        digest = config.resolved_digest(context)
+        digest = config.resolved_digest(data_set, context)
         manifest, verdict = judge(models, digest, gate.threshold, gate.public_keys)
         objections = [
-            *why_unproven(context.instance, TRAINED_MODEL, digest, MODEL_CHECKS),
-            *why_unproven(context.instance, PROCESSED_DATASET, manifest.dataset_digest, PROCESSED_CHECKS),
+            *why_unproven(context.instance, key_of(data_set, TRAINED_MODEL), digest, MODEL_CHECKS(data_set)),
+            *why_unproven(
+                context.instance,
+                key_of(data_set, PROCESSED_DATASET),
+                manifest.dataset_digest,
+                PROCESSED_CHECKS(data_set),
+            ),
         ]
         verdict = verdict.and_no(objections)
         decision = metadata.of_verdict(digest, verdict)
         if not verdict.passed:
             _record(context, mlflow, digest, verdict)
             text = f"Not deployed: {verdict.reason}. The previous model is still served."
-            raise dg.Failure(f"{text} {_advice(digest, objections)}", metadata=decision, allow_retries=False)
+            raise dg.Failure(f"{text} {_advice(data_set, digest, objections)}", metadata=decision, allow_retries=False)
         precision, reason = choose_precision(models, digest, gate.precision)
         decision |= {"precision": precision, "precision_reason": reason}
         service = serving.deploy(
@@ -104,24 +110,26 @@ def inference_service(
                 dagster_run_id=context.run_id,
                 dataset_digest=manifest.dataset_digest,
                 test_accuracy=verdict.numbers["test_accuracy"],
-                accuracy_threshold=gate.threshold,
+                accuracy_threshold=verdict.numbers["threshold"],
                 options={"precision": precision, "precision_reason": reason},
                 find_fault=lambda canary: find_canary_fault(canary, models, object_store.processed, digest),
             )
         )
         _record(context, mlflow, digest, verdict)
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(digest), metadata={**decision, **metadata.of_service(service, manifest)}
+            data_version=dg.DataVersion(digest),
+            metadata={**decision, **metadata.of_service(service, manifest, data_set.name)},
         )
 
 
-def _advice(digest: str, objections: list[str]) -> str:
+def _advice(data_set: DataSet, digest: str, objections: list[str]) -> str:
     if not objections:
         return "Train a better model, set model_digest to deploy an older one, or lower the gate's threshold."
-    config = {"ops": {TRAINED_MODEL.to_python_identifier(): {"config": {"model_digest": digest}}}}
+    trained = key_of(data_set, TRAINED_MODEL)
+    config = {"ops": {trained.to_python_identifier(): {"config": {"model_digest": digest}}}}
     return (
         "If you trust the origin of this stored model, materialize it again and run its checks, without training: "
-        f"dg launch --assets {TRAINED_MODEL.to_user_string()} --config-json '{json.dumps(config)}'. "
+        f"dg launch --assets {trained.to_user_string()} --config-json '{json.dumps(config)}'. "
         "The checks on a dataset run when processed_dataset is materialized."
     )
 

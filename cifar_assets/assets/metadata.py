@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import numpy as np
 
-from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.dataset.sheet import captioned_sheet, sample_sheet
 from cifar_assets.dataset.versions.lineage import changes_since
 from cifar_assets.dataset.versions.processed import ProcessedVersion
 from cifar_assets.dataset.versions.raw import RawVersion
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
+from cifar_assets.gate import default_threshold
 from cifar_assets.model_package import (
     CARD_FILE,
     METRICS_FILE,
@@ -133,7 +133,7 @@ def _changes(processed: ObjectStore, digest: str, previous: str) -> Metadata:
     return {"previous_digest": previous, "changes": table(rows)}
 
 
-def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource, threshold: float) -> Metadata:
+def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource, threshold: float | None) -> Metadata:
     """Quality and cost of the training, its curves and confusion matrix; the model card has the recipe and recalls."""
     package = models.at(result.model_digest)
     manifest = read_manifest(package, result.model_digest)
@@ -141,7 +141,7 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
     card = {"model_card": dg.MetadataValue.md(package.read(CARD_FILE).decode())} if package.exists(CARD_FILE) else {}
     return {
         **{name: shown(metrics.get(name)) for name in _NUMBERS},
-        "threshold": threshold,
+        "threshold": default_threshold(manifest, metrics) if threshold is None else threshold,
         "model_digest": result.model_digest,
         "model_version": result.mlflow_model_version or "not registered",
         "dataset_digest": manifest.dataset_digest,
@@ -180,9 +180,9 @@ def of_verdict(model_digest: str, verdict: Verdict) -> Metadata:
     }
 
 
-def of_service(service: DeployedService, manifest: ModelManifest) -> Metadata:
+def of_service(service: DeployedService, manifest: ModelManifest, model_name: str) -> Metadata:
     """The model's endpoint, the model it replaced, and the data it was trained on."""
-    predict_url = f"{service.url}/v1/models/{MODEL_NAME}:predict"
+    predict_url = f"{service.url}/v1/models/{model_name}:predict"
     return {
         "url": dg.MetadataValue.url(service.url),
         "model_version": service.model_version,

@@ -13,10 +13,12 @@ from PIL import Image
 from pydantic import Field
 
 from cifar_assets.assets import metadata
+from cifar_assets.assets.binding import data_set_asset
 from cifar_assets.assets.common import retrying_infrastructure_faults
-from cifar_assets.assets.keys import OWNERS, PREFIX, SERVED_TRAFFIC
+from cifar_assets.assets.keys import SERVED_TRAFFIC, key_of
 from cifar_assets.assets.record import VERSION_METADATA, evaluations, materialized_digest
 from cifar_assets.checks.drift import DRIFTED
+from cifar_assets.data_set import DataSet
 from cifar_assets.dataset.formats.images import pixel_digest
 from cifar_assets.dataset.sheet import captioned_sheet
 from cifar_assets.labelling.batches import Batch, Label, Picture, Reason, land_labels, pictures_asked, write_batch
@@ -24,8 +26,6 @@ from cifar_assets.traffic.records import Place, Traffic, read_window
 from resources.digests import sha256_json
 from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource
-
-_DRIFT_CHECK = dg.AssetCheckKey(SERVED_TRAFFIC, "drift")
 
 
 class PicturesToLabelConfig(dg.Config):
@@ -36,16 +36,12 @@ class PicturesToLabelConfig(dg.Config):
     )
 
 
-@dg.asset(
-    key_prefix=PREFIX,
-    group_name="monitoring",
-    kinds={"s3"},
-    owners=OWNERS,
-    tags={"layer": "monitoring"},
-    deps=[SERVED_TRAFFIC],
-)
+@data_set_asset(group="monitoring", kinds={"s3"}, tags={"layer": "monitoring"}, deps=[SERVED_TRAFFIC])
 def pictures_to_label(
-    context: dg.AssetExecutionContext, config: PicturesToLabelConfig, object_store: ObjectStoreResource
+    data_set: DataSet,
+    context: dg.AssetExecutionContext,
+    config: PicturesToLabelConfig,
+    object_store: ObjectStoreResource,
 ) -> dg.MaterializeResult:
     """A batch of recorded pictures: those that drifted according to the check, and the least certain ones.
 
@@ -53,10 +49,11 @@ def pictures_to_label(
     In a run that also materializes `served_traffic`, this waits for the check.
     """
     with retrying_infrastructure_faults():
-        raw, window = object_store.raw, materialized_digest(context, SERVED_TRAFFIC)
+        raw, traffic_key = object_store.raw, key_of(data_set, SERVED_TRAFFIC)
+        window = materialized_digest(context, traffic_key)
         by_model = read_window(object_store.traffic, window)
         told = _land_feedback(raw, by_model)
-        drifted = [place for place in _drifted(context.instance, window) if place not in told]
+        drifted = [place for place in _drifted(context.instance, traffic_key, window) if place not in told]
         name = f"{datetime.now(UTC):%Y-%m-%dT%H%M%S}"
         chosen = choose(by_model[-1], drifted, told, pictures_asked(raw), config.num_pictures) if by_model else []
         pictures = [picture for picture, _ in chosen]
@@ -71,7 +68,7 @@ def pictures_to_label(
                 "num_pictures": len(pictures),
                 "num_drifted": sum(each.reason == "drifted" for each in pictures),
                 "num_landed_from_feedback": len(told),
-                "next": "python -m cifar_assets.labelling" if pictures else "nothing to label",
+                "next": _labelling_command(data_set) if pictures else "nothing to label",
                 "pictures": metadata.picture("", lambda: captioned_sheet([image for _, image in chosen], captions)),
             },
         )
@@ -102,9 +99,13 @@ def choose(
     return list(found.values())
 
 
-def _drifted(instance: dg.DagsterInstance, window: str) -> list[Place]:
+def _labelling_command(data_set: DataSet) -> str:
+    return "python -m cifar_assets.labelling" + ("" if data_set.is_default else f" --data-set {data_set.name}")
+
+
+def _drifted(instance: dg.DagsterInstance, traffic: dg.AssetKey, window: str) -> list[Place]:
     """Places that the newest evaluation of the check names; none if that is of another window."""
-    found = next((each.metadata for each, _ in evaluations(instance, _DRIFT_CHECK)), {})
+    found = next((each.metadata for each, _ in evaluations(instance, dg.AssetCheckKey(traffic, "drift"))), {})
     if DRIFTED not in found or found[VERSION_METADATA].value != window:
         return []
     value: Any = found[DRIFTED].value

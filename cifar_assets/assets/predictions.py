@@ -7,11 +7,13 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import metadata
+from cifar_assets.assets.binding import data_set_asset
 from cifar_assets.assets.common import AccuracyGate, retrying_infrastructure_faults
-from cifar_assets.assets.keys import INFERENCE_SERVICE, OWNERS, PREFIX, PROCESSED_DATASET, TRAINED_MODEL
+from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, TRAINED_MODEL, key_of
 from cifar_assets.assets.record import materialized_digest, why_unproven
 from cifar_assets.checks.data import PROCESSED_CHECKS
 from cifar_assets.checks.model import MODEL_CHECKS
+from cifar_assets.data_set import DataSet
 from cifar_assets.gate import choose_precision, judge
 from resources.errors import ConfigError
 from resources.object_store.resource import ObjectStoreResource
@@ -31,18 +33,20 @@ class PredictionsConfig(dg.Config):
     )
 
 
-@dg.asset(
-    key_prefix=PREFIX,
-    group_name="serving",
+@data_set_asset(
+    group="serving",
     kinds={"s3", "parquet", "onnx"},
-    owners=OWNERS,
     tags={"layer": "predictions"},
     deps=[INFERENCE_SERVICE],
     output_required=False,
     dagster_type=dg.Nothing,  # pyright: ignore[reportArgumentType]: typed as None
 )
 def predictions(
-    context: dg.AssetExecutionContext, config: PredictionsConfig, object_store: ObjectStoreResource, gate: AccuracyGate
+    data_set: DataSet,
+    context: dg.AssetExecutionContext,
+    config: PredictionsConfig,
+    object_store: ObjectStoreResource,
+    gate: AccuracyGate,
 ) -> Iterator[dg.MaterializeResult]:
     """Parquet files with the class and probabilities of each picture, or the reason why it has none.
 
@@ -58,12 +62,17 @@ def predictions(
         from cifar_assets.predictions.run import predict
 
         models = object_store.models
-        digest = config.model_digest or materialized_digest(context, INFERENCE_SERVICE)
+        digest = config.model_digest or materialized_digest(context, key_of(data_set, INFERENCE_SERVICE))
         manifest, verdict = judge(models, digest, gate.threshold, gate.public_keys)
         verdict = verdict.and_no(
             [
-                *why_unproven(context.instance, TRAINED_MODEL, digest, MODEL_CHECKS),
-                *why_unproven(context.instance, PROCESSED_DATASET, manifest.dataset_digest, PROCESSED_CHECKS),
+                *why_unproven(context.instance, key_of(data_set, TRAINED_MODEL), digest, MODEL_CHECKS(data_set)),
+                *why_unproven(
+                    context.instance,
+                    key_of(data_set, PROCESSED_DATASET),
+                    manifest.dataset_digest,
+                    PROCESSED_CHECKS(data_set),
+                ),
             ]
         )
         if not verdict.passed:

@@ -6,8 +6,10 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import metadata
+from cifar_assets.assets.binding import data_set_asset
 from cifar_assets.assets.common import retrying_infrastructure_faults
-from cifar_assets.assets.keys import INFERENCE_SERVICE, OWNERS, PREFIX
+from cifar_assets.assets.keys import INFERENCE_SERVICE
+from cifar_assets.data_set import DataSet
 from cifar_assets.traffic.records import read_traffic
 from resources.object_store.resource import ObjectStoreResource
 
@@ -20,16 +22,12 @@ class ServedTrafficConfig(dg.Config):
     )
 
 
-@dg.asset(
-    key_prefix=PREFIX,
-    group_name="monitoring",
-    kinds={"s3", "parquet"},
-    owners=OWNERS,
-    tags={"layer": "monitoring"},
-    deps=[INFERENCE_SERVICE],
-)
+@data_set_asset(group="monitoring", kinds={"s3", "parquet"}, tags={"layer": "monitoring"}, deps=[INFERENCE_SERVICE])
 def served_traffic(
-    context: dg.AssetExecutionContext, config: ServedTrafficConfig, object_store: ObjectStoreResource
+    data_set: DataSet,
+    context: dg.AssetExecutionContext,
+    config: ServedTrafficConfig,
+    object_store: ObjectStoreResource,
 ) -> dg.MaterializeResult:
     """Predictions of the last hours: by class, confidence, latency, refusals, and the pictures.
 

@@ -8,12 +8,14 @@ import dagster as dg
 from pydantic import BaseModel, Field, create_model
 
 from cifar_assets.assets import metadata
+from cifar_assets.assets.binding import data_set_asset
 from cifar_assets.assets.common import AccuracyGate, retrying_infrastructure_faults
-from cifar_assets.assets.keys import OWNERS, PREFIX, PROCESSED_DATASET, TRAINED_MODEL, TRAINING_POOL
+from cifar_assets.assets.keys import PROCESSED_DATASET, TRAINED_MODEL, TRAINING_POOL, key_of
 from cifar_assets.assets.record import Made, data_version, find_materialization, materializations, materialized_digest
-from cifar_assets.gate import check_made_by
+from cifar_assets.data_set import DataSet
+from cifar_assets.gate import check_made_by, judge
 from cifar_assets.model_package import ENVIRONMENT_FILE, RECIPE_FILE, is_whole, read_json, read_manifest
-from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe
+from cifar_assets.training.recipes import RECIPES, Recipe
 from cifar_assets.training.spec import Execution, JobSpec, build_spec
 from resources.argo import PipelineRequest, PipelineResource
 from resources.mlflow.resource import RUN_METADATA, MlflowResource
@@ -41,7 +43,9 @@ _RecipeFields, _ExecutionFields = _fields_of(Recipe), _fields_of(Execution)
 class TrainedModelConfig(dg.Config):
     """Which dataset to train on, with which recipe, in how many processes."""
 
-    recipe: str = Field(default=DEFAULT_RECIPE, description=f"One of {', '.join(sorted(RECIPES))}.")
+    recipe: str | None = Field(
+        default=None, description=f"One of {', '.join(sorted(RECIPES))}; by default that of the data set."
+    )
     overrides: _RecipeFields = Field(  # pyright: ignore[reportInvalidTypeForm]: made above
         default_factory=_RecipeFields, description="Fields of the recipe to override for this run."
     )
@@ -67,13 +71,15 @@ class TrainedModelConfig(dg.Config):
         "fields are ignored. Use a model that this Dagster instance never materialized only if you trust its origin.",
     )
 
-    def job_spec(self, object_store: ObjectStoreResource, dataset_digest: str, mlflow: MlflowTarget | None) -> JobSpec:
+    def job_spec(
+        self, data_set: DataSet, object_store: ObjectStoreResource, dataset_digest: str, mlflow: MlflowTarget | None
+    ) -> JobSpec:
         """The job that this config describes. Raises ConfigError naming what is wrong with it."""
         return build_spec(
             object_store.processed,
             object_store.models,
             dataset_digest,
-            recipe=self.recipe,
+            recipe=self.recipe or data_set.recipe,
             overrides=self.overrides.model_dump(),
             execution=self.execution.model_dump(),
             seed=self.seed,
@@ -81,16 +87,15 @@ class TrainedModelConfig(dg.Config):
         )
 
 
-@dg.asset(
-    key_prefix=PREFIX,
-    group_name="training",
+@data_set_asset(
+    group="training",
     kinds={"pytorch", "mlflow"},
-    owners=OWNERS,
     tags={"layer": "model"},
     deps=[PROCESSED_DATASET],
-    pool=TRAINING_POOL,
+    pool=lambda _: TRAINING_POOL,
 )
 def trained_model(
+    data_set: DataSet,
     context: dg.AssetExecutionContext,
     config: TrainedModelConfig,
     object_store: ObjectStoreResource,
@@ -104,14 +109,14 @@ def trained_model(
     the asset is materialized again with the same config.
     """
     with retrying_infrastructure_faults():
-        models = object_store.models
+        models, key = object_store.models, key_of(data_set, TRAINED_MODEL)
         if digest := config.model_digest:
-            result, origin = _stored(models, digest, find_materialization(context.instance, TRAINED_MODEL, digest))
+            result, origin = _stored(models, digest, find_materialization(context.instance, key, digest))
         else:
-            dataset_digest = config.dataset_digest or materialized_digest(context, PROCESSED_DATASET)
+            dataset_digest = config.dataset_digest or materialized_digest(context, key_of(data_set, PROCESSED_DATASET))
             mlflow.prepare()
-            spec = config.job_spec(object_store, dataset_digest, mlflow.target(context))
-            before = _trained_before(context.instance, models, spec.identity) if config.reuse else None
+            spec = config.job_spec(data_set, object_store, dataset_digest, mlflow.target(context))
+            before = _trained_before(context.instance, key, models, spec.identity) if config.reuse else None
             if before:
                 result, origin = _stored(models, data_version(before.materialization), before)
             else:
@@ -126,12 +131,12 @@ def trained_model(
         )
 
 
-def _trained_before(instance: dg.DagsterInstance, models: ObjectStore, identity: str) -> Made | None:
+def _trained_before(instance: dg.DagsterInstance, key: dg.AssetKey, models: ObjectStore, identity: str) -> Made | None:
     """The newest materialization by the same job, if its model is still completely stored.
 
     Found in Dagster's event log, not in the store: anyone with write access to the bucket could fake a record there.
     """
-    for made in materializations(instance, TRAINED_MODEL):
+    for made in materializations(instance, key):
         job = made.materialization.metadata.get(JOB_METADATA)
         if job and job.value == identity:
             digest = data_version(made.materialization)
@@ -162,18 +167,17 @@ class ArgoTrainedModelConfig(dg.Config):
     replicas: int = Field(default=1, ge=1, le=64, description="Pods of the workflow's PyTorchJob.")
 
 
-@dg.asset(
-    key_prefix=PREFIX,
-    group_name="training",
+@data_set_asset(
+    group="training",
     kinds={"argo", "pytorch"},
-    owners=OWNERS,
     tags={"layer": "model"},
     deps=[PROCESSED_DATASET, TRAINED_MODEL],
-    pool=TRAINING_POOL,
+    pool=lambda _: TRAINING_POOL,
     output_required=False,
     dagster_type=dg.Nothing,  # pyright: ignore[reportArgumentType]: typed as None
 )
 def argo_trained_model(
+    data_set: DataSet,
     context: dg.AssetExecutionContext,
     config: ArgoTrainedModelConfig,
     object_store: ObjectStoreResource,
@@ -192,13 +196,13 @@ def argo_trained_model(
         return
     with retrying_infrastructure_faults():
         models = object_store.models
-        twin = config.model_digest or materialized_digest(context, TRAINED_MODEL)
-        result = argo.run(context, _repeated(models, twin, config.replicas, gate.threshold))
+        twin = config.model_digest or materialized_digest(context, key_of(data_set, TRAINED_MODEL))
+        result = argo.run(context, _repeated(models, twin, config.replicas, gate))
         digest = result.training.model_digest
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(digest),
             metadata={
-                **metadata.of_model(models, result.training, mlflow, gate.threshold),
+                **metadata.of_model(models, result.training, mlflow, result.verdict.numbers["threshold"]),
                 **metadata.of_verdict(digest, result.verdict),
                 "pipeline_run": result.run,
                 "repeats": twin,
@@ -206,7 +210,7 @@ def argo_trained_model(
         )
 
 
-def _repeated(models: ObjectStore, digest: str, replicas: int, threshold: float) -> PipelineRequest:
+def _repeated(models: ObjectStore, digest: str, replicas: int, gate: AccuracyGate) -> PipelineRequest:
     """The training that made a model, requested again with the same number of threads, which affects rounding."""
     package = models.at(digest)
     manifest = read_manifest(package, digest)
@@ -223,5 +227,5 @@ def _repeated(models: ObjectStore, digest: str, replicas: int, threshold: float)
         execution=execution,
         seed=manifest.seed,
         replicas=replicas,
-        threshold=threshold,
+        threshold=judge(models, digest, gate.threshold)[1].numbers["threshold"],
     )

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import dagster as dg
 from pydantic import Field
 
-from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
+from cifar_assets.assets.binding import data_set_checks
+from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET, key_of
 from cifar_assets.assets.record import current_materialization, data_version, materialized_digest
 from cifar_assets.checks.results import answers, declare
+from cifar_assets.data_set import DataSet
 from cifar_assets.dataset.versions.processed import ProcessedManifest, read_processed
 from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from cifar_assets.dataset.versions.verdicts import judge_processed, judge_raw
@@ -29,15 +31,15 @@ RAW_CHECKS = declare(
 )
 
 
-@dg.multi_asset_check(name="raw_dataset_checks", can_subset=True, specs=RAW_CHECKS)
+@data_set_checks(RAW_CHECKS)
 def raw_dataset_checks(
-    context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
+    data_set: DataSet, context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Results for the raw version that this run made, otherwise the newest one."""
-    made = current_materialization(context, RAW_DATASET)
+    made = current_materialization(context, key_of(data_set, RAW_DATASET))
     digest = data_version(made)
     judges = {**judge_raw(object_store.raw, digest), "nothing_rejected": lambda: _nothing_rejected(made)}
-    yield from answers(context, RAW_CHECKS, digest, judges)
+    yield from answers(context, RAW_CHECKS(data_set), digest, judges)
 
 
 def _nothing_rejected(made: dg.AssetMaterialization) -> Verdict:
@@ -76,18 +78,21 @@ PROCESSED_CHECKS = declare(
 )
 
 
-@dg.multi_asset_check(name="processed_dataset_checks", can_subset=True, specs=PROCESSED_CHECKS)
+@data_set_checks(PROCESSED_CHECKS)
 def processed_dataset_checks(
-    context: dg.AssetCheckExecutionContext, config: ProcessedCheckConfig, object_store: ObjectStoreResource
+    data_set: DataSet,
+    context: dg.AssetCheckExecutionContext,
+    config: ProcessedCheckConfig,
+    object_store: ObjectStoreResource,
 ) -> Iterator[dg.AssetCheckResult]:
     """Results for the processed version that this run made, otherwise the newest one."""
-    digest = materialized_digest(context, PROCESSED_DATASET)
+    digest = materialized_digest(context, key_of(data_set, PROCESSED_DATASET))
     raw, processed = object_store.raw, object_store.processed
     judges = {
         **judge_processed(raw, processed, digest),
         "classes_balanced": lambda: classes_balanced(read_processed(processed, digest), config.balance_bound),
     }
-    yield from answers(context, PROCESSED_CHECKS, digest, judges)
+    yield from answers(context, PROCESSED_CHECKS(data_set), digest, judges)
 
 
 def classes_balanced(manifest: ProcessedManifest, bound: float) -> Verdict:

@@ -7,10 +7,12 @@ import dagster as dg
 import numpy as np
 from pydantic import Field
 
-from cifar_assets.assets.keys import SERVED_TRAFFIC
+from cifar_assets.assets.binding import data_set_checks
+from cifar_assets.assets.keys import SERVED_TRAFFIC, key_of
 from cifar_assets.assets.metadata import picture, table
 from cifar_assets.assets.record import materialized_digest
 from cifar_assets.checks.results import answers, declare
+from cifar_assets.data_set import DataSet
 from cifar_assets.dataset.sheet import captioned_sheet
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import read_manifest
@@ -54,8 +56,9 @@ DRIFT_CHECKS = declare(
 )
 
 
-@dg.multi_asset_check(name="served_traffic_checks", can_subset=True, specs=DRIFT_CHECKS)
+@data_set_checks(DRIFT_CHECKS)
 def served_traffic_checks(
+    data_set: DataSet,
     context: dg.AssetCheckExecutionContext,
     config: DriftConfig,
     object_store: ObjectStoreResource,
@@ -68,9 +71,9 @@ def served_traffic_checks(
     Drift is what remains significant after Bonferroni's correction and has a population stability index of at least
     `min_psi`: by convention (Siddiqi 2006), from 0.1 a shift is moderate, from 0.25 large. Identical images count once.
     """
-    version = materialized_digest(context, SERVED_TRAFFIC)
+    version = materialized_digest(context, key_of(data_set, SERVED_TRAFFIC))
     judge = partial(_judge_traffic, version, config, object_store, serving)
-    yield from answers(context, DRIFT_CHECKS, version, {"drift": judge})
+    yield from answers(context, DRIFT_CHECKS(data_set), version, {"drift": judge})
 
 
 def _judge_traffic(

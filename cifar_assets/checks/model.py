@@ -7,11 +7,13 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from cifar_assets.assets.binding import data_set_checks
 from cifar_assets.assets.common import AccuracyGate
-from cifar_assets.assets.keys import TRAINED_MODEL
+from cifar_assets.assets.keys import TRAINED_MODEL, key_of
 from cifar_assets.assets.record import materialized_digest
 from cifar_assets.checks.results import answers, declare
 from cifar_assets.checks.shadow import ShadowConfig, judge_shadow
+from cifar_assets.data_set import DataSet
 from cifar_assets.gate import ONNX_TOLERANCE, judge_model, number, read_metrics
 from cifar_assets.model_package import read_manifest
 from resources.mlflow.resource import MlflowResource
@@ -58,8 +60,9 @@ MODEL_CHECKS = declare(
 )
 
 
-@dg.multi_asset_check(name="trained_model_checks", can_subset=True, specs=MODEL_CHECKS)
+@data_set_checks(MODEL_CHECKS)
 def trained_model_checks(
+    data_set: DataSet,
     context: dg.AssetCheckExecutionContext,
     config: ModelCheckConfig,
     object_store: ObjectStoreResource,
@@ -67,7 +70,7 @@ def trained_model_checks(
     gate: AccuracyGate,
 ) -> Iterator[dg.AssetCheckResult]:
     """Results for the model that this run trained, otherwise the newest one."""
-    digest = materialized_digest(context, TRAINED_MODEL)
+    digest = materialized_digest(context, key_of(data_set, TRAINED_MODEL))
     models = object_store.models
     metrics = cache(lambda: read_metrics(models, digest))
     judges = {
@@ -79,7 +82,7 @@ def trained_model_checks(
         "calibrated": lambda: calibrated(metrics(), config.calibration_bound),
         "shadow_agrees": lambda: judge_shadow(object_store, digest, config.shadow, gate.public_keys),
     }
-    yield from answers(context, MODEL_CHECKS, digest, judges)
+    yield from answers(context, MODEL_CHECKS(data_set), digest, judges)
 
 
 def recall_reached(metrics: Mapping[str, Any], classes: Sequence[str], floor: float) -> Verdict:

@@ -7,9 +7,11 @@ from typing import Any
 
 import dagster as dg
 
-from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
+from cifar_assets.assets.binding import data_set_checks
+from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL, key_of
 from cifar_assets.assets.record import find_materialization, materialized_digest, previous_digests
 from cifar_assets.checks.results import answers, declare
+from cifar_assets.data_set import DataSet
 from cifar_assets.gate import judge_model, read_metrics
 from cifar_assets.model_package import ENVIRONMENT_FILE, RECIPE_FILE, WEIGHTS_FILE, read_json, read_manifest
 from resources.errors import DataError, ExplainedError
@@ -48,18 +50,18 @@ class _Model:
         return {**{name: found[name] for name in names}, "torch": found["packages"].get("torch")}
 
 
-@dg.multi_asset_check(name="argo_parity_checks", can_subset=True, specs=PARITY_CHECKS)
+@data_set_checks(PARITY_CHECKS)
 def argo_parity_checks(
-    context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
+    data_set: DataSet, context: dg.AssetCheckExecutionContext, object_store: ObjectStoreResource
 ) -> Iterator[dg.AssetCheckResult]:
     """Five comparisons between the model from Argo and its twin from Dagster."""
     models = object_store.models
-    digest = materialized_digest(context, ARGO_TRAINED_MODEL)
+    digest = materialized_digest(context, key_of(data_set, ARGO_TRAINED_MODEL))
 
     @cache
     def both() -> tuple[_Model, _Model]:
         argo = _Model(models, digest)
-        return argo, _find_twin(context, models, argo)
+        return argo, _find_twin(context, key_of(data_set, TRAINED_MODEL), models, argo)
 
     def same_inputs() -> Verdict:
         argo, twin = both()
@@ -71,14 +73,16 @@ def argo_parity_checks(
         "same_artefacts": lambda: _sets("files", *({info.key for info in each.package.list()} for each in both())),
         "same_metrics": lambda: _sets("metrics", *(set(read_metrics(models, each.digest)) for each in both())),
         "same_weights": lambda: _same_weights(*both()),
-        "same_verdict": lambda: _same_verdict(context.instance, models, *both()),
+        "same_verdict": lambda: _same_verdict(context.instance, key_of(data_set, ARGO_TRAINED_MODEL), models, *both()),
     }
-    yield from answers(context, PARITY_CHECKS, digest, judges)
+    yield from answers(context, PARITY_CHECKS(data_set), digest, judges)
 
 
-def _find_twin(context: dg.AssetCheckExecutionContext, models: ObjectStore, argo: _Model) -> _Model:
+def _find_twin(
+    context: dg.AssetCheckExecutionContext, trained: dg.AssetKey, models: ObjectStore, argo: _Model
+) -> _Model:
     """The newest model of trained_model with the same inputs, preferably one with the same digest."""
-    digests = previous_digests(context.instance, TRAINED_MODEL)
+    digests = previous_digests(context.instance, trained)
     for digest in sorted(digests, key=lambda digest: digest != argo.digest):
         try:
             model = _Model(models, digest)
@@ -108,11 +112,13 @@ def _same_weights(argo: _Model, twin: _Model) -> Verdict:
     return Verdict(ours["processes"] != theirs["processes"], text, {"identical": str(False)})
 
 
-def _same_verdict(instance: dg.DagsterInstance, models: ObjectStore, argo: _Model, twin: _Model) -> Verdict:
+def _same_verdict(
+    instance: dg.DagsterInstance, key: dg.AssetKey, models: ObjectStore, argo: _Model, twin: _Model
+) -> Verdict:
     """Compares the workflow's recorded verdict with the gate's verdict on the twin, at the same threshold."""
-    made = find_materialization(instance, ARGO_TRAINED_MODEL, argo.digest)
+    made = find_materialization(instance, key, argo.digest)
     if made is None:
-        raise DataError(f"No materialization of {ARGO_TRAINED_MODEL.to_user_string()} has model {argo.digest}.")
+        raise DataError(f"No materialization of {key.to_user_string()} has model {argo.digest}.")
     recorded = made.materialization.metadata
     against = objections(judge_model(models, twin.digest, float(str(recorded["threshold"].value))))
     expected, found = "refused" if against else "passed", str(recorded["gate"].value)

@@ -1,12 +1,14 @@
 """How checks are declared and evaluated."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import dagster as dg
 
 from cifar_assets.assets.common import MAX_RETRIES, RETRY_SECONDS
+from cifar_assets.assets.keys import key_of
 from cifar_assets.assets.metadata import shown
 from cifar_assets.assets.record import VERSION_METADATA
+from cifar_assets.data_set import DataSet
 from resources.errors import StoreError
 from resources.verdict import Judges, Verdict
 
@@ -14,25 +16,30 @@ _WARNS = {"severity": dg.AssetCheckSeverity.WARN.value}
 
 
 def declare(
-    asset: dg.AssetKey,
+    asset: str,
     *,
     blocking: Mapping[str, str] = {},
     failing: Mapping[str, str] = {},
     warning: Mapping[str, str] = {},
     awaited: bool = False,
-) -> list[dg.AssetCheckSpec]:
+) -> Callable[[DataSet], list[dg.AssetCheckSpec]]:
     """Checks of an asset by name with descriptions. A failed check blocks the run, is an error, or is a warning.
 
     If `awaited`, the downstream assets of a run wait for the warnings, which do not block them.
     """
-    return [
-        *(dg.AssetCheckSpec(name, asset=asset, description=text, blocking=True) for name, text in blocking.items()),
-        *(dg.AssetCheckSpec(name, asset=asset, description=text) for name, text in failing.items()),
-        *(
-            dg.AssetCheckSpec(name, asset=asset, description=text, metadata=_WARNS, blocking=awaited)
-            for name, text in warning.items()
-        ),
-    ]
+
+    def specs(data_set: DataSet) -> list[dg.AssetCheckSpec]:
+        key = key_of(data_set, asset)
+        return [
+            *(dg.AssetCheckSpec(name, asset=key, description=text, blocking=True) for name, text in blocking.items()),
+            *(dg.AssetCheckSpec(name, asset=key, description=text) for name, text in failing.items()),
+            *(
+                dg.AssetCheckSpec(name, asset=key, description=text, metadata=_WARNS, blocking=awaited)
+                for name, text in warning.items()
+            ),
+        ]
+
+    return specs
 
 
 def answers(

@@ -9,9 +9,11 @@ import dagster as dg
 import numpy as np
 from pydantic import Field
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE
+from cifar_assets.assets.binding import data_set_checks
+from cifar_assets.assets.keys import INFERENCE_SERVICE, key_of
 from cifar_assets.assets.record import evaluations, materialized_digest
 from cifar_assets.checks.results import answers, declare
+from cifar_assets.data_set import DataSet
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import read_manifest
 from cifar_assets.serving.comparison import compare_answers
@@ -20,8 +22,6 @@ from resources.inference_service import InferenceServiceResource, ServiceStatus
 from resources.inference_service.client import InferenceClient, ServerError
 from resources.object_store.resource import ObjectStoreResource
 from resources.verdict import Verdict
-
-LATENCY_CHECK = dg.AssetCheckKey(INFERENCE_SERVICE, "latency")
 
 
 class ServiceCheckConfig(dg.Config):
@@ -52,19 +52,21 @@ SERVICE_CHECKS = declare(
 )
 
 
-@dg.multi_asset_check(name="inference_service_checks", can_subset=True, specs=SERVICE_CHECKS)
+@data_set_checks(SERVICE_CHECKS)
 def inference_service_checks(
+    data_set: DataSet,
     context: dg.AssetCheckExecutionContext,
     config: ServiceCheckConfig,
     object_store: ObjectStoreResource,
     serving: InferenceServiceResource,
 ) -> Iterator[dg.AssetCheckResult]:
     """Results for the model that is served now."""
+    checks, service = SERVICE_CHECKS(data_set), key_of(data_set, INFERENCE_SERVICE)
     try:
-        digest = materialized_digest(context, INFERENCE_SERVICE)
+        digest = materialized_digest(context, service)
     except ConfigError as error:  # on a new instance the schedule runs before the first deployment
         nothing = Verdict(False, str(error))
-        yield from answers(context, SERVICE_CHECKS, "none", {check.name: lambda: nothing for check in SERVICE_CHECKS})
+        yield from answers(context, checks, "none", {check.name: lambda: nothing for check in checks})
         return
     status = cache(serving.status)
 
@@ -77,14 +79,15 @@ def inference_service_checks(
         client = _client(status(), digest)
         manifest = read_manifest(object_store.models.at(digest), digest)
         image = open_split(object_store.processed, manifest.dataset_digest, "test").take([0])
-        return _latency(context.instance, client, image, config)
+        before = evaluations(context.instance, dg.AssetCheckKey(service, "latency"))
+        return _latency(before, client, image, config)
 
     judges = {
         "serves_the_model": lambda: serves_the_model(status(), digest),
         "answers_as_evaluated": answers_as_evaluated,
         "latency": latency,
     }
-    yield from answers(context, SERVICE_CHECKS, digest, judges)
+    yield from answers(context, checks, digest, judges)
 
 
 def serves_the_model(status: ServiceStatus, digest: str) -> Verdict:
@@ -101,7 +104,10 @@ def _client(status: ServiceStatus, digest: str) -> InferenceClient:
 
 
 def _latency(
-    instance: dg.DagsterInstance, client: InferenceClient, image: np.ndarray, config: ServiceCheckConfig
+    executions: Iterator[tuple[dg.AssetCheckEvaluation, str]],
+    client: InferenceClient,
+    image: np.ndarray,
+    config: ServiceCheckConfig,
 ) -> Verdict:
     """Compares the median with the lowest one that earlier executions of this check measured."""
     times = []
@@ -110,7 +116,7 @@ def _latency(
         client.predict_arrays(image)
         times.append(time.perf_counter() - started)
     median = float(np.median(times)) * 1000
-    recent = (each.metadata.get("median_milliseconds") for each, _ in islice(evaluations(instance, LATENCY_CHECK), 50))
+    recent = (each.metadata.get("median_milliseconds") for each, _ in islice(executions, 50))
     before = [float(found.value) for found in recent if found and isinstance(found.value, int | float)]
     allowed = min(before, default=median) * config.slowdown_bound
     limit = f"{config.slowdown_bound:g} times the lowest median before" if before else "first measurement"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_assets.dataset.formats.images import pixel_digest, prepare_image
-from cifar_assets.dataset.stores import Stores, add_store_option, open_stores
+from cifar_assets.dataset.stores import Stores, add_data_set_option, add_store_option, open_stores
 from cifar_assets.dataset.versions.lineage import (
     dataset_lineage,
     find_image,
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 1 with one line on stderr."""
     parser = argparse.ArgumentParser("python -m cifar_assets.dataset", description=__doc__)
     add_store_option(parser)
+    add_data_set_option(parser)
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     commands.add_parser("versions", help="list the raw versions, oldest first")
     for name, purpose in (
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("image", help="an image file, or a pixel digest")
     options = parser.parse_args(arguments)
     try:
-        lines = list(_answer(open_stores(options.store), options))
+        lines = list(_answer(open_stores(options.store, options.data_set), options))
     except (ExplainedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1

@@ -5,7 +5,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cifar_assets.data_set import folder_of
 from cifar_assets.settings import Settings
+from resources.mlflow.target import DEFAULT_NAME
 from resources.object_store import MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET, FolderStore, ObjectStore, open_store
 
 
@@ -18,9 +20,10 @@ class Stores:
     models: ObjectStore
 
 
-def stores_below(root: ObjectStore) -> Stores:
-    """The three buckets of a store."""
-    return Stores(root.bucket(RAW_BUCKET), root.bucket(PROCESSED_BUCKET), root.bucket(MODELS_BUCKET))
+def stores_below(root: ObjectStore, folder: str = "") -> Stores:
+    """A data set's folder in each of the three buckets of a store."""
+    buckets = (root.bucket(name) for name in (RAW_BUCKET, PROCESSED_BUCKET, MODELS_BUCKET))
+    return Stores(*(bucket.at(folder) if folder else bucket for bucket in buckets))
 
 
 def add_store_option(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +36,13 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_stores(address: str) -> Stores:
-    """The buckets below a folder or an address. ConfigError when the environment has no settings to reach it."""
-    return stores_below(open_store(address) if "://" in address else FolderStore(Path(address)))
+def add_data_set_option(parser: argparse.ArgumentParser) -> None:
+    """The option `--data-set`, for `open_stores`."""
+    parser.add_argument(
+        "--data-set", default=DEFAULT_NAME, metavar="NAME", help="data set of this name (default: %(default)s)"
+    )
+
+
+def open_stores(address: str, data_set: str = DEFAULT_NAME) -> Stores:
+    """A data set below a folder or an address. ConfigError when the environment has no settings to reach it."""
+    return stores_below(open_store(address) if "://" in address else FolderStore(Path(address)), folder_of(data_set))

@@ -5,7 +5,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from cifar_assets.dataset.stores import add_store_option, open_stores
+from cifar_assets.data_set import find_data_set
+from cifar_assets.dataset.stores import add_data_set_option, add_store_option, open_stores
 from cifar_assets.gate import choose_precision, judge
 from cifar_assets.predictions.run import predict
 from cifar_assets.settings import read_settings
@@ -17,15 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Classify what is not classified yet, and say where the predictions are; 1 with one line on stderr if it fails."""
     parser = argparse.ArgumentParser("python -m cifar_assets.predictions", description=__doc__)
     add_store_option(parser)
+    add_data_set_option(parser)
     parser.add_argument("source", help="folder, or s3://bucket/prefix")
     parser.add_argument("--model", help="digest of the model (default: the one that the local service serves)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        settings, stores = read_settings(), open_stores(options.store)
-        service = InferenceClient(f"http://127.0.0.1:{settings.inference_service_port}")
+        settings, stores = read_settings(), open_stores(options.store, options.data_set)
+        data_set = find_data_set(settings, options.data_set)
+        service = InferenceClient(f"http://127.0.0.1:{data_set.port}")
         digest = options.model or service.served_model().model_digest
-        _, verdict = judge(stores.models, digest, settings.accuracy_threshold, settings.model_public_key)
+        _, verdict = judge(stores.models, digest, data_set.threshold, settings.model_public_key)
         if not verdict.passed:
             raise ConfigError(f"{verdict.reason}. Name another model.")
         precision, _ = choose_precision(stores.models, digest, settings.serving_precision)

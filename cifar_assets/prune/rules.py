@@ -32,6 +32,7 @@ from resources.object_store import FolderStore, ObjectInfo, ObjectStore
 from resources.object_store.folder import TEMPORARY_PREFIX
 
 _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 class Policy(dg.Config):
@@ -207,7 +208,7 @@ def traffic(policy: Policy, store: ObjectStore, raw: ObjectStore) -> Iterator[Re
     with suppress(BucketNotFoundError):
         for day, infos in groupby(store.list(), lambda info: info.key.partition("/")[0]):
             old = [info for info in infos if info.last_modified <= end]
-            if old:
+            if old and _DAY.fullmatch(day):  # other folders are of other data sets
                 yield _removal(store, old, "traffic records", day, f"older than {policy.traffic_days:g} days")
 
 

@@ -7,8 +7,10 @@ import dagster as dg
 from pydantic import Field
 
 from cifar_assets.assets import keys
+from cifar_assets.assets.binding import bind
 from cifar_assets.assets.record import UNFINISHED, materializations
-from cifar_assets.dataset.stores import Stores, stores_below
+from cifar_assets.data_set import DataSet
+from cifar_assets.dataset.stores import Stores
 from cifar_assets.dataset.versions.processed import list_processed_versions
 from cifar_assets.dataset.versions.raw import list_raw_digests
 from cifar_assets.prune.rules import (
@@ -27,7 +29,6 @@ from cifar_assets.prune.rules import (
     traffic,
 )
 from cifar_assets.prune.tracking import open_tracking, prune_tracking, registered_models
-from cifar_assets.settings import read_settings
 from resources.errors import ExplainedError
 from resources.inference_service import InferenceServiceResource
 from resources.mlflow.resource import MlflowResource
@@ -52,6 +53,7 @@ class PruneError(ExplainedError):
 
 
 def prune(
+    data_set: DataSet,
     policy: Policy,
     instance: dg.DagsterInstance,
     object_store: ObjectStoreResource,
@@ -63,9 +65,10 @@ def prune(
 ) -> list[Removal]:
     """List what can be removed, with the reason for each item, and with `apply` remove it.
 
-    Raises PruneError, and removes nothing, if Dagster, MLflow, the service or a manifest cannot tell what is in use.
+    Only objects of this data set, and temporary files and logs of all. Raises PruneError, and removes nothing, if
+    Dagster, MLflow, the service or a manifest cannot tell what is in use.
     """
-    stores = stores_below(object_store.root())
+    stores = Stores(object_store.raw, object_store.processed, object_store.models)
     done: list[Removal] = []
 
     def handle(removals: Iterable[Removal]) -> None:
@@ -77,7 +80,7 @@ def prune(
             done.append(removal)
 
     try:
-        in_use = _in_use(instance, stores.models, serving)
+        in_use = _in_use(data_set, instance, stores.models, serving)
         removals, processed, raw = _versions(stores, in_use, mlflow, policy)
     except Exception as error:
         raise PruneError(f"Nothing was removed: what is in use could not be determined. {error}") from error
@@ -108,13 +111,17 @@ def _versions(
     return [*registered, *models.removals, *processed.removals, *raw.removals], processed.kept, raw.kept
 
 
-def _in_use(instance: dg.DagsterInstance, models: ObjectStore, serving: InferenceServiceResource) -> set[str]:
+def _in_use(
+    data_set: DataSet, instance: dg.DagsterInstance, models: ObjectStore, serving: InferenceServiceResource
+) -> set[str]:
     """Digests that are served, pinned, last recorded by Dagster, or referenced by unfinished runs or RETRAIN_CONFIG."""
     in_use = {info.key.removeprefix(PINS_PREFIX) for info in models.list(PINS_PREFIX)}
-    in_use |= find_digests(str(read_settings().retrain_config))
+    in_use |= find_digests(str(data_set.retrain_config))
     in_use.add(serving.status().model_digest or "")
-    for key, number in _RECENT.items():
-        digests = dict.fromkeys(made.digest for made in materializations(instance, key) if made.digest)
+    for asset, number in _RECENT.items():
+        digests = dict.fromkeys(
+            made.digest for made in materializations(instance, keys.key_of(data_set, asset)) if made.digest
+        )
         in_use.update(list(digests)[:number])
     for record in instance.get_run_records(dg.RunsFilter(statuses=UNFINISHED)):
         in_use |= find_digests(str(record.dagster_run.run_config))
@@ -148,8 +155,8 @@ class PruneConfig(Policy):
     apply: bool = Field(default=False, description="Remove the data; otherwise only log what would be removed.")
 
 
-@dg.op(description="List unused data, and with `apply` remove it.")
 def prune_unused(
+    data_set: DataSet,
     context: dg.OpExecutionContext,
     config: PruneConfig,
     object_store: ObjectStoreResource,
@@ -157,26 +164,33 @@ def prune_unused(
     serving: InferenceServiceResource,
 ) -> dg.Output[None]:
     """One pruning; its output metadata has the number and size by kind of item."""
-    removals = prune(config, context.instance, object_store, mlflow, serving, apply=config.apply, say=context.log.info)
+    removals = prune(
+        data_set, config, context.instance, object_store, mlflow, serving, apply=config.apply, say=context.log.info
+    )
     return dg.Output(None, metadata={"applied": config.apply, **summary(removals)})
 
 
-@dg.job(
-    name="prune",
-    description="Lists or removes unused versions, models, checkpoints and caches.",
-    tags={"purpose": "prune"},
-)
-def prune_job() -> None:
-    """One op."""
-    prune_unused()
+def build_prune_job(data_set: DataSet) -> tuple[dg.JobDefinition, dg.ScheduleDefinition]:
+    """A data set's job with one op, and its schedule."""
+    op = dg.op(name=data_set.named("prune_unused"), description="List unused data, and with `apply` remove it.")(
+        bind(prune_unused, data_set)
+    )
 
+    @dg.job(
+        name=data_set.named("prune"),
+        description="Lists or removes unused versions, models, checkpoints and caches.",
+        tags={"purpose": "prune"},
+    )
+    def prune_job() -> None:
+        op()
 
-prune_weekly = dg.ScheduleDefinition(
-    name="prune_weekly",
-    job=prune_job,
-    cron_schedule="0 3 * * 0",
-    execution_timezone="UTC",
-    run_config={"ops": {"prune_unused": {"config": {"apply": True}}}},
-    default_status=dg.DefaultScheduleStatus.STOPPED,
-    description="Removes unused data every Sunday. Stopped by default.",
-)
+    schedule = dg.ScheduleDefinition(
+        name=data_set.named("prune_weekly"),
+        job=prune_job,
+        cron_schedule="0 3 * * 0",
+        execution_timezone="UTC",
+        run_config={"ops": {op.name: {"config": {"apply": True}}}},
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+        description="Removes unused data every Sunday. Stopped by default.",
+    )
+    return prune_job, schedule

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import uvloop
 
-from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.serving.answers import ServedModel
 from cifar_assets.serving.app import App
 from cifar_assets.serving.classifier import Classifier, load_classifier
@@ -74,7 +73,7 @@ async def _serve(
         loop.add_signal_handler(number, on_signal, number)
     manifest = classifier.manifest
     model = ServedModel(
-        MODEL_NAME,
+        settings.model_name,
         settings.model_version,
         settings.model_digest,
         manifest.dataset_digest,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, Field, ValidationError
 
+from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.dataset.formats.images import ImageLimits
 from cifar_assets.model_package import ServedPrecision
 from resources.model_signature import PUBLIC_KEY_VARIABLE
@@ -63,6 +64,7 @@ class ServerSettings(ServingLimits, frozen=True):
     public_key: str = Field(
         "", description=f"serve only what this key signed: PEM or a file; defaults to {PUBLIC_KEY_VARIABLE}"
     )
+    model_name: str = Field(MODEL_NAME, min_length=1, description="name of the model in URLs")
     model_version: str = Field("", description="version to report; by default the start of the digest")
     host: str = Field("127.0.0.1", description="address to listen on; pods use ::")
     port: int = Field(8080, ge=0, le=65535, description="port to listen on; defaults to the variable PORT")

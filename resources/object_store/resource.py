@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class ObjectStoreResource(dg.ConfigurableResource):
     """Provides the stores of the data buckets, and the environment for a child process or pod to open them."""
 
+    folder: str = Field(default="", description="Folder in each bucket that the stores are limited to.")
+
     @abstractmethod
     def root(self) -> ObjectStore:
         """The store that contains the buckets. Opens no connection."""
@@ -38,19 +40,23 @@ class ObjectStoreResource(dg.ConfigurableResource):
 
     @property
     def raw(self) -> ObjectStore:
-        return self.root().bucket(RAW_BUCKET)
+        return self._store(RAW_BUCKET)
 
     @property
     def processed(self) -> ObjectStore:
-        return self.root().bucket(PROCESSED_BUCKET)
+        return self._store(PROCESSED_BUCKET)
 
     @property
     def models(self) -> ObjectStore:
-        return self.root().bucket(MODELS_BUCKET)
+        return self._store(MODELS_BUCKET)
 
     @property
     def traffic(self) -> ObjectStore:
-        return self.root().bucket(TRAFFIC_BUCKET)
+        return self._store(TRAFFIC_BUCKET)
+
+    def _store(self, bucket: str) -> ObjectStore:
+        store = self.root().bucket(bucket)
+        return store.at(self.folder) if self.folder else store
 
 
 class LocalObjectStore(ObjectStoreResource):
@@ -102,8 +108,9 @@ class MinioObjectStore(ObjectStoreResource):
         self.root().ensure_buckets(self.bucket_prefix + name for name in DATA_BUCKETS)
 
 
-def object_store_from_environment(environment: Mapping[str, str]) -> MinioObjectStore:
+def object_store_from_environment(environment: Mapping[str, str], folder: str = "") -> MinioObjectStore:
     """The store that the AWS_... variables describe; opens no connection."""
     from resources.object_store.s3_settings import variables_set
 
-    return MinioObjectStore(**{key: dg.EnvVar(name) for key, name in variables_set(environment).items()})
+    variables = {key: dg.EnvVar(name) for key, name in variables_set(environment).items()}
+    return MinioObjectStore(folder=folder, **variables)

@@ -32,10 +32,15 @@ _PUT = ("s3:PutObject",)
 _ADD = (*_READ, "s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts")
 _CHANGE = (*_ADD, "s3:DeleteObject")
 _CHECKPOINTS = f"{MODELS_BUCKET}/checkpoints"
+_CHECKPOINTS_OF_DATA_SETS = f"{MODELS_BUCKET}/*/checkpoints"
 
 ROLES: dict[str, dict[str, tuple[str, ...]]] = {
     "dagster": dict.fromkeys((*DATA_BUCKETS, TRAFFIC_BUCKET, LOGS_BUCKET), _CHANGE),
-    "trainer": {PROCESSED_BUCKET: _READ, MODELS_BUCKET: _ADD, _CHECKPOINTS: _CHANGE},
+    "trainer": {
+        PROCESSED_BUCKET: _READ,
+        MODELS_BUCKET: _ADD,
+        **dict.fromkeys((_CHECKPOINTS, _CHECKPOINTS_OF_DATA_SETS), _CHANGE),
+    },
     "server": {MODELS_BUCKET: _READ, TRAFFIC_BUCKET: _PUT},
     "pipeline": {RAW_BUCKET: _READ, PROCESSED_BUCKET: _READ, MODELS_BUCKET: _ADD, _CHECKPOINTS: _CHANGE},
     "mlflow": {MLFLOW_BUCKET: _CHANGE},

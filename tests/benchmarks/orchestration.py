@@ -27,8 +27,8 @@ from cifar_assets.contracts import CLASSES, LANDING_PREFIX
 from cifar_assets.dataset.formats.rows import Preparation
 from cifar_assets.dataset.landing.zone import LandingRecord, Seen, fingerprint, scan_landing
 from cifar_assets.demo import FOUR_ASSETS
-from cifar_assets.sensors import landing_sensor
 from resources.object_store.resource import LocalObjectStore, MinioObjectStore, ObjectStoreResource
+from tests.fixtures.cifar10 import landing_sensor
 from tests.fixtures.minio import find_minio, running_minio
 from tests.fixtures.ports import free_port
 from tests.fixtures.workspace import ROOT, Workspace

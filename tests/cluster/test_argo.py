@@ -17,7 +17,6 @@ import pytest
 import yaml
 from kubernetes import client as k8s
 
-from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.record import data_version
 from cifar_assets.dataset.versions.processed import read_processed
 from cifar_assets.gate import judge
@@ -32,6 +31,7 @@ from resources.pytorch_job.manifest import GROUP, KIND, PLURAL, VERSION
 from tests.cluster.argo import IMAGES, WORKFLOW_SECONDS, ArgoCluster
 from tests.cluster.kubectl import kubectl, wait_for
 from tests.cluster.platform import Platform
+from tests.fixtures.cifar10 import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from tests.fixtures.tiny_data import TINY_RECIPE, TinyData, store_tiny_data
 from tests.fixtures.workspace import ROOT, Workspace
 

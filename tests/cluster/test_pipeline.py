@@ -15,7 +15,6 @@ import dagster as dg
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
 from cifar_assets.assets.record import data_version
 from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.model_package import METRICS_FILE, PERFORMANCE_FILE, ModelManifest, read_json, read_manifest
@@ -27,6 +26,7 @@ from tests.cluster.kinds import K8S, TRAIN_JOB, JobKind, brief
 from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
 from tests.cluster.platform import PLATFORM_NAMESPACE, Platform
 from tests.cluster.queue import QUEUE, other_work, queue_with
+from tests.fixtures.cifar10 import PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
 from tests.fixtures.workspace import ROOT, Workspace
 
 DATA = "cifar10/raw_dataset,cifar10/processed_dataset"

@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 import urllib3
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE, RAW_DATASET, SERVED_TRAFFIC
 from cifar_assets.assets.record import evaluations
-from cifar_assets.assets.served_traffic import served_traffic
-from cifar_assets.checks.drift import served_traffic_checks
 from cifar_assets.checks.shadow import ShadowConfig, judge_shadow
 from cifar_assets.contracts import LANDING_PREFIX, TO_LABEL_PREFIX
 from cifar_assets.dataset.formats.images import pixel_digest
@@ -30,6 +27,9 @@ from resources.object_store import RAW_BUCKET, TRAFFIC_BUCKET, ObjectStore
 from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
 from tests.cluster.platform import Platform
 from tests.cluster.serving_story import store_model
+from tests.fixtures.cifar10 import INFERENCE_SERVICE, RAW_DATASET, SERVED_TRAFFIC
+from tests.fixtures.cifar10 import served_traffic_asset as served_traffic
+from tests.fixtures.cifar10 import served_traffic_checks
 from tests.fixtures.tiny_data import write_drawn_images
 from tests.fixtures.workspace import ROOT, SMALL_TRAINING, Workspace
 

@@ -6,9 +6,9 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.record import data_version
 from resources.object_store import FolderStore
+from tests.fixtures.cifar10 import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from tests.fixtures.tiny_data import TINY_RECIPE, store_tiny_data
 from tests.fixtures.workspace import Workspace
 

@@ -14,12 +14,12 @@ import pytest
 from dagster._core.scheduler.instigation import InstigatorTick, TickStatus
 from PIL import Image
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE, RAW_DATASET, TRAINED_MODEL
 from cifar_assets.assets.record import data_version
 from cifar_assets.dataset.versions.raw import read_raw
 from cifar_assets.demo import FOUR_ASSETS
 from resources.inference_service.client import InferenceClient
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.cifar10 import INFERENCE_SERVICE, RAW_DATASET, TRAINED_MODEL
 from tests.fixtures.pausing import pausing
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
 

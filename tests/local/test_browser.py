@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, expect
 
-from cifar_assets.assets.keys import PROCESSED_DATASET
 from cifar_assets.demo import FOUR_ASSETS
 from tests.fixtures.browser import NEEDS_CHROMIUM, open_browser
+from tests.fixtures.cifar10 import PROCESSED_DATASET
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace, wait_until
 
 PATIENCE_MS = 300_000

@@ -13,8 +13,9 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from cifar_assets.assets.keys import TRAINED_MODEL, TRAINING_POOL
+from cifar_assets.assets.keys import TRAINING_POOL
 from resources.mlflow.resource import ATTEMPT_TAG, RUN_ID_TAG, LocalMlflow
+from tests.fixtures.cifar10 import TRAINED_MODEL
 from tests.fixtures.pausing import pausing
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace, command_of, wait_until
 

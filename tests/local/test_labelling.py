@@ -14,9 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from cifar_assets.assets.pictures_to_label import pictures_to_label
-from cifar_assets.assets.served_traffic import served_traffic
-from cifar_assets.checks.drift import served_traffic_checks
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.dataset.versions.reader import open_split
@@ -27,6 +24,9 @@ from resources.inference_service.client import InferenceClient
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
 from tests.fixtures.browser import NEEDS_CHROMIUM, open_browser
+from tests.fixtures.cifar10 import pictures_to_label_asset as pictures_to_label
+from tests.fixtures.cifar10 import served_traffic_asset as served_traffic
+from tests.fixtures.cifar10 import served_traffic_checks
 from tests.fixtures.ports import free_port
 from tests.fixtures.tiny_data import store_tiny_data, write_drawn_images
 from tests.fixtures.workspace import wait_until

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
 from cifar_assets.assets.record import data_version, previous_digests
 from cifar_assets.contracts import MODEL_NAME
 from cifar_assets.dataset.versions.reader import open_split
 from resources.inference_service.client import InferenceClient
 from resources.mlflow.resource import CHAMPION_ALIAS, RUN_ID_TAG, LocalMlflow
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.cifar10 import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace, steady_requests
 
 pytestmark = pytest.mark.timeout(1800)

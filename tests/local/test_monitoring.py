@@ -9,14 +9,14 @@ import dagster as dg
 import numpy as np
 import pytest
 
-from cifar_assets.assets.served_traffic import served_traffic
-from cifar_assets.checks.drift import served_traffic_checks
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.traffic.records import Traffic, read_traffic
 from resources.inference_service import DeployRequest, LocalInferenceService
 from resources.inference_service.client import InferenceClient
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.cifar10 import served_traffic_asset as served_traffic
+from tests.fixtures.cifar10 import served_traffic_checks
 from tests.fixtures.ports import free_port
 from tests.fixtures.tiny_data import store_tiny_data
 from tests.fixtures.workspace import wait_until

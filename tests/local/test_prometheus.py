@@ -17,9 +17,9 @@ import dagster as dg
 import pytest
 import yaml
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE, SERVED_TRAFFIC, TRAINED_MODEL
 from cifar_assets.assets.record import DATA_VERSION_TAG
 from resources.object_store import FolderStore
+from tests.fixtures.cifar10 import INFERENCE_SERVICE, SERVED_TRAFFIC, TRAINED_MODEL
 from tests.fixtures.minio import find_minio, running_minio
 from tests.fixtures.ports import free_port
 from tests.unit.k8s.test_monitoring import ALERTS, MINIO, QUERIES, ROOT, RULES, metrics_of

@@ -6,12 +6,12 @@ import sys
 import pytest
 from Crypto.PublicKey import ECC
 
-from cifar_assets.assets.keys import TRAINED_MODEL
 from cifar_assets.assets.record import data_version
 from cifar_assets.model_package import CARD_FILE
 from resources.inference_service.client import InferenceClient
 from resources.model_signature import PUBLIC_KEY_VARIABLE, SIGNATURE_FILE, SIGNING_KEY_VARIABLE
 from resources.trainer.contract import EXIT_BAD_SPEC
+from tests.fixtures.cifar10 import TRAINED_MODEL
 from tests.fixtures.workspace import SMALL_TRAINING, Workspace
 
 pytestmark = pytest.mark.timeout(1800)

@@ -22,6 +22,7 @@ from resources.inference_service.kserve.manifest import build_inference_service_
 from resources.mlflow.target import MlflowTarget
 from resources.object_store import open_store
 from resources.trainer.interface import TrainingScale
+from tests.fixtures.cifar10 import DATA_SET
 from tests.fixtures.settings import settings_of
 
 SECRET = "hush"
@@ -103,7 +104,7 @@ def test_setting_with_a_secret_is_refused_and_not_shown(name: str, value: str, m
     [
         lambda: open_store(f"s3://key:{SECRET}@bucket/x"),
         lambda: open_store(SIGNED),
-        lambda: RawDatasetConfig(source=SIGNED).resolved_source(),
+        lambda: RawDatasetConfig(source=SIGNED).resolved_source(DATA_SET),
         lambda: parse_spec(SPEC.model_dump_json().replace("http://mlflow:5000", ADDRESS), "the test"),
         lambda: parse_spec(json.dumps({"output_uri": f"s3://k:{SECRET}@models"}), "the test"),
     ],

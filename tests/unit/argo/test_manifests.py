@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cifar_assets.contracts import CIFAR10_THRESHOLD
 from cifar_assets.pipeline_steps.__main__ import main
-from cifar_assets.settings import Settings
 from resources.argo.template import RESOURCE_IS_RETRIED
 
 ROOT = Path(__file__).parents[3]
@@ -41,7 +41,7 @@ def test_parameters_and_their_defaults() -> None:
         "seed": "0",
         "replicas": "1",
     }
-    assert float(parameters(PIPELINE)["threshold"]) == Settings().accuracy_threshold
+    assert float(parameters(PIPELINE)["threshold"]) == CIFAR10_THRESHOLD
 
 
 @pytest.mark.parametrize("name", STEPS)

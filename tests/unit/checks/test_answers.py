@@ -11,11 +11,12 @@ from cifar_assets.checks import results
 from cifar_assets.checks.results import answers, declare
 from resources.errors import DataError, ObjectNotFoundError, StoreError
 from resources.verdict import Verdict
+from tests.fixtures.cifar10 import DATA_SET
 
-KEY = dg.AssetKey("data")
+KEY = dg.AssetKey([DATA_SET.name, "data"])
 CHECKS = declare(
-    KEY, blocking={"first": "blocks"}, warning={"second": "warns"}, failing={"third": "fails"}, awaited=True
-)
+    "data", blocking={"first": "blocks"}, warning={"second": "warns"}, failing={"third": "fails"}, awaited=True
+)(DATA_SET)
 
 
 def good() -> Verdict:

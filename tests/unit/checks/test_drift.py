@@ -6,15 +6,15 @@ import dagster as dg
 import numpy as np
 import pytest
 
-from cifar_assets.assets.served_traffic import served_traffic
 from cifar_assets.checks import drift
-from cifar_assets.checks.drift import served_traffic_checks
 from cifar_assets.contracts import CIFAR10
 from cifar_assets.traffic.drift import Sample
 from cifar_assets.traffic.records import Answered, BatchInfo, write_batch
 from cifar_assets.traffic.statistics import image_statistics
 from resources.inference_service import ServiceStatus
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.cifar10 import served_traffic_asset as served_traffic
+from tests.fixtures.cifar10 import served_traffic_checks
 from tests.fixtures.orchestration import NotingService
 
 SERVED, EARLIER = "a" * 64, "b" * 64

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE, TRAINED_MODEL
 from cifar_assets.checks.model import calibrated, recall_reached
 from cifar_assets.contracts import CLASSES
 from cifar_assets.gate import judge_model, metrics_finite, onnx_equals_torch
@@ -14,6 +13,7 @@ from cifar_assets.model_package import PERFORMANCE_FILE
 from resources.errors import DataError
 from resources.object_store import FolderStore
 from resources.verdict import objections
+from tests.fixtures.cifar10 import INFERENCE_SERVICE, TRAINED_MODEL
 from tests.fixtures.models import METRICS, store_model
 from tests.fixtures.orchestration import World
 

@@ -5,11 +5,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE
 from cifar_assets.assets.record import DATA_VERSION_TAG
-from cifar_assets.checks.service import inference_service_checks
 from resources.inference_service import ServiceStatus
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.cifar10 import INFERENCE_SERVICE, inference_service_checks
 from tests.fixtures.models import store_model
 from tests.fixtures.orchestration import NotingService
 

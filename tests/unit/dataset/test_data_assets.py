@@ -5,11 +5,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from cifar_assets.assets.datasets import processed_dataset, raw_dataset
-from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.contracts import CLASSES
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.cifar10 import PROCESSED_DATASET, RAW_DATASET, processed_dataset, raw_dataset
 from tests.unit.dataset.test_hostile_archives import extras
 
 ASSETS = [raw_dataset, processed_dataset]

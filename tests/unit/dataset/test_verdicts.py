@@ -6,10 +6,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from cifar_assets.assets.datasets import processed_dataset, raw_dataset
-from cifar_assets.assets.keys import PROCESSED_DATASET, RAW_DATASET
 from cifar_assets.assets.record import previous_digests
-from cifar_assets.checks.data import classes_balanced, processed_dataset_checks, raw_dataset_checks
+from cifar_assets.checks.data import classes_balanced
 from cifar_assets.contracts import BASELINE_PROCESSED_KEY
 from cifar_assets.dataset.stores import stores_below
 from cifar_assets.dataset.versions.processed import build_processed, read_processed
@@ -21,6 +19,14 @@ from resources.errors import DataError
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
 from resources.verdict import objections
+from tests.fixtures.cifar10 import (
+    PROCESSED_DATASET,
+    RAW_DATASET,
+    processed_dataset,
+    processed_dataset_checks,
+    raw_dataset,
+    raw_dataset_checks,
+)
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE
 from cifar_assets.definitions import defs
-from cifar_assets.jobs import verify_service_daily, watch_traffic_daily
+from tests.fixtures.cifar10 import INFERENCE_SERVICE, verify_service_daily, watch_traffic_daily
 from tests.fixtures.workspace import ROOT
 
 LOAD = textwrap.dedent(

@@ -20,11 +20,11 @@ from dagster._daemon.types import DaemonHeartbeat
 from dagster_shared.error import SerializableErrorInfo
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE, TRAINED_MODEL
 from cifar_assets.assets.record import DATA_VERSION_TAG
 from cifar_assets.exporter import DagsterCollector
 from resources.dagster_private import TickStatus
 from resources.trainer.kubernetes import build_trainer_collector
+from tests.fixtures.cifar10 import INFERENCE_SERVICE, TRAINED_MODEL
 
 
 class Broken(dg.Config):
@@ -66,7 +66,7 @@ def morning() -> None: ...
 
 
 DEFS = dg.Definitions(
-    assets=[dg.AssetSpec("model")],
+    assets=[dg.AssetSpec("model"), dg.AssetSpec(INFERENCE_SERVICE), dg.AssetSpec(TRAINED_MODEL)],
     jobs=[daily, never_run],
     asset_checks=[good, judged_by_hand],
     sensors=[watching],
@@ -198,8 +198,10 @@ def test_the_deployed_model_is_as_old_as_its_first_materialization(instance: dg.
     report(INFERENCE_SERVICE, "b")
     report(INFERENCE_SERVICE, "a")
     samples = read(instance)
-    assert samples['cifar10_deployed_model_info{digest="a"}'] == 1
-    assert samples['cifar10_deployed_model_trained_timestamp_seconds{digest="a"}'] == pytest.approx(trained, abs=1e-3)
+    assert samples['cifar10_deployed_model_info{data_set="cifar10",digest="a"}'] == 1
+    assert samples['cifar10_deployed_model_trained_timestamp_seconds{data_set="cifar10",digest="a"}'] == pytest.approx(
+        trained, abs=1e-3
+    )
     assert len(samples) == 2
 
 

@@ -15,9 +15,10 @@ from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobO
 from cifar_assets.dataset.landing.zone import RECORD_KEY, LandingRecord, fingerprint, scan_landing
 from cifar_assets.definitions import defs
 from cifar_assets.landing_decision import LandingCursor, Outcome
-from cifar_assets.sensors import landing_sensor, last_run, training_in_flight
+from cifar_assets.sensors import last_run, training_in_flight
 from resources.object_store import FolderStore
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.cifar10 import DATA_SET, landing_sensor
 
 JOBS = defs.get_repository_def()
 
@@ -127,7 +128,7 @@ def test_a_run_is_waited_for_by_what_it_will_materialize(
 def test_a_run_is_waited_for_until_it_has_ended(instance: dg.DagsterInstance, status: dg.DagsterRunStatus) -> None:
     create(instance, "train", status=status)
     ended = status in (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-    assert (training_in_flight(instance) is None) is ended
+    assert (training_in_flight(instance, DATA_SET) is None) is ended
 
 
 def test_a_run_of_another_code_location_is_waited_for(instance: dg.DagsterInstance) -> None:
@@ -136,7 +137,7 @@ def test_a_run_of_another_code_location_is_waited_for(instance: dg.DagsterInstan
 
     job = dg.Definitions(assets=[model], jobs=[dg.define_asset_job("nightly", "*")]).resolve_job_def("nightly")
     instance.create_run_for_job(job, status=dg.DagsterRunStatus.QUEUED, remote_job_origin=origin("nightly"))
-    assert "nightly, QUEUED" in (training_in_flight(instance) or "")
+    assert "nightly, QUEUED" in (training_in_flight(instance, DATA_SET) or "")
 
 
 def test_a_backfill_that_has_started_no_run_yet_is_waited_for(instance: dg.DagsterInstance) -> None:
@@ -153,9 +154,9 @@ def test_a_backfill_that_has_started_no_run_yet_is_waited_for(instance: dg.Dagst
         ),
     )
     instance.add_backfill(backfill)
-    assert training_in_flight(instance) == "backfill fill"
+    assert training_in_flight(instance, DATA_SET) == "backfill fill"
     instance.update_backfill(backfill.with_status(BulkActionStatus.COMPLETED_SUCCESS))
-    assert training_in_flight(instance) is None
+    assert training_in_flight(instance, DATA_SET) is None
 
 
 def test_an_object_that_was_away_while_the_run_read_is_trained_on(

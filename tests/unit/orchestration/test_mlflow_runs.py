@@ -17,6 +17,7 @@ from mlflow import end_run, set_tracking_uri
 from cifar_assets import sensors
 from resources.errors import ConfigError
 from resources.mlflow.resource import RUN_ID_TAG, RUN_METADATA, LocalMlflow, MlflowResource, MlflowServer
+from tests.fixtures.cifar10 import close_mlflow_runs
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def status(mlflow: MlflowResource, run_id: str) -> str:
 
 
 def tick(instance: dg.DagsterInstance, mlflow: MlflowResource) -> str:
-    result = sensors.close_mlflow_runs(dg.build_sensor_context(instance=instance, resources={"mlflow": mlflow}))
+    result = close_mlflow_runs(dg.build_sensor_context(instance=instance, resources={"mlflow": mlflow}))
     assert isinstance(result, dg.SkipReason)
     assert result.skip_message is not None
     return result.skip_message

@@ -8,15 +8,13 @@ import dagster as dg
 import pytest
 
 from cifar_assets.assets.common import AccuracyGate
-from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL
 from cifar_assets.assets.record import DATA_VERSION_TAG
-from cifar_assets.assets.trained_model import argo_trained_model
-from cifar_assets.checks.parity import argo_parity_checks
 from cifar_assets.model_package import ENVIRONMENT_FILE
 from resources.argo.local import LocalPipeline
 from resources.digests import canonical_json
 from resources.mlflow.resource import LocalMlflow
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.cifar10 import ARGO_TRAINED_MODEL, TRAINED_MODEL, argo_parity_checks, argo_trained_model
 from tests.fixtures.models import store_model
 
 ENVIRONMENT = {"processes": 1, "threads": 2, "device": "cpu", "precision": "float32", "cpu": "some", "packages": {}}

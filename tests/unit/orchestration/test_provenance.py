@@ -7,10 +7,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, INFERENCE_SERVICE, PROCESSED_DATASET, TRAINED_MODEL
 from cifar_assets.assets.record import find_materialization, why_unproven
-from cifar_assets.checks.model import MODEL_CHECKS
 from cifar_assets.model_package import WEIGHTS_FILE
+from tests.fixtures.cifar10 import ARGO_TRAINED_MODEL, INFERENCE_SERVICE, MODEL_CHECKS, PROCESSED_DATASET, TRAINED_MODEL
 from tests.fixtures.models import store_model
 from tests.fixtures.orchestration import World, failure
 

@@ -14,6 +14,7 @@ from cifar_assets.training.spec import Execution, JobSpec
 from resources.errors import ConfigError
 from resources.object_store.resource import LocalObjectStore
 from resources.trainer.interface import TrainingScale
+from tests.fixtures.cifar10 import DATA_SET
 from tests.fixtures.tiny_data import store_manifest
 
 CHANGED = {
@@ -57,7 +58,7 @@ def object_store(tmp_path: Path) -> LocalObjectStore:
 @pytest.fixture
 def spec_of(object_store: LocalObjectStore) -> SpecOf:
     dataset = store_manifest(object_store.processed)
-    return lambda config: TrainedModelConfig(**config).job_spec(object_store, dataset, None)
+    return lambda config: TrainedModelConfig(**config).job_spec(DATA_SET, object_store, dataset, None)
 
 
 def test_every_field_of_a_recipe_can_be_overridden(spec_of: SpecOf) -> None:
@@ -98,7 +99,7 @@ def test_empty_quantity_means_left_out() -> None:
 def test_dataset_of_smaller_images_is_refused_before_training(object_store: LocalObjectStore) -> None:
     dataset = store_manifest(object_store.processed, image_size=10)
     with pytest.raises(ConfigError, match="for images of 10 pixels, a speednet needs at least 9"):
-        TrainedModelConfig().job_spec(object_store, dataset, None).check_dataset(object_store.processed)
+        TrainedModelConfig().job_spec(DATA_SET, object_store, dataset, None).check_dataset(object_store.processed)
 
 
 def test_cutout_larger_than_the_images_is_refused_before_training(spec_of: SpecOf) -> None:

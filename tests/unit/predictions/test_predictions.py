@@ -12,7 +12,6 @@ from PIL import Image
 
 from cifar_assets.assets import predictions as predictions_asset
 from cifar_assets.assets.common import AccuracyGate
-from cifar_assets.assets.keys import INFERENCE_SERVICE, PREDICTIONS
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.images import prepare_image
 from cifar_assets.predictions import parts as parts_module
@@ -22,6 +21,7 @@ from cifar_assets.predictions.run import Predictions, predict
 from resources.errors import ConfigError, StoreError
 from resources.object_store import FolderStore, ObjectStore
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.cifar10 import INFERENCE_SERVICE, PREDICTIONS, predictions
 from tests.unit.serving.tiny_model import store_tiny_model, tiny_logits, tiny_onnx
 
 NUM_PICTURES = 90
@@ -232,7 +232,7 @@ def materialize(world: World, *, source: Path | None, alone: bool) -> dg.Execute
         return dg.MaterializeResult(data_version=dg.DataVersion(world.digest))
 
     definitions = dg.Definitions(
-        assets=[service, predictions_asset.predictions],
+        assets=[service, predictions],
         resources={
             "object_store": LocalObjectStore(path=str(world.root.root)),
             "gate": AccuracyGate(threshold=0.85, precision="float32"),

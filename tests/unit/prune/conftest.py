@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cifar_assets.data_set import default_data_set
 from cifar_assets.dataset.stores import Stores, stores_below
 from cifar_assets.dataset.versions.processed import build_processed
 from cifar_assets.dataset.versions.raw import build_raw_version
 from cifar_assets.prune.rules import Policy, Removal
 from cifar_assets.prune.run import prune
+from cifar_assets.settings import read_settings
 from resources.inference_service import InferenceServiceResource, ServiceStatus
 from resources.inference_service.local.resource import LocalInferenceService
 from resources.mlflow.resource import LocalMlflow
@@ -63,7 +65,14 @@ class World:
         wanted = Policy.model_validate({"keep_versions": KEPT, **policy})
         resource = LocalObjectStore(path=str(self.folder / "store"))
         return prune(
-            wanted, self.instance, resource, self.mlflow, serving or Serving(), apply=apply, say=self.lines.append
+            default_data_set(read_settings()),
+            wanted,
+            self.instance,
+            resource,
+            self.mlflow,
+            serving or Serving(),
+            apply=apply,
+            say=self.lines.append,
         )
 
     def all_keys(self) -> set[str]:

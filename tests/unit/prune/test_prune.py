@@ -11,7 +11,6 @@ from typing import Never
 import dagster as dg
 import pytest
 
-from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL
 from cifar_assets.assets.record import DATA_VERSION_TAG
 from cifar_assets.dataset.versions.processed import read_processed
 from cifar_assets.dataset.versions.raw import current_raw_digest, make_current, read_raw
@@ -19,11 +18,12 @@ from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import read_manifest
 from cifar_assets.prune import run as prune_run
 from cifar_assets.prune.rules import Policy
-from cifar_assets.prune.run import PruneError, prune_job
+from cifar_assets.prune.run import PruneError
 from resources.mlflow.resource import LocalMlflow
 from resources.object_store import FolderStore
 from resources.object_store.folder import TEMPORARY_PREFIX
 from resources.object_store.resource import LocalObjectStore
+from tests.fixtures.cifar10 import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL, prune_job
 from tests.fixtures.workspace import ROOT
 from tests.unit.prune.conftest import KEPT, Generation, Serving, World, png
 
