@@ -91,7 +91,7 @@ def names(definitions: dg.Definitions) -> dict[str, set[str]]:
         "jobs": {name for name in repository.job_names if not name.startswith("__")},
         "sensors": {sensor.name for sensor in repository.sensor_defs},
         "schedules": {schedule.name for schedule in repository.schedule_defs},
-        "pools": {str(pool) for node in nodes for pool in node.pools},
+        "pools": {str(pool) for node in nodes for pool in node.pools or ()},
     }
 
 

@@ -67,9 +67,32 @@ def test_a_model_without_an_int8_file_is_served_as_float(models: ObjectStore) ->
         choose_precision(models, digest, "int8")
 
 
-def test_the_threshold_comes_from_the_environment_or_its_default() -> None:
+def test_the_threshold_comes_from_the_environment() -> None:
     assert resources_for(settings_of({"ACCURACY_THRESHOLD": "0.5"}))["gate"].threshold == 0.5
-    assert resources_for(settings_of({}))["gate"].threshold == 0.85
+    assert resources_for(settings_of({}))["gate"].threshold is None
+
+
+@pytest.mark.parametrize(("accuracy", "passed"), [(0.8499, False), (0.85, True)])
+def test_the_default_threshold_of_cifar10(models: ObjectStore, accuracy: float, passed: bool) -> None:
+    _, verdict = judge(models, store_model(models, {"test_accuracy": accuracy}), None)
+    assert (verdict.passed, verdict.numbers["threshold"]) == (passed, 0.85)
+
+
+@pytest.mark.parametrize(("accuracy", "passed"), [(0.2, False), (0.5, False), (0.51, True)])
+def test_a_model_of_other_classes_has_to_be_better_than_guessing(
+    models: ObjectStore, accuracy: float, passed: bool
+) -> None:
+    metrics = {"test_accuracy": accuracy, "confusion_matrix": [[3, 3, 0], [0, 3, 0], [0, 1, 2]]}
+    _, verdict = judge(models, store_model(models, metrics, classes=("cat", "dog", "horse")), None)
+    assert (verdict.passed, verdict.numbers["threshold"]) == (passed, 0.5)
+    assert "always naming the most frequent class" in verdict.reason
+    assert judge(models, store_model(models, metrics, classes=("cat", "dog", "horse")), 0.1)[1].passed
+
+
+def test_without_a_confusion_matrix_there_is_no_default_threshold(models: ObjectStore) -> None:
+    digest = store_model(models, {"confusion_matrix": None}, classes=("cat", "dog"))
+    with pytest.raises(DataError, match="no confusion matrix"):
+        judge(models, digest, None)
 
 
 def test_the_precision_comes_from_the_environment_or_is_chosen() -> None:
