@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = "Stopped."
     try:
         if options.command == "stop":
-            found = stop_server(options.state_dir)
+            stopped = [stop_server(folder) for folder in (options.state_dir, *_folders_below(options.state_dir))]
+            found = any(stopped)
         elif found := find_server(options.state_dir):
             with found:
                 text = _describe(found.info)
@@ -30,6 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     sys.stdout.write((text if found else f"Nothing is running in {options.state_dir}.") + "\n")
     return 0 if found else 3
+
+
+def _folders_below(folder: Path) -> list[Path]:
+    """Those of further deployments of the same project."""
+    return sorted(path for path in folder.glob("*/") if path.is_dir())
 
 
 def _describe(info: ServerInfo) -> str:
