@@ -104,7 +104,7 @@ def test_dagster_would_run_it(words: Sequence[str]) -> None:
         assert keys
         job = defs.resolve_implicit_global_asset_job_def().get_subset(asset_selection=set(keys))
     if name := options.get("job_name") or options.get("job"):
-        job = repository.get_job(name)
+        job = repository.get_job(name.removeprefix("animals_"))  # your_own_images.md declares this data set
     if options.get("config_json"):
         assert job is not None
         dg.validate_run_config(job, json.loads(options["config_json"]))
