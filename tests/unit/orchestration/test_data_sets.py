@@ -55,7 +55,7 @@ def test_declaration_completes_itself(tmp_path: Path) -> None:
     [
         (
             f"{FLOWERS}  colour: red\n",
-            r"data set flowers is not valid\. colour: there is no such field; choose from name",
+            r"data set flowers is not valid\. colour: there is no such field; choose from classes, image_size",
         ),
         ("- {name: flowers}\n", "data set flowers is not valid. source: Field required"),
         ("- {source: x}\n", "data set number 1 is not valid. name: Field required"),
@@ -64,7 +64,7 @@ def test_declaration_completes_itself(tmp_path: Path) -> None:
         ("- {name: landing, source: x}\n", "name: 'landing' is a folder of the default data set"),
         ("- {name: a, source: x, image_size: 8}\n", "data set a is not valid. image_size: .*16"),
         ("- {name: a, source: x, threshold: 80}\n", "data set a is not valid. threshold: "),
-        ("- {name: a, source: x, recipe: slow}\n", "recipe: 'slow' does not exist: choose one of best"),
+        ("- {name: a, source: x, recipe: slow}\n", "recipe: 'slow' does not exist: choose one of baseline, best"),
         ("- {name: a, source: x, classes: [one]}\n", "data set a is not valid. classes: "),
         ("- {name: a, source: x}\n- {name: a, source: y}\n", "several data sets have the name a"),
         ("- {name: cifar10, source: x}\n", "several data sets have the name cifar10"),
@@ -197,7 +197,7 @@ def test_names_of_folders_are_reserved() -> None:
         if "_PREFIX" in line and line.rstrip().endswith('/"')
     }
     assert {"landing", "objects", "shards"} <= prefixes
-    assert {name for name in prefixes if "-" not in name} <= RESERVED_NAMES
+    assert {name for name in prefixes if name.isidentifier()} <= RESERVED_NAMES
 
 
 def test_commands_read_the_folder_of_the_data_set(tmp_path: Path) -> None:
