@@ -27,9 +27,8 @@ from resources.object_store import RAW_BUCKET, TRAFFIC_BUCKET, ObjectStore
 from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
 from tests.cluster.platform import Platform
 from tests.cluster.serving_story import store_model
-from tests.fixtures.cifar10 import INFERENCE_SERVICE, RAW_DATASET, SERVED_TRAFFIC
+from tests.fixtures.cifar10 import INFERENCE_SERVICE, RAW_DATASET, SERVED_TRAFFIC, served_traffic_checks
 from tests.fixtures.cifar10 import served_traffic_asset as served_traffic
-from tests.fixtures.cifar10 import served_traffic_checks
 from tests.fixtures.tiny_data import write_drawn_images
 from tests.fixtures.workspace import ROOT, SMALL_TRAINING, Workspace
 
