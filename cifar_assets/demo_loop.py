@@ -35,9 +35,14 @@ _RECORD_SECONDS = 300
 
 def main() -> int:
     """Tell the story with the running service. If one of its runs fails, its exit code is returned."""
+    demo.reuse_source()
     demo.prepare()
     store, served = LocalObjectStore(), demo.served()
     split = open_split(store.processed, str(served["dataset_digest"]), "test")
+    if len(split.labels) < _NUM_SENT:
+        raise SystemExit(
+            f"There are {len(split.labels)} test images, and this sends {_NUM_SENT}: run `make demo` with more first."
+        )
     images = split.take(np.arange(_NUM_SENT)) // 2
     labels = split.labels[:_NUM_SENT]
     truth = {

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cifar_assets.contracts import CLASSES
 from cifar_assets.deployment import resources_for
 from cifar_assets.gate import choose_precision, judge
 from cifar_assets.model_package import INT8_FILE, METRICS_FILE
@@ -76,6 +77,14 @@ def test_the_threshold_comes_from_the_environment() -> None:
 def test_the_default_threshold_of_cifar10(models: ObjectStore, accuracy: float, passed: bool) -> None:
     _, verdict = judge(models, store_model(models, {"test_accuracy": accuracy}), None)
     assert (verdict.passed, verdict.numbers["threshold"]) == (passed, 0.85)
+
+
+@pytest.mark.parametrize(
+    "classes", [CLASSES[:9], CLASSES[4:], (*CLASSES, "unknown"), tuple(name.title() for name in CLASSES)]
+)
+def test_the_default_threshold_does_not_drop_with_a_class(models: ObjectStore, classes: tuple[str, ...]) -> None:
+    _, verdict = judge(models, store_model(models, {"test_accuracy": 0.84}, classes=classes), None)
+    assert (verdict.passed, verdict.numbers["threshold"]) == (False, 0.85)
 
 
 @pytest.mark.parametrize(("accuracy", "passed"), [(0.2, False), (0.5, False), (0.51, True)])
