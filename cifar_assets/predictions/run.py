@@ -3,7 +3,6 @@
 import heapq
 import math
 import re
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,7 +39,7 @@ from resources.errors import ConfigError, ExplainedError
 from resources.object_store import FolderStore, ObjectInfo, ObjectStore, open_store
 
 _READERS = 16
-"""Threads that read pictures. No more of them decode pictures or run the model at a time than there are CPUs."""
+"""Threads that fetch pictures from a store that is not a folder, and pictures that each batch fetches ahead."""
 _BATCH_PIXELS = 64 * 32 * 32
 
 T = TypeVar("T")
@@ -155,15 +154,17 @@ class _Run:
     ):
         self._source, self._target, self._model = source, target, model
         self._model_digest, self._batch_images = model_digest, batch_images
-        self._cpus = threading.Semaphore(math.ceil(available_cpus()))
+        self._is_folder = source.local_path("") is not None
+        self._fetchers = ThreadPoolExecutor(_READERS)
         self.num_predicted = 0
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """Name and note of the parts in order: those that are stored, and new ones once they are stored."""
-        pool = ThreadPoolExecutor(_READERS)
+        num_threads = math.ceil(available_cpus()) * (1 if self._is_folder else 2)  # some wait for the store
+        pool = ThreadPoolExecutor(num_threads)
         try:
             rows: list[Row] = []
-            for batch, found, number in _ahead(pool, self._classify, self._batches()):
+            for batch, found, number in _ahead(pool, self._classify, self._batches(), 2 * num_threads):
                 rows += found
                 self.num_predicted += number
                 if batch.ends_part:
@@ -171,6 +172,7 @@ class _Run:
                     rows = []
         finally:
             pool.shutdown(cancel_futures=True)
+            self._fetchers.shutdown()
 
     def _batches(self) -> Iterator[_Batch]:
         for part in slices(_pictures(self._source)):
@@ -187,30 +189,39 @@ class _Run:
         rows: list[Row] = []
         new: list[Row] = []
         images: list[NDArray[np.uint8]] = []
-        for info in batch.infos:
+        read = map(self._read, batch.infos)
+        if not self._is_folder:
+            read = _ahead(self._fetchers, self._read, batch.infos, _READERS)
+        for info, data in zip(batch.infos, read, strict=True):
             row: Row = {"path": info.key, "model_digest": self._model_digest}
             rows.append(row)
             try:
-                check_size(info.size, SOURCE_LIMITS)
-                data = self._source.read(info.key)
+                if isinstance(data, ExplainedError):
+                    raise data
                 row["sha256"] = sha256_bytes(data)
                 before = batch.before.get(info.key, {})
                 if before.get("sha256") == row["sha256"]:
                     row |= before
                     continue
-                with self._cpus:
-                    images.append(_decode(data, self._model.manifest))
+                images.append(_decode(data, self._model.manifest))
                 new.append(row)
             except ExplainedError as error:
-                if error.transient:
-                    raise
                 row["reason"] = str(error)
         if new:
-            with self._cpus:
-                found = softmax(self._model.run(np.stack(images))).astype(np.float32)
+            found = softmax(self._model.run(np.stack(images))).astype(np.float32)
             for row, probabilities in zip(new, found, strict=True):
                 row |= self._answer(probabilities)
         return batch, rows, len(new)
+
+    def _read(self, info: ObjectInfo) -> bytes | ExplainedError:
+        """The picture's file, or why it cannot be used."""
+        try:
+            check_size(info.size, SOURCE_LIMITS)
+            return self._source.read(info.key)
+        except ExplainedError as error:
+            if error.transient:
+                raise
+            return error
 
     def _answer(self, probabilities: NDArray[np.float32]) -> Row:
         if not np.isfinite(probabilities).all():
@@ -240,12 +251,12 @@ def _name_of(source: ObjectStore) -> str:
     return f"{word or 'source'}-{sha256_bytes(source.uri().encode())[:12]}"
 
 
-def _ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """The results in order. No more items are taken than the threads work on, and a few that wait."""
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], number: int) -> Iterator[R]:
+    """The results in order, of which at most `number` are computed ahead."""
     waiting: deque[Future[R]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) > 2 * _READERS:
+        if len(waiting) > number:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
