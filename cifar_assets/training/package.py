@@ -4,7 +4,7 @@ import copy
 import io
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ from resources.errors import DataError
 _OPSET = 20
 """The first with `Gelu`, which ONNX Runtime does not recognize in its parts between quantized layers."""
 _ONNX_IMAGES = 256
+_ONNX_BATCH = 64
+"""Takes 3 % more time than batches of 500, and less memory."""
 _CALIBRATION_BINS = 15
 _REPEATABLE = {"epoch", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "resolution"}
 
@@ -122,10 +124,9 @@ def predict(classifier: nn.Module, split: TensorSplit, processor: Processor) -> 
 
 def compare_int8(int8: bytes, split: TensorSplit, logits: NDArray[np.float32]) -> dict[str, float]:
     """Metrics of the int8 model on a split: accuracy, and agreement with the predictions that the logits give."""
-    session = open_session(int8, torch.get_num_threads())
-    batches = np.array_split(np.arange(len(split)), -(-len(split) // batch_images(split.image_size)))
-    found: Any = [session.run([MODEL_OUTPUT], {MODEL_INPUT: split.images(batch).cpu().numpy()})[0] for batch in batches]
-    predicted, labels = np.concatenate(found).argmax(axis=1), split.labels.cpu().numpy()
+    batches = np.array_split(np.arange(len(split)), -(-len(split) // _onnx_batch(split.image_size)))
+    found = _onnx_logits(int8, (split.images(batch).cpu().numpy() for batch in batches))
+    predicted, labels = found.argmax(axis=1), split.labels.cpu().numpy()
     accuracy, float_accuracy = ((each == labels).mean() for each in (predicted, logits.argmax(axis=1)))
     return {
         "int8_test_accuracy": float(accuracy),
@@ -222,7 +223,7 @@ def onnx_difference(onnx: bytes, images: NDArray[np.uint8], logits: NDArray[np.f
 
     Raises DataError if it is larger than rounding explains.
     """
-    found: Any = open_session(onnx, torch.get_num_threads()).run([MODEL_OUTPUT], {MODEL_INPUT: images})[0]
+    found = _onnx_logits(onnx, np.array_split(images, -(-len(images) // _onnx_batch(images.shape[-1]))))
     difference = float(np.abs(found - logits).max())
     allowed = ONNX_TOLERANCE * max(1.0, float(np.abs(logits).max()))
     if not difference <= allowed:  # or if the output is not finite
@@ -231,6 +232,16 @@ def onnx_difference(onnx: bytes, images: NDArray[np.uint8], logits: NDArray[np.f
             f"{allowed}: the exporter does not support this network; check the versions of torch and onnxruntime."
         )
     return difference
+
+
+def _onnx_batch(image_size: int) -> int:
+    return min(_ONNX_BATCH, batch_images(image_size))
+
+
+def _onnx_logits(model: bytes, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    session = open_session(model, torch.get_num_threads())
+    found: Any = [session.run([MODEL_OUTPUT], {MODEL_INPUT: batch})[0] for batch in batches]
+    return np.concatenate(found)
 
 
 def _performance(trainer: Trainer) -> dict[str, Any]:
