@@ -107,7 +107,8 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
                 if clock() > deadline:
                     raise MessagesLostError(
                         f"The job ended, but its messages in {self._uri} could not be read for "
-                        f"{timeout_seconds:.0f} s: {error} Retry the step: it reads them without running again.",
+                        f"{timeout_seconds:.0f} s: {error} Retry the step: a job in a cluster is not run again, "
+                        "and a local training continues from its checkpoint.",
                         transient=True,
                     ) from error
                 sleeper(1.0)
