@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
 from cifar_assets.contracts import ImageSpec
+from cifar_assets.dataset.formats.images import SOURCE_LIMITS
 from cifar_assets.dataset.formats.rows import PREPARATION
 from cifar_assets.dataset.objects import is_present, read_state
 from cifar_assets.manifest import Manifest
@@ -101,8 +102,11 @@ class Slice:
         data = buffer.getvalue()
         unusable = [(row["path"], row["reason"]) for row in rows if row.get("reason")]
         guessed = [(row["confidence"], row["path"], row["class"]) for row in rows if not row.get("reason")]
+        is_final = (
+            row.get("sha256") or info.size > SOURCE_LIMITS.max_bytes for info, row in zip(self.infos, rows, strict=True)
+        )
         part = Part(
-            listing=self.listing if all(row.get("sha256") for row in rows) else "",
+            listing=self.listing if all(is_final) else "",
             sha256=sha256_bytes(data),
             size=len(data),
             rows=len(rows),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 from urllib.parse import unquote
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from cifar_assets.contracts import ImageSpec
 from cifar_assets.cpus import available_cpus
-from cifar_assets.dataset.formats.images import SOURCE_LIMITS, check_size, open_picture, picture_pixels
+from cifar_assets.dataset.formats.images import SOURCE_LIMITS, ImageTooLargeError, check_size, prepare_image
 from cifar_assets.dataset.formats.names import PICTURE_SUFFIXES, suffix_of
 from cifar_assets.dataset.objects import printable, unlisted
 from cifar_assets.dataset.progress import report
@@ -35,12 +36,14 @@ from cifar_assets.predictions.parts import (
 )
 from cifar_assets.serving.classifier import Classifier, load_classifier, softmax
 from resources.digests import sha256_bytes
-from resources.errors import ConfigError, ExplainedError
+from resources.errors import ConfigError, ExplainedError, ObjectChangedError, ObjectNotFoundError, StoreError
 from resources.object_store import FolderStore, ObjectInfo, ObjectStore, open_store
 
 _READERS = 16
 """Threads that fetch pictures from a store that is not a folder, and pictures that each batch fetches ahead."""
 _BATCH_PIXELS = 64 * 32 * 32
+_LARGE_PICTURE = Lock()
+"""Held while a picture over the limits of the service is decoded: each may take several hundred megabytes."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -91,7 +94,7 @@ def predict(
     """Classify the pictures at a path or s3:// address that are not classified yet, part by part.
 
     `on_part` gets the number of pictures so far, and in total. Raises ConfigError if the address has no pictures,
-    StoreError when a store does not respond; what was stored until then is not repeated.
+    StoreError when a store does not respond or refuses access; what was stored until then is not repeated.
     """
     started = time.monotonic()
     source = open_store(address) if "://" in address else FolderStore(Path(address).expanduser())
@@ -214,12 +217,14 @@ class _Run:
         return batch, rows, len(new)
 
     def _read(self, info: ObjectInfo) -> bytes | ExplainedError:
-        """The picture's file, or why it cannot be used."""
+        """The picture's file, or why it cannot be used. StoreError if the store is at fault."""
         try:
             check_size(info.size, SOURCE_LIMITS)
             return self._source.read(info.key)
-        except ExplainedError as error:
-            if error.transient:
+        except (ImageTooLargeError, ObjectNotFoundError, ObjectChangedError) as error:
+            return error
+        except StoreError as error:
+            if error.transient or not self._is_folder:  # such as a missing permission
                 raise
             return error
 
@@ -230,12 +235,16 @@ class _Run:
         return {
             "class": self._model.manifest.classes[label],
             "confidence": float(probabilities[label]),
-            "probabilities": probabilities.tolist(),
+            "probabilities": probabilities,
         }
 
 
 def _decode(data: bytes, form: ImageSpec) -> NDArray[np.uint8]:
-    return picture_pixels(open_picture(data, SOURCE_LIMITS), form.image_size, form.fit)
+    try:
+        return prepare_image(data, form.image_size, form.fit)
+    except ImageTooLargeError:
+        with _LARGE_PICTURE:
+            return prepare_image(data, form.image_size, form.fit, limits=SOURCE_LIMITS)
 
 
 def _pictures(source: ObjectStore) -> Iterator[ObjectInfo]:

@@ -74,7 +74,7 @@ _KINDS = (
 class ImageLimits:
     """Limits for one picture, checked on its bytes before any pixel is decoded.
 
-    Together they keep the memory of one decoding below about 150 MB and its time below one second.
+    The default ones keep the memory of one decoding below about 150 MB and its time below one second.
     """
 
     max_bytes: int = 10 * 1024 * 1024
@@ -85,7 +85,9 @@ class ImageLimits:
 
 DEFAULT_LIMITS = ImageLimits()
 SOURCE_LIMITS = ImageLimits(max_bytes=20 * 1024 * 1024, max_pixels=25 * 1000 * 1000)
-"""For pictures that become data, which are read in a process of their own: photographs of up to 50 megapixels."""
+"""For pictures that become data, which are read in a process of their own, and for batch prediction, which decodes one
+such picture at a time: photographs of up to 50 megapixels. Decoding one takes up to three times the memory and
+time that the default limits allow."""
 
 
 class ImageError(DataError):

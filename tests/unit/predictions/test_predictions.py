@@ -3,6 +3,8 @@
 import io
 import os
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import dagster as dg
 import numpy as np
@@ -13,12 +15,13 @@ from PIL import Image
 from cifar_assets.assets import predictions as predictions_asset
 from cifar_assets.assets.common import AccuracyGate
 from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.formats.images import prepare_image
+from cifar_assets.dataset.formats.images import SOURCE_LIMITS, prepare_image
 from cifar_assets.predictions import parts as parts_module
+from cifar_assets.predictions import run as run_module
 from cifar_assets.predictions.__main__ import main
 from cifar_assets.predictions.parts import COLUMNS, slices
 from cifar_assets.predictions.run import Predictions, predict
-from resources.errors import ConfigError, StoreError
+from resources.errors import ConfigError, ObjectNotFoundError, StoreError
 from resources.object_store import FolderStore, ObjectStore
 from resources.object_store.resource import LocalObjectStore
 from tests.fixtures.cifar10 import INFERENCE_SERVICE, PREDICTIONS, predictions
@@ -175,13 +178,58 @@ def test_pictures_that_cannot_be_used_have_the_reason(world: World, monkeypatch:
     assert world.predict().num_predicted == 1  # what could not be read is tried again
 
 
-def test_photographs_that_the_service_refuses_are_classified(world: World) -> None:
+def test_a_file_over_the_size_limit_is_not_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.write("large.png", b"")
+    os.truncate(world.photos / "large.png", SOURCE_LIMITS.max_bytes + 1)
+    first = world.predict()
+    (row,) = (row for row in rows_of(first) if row["reason"])
+    assert (row["path"], row["sha256"]) == ("large.png", None)
+    read: list[str] = []
+    monkeypatch.setattr(run_module, "check_size", lambda *_: read.append("a picture"))
+    assert world.predict().manifest == first.manifest
+    assert read == []
+
+
+def test_one_object_that_is_missing_is_a_row_and_no_permission_is_a_failure(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a store that is not a folder."""
+    read = FolderStore.read
+    errors: dict[str, StoreError] = {"1/001.png": ObjectNotFoundError("gone")}
+
+    def failing(store: FolderStore, key: str) -> bytes:
+        if key in errors:
+            raise errors[key]
+        return read(store, key)
+
+    monkeypatch.setattr(FolderStore, "read", failing)
+    monkeypatch.setattr(FolderStore, "local_path", lambda *_: None)
+    assert world.predict().unusable == [("1/001.png", "gone")]
+    errors["1/001.png"] = StoreError("AccessDenied")
+    with pytest.raises(StoreError, match="AccessDenied"):
+        world.predict()
+
+
+def test_photographs_that_the_service_refuses_are_classified_one_at_a_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = Lock()
+    locked: list[bool] = []
+
+    def prepare(*arguments: Any, **limits: Any) -> Any:
+        if limits:
+            locked.append(lock.locked())
+        return prepare_image(*arguments, **limits)
+
+    monkeypatch.setattr(run_module, "_LARGE_PICTURE", lock)
+    monkeypatch.setattr(run_module, "prepare_image", prepare)
     buffer = io.BytesIO()
     Image.new("RGB", (6000, 4000), "red").save(buffer, "JPEG")
     world.write("photo.jpg", buffer.getvalue())
     found = world.predict()
     assert found.num_predicted == NUM_PICTURES + 1
     assert found.unusable == []
+    assert locked == [True]
 
 
 def test_answers_that_are_not_finite(world: World) -> None:
