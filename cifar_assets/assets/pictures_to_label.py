@@ -21,9 +21,17 @@ from cifar_assets.checks.drift import DRIFTED
 from cifar_assets.data_set import DataSet
 from cifar_assets.dataset.formats.images import pixel_digest
 from cifar_assets.dataset.sheet import captioned_sheet
-from cifar_assets.labelling.batches import Batch, Label, Picture, Reason, land_labels, pictures_asked, write_batch
-from cifar_assets.traffic.records import Place, Traffic, read_window
-from resources.digests import sha256_json
+from cifar_assets.labelling.batches import (
+    Batch,
+    Label,
+    Picture,
+    Reason,
+    land_feedback,
+    pictures_known,
+    pictures_labeled,
+    write_batch,
+)
+from cifar_assets.traffic.records import Feedback, Place, Traffic, read_window
 from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource
 
@@ -52,10 +60,10 @@ def pictures_to_label(
         raw, traffic_key = object_store.raw, key_of(data_set, SERVED_TRAFFIC)
         window = materialized_digest(context, traffic_key)
         by_model = read_window(object_store.traffic, window)
-        told = _land_feedback(raw, by_model)
+        told = land_told(raw, by_model)
         drifted = [place for place in _drifted(context.instance, traffic_key, window) if place not in told]
         name = f"{datetime.now(UTC):%Y-%m-%dT%H%M%S}"
-        chosen = choose(by_model[-1], drifted, told, pictures_asked(raw), config.num_pictures) if by_model else []
+        chosen = choose(by_model[-1], drifted, told, pictures_known(raw), config.num_pictures) if by_model else []
         pictures = [picture for picture, _ in chosen]
         if pictures:
             info = by_model[-1].info
@@ -112,21 +120,32 @@ def _drifted(instance: dg.DagsterInstance, traffic: dg.AssetKey, window: str) ->
     return [(request_id, index) for request_id, index in value]
 
 
-def _land_feedback(raw: ObjectStore, by_model: Sequence[Traffic]) -> set[Place]:
-    """Land the recorded pictures that have feedback, of several for a picture the last; returns their places."""
-    told = {each.place: each for traffic in by_model for each in traffic.info.feedback}
-    rows: dict[Place, tuple[bytes, str, Label]] = {}
+def land_told(raw: ObjectStore, by_model: Sequence[Traffic]) -> set[Place]:
+    """Land the recorded pictures that have feedback; returns their places.
+
+    The last label of the same pixels counts, and none for those that a person labeled in a batch. Left out are records
+    of models for other images than the last one's, and labels that are no class.
+    """
+    if not by_model:
+        return set()
+    images, by_person = by_model[-1].info.images, pictures_labeled(raw)
+    told = {
+        each.place: each
+        for each in sorted((each for traffic in by_model for each in traffic.info.feedback), key=lambda each: each.time)
+        if each.label in images.classes
+    }
+    found: list[tuple[Feedback, str, NDArray[np.uint8]]] = []
     for traffic in by_model:
-        for row, place in enumerate(traffic.places):
+        rows = enumerate(traffic.places) if traffic.info.images == images else ()
+        for row, place in rows:
             image = traffic.image(row) if place in told else None
-            if image is not None:
-                feedback = told[place]
-                label = Label(label=feedback.label, by="feedback", time=datetime.fromtimestamp(feedback.time, UTC))
-                rows[place] = (_png(image), place[0], label)
-    if rows:
-        name = sha256_json([[*place, label.label] for place, (_, _, label) in sorted(rows.items())])[:16]
-        land_labels(raw, f"feedback/{name}", by_model[-1].info.images.classes, rows.values())
-    return set(rows)
+            if image is not None and (file := f"{pixel_digest(image)}.png") not in by_person:
+                found.append((told[place], file, image))
+    last = {file: (feedback, image) for feedback, file, image in sorted(found, key=lambda each: each[0].time)}
+    for file, (feedback, image) in last.items():
+        label = Label(label=feedback.label, by="feedback", time=datetime.fromtimestamp(feedback.time, UTC))
+        land_feedback(raw, file, images.classes, (_png(image), feedback.request_id, label))
+    return {feedback.place for feedback, _, _ in found}
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:

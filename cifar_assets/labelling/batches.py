@@ -8,8 +8,10 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -22,6 +24,7 @@ from resources.errors import DataError, ObjectNotFoundError
 from resources.object_store import ObjectStore
 
 _MANIFEST, _LABELS = "manifest.json", "labels.json"
+_FEEDBACK = "feedback/"
 Reason = Literal["drifted", "uncertain"]
 
 
@@ -62,9 +65,15 @@ def write_batch(raw: ObjectStore, name: str, batch: Batch, files: Sequence[bytes
     raw.write(f"{TO_LABEL_PREFIX}{name}/{_MANIFEST}", batch.model_dump_json(indent=1).encode())
 
 
-def pictures_asked(raw: ObjectStore) -> set[str]:
-    """File names of the pictures in all batches."""
-    return {info.key.rpartition("/")[2] for info in raw.list(TO_LABEL_PREFIX)}
+def pictures_known(raw: ObjectStore) -> set[str]:
+    """File names that the pictures of all batches have, and those that landed by feedback would have."""
+    landed = {f"{PurePosixPath(info.key).stem}.png" for info in raw.list(LANDING_PREFIX + _FEEDBACK)}
+    return landed | {info.key.rpartition("/")[2] for info in raw.list(TO_LABEL_PREFIX)}
+
+
+def pictures_labeled(raw: ObjectStore) -> set[str]:
+    """File names of the pictures in all batches that have a label."""
+    return {file for _, labels in _all_labels(raw) for file in labels}
 
 
 def newest_batch(raw: ObjectStore) -> str:
@@ -78,14 +87,22 @@ def newest_batch(raw: ObjectStore) -> str:
 def labels_given(raw: ObjectStore) -> dict[Place, str]:
     """The classes that people gave in all batches, by the places of the pictures in the record."""
     found: dict[Place, str] = {}
-    for info in raw.list(TO_LABEL_PREFIX):
-        if info.key.endswith(f"/{_LABELS}"):
-            labels = _LabelsByFile.model_validate_json(raw.read(info.key)).root
-            batch = Batch.model_validate_json(raw.read(info.key.removesuffix(_LABELS) + _MANIFEST))
+    for folder, labels in _all_labels(raw):
+        with suppress(ObjectNotFoundError):  # what is left of a batch that was removed
+            batch = Batch.model_validate_json(raw.read(folder + _MANIFEST))
             found |= {
                 (each.request_id, each.index): labels[each.file].label for each in batch.pictures if each.file in labels
             }
     return found
+
+
+def _all_labels(raw: ObjectStore) -> Iterator[tuple[str, dict[str, Label]]]:
+    """The folder and the labels of each batch that has some."""
+    for info in raw.list(TO_LABEL_PREFIX):
+        if info.key.endswith(f"/{_LABELS}"):
+            with suppress(ObjectNotFoundError):
+                labels = _LabelsByFile.model_validate_json(raw.read(info.key)).root
+                yield info.key.removesuffix(_LABELS), labels
 
 
 def land_labels(raw: ObjectStore, name: str, classes: Sequence[str], rows: Iterable[tuple[bytes, str, Label]]) -> str:
@@ -104,12 +121,29 @@ def land_labels(raw: ObjectStore, name: str, classes: Sequence[str], rows: Itera
         "labeled_by": pa.array([each.by for each in labels], pa.string()),
         "labeled_at": pa.array([each.time for each in labels], pa.timestamp("us", "UTC")),
     }
-    features = json.dumps({"info": {"features": {"label": {"names": list(classes)}}}})
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns).replace_schema_metadata({"huggingface": features}), buffer)
+    pq.write_table(pa.table(columns).replace_schema_metadata({"huggingface": _features(classes)}), buffer)
     key = f"{LANDING_PREFIX}{name}.parquet"
     raw.write(key, buffer.getvalue())
     return key
+
+
+def _features(classes: Sequence[str]) -> bytes:
+    return json.dumps({"info": {"features": {"label": {"names": list(classes)}}}}).encode()
+
+
+def land_feedback(raw: ObjectStore, file: str, classes: Sequence[str], row: tuple[bytes, str, Label]) -> None:
+    """Land a picture with its label, unless it landed with this label: writing it again would start a run.
+
+    `file` is the picture's name in a batch. One file for each picture, since it cannot have two labels.
+    """
+    name = f"{_FEEDBACK}{PurePosixPath(file).stem}"
+    with suppress(ObjectNotFoundError):
+        table = pq.read_table(io.BytesIO(raw.read(f"{LANDING_PREFIX}{name}.parquet")))
+        declared = (table.schema.metadata or {}).get(b"huggingface")
+        if declared == _features(classes) and table["label"].to_pylist() == [classes.index(row[2].label)]:
+            return
+    land_labels(raw, name, classes, [row])
 
 
 class Desk:
@@ -155,7 +189,7 @@ class Desk:
             self._labels = labels
 
     def save(self) -> dict[str, Any]:
-        """Land all labels, in place of those that this batch landed before. DataError if there are none."""
+        """Land all labels, in place of those that this batch or feedback landed before. DataError if there are none."""
         with self._lock:
             rows = [
                 (self._files[each.file], each.request_id, self._labels[each.file])
@@ -164,6 +198,9 @@ class Desk:
             ]
             if not rows:
                 raise DataError(f"Batch {self.name} has no labels: give some first.")
+            for info in self._raw.list(LANDING_PREFIX + _FEEDBACK):
+                if f"{PurePosixPath(info.key).stem}.png" in self._labels:
+                    self._raw.delete(info.key)
             return {
                 "saved": len(rows),
                 "key": land_labels(self._raw, f"labeled/{self.name}", self._batch.classes, rows),

@@ -202,9 +202,12 @@ def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore
 
 def traffic(policy: Policy, store: ObjectStore, raw: ObjectStore) -> Iterator[Removal]:
     """Records of served traffic, and what is to be labeled, older than traffic_days. The bucket may not exist."""
-    for info in raw.list(TO_LABEL_PREFIX):
-        yield from _expired(raw, info, "picture to label", policy.traffic_days)
     end = datetime.now(UTC) - timedelta(days=policy.traffic_days)
+    for name, infos in _by_folder(raw, TO_LABEL_PREFIX, 1).items():
+        if _last_change(infos) <= end:  # a batch goes as a whole: labels.json is newer than the pictures
+            yield _removal(
+                raw, infos, "batch to label", f"{TO_LABEL_PREFIX}{name}", f"older than {policy.traffic_days:g} days"
+            )
     with suppress(BucketNotFoundError):
         for day, infos in groupby(store.list(), lambda info: info.key.partition("/")[0]):
             old = [info for info in infos if info.last_modified <= end]

@@ -166,8 +166,9 @@ def test_a_batch_is_labeled_by_keyboard_and_joins_the_dataset(
     (by_person,) = world.raw.list("landing/labeled/")
     rows = pq.read_table(io.BytesIO(world.raw.read(by_person.key))).to_pylist()
     assert sorted(CLASSES[row["label"]] for row in rows) == ["automobile"] * 19 + ["cat"]
-    (by_program,) = world.raw.list("landing/feedback/")
-    for info in (by_person, by_program):
+    by_program = list(world.raw.list("landing/feedback/"))
+    assert len(by_program) == 2
+    for info in (by_person, *by_program):
         os.utime(str(world.raw.local_path(info.key)), (0, 0))  # a file is read once it has not changed for a minute
     write_drawn_images(tmp_path, 240, NUM_TEST)
     before = len(list(world.raw.list("rejected/")))

@@ -4,8 +4,10 @@ import base64
 import http.client
 import io
 import json
+import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cifar_assets.assets.pictures_to_label import choose
-from cifar_assets.contracts import CIFAR10, CLASSES
+from cifar_assets.assets.pictures_to_label import choose, land_told
+from cifar_assets.contracts import CIFAR10, CLASSES, ImageSpec
 from cifar_assets.dataset.formats.images import pixel_digest
-from cifar_assets.labelling.batches import Batch, Desk, Picture, newest_batch, pictures_asked, write_batch
+from cifar_assets.labelling.batches import (
+    Batch,
+    Desk,
+    Picture,
+    labels_given,
+    newest_batch,
+    pictures_known,
+    write_batch,
+)
 from cifar_assets.labelling.server import LabellingServer
-from cifar_assets.traffic.records import Answered, BatchInfo, Traffic, read_traffic
+from cifar_assets.traffic.records import Answered, BatchInfo, Feedback, Traffic, read_traffic
 from cifar_assets.traffic.records import write_batch as write_records
 from resources.errors import DataError
 from resources.object_store import FolderStore
@@ -116,7 +126,7 @@ def test_labeling_resumes_and_saving_again_replaces_what_landed(raw: FolderStore
 def test_the_newest_complete_batch_is_labeled_unless_one_is_named(raw: FolderStore, tmp_path: Path) -> None:
     assert Desk(raw, None, "ada").name == "2026-01-02T000000"
     assert Desk(raw, "2026-01-01T000000", "ada").name == "2026-01-01T000000"
-    assert set(NAMES) <= pictures_asked(raw)
+    assert set(NAMES) <= pictures_known(raw)
     with pytest.raises(DataError, match="materialize pictures_to_label first"):
         newest_batch(FolderStore(tmp_path / "empty"))
     with pytest.raises(DataError, match="2026-01-03T000000/ is not a complete batch"):
@@ -130,6 +140,68 @@ def test_only_pictures_of_the_batch_and_its_classes_can_be_named(raw: FolderStor
         desk.label(file, label)
     with pytest.raises(DataError, match="has no labels"):
         desk.save()
+
+
+def test_what_is_left_of_a_removed_batch_gives_no_labels(raw: FolderStore) -> None:
+    Desk(raw, None, "ada").label("a.png", "dog")
+    assert labels_given(raw) == {("request-a.png", 0): "dog"}
+    raw.delete("to-label/2026-01-02T000000/manifest.json")
+    assert labels_given(raw) == {}
+
+
+def told(traffic: Traffic, *labels: tuple[int, str]) -> Traffic:
+    """The traffic with feedback about pictures, one second after the other."""
+    feedback = tuple(
+        Feedback(request_id="id", index=index, label=label, time=1e9 + second)
+        for second, (index, label) in enumerate(labels)
+    )
+    return replace(traffic, info=traffic.info.model_copy(update={"feedback": feedback}))
+
+
+def feedback_landed(raw: FolderStore) -> list[tuple[str, float]]:
+    """Class and time of modification of each picture."""
+    return [
+        (CLASSES[row["label"]], info.last_modified.timestamp())
+        for info in raw.list("landing/feedback/")
+        for row in landed(raw, info.key)
+    ]
+
+
+def test_the_last_label_of_the_same_pixels_lands_once(tmp_path: Path) -> None:
+    """The first and the last of the recorded pictures are the same."""
+    raw, traffic = FolderStore(tmp_path / "raw"), recorded(tmp_path / "traffic", [0.9, 0.5, 0.2])
+    assert land_told(raw, [told(traffic, (0, "cat"), (1, "ship"), (2, "dog"))]) == {("id", 0), ("id", 1), ("id", 2)}
+    assert sorted(label for label, _ in feedback_landed(raw)) == ["dog", "ship"]
+    for info in raw.list("landing/feedback/"):
+        os.utime(str(raw.local_path(info.key)), (0, 0))
+    land_told(raw, [told(traffic, (0, "truck"), (1, "cat"), (1, "ship"))])
+    assert [(label, time == 0) for label, time in sorted(feedback_landed(raw))] == [("ship", True), ("truck", False)]
+    assert choose(traffic, [], set(), pictures_known(raw), 50) == []
+
+
+def test_a_label_in_a_batch_replaces_feedback(tmp_path: Path) -> None:
+    raw, traffic = FolderStore(tmp_path / "raw"), recorded(tmp_path / "traffic", [0.9, 0.5, 0.2])
+    chosen = choose(traffic, [], set(), set(), 50)
+    batch = Batch(model_digest="a", classes=CLASSES, pictures=tuple(picture for picture, _ in chosen))
+    write_batch(raw, "2026-01-01T000000", batch, [b"png"] * len(chosen))
+    land_told(raw, [told(traffic, (0, "cat"), (1, "ship"))])
+    desk = Desk(raw, None, "ada")
+    (file,) = {picture.file for picture, _ in chosen if picture.index == 1}
+    desk.label(file, "dog")
+    desk.save()
+    assert [label for label, _ in feedback_landed(raw)] == ["cat"]
+    assert land_told(raw, [told(traffic, (0, "cat"), (1, "ship"))]) == {("id", 0)}
+    assert [label for label, _ in feedback_landed(raw)] == ["cat"]
+
+
+def test_feedback_about_other_classes_is_left_out(tmp_path: Path) -> None:
+    raw, traffic = FolderStore(tmp_path / "raw"), recorded(tmp_path / "traffic", [0.9, 0.5, 0.2])
+    other = traffic.info.model_copy(update={"images": ImageSpec(classes=("cat", "lion"))})
+    before = replace(told(traffic, (0, "cat"), (1, "lion")), info=other)
+    now = replace(told(traffic, (1, "unicorn")), table=traffic.table.slice(1))
+    assert land_told(raw, [before, now]) == set()
+    assert feedback_landed(raw) == []
+    assert land_told(raw, []) == set()
 
 
 class Page:

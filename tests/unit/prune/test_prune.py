@@ -337,14 +337,26 @@ def test_records_of_traffic_go_after_their_days(world: World) -> None:
     two_days_ago = time.time() - 2 * 86_400
     for key in old + new:
         records.write(key, b"record")
-    world.stores.raw.write("to-label/2026-01-01T000000/a.png", b"picture")
-    to_label = world.folder / "store/raw-data/to-label/2026-01-01T000000/a.png"
-    for path in (*(records.root / key for key in old), to_label):
+    for path in (records.root / key for key in old):
         os.utime(path, (two_days_ago, two_days_ago))
     world.prune(traffic_days=3)
     assert len(list(records.list())) == 5
     world.prune(traffic_days=1)
     assert [info.key for info in records.list()] == new
+
+
+def test_a_batch_to_label_goes_as_a_whole_after_its_last_label(world: World) -> None:
+    two_days_ago = time.time() - 2 * 86_400
+    keys = [f"to-label/2026-01-01T000000/{name}" for name in ("a.png", "labels.json", "manifest.json")]
+    for key in keys:
+        world.stores.raw.write(key, b"{}")
+        os.utime(world.folder / "store/raw-data" / key, (two_days_ago, two_days_ago))
+    labels = world.folder / "store/raw-data" / keys[1]
+    os.utime(labels, None)
+    world.prune(traffic_days=1)
+    assert [info.key for info in world.stores.raw.list("to-label/")] == keys
+    os.utime(labels, (two_days_ago, two_days_ago))
+    world.prune(traffic_days=1)
     assert list(world.stores.raw.list("to-label/")) == []
 
 
