@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_assets.dataset.formats.images import pixel_digest, prepare_image
+from cifar_assets.dataset.formats.images import SOURCE_LIMITS, pixel_digest, prepare_image
 from cifar_assets.dataset.stores import Stores, add_data_set_option, add_store_option, open_stores
 from cifar_assets.dataset.versions.lineage import (
     dataset_lineage,
@@ -95,7 +95,7 @@ def _prepared(stores: Stores, path: Path) -> NDArray[np.uint8]:
     if current is None:
         raise ObjectNotFoundError(f"There is no raw version in {stores.raw.uri()}: materialize the raw dataset.")
     images = read_raw(stores.raw, current)
-    return prepare_image(path.read_bytes(), images.image_size, images.fit)
+    return prepare_image(path.read_bytes(), images.image_size, images.fit, limits=SOURCE_LIMITS)
 
 
 if __name__ == "__main__":

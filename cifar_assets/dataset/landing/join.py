@@ -30,6 +30,8 @@ from resources.digests import sha256_file, sha256_json
 from resources.errors import DataError, IntegrityError, ObjectChangedError, ObjectNotFoundError
 from resources.object_store import ObjectInfo, ObjectStore
 
+_SHOWN_CLASSES = 10
+
 
 @dataclass(frozen=True)
 class Landed:
@@ -114,8 +116,11 @@ def join_landed(raw: ObjectStore, known: Known, how: Preparation) -> tuple[list[
             report.skipped[info.key] = "replaced while it was being checked; it will be read again next time"
 
     landed: list[Landed] = []
-    for number, info in enumerate(scan.ready, 1):
-        progress.report("validating landed objects", number, len(scan.ready))
+    foreign = {info.key: reason for info in scan.ready if (reason := _why_foreign(info.key, how.classes))}
+    report.skipped.update(foreign)
+    ready = [info for info in scan.ready if info.key not in foreign]
+    for number, info in enumerate(ready, 1):
+        progress.report("validating landed objects", number, len(ready))
         try:
             found = _recall(raw, info, before, how) or _read(raw, info, how)
             landed.append(found)
@@ -155,12 +160,25 @@ def join_landed(raw: ObjectStore, known: Known, how: Preparation) -> tuple[list[
         seen[fingerprint(each.info)] = each.seen
     packs = {name: _pack(raw, group, before.packs.get(name), how) for name, group in _groups(images).items()}
     report.record = LandingRecord(
-        read=frozenset(fingerprint(info) for info in scan.ready if info.key not in report.skipped),
+        read=frozenset(
+            fingerprint(info) for info in scan.ready if info.key in foreign or info.key not in report.skipped
+        ),
         preparation=how.key,
         seen=seen,
         packs=packs,
     )
     return sorted([*objects, *packs.values()], key=lambda item: item.sha256), report
+
+
+def _why_foreign(key: str, classes: tuple[str, ...]) -> str | None:
+    """Why a picture belongs to no class of the dataset: it is left alone, as its classes may be those of the next."""
+    if suffix_of(key) not in PICTURE_SUFFIXES or class_of(key.removeprefix(LANDING_PREFIX), classes) is not None:
+        return None
+    shown = ", ".join(classes[:_SHOWN_CLASSES]) + (", ..." if len(classes) > _SHOWN_CLASSES else "")
+    return (
+        f"an image of a class that the dataset does not have: put it under {LANDING_PREFIX}<class>/, class one of "
+        f"{shown}, or add the class to the source"
+    )
 
 
 def _recall(raw: ObjectStore, info: ObjectInfo, before: LandingRecord, how: Preparation) -> Landed | None:
@@ -190,11 +208,6 @@ def _read(raw: ObjectStore, info: ObjectInfo, how: Preparation) -> Landed:
             return _read_table(raw, info, path, sha256, how)
         with _refusing(sha256):
             check_size(info.size, SOURCE_LIMITS)
-            if class_of(info.key.removeprefix(LANDING_PREFIX), how.classes) is None:
-                raise DataError(
-                    f"an image of a class that the dataset does not have: put it under {LANDING_PREFIX}<class>/, class "
-                    f"one of {', '.join(how.classes)}, or add the class to the source"
-                )
             index = read_index(path, "picture", "train", info.key, how)
             if index.refused:
                 raise DataError(index.refused[0])

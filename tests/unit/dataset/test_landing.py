@@ -15,7 +15,7 @@ from PIL import Image
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.images import pixel_digest
 from cifar_assets.dataset.landing import join, rejection
-from cifar_assets.dataset.landing.zone import classify_landing_object, scan_landing
+from cifar_assets.dataset.landing.zone import classify_landing_object, fingerprint, scan_landing
 from cifar_assets.dataset.versions.processed import build_processed
 from cifar_assets.dataset.versions.raw import RawVersion, build_raw_version, make_current, read_raw
 from cifar_assets.dataset.versions.reader import open_split
@@ -374,14 +374,17 @@ def test_data_is_not_skipped(key: str) -> None:
     assert classify_landing_object(key, 10) is None
 
 
-def test_image_of_a_class_that_the_dataset_does_not_have_is_rejected(make, raw: FolderStore, source: str) -> None:
+def test_image_of_a_class_that_the_dataset_does_not_have_stays(make, raw: FolderStore, source: str) -> None:
     before = build_raw_version(raw, source).digest
     raw.write("landing/elephant/x.png", make.png(make.images(1, 5)[0]))
     version = build_raw_version(raw, source)
     assert version.digest == before
-    (rejection,) = version.landing.rejected
-    assert "a class that the dataset does not have: put it under landing/<class>/, class one of air" in rejection.reason
-    assert raw.exists(f"{rejection.moved_to}.reason.json")
+    reason = version.landing.skipped["landing/elephant/x.png"]
+    assert "a class that the dataset does not have: put it under landing/<class>/, class one of air" in reason
+    assert version.landing.rejected == []
+    assert landing_keys(raw) == ["landing/elephant/x.png"]
+    (info,) = scan_landing(raw).ready
+    assert version.landing.record.read == {fingerprint(info)}  # the sensor starts no further run for it
 
 
 def test_landed_file_of_other_classes_is_rejected(make, raw: FolderStore, source: str) -> None:

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.__main__ import main
@@ -118,6 +119,12 @@ def test_the_commands(make, world: World, capsys, tmp_path: Path) -> None:
     assert code == 0
     assert "used in 1 places" in out
     assert world.second_model in out
+
+    photograph = tmp_path / "photo.jpg"  # larger than a request may be
+    Image.new("RGB", (5000, 4000)).save(photograph)
+    code, out, _ = run(world, capsys, "where", str(photograph))
+    assert code == 0
+    assert "used in 0 places" in out
 
     code, out, _ = run(world, capsys, "dataset", world.first[1].digest)
     assert "source object" in out
