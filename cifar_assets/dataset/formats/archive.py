@@ -16,6 +16,7 @@ from typing import IO, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.images import ImageError, scaled_pixels
 from cifar_assets.dataset.formats.pickles import load_fields
 from cifar_assets.dataset.formats.rows import Preparation, RowBatch, Split, row_batches
@@ -25,6 +26,7 @@ from resources.errors import DataError
 PYTHON_FOLDER = "cifar-10-batches-py"
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 _BATCHES_100 = ("train", "test")
+_BINARY_100 = ("train.bin", "test.bin")
 _LAYOUTS = (BATCHES, _BATCHES_100)
 SIDE = 32
 """Height and width of the images in pixels."""
@@ -107,9 +109,7 @@ def survey_archive(path: Path, name: str) -> Survey:
         if base in _META:
             found.classes = _label_names(base, data, where)
             return found
-        if _is_batch(base):
-            read = parse_records if base.endswith(".bin") else _parse_pickle
-            found.highest_label = max(found.highest_label, *read(data, where)[1].tolist(), -1)
+    found.highest_label = len(CLASSES) - 1  # CIFAR-10: reading an archive of CIFAR-100 without names is an error
     return found
 
 
@@ -180,6 +180,8 @@ def _checked_name(member: tarfile.TarInfo, where: str) -> str:
             "not use the archive; download it from its source again."
         )
     base = parts[-1]
+    if base in _BINARY_100:
+        raise DataError(f"{where} is of CIFAR-100's binary archive. Use its Python archive, cifar-100-python.tar.gz.")
     is_wanted = _is_batch(base) or base in _META
     if member.isreg() and not is_wanted and base.startswith(("data_batch", "test_batch")):
         raise DataError(f"{where} is not a batch of the official archive, {', '.join(BATCHES)}. Remove or rename it.")

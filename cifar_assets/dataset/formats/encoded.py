@@ -37,11 +37,11 @@ def survey_encoded(path: Path, kind: str, name: str) -> Survey:
     with _naming_the_file(path, kind, name):
         if kind == "parquet":
             # loading pyarrow takes a noticeable part of the time to load the code location
-            from cifar_assets.dataset.formats.parquet import declared_classes
+            from cifar_assets.dataset.formats.parquet import survey_labels
 
-            found.classes = declared_classes(path, name)
-        for data, label in islice(_KINDS[kind][1](path, name, None), _SURVEYED):
-            found.add(data, label)
+            found.classes, found.highest_label = survey_labels(path, name)
+        for data, _ in islice(_KINDS[kind][1](path, name, None), _SURVEYED):
+            found.add(data)
     return found
 
 

@@ -6,19 +6,24 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Literal
 
+from cifar_assets.contracts import CLASSES
+
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".heic")
 """File name suffixes of pictures, including those of refused formats: such a file is an error, not ignored."""
 
-_SPLITS: dict[str, Literal["train", "validation", "test"]] = {
+SPLIT_FOLDERS: dict[str, Literal["train", "validation", "test"]] = {
     "train": "train",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
     "test": "test",
 }
+"""Names of folders of a split, in lower case."""
+_MOST_OF_OTHERS = 5
+"""Classes that another data set may share with CIFAR-10."""
 _SPLIT = re.compile(
-    rf"(?:^|(?<=/))({'|'.join(_SPLITS)})(?:/|(?:[-_.]?\d+(?:[-_.]of[-_.]\d+)?(?:[-_.][0-9a-f]{{16}})?)?\.parquet$)"
+    rf"(?:^|(?<=/))({'|'.join(SPLIT_FOLDERS)})(?:/|(?:[-_.]?\d+(?:[-_.]of[-_.]\d+)?(?:[-_.][0-9a-f]{{16}})?)?\.parquet$)"
 )
 
 
@@ -30,7 +35,7 @@ def suffix_of(name: str) -> str:
 
 def split_of(name: str) -> Literal["train", "validation", "test"] | None:
     """The split that a path names: with a folder `test/`, or as `test.parquet`, `test-00000-of-00001.parquet`."""
-    named = {_SPLITS[word] for word in _SPLIT.findall(name.lower())}
+    named = {SPLIT_FOLDERS[word] for word in _SPLIT.findall(name.lower())}
     order: tuple[Literal["test", "validation", "train"], ...] = ("test", "validation", "train")
     return next((split for split in order if split in named), None)
 
@@ -59,10 +64,15 @@ def _labels_by_folder(classes: tuple[str, ...]) -> tuple[dict[str, int], dict[st
 
 
 def class_folders(names: Iterable[str]) -> tuple[str, ...]:
-    """Class names of pictures in class folders, sorted: the first folder below those of a split or of all pictures."""
+    """Class names of pictures in class folders, sorted: the first folder below those of a split or of all pictures.
+
+    With more than five folders of CIFAR-10's names in any case and at any depth, it is CIFAR-10: all of its names.
+    """
     paths = [name.split("/")[:-1] for name in names]
+    if len({part.lower() for path in paths for part in path} & set(CLASSES)) > _MOST_OF_OTHERS:
+        return CLASSES
     for number, path in enumerate(paths):
-        splits = [place for place, part in enumerate(path) if part.lower() in _SPLITS]
+        splits = [place for place, part in enumerate(path) if part.lower() in SPLIT_FOLDERS]
         paths[number] = path[splits[-1] + 1 :] if splits else path
     paths = [path for path in paths if path]
     while paths and all(len(path) > 1 and path[0] == paths[0][0] for path in paths):

@@ -34,10 +34,14 @@ def parquet_rows(path: Path, name: str, classes: tuple[str, ...] | None) -> Iter
                 yield data.as_py() or b"", number.as_py()  # one value in memory at a time
 
 
-def declared_classes(path: Path, name: str) -> tuple[str, ...] | None:
-    """The class names in the metadata that the `datasets` library writes, if they are there."""
+def survey_labels(path: Path, name: str) -> tuple[tuple[str, ...] | None, int]:
+    """The class names in the metadata that the `datasets` library writes; without them, the highest label or -1."""
     with _opened(path) as file:
-        return _names(file.schema_arrow, _columns(file.schema_arrow, name)[1])
+        label = _columns(file.schema_arrow, name)[1]
+        if names := _names(file.schema_arrow, label):
+            return names, -1
+        columns = (batch.column(0).drop_null() for batch in file.iter_batches(columns=[label]))
+        return None, max((int(column.to_numpy().max()) for column in columns if len(column)), default=-1)
 
 
 @contextmanager
@@ -56,7 +60,7 @@ def _columns(schema: pa.Schema, name: str) -> tuple[str, str]:
     pictures = [field.name for field in schema if _holds_pictures(field.type)]
     numbers = [field.name for field in schema if pa.types.is_integer(field.type)]
     declared = [label for label in numbers if _names(schema, label)]
-    image, label = _choose(pictures, _IMAGES), _choose(declared, _LABELS) or _choose(numbers, _LABELS)
+    image, label = _choose(pictures, _IMAGES), _choose(numbers, _LABELS) or _choose(declared, ())
     if image is None or label is None:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise DataError(

@@ -1,14 +1,14 @@
-"""What a source says of itself, and what that and a request make of its images."""
+"""The classes and sizes that a source declares, and what a data set makes of them."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from cifar_assets.contracts import ImageRequest, ImageSpec
+from cifar_assets.contracts import CLASSES, ImageRequest, ImageSpec
 from cifar_assets.dataset.formats.images import SOURCE_LIMITS, ImageError, open_picture
 from resources.errors import DataError
 
-MAX_CLASSES = 10_000
+MAX_CLASSES = 1_000
 _LEAST_SIZE, _USUAL_SIZE = 16, 64
 _NAMED = 10
 
@@ -18,17 +18,16 @@ class Survey(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2  # in the first format, the highest label was that of the first rows
     classes: tuple[str, ...] | None = None
     highest_label: int = -1
+    """Of a file without class names; -1 if it is not known."""
     smallest: tuple[int, int] | None = None
     """Width and height of the picture with the fewest pixels."""
     largest: tuple[int, int] | None = None
 
-    def add(self, data: bytes, label: object) -> None:
+    def add(self, data: bytes) -> None:
         """Count a picture in. One that cannot be read is not counted: reading its row says why."""
-        if isinstance(label, int) and not isinstance(label, bool):
-            self.highest_label = max(self.highest_label, label)
         try:
             picture = open_picture(data, SOURCE_LIMITS)
         except ImageError:
@@ -46,10 +45,8 @@ def settle(
     declared = folders or found.classes
     classes = wanted.classes or declared
     if classes is None:
-        if found.highest_label < 0:
-            raise DataError(f"{name} does not name its classes, and no row has a label. Add labels to the source.")
-        classes = tuple(map(str, range(min(found.highest_label, MAX_CLASSES) + 1)))
-        assumed.append(f"{len(classes)} classes without names in the source: they are called 0 to {classes[-1]}")
+        classes, sentence = _unnamed_classes(found.highest_label, name)
+        assumed.append(sentence)
     elif wanted.classes is None:
         shown = ", ".join(classes[:_NAMED]) + (", ..." if len(classes) > _NAMED else "")
         origin = "from the folder names" if folders else "as the source names them"
@@ -69,11 +66,25 @@ def check_classes(classes: tuple[str, ...], declared: tuple[str, ...] | None, wh
             f"{where} declares the classes {_shown(declared)}; expected {_shown(classes)}. Labels would mean other "
             "classes."
         )
-    if len(set(classes)) < len(classes) or not all(name.strip() for name in classes) or len(classes) > MAX_CLASSES:
+    is_clear = len(set(classes)) == len(classes) and all(name.strip() for name in classes)
+    if not is_clear or not 2 <= len(classes) <= MAX_CLASSES:
         raise DataError(
-            f"{where}: expected at most {MAX_CLASSES:,} class names that are different and not empty, got "
+            f"{where}: expected 2 to {MAX_CLASSES:,} class names that are different and not empty, got "
             f"{_shown(classes)}. Correct them in the source."
         )
+
+
+def _unnamed_classes(highest_label: int, name: str) -> tuple[tuple[str, ...], str]:
+    if highest_label == len(CLASSES) - 1:
+        return CLASSES, f"labels 0 to {highest_label} without names in the source: the classes are those of CIFAR-10"
+    if not 1 <= highest_label < MAX_CLASSES:
+        found = f"its highest label is {highest_label}" if highest_label >= 0 else "it has no labels"
+        raise DataError(
+            f"{name} does not name its classes, and {found}; expected 2 to {MAX_CLASSES:,} classes. Correct the "
+            "labels, or declare `classes`."
+        )
+    classes = tuple(map(str, range(highest_label + 1)))
+    return classes, f"{len(classes)} classes without names in the source: they are called 0 to {highest_label}"
 
 
 def _own_size(found: Survey, fit: str) -> tuple[int, str]:

@@ -15,6 +15,7 @@ from cifar_assets.dataset.formats.images import SOURCE_LIMITS
 from cifar_assets.dataset.formats.names import (
     ARCHIVE_SUFFIXES,
     PICTURE_SUFFIXES,
+    SPLIT_FOLDERS,
     class_folders,
     class_of,
     folder_name,
@@ -151,6 +152,8 @@ def _folder_files(
         raise ConfigError(f"Source {source!r}: there is no file, folder, object or prefix with this name. {CHOICES}")
     unread.update({name: "hidden" for name in sizes if "/." in f"/{name}"})
     parquet = [name for name in visible if suffix_of(name) == ".parquet"]
+    if not parquet:
+        _check_names(classes, pictures, source)
     images = [name for name in pictures if class_of(name, classes) is not None]
     used = parquet or images
     if not used:
@@ -162,13 +165,13 @@ def _folder_files(
         )
     kind = "Parquet files" if parquet else "images in class folders"
     unread.update({name: f"only {kind} are read" for name in visible if name not in set(used)})
-    pairs = _with_splits(used, source)
+    pairs = _with_splits(used, source, () if parquet else classes, bool(wanted))
     if parquet:
         for name, split in pairs:
             path = _local_copy(store, prefix + name, work)
             yield SourceFile(path, name, "parquet", split, ".parquet")
         return
-    _check_folders(classes, images, source)
+    _check_folders(classes, images, source, bool(wanted))
     for name in images:
         if sizes[name] > SOURCE_LIMITS.max_bytes:
             limit = f"at most {SOURCE_LIMITS.max_bytes:,} are read. Remove or correct it."
@@ -181,12 +184,27 @@ def _named(classes: tuple[str, ...] | None) -> str:
     return f" ({', '.join(classes[:3])}, ...)" if classes else ""
 
 
-def _check_folders(classes: tuple[str, ...], images: list[str], source: str) -> None:
+def _check_names(classes: tuple[str, ...], pictures: list[str], source: str) -> None:
+    """DataError where the name of a folder may be that of a class or of a split."""
+    if clash := next((name for name in classes if folder_name(name).lower() in SPLIT_FOLDERS), None):
+        raise DataError(f"{source}: the class {clash} has the name of a split. Rename it, in its folders too.")
+    for name in pictures:
+        folder, _, base = name.rpartition("/")
+        split = folder.rpartition("/")[2]
+        if split.lower() in SPLIT_FOLDERS and class_of(name, classes) is None:
+            raise DataError(
+                f"{source}: {name} is in a folder with the name of a split, but in no class folder. Put it into "
+                f"{split}/<class>/{base}, rename the folder {split} if it is a class, or remove it."
+            )
+
+
+def _check_folders(classes: tuple[str, ...], images: list[str], source: str, declared: bool) -> None:
     """DataError where a class has no images, or two folders differ in case only."""
     found = {class_of(name, classes) for name in images}
     missing = [name for label, name in enumerate(classes) if label not in found]
     if missing:
-        raise DataError(f"{source} has no images of {', '.join(missing)}. Add them, or correct the list of classes.")
+        way = "correct the list of classes" if declared else "declare the classes in DATA_SETS if it is not CIFAR-10"
+        raise DataError(f"{source} has no images of {', '.join(missing)}. Complete the source, or {way}.")
     lower = sorted(folder_name(name).lower() for name in classes)
     if double := next((name for name, following in pairwise(lower) if name == following), None):
         raise DataError(f"{source} has several class folders {double!r} that differ in case only: rename them.")
@@ -217,10 +235,19 @@ def _packed_class_folders(
             start += len(part)
 
 
-def _with_splits(names: list[str], source: str) -> list[tuple[str, Split]]:
-    """The split of each file. A name that suggests a split but is not a documented one is refused."""
+def _with_splits(names: list[str], source: str, classes: tuple[str, ...], declared: bool) -> list[tuple[str, Split]]:
+    """The split of each file. A name that suggests a split but is not a documented one is refused.
+
+    The names of class folders suggest none: of undeclared classes only that of the picture's own folder, because
+    `test_images/cat/` would be a class too.
+    """
     for name in names:
         telling = name if suffix_of(name) == ".parquet" else name.rpartition("/")[0]
+        if _SPLIT_WORD.search(telling.lower()):
+            *above, last = telling.split("/")
+            parts = [*above, last] if declared else [last]
+            named = [part for part in parts if class_of(f"{part}/", classes) is not None]
+            telling = "/".join(part for part in [*above, last] if part not in named)
         if (found := _SPLIT_WORD.search(telling.lower())) and split_of(name) in (None, "train"):
             split = "test" if found[1].startswith("test") else "validation"
             raise DataError(

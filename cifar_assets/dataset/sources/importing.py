@@ -15,7 +15,6 @@ from cifar_assets.dataset.index import load_index, read_index, save_index, save_
 from cifar_assets.dataset.objects import RawObject, is_stored, read_state, store_object
 from cifar_assets.dataset.sources.download import OFFICIAL_MD5, OFFICIAL_URL, split_digest
 from cifar_assets.dataset.sources.files import SourceFile, source_files
-from cifar_assets.dataset.versions.splits import SplitConfig
 from resources.digests import sha256_file, sha256_json
 from resources.errors import DataError
 from resources.object_store import ObjectStore
@@ -48,15 +47,17 @@ def import_source(
 ) -> Imports:
     """Validate the source and store its objects under their digests; nothing of an invalid file is stored.
 
-    What the request leaves open is settled by the first file, or in class folders the first thousands of pictures; the
-    other files must agree. `source` is 'download', 'synthetic' or 'synthetic:<seed>', a path, or an s3:// or http(s)://
-    address. A file's address may end in `#md5=...` or `#sha256=...`, which the file must match. Importing data that is
-    already stored does not store it again. Raises ConfigError for a source that is invalid or does not exist, DataError
-    (naming file and row) for a damaged one, or one of other classes.
+    What the request leaves open is settled by the first file, in class folders by the first thousands of pictures, and
+    for labels without names by all files; the other files must agree. `source` is 'download', 'synthetic' or
+    'synthetic:<seed>', a path, or an s3:// or http(s):// address. A file's address may end in `#md5=...` or
+    `#sha256=...`, which the file must match. Importing data that is already stored does not store it again. Raises
+    ConfigError for a source that is invalid or does not exist, DataError (naming file and row) for a damaged one, or
+    one of other classes.
     """
     address = f"{OFFICIAL_URL}#md5={OFFICIAL_MD5}" if source == "download" else source
     base, digest = split_digest(address)
-    is_pinned_url = digest and base.startswith(("http://", "https://"))
+    is_url = base.startswith(("http://", "https://"))
+    is_pinned_url = digest and is_url
     key = f"{IMPORTS_PREFIX}{sha256_json([address, wanted.model_dump(mode='json'), resize])}.json"
     known = read_state(raw, key, Imports) if is_pinned_url else None
     if known and all(is_stored(raw, item.key, item.sha256, item.size) for item in known.objects):
@@ -70,7 +71,11 @@ def import_source(
             sha256 = sha256_file(file.path)
             if how is None:
                 survey = survey_of(raw, file.path, sha256, file.format, file.name)
-                images, assumed = settle(wanted, survey, file.classes, file.name)
+                labels = survey.highest_label
+                if labels >= 0 and not wanted.classes and file.format == "parquet" and not is_url:
+                    labels = _highest_label(address, raw)
+                found = survey.model_copy(update={"highest_label": labels})
+                images, assumed = settle(wanted, found, file.classes, file.name)
                 how = Preparation(**dict(images), resize=resize)
                 objects.append(_import_file(file, sha256, raw, how, unread))
                 save_survey(raw, sha256, survey)
@@ -79,11 +84,19 @@ def import_source(
         if how is None:
             raise DataError(f"{redacted(source)} has no images.")
     if not any(item.split in ("test", "mixed") for item in objects):
-        assumed.append(f"no test split: {SplitConfig().test_fraction:.0%} of the images are held out for testing")
+        assumed.append("no test split: a part of the images is held out for testing")
     imported = Imports(objects=tuple(objects), how=how, unread=unread, assumed=assumed)
     if is_pinned_url:
         raw.write(key, imported.model_dump_json().encode())
     return imported
+
+
+def _highest_label(address: str, raw: ObjectStore) -> int:
+    """Of all files of a source without class names: a file may be sorted by label."""
+    with tempfile.TemporaryDirectory(prefix="cifar-source-") as work:
+        files = source_files(address, Path(work), {}, None)
+        surveys = (survey_of(raw, file.path, sha256_file(file.path), file.format, file.name) for file in files)
+        return max(survey.highest_label for survey in surveys)
 
 
 def _import_file(

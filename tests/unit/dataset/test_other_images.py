@@ -166,7 +166,7 @@ def test_source_without_test_folder_holds_images_out(raw: FolderStore, processed
     assert version.assumed == [
         "2 classes, from the folder names: cat, dog",
         "pictures keep their size of 32x32",
-        "no test split: 10% of the images are held out for testing",
+        "no test split: a part of the images is held out for testing",
     ]
     counts = build_processed(raw, processed, version.digest).manifest.counts
     assert sum(counts["validation"].values()) == 10

@@ -91,9 +91,7 @@ def test_class_folders(with_split: bool, make, raw: FolderStore, tmp_path: Path)
 
 def test_packing_class_folders_depends_on_content_alone(make, raw: FolderStore, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        (tmp_path / name / "cat").mkdir(parents=True)
-        for number, image in enumerate(make.images(3)):
-            (tmp_path / name / "cat" / f"{number}.png").write_bytes(make.png(image))
+        write_classes(make, tmp_path / name)
     (tmp_path / "two" / "cat" / "0.png").touch()
     assert import_source(str(tmp_path / "one"), raw) == import_source(str(tmp_path / "two"), raw)
 
@@ -170,12 +168,9 @@ def test_foreign_parquet_columns_are_refused(raw: FolderStore, tmp_path: Path) -
 
 
 def test_a_bad_picture_of_a_class_folder_is_named(make, raw: FolderStore, tmp_path: Path) -> None:
-    for number, image in enumerate(make.images(3)):
-        path = tmp_path / "data" / "cat" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(make.png(image))
+    write_classes(make, tmp_path / "data", ["cat", "dog"])
     (tmp_path / "data" / "cat" / "1.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"1 of 3 rows.*cat/1\.png: Expected"):
+    with pytest.raises(DataError, match=r"1 of 4 rows.*cat/1\.png: Expected"):
         import_source(str(tmp_path / "data"), raw)
 
 
