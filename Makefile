@@ -1,6 +1,8 @@
 # Every command sets up what it needs: uv in .uv if it is missing, the locked environment in .venv.
-SOURCE ?= synthetic
-CIFAR10_SOURCE ?= $(SOURCE)
+CIFAR10_SOURCE ?= synthetic
+ifeq ($(origin SOURCE),command line)
+override CIFAR10_SOURCE := $(SOURCE)
+endif
 FUZZ_MINUTES ?= 60
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv),.uv/bin/uv)
@@ -29,7 +31,7 @@ demo: setup ## From images to a served model. SOURCE=FOLDER takes your own pictu
 demo-loop: setup ## After demo: darkened pictures are noticed, labeled, trained on, and a new version answers.
 	@$(RUN) python -m cifar_assets.demo_loop
 
-stop: setup ## Stop the local inference service.
+stop: setup ## Stop the local inference services of all data sets.
 	@$(RUN) python -m resources.inference_service.local stop
 
 dev: setup ## Open the Dagster UI and daemon on this checkout.

@@ -3,6 +3,7 @@
 Data sets share the buckets, each below a prefix of its own. CIFAR-10's prefix is the root.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from cifar_assets.settings import Address, Settings
 from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES
 from resources.errors import ConfigError
 from resources.mlflow.target import DEFAULT_NAME
+from resources.redaction import redacted
 
 RESERVED_NAMES = frozenset(
     ("built", "checkpoints", "imports", "index", "jobs", "landing", "objects", "packs", "parts", "pinned", "pipes")
@@ -23,6 +25,8 @@ RESERVED_NAMES = frozenset(
 
 OWN_RESOURCES = ("object_store", "mlflow", "serving", "gate")
 """Keys of the resources that each data set has of its own; the others are shared."""
+
+_PLAIN_PATH = re.compile(r"[\w./~+ -]+")
 
 
 def _known(recipe: str) -> str:
@@ -50,7 +54,7 @@ class DataSet(ImageRequest):
     )
     source: str = Field(min_length=1, repr=False, description="Raw images, as CIFAR10_SOURCE.")
     recipe: Annotated[str, AfterValidator(_known)] = Field(
-        default=DEFAULT_RECIPE, description="Recipe of trainings that name no other one."
+        default=DEFAULT_RECIPE, description="Recipe of trainings whose config names none."
     )
     threshold: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="As ACCURACY_THRESHOLD.")
     retrain_config: Mapping[str, Any] = Field(default={}, description="As RETRAIN_CONFIG.")
@@ -142,15 +146,20 @@ def _parse(value: str) -> tuple[str, Sequence[Any]]:
 
     place, text = "DATA_SETS", value
     if "\n" not in value and not value.startswith(("[", "-")):
-        place = f"DATA_SETS ({value})"
+        if _PLAIN_PATH.fullmatch(value):  # anything else may be a declaration, with credentials
+            place = f"DATA_SETS ({value})"
         try:
             text = Path(value).read_text()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{place}: the file cannot be read ({error}). Name a YAML file, or unset it.") from error
+            why = (error.strerror if isinstance(error, OSError) else None) or "it is not text"
+            raise ConfigError(f"{place}: the file cannot be read ({why}). Name a YAML file, or unset it.") from None
     try:
         declared = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{place} is not valid YAML: {' '.join(str(error).split())}") from error
+    except yaml.MarkedYAMLError as error:  # shows the line's content, and so credentials
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{place} is not valid YAML: {line}{redacted(error.problem)}") from None
+    except yaml.YAMLError:
+        raise ConfigError(f"{place} is not valid YAML: it has characters that are not allowed.") from None
     if not isinstance(declared, list):
         raise ConfigError(f"{place}: expected a list of data sets, each with at least `name` and `source`.")
     return place, declared

@@ -33,6 +33,9 @@ _KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "trainjob": {"runtime": "cifar-trainer", "runtime_kind": "TrainingRuntime"},
 }
 
+_NOT_SHARED = frozenset(f"{ENVIRONMENT_PREFIX}{name}" for name in ("RECORD_URI", "MODEL_NAME"))
+"""Of `env` in SERVER_SETTINGS, what counts for the default data set only: others would mix with it."""
+
 
 def resources_for(settings: Settings, data_sets: Sequence[DataSet] = ()) -> dict[str, Any]:
     """Resources by key, some of them for each data set. ConfigError names the invalid environment variable."""
@@ -154,8 +157,9 @@ def serving_for(settings: Settings, data_set: DataSet | None = None) -> "KServeI
     options = _options(settings, data_set, f"s3://{bucket}/{data_set.folder}").items()
     env = {f"{ENVIRONMENT_PREFIX}{name.upper()}": value for name, value in options}
     service = {**settings.server_settings, "image": settings.server_image}
-    if env and isinstance(own := service.get("env", {}), dict):  # anything else is refused below
-        service["env"] = {**env, **own}
+    if isinstance(own := service.get("env", {}), dict):  # anything else is refused below
+        kept = {name: value for name, value in own.items() if data_set.is_default or name not in _NOT_SHARED}
+        service["env"] = {**env, **kept}
     fields = {
         "settings": _build(InferenceServiceSettings, "SERVER_SETTINGS", service),
         "namespace": settings.server_namespace,

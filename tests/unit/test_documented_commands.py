@@ -162,6 +162,25 @@ def test_make_has_the_target(words: Sequence[str]) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("arguments", "environment", "source"),
+    [
+        ([], {}, "synthetic"),
+        ([], {"SOURCE": "other"}, "synthetic"),
+        ([], {"CIFAR10_SOURCE": "download", "SOURCE": "other"}, "download"),
+        (["SOURCE=photos"], {"CIFAR10_SOURCE": "download"}, "photos"),
+        (["CIFAR10_SOURCE=photos"], {"CIFAR10_SOURCE": "download"}, "photos"),
+    ],
+)
+def test_make_takes_the_source_of_the_images(
+    arguments: Sequence[str], environment: dict[str, str], source: str
+) -> None:
+    environment = {"PATH": os.environ["PATH"], **environment}
+    command = ["make", "--eval", 'show: ; @echo "$$CIFAR10_SOURCE"', "show", *arguments]
+    assert subprocess.check_output(command, cwd=ROOT, env=environment, text=True).strip() == source
+
+
 def test_jobs_assets_and_checks_that_sentences_name_exist() -> None:
     graph = defs.resolve_asset_graph()
     known = {

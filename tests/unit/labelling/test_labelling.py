@@ -197,7 +197,7 @@ def test_a_label_in_a_batch_replaces_feedback(tmp_path: Path) -> None:
 def test_feedback_about_other_classes_is_left_out(tmp_path: Path) -> None:
     raw, traffic = FolderStore(tmp_path / "raw"), recorded(tmp_path / "traffic", [0.9, 0.5, 0.2])
     other = traffic.info.model_copy(update={"images": ImageSpec(classes=("cat", "lion"))})
-    before = replace(told(traffic, (0, "cat"), (1, "lion")), info=other)
+    before = told(replace(traffic, info=other), (0, "cat"), (1, "lion"))
     now = replace(told(traffic, (1, "unicorn")), table=traffic.table.slice(1))
     assert land_told(raw, [before, now]) == set()
     assert feedback_landed(raw) == []

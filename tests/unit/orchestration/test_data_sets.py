@@ -73,12 +73,19 @@ def test_declaration_completes_itself(tmp_path: Path) -> None:
         ("- flowers\n", "data set number 1 is not valid"),
         ("name: a\nsource: x\n", "expected a list of data sets"),
         ("- {name: a\n", "DATA_SETS is not valid YAML"),
+        (
+            "- name: a\n  source: [https://x/a?sig=secret\n",
+            r"DATA_SETS is not valid YAML: line 2: expected ',' or '\]'",
+        ),
+        ("{name: a, source: 'https://x/a?sig=secret'}", r"^DATA_SETS: the file cannot be read \(No such file"),
+        ("https://x/a?sig=secret", r"^DATA_SETS: the file cannot be read \(No such file"),
         ("no/such/file.yaml", r"DATA_SETS \(no/such/file.yaml\): the file cannot be read"),
     ],
 )
 def test_error_names_place_data_set_and_field(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         declared(text)
+    assert "secret" not in str(caught.value)
 
 
 def names(definitions: dg.Definitions) -> dict[str, set[str]]:
@@ -130,6 +137,19 @@ def test_every_resource_of_a_data_set_is_its_own() -> None:
     assert cluster.settings.env["CIFAR_SERVING_MODEL_NAME"] == "flowers"
     assert cluster.settings.env["CIFAR_SERVING_RECORD_URI"] == "s3://served-traffic/flowers/"
     assert "CIFAR_SERVING_MODEL_NAME" not in serving_for(settings_of(CLUSTER)).settings.env
+
+
+def test_server_settings_do_not_mix_data_sets() -> None:
+    env = {"CIFAR_SERVING_RECORD_URI": "s3://mine/", "CIFAR_SERVING_MODEL_NAME": "mine", "CIFAR_SERVING_FEEDBACK": "1"}
+    wanted = {"SERVER_SETTINGS": json.dumps({"env": env}), "RECORDED_FRACTION": "1", "DATA_SETS": FLOWERS}
+    resources = resources_for(settings_of({**CLUSTER, **wanted}))
+    assert resources["serving"].settings.env == {**env, "CIFAR_SERVING_RECORD_FRACTION": "1"}
+    assert resources["flowers_serving"].settings.env == {
+        "CIFAR_SERVING_FEEDBACK": "1",
+        "CIFAR_SERVING_MODEL_NAME": "flowers",
+        "CIFAR_SERVING_RECORD_FRACTION": "1",
+        "CIFAR_SERVING_RECORD_URI": "s3://served-traffic/flowers/",
+    }
 
 
 def land(store: LocalObjectStore, name: str) -> None:
