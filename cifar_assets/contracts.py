@@ -52,6 +52,11 @@ class ImageSpec(BaseModel):
         return self.spec == CIFAR10
 
     @property
+    def has_cifar10_classes(self) -> bool:
+        """Whether most of CIFAR-10's classes are among these: a missing or added one must not lower the threshold."""
+        return len({name.lower() for name in self.classes} & set(CLASSES)) > len(CLASSES) // 2
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height, width of one image (uint8 RGB)."""
         return 3, self.image_size, self.image_size

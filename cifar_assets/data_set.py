@@ -80,17 +80,12 @@ class DataSet(ImageRequest):
 
     @property
     def folder(self) -> str:
-        """Prefix of all keys in each bucket."""
-        return folder_of(self.name)
+        """Prefix of all keys in each bucket: empty, or ending in a slash."""
+        return "" if self.is_default else f"{self.name}/"
 
     def named(self, name: str) -> str:
         """The data set's own variant of the name of a job, sensor, schedule, group, pool or resource."""
         return name if self.is_default else f"{self.name}_{name}"
-
-
-def folder_of(name: str) -> str:
-    """Prefix of a data set's keys in each bucket: empty, or ending in a slash."""
-    return "" if name == DEFAULT_NAME else f"{name}/"
 
 
 def default_data_set(settings: Settings) -> DataSet:

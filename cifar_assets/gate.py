@@ -1,11 +1,11 @@
 """Whether a stored model may be served: its test accuracy against the current threshold, and other blocking checks."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from cifar_assets.contracts import CIFAR10_THRESHOLD, CLASSES
+from cifar_assets.contracts import CIFAR10_THRESHOLD
 from cifar_assets.model_package import (
     INT8_FILE,
     METRICS_FILE,
@@ -52,7 +52,7 @@ def judge(
             f"{package.uri(METRICS_FILE)}: test_accuracy is {accuracy!r}, expected a number from 0 to 1. "
             "The model cannot be judged: train it again."
         )
-    if threshold is None and not has_cifar10_classes(manifest.classes):
+    if threshold is None and not manifest.has_cifar10_classes:
         threshold = default_threshold(manifest, metrics)
         passed = accuracy > threshold
         side = "is more" if passed else "is not more"
@@ -65,14 +65,9 @@ def judge(
     return manifest, Verdict(passed, reason, {"test_accuracy": accuracy, "threshold": threshold})
 
 
-def has_cifar10_classes(classes: Iterable[str]) -> bool:
-    """Whether most classes of CIFAR-10 are among these: a missing or added one must not lower the threshold."""
-    return len({name.lower() for name in classes} & set(CLASSES)) > len(CLASSES) // 2
-
-
 def default_threshold(manifest: ModelManifest, metrics: Mapping[str, Any]) -> float:
     """CIFAR10_THRESHOLD for classes like CIFAR-10's, else the fraction of test images of the most frequent class."""
-    if has_cifar10_classes(manifest.classes):
+    if manifest.has_cifar10_classes:
         return CIFAR10_THRESHOLD
     try:
         counts = [sum(row) for row in metrics["confusion_matrix"]]

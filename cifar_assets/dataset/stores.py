@@ -5,8 +5,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_assets.data_set import folder_of
-from cifar_assets.settings import Settings
+from cifar_assets.data_set import find_data_set
+from cifar_assets.settings import Settings, read_settings
 from resources.mlflow.target import DEFAULT_NAME
 from resources.object_store import MODELS_BUCKET, PROCESSED_BUCKET, RAW_BUCKET, FolderStore, ObjectStore, open_store
 
@@ -44,5 +44,6 @@ def add_data_set_option(parser: argparse.ArgumentParser) -> None:
 
 
 def open_stores(address: str, data_set: str = DEFAULT_NAME) -> Stores:
-    """A data set below a folder or an address. ConfigError when the environment has no settings to reach it."""
-    return stores_below(open_store(address) if "://" in address else FolderStore(Path(address)), folder_of(data_set))
+    """A data set below a folder or an address. ConfigError if it is not declared, or without settings to reach it."""
+    folder = "" if data_set == DEFAULT_NAME else find_data_set(read_settings(), data_set).folder
+    return stores_below(open_store(address) if "://" in address else FolderStore(Path(address)), folder)

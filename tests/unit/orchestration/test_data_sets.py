@@ -220,9 +220,12 @@ def test_names_of_folders_are_reserved() -> None:
     assert {name for name in prefixes if name.isidentifier()} <= RESERVED_NAMES
 
 
-def test_commands_read_the_folder_of_the_data_set(tmp_path: Path) -> None:
+def test_commands_read_the_folder_of_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_SETS", FLOWERS)
     assert open_stores(str(tmp_path)).raw.uri() == (tmp_path / "raw-data").as_uri() + "/"
     assert open_stores(str(tmp_path), "flowers").raw.uri() == (tmp_path / "raw-data" / "flowers").as_uri() + "/"
+    with pytest.raises(ConfigError, match=r"There is no data set 'flower': choose one of cifar10, flowers"):
+        open_stores(str(tmp_path), "flower")
 
 
 def test_the_code_location_loads_with_two_data_sets() -> None:
