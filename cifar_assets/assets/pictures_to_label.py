@@ -123,8 +123,8 @@ def _drifted(instance: dg.DagsterInstance, traffic: dg.AssetKey, window: str) ->
 def land_told(raw: ObjectStore, by_model: Sequence[Traffic]) -> set[Place]:
     """Land the recorded pictures that have feedback; returns their places.
 
-    The last label of the same pixels counts, and none for those that a person labeled in a batch. Left out are records
-    of models for other images than the last one's, and labels that are no class.
+    If the same pixels have several labels, the last one counts. Pixels that a person labeled in a batch are left out, and
+    so are labels that are not among the classes, and records of models with other classes or another image size.
     """
     if not by_model:
         return set()
