@@ -123,8 +123,8 @@ def _drifted(instance: dg.DagsterInstance, traffic: dg.AssetKey, window: str) ->
 def land_told(raw: ObjectStore, by_model: Sequence[Traffic]) -> set[Place]:
     """Land the recorded pictures that have feedback; returns their places.
 
-    If the same pixels have several labels, the last one counts. Pixels that a person labeled in a batch are left out, and
-    so are labels that are not among the classes, and records of models with other classes or another image size.
+    If the same pixels have several labels, the last one counts. Left out are pixels that a person labeled in a batch,
+    labels that are not among the classes, and records of models with other classes or another image size.
     """
     if not by_model:
         return set()
