@@ -313,6 +313,6 @@ def test_a_dataset_in_s3_is_the_one_in_a_folder(s3_server, tmp_path: Path, monke
             noise = np.random.RandomState(number + 100 * (split == "test")).randint(0, 256, (32, 32, 3))
             buffer = io.BytesIO()
             Image.fromarray(noise.astype(np.uint8)).save(buffer, "PNG")
-            upload.write(f"{split}/ship/{number}.png", buffer.getvalue())
+            upload.write(f"{split}/{('ship', 'truck')[number % 2]}/{number}.png", buffer.getvalue())
     version = build_raw_version(FolderStore(tmp_path / "other"), f"s3://{bucket}/upload")
     assert [(item.split, item.rows) for item in version.manifest.objects] == [("train", 10), ("test", 10)]
