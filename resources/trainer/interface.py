@@ -43,7 +43,7 @@ class TrainingResult:
     """Optimizer step of the checkpoint it continued from."""
 
 
-_EPOCHS_ALL_RECORDED = 100
+_EPOCHS_ALL_RECORDED = 20
 _EPOCH_INTERVAL_SECONDS = 1.0
 
 

@@ -76,7 +76,7 @@ def test_all_of_the_first_epochs_then_one_a_second_and_the_last_are_observed() -
     events = dg.materialize([model]).all_events
     observed = [e.asset_observation_data.asset_observation for e in events if e.is_asset_observation]
     epochs = [int(str(each.metadata["epoch"].value)) for each in observed]
-    assert epochs[:100] == list(range(1, 101))
-    assert 85 <= len(epochs[100:]) <= 92
+    assert epochs[:20] == list(range(1, 21))
+    assert 95 <= len(epochs[20:]) <= 100
     assert epochs[-1] == 1000
     assert len(set(epochs)) == len(epochs)
