@@ -4,6 +4,7 @@ ifeq ($(origin SOURCE),command line)
 override CIFAR10_SOURCE := $(SOURCE)
 endif
 FUZZ_MINUTES ?= 60
+CHART ?= .cifar/chart
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RUN := $(UV) run --frozen --all-extras
@@ -11,7 +12,7 @@ PATHS := cifar_assets resources examples tests k8s
 
 export CIFAR10_SOURCE
 
-.PHONY: help setup demo demo-loop stop dev test lint minimal-imports types check format cluster-test cluster-test-all audit fuzz
+.PHONY: help setup demo demo-loop stop dev test lint minimal-imports types check format cluster-test cluster-test-all chart audit fuzz
 .DEFAULT_GOAL := help
 
 help: ## List the commands.
@@ -69,6 +70,11 @@ cluster-test: setup ## Run tests on the cluster of KUBECONFIG, with the images l
 
 cluster-test-all: setup ## Also run the cluster tests that CI leaves out to save time.
 	$(RUN) pytest tests/cluster $(ARGUMENTS)
+
+chart: ## Write the Helm chart to .cifar/chart, with the objects of the kustomizations. Needs kubectl.
+	@rm -rf $(CHART) && mkdir -p $(CHART)/files
+	@cp -r k8s/chart/. $(CHART)
+	kubectl kustomize k8s/chart > $(CHART)/files/objects.yaml
 
 audit: $(filter .uv/bin/uv,$(UV)) ## Look up known vulnerabilities of the locked packages. Needs api.osv.dev.
 	$(UV) audit --frozen

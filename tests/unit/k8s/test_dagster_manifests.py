@@ -168,28 +168,4 @@ def test_every_file_is_used() -> None:
     files = {path.name for path in DAGSTER.glob("*")}
     (generated,) = kustomization["configMapGenerator"]
     used = {*kustomization["resources"], *generated["files"], *(patch["path"] for patch in kustomization["patches"])}
-    assert files == used | {"kustomization.yaml", "helm-values.yaml"}
-
-
-def test_helm_values_keep_retries_pools_and_logs_of_the_manifests(instance: InstanceRef) -> None:
-    values = yaml.safe_load((DAGSTER / "helm-values.yaml").read_text())
-    daemon = values["dagsterDaemon"]
-    settings = settings_of(instance)
-    assert snake(daemon["runMonitoring"]) == settings["run_monitoring"]
-    assert snake(daemon["runRetries"]) == settings["run_retries"]
-    assert snake(values["concurrency"]["pools"]) == settings["concurrency"]["pools"]
-    assert snake(values["pythonLogs"]) == settings["python_logs"]
-    assert values["telemetry"] == settings["telemetry"]
-    logs = instance.compute_logs_data
-    assert logs is not None
-    assert snake(values["computeLogManager"]["config"]["s3ComputeLogManager"]) == yaml.safe_load(logs.config_yaml)
-    assert (
-        values["global"]["postgresqlSecretName"]
-        == PATCH["containers"][0]["env"][1]["valueFrom"]["secretKeyRef"]["name"]
-    )
-    (location,) = values["dagster-user-deployments"]["deployments"]
-    assert {entry["name"] for entry in location["envConfigMaps"]} == {"cifar-platform", "dagster-settings"}
-
-
-def snake(values: dict[str, Any]) -> dict[str, Any]:
-    return {re.sub("([A-Z])", lambda m: "_" + m[1].lower(), key): value for key, value in values.items()}
+    assert files == used | {"kustomization.yaml"}
