@@ -129,7 +129,7 @@ def test_changed_settings_restart_dagster(chart: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "word"),
     [
-        ({"setings": {}}, "setings"),
+        ({"setting": {}}, "setting"),
         ({"settings": {"ACCURACY_TRESHOLD": "0.9"}}, "ACCURACY_TRESHOLD"),
         ({"settings": {"ACCURACY_THRESHOLD": 0.9}}, "ACCURACY_THRESHOLD"),
         ({"settings": {"AWS_SECRET_ACCESS_KEY": "k"}}, "AWS_SECRET_ACCESS_KEY"),

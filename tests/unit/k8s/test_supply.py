@@ -42,7 +42,9 @@ def image_fields(node: Any, key: str = "") -> list[str]:
     return []
 
 
-MANIFESTS = [p for p in tracked("k8s/*.yaml", "tests/cluster/*.yaml") if p.name != "images.yaml"]
+NOT_MANIFESTS = ("images.yaml", "objects.yaml")
+"""This list, and the template of the Helm chart."""
+MANIFESTS = [p for p in tracked("k8s/*.yaml", "tests/cluster/*.yaml") if p.name not in NOT_MANIFESTS]
 TEXTS = tracked("README.md", "docs/*.md", "k8s", "images", "tests/cluster/*.py", "resources/*.py", "cifar_assets/*.py")
 
 
