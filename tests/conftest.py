@@ -8,7 +8,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
-pytest_plugins = ["tests.fixtures.minio", "tests.fixtures.workspace"]
+pytest_plugins = ["tests.fixtures.s3", "tests.fixtures.workspace"]
 
 
 @pytest.fixture(autouse=True, scope="module")

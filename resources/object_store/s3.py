@@ -25,7 +25,7 @@ _CHUNK_BYTES = 1 << 20
 _NOT_FOUND = ("NoSuchKey", "NoSuchObject", "NotFound")
 _KINDS = {"NoSuchBucket": BucketNotFoundError, "PreconditionFailed": ObjectChangedError}
 _BUCKET_EXISTS = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
-_AGAIN_CODES = ("NoSuchUpload", "OperationAborted", "RequestTimeout")
+_AGAIN_CODES = ("NoSuchUpload", "OperationAborted", "RequestTimeout", "ConditionalRequestConflict")
 """Error codes after which to store the object again. NoSuchUpload is the response to the client's second request to
 complete an upload if the first one succeeded but its response was lost."""
 _TRANSIENT_CODES = (*_AGAIN_CODES, "PreconditionFailed")
@@ -101,8 +101,8 @@ class S3Store(ObjectStore):
         self._store(key, lambda bucket, name: self._client.put_object(bucket, name, io.BytesIO(data), len(data)))
 
     def create(self, key: str, data: bytes) -> None:
-        with suppress(ObjectChangedError), self._located(key) as place:
-            self._client.put_new(*place, data)
+        with suppress(ObjectChangedError):
+            self._store(key, lambda bucket, name: self._client.put_new(bucket, name, data))
 
     def upload(self, key: str, path: Path) -> None:
         self._store(key, lambda bucket, name: self._client.fput_object(bucket, name, str(path), part_size=PART_BYTES))
@@ -132,7 +132,9 @@ class S3Store(ObjectStore):
                 self._client.remove_object(*place)
             return True
         found = self.stat(key)
-        if found is not None and found.etag != etag:
+        if found is None:
+            return True
+        if found.etag != etag:
             return False
         try:
             with self._located(key) as place:
@@ -155,7 +157,7 @@ class S3Store(ObjectStore):
             self._client.copy_object(*place, CopySource(*place), metadata=mark, metadata_directive=REPLACE)
 
     def _store(self, key: str, call: Callable[[str, str], object]) -> None:
-        """Make a call that overwrites the object; repeat the whole call after a transient error."""
+        """Make a call that stores the object; repeat the whole call after a transient error."""
         with self._located(key) as place:
             for attempt in range(ATTEMPTS):
                 try:

@@ -29,8 +29,8 @@ from cifar_assets.dataset.landing.zone import LandingRecord, Seen, fingerprint, 
 from cifar_assets.demo import FOUR_ASSETS
 from resources.object_store.resource import LocalObjectStore, MinioObjectStore, ObjectStoreResource
 from tests.fixtures.cifar10 import landing_sensor
-from tests.fixtures.minio import find_minio, running_minio
 from tests.fixtures.ports import free_port
+from tests.fixtures.s3 import find_minio, running_minio
 from tests.fixtures.workspace import ROOT, Workspace
 
 NUM_OBJECTS = 10_000

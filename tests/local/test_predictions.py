@@ -12,7 +12,7 @@ import pytest
 from cifar_assets.predictions.run import Predictions, predict
 from resources.digests import sha256_bytes
 from resources.object_store import FolderStore
-from tests.fixtures.minio import S3Server
+from tests.fixtures.s3 import S3Server
 from tests.fixtures.workspace import wait_until
 from tests.unit.predictions.test_predictions import png, rows_of, stored
 from tests.unit.serving.tiny_model import store_tiny_model

@@ -20,8 +20,8 @@ import yaml
 from cifar_assets.assets.record import DATA_VERSION_TAG
 from resources.object_store import FolderStore
 from tests.fixtures.cifar10 import INFERENCE_SERVICE, SERVED_TRAFFIC, TRAINED_MODEL
-from tests.fixtures.minio import find_minio, running_minio
 from tests.fixtures.ports import free_port
+from tests.fixtures.s3 import find_minio, running_minio
 from tests.unit.k8s.test_monitoring import ALERTS, MINIO, QUERIES, ROOT, RULES, metrics_of
 from tests.unit.serving.server_process import run_server
 from tests.unit.serving.tiny_model import store_tiny_model

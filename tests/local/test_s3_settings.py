@@ -14,7 +14,7 @@ from resources.object_store import open_store
 from resources.object_store.resource import MinioObjectStore, object_store_from_environment
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import CA_VARIABLES, S3Connection
-from tests.fixtures.minio import S3Server, certificates_for_loopback, running_minio
+from tests.fixtures.s3 import S3Server, certificates_for_loopback, running_minio
 
 REGION = "eu-central-1"
 DOMAIN = "s3.test"

@@ -21,8 +21,7 @@ from cifar_assets.dataset.versions.reader import open_split
 from resources.errors import ConfigError, IntegrityError, ObjectChangedError, ObjectNotFoundError, StoreError
 from resources.object_store import FolderStore, ObjectStore, open_store
 from resources.object_store.s3 import PART_BYTES, S3Store
-from resources.object_store.s3_settings import S3Connection
-from tests.fixtures.minio import certificates_for_loopback, running_minio
+from tests.fixtures.s3 import certificates_for_loopback, running_minio
 
 
 @pytest.fixture(autouse=True)
@@ -249,7 +248,7 @@ def test_buckets_are_created_once(s3_server) -> None:
 
 @pytest.mark.s3
 def test_wrong_settings_say_what_to_do(s3_server) -> None:
-    right = S3Connection(s3_server.endpoint, s3_server.access_key, s3_server.secret_key)
+    right = s3_server.connection()
     bucket = s3_server.new_bucket()
     cases = [
         (replace(right, access_key="nobody"), bucket, "AWS_ACCESS_KEY_ID is not known"),

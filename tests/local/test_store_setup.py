@@ -10,7 +10,7 @@ from resources.errors import StoreError
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
 from resources.object_store.setup import ALL_BUCKETS, ROLES, main, user_of
-from tests.fixtures.minio import S3Server, running_minio
+from tests.fixtures.s3 import S3Server, running_minio
 
 PREFIX = "team-"
 MAY_READ = {

@@ -20,7 +20,7 @@ from cifar_assets.dataset.versions.raw import build_raw_version, current_raw_dig
 from resources.digests import sha256_bytes
 from resources.errors import ConfigError, DataError
 from resources.object_store import FolderStore, ObjectInfo
-from tests.fixtures.minio import S3Server
+from tests.fixtures.s3 import S3Server
 from tests.unit.dataset.conftest import AS_IS
 
 

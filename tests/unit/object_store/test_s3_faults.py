@@ -153,6 +153,18 @@ def test_object_is_created_though_the_answer_is_lost(fake: Fake) -> None:
     assert len(fake.requests) == 2
 
 
+def test_create_that_conflicts_with_another_write_is_sent_again(fake: Fake) -> None:
+    """S3 answers so while another writer of the same key is at work."""
+
+    def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
+        status, code = (409, "ConditionalRequestConflict") if number == 1 else (412, "PreconditionFailed")
+        reply(handler, status, error(code), Content_Type="application/xml")
+
+    fake.answer = answer
+    fake.store().create("x", b"1")
+    assert len(fake.requests) == 2
+
+
 @pytest.mark.parametrize(
     ("status", "body", "kind", "reason"),
     [
