@@ -48,7 +48,7 @@ def temporary_namespace(prefix: str) -> Iterator[str]:
         wait_for("the default service account, which pods need", lambda: kubectl(*account))
         yield name
     finally:
-        kubectl("delete", "namespace", name, "--wait=true", PATIENCE)
+        kubectl("delete", "namespace", name, "--ignore-not-found", "--wait=true", PATIENCE)
 
 
 def missing_images(*images: str) -> list[str]:

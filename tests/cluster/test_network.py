@@ -1,6 +1,7 @@
-"""The NetworkPolicies on a network that enforces them: only what docs/kubernetes.md names is open.
+"""The NetworkPolicies on a network that enforces them: every connection of tests/fixtures/connections.py that may be
+opened is open, every other one times out.
 
-One small pod stands for each kind of pod, with its labels, and listens on every port that matters.
+One small pod stands for each kind of pod, with its labels, and listens on every port.
 """
 
 import json
@@ -17,71 +18,13 @@ import pytest
 import yaml
 
 from tests.cluster.kubectl import PATIENCE, kubectl, temporary_namespace
+from tests.fixtures.connections import ALL_WAYS, NAMED_PORTS, NAMESPACES, OPEN, PODS, PORTS, Pod, Way
 
 K8S = Path(__file__).parents[2] / "k8s"
-FOLDERS = ("platform", "access", "dagster", "argo", "trainjob")
+FOLDERS = ("overlays/serverless", "dagster", "argo", "trainjob", "monitoring")
+"""Together they have every policy: the overlay includes k8s/platform and k8s/access."""
 IMAGE = "python:3.11-slim"
-PORTS = {
-    "minio": 9000,
-    "mlflow": 5000,
-    "postgresql": 5432,
-    "code": 4000,
-    "webserver": 3000,
-    "server": 8080,
-    "gloo": 45000,
-}
-_JOB = {"training.kubeflow.org/job-name": "job"}
-_JOBSET = {"jobset.sigs.k8s.io/jobset-name": "job"}
-
-_COMPONENT = "app.kubernetes.io/component"
-_NAME = "app.kubernetes.io/name"
-PODS: dict[str, tuple[str, dict[str, str]]] = {
-    "minio": ("cifar-platform", {_NAME: "minio"}),
-    "mlflow": ("cifar-platform", {_NAME: "mlflow"}),
-    "store-setup": ("cifar-platform", {_NAME: "store-setup"}),
-    "webserver": ("cifar", {_COMPONENT: "webserver"}),
-    "daemon": ("cifar", {_COMPONENT: "daemon"}),
-    "code": ("cifar", {_COMPONENT: "code"}),
-    "run": ("cifar", {_COMPONENT: "run_worker"}),
-    "postgresql": ("cifar", {_NAME: "dagster-postgresql"}),
-    "first-replica": ("cifar", {**_JOB, "training.kubeflow.org/replica-type": "master"}),
-    "replica": ("cifar", {**_JOB, "training.kubeflow.org/replica-type": "worker"}),
-    "first-node": ("cifar", {**_JOBSET, "batch.kubernetes.io/job-completion-index": "0"}),
-    "node": ("cifar", {**_JOBSET, "batch.kubernetes.io/job-completion-index": "1"}),
-    "server": ("cifar", {"serving.kserve.io/inferenceservice": "cifar10"}),
-    "step": ("cifar", {"workflows.argoproj.io/workflow": "w"}),
-    "unknown": ("cifar", {}),
-    "application": ("applications", {}),
-    "stranger": ("strangers", {}),
-}
-_DAGSTER = ("webserver", "daemon", "code", "run")
-_REPLICAS = ("first-replica", "replica")
-_NODES = ("first-node", "node")
-
-
-Way = tuple[str, str, str]
-"""Two kinds of pod, and the port of the second."""
-
-
-def _between(one: str, other: str) -> set[Way]:
-    return {way for port in PORTS for way in ((one, other, port), (other, one, port))}
-
-
-OPEN: set[Way] = {
-    *(
-        (client, "minio", "minio")
-        for client in (*_DAGSTER, *_REPLICAS, *_NODES, "server", "step", "mlflow", "store-setup")
-    ),
-    *((client, "mlflow", "mlflow") for client in ("code", "run", "first-replica", "first-node")),
-    *((client, "postgresql", "postgresql") for client in _DAGSTER),
-    *((client, "code", "code") for client in ("webserver", "daemon")),
-    *((client, "server", "server") for client in ("code", "run", "application")),
-    *_between(*_REPLICAS),
-    *_between(*_NODES),
-    *_between("application", "stranger"),  # other namespaces
-}
-"""Which pods reach which others, on which port."""
-_OPEN_SECONDS, _SHUT_SECONDS = 30, 4
+_OPEN_SECONDS, _SHUT_SECONDS = 30, 3
 """Timeouts for a connection that should be open, and for one that should be closed."""
 _SETTLE_SECONDS = 120
 """How long a policy may take to be enforced after it was applied."""
@@ -89,25 +32,48 @@ _SETTLE_SECONDS = 120
 _LISTEN = """
 import selectors, socket, sys
 selector = selectors.DefaultSelector()
-for port in map(int, sys.argv[1:]):
-    selector.register(socket.create_server(("", port)), selectors.EVENT_READ)
+for argument in sys.argv[1:]:
+    protocol, number = argument.split("/")
+    if protocol == "TCP":
+        server = socket.create_server(("", int(number)), backlog=1000)
+    else:
+        server = socket.socket(type=socket.SOCK_DGRAM)
+        server.bind(("", int(number)))
+    selector.register(server, selectors.EVENT_READ, protocol)
 while True:
     for key, _ in selector.select():
-        key.fileobj.accept()[0].close()
+        if key.data == "TCP":
+            key.fileobj.accept()[0].close()
+        else:
+            key.fileobj.sendto(*key.fileobj.recvfrom(64))
 """
 _CONNECT = """
-import concurrent.futures, json, socket, sys
+import concurrent.futures, json, socket, sys, time
+def ask(address, seconds):
+    with socket.socket(type=socket.SOCK_DGRAM) as client:
+        client.settimeout(0.5)
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                client.sendto(b"?", address)
+                return client.recv(64)
+            except TimeoutError:
+                if time.monotonic() > end:
+                    raise
 def reaches(target):
-    host, port, seconds = target
+    host, port, protocol, seconds = target
     try:
-        socket.create_connection((host, port), timeout=seconds).close()
+        if protocol == "UDP":
+            ask((host, port), seconds)
+        else:
+            socket.create_connection((host, port), timeout=seconds).close()
         return "open"
     except TimeoutError:
         return "shut"
     except OSError as error:
         return f"error: {error}"
 targets = json.load(sys.stdin)
-with concurrent.futures.ThreadPoolExecutor(64) as pool:
+with concurrent.futures.ThreadPoolExecutor(len(targets)) as pool:
     print(json.dumps(list(pool.map(reaches, targets))))
 """
 
@@ -119,19 +85,19 @@ class Network:
     namespaces: dict[str, str]
     addresses: dict[str, str] = field(default_factory=dict)
 
-    def start(self, kinds: dict[str, tuple[str, dict[str, str]]]) -> None:
-        pods = [_pod(kind, self.namespaces[place], labels) for kind, (place, labels) in kinds.items()]
+    def start(self) -> None:
+        pods = [_pod(kind, self.namespaces[pod.namespace], pod) for kind, pod in PODS.items()]
         kubectl("create", "-f", "-", text=yaml.safe_dump_all(pods))
-        for kind, (place, _) in kinds.items():
-            kubectl("-n", self.namespaces[place], "wait", "--for=condition=Ready", f"pod/{kind}", PATIENCE)
-            template = "-o=jsonpath={.status.podIP}"
-            self.addresses[kind] = kubectl("-n", self.namespaces[place], "get", "pod", kind, template)
+        for namespace in self.namespaces.values():
+            kubectl("-n", namespace, "wait", "--for=condition=Ready", "pod", "--all", PATIENCE)
+            found = json.loads(kubectl("-n", namespace, "get", "pods", "-o", "json"))["items"]
+            self.addresses |= {pod["metadata"]["name"]: pod["status"]["podIP"] for pod in found}
 
     def states(self, ways: Iterable[Way]) -> dict[Way, str]:
-        """The state of each connection: open, closed or an error."""
+        """The state of each connection: open, shut or an error."""
         by_kind: dict[str, list[Way]] = {}
         for way in ways:
-            by_kind.setdefault(way[0], []).append(way)
+            by_kind.setdefault(way.source, []).append(way)
         with ThreadPoolExecutor(3) as pool:
             found = list(pool.map(self._states_from, by_kind, by_kind.values()))
         return {way: state for states in found for way, state in states.items()}
@@ -146,66 +112,67 @@ class Network:
                 return found
             time.sleep(1)
 
+    def run(self, kind: str, script: str, text: str | None = None) -> str:
+        """Output of a Python script in a pod."""
+        namespace = self.namespaces[PODS[kind].namespace]
+        command = ["kubectl", "-n", namespace, "exec", "-i", kind, "--", "python", "-c", script]
+        done = subprocess.run(command, input=text or "", capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def _states_from(self, kind: str, ways: list[Way]) -> dict[Way, str]:
         where = [
-            (self.addresses[target], PORTS[port], _OPEN_SECONDS if (kind, target, port) in OPEN else _SHUT_SECONDS)
-            for _, target, port in ways
+            (self.addresses[way.target], *PORTS[way.port], _OPEN_SECONDS if way in OPEN else _SHUT_SECONDS)
+            for way in ways
         ]
-        namespace = self.namespaces[PODS[kind][0]]
-        command = ["kubectl", "-n", namespace, "exec", "-i", kind, "--", "python", "-c", _CONNECT]
-        done = subprocess.run(command, input=json.dumps(where), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return dict(zip(ways, json.loads(done.stdout), strict=True))
+        return dict(zip(ways, json.loads(self.run(kind, _CONNECT, json.dumps(where))), strict=True))
 
 
-def _pod(kind: str, namespace: str, labels: dict[str, str]) -> dict[str, Any]:
-    ports = [str(port) for port in PORTS.values()]
+def _pod(kind: str, namespace: str, pod: Pod) -> dict[str, Any]:
     container = {
         "name": "main",
         "image": IMAGE,
         "imagePullPolicy": "IfNotPresent",
-        "command": ["python", "-u", "-c", _LISTEN, *ports],
-        # port names, which policies use
-        "ports": [{"name": name, "containerPort": PORTS[kind]} for name, port in _NAMED.items() if port == kind],
-        "readinessProbe": {"tcpSocket": {"port": PORTS["gloo"]}, "periodSeconds": 1},
+        "command": ["python", "-u", "-c", _LISTEN, *(f"{port.protocol}/{port.number}" for port in PORTS.values())],
+        "ports": [
+            {"name": name, "containerPort": PORTS[port].number} for name, port in NAMED_PORTS.items() if port == kind
+        ],
+        "readinessProbe": {"tcpSocket": {"port": PORTS["gloo"].number}, "periodSeconds": 1},
         "resources": {"requests": {"cpu": "5m", "memory": "16Mi"}},
     }
     spec = {"containers": [container], "terminationGracePeriodSeconds": 0, "automountServiceAccountToken": False}
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": kind, "namespace": namespace, "labels": labels},
+        "metadata": {"name": kind, "namespace": namespace, "labels": pod.labels},
         "spec": spec,
     }
 
 
-_NAMED = {"s3": "minio", "http": "mlflow", "postgresql": "postgresql", "grpc": "code"}
-"""Ports that policies refer to by name, and the pods that have them."""
-
-
 def policies(namespaces: dict[str, str]) -> str:
     """The committed policies, for these namespaces."""
-    documents: list[dict[str, Any]] = []
-    for folder in FOLDERS:
-        found = yaml.safe_load_all(kubectl("kustomize", str(K8S / folder)))
-        documents += [document for document in found if document and document["kind"] == "NetworkPolicy"]
-    for document in documents:
-        document["metadata"]["namespace"] = namespaces[document["metadata"]["namespace"]]
-    text = yaml.safe_dump_all(documents)
-    for name in ("cifar-platform", "cifar"):
-        text = text.replace(
-            f"kubernetes.io/metadata.name: {name}\n", f"kubernetes.io/metadata.name: {namespaces[name]}\n"
-        )
-    return text
+    documents = [
+        document for folder in FOLDERS for document in yaml.safe_load_all(kubectl("kustomize", str(K8S / folder)))
+    ]
+    found = [document for document in documents if document["kind"] == "NetworkPolicy"]
+    return yaml.safe_dump_all(_renamed(document, namespaces) for document in found)
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    """The value with every string that is one of the names replaced."""
+    if isinstance(value, dict):
+        return {key: _renamed(each, names) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_renamed(each, names) for each in value]
+    return names.get(value, value) if isinstance(value, str) else value
 
 
 @pytest.fixture(scope="module")
 def network(core: Any) -> Iterator[Network]:
     with ExitStack() as stack:
-        places = sorted({place for place, _ in PODS.values()})
-        found = Network({place: stack.enter_context(temporary_namespace(place)) for place in places})
-        found.start(PODS)
-        probe = ("application", "stranger", "gloo")
+        found = Network({place: stack.enter_context(temporary_namespace(place)) for place in NAMESPACES})
+        found.start()
+        probe = Way("application", "stranger", "gloo")
         assert found.settled({probe: "open"}) == {probe: "open"}
         deny = {"podSelector": {}, "policyTypes": ["Ingress"]}
         policy = {
@@ -218,24 +185,30 @@ def network(core: Any) -> Iterator[Network]:
         if found.settled({probe: "shut"}) != {probe: "shut"}:
             pytest.skip("the cluster's network does not enforce NetworkPolicies")
         kubectl("-n", found.namespaces["strangers"], "delete", "networkpolicy", "deny")
-        kubectl("label", "namespace", found.namespaces["applications"], "cifar/asks-model=true")
+        for place, labels in NAMESPACES.items():
+            for name, value in labels.items():
+                kubectl("label", "namespace", found.namespaces[place], f"{name}={value}")
         kubectl("apply", "--server-side", "-f", "-", text=policies(found.namespaces))
         yield found
+        kubectl("delete", "namespace", *found.namespaces.values(), "--wait=false")  # all at once
 
 
-def test_only_documented_connections_are_open(network: Network) -> None:
-    ways = [(kind, other, port) for kind in PODS for other in PODS for port in PORTS if other != kind]
-    states = network.settled({way: "open" if way in OPEN else "shut" for way in ways})
+def test_documented_connections_are_open_and_all_others_time_out(network: Network) -> None:
+    states = network.settled({way: "open" if way in OPEN else "shut" for way in ALL_WAYS})
     found = {way for way, state in states.items() if state == "open"}
-    assert found - OPEN == set(), "open, but not documented"
-    assert OPEN - found == set(), "documented, but shut"
+    assert sorted(found - OPEN) == [], "open, but not documented"
+    assert sorted(OPEN - found) == [], "documented, but shut"
     assert {state for way, state in states.items() if way not in OPEN} == {"shut"}
-    assert len(states) == len(PODS) * (len(PODS) - 1) * len(PORTS)
+    assert states.keys() == set(ALL_WAYS)
 
 
-def test_only_dns_leaves_the_namespace(network: Network) -> None:
-    """Port 53 is open to the cluster's DNS."""
+def test_every_pod_but_minio_resolves_names(network: Network) -> None:
     script = "import socket; print(socket.getaddrinfo('kubernetes.default.svc', 443)[0][4][0])"
-    for kind in ("unknown", "replica", "server", "mlflow"):
-        namespace = network.namespaces[PODS[kind][0]]
-        assert kubectl("-n", namespace, "exec", kind, "--", "python", "-c", script).strip()
+    for kind in (kind for kind, pod in PODS.items() if pod.namespace.startswith("cifar") and kind != "minio"):
+        assert network.run(kind, script).strip()
+
+
+def test_pods_that_use_the_clusters_api_reach_it(network: Network) -> None:
+    script = "import socket; socket.create_connection(('kubernetes.default.svc', 443), timeout=30); print('open')"
+    for kind in ("webserver", "daemon", "code", "run", "step"):
+        assert network.run(kind, script).strip() == "open"
