@@ -13,7 +13,7 @@ from cifar_assets.assets.common import AccuracyGate, retrying_infrastructure_fau
 from cifar_assets.assets.keys import PROCESSED_DATASET, TRAINED_MODEL, TRAINING_POOL, key_of
 from cifar_assets.assets.record import Made, data_version, find_materialization, materializations, materialized_digest
 from cifar_assets.data_set import DataSet
-from cifar_assets.gate import check_made_by, judge
+from cifar_assets.gate import check_made_by
 from cifar_assets.model_package import ENVIRONMENT_FILE, RECIPE_FILE, is_whole, read_json, read_manifest
 from cifar_assets.training.recipes import RECIPES, Recipe
 from cifar_assets.training.spec import Execution, JobSpec, build_spec
@@ -227,5 +227,5 @@ def _repeated(models: ObjectStore, digest: str, replicas: int, gate: AccuracyGat
         execution=execution,
         seed=manifest.seed,
         replicas=replicas,
-        threshold=judge(models, digest, gate.threshold)[1].numbers["threshold"],
+        threshold=gate.threshold,
     )

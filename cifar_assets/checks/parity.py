@@ -12,7 +12,7 @@ from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, TRAINED_MODEL, key_of
 from cifar_assets.assets.record import find_materialization, materialized_digest, previous_digests
 from cifar_assets.checks.results import answers, declare
 from cifar_assets.data_set import DataSet
-from cifar_assets.gate import judge_model, read_metrics
+from cifar_assets.gate import default_threshold, judge_model, read_metrics
 from cifar_assets.model_package import ENVIRONMENT_FILE, RECIPE_FILE, WEIGHTS_FILE, read_json, read_manifest
 from resources.errors import DataError, ExplainedError
 from resources.object_store import ObjectStore
@@ -120,6 +120,8 @@ def _same_verdict(
     if made is None:
         raise DataError(f"No materialization of {key.to_user_string()} has model {argo.digest}.")
     recorded = made.materialization.metadata
-    against = objections(judge_model(models, twin.digest, float(str(recorded["threshold"].value))))
+    threshold = float(str(recorded["threshold"].value))
+    is_default = threshold == default_threshold(argo.manifest, read_metrics(models, argo.digest))
+    against = objections(judge_model(models, twin.digest, None if is_default else threshold))
     expected, found = "refused" if against else "passed", str(recorded["gate"].value)
     return Verdict(found == expected, f"Argo: {found}. The gate: {expected}. {'; '.join(against)}".rstrip())

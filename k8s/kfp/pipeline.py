@@ -61,7 +61,7 @@ def train(store: str, plan: str) -> str:
 
 
 @_step
-def verify_model(store: str, plan: str, threshold: float, outputs: str) -> str:
+def verify_model(store: str, plan: str, threshold: str, outputs: str) -> str:
     """Compare every file of the model and hold it against the threshold; gives the report as JSON."""
     import json
     from pathlib import Path
@@ -81,7 +81,7 @@ def cifar10_pipeline(
     overrides: str = "{}",
     execution: str = "{}",
     seed: int = 0,
-    threshold: float = 0.85,
+    threshold: str = "",
     store: str = "s3:///",
     outputs: str = "/tmp/cifar-outputs",
 ) -> str:

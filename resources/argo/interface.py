@@ -23,7 +23,8 @@ class PipelineRequest:
     execution: Mapping[str, Any]
     seed: int
     replicas: int
-    threshold: float
+    threshold: float | None
+    """Lowest test accuracy; None for the default of the steps."""
 
     def parameters(self) -> dict[str, str]:
         """The request as workflow parameters."""
@@ -34,7 +35,7 @@ class PipelineRequest:
             "execution": json.dumps(self.execution),
             "seed": str(self.seed),
             "replicas": str(self.replicas),
-            "threshold": str(self.threshold),
+            "threshold": "" if self.threshold is None else str(self.threshold),
         }
 
 

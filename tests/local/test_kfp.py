@@ -38,7 +38,7 @@ def tiny(folder: Path) -> TinyData:
 
 
 def run(pipeline: Any, folder: Path, **parameters: Any) -> Any:
-    defaults = {"recipe": "fast", "overrides": json.dumps(TINY_RECIPE), "execution": '{"threads": 1}', "threshold": 0.0}
+    defaults = {"recipe": "fast", "overrides": json.dumps(TINY_RECIPE), "execution": '{"threads": 1}', "threshold": "0"}
     places = {"store": str(folder / "store"), "outputs": str(folder / "outputs")}
     return pipeline(**{**defaults, **places, **parameters})
 

@@ -9,6 +9,7 @@ import pytest
 
 from cifar_assets.assets.common import AccuracyGate
 from cifar_assets.assets.record import DATA_VERSION_TAG
+from cifar_assets.contracts import CLASSES
 from cifar_assets.model_package import ENVIRONMENT_FILE
 from resources.argo.local import LocalPipeline
 from resources.digests import canonical_json
@@ -32,8 +33,15 @@ class Pair:
     ) -> str:
         environment = {**ENVIRONMENT, **changes.get("environment", {})}
         files = {ENVIRONMENT_FILE: canonical_json(environment), **changes.get("files", {})}
-        digest = store_model(self._resource.models, changes.get("metrics"), weights=weights, seed=seed, files=files)
-        metadata = {"threshold": 0.75, "gate": gate}
+        digest = store_model(
+            self._resource.models,
+            changes.get("metrics"),
+            weights=weights,
+            seed=seed,
+            files=files,
+            classes=changes.get("classes", CLASSES),
+        )
+        metadata = {"threshold": changes.get("threshold", 0.75), "gate": gate}
         event = dg.AssetMaterialization(key, metadata=metadata, tags={DATA_VERSION_TAG: digest})
         self._instance.report_runless_asset_event(event)
         return digest
@@ -108,6 +116,13 @@ def test_a_file_and_a_metric_more(pair: Pair) -> None:
     found = failed(pair.checks())
     assert "['extra.txt']" in found["same_artefacts"]
     assert "['speed']" in found["same_metrics"]
+
+
+@pytest.mark.parametrize(("accuracy", "gate"), [(0.1, "refused"), (0.11, "passed")])
+def test_models_of_other_images_have_to_be_better_than_guessing_in_both(pair: Pair, accuracy: float, gate: str) -> None:
+    for key in (TRAINED_MODEL, ARGO_TRAINED_MODEL):
+        pair.model(key, gate=gate, classes=("cat", "dog"), threshold=0.1, metrics={"test_accuracy": accuracy})
+    assert not failed(pair.checks())
 
 
 def test_another_verdict(pair: Pair) -> None:

@@ -1,6 +1,7 @@
 """The steps' commands on a small store: their outputs, exit codes and errors."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from Crypto.PublicKey import ECC
 from dagster_pipes import PipesMappingParamsLoader
 from yaml import safe_load
 
+from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.versions.processed import read_processed
 from cifar_assets.dataset.versions.raw import build_raw_version
+from cifar_assets.gate import judge
 from cifar_assets.model_package import WEIGHTS_FILE
 from cifar_assets.pipeline_steps import __main__ as steps
 from cifar_assets.pipeline_steps.plan import Plan, parse_plan
@@ -42,7 +45,7 @@ class Steps:
     def processed(self) -> int:
         return self.run("processed", f"--plan={self.outputs / 'plan'}")
 
-    def model(self, threshold: float) -> int:
+    def model(self, threshold: float | str) -> int:
         return self.run(
             "model", f"--plan={self.outputs / 'plan'}", f"--threshold={threshold}", f"--outputs={self.outputs}"
         )
@@ -65,7 +68,7 @@ def tiny(pipeline: Steps) -> TinyData:
     return store_tiny_data(pipeline.store, train=60, test=20)
 
 
-def report_model(pipeline: Steps, seed: int = 0, **metrics: float) -> str:
+def report_model(pipeline: Steps, seed: int = 0, classes: Sequence[str] = CLASSES, **metrics: float) -> str:
     """Store a model and its result message as the run's training would."""
     plan = pipeline.plan()
     models = pipeline.store.at("models")
@@ -75,6 +78,7 @@ def report_model(pipeline: Steps, seed: int = 0, **metrics: float) -> str:
         dataset=plan.spec.dataset_digest,
         raw=plan.raw_digest,
         seed=seed,
+        classes=classes,
         recipe=plan.spec.recipe.model_dump(mode="json"),
     )
     payload = {"type": "result", "model_digest": digest, "model_uri": models.uri(digest), "mlflow_unsent": []}
@@ -198,6 +202,22 @@ def test_the_gate_decides_about_the_runs_own_model(
     assert report["passed"] is (code == 0)
     if code:
         assert "is below the threshold 0.5100" in (tmp_path / "reason").read_text()
+
+
+@pytest.mark.parametrize(
+    ("classes", "accuracy", "code"),
+    [(CLASSES, 0.85, 0), (CLASSES, 0.84, 1), (("cat", "dog"), 0.1, 1), (("cat", "dog"), 0.11, 0)],
+)
+def test_an_empty_threshold_is_the_default_of_the_gate(
+    pipeline: Steps, tiny: TinyData, classes: tuple[str, ...], accuracy: float, code: int
+) -> None:
+    """The stored confusion matrix has as many test images of each of ten classes."""
+    assert pipeline.data() == 0
+    digest = report_model(pipeline, classes=classes, test_accuracy=accuracy)
+    assert pipeline.model("") == code
+    report = json.loads((pipeline.outputs / "model").read_text())
+    _, verdict = judge(pipeline.store.at("models"), digest, None)
+    assert (report["passed"], report["reason"]) == (verdict.passed, verdict.reason)
 
 
 def test_a_training_that_left_no_model(pipeline: Steps, tiny: TinyData) -> None:
