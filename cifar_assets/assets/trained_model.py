@@ -84,6 +84,7 @@ class TrainedModelConfig(dg.Config):
             execution=self.execution.model_dump(),
             seed=self.seed,
             mlflow=mlflow,
+            data_set=data_set.name,
         )
 
 

@@ -104,7 +104,7 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
         fit=data.manifest.fit,
         files={name: sha256_bytes(files[name]) for name in IDENTITY_FILES},
     )
-    files[SBOM_FILE] = readable_json(build_sbom(manifest.digest))
+    files[SBOM_FILE] = readable_json(build_sbom(spec.data_set, manifest.digest))
     return manifest, files
 
 
@@ -272,7 +272,8 @@ def _model_card(spec: JobSpec, images: ImageSpec, metrics: dict[str, Any]) -> st
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     what = f"{images.image_size}x{images.image_size} color images into {len(images.classes)} classes"
-    return f"""# CIFAR-10 classifier, recipe `{spec.recipe.name}`
+    title = "CIFAR-10 classifier" if images.is_cifar10 else f"Classifier of the data set `{spec.data_set}`"
+    return f"""# {title}, recipe `{spec.recipe.name}`
 
 Classifies {what}. It always answers with one of them, whatever the image shows.
 This is one training with seed {spec.seed}; other seeds give somewhat different results. The test split was used once,

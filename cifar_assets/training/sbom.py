@@ -6,10 +6,8 @@ import re
 from typing import Any
 from urllib.parse import quote
 
-from cifar_assets.contracts import MODEL_NAME
 
-
-def build_sbom(model_digest: str) -> dict[str, Any]:
+def build_sbom(model: str, digest: str) -> dict[str, Any]:
     """A CycloneDX 1.6 document (https://cyclonedx.org/docs/1.6/json), equal in equal environments."""
     versions = {}
     for found in importlib.metadata.distributions():
@@ -20,7 +18,7 @@ def build_sbom(model_digest: str) -> dict[str, Any]:
         "specVersion": "1.6",
         "version": 1,
         "metadata": {
-            "component": {"type": "machine-learning-model", "name": MODEL_NAME, "version": model_digest},
+            "component": {"type": "machine-learning-model", "name": model, "version": digest},
         },
         "components": [
             {"type": "platform", "name": "python", "version": platform.python_version()},

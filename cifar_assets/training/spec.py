@@ -10,7 +10,7 @@ from cifar_assets.dataset.versions.processed import read_processed
 from cifar_assets.training.recipes import Recipe, get_recipe, set_fields
 from resources.digests import sha256_json
 from resources.errors import ConfigError
-from resources.mlflow.target import MlflowTarget
+from resources.mlflow.target import DEFAULT_NAME, MlflowTarget
 from resources.object_store import ObjectStore
 from resources.trainer.contract import TrainingSpec
 
@@ -41,6 +41,7 @@ class JobSpec(TrainingSpec):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
+    data_set: str = Field(default=DEFAULT_NAME, description="Name of the data set, for names and descriptions only.")
     dataset_uri: str = Field(description="URI of the processed dataset's folder, ending in its digest.")
     dataset_digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="Digest of the processed dataset.")
     recipe: Recipe = Field(description="The complete recipe.")
@@ -79,7 +80,7 @@ class JobSpec(TrainingSpec):
 
     @property
     def name(self) -> str:
-        return f"cifar10-{self.recipe.name}"
+        return f"{self.data_set}-{self.recipe.name}"
 
     @property
     def identity(self) -> str:
@@ -119,6 +120,7 @@ def build_spec(
     execution: Mapping[str, Any],
     seed: int,
     mlflow: MlflowTarget | None,
+    data_set: str = DEFAULT_NAME,
 ) -> JobSpec:
     """The job that Dagster and the other pipelines run. Raises ConfigError naming the invalid recipe or field.
 
@@ -130,13 +132,14 @@ def build_spec(
     fields = set_fields("execution", execution, Execution.model_fields)
     try:
         spec = JobSpec(
+            data_set=data_set,
             dataset_uri=processed.at(dataset_digest).uri(),
             dataset_digest=dataset_digest,
             recipe=chosen,
             seed=seed,
             output_uri=models.uri(),
             mlflow=mlflow,
-            write_baseline_copies=True,
+            write_baseline_copies=data_set == DEFAULT_NAME,
             execution=Execution(**fields),
         )
     except ValidationError as error:

@@ -92,6 +92,15 @@ def test_null_means_left_out(spec_of: SpecOf, left_out: dict) -> None:
     assert spec_of(left_out) == spec_of({})
 
 
+def test_job_and_copies_for_the_old_pipeline_are_those_of_the_data_set(object_store: LocalObjectStore) -> None:
+    dataset = store_manifest(object_store.processed)
+    flowers = DATA_SET.model_copy(update={"name": "flowers"})
+    first, second = (TrainedModelConfig().job_spec(each, object_store, dataset, None) for each in (DATA_SET, flowers))
+    assert (first.name, first.write_baseline_copies) == ("cifar10-fast", True)
+    assert (second.name, second.write_baseline_copies) == ("flowers-fast", False)
+    assert first.identity == second.identity
+
+
 def test_empty_quantity_means_left_out() -> None:
     assert TrainingScale(cpu="", memory="") == TrainingScale()
 

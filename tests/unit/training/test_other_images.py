@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cifar_assets.contracts import ImageSpec
-from cifar_assets.model_package import METRICS_FILE, read_json, write_package
+from cifar_assets.model_package import CARD_FILE, METRICS_FILE, SBOM_FILE, read_json, write_package
 from cifar_assets.training.networks import PublishedNetwork
 from cifar_assets.training.package import build_package
 from resources.object_store import FolderStore
@@ -33,7 +34,8 @@ def test_three_classes_at_16_pixels_are_trained_and_served(
 ) -> None:
     digest = store_dataset(tmp_path / "data", images=SHAPES)
     uri = FolderStore(tmp_path / "data").uri(f"{digest}/")
-    trainer = make_trainer(make_spec(recipe, {"dataset_uri": uri, "dataset_digest": digest}, epochs=2, **overrides))
+    given = {"data_set": "shapes", "dataset_uri": uri, "dataset_digest": digest}
+    trainer = make_trainer(make_spec(recipe, given, epochs=2, **overrides))
     records = []
     trainer.train(records.append)
     assert records[-1].resolution == 16
@@ -41,7 +43,10 @@ def test_three_classes_at_16_pixels_are_trained_and_served(
     network = PublishedNetwork(trainer.published(), statistics.mean, statistics.std)
     manifest, files = build_package(trainer, network)
     assert (manifest.classes, manifest.image_size) == (SHAPES.classes, 16)
-    assert b"16x16 color images into 3 classes" in files["MODEL_CARD.md"]
+    card = files[CARD_FILE].decode()
+    assert card.startswith("# Classifier of the data set `shapes`, recipe")
+    assert "16x16 color images into 3 classes" in card
+    assert json.loads(files[SBOM_FILE])["metadata"]["component"]["name"] == "shapes"
     models = FolderStore(tmp_path / "models")
     package = models.at(write_package(models, manifest, files))
     metrics = read_json(package, manifest, METRICS_FILE)

@@ -12,8 +12,9 @@ from cifar_assets.training.sbom import build_sbom
 
 
 def test_it_is_valid_and_names_every_package_once() -> None:
-    document = readable_json(build_sbom("a" * 64))
+    document = readable_json(build_sbom("animals", "a" * 64))
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(document.decode()) is None
+    assert json.loads(document)["metadata"]["component"]["name"] == "animals"
     python, *packages = json.loads(document)["components"]
     assert python["type"] == "platform"
     installed = {
@@ -27,4 +28,4 @@ def test_it_is_valid_and_names_every_package_once() -> None:
     versions = {each["name"]: each["version"] for each in packages}
     for name in ("torch", "numpy", "onnx", "prometheus-client"):
         assert versions[name] == importlib.metadata.version(name)
-    assert readable_json(build_sbom("a" * 64)) == document
+    assert readable_json(build_sbom("animals", "a" * 64)) == document
