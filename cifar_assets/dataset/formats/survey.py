@@ -38,18 +38,18 @@ class Survey(BaseModel):
 
 
 def settle(
-    wanted: ImageRequest, found: Survey, folders: tuple[str, ...] | None, name: str
+    wanted: ImageRequest, found: Survey, given: tuple[str, ...] | None, name: str, kind: str
 ) -> tuple[ImageSpec, list[str]]:
     """The images that a request makes of a source, and what was assumed. DataError if the source has other classes."""
     assumed: list[str] = []
-    declared = folders or found.classes
+    declared = given or found.classes
     classes = wanted.classes or declared
     if classes is None:
         classes, sentence = _unnamed_classes(found.highest_label, name)
         assumed.append(sentence)
     elif wanted.classes is None:
         shown = ", ".join(classes[:_NAMED]) + (", ..." if len(classes) > _NAMED else "")
-        origin = "from the folder names" if folders else "as the source names them"
+        origin = "from the folder names" if kind == "images" else "as the source names them"
         assumed.append(f"{len(classes)} classes, {origin}: {shown}")
     check_classes(classes, declared, name)
     size = wanted.image_size

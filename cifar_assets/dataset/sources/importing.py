@@ -75,7 +75,7 @@ def import_source(
                 if labels >= 0 and not wanted.classes and file.format == "parquet" and not is_url:
                     labels = _highest_label(address, raw)
                 found = survey.model_copy(update={"highest_label": labels})
-                images, assumed = settle(wanted, found, file.classes, file.name)
+                images, assumed = settle(wanted, found, file.classes, file.name, file.format)
                 how = Preparation(**dict(images), resize=resize)
                 objects.append(_import_file(file, sha256, raw, how, unread))
                 save_survey(raw, sha256, survey)

@@ -240,6 +240,11 @@ def test_an_archive_is_scaled_to_the_wanted_size(make, raw: FolderStore, tmp_pat
         build_raw_version(raw, str(path), ImageRequest(image_size=48), resize=False)
 
 
+def test_synthetic_classes_are_not_said_to_come_from_folders(raw: FolderStore) -> None:
+    assumed = build_raw_version(raw, "synthetic").assumed
+    assert assumed[0] == f"10 classes, as the source names them: {', '.join(CIFAR10.classes)}"
+
+
 def test_digest_of_cifar10_is_what_it_was(raw: FolderStore) -> None:
     manifest = build_raw_version(raw, "synthetic:4").manifest
     assert manifest.spec == CIFAR10
