@@ -1,6 +1,7 @@
 """The committed manifests against the real API server, its CRDs and webhooks; the Role against the real RBAC."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,18 @@ import pytest
 import yaml
 from kubernetes import client as k8s
 
+from cifar_assets.deployment import trainer_for
 from resources.kubernetes.job import JobClient
+from resources.object_store.resource import LocalObjectStore
 from tests.cluster.conftest import Minio
 from tests.cluster.kinds import K8S, TRAIN_JOB, JobKind, brief, is_installed
-from tests.cluster.kubectl import kubectl, temporary_namespace
+from tests.cluster.kubectl import kubectl, temporary_namespace, wait_for
 from tests.cluster.story import ClusterStory
+from tests.fixtures.settings import settings_of
+
+GPU = "nvidia.com/gpu"
+GPU_LABEL = "nvidia.com/gpu.present"
+GPU_TAINT = f"{GPU}=present:NoSchedule"
 
 
 def objects_in(folder: str, namespace: str) -> list[dict[str, Any]]:
@@ -36,6 +44,25 @@ def test_api_server_accepts_every_object(folder: str, core: Any) -> None:
         text = yaml.safe_dump_all(objects)
         answer = kubectl("apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-", text=text)
     assert len(answer.splitlines()) == len(objects)
+
+
+@pytest.fixture(scope="module")
+def gpu_trainings(core: Any) -> dict[str, str]:
+    """The settings of the overlay `gpu`."""
+    (settings,) = [
+        document["data"]
+        for document in yaml.safe_load_all(kubectl("kustomize", str(K8S / "overlays/gpu")))
+        if document["kind"] == "ConfigMap" and "TRAINER_JOB" in document["data"]
+    ]
+    return settings
+
+
+def test_api_server_accepts_a_training_on_a_gpu(kind: JobKind, gpu_trainings: dict[str, str]) -> None:
+    trainer = trainer_for(settings_of(gpu_trainings), LocalObjectStore())
+    with temporary_namespace("dry-run") as namespace:
+        kind.prepare(namespace, "cifar-trainer")
+        manifest = kind.pipes.build_manifest(getattr(trainer, kind.key), name="training", namespace=namespace)
+        kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", text=yaml.safe_dump(manifest))
 
 
 @pytest.fixture
@@ -75,6 +102,50 @@ def test_role_is_enough_to_cancel(limited: ClusterStory) -> None:
     with limited.run(limited.config("epochs", "600")) as result:
         assert limited.status(result) == dg.DagsterRunStatus.CANCELED
     assert limited.names() == []
+
+
+@pytest.fixture
+def set_gpus(core: Any) -> Iterator[Callable[[int], None]]:
+    """Sets the number of GPUs of one node, labeled and tainted as nodes with GPUs are.
+
+    The GPUs are an extended resource without a device plugin: scheduling and admission are real, no device appears.
+    """
+    node = next(each.metadata.name for each in core.list_node().items if not each.spec.unschedulable)
+    paths = [f"/status/{kind}/{GPU.replace('/', '~1')}" for kind in ("capacity", "allocatable")]
+
+    def change(operation: str, **value: str) -> None:
+        changes = [{"op": operation, "path": path, **value} for path in paths]
+        kubectl("patch", "node", node, "--subresource=status", "--type=json", f"--patch={json.dumps(changes)}")
+
+    def set_number(count: int) -> None:
+        change("add", value=str(count))
+        wait_for("the GPUs", lambda: core.read_node(node).status.allocatable.get(GPU) == str(count))
+
+    kubectl("label", "node", node, f"{GPU_LABEL}=true")
+    kubectl("taint", "node", node, GPU_TAINT)
+    try:
+        yield set_number
+    finally:
+        kubectl("taint", "node", node, f"{GPU_TAINT}-")
+        kubectl("label", "node", node, f"{GPU_LABEL}-")
+        if GPU in core.read_node(node).status.capacity:
+            change("remove")
+
+
+def test_training_of_the_overlay_gpu_waits_for_a_node_with_a_free_gpu(
+    limited: ClusterStory, gpu_trainings: dict[str, str], set_gpus: Callable[[int], None]
+) -> None:
+    """Only the requests for CPU and memory, which a small node may lack, are not those of the overlay."""
+    settings = json.loads(gpu_trainings["TRAINER_JOB"])
+    small = {name: value for name, value in settings.items() if name not in ("cpu", "memory")}
+    no_gpu = limited.failure(limited.config("epochs", "1", **small))
+    set_gpus(1)
+    with limited.run(limited.config("epochs", "2", **small)) as result:
+        assert result.success
+    one_is_not_enough = limited.failure(limited.config("epochs", "600", **small, replicas=2))
+    for error in (no_gpu, one_is_not_enough):
+        assert "unschedulable" in error
+        assert f"Insufficient {GPU}" in error
 
 
 @pytest.mark.parametrize(
