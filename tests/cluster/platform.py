@@ -1,23 +1,20 @@
-"""The platform of k8s/overlays/minikube in a cluster, set up as in docs/kubernetes.md."""
+"""The platform of k8s/overlays/minikube in a cluster, set up and removed by the commands of docs/kubernetes.md."""
 
 import base64
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import yaml
 
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
+from tests.cluster import page
 from tests.cluster.kubectl import PATIENCE, forwarded, kubectl
 from tests.fixtures.ports import free_port
 
-K8S = Path(__file__).parents[2] / "k8s"
-OVERLAY = K8S / "overlays" / "minikube"
 NAMESPACE = "cifar"
 PLATFORM_NAMESPACE = "cifar-platform"
 KEEP_VARIABLE = "TEST_KEEP_PLATFORM"
@@ -44,7 +41,7 @@ class Platform:
             pytest.skip(f"the cluster has {' and '.join(found.split())} already; {KEEP_VARIABLE}=1 tests in them")
         try:
             if not found:
-                _apply()
+                page.run(page.INSTALLATION)
             _wait_until_ready()
             platform = cls(free_port(), free_port())
             with (
@@ -54,6 +51,8 @@ class Platform:
                 yield platform
         finally:
             if not is_kept():
+                if "serving.kserve.io" in kubectl("api-versions"):
+                    page.run(page.REMOVAL)
                 kubectl("delete", "namespace", NAMESPACE, PLATFORM_NAMESPACE, "--ignore-not-found", PATIENCE)
 
     def store(self) -> S3Store:
@@ -89,13 +88,6 @@ def secret(namespace: str, name: str) -> dict[str, str]:
     """The decoded values of a Secret."""
     data = yaml.safe_load(kubectl("-n", namespace, "get", "secret", name, "-o", "yaml"))["data"]
     return {key: base64.b64decode(value).decode() for key, value in data.items()}
-
-
-def _apply() -> None:
-    for namespace in (PLATFORM_NAMESPACE, NAMESPACE):
-        kubectl("create", "namespace", namespace)
-    subprocess.run([str(K8S / "create-secrets")], check=True, timeout=300)
-    kubectl("apply", "--server-side", "-k", str(OVERLAY))
 
 
 def _wait_until_ready() -> None:
