@@ -3,6 +3,7 @@
 They are a contract with stored data and with remote processes: a change requires a migration.
 """
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -21,6 +22,15 @@ Fit = Literal["crop", "pad"]
 """How a picture becomes a square: cut to its center, or surrounded with black."""
 
 
+def without_defaults(model: BaseModel, values: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """A dump of the model without these fields where they have their default.
+
+    Keeps digests of what was written before these fields existed.
+    """
+    fields = type(model).model_fields
+    return {name: value for name, value in values.items() if name not in names or value != fields[name].default}
+
+
 class ImageSpec(BaseModel):
     """Classes and form of the images, as recorded in the manifests of a dataset and of the models trained on it."""
 
@@ -34,12 +44,7 @@ class ImageSpec(BaseModel):
 
     @model_serializer(mode="wrap")
     def _leave_out_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keeps the digests of manifests that were written before these fields were recorded."""
-        values = dump(self)
-        for name, default in (("image_size", IMAGE_SIZE), ("fit", "crop")):
-            if values.get(name) == default:
-                del values[name]
-        return values
+        return without_defaults(self, dump(self), ("image_size", "fit", "start_weights", "start_model"))
 
     @property
     def spec(self) -> "ImageSpec":

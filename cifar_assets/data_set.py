@@ -56,6 +56,9 @@ class DataSet(ImageRequest):
     recipe: Annotated[str, AfterValidator(_known)] = Field(
         default=DEFAULT_RECIPE, description="Recipe of trainings whose config names none."
     )
+    start_from: str | None = Field(
+        default=None, description="What trainings with that recipe start from (training.md#fine-tuning)."
+    )
     threshold: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="As ACCURACY_THRESHOLD.")
     retrain_config: Mapping[str, Any] = Field(default={}, description="As RETRAIN_CONFIG.")
     port: int | None = Field(

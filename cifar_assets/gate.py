@@ -163,12 +163,22 @@ def number(metrics: Mapping[str, Any], name: str) -> float:
 
 
 def check_made_by(spec: JobSpec, models: ObjectStore, model_digest: str) -> None:
-    """DataError when the stored model has another dataset, recipe or seed than the job, so is not its result."""
+    """DataError when the stored model has another dataset, recipe, seed or start than the job: it is not its result."""
     package = models.at(model_digest)
     manifest = read_manifest(package, model_digest)
-    expected = {"dataset": spec.dataset_digest, "seed": spec.seed, "recipe": spec.recipe.model_dump(mode="json")}
+    expected = {
+        "dataset": spec.dataset_digest,
+        "seed": spec.seed,
+        "starting weights": spec.start and spec.start.sha256,
+        "recipe": spec.recipe.model_dump(mode="json"),
+    }
     recipe = read_json(package, manifest, RECIPE_FILE)
-    found = {"dataset": manifest.dataset_digest, "seed": manifest.seed, "recipe": recipe}
+    found = {
+        "dataset": manifest.dataset_digest,
+        "seed": manifest.seed,
+        "starting weights": manifest.start_weights,
+        "recipe": recipe,
+    }
     for what, value in expected.items():
         if found[what] != value:
             raise DataError(f"Model {model_digest} has {what} {found[what]}, this run asked for {value}.")

@@ -47,6 +47,10 @@ class ModelManifest(Manifest, ImageSpec):
     dataset_digest: str = Field(description="Digest of the processed dataset it was trained on.")
     raw_digest: str = Field(description="Digest of the raw dataset that it was processed from.")
     seed: int
+    start_weights: str | None = Field(
+        default=None, description="sha256 of the file of weights that its training started from; none if random."
+    )
+    start_model: str | None = Field(default=None, description="Digest of the model that the file is of, if it is.")
     files: dict[str, str] = Field(description="sha256 of each file the digest covers, by name.")
 
 

@@ -146,6 +146,7 @@ def of_model(models: ObjectStore, result: TrainingResult, mlflow: MlflowResource
         "model_version": result.mlflow_model_version or "not registered",
         "dataset_digest": manifest.dataset_digest,
         "raw_digest": manifest.raw_digest,
+        "started_from": manifest.start_model or manifest.start_weights or "random weights",
         "uri": result.model_uri,
         "resumed_from": result.resumed_from or "the start",
         RUN_METADATA: mlflow.run_link(result.mlflow_run_id),

@@ -12,12 +12,15 @@ from cifar_assets.assets.binding import data_set_asset
 from cifar_assets.assets.common import AccuracyGate, retrying_infrastructure_faults
 from cifar_assets.assets.keys import PROCESSED_DATASET, TRAINED_MODEL, TRAINING_POOL, key_of
 from cifar_assets.assets.record import Made, data_version, find_materialization, materializations, materialized_digest
-from cifar_assets.data_set import DataSet
+from cifar_assets.data_set import DataSet, read_data_sets
+from cifar_assets.dataset.stores import stores_below
 from cifar_assets.gate import check_made_by
 from cifar_assets.model_package import ENVIRONMENT_FILE, RECIPE_FILE, is_whole, read_json, read_manifest
+from cifar_assets.settings import read_settings
 from cifar_assets.training.recipes import RECIPES, Recipe
 from cifar_assets.training.spec import Execution, JobSpec, build_spec
 from resources.argo import PipelineRequest, PipelineResource
+from resources.errors import ConfigError
 from resources.mlflow.resource import RUN_METADATA, MlflowResource
 from resources.mlflow.target import MlflowTarget
 from resources.object_store import ObjectStore
@@ -49,6 +52,12 @@ class TrainedModelConfig(dg.Config):
     overrides: _RecipeFields = Field(  # pyright: ignore[reportInvalidTypeForm]: made above
         default_factory=_RecipeFields, description="Fields of the recipe to override for this run."
     )
+    start_from: str | None = Field(
+        default=None,
+        description="Weights to start from, for a ResNet-18: the digest of a model of any data set, or a safetensors "
+        "file with torchvision's names, as a path or s3://BUCKET/KEY. By default those of the data set, if it declares "
+        "some and the recipe is its own.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Determines initial weights, order and augmentation.")
     dataset_digest: str | None = Field(
         default=None,
@@ -75,17 +84,27 @@ class TrainedModelConfig(dg.Config):
         self, data_set: DataSet, object_store: ObjectStoreResource, dataset_digest: str, mlflow: MlflowTarget | None
     ) -> JobSpec:
         """The job that this config describes. Raises ConfigError naming what is wrong with it."""
+        recipe = self.recipe or data_set.recipe
+        start_from = self.start_from or (data_set.start_from if recipe == data_set.recipe else None)
         return build_spec(
             object_store.processed,
             object_store.models,
             dataset_digest,
-            recipe=self.recipe or data_set.recipe,
+            recipe=recipe,
+            start_from=start_from,
+            other_models=_models_of_all(object_store) if start_from else (),
             overrides=self.overrides.model_dump(),
             execution=self.execution.model_dump(),
             seed=self.seed,
             mlflow=mlflow,
             data_set=data_set.name,
         )
+
+
+def _models_of_all(object_store: ObjectStoreResource) -> list[ObjectStore]:
+    """The models of each declared data set."""
+    root = object_store.root()
+    return [stores_below(root, each.folder).models for each in read_data_sets(read_settings())]
 
 
 @data_set_asset(
@@ -215,6 +234,8 @@ def _repeated(models: ObjectStore, digest: str, replicas: int, gate: AccuracyGat
     """The training that made a model, requested again with the same number of threads, which affects rounding."""
     package = models.at(digest)
     manifest = read_manifest(package, digest)
+    if manifest.start_weights:
+        raise ConfigError(f"Model {digest} did not start from random weights, which the workflow does: name another.")
     recipe = read_json(package, manifest, RECIPE_FILE)
     execution = {}
     if package.exists(ENVIRONMENT_FILE):

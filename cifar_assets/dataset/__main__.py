@@ -58,6 +58,13 @@ def _answer(stores: Stores, options: argparse.Namespace) -> Iterator[str]:
     elif options.command == "model":
         manifest, lineage = model_lineage(stores, options.digest)
         yield f"model      {options.digest} (seed {manifest.seed})"
+        if manifest.start_weights:
+            of = (
+                f"model {manifest.start_model}"
+                if manifest.start_model
+                else f"a file with sha256 {manifest.start_weights}"
+            )
+            yield f"start      {of}"
         yield from _dataset(stores, lineage.processed_digest, options.images)
     elif options.command == "dataset":
         yield from _dataset(stores, options.digest, options.images)

@@ -27,7 +27,7 @@ from cifar_assets.dataset.versions.raw import VERSIONS_PREFIX, current_raw_diges
 from cifar_assets.dataset.versions.shards import SHARDS_PREFIX
 from cifar_assets.model_package import read_manifest
 from cifar_assets.predictions.parts import PREDICTIONS_PREFIX
-from resources.errors import BucketNotFoundError
+from resources.errors import BucketNotFoundError, DataError, ObjectNotFoundError
 from resources.object_store import FolderStore, ObjectInfo, ObjectStore
 from resources.object_store.folder import TEMPORARY_PREFIX
 
@@ -120,6 +120,21 @@ def data_of_models(models: ObjectStore, digests: Iterable[str]) -> set[str]:
     """Digests of the processed and raw versions that the models were made from."""
     manifests = [read_manifest(models.at(digest), digest) for digest in digests]
     return {data for manifest in manifests for data in (manifest.dataset_digest, manifest.raw_digest)}
+
+
+def starts_of_models(models: ObjectStore) -> set[str]:
+    """Digests of the models that the stored models of all data sets started from; `models` is the whole bucket.
+
+    A model that is removed now keeps its start until the next pruning.
+    """
+    found = set[str]()
+    for info in models.list():
+        folder, _, name = info.key.rpartition("/")
+        digest = folder.rpartition("/")[2]
+        if name == MANIFEST_FILE and _DIGEST.fullmatch(digest):
+            with suppress(DataError, ObjectNotFoundError):  # damaged, or removed meanwhile
+                found.add(read_manifest(models.at(folder), digest).start_model or "")
+    return found
 
 
 def raw_of_processed(processed: ObjectStore, digests: Iterable[str]) -> set[str]:

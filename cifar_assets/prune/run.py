@@ -9,7 +9,7 @@ from pydantic import Field
 from cifar_assets.assets import keys
 from cifar_assets.assets.binding import bind
 from cifar_assets.assets.record import UNFINISHED, materializations
-from cifar_assets.data_set import DataSet
+from cifar_assets.data_set import DataSet, read_data_sets
 from cifar_assets.dataset.stores import Stores
 from cifar_assets.dataset.versions.processed import list_processed_versions
 from cifar_assets.dataset.versions.raw import list_raw_digests
@@ -26,13 +26,15 @@ from cifar_assets.prune.rules import (
     prune_processed,
     prune_raw,
     raw_of_processed,
+    starts_of_models,
     traffic,
 )
 from cifar_assets.prune.tracking import open_tracking, prune_tracking, registered_models
+from cifar_assets.settings import read_settings
 from resources.errors import ExplainedError
 from resources.inference_service import InferenceServiceResource
 from resources.mlflow.resource import MlflowResource
-from resources.object_store import ObjectStore
+from resources.object_store import MODELS_BUCKET, ObjectStore
 from resources.object_store.resource import ObjectStoreResource
 
 PINS_PREFIX = "pinned/"
@@ -81,6 +83,7 @@ def prune(
 
     try:
         in_use = _in_use(data_set, instance, stores.models, serving)
+        in_use |= starts_of_models(object_store.root().bucket(MODELS_BUCKET))
         removals, processed, raw = _versions(stores, in_use, mlflow, policy)
     except Exception as error:
         raise PruneError(f"Nothing was removed: what is in use could not be determined. {error}") from error
@@ -114,9 +117,10 @@ def _versions(
 def _in_use(
     data_set: DataSet, instance: dg.DagsterInstance, models: ObjectStore, serving: InferenceServiceResource
 ) -> set[str]:
-    """Digests that are served, pinned, last recorded by Dagster, or referenced by unfinished runs or RETRAIN_CONFIG."""
+    """Digests that are served, pinned, last recorded by Dagster, or referenced by unfinished runs or declarations."""
     in_use = {info.key.removeprefix(PINS_PREFIX) for info in models.list(PINS_PREFIX)}
-    in_use |= find_digests(str(data_set.retrain_config))
+    for each in (data_set, *read_data_sets(read_settings())):  # others may start from models of this one
+        in_use |= find_digests(f"{each.retrain_config} {each.start_from}")
     in_use.add(serving.status().model_digest or "")
     for asset, number in _RECENT.items():
         digests = dict.fromkeys(

@@ -56,7 +56,8 @@ def run_job(spec: JobSpec, stop: StopSignal, send: SendMessage, log: io.StringIO
     patience: float | None = None
     try:
         recipe = {f"recipe.{name}": value for name, value in spec.recipe.model_dump(mode="json").items()}
-        tracker.start({**recipe, "seed": spec.seed, "dataset_digest": spec.dataset_digest})
+        start = {"start_weights": spec.start.sha256} if spec.start else {}
+        tracker.start({**recipe, **start, "seed": spec.seed, "dataset_digest": spec.dataset_digest})
         with distributed.noticing_lost_peers(processes):
             data = open_data(spec, processor.device)
             trainer = Trainer(spec, data, processor, processes, _checkpoints(spec), stop)

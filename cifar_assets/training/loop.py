@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -27,10 +28,11 @@ from cifar_assets.training.data import (
 )
 from cifar_assets.training.device import Processor
 from cifar_assets.training.distributed import Processes, StopSignal, TrainingStopped
-from cifar_assets.training.networks import SpeedNet, build_network
+from cifar_assets.training.networks import ResNet18, SpeedNet, build_network
 from cifar_assets.training.optimizer import rate_factor
 from cifar_assets.training.spec import JobSpec
-from resources.errors import ConfigError, StoreError
+from cifar_assets.training.start import Start, body_of
+from resources.errors import ConfigError, DataError, StoreError
 
 _LOG = logging.getLogger(__name__)
 _AGREE_EVERY = 8
@@ -244,7 +246,7 @@ class Trainer:
             _LOG.warning("The checkpoint of step %d may not be stored: %s", self.global_step, error)
 
     def _resume(self) -> None:
-        """Continue from the newest valid checkpoint, which rank 0 chooses, otherwise start from the seed's weights."""
+        """Continue from the newest valid checkpoint, which rank 0 chooses, otherwise begin with the first weights."""
         chosen = self._checkpoints.load_newest(self._take_over) if self.processes.rank == 0 else None
         step = torch.tensor(-1 if chosen is None else chosen.step, device=self.processor.device)
         step = int(self.processes.broadcast(step).item())
@@ -257,6 +259,15 @@ class Trainer:
             most = min(_WHITENING_IMAGES, _WHITENING_PIXELS // self._image_size**2, len(self.data.train))
             images = self.data.train.images(np.arange(most))
             self.state.network.set_whitening(self._normalize(images, images.shape[-1]))
+        elif self.spec.start and isinstance(self.state.network, ResNet18):
+            self._start_from(self.spec.start, self.state.network)
+
+    def _start_from(self, start: Start, network: ResNet18) -> None:
+        body = body_of(load(start.read(self._recipe.width)))
+        if (name := first_not_finite(body)) is not None:
+            raise DataError(f"{start.uri}: {name} contains numbers that are not finite. Start from other weights.")
+        network.take_over(body)
+        _LOG.info("Starting from the weights in %s", start.uri)
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
         self.state.load(checkpoint.tensors, checkpoint.position)

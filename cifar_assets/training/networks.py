@@ -1,6 +1,8 @@
 """Networks: images (N, 3, size, size), normalized, to logits (N, number of classes)."""
 
 import math
+from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +37,12 @@ class TrimmedConv2d(Conv2d):
 
     def full_kernel(self) -> Tensor:
         """The weights of the equivalent 3x3 convolution, with zeros for the omitted taps."""
-        after = 2 - self.kernel_size[0]
-        return functional.pad(self.weight.detach(), (1, after, 1, after))
+        return _full_kernel(self.weight.detach())
+
+
+def _full_kernel(weight: Tensor) -> Tensor:
+    after = 2 - weight.shape[-1]
+    return functional.pad(weight, (1, after, 1, after))
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int, size: int) -> Conv2d:
@@ -80,6 +86,7 @@ class ResNet18(nn.Module):
         self.layer3 = _stage(2 * width, 4 * width, 2, math.ceil(size / 2))
         self.layer4 = _stage(4 * width, 8 * width, 2, math.ceil(size / 4))
         self.fc = nn.Linear(8 * width, num_classes)
+        self._frozen: tuple[nn.Module, ...] = ()
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not isinstance(module, TrimmedConv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -88,6 +95,32 @@ class ResNet18(nn.Module):
         hidden = self.maxpool(functional.relu(self.bn1(self.conv1(images))))
         hidden = self.layer4(self.layer3(self.layer2(self.layer1(hidden))))
         return self.fc(hidden.mean((2, 3)))
+
+    def freeze(self, stages: int) -> None:
+        """Keep weights and batch norm statistics of the first stages; the first is the stem."""
+        body = (self.conv1, self.bn1, self.layer1, self.layer2, self.layer3, self.layer4)
+        self._frozen = body[: stages + 1] if stages else ()
+        for part in self._frozen:
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
+
+    def take_over(self, body: Mapping[str, Tensor]) -> None:
+        """Start from the weights of a ResNet-18 of this width for images of any size, without its head.
+
+        They have torchvision's names. Omitted taps count as zeros; those that would only meet padding here are dropped.
+        """
+        own = self.state_dict()
+        for name, value in body.items():
+            taps = own[name].shape[-1]
+            if value.shape != own[name].shape:
+                value = value if value.shape[-1] == 3 else _full_kernel(value)
+                value = value if taps == 3 else value[..., 1 : 1 + taps, 1 : 1 + taps]
+            own[name].copy_(value)
 
     def torchvision_state_dict(self) -> dict[str, Tensor]:
         """State dict for torchvision's ResNet-18 of this width."""
@@ -184,6 +217,7 @@ def build_network(recipe: Recipe, images: ImageSpec) -> ResNet18 | SpeedNet:
     match recipe.network:
         case "resnet18":
             network = ResNet18(recipe.width, num_classes, images.image_size)
+            network.freeze(recipe.freeze)
         case "speednet":
             network = SpeedNet(recipe.width, num_classes, images.image_size, recipe.widening, recipe.depth)
     for module in network.modules():

@@ -1,7 +1,7 @@
 """Optimizers and learning rates: SGD for all of a network, or Muon for its inner convolutions and SGD for the rest."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ def build_optimizers(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> 
         # the stem, `conv1` of a ResNet, has few inputs: like the head it trains better with SGD
         banks = [p for name, p in matrices.items() if p.ndim > 2 and not name.startswith("conv1.")]
         matrices = {name: p for name, p in matrices.items() if p.ndim == 2 or name.startswith("conv1.")}
-        optimizers.append(Muon(banks, recipe.learning_rate, _MUON_MOMENTUM, dtype))
+        if banks:  # all may be frozen
+            optimizers.append(Muon(banks, recipe.body_rate * recipe.learning_rate, _MUON_MOMENTUM, dtype))
         matrix_rate = recipe.head_learning_rate * recipe.batch_size
         vector_rate = recipe.bias_learning_rate * recipe.batch_size
     groups: list[dict[str, Any]] = [
@@ -77,11 +78,21 @@ def build_optimizers(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> 
             "weight_decay": recipe.weight_decay if recipe.decay_norm_and_bias else 0.0,
         },
     ]
+    if recipe.body_rate < 1:
+        head = {parameter for name, parameter in trained.items() if name.startswith("fc.")}
+        groups = [part for group in groups for part in _split(group, head, recipe.body_rate)]
     optimizers.append(SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+def _split(group: dict[str, Any], head: Collection[nn.Parameter], body_rate: float) -> Iterator[dict[str, Any]]:
+    """The head's part of a group, and the rest with its lower rate."""
+    yield {**group, "params": [each for each in group["params"] if each in head]}
+    rest = [each for each in group["params"] if each not in head]
+    yield {**group, "params": rest, "lr": body_rate * group["lr"]}
 
 
 def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

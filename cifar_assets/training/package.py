@@ -102,6 +102,8 @@ def build_package(trainer: Trainer, network: PublishedNetwork) -> tuple[ModelMan
         classes=classes,
         image_size=data.manifest.image_size,
         fit=data.manifest.fit,
+        start_weights=spec.start.sha256 if spec.start else None,
+        start_model=spec.start.model_digest if spec.start else None,
         files={name: sha256_bytes(files[name]) for name in IDENTITY_FILES},
     )
     files[SBOM_FILE] = readable_json(build_sbom(spec.data_set, manifest.digest))
@@ -269,6 +271,7 @@ def _model_card(spec: JobSpec, images: ImageSpec, metrics: dict[str, Any]) -> st
         "training images": f"{metrics['train_images']:,}",
         "processed dataset": f"`{metrics['dataset_digest']}`",
         "raw dataset": f"`{metrics['raw_digest']}`",
+        **({"started from": f"`{spec.start.uri}`"} if spec.start else {}),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     what = f"{images.image_size}x{images.image_size} color images into {len(images.classes)} classes"

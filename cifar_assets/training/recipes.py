@@ -4,9 +4,17 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from cifar_assets.contracts import ImageSpec
+from cifar_assets.contracts import ImageSpec, without_defaults
 from resources.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
@@ -122,6 +130,28 @@ class Recipe(BaseModel):
     validate_every: int = Field(
         default=1, ge=1, description="Epochs between validations; the last epoch is always validated."
     )
+    freeze: int = Field(
+        default=0,
+        ge=0,
+        le=5,
+        description="First stages of a ResNet that keep the weights of `start_from`: 1 the stem, 2 to 5 also layer1 to "
+        "layer4.",
+    )
+    body_rate: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Learning rates of all but the head, in units of their own. Below 1, it needs `start_from`.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, dump(self), ("freeze", "body_rate"))
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether it only makes sense with weights to start from."""
+        return self.freeze > 0 or self.body_rate < 1
 
     @model_validator(mode="after")
     def _check_resolutions(self) -> "Recipe":
@@ -209,6 +239,7 @@ _RESNET18 = {
     "views": "mirrored",
     "validate_every": 5,
 }
+_FINETUNE = {**_RESNET18, "body_rate": 0.1}
 # The configuration of the pipeline that this project replaces.
 _BASELINE = {
     "network": "resnet18",
@@ -231,6 +262,7 @@ RECIPES: dict[str, Recipe] = {
     for name, fields in {
         "baseline": _BASELINE,
         "resnet18": _RESNET18,
+        "finetune": _FINETUNE,
         "quick": {**_SHORT, "epochs": 3, "validate_every": 3},
         "fast": {**_SHORT, "epochs": 5, "validate_every": 5},
         "good": {**_SPEEDNET, "epochs": 8, "learning_rate": 0.18},

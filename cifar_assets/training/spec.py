@@ -1,13 +1,14 @@
 """The job spec: everything that a training needs to know, as one JSON document. No torch."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cifar_assets.dataset.versions.processed import read_processed
 from cifar_assets.training.recipes import Recipe, get_recipe, set_fields
+from cifar_assets.training.start import Start, find_start
 from resources.digests import sha256_json
 from resources.errors import ConfigError
 from resources.mlflow.target import DEFAULT_NAME, MlflowTarget
@@ -46,6 +47,7 @@ class JobSpec(TrainingSpec):
     dataset_digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="Digest of the processed dataset.")
     recipe: Recipe = Field(description="The complete recipe.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Determines initial weights, order and augmentation.")
+    start: Start | None = Field(default=None, description="Weights to start from; by default random ones.")
     output_uri: str = Field(description="URI of the models bucket: the model goes to <output_uri>/<model digest>/.")
     write_baseline_copies: bool = Field(
         default=False, description="Also write the weights as resnet18_cifar10.pth, for readers of the old pipeline."
@@ -84,12 +86,14 @@ class JobSpec(TrainingSpec):
 
     @property
     def identity(self) -> str:
+        start = {"start": self.start.sha256} if self.start else {}
         return sha256_json(
             {
                 "algorithm": ALGORITHM,
                 "dataset": self.dataset_digest,
                 "recipe": self.recipe.model_dump(mode="json"),
                 "seed": self.seed,
+                **start,
             }
         )
 
@@ -121,14 +125,23 @@ def build_spec(
     seed: int,
     mlflow: MlflowTarget | None,
     data_set: str = DEFAULT_NAME,
+    start_from: str | None = None,
+    other_models: Sequence[ObjectStore] = (),
 ) -> JobSpec:
     """The job that Dagster and the other pipelines run. Raises ConfigError naming the invalid recipe or field.
 
-    A recipe is fitted to few training images, and must fit the dataset as `JobSpec.check_dataset` says.
+    A recipe is fitted to few training images, and must fit the dataset as `JobSpec.check_dataset` says. `start_from` is
+    what `find_start` takes; a model may be in one of the other stores too.
     """
     num_images = read_processed(processed, dataset_digest).count("train")
     given = {name for name, value in overrides.items() if value is not None}
     chosen = get_recipe(recipe, overrides).fitted(num_images, given)
+    if chosen.needs_start and not start_from:
+        raise ConfigError(
+            f"Recipe {chosen.name!r} with freeze {chosen.freeze} and body_rate {chosen.body_rate} continues from other "
+            "weights: set start_from, or choose another recipe."
+        )
+    start = find_start(start_from, (models, *other_models), chosen) if start_from else None
     fields = set_fields("execution", execution, Execution.model_fields)
     try:
         spec = JobSpec(
@@ -137,6 +150,7 @@ def build_spec(
             dataset_digest=dataset_digest,
             recipe=chosen,
             seed=seed,
+            start=start,
             output_uri=models.uri(),
             mlflow=mlflow,
             write_baseline_copies=data_set == DEFAULT_NAME,

@@ -1,5 +1,6 @@
 """Objects by key, in a folder or in S3, behind one interface."""
 
+import os
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -7,7 +8,7 @@ from resources.errors import ConfigError
 from resources.object_store.base import ObjectInfo, ObjectStore
 from resources.object_store.folder import FolderStore
 
-__all__ = ["FolderStore", "ObjectInfo", "ObjectStore", "open_store"]
+__all__ = ["FolderStore", "ObjectInfo", "ObjectStore", "locate", "open_store"]
 
 RAW_BUCKET = "raw-data"
 PROCESSED_BUCKET = "processed-data"
@@ -37,3 +38,12 @@ def open_store(uri: str) -> ObjectStore:
         f"Cannot open {uri!r}: expected file:///folder or s3://bucket/prefix, without credentials in it. Set "
         "credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
     )
+
+
+def locate(address: str) -> tuple[ObjectStore, str]:
+    """The store for a path or an s3:// address, and the key in it, which is used unchanged."""
+    if not address.startswith("s3://"):
+        path = Path(os.path.abspath(os.path.expanduser(address)))
+        return FolderStore(path.parent), path.name
+    bucket, _, key = address.removeprefix("s3://").partition("/")
+    return open_store(f"s3://{bucket}"), key.removesuffix("/")

@@ -51,7 +51,9 @@ def measured_jobs(specs: list[JobSpec], loop: Steps, seconds: float) -> Iterator
 def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy by reference epochs of each recipe.")
     parser.add_argument("--source", default="synthetic", help="images, as CIFAR10_SOURCE names them")
-    parser.add_argument("--recipes", nargs="+", default=sorted(set(RECIPES) - {"baseline"}), choices=sorted(RECIPES))
+    parser.add_argument(
+        "--recipes", nargs="+", default=sorted(set(RECIPES) - {"baseline", "finetune"}), choices=sorted(RECIPES)
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0, help="time of the reference loop around each job")
     options = parser.parse_args()

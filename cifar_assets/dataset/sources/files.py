@@ -1,6 +1,5 @@
 """Finds the files of a source at its address and recognizes their layout and format."""
 
-import os
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from cifar_assets.dataset.objects import LINKED_FOLDER, UNREADABLE_FOLDER, Objec
 from cifar_assets.dataset.sources import synthetic
 from cifar_assets.dataset.sources.download import CHOICES, check_file, fetch, split_digest
 from resources.errors import ConfigError, DataError
-from resources.object_store import FolderStore, ObjectStore, open_store
+from resources.object_store import ObjectStore, locate
 from resources.redaction import redacted
 
 _PACK_IMAGES, _PACK_BYTES = 20_000, 512 << 20
@@ -68,7 +67,7 @@ def source_files(
         yield _one_file(work / "object", urllib.parse.unquote(urllib.parse.urlsplit(base).path), redacted(base))
         return
     try:
-        store, key = _locate(base)
+        store, key = locate(base)
         is_file = bool(key) and store.exists(key)
     except (ValueError, OSError) as error:
         raise ConfigError(f"Source {redacted(address)[:200]!r} cannot be accessed: {error}. {CHOICES}") from error
@@ -95,15 +94,6 @@ def _synthetic_files(address: str, work: Path, classes: tuple[str, ...]) -> Iter
         path = work / f"{split}.bin"
         path.write_bytes(pack_records(*synthetic.draw_split(int(seed), split, rows, len(classes))))
         yield SourceFile(path, f"{address} ({split})", "records", split, ".bin", classes)
-
-
-def _locate(address: str) -> tuple[ObjectStore, str]:
-    """The store for a path or an s3:// address, and the key in it, which is used unchanged."""
-    if not address.startswith("s3://"):
-        path = Path(os.path.abspath(os.path.expanduser(address)))
-        return FolderStore(path.parent), path.name
-    bucket, _, key = address.removeprefix("s3://").partition("/")
-    return open_store(f"s3://{bucket}"), key.removesuffix("/")
 
 
 def _local_copy(store: ObjectStore, key: str, work: Path) -> Path:

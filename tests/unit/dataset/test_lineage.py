@@ -21,6 +21,7 @@ from cifar_assets.dataset.versions.splits import SPLIT_NAMES
 from cifar_assets.model_package import IDENTITY_FILES, ModelManifest, write_package
 from resources.digests import sha256_bytes
 from resources.object_store import FolderStore
+from tests.fixtures.models import store_model
 
 
 class World:
@@ -128,6 +129,11 @@ def test_the_commands(make, world: World, capsys, tmp_path: Path) -> None:
 
     code, out, _ = run(world, capsys, "dataset", world.first[1].digest)
     assert "source object" in out
+
+    data = {"dataset": world.second[1].digest, "raw": world.second[0].digest}
+    code, out, _ = run(world, capsys, "model", store_model(world.models, start_model=world.first_model, **data))
+    assert code == 0
+    assert f"start      model {world.first_model}" in out
 
 
 @pytest.mark.parametrize(

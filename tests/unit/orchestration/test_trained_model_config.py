@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from cifar_assets.assets.trained_model import TrainedModelConfig
+from cifar_assets.data_set import DataSet
 from cifar_assets.definitions import defs
 from cifar_assets.training.recipes import DEFAULT_RECIPE, Recipe
 from cifar_assets.training.spec import Execution, JobSpec
@@ -16,6 +17,7 @@ from resources.object_store.resource import LocalObjectStore
 from resources.trainer.interface import TrainingScale
 from tests.fixtures.cifar10 import DATA_SET
 from tests.fixtures.tiny_data import store_manifest
+from tests.unit.training.test_start import WIDTH, store_resnet
 
 CHANGED = {
     "network": "speednet",
@@ -47,6 +49,9 @@ CHANGED = {
     "validate_every": 3,
 }
 
+OF_A_RESNET = {"freeze": 2, "body_rate": 0.3}
+"""Fields that need weights to start from."""
+
 SpecOf = Callable[[dict], JobSpec]
 
 
@@ -62,10 +67,29 @@ def spec_of(object_store: LocalObjectStore) -> SpecOf:
 
 
 def test_every_field_of_a_recipe_can_be_overridden(spec_of: SpecOf) -> None:
-    assert set(CHANGED) == set(Recipe.model_fields) - {"name"}, "add the new field above with a changed value"
+    fields = set(Recipe.model_fields) - {"name"}
+    assert CHANGED.keys() | OF_A_RESNET.keys() == fields, "add the new field above with a changed value"
     recipe = spec_of({"overrides": CHANGED}).recipe.model_dump(mode="json")
     for name, value in CHANGED.items():
         assert recipe[name] == value, name
+
+
+def test_a_model_of_another_data_set_is_the_start(object_store: LocalObjectStore, monkeypatch) -> None:
+    monkeypatch.setenv("DATA_SETS", "[{name: flowers, source: x}]")
+    dataset = store_manifest(object_store.processed)
+    digest = store_resnet(object_store.model_copy(update={"folder": "flowers"}).models)
+
+    def start_of(data_set: DataSet, **config: object) -> str | None:
+        given = {"overrides": {"width": WIDTH, **OF_A_RESNET}, **config}
+        spec = TrainedModelConfig(**given).job_spec(data_set, object_store, dataset, None)
+        assert (spec.recipe.freeze, spec.recipe.body_rate) == (2, 0.3)
+        return spec.start and spec.start.model_digest
+
+    assert start_of(DATA_SET, recipe="finetune", start_from=digest) == digest
+    declared = DATA_SET.model_copy(update={"recipe": "finetune", "start_from": digest})
+    assert start_of(declared) == digest
+    with pytest.raises(ConfigError, match="set start_from"):
+        start_of(declared, recipe="resnet18")
 
 
 def test_every_field_of_the_execution_can_be_set(spec_of: SpecOf) -> None:

@@ -24,6 +24,7 @@ from resources.object_store import FolderStore
 from resources.object_store.folder import TEMPORARY_PREFIX
 from resources.object_store.resource import LocalObjectStore
 from tests.fixtures.cifar10 import INFERENCE_SERVICE, PROCESSED_DATASET, RAW_DATASET, TRAINED_MODEL, prune_job
+from tests.fixtures.models import store_model
 from tests.fixtures.workspace import ROOT
 from tests.unit.prune.conftest import KEPT, Generation, Serving, World, png
 
@@ -136,6 +137,22 @@ def test_a_model_in_use_stays_with_all_it_came_from(
     world.prune(serving=serving)
     assert is_whole(world, old)
     assert all(is_gone(world, generation) for generation in world.generations[1:-KEPT])
+
+
+@pytest.mark.parametrize("folder", ["", "flowers/"])
+def test_the_start_of_a_stored_model_stays(world: World, folder: str) -> None:
+    old = world.generations[0]
+    store_model(world.stores.models.at(folder) if folder else world.stores.models, start_model=old.model)
+    world.prune()
+    assert is_whole(world, old)
+    assert is_gone(world, world.generations[1])
+
+
+def test_a_declared_start_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = world.generations[0]
+    monkeypatch.setenv("DATA_SETS", f"[{{name: flowers, source: x, start_from: '{old.model}'}}]")
+    world.prune()
+    assert is_whole(world, old)
 
 
 @pytest.mark.parametrize("use", ["pinned", "current", "materialized raw", "materialized processed", "RETRAIN_CONFIG"])
