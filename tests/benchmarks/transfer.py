@@ -4,7 +4,7 @@
 
 The source is CIFAR-10 as Parquet with encoded pictures. A `resnet18` is trained on 2,000 images of each of five classes
 and kept in the work folder, where a later run finds it. Of the other five classes, each seed draws 20 images for
-training and 20 for validation, as class folders; 200 are for testing. Every way trains on the same images with that seed.
+training and 20 for validation, as class folders; 200 are for testing. With one seed, every way has the same images.
 A run that was stopped continues from its checkpoint.
 """
 

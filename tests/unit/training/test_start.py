@@ -20,7 +20,7 @@ from cifar_assets.training.recipes import RECIPES, get_recipe
 from cifar_assets.training.spec import JobSpec, build_spec
 from cifar_assets.training.start import body_of, body_shapes
 from resources.errors import ConfigError, DataError
-from resources.object_store import FolderStore, open_store
+from resources.object_store import FolderStore, ObjectStore, open_store
 from tests.fixtures.models import store_model
 from tests.unit.training.small_dataset import store_dataset
 from tests.unit.training.test_loop import assert_same, elsewhere, final_tensors, finish, make_trainer
@@ -48,7 +48,7 @@ def torchvision_file(path: Path, change: Callable[[dict[str, Tensor]], object] =
     return str(path)
 
 
-def store_resnet(models: FolderStore, network: str = "resnet18") -> str:
+def store_resnet(models: ObjectStore, network: str = "resnet18") -> str:
     weights = weights_bytes(PublishedNetwork(trained_resnet(), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)))
     return store_model(models, weights=weights, recipe={**get_recipe("resnet18").model_dump(), "network": network})
 
