@@ -134,7 +134,7 @@ def test_an_earlier_version_can_be_named(pipeline: Steps, tiny: TinyData) -> Non
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--recipe=nope"], "choose one of baseline, best, better, fast, good, quick, resnet18"),
+        (["--recipe=nope"], "choose one of baseline, best, better, fast, finetune, good, quick, resnet18"),
         (["--overrides={"], "overrides is '{': expected a JSON object"),
         (["--overrides=[1]"], "expected a JSON object"),
         (['--overrides={"layers": 4}'], "overrides: layers cannot be set. Choose from batch_norm_momentum, "),
