@@ -130,8 +130,9 @@ def test_the_commands(make, world: World, capsys, tmp_path: Path) -> None:
     code, out, _ = run(world, capsys, "dataset", world.first[1].digest)
     assert "source object" in out
 
-    data = {"dataset": world.second[1].digest, "raw": world.second[0].digest}
-    code, out, _ = run(world, capsys, "model", store_model(world.models, start_model=world.first_model, **data))
+    dataset, raw = world.second[1].digest, world.second[0].digest
+    started = store_model(world.models, start_model=world.first_model, dataset=dataset, raw=raw)
+    code, out, _ = run(world, capsys, "model", started)
     assert code == 0
     assert f"start      model {world.first_model}" in out
 
