@@ -32,7 +32,10 @@ _TRANSIENT_CODES = (*_AGAIN_CODES, "PreconditionFailed")
 """Transient error codes that the client does not retry. A replaced object can be read from its beginning."""
 _ADVICE = {
     "AccessDenied": "The credentials are known but not allowed to do this: check the policy of AWS_ACCESS_KEY_ID.",
-    "InvalidAccessKeyId": "AWS_ACCESS_KEY_ID is not known to this server: check it, and the endpoint.",
+    **dict.fromkeys(
+        ("InvalidAccessKeyId", "XAdminUserNotFound"),  # the second one is versitygw's
+        "AWS_ACCESS_KEY_ID is not known to this server: check it, and the endpoint.",
+    ),
     "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID: check it for a typo or a "
     "trailing line break.",
     **dict.fromkeys(

@@ -226,6 +226,7 @@ def test_object_replaced_during_download_is_not_mixed(fake: Fake, tmp_path: Path
         (403, "RequestTimeTooSkewed", "clocks"),
         (403, "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
         (403, "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
+        (404, "XAdminUserNotFound", "AWS_ACCESS_KEY_ID"),
         (403, "AccessDenied", "policy"),
         (404, "NoSuchBucket", "bucket does not exist"),
         (400, "AuthorizationHeaderMalformed", "AWS_REGION"),
