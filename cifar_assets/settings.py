@@ -114,9 +114,10 @@ class Settings(BaseSettings):
         default=None, description="`kubernetes`: address at which Dagster reaches the service, such as an ingress."
     )
     server_host: str | None = Field(default=None, description="`kubernetes`: Host header for SERVER_URL.")
-    server_gateway: str = Field(
-        default="kourier-system/kourier-internal",
-        description="`kubernetes`, serverless, Dagster outside the cluster: Knative's gateway as namespace/service.",
+    server_gateway: str | None = Field(
+        default=None,
+        description="`kubernetes`: Gateway as namespace/name, for canaries without Knative; serverless, with Dagster "
+        "outside the cluster: Knative's gateway as namespace/service, by default `kourier-system/kourier-internal`.",
     )
     argo_parameters: JsonObject = Field(
         default={}, description="`kubernetes`: further parameters of the Argo workflow, a JSON object."

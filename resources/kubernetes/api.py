@@ -82,6 +82,7 @@ class CustomResource:
 
 
 S = TypeVar("S", bound=CustomResource)
+C = TypeVar("C", bound="CustomResourceClient[Any]")
 
 
 class CustomResourceClient(Generic[S]):
@@ -109,6 +110,10 @@ class CustomResourceClient(Generic[S]):
         """Client for the cluster that `load_configuration` finds. SettingsError if there is none."""
         api = k8s.ApiClient(load_configuration(kubeconfig_file)[0])
         return cls(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
+
+    def of(self, kind: type[C]) -> C:
+        """A client of another kind on the same connection."""
+        return kind(self._custom, self._core, self.request_timeout_seconds)
 
     def is_installed(self) -> bool:
         """Whether the cluster has the kind. Discovery needs no permissions."""

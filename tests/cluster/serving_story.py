@@ -7,17 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from kubernetes import client as k8s
 
+from cifar_assets.contracts import CLASSES
+from cifar_assets.dataset.versions.reader import open_split
+from cifar_assets.model_package import METRICS_FILE, ONNX_FILE, RECIPE_FILE, WEIGHTS_FILE, ModelManifest, write_package
+from resources.digests import sha256_bytes
 from resources.inference_service import DeployRequest
 from resources.inference_service.kserve.client import InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.resource import KServeInferenceService
 from resources.kubernetes.api import load_configuration
+from resources.object_store import ObjectStore
 from resources.object_store.s3 import S3Store
 from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
-from tests.unit.serving.tiny_model import store_tiny_model
+from tests.fixtures.tiny_data import TinyData, store_tiny_data
+from tests.unit.serving.tiny_model import store_tiny_model, tiny_logits, tiny_onnx, tiny_weights
 
 SERVER_IMAGE = "localhost/cifar-server:dev"
 DAGSTER_IMAGE = "localhost/cifar-dagster:dev"
@@ -31,7 +38,8 @@ from PIL import Image
 from resources.inference_service.client import InferenceClient, ServerError
 pathlib.Path("/tmp/answers").mkdir()
 Image.fromarray(np.full((32, 32, 3), 90, dtype=np.uint8)).save("/tmp/picture.png")
-client = InferenceClient(sys.argv[1], timeout=30)
+headers = {"Host": sys.argv[2]} if sys.argv[2] else {}
+client = InferenceClient(sys.argv[1], timeout=30, headers=headers)
 answers, failures = {}, []
 began = time.monotonic()
 while not pathlib.Path("/tmp/enough").exists() and time.monotonic() - began < 1500:
@@ -58,7 +66,15 @@ class Service(KServeInferenceService):
         return InferenceServiceClient(k8s.CustomObjectsApi(api), k8s.CoreV1Api(api))
 
 
-def service(namespace: str, *, account: str = "dagster", patience: float = 300, **settings: Any) -> Service:
+def service(
+    namespace: str,
+    *,
+    account: str = "dagster",
+    patience: float = 300,
+    gateway: str | None = None,
+    host: str | None = None,
+    **settings: Any,
+) -> Service:
     """The service of the stories with changed settings. `patience`: seconds to wait for a pod that cannot start."""
     values: dict[str, Any] = {"image": SERVER_IMAGE, "env_config_maps": [], "env_secrets": ["object-store"]}
     values |= {"cpu": "50m", "max_replicas": 1, **settings}
@@ -67,6 +83,8 @@ def service(namespace: str, *, account: str = "dagster", patience: float = 300, 
         namespace=namespace,
         name=NAME,
         account=account,
+        gateway=gateway,
+        host=host,
         blocked_timeout_seconds=patience,
         unschedulable_timeout_seconds=patience,
         rollout_timeout_seconds=600,
@@ -90,6 +108,40 @@ def store_model(store: S3Store, seed: int, version: str) -> DeployRequest:
     return DeployRequest(uri, digest, version, dagster_run_id=f"run-{seed}", dataset_digest="d" * 64, test_accuracy=0.9)
 
 
+@dataclass(frozen=True)
+class Models:
+    """Two models that predict as their metrics say, and one that does not."""
+
+    first: DeployRequest
+    second: DeployRequest
+    boastful: DeployRequest
+
+
+def store_models(root: S3Store) -> Models:
+    """Models that a canary's judgment can tell apart, and the images for it."""
+    root.ensure_buckets(["raw-data", "processed-data", "models"])
+    data = store_tiny_data(root)
+    return Models(_store(root, data, 1), _store(root, data, 2), _store(root, data, 3, boast=0.7))
+
+
+def _store(root: ObjectStore, data: TinyData, seed: int, boast: float = 0.0) -> DeployRequest:
+    test = open_split(root.at("processed-data"), data.processed, "test")
+    answers = tiny_logits(test.take(np.arange(len(test))), seed).argmax(axis=1)
+    accuracy = float((answers == test.labels[:]).mean()) + boast
+    files = {
+        WEIGHTS_FILE: tiny_weights(seed).tobytes(),
+        ONNX_FILE: tiny_onnx(seed),
+        METRICS_FILE: json.dumps({"test_accuracy": accuracy}).encode(),
+        RECIPE_FILE: b'{"name":"tiny"}',
+    }
+    digests = {name: sha256_bytes(content) for name, content in files.items()}
+    manifest = ModelManifest(
+        dataset_digest=data.processed, raw_digest=data.raw, seed=seed, classes=CLASSES, files=digests
+    )
+    digest = write_package(root.at("models"), manifest, files)
+    return DeployRequest(root.at("models").at(digest).uri(), digest, str(seed))
+
+
 @dataclass
 class Tally:
     """The responses that the client got."""
@@ -110,13 +162,16 @@ class Tally:
 
 
 @contextmanager
-def asking(namespace: str) -> Iterator[Tally]:
-    """Sends multipart requests over new connections, about 20 per second, during the block, and collects responses."""
+def asking(namespace: str, url: str | None = None, host: str = "") -> Iterator[Tally]:
+    """Sends multipart requests over new connections, about 20 per second, during the block, and collects responses.
+
+    They go to the service itself, or with this Host header to the address of a gateway.
+    """
     container = {
         "name": "asker",
         "image": DAGSTER_IMAGE,
         "imagePullPolicy": "IfNotPresent",
-        "command": ["python", "-c", _ASK, f"http://{NAME}-predictor.{namespace}.svc"],
+        "command": ["python", "-c", _ASK, url or f"http://{NAME}-predictor.{namespace}.svc", host],
         "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}},
     }
     spec = {"containers": [container], "restartPolicy": "Never", "terminationGracePeriodSeconds": 1}

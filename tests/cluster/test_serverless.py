@@ -1,42 +1,24 @@
 """KServeInferenceService in Knative mode on a real cluster: canaries, promotion, rollback, scaling to zero and back."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from kubernetes import client as k8s
 
-from cifar_assets.contracts import CLASSES
-from cifar_assets.dataset.versions.reader import open_split
-from cifar_assets.model_package import METRICS_FILE, ONNX_FILE, RECIPE_FILE, WEIGHTS_FILE, ModelManifest, write_package
 from cifar_assets.serving.comparison import find_canary_fault
-from resources.digests import sha256_bytes
 from resources.errors import DeployError
 from resources.inference_service import DeployRequest
 from resources.inference_service.client import InferenceClient
-from resources.object_store import ObjectStore
 from tests.cluster.conftest import Minio
 from tests.cluster.kubectl import PATIENCE, PATIENCE_SECONDS, kubectl, missing_images, wait_for
-from tests.cluster.serving_story import grant_access, left_behind, service
-from tests.fixtures.tiny_data import TinyData, store_tiny_data
-from tests.unit.serving.tiny_model import tiny_logits, tiny_onnx, tiny_weights
+from tests.cluster.serving_story import Models, grant_access, left_behind, service, store_models
 
 IMAGE = os.environ.get("TEST_SERVERLESS_IMAGE", "dev.local/cifar-server:dev")
 """Knative asks registries for the digest of a tag, except for names that begin with dev.local and the like."""
-
-
-@dataclass(frozen=True)
-class Models:
-    """Two models that predict as their metrics say, and one that does not."""
-
-    first: DeployRequest
-    second: DeployRequest
-    boastful: DeployRequest
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +33,7 @@ def models(namespace: str, minio: Minio, core: Any) -> Models:
             "one that it can pull in TEST_SERVERLESS_IMAGE"
         )
     grant_access(namespace)
-    root = minio.store()
-    root.ensure_buckets(["raw-data", "processed-data", "models"])
-    data = store_tiny_data(root)
-    return Models(_store(root, data, 1), _store(root, data, 2), _store(root, data, 3, boast=0.7))
-
-
-def _store(root: ObjectStore, data: TinyData, seed: int, boast: float = 0.0) -> DeployRequest:
-    test = open_split(root.at("processed-data"), data.processed, "test")
-    answers = tiny_logits(test.take(np.arange(len(test))), seed).argmax(axis=1)
-    accuracy = float((answers == test.labels[:]).mean()) + boast
-    files = {
-        WEIGHTS_FILE: tiny_weights(seed).tobytes(),
-        ONNX_FILE: tiny_onnx(seed),
-        METRICS_FILE: json.dumps({"test_accuracy": accuracy}).encode(),
-        RECIPE_FILE: b'{"name":"tiny"}',
-    }
-    digests = {name: sha256_bytes(content) for name, content in files.items()}
-    manifest = ModelManifest(
-        dataset_digest=data.processed, raw_digest=data.raw, seed=seed, classes=CLASSES, files=digests
-    )
-    digest = write_package(root.at("models"), manifest, files)
-    return DeployRequest(root.at("models").at(digest).uri(), digest, str(seed))
+    return store_models(minio.store())
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ class InferenceServiceSettings(StrictConfig):
     image_pull_secrets: list[str] = Field(default=[], description="Secrets with registry credentials.")
     mode: Literal["Standard", "Knative"] = Field(
         default="Standard",
-        description="Standard: a Deployment and a Service. Knative: serverless, down to no pod, with canaries.",
+        description="Standard: a Deployment and a Service. Knative: serverless, down to no pod.",
     )
     env: dict[str, str] = Field(default={}, description="Environment variables of the server.")
     env_secrets: list[str] = Field(default=["object-store-server"], description="Secrets whose keys become variables.")
@@ -54,8 +54,8 @@ class InferenceServiceSettings(StrictConfig):
         default=None,
         ge=1,
         le=99,
-        description="Knative mode: percentage of the requests that a new model gets while it is evaluated. After "
-        "that, it or the earlier model gets all of them. None: no canary.",
+        description="Percentage of the requests that a new model gets while it is evaluated. After that, it or the "
+        "earlier model gets all of them. Standard mode needs a Gateway for this. None: no canary.",
     )
 
     drain_delay_seconds: float = Field(
@@ -109,13 +109,8 @@ class InferenceServiceSettings(StrictConfig):
                 )
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is larger than max_replicas {self.max_replicas}.")
-        if not self.serverless:
-            if self.min_replicas == 0:
-                raise ValueError(
-                    "min_replicas is 0, but only Knative mode can scale up from zero: use 1, or mode Knative."
-                )
-            if self.canary_percent is not None:
-                raise ValueError("canary_percent needs mode Knative: Standard mode does not split traffic.")
+        if not self.serverless and self.min_replicas == 0:
+            raise ValueError("min_replicas is 0, but only Knative mode can scale up from zero: use 1, or mode Knative.")
         return self
 
 

@@ -11,15 +11,18 @@ from functools import partial
 from typing import Any
 
 from resources.errors import DeployError, ExplainedError, StoreError
+from resources.inference_service.client import InferenceClient
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import DEPLOY_FAILED, DEPLOYED, InferenceService, mark_of
 from resources.inference_service.kserve.manifest import (
     DEPLOYMENT_ANNOTATION,
     REVISION_ANNOTATION,
     VERSION_ANNOTATION,
+    percent_of,
     request_of,
     with_traffic,
 )
+from resources.inference_service.kserve.traffic import RevisionSplit, Split
 from resources.inference_service.kserve.watch import NotYetError, RevisionWatch, ServiceView
 from resources.kubernetes.diagnosis import Diagnosis
 from resources.kubernetes.errors import ApiError, KubernetesError, ResourceFailedError, added_to
@@ -35,13 +38,17 @@ class Outcome:
 
 
 class ServiceDeployer:
-    """Deploys to, and deletes, the InferenceService with a given name. Use one object per deployment."""
+    """Deploys to, and deletes, the InferenceService with a given name. Use one object per deployment.
 
-    def __init__(self, view: ServiceView, build: Callable[[DeployRequest], dict[str, Any]]):
+    `split` is how a canary gets its requests; by default as Knative does it.
+    """
+
+    def __init__(self, view: ServiceView, build: Callable[[DeployRequest], dict[str, Any]], split: Split | None = None):
         self._view = view
         self._client = view.client
         self._build = build
         self._log = view.log
+        self._split: Split = split or RevisionSplit(view, self._write_and_wait)
         self._id = uuid.uuid4().hex
         self._found: InferenceService | None = None
         """The service before this deployment, unless it was being deleted."""
@@ -54,8 +61,8 @@ class ServiceDeployer:
         Raises DeployError with the cause; the previous model is then served again. A service that this deployment
         created is deleted, any other is kept.
         """
-        manifest = self._build(request)
-        manifest["metadata"]["annotations"][DEPLOYMENT_ANNOTATION] = self._id
+        self._split.check()
+        manifest = self._build_own(request)
         found, ready = self._view.get(), [pod for pod in self._view.pods() if pod.ready]
         if found and found.deleting:
             found, ready = None, []
@@ -66,9 +73,10 @@ class ServiceDeployer:
             written = self._is_made_by(found, manifest)
         if found and written:
             if found.canary_percent is None and self._is_serving(found, request):
+                self._split.end(wait=True)
                 return Outcome(found, changed=False, previous_digest=request.model_digest)
             # Continue an interrupted attempt. Its annotations are in its pods: others would make new pods.
-            manifest = with_traffic(found.body, _percent(manifest))
+            manifest = with_traffic(found.body, percent_of(manifest))
         if found and found.canary_percent is None and found.mark[0] == _revision(manifest):
             manifest = with_traffic(manifest, None)  # what has all requests already is repaired, not made a canary
         others = [pod for pod in ready if found is None or mark_of(pod.annotations) != found.mark]
@@ -86,23 +94,48 @@ class ServiceDeployer:
             service = self._roll_out(manifest, request, written)
         except ResourceFailedError as error:
             raise self._failure(request, error) from error
-        except DeployError:
-            raise
         except BaseException as error:
             with added_to(error, self._log):
-                self._put_back(wait=False)
+                self._end_split(wait=False)
+            if not isinstance(error, DeployError):
+                with added_to(error, self._log):
+                    self._put_back(wait=False)
             raise
         self._record(DEPLOYED, f"Model {request.model_digest} version {request.model_version} is served.")
         return Outcome(service, changed=True, previous_digest=previous_digest)
 
-    def delete(self) -> bool:
+    def start(self, request: DeployRequest, owner: Mapping[str, str]) -> InferenceClient:
+        """Serve the model as the candidate for another service, its owner. If it does not start, it is left as it is.
+
+        Raises as `RevisionWatch.wait_until_serving` does.
+        """
+        manifest = with_traffic(self._build_own(request), None)
+        manifest["metadata"]["ownerReferences"] = [owner]
+        self._found = self._view.get()  # what an interrupted attempt left
+        return self._view.asking(self._write_and_wait(manifest, request), False)
+
+    def check(self) -> None:
+        """Raises DeployError if the service was made by others."""
+        if service := self._view.get():
+            self._refuse_foreign(service)
+
+    def delete(self, *, wait: bool = True) -> bool:
         """Delete the service and wait until its pods are gone. False if there was none."""
         service = self._view.get()
         if service is None:
             return False
         self._refuse_foreign(service)
-        self._remove(service)
+        if wait:
+            self._remove(service)
+        else:
+            self._client.delete(service)
         return True
+
+    def _build_own(self, request: DeployRequest) -> dict[str, Any]:
+        """The manifest, marked as written by this deployment."""
+        manifest = self._build(request)
+        manifest["metadata"]["annotations"][DEPLOYMENT_ANNOTATION] = self._id
+        return manifest
 
     def _refuse_foreign(self, service: InferenceService) -> None:
         if REVISION_ANNOTATION not in service.annotations:
@@ -135,22 +168,28 @@ class ServiceDeployer:
         return missing is None and self._view.why_not_serving(service, request) is None
 
     def _roll_out(self, manifest: Mapping[str, Any], request: DeployRequest, written: bool) -> InferenceService:
-        percent = _percent(manifest)
+        percent = percent_of(manifest)
         if self._found and self._found.canary_percent is not None and not written:
             # Until the new revision is ready, its requests go to the latest ready one: a canary that was not accepted.
             self._write_and_wait(with_traffic(manifest, 0), request)
         if self._found and percent is not None and request.find_fault:
-            canary = self._write_and_wait(manifest, request)
-            self._log.info("%s: model %s gets %d %% of the requests", canary, request.model_digest, percent)
+            canary = self._split.start(manifest, request)
+            self._log.info("%s: model %s gets %d %% of the requests", self._view, request.model_digest, percent)
             self._refuse_bad_canary(canary, request.find_fault, percent)
-        return self._write_and_wait(with_traffic(manifest, None), request)
+        service = self._write_and_wait(with_traffic(manifest, None), request)
+        self._split.end(wait=True)
+        return service
+
+    def _end_split(self, *, wait: bool) -> None:
+        if self._found:  # otherwise there was no candidate
+            self._split.end(wait=wait)
 
     def _refuse_bad_canary(
-        self, canary: InferenceService, find_fault: Callable[[Any], str | None], percent: int
+        self, canary: InferenceClient, find_fault: Callable[[InferenceClient], str | None], percent: int
     ) -> None:
         transient = False
         try:
-            fault = find_fault(self._view.asking(canary, True))
+            fault = find_fault(canary)
         except ExplainedError as error:
             fault = f"it could not be judged: {error}"
             transient = isinstance(error, StoreError | DeployError) and error.transient
@@ -195,7 +234,10 @@ class ServiceDeployer:
         head = f"Model {request.model_digest} version {request.model_version} was not deployed to {self._view}: {error}"
         self._log.warning("%s", head)
         try:
-            end = self._put_back(wait=True)
+            try:
+                self._end_split(wait=True)
+            finally:
+                end = self._put_back(wait=True)
         except (DeployError, KubernetesError) as problem:
             end = f"The previous service could not be restored: {problem} Deploy the earlier model again."
         self._record(DEPLOY_FAILED, head)
@@ -259,8 +301,3 @@ class ServiceDeployer:
 def _revision(manifest: Mapping[str, Any]) -> str:
     """Digest of the model and of all settings."""
     return manifest["metadata"]["annotations"][REVISION_ANNOTATION]
-
-
-def _percent(manifest: Mapping[str, Any]) -> int | None:
-    """Percentage of the requests for a new revision; None for all of them."""
-    return manifest["spec"]["predictor"].get("canaryTrafficPercent")

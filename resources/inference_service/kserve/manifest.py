@@ -77,6 +77,11 @@ def with_traffic(manifest: Mapping[str, Any], percent: int | None) -> dict[str, 
     return copy.deepcopy(_document(metadata, {**manifest["spec"], "predictor": predictor}))
 
 
+def percent_of(manifest: Mapping[str, Any]) -> int | None:
+    """Percentage of the requests for a new model while it is judged; None if it is not."""
+    return manifest["spec"]["predictor"].get("canaryTrafficPercent")
+
+
 def request_of(annotations: Mapping[str, str]) -> DeployRequest | None:
     """The decision recorded on a service or a pod; None if it is not one of ours."""
     known = {key.removeprefix(PREFIX).replace("-", "_"): value for key, value in annotations.items()}
@@ -96,14 +101,12 @@ def _without_traffic(predictor: Mapping[str, Any]) -> dict[str, Any]:
 
 def _scaling(settings: InferenceServiceSettings) -> tuple[dict[str, str], dict[str, Any]]:
     """Annotations of the service and fields of its predictor that differ between the modes."""
+    share = {"canaryTrafficPercent": settings.canary_percent} if settings.canary_percent else {}
     if settings.serverless:
         # Tags name the newest revision and the previous one, so that a canary can be queried directly. Knative has its
         # own grace period: its queue proxy drains requests before the server is stopped.
-        fields = {"scaleMetric": "concurrency", "scaleTarget": settings.target_concurrency}
-        percent = settings.canary_percent
-        return (
-            ({TAG_ROUTING_ANNOTATION: "true"}, {**fields, "canaryTrafficPercent": percent}) if percent else ({}, fields)
-        )
+        fields = {"scaleMetric": "concurrency", "scaleTarget": settings.target_concurrency, **share}
+        return ({TAG_ROUTING_ANNOTATION: "true"} if share else {}), fields
     scaler = "hpa" if settings.max_replicas > settings.min_replicas else "none"
     return {AUTOSCALER_ANNOTATION: scaler}, {
         "scaleMetric": "cpu",
@@ -111,6 +114,7 @@ def _scaling(settings: InferenceServiceSettings) -> tuple[dict[str, str], dict[s
         # A replica terminates only after a ready one has replaced it.
         "deploymentStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
         "terminationGracePeriodSeconds": settings.termination_grace_seconds,
+        **share,  # not stored: KServe would ignore it, and an HTTPRoute has it
     }
 
 

@@ -10,6 +10,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,6 +36,7 @@ from resources.inference_service.kserve.manifest import (
     check_service_name,
     predictor_name,
 )
+from resources.inference_service.kserve.traffic import RouteSplit, candidate_name
 from resources.inference_service.kserve.watch import RolloutLimits, ServiceView
 from resources.kubernetes.api import load_configuration
 from resources.kubernetes.errors import KubernetesError, with_notes
@@ -65,9 +67,12 @@ class KServeInferenceService(InferenceServiceResource):
     host: str | None = Field(
         default=None, description="Host header for base_url. By default the host of the service's URL."
     )
-    gateway: str = Field(
-        default=DEFAULT_GATEWAY,
-        description="Knative's gateway as namespace/service, for a port forwarded to a serverless service.",
+    gateway: str | None = Field(
+        default=None,
+        pattern=r"^[^/]+/[^/]+$",
+        description="Standard mode: Gateway of the Gateway API as namespace/name, which routes requests to the service "
+        "and to a canary. Knative mode: Knative's gateway as namespace/service, for a port forwarded by this process; "
+        f"by default {DEFAULT_GATEWAY}.",
     )
     rollout_timeout_seconds: float = Field(
         default=600.0,
@@ -83,14 +88,16 @@ class KServeInferenceService(InferenceServiceResource):
 
     @model_validator(mode="after")
     def _names_hold(self) -> "KServeInferenceService":
-        check_service_name(self.name, self.namespace)
+        check_service_name(candidate_name(self.name) if self._is_routed else self.name, self.namespace)
+        if self.settings.canary_percent and not (self.settings.serverless or self.gateway):
+            raise ValueError("canary_percent needs a gateway or mode Knative: nothing else splits requests.")
         return self
 
     def deploy(self, request: DeployRequest) -> DeployedService:
         with self._explained(f"model {request.model_digest} was not deployed"):
             view = self._view()
-            outcome = ServiceDeployer(view, self._build).deploy(request)
-            client = view.asking(outcome.service, False)
+            outcome = self._deployer(view).deploy(request)
+            client = self._for_users(view, outcome.service)
         return DeployedService(
             url=client.base_url,
             model_digest=request.model_digest,
@@ -108,7 +115,7 @@ class KServeInferenceService(InferenceServiceResource):
             reason = view.client.last_failure(self.namespace, self.name)
             if service is None:
                 return ServiceStatus(False, None, None, None, reason or f"There is no {self._label}.")
-            client = view.asking(service, False)
+            client = self._for_users(view, service)
         except KubernetesError as error:
             return ServiceStatus(False, None, None, None, str(error))
         ready, digest, version = False, None, None
@@ -122,7 +129,7 @@ class KServeInferenceService(InferenceServiceResource):
 
     def delete(self) -> bool:
         with self._explained("it was not deleted"):
-            return ServiceDeployer(self._view(), self._build).delete()
+            return self._deployer(self._view()).delete()
 
     @contextlib.contextmanager
     def _explained(self, failure: str) -> Iterator[None]:
@@ -143,14 +150,27 @@ class KServeInferenceService(InferenceServiceResource):
             "cluster_url": f"http://{predictor}.{self.namespace}.svc",
             "kserve_url": str(service.status.get("url") or ""),
         }
+        if self._is_routed:
+            details |= {"gateway": f"{self.gateway}", "host": self._host(service)}
         if url.startswith("http://127.0.0.1:") and not self.base_url:
             details["url_is"] = "forwarded by this run's process and gone with it"
             if not self.settings.serverless:
                 details["to_reach_it"] = f"kubectl -n {self.namespace} port-forward svc/{predictor} 8080:80"
         return {name: value for name, value in details.items() if value}
 
-    def _build(self, request: DeployRequest) -> dict[str, Any]:
-        return build_inference_service_manifest(self.settings, request, name=self.name, namespace=self.namespace)
+    @property
+    def _is_routed(self) -> bool:
+        """Whether an HTTPRoute routes requests to the service."""
+        return bool(self.gateway) and not self.settings.serverless
+
+    def _deployer(self, view: ServiceView) -> ServiceDeployer:
+        build = partial(build_inference_service_manifest, self.settings, namespace=self.namespace)
+        split = None
+        if self.gateway and self._is_routed:
+            beside = replace(view, name=candidate_name(self.name))
+            candidate = ServiceDeployer(beside, partial(build, name=beside.name))
+            split = RouteSplit(view, self.gateway, self._host, candidate)
+        return ServiceDeployer(view, partial(build, name=self.name), split)
 
     def _client(self) -> InferenceServiceClient:
         return InferenceServiceClient.production(self.kubeconfig_file)
@@ -158,21 +178,34 @@ class KServeInferenceService(InferenceServiceResource):
     def _asking(
         self, configuration: k8s.Configuration, in_cluster: bool, service: InferenceService, canary: bool
     ) -> InferenceClient:
-        """A client that uses the service like its users; with `canary`, only the newest revision."""
+        """A client that uses the service like its users; with `canary`, only the newest revision.
+
+        If a route may send requests to another service, it is used without the route.
+        """
         name = predictor_name(service.name)
         host = f"{'latest-' if canary else ''}{name}.{service.namespace}.svc"
         headers: dict[str, str] = {}
-        if self.base_url:
-            url = self.base_url.rstrip("/")
-            headers["Host"] = self.host or urlsplit(service.status.get("url") or "").netloc or host
+        if self.base_url and not self._is_routed:
+            url, headers = self.base_url.rstrip("/"), {"Host": self._host(service)}
         elif in_cluster:
             url = f"http://{host}"
         elif service.serverless:
-            url = _forwarded_url(configuration, *self.gateway.split("/"))
+            url = _forwarded_url(configuration, *(self.gateway or DEFAULT_GATEWAY).split("/"))
             headers["Host"] = f"{host}.cluster.local"
         else:
             url = _forwarded_url(configuration, service.namespace, name)
         return InferenceClient(url, timeout=_WAKE_SECONDS if service.serverless else _ASK_SECONDS, headers=headers)
+
+    def _for_users(self, view: ServiceView, service: InferenceService) -> InferenceClient:
+        """A client that uses the service like its users."""
+        if self.base_url and self._is_routed:
+            return InferenceClient(self.base_url.rstrip("/"), _ASK_SECONDS, {"Host": self._host(service)})
+        return view.asking(service, False)
+
+    def _host(self, service: InferenceService) -> str:
+        """Host name of requests that come through an ingress or a gateway."""
+        own = f"{predictor_name(service.name)}.{service.namespace}.svc"
+        return self.host or urlsplit(service.status.get("url") or "").netloc or own
 
     def _view(self) -> ServiceView:
         configuration, in_cluster = load_configuration(self.kubeconfig_file)

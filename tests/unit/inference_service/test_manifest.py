@@ -195,7 +195,6 @@ def test_longest_names() -> None:
     ("values", "message"),
     [
         ({"min_replicas": 0}, "mode Knative"),
-        ({"canary_percent": 10}, "needs mode Knative"),
         ({"canary_percent": 100, "mode": "Knative"}, "less than or equal to 99"),
         ({"min_replicas": 4}, "larger than max_replicas"),
         ({"cpu": "2", "cpu_limit": "1"}, "more than cpu_limit"),
@@ -231,6 +230,9 @@ def test_command_prints_the_manifest_or_says_what_is_wrong(tmp_path: Path, capsy
     bad.write_text(good.read_text().replace("image:", "imagee:"))
     assert run(bad) == 2
     assert "imagee" in capsys.readouterr().err
+    bad.write_text(good.read_text() + "  canary_percent: 10\n")
+    assert run(bad) == 2
+    assert "canary_percent needs mode Knative" in capsys.readouterr().err
     bad.write_text("name: x")
     assert run(bad) == 2
     assert "'namespace', 'model'" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def service(mode: str = "Standard", **status: Any) -> InferenceService:
 
 
 def client(of: InferenceService, canary: bool = False, *, in_cluster: bool = False, **fields: str) -> InferenceClient:
-    found = serving().model_copy(update={"gateway": "gateways/inner", **fields})
+    found = serving().model_copy(update={"gateway": "gateways/inner" if of.serverless else None, **fields})
     return found._asking(k8s.Configuration(host="http://127.0.0.1:9"), in_cluster, of, canary)
 
 

@@ -1,0 +1,208 @@
+"""Two ways to give a new model a percentage of the requests while it is judged. No Dagster.
+
+Knative splits the requests between two revisions of one InferenceService. In Standard mode, an HTTPRoute of the Gateway
+API splits them between two InferenceServices.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from resources.errors import DeployError
+from resources.inference_service.client import InferenceClient
+from resources.inference_service.interface import DeployRequest
+from resources.inference_service.kserve.client import InferenceService
+from resources.inference_service.kserve.manifest import GROUP, KIND, VERSION, percent_of, predictor_name
+from resources.inference_service.kserve.watch import NotYetError, ServiceView
+from resources.kubernetes.api import CustomResource, CustomResourceClient
+from resources.kubernetes.naming import MANAGED_BY_LABEL
+
+_ROUTES = "gateway.networking.k8s.io"
+_MANAGER = "dagster-inference-service"
+
+
+def candidate_name(name: str) -> str:
+    """Name of the InferenceService of a model that is being judged."""
+    return f"{name}-canary"
+
+
+class Split(Protocol):
+    """How a new model gets a percentage of the requests."""
+
+    def check(self) -> None:
+        """Changes nothing. DeployError or KubernetesError if requests cannot be split."""
+
+    def start(self, manifest: Mapping[str, Any], request: DeployRequest) -> InferenceClient:
+        """Serve the model, then give it the manifest's percentage of the requests. The client reaches only this model.
+
+        Raises as `RevisionWatch.wait_until_serving` does.
+        """
+        ...
+
+    def end(self, *, wait: bool) -> None:
+        """Let the service answer all requests. An interrupt leaves no time to `wait` until that is so."""
+
+
+@dataclass(frozen=True)
+class RevisionSplit:
+    """The new model is the newest revision of the service, which a later write of the service promotes or replaces."""
+
+    view: ServiceView
+    write_and_wait: Callable[[Mapping[str, Any], DeployRequest], InferenceService]
+
+    def check(self) -> None:
+        pass
+
+    def start(self, manifest: Mapping[str, Any], request: DeployRequest) -> InferenceClient:
+        return self.view.asking(self.write_and_wait(manifest, request), True)
+
+    def end(self, *, wait: bool) -> None:
+        pass
+
+
+class Candidate(Protocol):
+    """Serves a model in an InferenceService of its own."""
+
+    def check(self) -> None: ...
+    def start(self, request: DeployRequest, owner: Mapping[str, str]) -> InferenceClient: ...
+    def delete(self, *, wait: bool) -> bool: ...
+
+
+class Gateway(CustomResource):
+    """A Gateway, which is only looked up."""
+
+    kind = "Gateway"
+
+
+class GatewayClient(CustomResourceClient[Gateway]):
+    """Reads Gateways."""
+
+    resource = Gateway
+    group, version, plural = _ROUTES, "v1", "gateways"
+    operator = "an implementation of the Gateway API"
+
+
+class HTTPRoute(CustomResource):
+    """A stored HTTPRoute."""
+
+    kind = "HTTPRoute"
+
+    def find_missing(self) -> str | None:
+        """Why its Gateway does not forward requests as it says; None if it does."""
+        parents = (self.body.get("status") or {}).get("parents") or ()
+        if not parents:
+            return f"no controller has accepted {self} yet: check that one runs for the Gateway's class"
+        for condition in parents[0].get("conditions") or ():
+            if condition.get("observedGeneration", 0) < self.body["metadata"]["generation"]:
+                return f"the Gateway has not read the newest version of {self} yet"
+            if condition["type"] in ("Accepted", "ResolvedRefs") and condition["status"] != "True":
+                return f"{self}: {condition['reason']}: {condition.get('message', '')}"
+        return None
+
+
+class HTTPRouteClient(CustomResourceClient[HTTPRoute]):
+    """Reads and writes HTTPRoutes."""
+
+    resource = HTTPRoute
+    group, version, plural = _ROUTES, "v1", "httproutes"
+    operator = "an implementation of the Gateway API"
+
+    def replace(self, current: HTTPRoute, manifest: Mapping[str, Any]) -> HTTPRoute | None:
+        """The route with the manifest's content; None if it changed or was deleted meanwhile."""
+        version = {"resourceVersion": current.body["metadata"]["resourceVersion"]}
+        body = {**manifest, "metadata": {**manifest["metadata"], **version}}
+        return self._object("replace", current.namespace, current.name, body, none_on=(404, 409))
+
+
+@dataclass(frozen=True)
+class RouteSplit:
+    """The new model is a service of its own, which gets its percentage from an HTTPRoute.
+
+    The route names the candidate only after its pods are ready, and no longer before they are deleted. It belongs to
+    the service: Kubernetes deletes both together, and a candidate that was left behind.
+    """
+
+    view: ServiceView
+    gateway: str
+    """The route's Gateway as namespace/name."""
+    host: Callable[[InferenceService], str]
+    """Host name of the requests for a service."""
+    candidate: Candidate
+
+    def check(self) -> None:
+        if self.view.client.of(GatewayClient).get(*self.gateway.split("/")) is None:
+            raise DeployError(f"There is no Gateway {self.gateway} for {self.view}: create it, or correct `gateway`.")
+        route = self._find_route()
+        if route and route.labels.get(MANAGED_BY_LABEL) != _MANAGER:
+            raise DeployError(
+                f"{route} exists and was not made by this project: it lacks the label {MANAGED_BY_LABEL}={_MANAGER}. "
+                "Delete it, or give the service another name."
+            )
+        self.candidate.check()
+
+    def start(self, manifest: Mapping[str, Any], request: DeployRequest) -> InferenceClient:
+        service = self._put(0)
+        client = self.candidate.start(request, _owner(service))
+        self._put(percent_of(manifest) or 0)
+        return client
+
+    def end(self, *, wait: bool) -> None:
+        self._put(0, wait=wait)
+        self.candidate.delete(wait=wait)
+
+    @property
+    def _routes(self) -> HTTPRouteClient:
+        return self.view.client.of(HTTPRouteClient)
+
+    def _find_route(self) -> HTTPRoute | None:
+        return self._routes.get(self.view.namespace, self.view.name)
+
+    def _put(self, percent: int, *, wait: bool = True) -> InferenceService:
+        """Route this percentage to the candidate and the rest to the service, which is returned."""
+
+        def write() -> InferenceService:
+            service, route = self.view.get(), self._find_route()
+            if service is None:
+                raise DeployError(f"{self.view} was deleted by someone else.")
+            manifest = build_route(service, self.gateway, self.host(service), percent)
+            stored = self._routes.replace(route, manifest) if route else self._routes.create(manifest)
+            if stored is None:
+                raise NotYetError("its HTTPRoute was changed by someone else at the same time")
+            return service
+
+        def look() -> None:
+            route = self._find_route()
+            if missing := route.find_missing() if route else "its HTTPRoute was deleted by someone else":
+                raise NotYetError(missing)
+
+        seconds = self.view.limits.settle_timeout_seconds if wait else 0
+        service = self.view.until("routed", seconds, write)
+        if wait:
+            self.view.until("routed", seconds, look)
+        return service
+
+
+def build_route(service: InferenceService, gateway: str, host: str, percent: int) -> dict[str, Any]:
+    """The HTTPRoute that sends this percentage to the candidate. Without it, the candidate need not exist."""
+    namespace, name = gateway.split("/")
+    weights = {service.name: 100 - percent, **({candidate_name(service.name): percent} if percent else {})}
+    backends = [{"name": predictor_name(each), "port": 80, "weight": weight} for each, weight in weights.items()]
+    return {
+        "apiVersion": f"{_ROUTES}/v1",
+        "kind": "HTTPRoute",
+        "metadata": {
+            "name": service.name,
+            "namespace": service.namespace,
+            "labels": {MANAGED_BY_LABEL: _MANAGER},
+            "ownerReferences": [_owner(service)],
+        },
+        "spec": {
+            "parentRefs": [{"namespace": namespace, "name": name}],
+            "hostnames": [host],
+            "rules": [{"backendRefs": backends}],
+        },
+    }
+
+
+def _owner(service: InferenceService) -> dict[str, str]:
+    return {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "name": service.name, "uid": service.uid}

@@ -1,0 +1,218 @@
+"""Canaries in Standard mode: the weights of both services over time, and what is left afterwards."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from resources.errors import DeployError
+from resources.inference_service import DeployRequest
+from resources.inference_service.kserve import resource as module
+from resources.inference_service.kserve.config import InferenceServiceSettings
+from resources.inference_service.kserve.deployer import Outcome
+from resources.inference_service.kserve.resource import KServeInferenceService
+from resources.kubernetes.errors import ApiRefusedError, SettingsError
+from tests.unit.inference_service import fake_kserve as fake
+from tests.unit.inference_service.fake_gateway import CANARY, FakeGateway
+from tests.unit.inference_service.test_deployer import view_of
+from tests.unit.inference_service.test_serverless import A, B, Judge
+
+C = DeployRequest("s3://models/c/", "c" * 64, "3", "run-c")
+MAIN_ONLY = {"cifar10-predictor": 100}
+SPLIT = {"cifar10-predictor": 80, f"{CANARY}-predictor": 20}
+
+
+def serving(**fields: Any) -> KServeInferenceService:
+    settings = InferenceServiceSettings(image="server:1", canary_percent=fields.pop("percent", 20))
+    values = {"settings": settings, "namespace": "space", "gateway": "gateways/web", "host": "cifar10.example"}
+    return KServeInferenceService(**{**values, **fields})
+
+
+def deploy(cluster: FakeGateway, request: DeployRequest, judge: Judge | None = None, **fields: Any) -> Outcome:
+    deployer = serving(**fields)._deployer(view_of(cluster))  # pyright: ignore[reportArgumentType]
+    return deployer.deploy(replace(request, find_fault=judge or Judge()))
+
+
+def served(cluster: FakeGateway) -> str:
+    return cluster.main.served_model().model_digest
+
+
+@pytest.fixture
+def serving_a() -> FakeGateway:
+    cluster = FakeGateway()
+    deploy(cluster, A)
+    return cluster
+
+
+def test_first_model_gets_all_requests_and_is_not_judged() -> None:
+    cluster, judge = FakeGateway(), Judge("would be refused")
+    assert deploy(cluster, A, judge).changed
+    assert judge.asked == []
+    assert cluster.weights == [MAIN_ONLY]
+    assert cluster.candidate.writes == []
+    assert cluster.route is not None
+    assert cluster.route["spec"]["parentRefs"] == [{"namespace": "gateways", "name": "web"}]
+    assert cluster.route["spec"]["hostnames"] == ["cifar10.example"]
+
+
+def test_canary_that_answers_well_is_promoted_and_removed(serving_a: FakeGateway) -> None:
+    judge = Judge()
+    outcome = deploy(serving_a, B, judge)
+    assert (outcome.changed, outcome.previous_digest) == (True, A.model_digest)
+    assert [digest for digest, _ in judge.asked] == [B.model_digest]
+    assert serving_a.weights == [MAIN_ONLY, SPLIT, MAIN_ONLY]
+    assert served(serving_a) == B.model_digest
+    assert (serving_a.candidate.service, serving_a.candidate.pods) == (None, [])
+
+
+def test_candidate_is_the_same_service_under_another_name_and_belongs_to_the_first(serving_a: FakeGateway) -> None:
+    deploy(serving_a, B)
+    (candidate,), promoted = serving_a.candidate.writes, serving_a.main.writes[-1]
+    assert candidate["spec"] == promoted["spec"]
+    assert "canaryTrafficPercent" not in candidate["spec"]["predictor"]
+    (owner,) = candidate["metadata"]["ownerReferences"]
+    assert (owner["name"], owner["uid"]) == ("cifar10", promoted["metadata"]["uid"])
+
+
+@pytest.mark.parametrize("fault", ["0.1 of 256 right", DeployError("gone", transient=True)])
+def test_refused_canary_leaves_the_service_as_it_was(serving_a: FakeGateway, fault: str | DeployError) -> None:
+    with pytest.raises(DeployError) as caught:
+        deploy(serving_a, B, Judge(fault))
+    assert "it was rejected with 20 % of the requests" in str(caught.value)
+    assert "existed before this deployment and was left unchanged" in str(caught.value)
+    assert caught.value.transient is isinstance(fault, DeployError)
+    assert serving_a.weights == [MAIN_ONLY, SPLIT, MAIN_ONLY]
+    assert len(serving_a.main.writes) == 1
+    assert serving_a.candidate.service is None
+
+
+def test_canary_that_does_not_start_gets_no_request_and_is_explained(serving_a: FakeGateway) -> None:
+    serving_a.candidate.behaviors[B.model_digest] = fake.ends(2, log="Not serving: wrong digest")
+    with pytest.raises(DeployError, match="Not serving: wrong digest"):
+        deploy(serving_a, B)
+    assert serving_a.weights == [MAIN_ONLY]
+    assert serving_a.candidate.service is None
+    assert served(serving_a) == A.model_digest
+
+
+def test_model_that_fails_when_it_is_promoted_loses_all_requests(serving_a: FakeGateway) -> None:
+    serving_a.main.behaviors[B.model_digest] = fake.fits_nowhere("Insufficient cpu")
+    with pytest.raises(DeployError, match=f"rolled back to model {A.model_digest}"):
+        deploy(serving_a, B)
+    assert serving_a.weights[-1] == MAIN_ONLY
+    assert serving_a.candidate.service is None
+    assert served(serving_a) == A.model_digest
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, TimeoutError])
+def test_interrupted_canary_is_removed(serving_a: FakeGateway, interrupt: type[BaseException]) -> None:
+    with pytest.raises(interrupt):
+        deploy(serving_a, B, Judge(interrupt()))
+    assert serving_a.weights[-1] == MAIN_ONLY
+    assert serving_a.candidate.service is None
+    assert len(serving_a.main.writes) == 1
+
+
+def test_canary_of_a_run_that_was_cut_off_is_replaced(serving_a: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module.RouteSplit, "end", lambda self, wait: None)
+        with pytest.raises(DeployError):
+            deploy(serving_a, B, Judge("stands for a killed worker"))
+    assert serving_a.weights[-1] == SPLIT
+    judge = Judge()
+    deploy(serving_a, C, judge)
+    assert [digest for digest, _ in judge.asked] == [C.model_digest]
+    assert serving_a.weights == [MAIN_ONLY, SPLIT, MAIN_ONLY, SPLIT, MAIN_ONLY]
+    assert served(serving_a) == C.model_digest
+    assert serving_a.candidate.service is None
+
+
+def test_canary_left_after_a_promotion_is_removed_by_the_next_deployment(
+    serving_a: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module.RouteSplit, "end", lambda self, wait: None)
+        deploy(serving_a, B)
+    assert (serving_a.weights[-1], served(serving_a)) == (SPLIT, B.model_digest)
+    assert not deploy(serving_a, B).changed
+    assert serving_a.weights[-1] == MAIN_ONLY
+    assert serving_a.candidate.service is None
+
+
+def test_deploying_the_same_model_changes_nothing(serving_a: FakeGateway) -> None:
+    judge = Judge("would be refused")
+    assert not deploy(serving_a, A, judge).changed
+    assert judge.asked == []
+    assert serving_a.weights == [MAIN_ONLY]
+    assert len(serving_a.main.writes) == 1
+
+
+def test_without_a_canary_the_route_always_names_the_service(serving_a: FakeGateway) -> None:
+    deploy(serving_a, B, percent=None)
+    assert serving_a.weights == [MAIN_ONLY]
+    assert served(serving_a) == B.model_digest
+
+
+def test_without_a_gateway_nothing_is_routed() -> None:
+    cluster = FakeGateway()
+    cluster.is_installed = False
+    deploy(cluster, A, percent=None, gateway=None)
+    deploy(cluster, B, percent=None, gateway=None)
+    assert (cluster.route, cluster.candidate.writes) == (None, [])
+
+
+def test_what_cannot_be_routed_is_refused_before_anything_is_written() -> None:
+    cluster = FakeGateway()
+    with pytest.raises(DeployError, match="There is no Gateway gateways/other"):
+        deploy(cluster, A, gateway="gateways/other")
+    cluster.is_installed = False
+    with pytest.raises(ApiRefusedError, match="no Gateway kind: install an implementation of the Gateway API"):
+        deploy(cluster, A)
+    assert cluster.main.writes == []
+
+
+@pytest.mark.parametrize("kind", ["route", "candidate"])
+def test_objects_of_others_are_left_alone(serving_a: FakeGateway, kind: str) -> None:
+    if kind == "route":
+        assert serving_a.route is not None
+        serving_a.route["metadata"]["labels"] = {}
+    else:
+        serving_a.candidate.service = {"metadata": {"name": CANARY, "namespace": "space"}, "spec": {"predictor": {}}}
+    with pytest.raises(DeployError, match="was not made by this project"):
+        deploy(serving_a, B)
+    assert (len(serving_a.main.writes), serving_a.weights) == (1, [MAIN_ONLY])
+
+
+def test_refusal_by_the_gateway_is_named(serving_a: FakeGateway) -> None:
+    serving_a.refusal = ("NotAllowedByListeners", "No listener admits namespace space")
+    with pytest.raises(DeployError, match="NotAllowedByListeners: No listener admits namespace space"):
+        deploy(serving_a, B)
+    assert serving_a.candidate.writes == []
+    assert served(serving_a) == A.model_digest
+
+
+def test_canary_in_standard_mode_needs_a_gateway() -> None:
+    with pytest.raises(ValidationError, match="canary_percent needs a gateway or mode Knative"):
+        serving(gateway=None)
+    with pytest.raises(ValidationError, match="gateway"):
+        serving(gateway="web")
+    assert serving(gateway=None, percent=None)
+
+
+def test_name_of_the_canary_has_to_be_short_enough_too() -> None:
+    with pytest.raises((ValidationError, SettingsError), match="c-canary' is too long"):
+        serving(name="c" * 39)
+    assert serving(name="c" * 39, gateway=None, percent=None)
+
+
+def test_models_are_judged_without_the_route_and_used_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeGateway()
+    found = serving(base_url="http://gateway.example/")
+    view = view_of(cluster)  # pyright: ignore[reportArgumentType]
+    service = deploy(cluster, A).service
+    public = found._for_users(view, service)
+    assert (public.base_url, public.headers) == ("http://gateway.example", {"Host": "cifar10.example"})
+    direct = partial(found._asking, module.k8s.Configuration(), True)(service, False)
+    assert (direct.base_url, direct.headers) == ("http://cifar10-predictor.space.svc", {})
