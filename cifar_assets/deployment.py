@@ -167,6 +167,7 @@ def serving_for(settings: Settings, data_set: DataSet | None = None) -> "KServeI
         "base_url": data_set.url,
         "host": settings.server_host if data_set.is_default else None,
         "gateway": settings.server_gateway,
+        "shadow_seconds": settings.server_shadow_seconds,
     }
     return _build(KServeInferenceService, "SERVER_NAME, SERVER_NAMESPACE or a service of DATA_SETS", fields)
 

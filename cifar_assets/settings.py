@@ -119,6 +119,9 @@ class Settings(BaseSettings):
         description="`kubernetes`: Gateway as namespace/name, for canaries without Knative; serverless, with Dagster "
         "outside the cluster: Knative's gateway as namespace/service, by default `kourier-system/kourier-internal`.",
     )
+    server_shadow_seconds: float | None = Field(
+        default=None, gt=0, description="`kubernetes`: how long a new model first gets a copy of every request."
+    )
     argo_parameters: JsonObject = Field(
         default={}, description="`kubernetes`: further parameters of the Argo workflow, a JSON object."
     )

@@ -6,7 +6,7 @@ is still as it found or wrote it.
 
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,7 @@ class ServiceDeployer:
         """The service before this deployment, unless it was being deleted."""
         self._earlier: InferenceService | None = None
         """What to restore if this deployment fails."""
+        self._watch: RevisionWatch | None = None
 
     def deploy(self, request: DeployRequest) -> Outcome:
         """Serve the model; return once it is served and no pod of another version is.
@@ -78,7 +79,7 @@ class ServiceDeployer:
             # Continue an interrupted attempt. Its annotations are in its pods: others would make new pods.
             manifest = with_traffic(found.body, percent_of(manifest))
         if found and found.canary_percent is None and found.mark[0] == _revision(manifest):
-            manifest = with_traffic(manifest, None)  # what has all requests already is repaired, not made a canary
+            request = replace(request, find_fault=None)  # what has all requests already is repaired, not judged
         others = [pod for pod in ready if found is None or mark_of(pod.annotations) != found.mark]
         answering = next(filter(None, (request_of(pod.annotations) for pod in others)), None)
         if found and found.canary_percent is None and len(others) < len(ready):
@@ -112,7 +113,13 @@ class ServiceDeployer:
         manifest = with_traffic(self._build_own(request), None)
         manifest["metadata"]["ownerReferences"] = [owner]
         self._found = self._view.get()  # what an interrupted attempt left
-        return self._view.asking(self._write_and_wait(manifest, request), False)
+        self._watch = RevisionWatch(self._view, self._write(manifest), request)
+        return self._view.asking(self._watch.wait_until_serving(), False)
+
+    def watch(self, seconds: float) -> None:
+        """Return after this time. ResourceFailedError if a server of the started candidate fails meanwhile."""
+        assert self._watch
+        self._watch.keep_watching(seconds)
 
     def check(self) -> None:
         """Raises DeployError if the service was made by others."""
@@ -153,7 +160,7 @@ class ServiceDeployer:
             latest = self._view.get()
             if latest is None or latest.mark != current.mark:
                 return False
-            wanted = self._client.replace(latest, manifest, dry_run=True)
+            wanted = self._client.replace(latest, with_traffic(manifest, None), dry_run=True)
             if wanted is None:  # KServe keeps writing the status
                 raise NotYetError("it changed while it was compared")
             return with_traffic(wanted.body, None)["spec"] == with_traffic(latest.body, None)["spec"]
@@ -172,10 +179,11 @@ class ServiceDeployer:
         if self._found and self._found.canary_percent is not None and not written:
             # Until the new revision is ready, its requests go to the latest ready one: a canary that was not accepted.
             self._write_and_wait(with_traffic(manifest, 0), request)
-        if self._found and percent is not None and request.find_fault:
+        if self._found and request.find_fault and self._split.is_wanted(manifest):
             canary = self._split.start(manifest, request)
-            self._log.info("%s: model %s gets %d %% of the requests", self._view, request.model_digest, percent)
-            self._refuse_bad_canary(canary, request.find_fault, percent)
+            part = f"{percent} %" if percent else "a copy"
+            self._log.info("%s: model %s gets %s of the requests", self._view, request.model_digest, part)
+            self._refuse_bad_canary(canary, request.find_fault, part)
         service = self._write_and_wait(with_traffic(manifest, None), request)
         self._split.end(wait=True)
         return service
@@ -185,7 +193,7 @@ class ServiceDeployer:
             self._split.end(wait=wait)
 
     def _refuse_bad_canary(
-        self, canary: InferenceClient, find_fault: Callable[[InferenceClient], str | None], percent: int
+        self, canary: InferenceClient, find_fault: Callable[[InferenceClient], str | None], part: str
     ) -> None:
         transient = False
         try:
@@ -194,7 +202,7 @@ class ServiceDeployer:
             fault = f"it could not be judged: {error}"
             transient = isinstance(error, StoreError | DeployError) and error.transient
         if fault:
-            summary = f"it was rejected with {percent} % of the requests: {fault}"
+            summary = f"it was rejected with {part} of the requests: {fault}"
             advice = "Check that the server prepares images as training does; deploy another model meanwhile."
             raise ResourceFailedError(Diagnosis("canary", summary, advice, transient))
 

@@ -74,6 +74,12 @@ class KServeInferenceService(InferenceServiceResource):
         "and to a canary. Knative mode: Knative's gateway as namespace/service, for a port forwarded by this process; "
         f"by default {DEFAULT_GATEWAY}.",
     )
+    shadow_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Standard mode with a gateway: how long a new model gets a copy of every request, the answers to "
+        "which are discarded, before it is evaluated. None: not at all.",
+    )
     rollout_timeout_seconds: float = Field(
         default=600.0,
         gt=0,
@@ -91,6 +97,8 @@ class KServeInferenceService(InferenceServiceResource):
         check_service_name(candidate_name(self.name) if self._is_routed else self.name, self.namespace)
         if self.settings.canary_percent and not (self.settings.serverless or self.gateway):
             raise ValueError("canary_percent needs a gateway or mode Knative: nothing else splits requests.")
+        if self.shadow_seconds and not self._is_routed:
+            raise ValueError("shadow_seconds needs a gateway and mode Standard: nothing else copies requests.")
         return self
 
     def deploy(self, request: DeployRequest) -> DeployedService:
@@ -169,7 +177,7 @@ class KServeInferenceService(InferenceServiceResource):
         if self.gateway and self._is_routed:
             beside = replace(view, name=candidate_name(self.name))
             candidate = ServiceDeployer(beside, partial(build, name=beside.name))
-            split = RouteSplit(view, self.gateway, self._host, candidate)
+            split = RouteSplit(view, self.gateway, self._host, candidate, self.shadow_seconds)
         return ServiceDeployer(view, partial(build, name=self.name), split)
 
     def _client(self) -> InferenceServiceClient:

@@ -1,7 +1,7 @@
-"""Two ways to give a new model a percentage of the requests while it is judged. No Dagster.
+"""Two ways to give a new model requests before it is promoted. No Dagster.
 
 Knative splits the requests between two revisions of one InferenceService. In Standard mode, an HTTPRoute of the Gateway
-API splits them between two InferenceServices.
+API splits them between two InferenceServices, or copies them to the second.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,13 +27,17 @@ def candidate_name(name: str) -> str:
 
 
 class Split(Protocol):
-    """How a new model gets a percentage of the requests."""
+    """How a new model gets requests before it is promoted."""
 
     def check(self) -> None:
         """Changes nothing. DeployError or KubernetesError if requests cannot be split."""
 
+    def is_wanted(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether a new model gets requests before it is promoted."""
+        ...
+
     def start(self, manifest: Mapping[str, Any], request: DeployRequest) -> InferenceClient:
-        """Serve the model, then give it the manifest's percentage of the requests. The client reaches only this model.
+        """Serve the model, then give it its part of the requests. The client reaches only this model.
 
         Raises as `RevisionWatch.wait_until_serving` does.
         """
@@ -53,6 +57,9 @@ class RevisionSplit:
     def check(self) -> None:
         pass
 
+    def is_wanted(self, manifest: Mapping[str, Any]) -> bool:
+        return percent_of(manifest) is not None
+
     def start(self, manifest: Mapping[str, Any], request: DeployRequest) -> InferenceClient:
         return self.view.asking(self.write_and_wait(manifest, request), True)
 
@@ -65,6 +72,7 @@ class Candidate(Protocol):
 
     def check(self) -> None: ...
     def start(self, request: DeployRequest, owner: Mapping[str, str]) -> InferenceClient: ...
+    def watch(self, seconds: float) -> None: ...
     def delete(self, *, wait: bool) -> bool: ...
 
 
@@ -128,6 +136,8 @@ class RouteSplit:
     host: Callable[[InferenceService], str]
     """Host name of the requests for a service."""
     candidate: Candidate
+    shadow_seconds: float | None = None
+    """How long the new model first gets a copy of every request."""
 
     def check(self) -> None:
         if self.view.client.of(GatewayClient).get(*self.gateway.split("/")) is None:
@@ -140,10 +150,17 @@ class RouteSplit:
             )
         self.candidate.check()
 
+    def is_wanted(self, manifest: Mapping[str, Any]) -> bool:
+        return bool(percent_of(manifest) or self.shadow_seconds)
+
     def start(self, manifest: Mapping[str, Any], request: DeployRequest) -> InferenceClient:
         service = self._put(0)
         client = self.candidate.start(request, _owner(service))
-        self._put(percent_of(manifest) or 0)
+        if self.shadow_seconds:
+            self._put(0, is_shadowed=True)
+            self.candidate.watch(self.shadow_seconds)
+        if percent := percent_of(manifest):
+            self._put(percent)
         return client
 
     def end(self, *, wait: bool) -> None:
@@ -157,14 +174,14 @@ class RouteSplit:
     def _find_route(self) -> HTTPRoute | None:
         return self._routes.get(self.view.namespace, self.view.name)
 
-    def _put(self, percent: int, *, wait: bool = True) -> InferenceService:
+    def _put(self, percent: int, *, is_shadowed: bool = False, wait: bool = True) -> InferenceService:
         """Route this percentage to the candidate and the rest to the service, which is returned."""
 
         def write() -> InferenceService:
             service, route = self.view.get(), self._find_route()
             if service is None:
                 raise DeployError(f"{self.view} was deleted by someone else.")
-            manifest = build_route(service, self.gateway, self.host(service), percent)
+            manifest = build_route(service, self.gateway, self.host(service), percent, is_shadowed=is_shadowed)
             stored = self._routes.replace(route, manifest) if route else self._routes.create(manifest)
             if stored is None:
                 raise NotYetError("its HTTPRoute was changed by someone else at the same time")
@@ -182,11 +199,20 @@ class RouteSplit:
         return service
 
 
-def build_route(service: InferenceService, gateway: str, host: str, percent: int) -> dict[str, Any]:
-    """The HTTPRoute that sends this percentage to the candidate. Without it, the candidate need not exist."""
+def build_route(
+    service: InferenceService, gateway: str, host: str, percent: int, *, is_shadowed: bool = False
+) -> dict[str, Any]:
+    """The HTTPRoute that sends this percentage, or a copy of every request, to the candidate.
+
+    With neither, it does not name the candidate, which then need not exist.
+    """
     namespace, name = gateway.split("/")
     weights = {service.name: 100 - percent, **({candidate_name(service.name): percent} if percent else {})}
     backends = [{"name": predictor_name(each), "port": 80, "weight": weight} for each, weight in weights.items()]
+    rule: dict[str, Any] = {"backendRefs": backends}
+    if is_shadowed:
+        mirror = {"backendRef": {"name": predictor_name(candidate_name(service.name)), "port": 80}}
+        rule["filters"] = [{"type": "RequestMirror", "requestMirror": mirror}]
     return {
         "apiVersion": f"{_ROUTES}/v1",
         "kind": "HTTPRoute",
@@ -199,7 +225,7 @@ def build_route(service: InferenceService, gateway: str, host: str, percent: int
         "spec": {
             "parentRefs": [{"namespace": namespace, "name": name}],
             "hostnames": [host],
-            "rules": [{"backendRefs": backends}],
+            "rules": [rule],
         },
     }
 

@@ -174,10 +174,30 @@ class RevisionWatch:
         self._view.log.info("%s serves model %s", self._view, self._request.model_digest)
         return service
 
+    def keep_watching(self, seconds: float) -> None:
+        """Return after this time. ResourceFailedError if a container of the revision fails meanwhile."""
+        deadline = self._view.clock() + seconds
+        self._history.observe(self._pods)
+        num_known = len(self._history.failures())
+
+        def look() -> None:
+            self._service = self._view.unchanged(self._service)
+            self._pods = self._own_pods(self._view.pods())
+            self._history.observe(self._pods)
+            if failures := self._history.failures()[num_known:]:
+                raise self._failed(exit_cause(failures[-1]), exit_line(failures[-1]), failures[-1])
+            if self._view.clock() < deadline:
+                raise NotYetError(f"it gets a copy of the requests for {seconds:.0f} s")
+
+        self._view.until("watched", seconds + self._limits.settle_timeout_seconds, look, tolerated=ApiError)
+
+    def _own_pods(self, pods: Sequence[Pod]) -> list[Pod]:
+        return [pod for pod in pods if mark_of(pod.annotations) == self._service.mark]
+
     def _look(self) -> InferenceService:
         self._service = self._view.unchanged(self._service)
         pods = self._view.pods()
-        self._pods = [pod for pod in pods if mark_of(pod.annotations) == self._service.mark]
+        self._pods = self._own_pods(pods)
         self._give_up_if_broken()
         self._give_up_if_stuck()
         missing = self._service.find_missing(pods) or self._view.why_not_serving(self._service, self._request)

@@ -22,7 +22,7 @@ class FakeGateway:
         self.refusal: tuple[str, str] | None = None
         """Reason and message with which the Gateway refuses the route."""
         self.weights: list[dict[str, int]] = []
-        """Weights of the services after each change of the route."""
+        """Weights of the services after each change of the route; 0 for the target of a mirror."""
 
     def get_namespaced_custom_object(self, group: str, version: str, namespace: str, plural: str, name: str, **_: Any):
         if plural == "inferenceservices":
@@ -83,7 +83,7 @@ class FakeGateway:
         for backend in [*self._backends(self.route), *self._backends(body)]:
             self._of(backend["name"].removesuffix("-predictor")).served_model()
         number = len(self.weights) + 1
-        weights = {backend["name"]: backend["weight"] for backend in self._backends(body)}
+        weights = {backend["name"]: backend.get("weight", 0) for backend in self._backends(body)}
         if self.route is None or self._backends(self.route) != self._backends(body):
             self.weights.append(weights)
         conditions = [{"type": "Accepted", "status": "True", "observedGeneration": number}]
@@ -95,4 +95,7 @@ class FakeGateway:
 
     @staticmethod
     def _backends(route: dict[str, Any] | None) -> list[dict[str, Any]]:
-        return route["spec"]["rules"][0]["backendRefs"] if route else []
+        if route is None:
+            return []
+        (rule,) = route["spec"]["rules"]
+        return [*rule["backendRefs"], *(each["requestMirror"]["backendRef"] for each in rule.get("filters", ()))]

@@ -21,6 +21,7 @@ from tests.unit.inference_service.test_serverless import A, B, Judge
 
 C = DeployRequest("s3://models/c/", "c" * 64, "3", "run-c")
 MAIN_ONLY = {"cifar10-predictor": 100}
+SHADOWED = {"cifar10-predictor": 100, f"{CANARY}-predictor": 0}
 SPLIT = {"cifar10-predictor": 80, f"{CANARY}-predictor": 20}
 
 
@@ -161,6 +162,49 @@ def test_without_a_gateway_nothing_is_routed() -> None:
     deploy(cluster, A, percent=None, gateway=None)
     deploy(cluster, B, percent=None, gateway=None)
     assert (cluster.route, cluster.candidate.writes) == (None, [])
+
+
+@pytest.mark.parametrize("percent", [None, 20])
+def test_shadow_gets_a_copy_of_the_requests_before_any_of_them(serving_a: FakeGateway, percent: int | None) -> None:
+    judge, began = Judge(), serving_a.clock.now
+    deploy(serving_a, B, judge, percent=percent, shadow_seconds=300)
+    assert [digest for digest, _ in judge.asked] == [B.model_digest]
+    assert serving_a.clock.now - began > 300
+    assert serving_a.weights == [MAIN_ONLY, SHADOWED, *([SPLIT] if percent else []), MAIN_ONLY]
+    assert served(serving_a) == B.model_digest
+    assert serving_a.candidate.service is None
+
+
+def test_rejected_shadow_is_removed(serving_a: FakeGateway) -> None:
+    with pytest.raises(DeployError, match="it was rejected with a copy of the requests: few right"):
+        deploy(serving_a, B, Judge("few right"), percent=None, shadow_seconds=300)
+    assert serving_a.weights == [MAIN_ONLY, SHADOWED, MAIN_ONLY]
+    assert serving_a.candidate.service is None
+
+
+@pytest.mark.parametrize("shadow_seconds", [300, 15])
+def test_server_that_fails_under_copied_requests_is_not_promoted(serving_a: FakeGateway, shadow_seconds: int) -> None:
+    def runs_out_of_memory(cluster: fake.FakeKServe, pod: dict[str, Any]) -> None:
+        fake.gets_ready(cluster, pod)
+        state = {"terminated": {"exit_code": 137, "reason": "OOMKilled", "finished_at": "2026-01-01T00:00:30Z"}}
+        ended = {**fake.container({"running": {}}, restarts=1), "last_state": state}
+        cluster.clock.after(30, lambda: pod["status"].update({"container_statuses": [ended]}))
+
+    serving_a.candidate.behaviors[B.model_digest] = runs_out_of_memory
+    if shadow_seconds == 15:
+        assert deploy(serving_a, B, shadow_seconds=shadow_seconds).changed, "it fails later than that"
+        return
+    judge = Judge()
+    with pytest.raises(DeployError, match="out of memory"):
+        deploy(serving_a, B, judge, shadow_seconds=shadow_seconds)
+    assert judge.asked == []
+    assert serving_a.weights == [MAIN_ONLY, SHADOWED, MAIN_ONLY]
+    assert served(serving_a) == A.model_digest
+
+
+def test_shadow_needs_a_gateway() -> None:
+    with pytest.raises(ValidationError, match="shadow_seconds needs a gateway and mode Standard"):
+        serving(gateway=None, percent=None, shadow_seconds=10)
 
 
 def test_what_cannot_be_routed_is_refused_before_anything_is_written() -> None:
