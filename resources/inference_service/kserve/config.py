@@ -31,6 +31,10 @@ class InferenceServiceSettings(StrictConfig):
     env_config_maps: list[str] = Field(
         default=["cifar-platform"], description="ConfigMaps whose keys become variables."
     )
+    config_map_mounts: dict[str, str] = Field(
+        default={},
+        description="ConfigMaps whose keys become files, by folder, such as a certificate authority in /etc/cifar-ca.",
+    )
 
     cpu: str = Field(default="200m", description="CPU request of each replica.")
     cpu_limit: str = Field(

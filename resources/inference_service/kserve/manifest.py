@@ -129,7 +129,10 @@ def _predictor(
         "serviceAccountName": settings.service_account_name,
         "automountServiceAccountToken": False,
         "containers": [_container(settings, request)],
-        "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": settings.scratch}}],
+        "volumes": [
+            {"name": "scratch", "emptyDir": {"sizeLimit": settings.scratch}},
+            *({"name": volume, "configMap": {"name": name}} for volume, _, name in _mounts(settings)),
+        ],
     }
     if both := sorted(set(predictor) & set(settings.extra_predictor)):
         raise SettingsError(f"extra_predictor sets {', '.join(both)}, which other settings control: use those.")
@@ -175,9 +178,17 @@ def _container(settings: InferenceServiceSettings, request: DeployRequest) -> di
             "capabilities": {"drop": ["ALL"]},
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
+        "volumeMounts": [
+            {"name": "scratch", "mountPath": "/tmp"},
+            *({"name": volume, "mountPath": path, "readOnly": True} for volume, path, _ in _mounts(settings)),
+        ],
     }
     return _without_empty(container)
+
+
+def _mounts(settings: InferenceServiceSettings) -> list[tuple[str, str, str]]:
+    """Volume, folder and ConfigMap. A ConfigMap's name may be too long for a volume."""
+    return [(f"files-{i}", *mount) for i, mount in enumerate(sorted(settings.config_map_mounts.items()))]
 
 
 def _probe(path: str, *, period: int, failures: int) -> dict[str, Any]:

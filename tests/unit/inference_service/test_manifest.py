@@ -46,6 +46,10 @@ SENTINELS: dict[str, tuple[dict[str, Any], str]] = {
     "env": ({"env": {"SENTINEL": "x"}}, '"env": [{"name": "SENTINEL", "value": "x"}]'),
     "env_secrets": ({"env_secrets": ["sentinel"]}, '{"secretRef": {"name": "sentinel"}}'),
     "env_config_maps": ({"env_config_maps": ["sentinel"]}, '{"configMapRef": {"name": "sentinel"}}'),
+    "config_map_mounts": (
+        {"config_map_mounts": {"/ca": "sentinel"}},
+        '{"name": "files-0", "configMap": {"name": "sentinel"}}',
+    ),
     "cpu": ({"cpu": "123m"}, '"requests": {"cpu": "123m"'),
     "cpu_limit": ({"cpu_limit": "2500m"}, '"limits": {"cpu": "2500m"'),
     "memory": ({"memory": "77Mi"}, '"requests": {"cpu": "200m", "memory": "77Mi"}'),
