@@ -19,6 +19,7 @@ from cifar_assets.data_set import DataSet, read_data_sets
 from cifar_assets.deployment import executor_for, resources_for, sensors_for
 from cifar_assets.jobs import build_jobs
 from cifar_assets.prune.run import build_prune_job
+from cifar_assets.seed_study.job import build_seed_study
 from cifar_assets.sensors import build_sensors
 from cifar_assets.settings import read_settings
 
@@ -52,7 +53,7 @@ def build_definitions(data_set: DataSet) -> dg.Definitions:
     return dg.Definitions(
         assets=dg.with_source_code_references([build(data_set) for build in (*ASSETS, *argo[0])]),
         asset_checks=[build(data_set) for build in (*CHECKS, *argo[1])],
-        jobs=[*jobs, prune_job],
+        jobs=[*jobs, prune_job, build_seed_study(data_set)],
         schedules=[*schedules, prune_weekly],
         sensors=build_sensors(data_set),
     )

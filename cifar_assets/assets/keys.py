@@ -12,6 +12,8 @@ INFERENCE_SERVICE = "inference_service"
 PREDICTIONS = "predictions"
 SERVED_TRAFFIC = "served_traffic"
 PICTURES_TO_LABEL = "pictures_to_label"
+SEED_STUDY = "seed_study"
+"""Not in the graph: the job of this name records its trainings under it."""
 
 OWNERS = ["team:ml-platform"]
 """The owning team; replace it with yours."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import dagster as dg
 
 from resources.errors import ConfigError
+from resources.step_context import StepContext
 
 DATA_VERSION_TAG = "dagster/data_version"
 VERSION_METADATA = "checked_version"
@@ -61,7 +62,7 @@ def data_version(materialization: dg.AssetMaterialization) -> str:
 
 
 def current_materialization(
-    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, key: dg.AssetKey
+    context: StepContext | dg.AssetCheckExecutionContext, key: dg.AssetKey
 ) -> dg.AssetMaterialization:
     """The materialization that this run made, otherwise the newest one.
 
@@ -77,7 +78,7 @@ def current_materialization(
     return next((made for made in recent if made.run_id == context.run.run_id), recent[0]).materialization
 
 
-def materialized_digest(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, key: dg.AssetKey) -> str:
+def materialized_digest(context: StepContext | dg.AssetCheckExecutionContext, key: dg.AssetKey) -> str:
     """The data version of `current_materialization`."""
     return data_version(current_materialization(context, key))
 

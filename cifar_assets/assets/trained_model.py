@@ -1,7 +1,7 @@
 """The trained model, made by a job outside the Dagster process, and its twin, made by the Argo workflow."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import dagster as dg
@@ -43,12 +43,9 @@ def _fields_of(model: type[BaseModel]) -> type[dg.Config]:
 _RecipeFields, _ExecutionFields = _fields_of(Recipe), _fields_of(Execution)
 
 
-class TrainedModelConfig(dg.Config):
-    """Which dataset to train on, with which recipe, in how many processes."""
+class TrainingConfig(dg.Config):
+    """Which dataset to train on, with which changes to the recipe, in how many processes."""
 
-    recipe: str | None = Field(
-        default=None, description=f"One of {', '.join(sorted(RECIPES))}; by default that of the data set."
-    )
     overrides: _RecipeFields = Field(  # pyright: ignore[reportInvalidTypeForm]: made above
         default_factory=_RecipeFields, description="Fields of the recipe to override for this run."
     )
@@ -58,7 +55,6 @@ class TrainedModelConfig(dg.Config):
         "file with torchvision's names, as a path or s3://BUCKET/KEY. By default those of the data set, if it declares "
         "some and the recipe is its own.",
     )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="Determines initial weights, order and augmentation.")
     dataset_digest: str | None = Field(
         default=None,
         description="Digest of the processed version; by default the one that processed_dataset materialized.",
@@ -69,6 +65,15 @@ class TrainedModelConfig(dg.Config):
     execution: _ExecutionFields = Field(  # pyright: ignore[reportInvalidTypeForm]
         default_factory=_ExecutionFields, description="How the job runs, without effect on what it learns."
     )
+
+
+class TrainedModelConfig(TrainingConfig):
+    """Which recipe to train with which seed, or which stored model to use."""
+
+    recipe: str | None = Field(
+        default=None, description=f"One of {', '.join(sorted(RECIPES))}; by default that of the data set."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Determines initial weights, order and augmentation.")
     reuse: bool = Field(
         default=False,
         description="Reuse the model that this asset made earlier from the same dataset, recipe and seed, if there "
@@ -156,11 +161,19 @@ def _trained_before(instance: dg.DagsterInstance, key: dg.AssetKey, models: Obje
 
     Found in Dagster's event log, not in the store: anyone with write access to the bucket could fake a record there.
     """
-    for made in materializations(instance, key):
+    made = find_training(materializations(instance, key), identity)
+    if made is None:
+        return None
+    digest = data_version(made.materialization)
+    return made if is_whole(models.at(digest), digest) else None
+
+
+def find_training(trainings: Iterable[Made], identity: str) -> Made | None:
+    """The first of these materializations that the job with this identity made."""
+    for made in trainings:
         job = made.materialization.metadata.get(JOB_METADATA)
         if job and job.value == identity:
-            digest = data_version(made.materialization)
-            return made if is_whole(models.at(digest), digest) else None
+            return made
     return None
 
 

@@ -18,10 +18,11 @@ from resources.kubernetes.errors import ResourceFailedError, added_to
 from resources.kubernetes.job import Job, JobClient
 from resources.kubernetes.logs import LogLine, show_line
 from resources.kubernetes.queue import QueueWait
-from resources.kubernetes.steps import StepContext, as_dagster_failure, job_request, owned_job
+from resources.kubernetes.steps import as_dagster_failure, job_request, owned_job
 from resources.kubernetes.watch import JobWatcher
 from resources.object_store import ObjectStore
 from resources.pipes_reader import OnMessage, PipesStoreMessageReader
+from resources.step_context import StepContext
 
 C = TypeVar("C", bound=BaseModel)
 

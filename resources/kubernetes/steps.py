@@ -19,8 +19,7 @@ from resources.kubernetes.job import J, Job, JobClient
 from resources.kubernetes.launch import JobLauncher, JobRequest, Started
 from resources.pipes_reader import MessagesLostError
 from resources.redaction import redacted
-
-StepContext = dg.OpExecutionContext | dg.AssetExecutionContext
+from resources.step_context import StepContext
 
 _MAX_ANCESTORS = 64
 _CANCEL_GRACE_SECONDS = 5

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from resources.errors import ConfigError
 from resources.mlflow.target import DEFAULT_NAME, MlflowTarget, check_tracking_uri, open_client, why_refused
+from resources.step_context import StepContext
 from resources.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class MlflowResource(dg.ConfigurableResource):
     def prepare(self) -> None:
         """Create what must exist before the first use."""
 
-    def target(self, context: dg.AssetExecutionContext) -> MlflowTarget:
+    def target(self, context: StepContext) -> MlflowTarget:
         """The tracking target for the trainer."""
         return MlflowTarget(
             tracking_uri=self.uri,
@@ -83,7 +84,7 @@ class MlflowResource(dg.ConfigurableResource):
         )
 
     @contextmanager
-    def closing_open_runs(self, context: dg.AssetExecutionContext) -> Iterator[None]:
+    def closing_open_runs(self, context: StepContext) -> Iterator[None]:
         """On an error, end runs that the trainer left RUNNING: KILLED if canceled, FAILED otherwise.
 
         An interrupt without cancellation, such as an eviction of this process, closes nothing: the training may

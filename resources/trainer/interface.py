@@ -10,6 +10,7 @@ import dagster as dg
 from pydantic import Field, field_validator
 
 from resources.errors import TrainingError
+from resources.step_context import StepContext
 from resources.trainer.contract import TrainingSpec
 
 
@@ -54,7 +55,7 @@ class TrainingMessages:
     processor that a local training shares. Call `close` at the end: the last epoch is always recorded.
     """
 
-    def __init__(self, context: dg.AssetExecutionContext, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, context: StepContext, clock: Callable[[], float] = time.monotonic):
         self._context = context
         self._clock = clock
         self._num_recorded = 0
@@ -80,6 +81,8 @@ class TrainingMessages:
         if self._epoch is None:
             return
         metrics, self._epoch = self._epoch, None
+        if not self._context.has_assets_def:  # an op; the trainer's output, which is the step's, has the epochs
+            return
         description = f"Epoch {metrics.get('epoch')} of {metrics.get('epochs')}"
         self._context.log_event(dg.AssetObservation(self._context.asset_key, description=description, metadata=metrics))
         self._num_recorded, self._recorded_at = self._num_recorded + 1, self._clock()
@@ -105,7 +108,7 @@ class TrainerResource(dg.ConfigurableResource):
     @abstractmethod
     def train(
         self,
-        context: dg.AssetExecutionContext,
+        context: StepContext,
         spec: TrainingSpec,
         scale: TrainingScale,
         child_environment: Mapping[str, str],

@@ -21,6 +21,7 @@ from resources.object_store.resource import ObjectStoreResource
 from resources.object_store.s3_settings import CREDENTIALS
 from resources.pytorch_job.client import PipesPyTorchJobClient
 from resources.pytorch_job.config import PyTorchJobConfig
+from resources.step_context import StepContext
 from resources.train_job.client import PipesTrainJobClient
 from resources.train_job.config import TrainJobConfig
 from resources.trainer.contract import EXIT_BAD_SPEC, JOB_SPEC_VARIABLE, PIPES_PREFIX, TrainingSpec
@@ -65,7 +66,7 @@ class KubernetesTrainer(TrainerResource):
 
     def train(
         self,
-        context: dg.AssetExecutionContext,
+        context: StepContext,
         spec: TrainingSpec,
         scale: TrainingScale,
         child_environment: Mapping[str, str],
@@ -99,7 +100,7 @@ class KubernetesTrainer(TrainerResource):
             raise SettingsError(f"The cluster has no kind of job for trainings: install {operators} and its CRDs.")
         return found[0]
 
-    def _kind_after_outage(self, context: dg.AssetExecutionContext) -> str:
+    def _kind_after_outage(self, context: StepContext) -> str:
         limits = self.limits()
         outage = Outage(
             time.monotonic, limits.outage_timeout_seconds, logger=context.log, meanwhile="the training waits to start"

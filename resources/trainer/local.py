@@ -20,6 +20,7 @@ from resources.interrupts import sleep
 from resources.object_store import FolderStore
 from resources.pipes_reader import PipesStoreMessageReader
 from resources.run_liveness import inherited_locks
+from resources.step_context import StepContext
 from resources.trainer.contract import EXIT_BAD_SPEC, EXIT_RESUME, JOB_SPEC_VARIABLE, TrainingSpec
 from resources.trainer.interface import TrainerResource, TrainingMessages, TrainingResult, TrainingScale
 
@@ -39,7 +40,7 @@ class LocalTrainer(TrainerResource):
 
     def train(
         self,
-        context: dg.AssetExecutionContext,
+        context: StepContext,
         spec: TrainingSpec,
         scale: TrainingScale,
         child_environment: Mapping[str, str],
@@ -78,7 +79,7 @@ class LocalTrainer(TrainerResource):
 
 @contextmanager
 def _pipes_session(
-    context: dg.AssetExecutionContext, messages: TrainingMessages
+    context: StepContext, messages: TrainingMessages
 ) -> Iterator[tuple[dg.PipesSession, PipesStoreMessageReader]]:
     with tempfile.TemporaryDirectory(prefix="training-messages-") as folder:
         reader = PipesStoreMessageReader(
