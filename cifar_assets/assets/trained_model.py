@@ -53,7 +53,7 @@ class TrainingConfig(dg.Config):
         default=None,
         description="Weights to start from, for a ResNet-18: the digest of a model of any data set, or a safetensors "
         "file with torchvision's names, as a path or s3://BUCKET/KEY. By default those of the data set, if it declares "
-        "some and the recipe is its own.",
+        "some and the recipe is its own; empty for random weights.",
     )
     dataset_digest: str | None = Field(
         default=None,
@@ -76,8 +76,8 @@ class TrainedModelConfig(TrainingConfig):
     seed: int = Field(default=0, ge=0, lt=2**32, description="Determines initial weights, order and augmentation.")
     reuse: bool = Field(
         default=False,
-        description="Reuse the model that this asset made earlier from the same dataset, recipe and seed, if there "
-        "is one, instead of training it again to the same bits.",
+        description="Reuse the model that this asset made earlier from the same dataset, recipe, seed and start, "
+        "if there is one, instead of training it again to the same bits.",
     )
     model_digest: str | None = Field(
         default=None,
@@ -90,7 +90,8 @@ class TrainedModelConfig(TrainingConfig):
     ) -> JobSpec:
         """The job that this config describes. Raises ConfigError naming what is wrong with it."""
         recipe = self.recipe or data_set.recipe
-        start_from = self.start_from or (data_set.start_from if recipe == data_set.recipe else None)
+        declared = data_set.start_from if recipe == data_set.recipe else None
+        start_from = declared if self.start_from is None else self.start_from or None
         return build_spec(
             object_store.processed,
             object_store.models,
@@ -248,7 +249,10 @@ def _repeated(models: ObjectStore, digest: str, replicas: int, gate: AccuracyGat
     package = models.at(digest)
     manifest = read_manifest(package, digest)
     if manifest.start_weights:
-        raise ConfigError(f"Model {digest} did not start from random weights, which the workflow does: name another.")
+        raise ConfigError(
+            f"Model {digest} started from other weights, but the Argo workflow starts from random ones: set "
+            "model_digest to a model that did."
+        )
     recipe = read_json(package, manifest, RECIPE_FILE)
     execution = {}
     if package.exists(ENVIRONMENT_FILE):

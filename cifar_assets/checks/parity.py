@@ -41,7 +41,7 @@ class _Model:
         self.package = models.at(digest)
         self.manifest = read_manifest(self.package, digest)
         recipe = read_json(self.package, self.manifest, RECIPE_FILE)
-        self.inputs = (self.manifest.dataset_digest, self.manifest.seed, recipe)
+        self.inputs = (self.manifest.dataset_digest, self.manifest.seed, recipe, self.manifest.start_weights)
 
     def environment(self) -> dict[str, Any]:
         """The parts of the training environment that affect rounding."""

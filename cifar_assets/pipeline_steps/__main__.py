@@ -11,9 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from cifar_assets.dataset.stores import add_store_option, open_stores
 from cifar_assets.dataset.versions.processed import read_processed
@@ -23,7 +22,7 @@ from cifar_assets.gate import ACCURACY_CHECK, check_made_by, judge, judge_model
 from cifar_assets.model_package import read_file
 from cifar_assets.pipeline_steps.plan import Plan, current_dataset, parse_plan
 from cifar_assets.training.recipes import DEFAULT_RECIPE
-from cifar_assets.training.spec import build_spec
+from cifar_assets.training.spec import build_spec, json_object
 from resources.errors import ConfigError, DataError, ExplainedError, StoreError
 from resources.mlflow.target import MlflowTarget, check_tracking_uri
 from resources.model_signature import PUBLIC_KEY_VARIABLE
@@ -61,8 +60,8 @@ def _data(options: argparse.Namespace) -> None:
         stores.models,
         digest,
         recipe=options.recipe,
-        overrides=_json_object("overrides", options.overrides),
-        execution=_json_object("execution", options.execution),
+        overrides=json_object("overrides", options.overrides),
+        execution=json_object("execution", options.execution),
         seed=options.seed,
         mlflow=mlflow,
     )
@@ -171,13 +170,6 @@ def _plan(options: argparse.Namespace) -> Plan:
         return parse_plan(Path(options.plan).read_text())
     except OSError as error:
         raise ConfigError(f"The plan cannot be read: {error}.") from error
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        return TypeAdapter(dict[str, Any]).validate_json(text)
-    except ValidationError as error:
-        raise ConfigError(f"--{name} is {text!r}: expected a JSON object such as {{}}.") from error
 
 
 def _mlflow(run: str) -> MlflowTarget | None:

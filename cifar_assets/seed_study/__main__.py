@@ -25,6 +25,7 @@ from cifar_assets.deployment import resources_for
 from cifar_assets.seed_study.job import ACCURACY, NUM_SEEDS, find_trained, partition_of, spec_of
 from cifar_assets.settings import read_settings
 from cifar_assets.training.recipes import RECIPES, get_recipe
+from cifar_assets.training.spec import json_object
 from resources.errors import ConfigError, ExplainedError
 
 
@@ -36,12 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         *("--seeds", "-n"), type=int, default=5, choices=range(1, NUM_SEEDS + 1), metavar="N", help="seeds 0 to N - 1"
     )
-    parser.add_argument(
-        "--overrides", type=json.loads, default={}, metavar="JSON", help="fields of the recipe to override"
-    )
+    parser.add_argument("--overrides", default="{}", metavar="JSON", help="fields of the recipe to override")
+    parser.add_argument("--start-from", metavar="WEIGHTS", help="as in the config of trained_model")
     options = parser.parse_args(arguments)
     try:
-        trained = train_seeds(options.data_set, options.recipe, options.seeds, options.overrides)
+        overrides = json_object("overrides", options.overrides)
+        trained = train_seeds(options.data_set, options.recipe, options.seeds, overrides, options.start_from)
     except (ExplainedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if missing else 0
 
 
-def train_seeds(name: str, recipe: str | None, num_seeds: int, overrides: Mapping[str, Any]) -> dict[str, Made | None]:
+def train_seeds(
+    name: str, recipe: str | None, num_seeds: int, overrides: Mapping[str, Any], start_from: str | None = None
+) -> dict[str, Made | None]:
     """The training of each partition; None where it failed. One run of the job for each that is missing."""
     settings = read_settings()
     data_set = find_data_set(settings, name)
@@ -62,7 +65,7 @@ def train_seeds(name: str, recipe: str | None, num_seeds: int, overrides: Mappin
     trained: dict[str, Made | None] = {}
     with _instance() as instance:
         dataset = _newest_dataset(instance, data_set)
-        given: dict[str, Any] = {"dataset_digest": dataset, "overrides": overrides}
+        given: dict[str, Any] = {"dataset_digest": dataset, "overrides": overrides, "start_from": start_from}
         config = TrainingConfig(**given)
         for seed in range(num_seeds):
             partition = partition_of(recipe, seed)

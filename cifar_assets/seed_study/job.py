@@ -68,7 +68,7 @@ def train_seed(
         with mlflow.closing_open_runs(context):
             result = trainer.train(
                 context,
-                spec.model_copy(update={"mlflow": target}),
+                spec.model_copy(update={"mlflow": target, "write_baseline_copies": False}),
                 config.scale,
                 object_store.child_environment(),
             )

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from cifar_assets.dataset.versions.processed import read_processed
 from cifar_assets.training.recipes import Recipe, get_recipe, set_fields
@@ -171,3 +171,11 @@ def parse_spec(text: str | bytes, source: str) -> JobSpec:
             f"{'.'.join(map(str, problem['loc'])) or 'document'}: {problem['msg']}" for problem in error.errors()
         )
         raise ConfigError(f"Job spec from {source} is not valid: {problems}.") from error
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """The JSON object in a command's option. Raises ConfigError."""
+    try:
+        return TypeAdapter(dict[str, Any]).validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"--{option} is {text!r}: expected a JSON object such as {{}}.") from error

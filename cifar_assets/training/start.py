@@ -53,8 +53,8 @@ def find_start(start_from: str, stores: Sequence[ObjectStore], recipe: Recipe) -
     """
     if recipe.network != "resnet18":
         raise ConfigError(
-            f"start_from: recipe {recipe.name!r} trains a {recipe.network}, which starts from nothing: use the recipe "
-            "finetune, or remove start_from."
+            f"start_from: recipe {recipe.name!r} trains a {recipe.network}, which can only start from random weights: "
+            "use the recipe finetune, or remove start_from."
         )
     start = _of_model(start_from, stores) if _DIGEST.fullmatch(start_from) else _of_file(start_from, stores[0])
     try:
@@ -119,16 +119,16 @@ def _of_model(digest: str, stores: Sequence[ObjectStore]) -> Start:
 
 def _of_file(address: str, output: ObjectStore) -> Start:
     store, key = locate(address)
+    if store.uri().startswith("file:") and not output.uri().startswith("file:"):
+        raise ConfigError(
+            f"start_from: {address!r} is a path, which the training's pods cannot read. Expected the digest of a model "
+            "(64 hexadecimal digits), or s3://BUCKET/KEY: upload the file to the bucket models, for example."
+        )
     info = store.stat(key) if key else None
     if info is None:
         raise ConfigError(
             f"start_from: {address!r} is not a file. Expected the digest of a model (64 hexadecimal digits), or the "
             "path or s3://BUCKET/KEY of a safetensors file."
-        )
-    if store.uri().startswith("file:") and not output.uri().startswith("file:"):
-        raise ConfigError(
-            f"start_from: {address!r} is a file of this machine, which the training's pods cannot read: upload it to a "
-            "bucket that they can read, and set start_from to s3://BUCKET/KEY."
         )
     if info.size > _MOST_BYTES:
         raise ConfigError(f"start_from: {address!r} has {info.size:,} bytes; at most {_MOST_BYTES:,} are read.")

@@ -92,7 +92,7 @@ class TrainingMessages:
         if self._result is None:
             raise TrainingError(
                 "The trainer ended without reporting a model. See its log (stdout of this step); "
-                "materialize trained_model again to continue from its last checkpoint."
+                "start the same training again to continue from its last checkpoint."
             )
         return self._result
 

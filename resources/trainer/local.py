@@ -26,7 +26,7 @@ from resources.trainer.interface import TrainerResource, TrainingMessages, Train
 
 _POLL_SECONDS = 0.2
 _READ_TIMEOUT_SECONDS = 30.0
-_CONTINUE = "Materialize trained_model again to continue from its checkpoint."
+_CONTINUE = "Start the same training again to continue from its checkpoint."
 _PLACE_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """Set by torchrun and the training operator for their processes. PET_* are options of torchrun."""
 

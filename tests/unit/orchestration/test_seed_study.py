@@ -102,6 +102,7 @@ def test_a_study_registers_and_materializes_no_model(study: Study) -> None:
     (spec,) = study.trained()
     assert spec.mlflow is not None
     assert spec.mlflow.registered_model is None
+    assert not spec.write_baseline_copies
     assert spec.mlflow.tags["seed_study"] == spec.identity
     assert study.world.instance.get_latest_materialization_event(TRAINED_MODEL) is None
 
@@ -137,6 +138,9 @@ def test_a_partition_that_was_trained_before_is_not_trained_again(study: Study) 
     ("arguments", "text"),
     [
         (["--overrides", '{"epoch": 1}'], "overrides: epoch cannot be set"),
+        (["--overrides", "[1]"], "--overrides is '[1]': expected a JSON object"),
+        (["--recipe", "finetune"], "set start_from"),
+        (["--recipe", "finetune", "--start-from", "a.safetensors"], "'a.safetensors' is not a file"),
         (["--data-set", "animals"], "There is no data set 'animals'"),
     ],
 )

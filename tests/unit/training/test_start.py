@@ -248,7 +248,7 @@ def test_a_start_that_is_none_is_refused_before_the_training(launch: Launch, tmp
         ((str(tmp_path / "text"),), "text is not a safetensors file"),
         (("a" * 64,), f"there is no model {'a' * 64} in file:.*models/, file:.*models/others/"),
         ((speednet,), f"model {speednet} is a speednet, expected a resnet18"),
-        ((resnet, "fast"), "recipe 'fast' trains a speednet, which starts from nothing: use the recipe finetune"),
+        ((resnet, "fast"), "recipe 'fast' trains a speednet, which can only start from random weights"),
     ):
         with pytest.raises(ConfigError, match=message):
             launch(*arguments)
@@ -264,7 +264,7 @@ def test_a_local_file_is_refused_if_pods_train(dataset: str, tmp_path: Path, mon
     for name, value in (("ENDPOINT_URL", "http://127.0.0.1:9"), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
         monkeypatch.setenv(f"AWS_{name}", value)
     processed = FolderStore(Path(dataset.removeprefix("file://")).parent)
-    with pytest.raises(ConfigError, match=r"file of this machine.*upload it.*s3://BUCKET/KEY"):
+    with pytest.raises(ConfigError, match=r"pods cannot read.*s3://BUCKET/KEY: upload the file"):
         build_spec(
             *(processed, S3Store.from_environment("models"), dataset.rstrip("/").rpartition("/")[2]),
             recipe="finetune",
