@@ -73,6 +73,7 @@ def service(
     patience: float = 300,
     gateway: str | None = None,
     host: str | None = None,
+    shadow_seconds: float | None = None,
     **settings: Any,
 ) -> Service:
     """The service of the stories with changed settings. `patience`: seconds to wait for a pod that cannot start."""
@@ -85,6 +86,7 @@ def service(
         account=account,
         gateway=gateway,
         host=host,
+        shadow_seconds=shadow_seconds,
         blocked_timeout_seconds=patience,
         unschedulable_timeout_seconds=patience,
         rollout_timeout_seconds=600,

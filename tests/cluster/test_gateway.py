@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import urllib3
 import yaml
 from kubernetes import client as k8s
+from prometheus_client.parser import text_string_to_metric_families
 
 from cifar_assets.serving.comparison import find_canary_fault
 from resources.errors import DeployError
@@ -102,6 +104,38 @@ def test_canary_is_promoted_or_withdrawn_without_a_failed_request(
 
     assert serving.delete()
     wait_for("deletion of the route with its service", lambda: not routes(namespace))
+
+
+@pytest.mark.thorough
+def test_a_shadow_gets_copies_of_the_requests_and_answers_no_client(
+    namespace: str, models: Models, gateway: Gateway
+) -> None:
+    serving = service(namespace, gateway=gateway.name, host=HOST, shadow_seconds=10)
+    serving.deploy(models.first)
+    wait_for("the route", lambda: answers(InferenceClient(gateway.outside, headers={"Host": HOST})))
+    copies: list[float] = []
+
+    def find_fault(shadow: InferenceClient) -> str | None:
+        copies.append(num_predicted(shadow))
+        return "this story rejects it"
+
+    with asking(namespace, gateway.inside, HOST) as tally:
+        with pytest.raises(DeployError, match="this story rejects it"):
+            serving.deploy(replace(models.second, find_fault=find_fault))
+        (route,) = routes(namespace)
+
+    assert copies[0] >= 50, "the client sends about 20 a second for 10 seconds"
+    assert tally.failures == []
+    assert set(tally.answers) == {models.first.model_digest}
+    assert "filters" not in route["spec"]["rules"][0]
+
+
+def num_predicted(client: InferenceClient) -> float:
+    """Images that a server has classified since it started."""
+    with urllib3.PoolManager(timeout=client.timeout) as pool:
+        text = pool.request("GET", f"{client.base_url}/metrics", headers=client.headers).data.decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return next(sample.value for sample in samples if sample.name == "cifar10_batch_images_sum")
 
 
 def answers(client: InferenceClient) -> bool:
