@@ -55,6 +55,8 @@ class ServiceDeployer:
         self._earlier: InferenceService | None = None
         """What to restore if this deployment fails."""
         self._watch: RevisionWatch | None = None
+        self._is_started = False
+        """Whether it started a candidate, or tried to. Then it deletes no other."""
 
     def deploy(self, request: DeployRequest) -> Outcome:
         """Serve the model; return once it is served and no pod of another version is.
@@ -91,6 +93,8 @@ class ServiceDeployer:
         previous_digest = found.model_digest if found and (found.ready or ready) else None
         if answering:
             previous_digest = answering.model_digest
+        if found and ready:
+            self._split.prepare()
         try:
             service = self._roll_out(manifest, request, written)
         except ResourceFailedError as error:
@@ -112,6 +116,7 @@ class ServiceDeployer:
         """
         manifest = with_traffic(self._build_own(request), None)
         manifest["metadata"]["ownerReferences"] = [owner]
+        self._is_started = True
         self._found = self._view.get()  # what an interrupted attempt left
         self._watch = RevisionWatch(self._view, self._write(manifest), request)
         return self._view.asking(self._watch.wait_until_serving(), False)
@@ -122,14 +127,19 @@ class ServiceDeployer:
         self._watch.keep_watching(seconds)
 
     def check(self) -> None:
-        """Raises DeployError if the service was made by others."""
+        """Raises DeployError if a service with the candidate's name is not a candidate of this project."""
         if service := self._view.get():
             self._refuse_foreign(service)
+            if not service.body["metadata"].get("ownerReferences"):
+                raise DeployError(
+                    f"{service} is not a canary: it belongs to no other service. Delete it, or give the service "
+                    "another name."
+                )
 
     def delete(self, *, wait: bool = True) -> bool:
-        """Delete the service and wait until its pods are gone. False if there was none."""
+        """Delete the service and wait until its pods are gone. False if there was none to delete."""
         service = self._view.get()
-        if service is None:
+        if service is None or (self._is_started and service.mark[1] != self._id):
             return False
         self._refuse_foreign(service)
         if wait:
@@ -185,7 +195,13 @@ class ServiceDeployer:
             self._log.info("%s: model %s gets %s of the requests", self._view, request.model_digest, part)
             self._refuse_bad_canary(canary, request.find_fault, part)
         service = self._write_and_wait(with_traffic(manifest, None), request)
-        self._split.end(wait=True)
+        try:
+            self._split.end(wait=True)
+        except DeployError as error:
+            if self._found:  # the model is served; the next attempt only ends the split
+                raise
+            advice = "Correct the Gateway, or the setting of its name."
+            raise ResourceFailedError(Diagnosis("route", str(error), advice, error.transient)) from error
         return service
 
     def _end_split(self, *, wait: bool) -> None:
@@ -244,6 +260,8 @@ class ServiceDeployer:
         try:
             try:
                 self._end_split(wait=True)
+            except (DeployError, KubernetesError) as problem:
+                head += f"\nThe canary was not withdrawn: {problem} Deploy the served model again to remove it."
             finally:
                 end = self._put_back(wait=True)
         except (DeployError, KubernetesError) as problem:

@@ -18,7 +18,10 @@ from resources.kubernetes.api import CustomResource, CustomResourceClient
 from resources.kubernetes.naming import MANAGED_BY_LABEL
 
 _ROUTES = "gateway.networking.k8s.io"
-_MANAGER = "dagster-inference-service"
+_MANAGER = "dagster-http-route"
+"""Not the label's value of the InferenceService, whose labels KServe copies to a route of its own."""
+_INTERRUPT_SECONDS = 5.0
+"""How long a write is repeated if there is no time to wait."""
 
 
 def candidate_name(name: str) -> str:
@@ -31,6 +34,9 @@ class Split(Protocol):
 
     def check(self) -> None:
         """Changes nothing. DeployError or KubernetesError if requests cannot be split."""
+
+    def prepare(self) -> None:
+        """Let the service, which exists, answer all requests. DeployError if they cannot be routed to it."""
 
     def is_wanted(self, manifest: Mapping[str, Any]) -> bool:
         """Whether a new model gets requests before it is promoted."""
@@ -55,6 +61,9 @@ class RevisionSplit:
     write_and_wait: Callable[[Mapping[str, Any], DeployRequest], InferenceService]
 
     def check(self) -> None:
+        pass
+
+    def prepare(self) -> None:
         pass
 
     def is_wanted(self, manifest: Mapping[str, Any]) -> bool:
@@ -97,15 +106,21 @@ class HTTPRoute(CustomResource):
 
     def find_missing(self) -> str | None:
         """Why its Gateway does not forward requests as it says; None if it does."""
+        wanted = list(map(self._gateway_of, self.body["spec"]["parentRefs"]))
         parents = (self.body.get("status") or {}).get("parents") or ()
-        if not parents:
+        own = [parent for parent in parents if self._gateway_of(parent["parentRef"]) in wanted]
+        conditions = [condition for parent in own for condition in parent.get("conditions") or ()]
+        if not any(condition["type"] == "Accepted" for condition in conditions):
             return f"no controller has accepted {self} yet: check that one runs for the Gateway's class"
-        for condition in parents[0].get("conditions") or ():
+        for condition in conditions:
             if condition.get("observedGeneration", 0) < self.body["metadata"]["generation"]:
                 return f"the Gateway has not read the newest version of {self} yet"
             if condition["type"] in ("Accepted", "ResolvedRefs") and condition["status"] != "True":
                 return f"{self}: {condition['reason']}: {condition.get('message', '')}"
         return None
+
+    def _gateway_of(self, reference: Mapping[str, Any]) -> tuple[str, str]:
+        return reference.get("namespace") or self.namespace, reference["name"]
 
 
 class HTTPRouteClient(CustomResourceClient[HTTPRoute]):
@@ -142,13 +157,11 @@ class RouteSplit:
     def check(self) -> None:
         if self.view.client.of(GatewayClient).get(*self.gateway.split("/")) is None:
             raise DeployError(f"There is no Gateway {self.gateway} for {self.view}: create it, or correct `gateway`.")
-        route = self._find_route()
-        if route and route.labels.get(MANAGED_BY_LABEL) != _MANAGER:
-            raise DeployError(
-                f"{route} exists and was not made by this project: it lacks the label {MANAGED_BY_LABEL}={_MANAGER}. "
-                "Delete it, or give the service another name."
-            )
+        self._find_route()
         self.candidate.check()
+
+    def prepare(self) -> None:
+        self._put(0)
 
     def is_wanted(self, manifest: Mapping[str, Any]) -> bool:
         return bool(percent_of(manifest) or self.shadow_seconds)
@@ -172,7 +185,15 @@ class RouteSplit:
         return self.view.client.of(HTTPRouteClient)
 
     def _find_route(self) -> HTTPRoute | None:
-        return self._routes.get(self.view.namespace, self.view.name)
+        """The service's route. DeployError if it was made by others."""
+        route = self._routes.get(self.view.namespace, self.view.name)
+        if route and route.labels.get(MANAGED_BY_LABEL) != _MANAGER:
+            raise DeployError(
+                f"{route} exists and was not made by this project: it lacks the label {MANAGED_BY_LABEL}={_MANAGER}. "
+                "If KServe made it, set disableIngressCreation in the ConfigMap inferenceservice-config. Then delete "
+                "it, or give the service another name."
+            )
+        return route
 
     def _put(self, percent: int, *, is_shadowed: bool = False, wait: bool = True) -> InferenceService:
         """Route this percentage to the candidate and the rest to the service, which is returned."""
@@ -192,7 +213,7 @@ class RouteSplit:
             if missing := route.find_missing() if route else "its HTTPRoute was deleted by someone else":
                 raise NotYetError(missing)
 
-        seconds = self.view.limits.settle_timeout_seconds if wait else 0
+        seconds = self.view.limits.settle_timeout_seconds if wait else _INTERRUPT_SECONDS
         service = self.view.until("routed", seconds, write)
         if wait:
             self.view.until("routed", seconds, look)

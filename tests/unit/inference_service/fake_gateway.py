@@ -21,6 +21,8 @@ class FakeGateway:
         self.is_installed = True
         self.refusal: tuple[str, str] | None = None
         """Reason and message with which the Gateway refuses the route."""
+        self.num_conflicts = 0
+        """How many of the next writes of the route fail because someone else changed it."""
         self.weights: list[dict[str, int]] = []
         """Weights of the services after each change of the route; 0 for the target of a mirror."""
 
@@ -53,6 +55,9 @@ class FakeGateway:
             replace = self._of(name).replace_namespaced_custom_object
             return replace(group, version, namespace, plural, name, body, **options)
         assert self.route is not None
+        if self.num_conflicts:
+            self.num_conflicts -= 1
+            raise api_error(409, "the object has been modified", name=name)
         assert body["metadata"]["resourceVersion"] == self.route["metadata"]["resourceVersion"]
         return self._store(body)
 
@@ -90,7 +95,8 @@ class FakeGateway:
         if self.refusal:
             conditions[0] |= {"status": "False", "reason": self.refusal[0], "message": self.refusal[1]}
         metadata = {**body["metadata"], "uid": "route", "resourceVersion": f"{number}", "generation": number}
-        self.route = {**copy.deepcopy(body), "metadata": metadata, "status": {"parents": [{"conditions": conditions}]}}
+        parents = [{"parentRef": each, "conditions": conditions} for each in body["spec"]["parentRefs"]]
+        self.route = {**copy.deepcopy(body), "metadata": metadata, "status": {"parents": parents}}
         return copy.deepcopy(self.route)
 
     @staticmethod

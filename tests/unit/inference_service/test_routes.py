@@ -1,5 +1,7 @@
 """Canaries in Standard mode: the weights of both services over time, and what is left afterwards."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +15,7 @@ from resources.inference_service.kserve import resource as module
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.deployer import Outcome
 from resources.inference_service.kserve.resource import KServeInferenceService
+from resources.inference_service.kserve.traffic import HTTPRoute
 from resources.kubernetes.errors import ApiRefusedError, SettingsError
 from tests.unit.inference_service import fake_kserve as fake
 from tests.unit.inference_service.fake_gateway import CANARY, FakeGateway
@@ -31,7 +34,9 @@ def serving(**fields: Any) -> KServeInferenceService:
     return KServeInferenceService(**{**values, **fields})
 
 
-def deploy(cluster: FakeGateway, request: DeployRequest, judge: Judge | None = None, **fields: Any) -> Outcome:
+def deploy(
+    cluster: FakeGateway, request: DeployRequest, judge: Callable[[Any], str | None] | None = None, **fields: Any
+) -> Outcome:
     deployer = serving(**fields)._deployer(view_of(cluster))  # pyright: ignore[reportArgumentType]
     return deployer.deploy(replace(request, find_fault=judge or Judge()))
 
@@ -130,6 +135,33 @@ def test_canary_of_a_run_that_was_cut_off_is_replaced(serving_a: FakeGateway, mo
     assert serving_a.candidate.service is None
 
 
+@pytest.mark.parametrize("call", ["create", "judge"])
+def test_candidate_of_another_deployment_is_not_deleted(
+    serving_a: FakeGateway, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module.RouteSplit, "end", lambda self, wait: None)
+        with pytest.raises(DeployError):
+            deploy(serving_a, C, Judge("only its candidate is needed"))
+    others, candidate = copy.deepcopy(serving_a.candidate.service), serving_a.candidate
+
+    def write(now: str) -> None:
+        if now == call:
+            candidate.service = others
+
+    def judge(_: Any) -> str:
+        write("judge")
+        return "few right"
+
+    if call == "create":
+        candidate.service = None
+    candidate.failing = write
+    with pytest.raises(DeployError):
+        deploy(serving_a, B, judge)
+    assert candidate.service is others
+    assert serving_a.weights[-1] == MAIN_ONLY
+
+
 def test_canary_left_after_a_promotion_is_removed_by_the_next_deployment(
     serving_a: FakeGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,24 +249,98 @@ def test_what_cannot_be_routed_is_refused_before_anything_is_written() -> None:
     assert cluster.main.writes == []
 
 
-@pytest.mark.parametrize("kind", ["route", "candidate"])
-def test_objects_of_others_are_left_alone(serving_a: FakeGateway, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("route", "was not made by this project.* If KServe made it, set disableIngressCreation"),
+        ("candidate", "was not made by this project"),
+        ("service", "is not a canary"),
+    ],
+)
+def test_objects_of_others_are_left_alone(serving_a: FakeGateway, kind: str, message: str) -> None:
+    assert serving_a.route is not None
+    assert serving_a.main.service is not None
+    ours = serving_a.main.service["metadata"]
+    metadata: dict[str, Any] = {"name": CANARY, "namespace": "space"}
     if kind == "route":
-        assert serving_a.route is not None
-        serving_a.route["metadata"]["labels"] = {}
+        serving_a.route["metadata"]["labels"] = ours["labels"]  # as KServe copies them
+    elif kind == "candidate":
+        serving_a.candidate.service = {"metadata": metadata, "spec": {"predictor": {}}}
     else:
-        serving_a.candidate.service = {"metadata": {"name": CANARY, "namespace": "space"}, "spec": {"predictor": {}}}
-    with pytest.raises(DeployError, match="was not made by this project"):
+        serving_a.candidate.service = {**serving_a.main.service, "metadata": {**ours, **metadata}}
+    before = serving_a.candidate.service
+    with pytest.raises(DeployError, match=message):
         deploy(serving_a, B)
+    assert serving_a.candidate.service is before
     assert (len(serving_a.main.writes), serving_a.weights) == (1, [MAIN_ONLY])
 
 
-def test_refusal_by_the_gateway_is_named(serving_a: FakeGateway) -> None:
-    serving_a.refusal = ("NotAllowedByListeners", "No listener admits namespace space")
-    with pytest.raises(DeployError, match="NotAllowedByListeners: No listener admits namespace space"):
-        deploy(serving_a, B)
+REFUSAL = ("NotAllowedByListeners", "No listener admits namespace space")
+
+
+@pytest.mark.parametrize("percent", [None, 20])
+def test_refusal_by_the_gateway_is_named_and_comes_before_the_update(
+    serving_a: FakeGateway, percent: int | None
+) -> None:
+    serving_a.refusal = REFUSAL
+    with pytest.raises(DeployError, match=": ".join(REFUSAL)):
+        deploy(serving_a, B, percent=percent)
     assert serving_a.candidate.writes == []
+    assert len(serving_a.main.writes) == 1
     assert served(serving_a) == A.model_digest
+
+
+def test_first_service_that_the_gateway_refuses_is_removed() -> None:
+    cluster = FakeGateway()
+    cluster.refusal = REFUSAL
+    with pytest.raises(DeployError, match=f"(?s){': '.join(REFUSAL)}.*the InferenceService was deleted"):
+        deploy(cluster, A)
+    assert (cluster.main.service, cluster.main.pods) == (None, [])
+
+
+def test_error_of_a_canary_that_cannot_be_withdrawn_does_not_blame_the_service(serving_a: FakeGateway) -> None:
+    def judge(_: Any) -> str:
+        serving_a.refusal = REFUSAL
+        return "few right"
+
+    with pytest.raises(DeployError) as caught:
+        deploy(serving_a, B, judge)
+    assert "The canary was not withdrawn: " in str(caught.value)
+    assert "existed before this deployment and was left unchanged" in str(caught.value)
+    assert "could not be restored" not in str(caught.value)
+
+
+def test_interrupt_withdraws_the_canary_although_others_write_the_route(serving_a: FakeGateway) -> None:
+    def judge(_: Any) -> str:
+        serving_a.num_conflicts = 2
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        deploy(serving_a, B, judge)
+    assert serving_a.weights[-1] == MAIN_ONLY
+    assert serving_a.candidate.service is None
+
+
+@pytest.mark.parametrize(
+    ("conditions", "missing"),
+    [
+        ([{"type": "Accepted", "status": "True", "observedGeneration": 1}], None),
+        ([{"type": "Accepted", "status": "False", "observedGeneration": 1, "reason": "No"}], "No"),
+        ([], "no controller has accepted"),
+        (None, "no controller has accepted"),
+    ],
+)
+def test_only_the_entry_of_the_routes_own_gateway_counts(
+    conditions: list[dict[str, Any]] | None, missing: str | None
+) -> None:
+    accepted = {"type": "Accepted", "status": str(missing is not None), "observedGeneration": 1, "reason": "Other"}
+    own = {"parentRef": {"namespace": "gateways", "name": "web"}, "conditions": conditions}
+    other = {"parentRef": {"namespace": "elsewhere", "name": "web"}, "conditions": [accepted]}
+    metadata = {"name": "cifar10", "namespace": "space", "generation": 1}
+    spec = {"parentRefs": [own["parentRef"]]}
+    found = HTTPRoute({"metadata": metadata, "spec": spec, "status": {"parents": [other, own]}}).find_missing()
+    assert (found is None) == (missing is None)
+    assert (missing or "") in (found or "")
 
 
 def test_canary_in_standard_mode_needs_a_gateway() -> None:
