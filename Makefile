@@ -4,7 +4,7 @@ ifeq ($(origin SOURCE),command line)
 override CIFAR10_SOURCE := $(SOURCE)
 endif
 FUZZ_MINUTES ?= 60
-CHART ?= .cifar/chart
+CHART := .cifar/chart
 UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RUN := $(UV) run --frozen --all-extras

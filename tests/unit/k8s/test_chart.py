@@ -55,7 +55,7 @@ def without_what_helm_needs(objects: Objects) -> Objects:
             found["metadata"]["name"] = name
         if kind == "PersistentVolumeClaim":
             assert found["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
-        if kind == "Deployment" and namespace == "cifar":
+        if kind == "Deployment" and (namespace == "cifar" or name == "mlflow"):
             assert set(found["spec"]["template"]["metadata"].pop("annotations")) == {"checksum/settings"}
         if kind == "ConfigMap" and name == "cifar-platform":
             assert {found["data"].pop(f"{role}_NAMESPACE") for role in ("TRAINER", "SERVER")} == {namespace}
@@ -70,12 +70,15 @@ def test_default_values_give_the_objects_of_the_kustomizations(chart: Path) -> N
 
 @NEEDS_HELM
 def test_without_platform_and_database_it_is_access_and_the_overlay_external_postgres(chart: Path) -> None:
-    values = {"platform": False, "postgres": False, "settings": {"DAGSTER_PG_HOST": "postgres.example.com"}}
+    database = {"DAGSTER_PG_HOST": "postgres.example.com", "DAGSTER_PG_PORT": "6432"}
+    values = {"platform": False, "postgres": False, "settings": database}
     found = objects_of(template(chart, values))
     assert set(found) == set(objects_of(kustomized("access"))) | set(
         objects_of(kustomized("overlays/external-postgres"))
     )
     assert found["cifar", "ConfigMap", "dagster-settings"]["data"]["DAGSTER_PG_HOST"] == "postgres.example.com"
+    (rule,) = found["cifar", "NetworkPolicy", "dagster-database"]["spec"]["egress"]
+    assert rule == {"ports": [{"port": 6432}]}
 
 
 @NEEDS_HELM
@@ -110,6 +113,7 @@ def test_values_reach_the_objects_that_they_name(chart: Path) -> None:
         == settings["cifar-platform"]["CIFAR_BUCKET_PREFIX"]
         == "team-"
     )
+    assert settings["dagster-settings"]["DAGSTER_LOGS_BUCKET"] == "team-dagster-logs"
     assert settings["cifar-platform"]["SERVER_SETTINGS"] == '{"port": 1}'
     assert settings["cifar-platform"]["AWS_ENDPOINT_URL"] == "http://minio.store.svc:9000"
     assert settings["cifar-platform"]["TRAINER_IMAGE"] == "registry.example.com/team/cifar-trainer:v2"
@@ -117,12 +121,34 @@ def test_values_reach_the_objects_that_they_name(chart: Path) -> None:
 
 
 @NEEDS_HELM
-def test_changed_settings_restart_dagster(chart: Path) -> None:
-    def checksum(values: dict[str, Any]) -> str:
-        pod = objects_of(template(chart, values))["cifar", "Deployment", "dagster-code"]["spec"]["template"]
-        return pod["metadata"]["annotations"]["checksum/settings"]
+@pytest.mark.parametrize(("platform", "own"), [("cifar", "work"), ("store", "cifar-platform")])
+def test_namespaces_may_have_each_others_default_names(chart: Path, platform: str, own: str) -> None:
+    found = objects_of(template(chart, {"platformNamespace": platform}, namespace=own))
+    assert (platform, "Deployment", "mlflow") in found
+    assert (own, "Deployment", "dagster-code") in found
 
-    assert checksum({}) == checksum({"tag": "v2"}) != checksum({"settings": {"CIFAR10_SOURCE": "synthetic"}})
+
+@NEEDS_HELM
+def test_one_namespace_for_both_is_refused(chart: Path) -> None:
+    with pytest.raises(AssertionError, match="platformNamespace is the release's namespace"):
+        template(chart, {"platformNamespace": "cifar"})
+
+
+@NEEDS_HELM
+def test_changed_settings_restart_what_reads_them(chart: Path) -> None:
+    def checksums(values: dict[str, Any]) -> tuple[str, str]:
+        objects = objects_of(template(chart, values))
+        found = objects["cifar", "Deployment", "dagster-code"], objects["cifar-platform", "Deployment", "mlflow"]
+        of_dagster, of_mlflow = (o["spec"]["template"]["metadata"]["annotations"]["checksum/settings"] for o in found)
+        return of_dagster, of_mlflow
+
+    before = checksums({})
+    assert before == checksums({"tag": "v2"})
+    source = checksums({"settings": {"CIFAR10_SOURCE": "synthetic"}})
+    assert (source[0] != before[0], source[1]) == (True, before[1])
+    prefix = checksums({"settings": {"CIFAR_BUCKET_PREFIX": "team-"}})
+    assert prefix[0] != before[0]
+    assert prefix[1] != before[1]
 
 
 @NEEDS_HELM
