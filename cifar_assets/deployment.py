@@ -169,7 +169,8 @@ def serving_for(settings: Settings, data_set: DataSet | None = None) -> "KServeI
         "gateway": settings.server_gateway,
         "shadow_seconds": settings.server_shadow_seconds,
     }
-    return _build(KServeInferenceService, "SERVER_NAME, SERVER_NAMESPACE or a service of DATA_SETS", fields)
+    names = "SERVER_SETTINGS, SERVER_NAME, SERVER_NAMESPACE, SERVER_GATEWAY, SERVER_SHADOW_SECONDS"
+    return _build(KServeInferenceService, f"{names} or a service of DATA_SETS", fields)
 
 
 def _options(settings: Settings, data_set: DataSet, uri: str, **recording: str) -> dict[str, str]:
@@ -184,5 +185,8 @@ def _build(kind: type[_Model], variable: str, fields: Mapping[str, Any]) -> _Mod
     try:
         return kind(**fields)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        found = [
+            (".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors()
+        ]
+        problems = "; ".join(": ".join(filter(None, parts)) for parts in found)
         raise ConfigError(f"{variable} is not valid for {kind.__name__}. {problems}") from None

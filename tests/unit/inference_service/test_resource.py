@@ -60,6 +60,10 @@ def test_settings_come_from_the_environment() -> None:
         ({"SERVER_IMAGE": "x", "SERVER_SETTINGS": '{"cpuu": "1"}'}, "cpuu"),
         ({"SERVER_IMAGE": "x", "SERVER_NAME": "Cifar10_v2"}, "not a DNS-1035 label"),
         ({"SERVER_IMAGE": "x", "SERVER_NAME": "c" * 70}, "too long"),
+        (
+            {"SERVER_IMAGE": "x", "SERVER_SETTINGS": '{"canary_percent": 5}'},
+            "^SERVER_SETTINGS, .*SERVER_GATEWAY, .*KServeInferenceService. canary_percent needs a gateway",
+        ),
     ],
 )
 def test_invalid_environment_is_rejected(environment: dict[str, str], message: str) -> None:
