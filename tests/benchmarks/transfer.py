@@ -2,9 +2,9 @@
 
     python tests/benchmarks/transfer.py --source FOLDER --work FOLDER [--seeds 5] [--ways nothing finetune]
 
-The source is CIFAR-10 as Parquet with encoded pictures. A `resnet18` is trained on 2,000 images of each of five classes
-and kept in the work folder, where a later run finds it. Of the other five classes, each seed draws 20 images for
-training and 20 for validation, as class folders; 200 are for testing. With one seed, every way has the same images.
+The source is CIFAR-10 as Parquet with encoded pictures. A `resnet18` is trained on the 5,000 images of each of five
+classes and kept in the work folder, where a later run finds it. Of the other five classes, each seed draws 20 images
+for training and 20 for validation, as class folders; 200 are for testing. With one seed, every way has the same images.
 A run that was stopped continues from its checkpoint.
 """
 
@@ -33,7 +33,7 @@ from resources.object_store import FolderStore
 
 KNOWN, NEW = CLASSES[::2], CLASSES[1::2]
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 20, 20, 200
-NUM_START = 2000
+NUM_START = 5000
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "nothing": ("resnet18", {}),
     "nothing-fast": ("fast", {}),
