@@ -1,11 +1,16 @@
-"""Buckets, users and policies of the platform's MinIO: `python -m resources.object_store.setup FOLDER`.
+"""Buckets, users and policies of the platform's object store: `python -m resources.object_store.setup FOLDER`.
 
 The folder has one file per role with its user's secret key, like a mounted Secret. Running it again updates keys and
-policies. The AWS_... variables name MinIO and its root user.
+policies. The AWS_... variables name MinIO and its root user. Other servers have no such interface for users: without
+FOLDER, only the buckets are created. SeaweedFS reads the same users and policies from a file, which `--seaweedfs FILE`
+writes without connecting to a server.
 """
 
 import argparse
+import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,35 +70,68 @@ def policy_of(role: str, bucket_prefix: str = "") -> dict[str, Any]:
     return {"Version": "2012-10-17", "Statement": statements}
 
 
+def seaweedfs_users(keys: Mapping[str, str], bucket_prefix: str = "") -> dict[str, Any]:
+    """SeaweedFS's file of users (option -s3.config): every role's key and policy."""
+    policies = [{"name": user_of(role), "content": json.dumps(policy_of(role, bucket_prefix))} for role in ROLES]
+    identities = [
+        {
+            "name": user_of(role),
+            "credentials": [{"accessKey": user_of(role), "secretKey": keys[role]}],
+            "policyNames": [user_of(role)],
+        }
+        for role in ROLES
+    ]
+    return {"identities": identities, "policies": policies}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Create what is missing on the server that the AWS_... variables name; set every role's key and policy."""
     parser = argparse.ArgumentParser(prog="python -m resources.object_store.setup", description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder with one file per role that contains its secret key")
-    folder: Path = parser.parse_args(arguments).folder
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="folder with one file per role that contains its secret key"
+    )
+    parser.add_argument("--seaweedfs", metavar="FILE", type=Path, help="only write SeaweedFS's file of users")
+    options = parser.parse_args(arguments)
     try:
-        if missing := [role for role in ROLES if not (folder / role).is_file()]:
-            raise ConfigError(
-                f"{folder} has no file {', '.join(missing)}: each contains the secret key of a role's user."
-            )
+        keys = _keys_in(options.folder) if options.folder else {}
+        if options.seaweedfs:
+            if not keys:
+                parser.error("--seaweedfs needs FOLDER")
+            options.seaweedfs.touch(mode=0o600)
+            users = seaweedfs_users(keys, os.environ.get("CIFAR_BUCKET_PREFIX", ""))
+            options.seaweedfs.write_text(json.dumps(users))
+            return 0
         connection = S3Connection.from_environment()
         prefix = connection.bucket_prefix
         S3Store(connection).ensure_buckets(prefix + name for name in ALL_BUCKETS)
-        admin = MinioAdmin(
-            endpoint=connection.host,
-            credentials=StaticProvider(connection.access_key, connection.secret_key),
-            region=connection.region,
-            secure=connection.secure,
-            http_client=connection.pool(),
-        )
-        for role, places in ROLES.items():
-            admin.policy_add(user_of(role), policy=policy_of(role, prefix))
-            admin.user_add(user_of(role), (folder / role).read_text().strip())
-            admin.policy_set(user_of(role), user=user_of(role))
-            sys.stdout.write(f"user {user_of(role)}: {', '.join(prefix + place for place in places)}\n")
+        if keys:
+            _set_users(connection, keys)
     except ExplainedError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
+
+
+def _keys_in(folder: Path) -> dict[str, str]:
+    if missing := [role for role in ROLES if not (folder / role).is_file()]:
+        raise ConfigError(f"{folder} has no file {', '.join(missing)}: each contains the secret key of a role's user.")
+    return {role: (folder / role).read_text().strip() for role in ROLES}
+
+
+def _set_users(connection: S3Connection, keys: Mapping[str, str]) -> None:
+    prefix = connection.bucket_prefix
+    admin = MinioAdmin(
+        endpoint=connection.host,
+        credentials=StaticProvider(connection.access_key, connection.secret_key),
+        region=connection.region,
+        secure=connection.secure,
+        http_client=connection.pool(),
+    )
+    for role, places in ROLES.items():
+        admin.policy_add(user_of(role), policy=policy_of(role, prefix))
+        admin.user_add(user_of(role), keys[role])
+        admin.policy_set(user_of(role), user=user_of(role))
+        sys.stdout.write(f"user {user_of(role)}: {', '.join(prefix + place for place in places)}\n")
 
 
 if __name__ == "__main__":

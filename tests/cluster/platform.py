@@ -1,4 +1,7 @@
-"""The platform of k8s/overlays/minikube in a cluster, set up and removed by the commands of docs/kubernetes.md."""
+"""The platform in a cluster, set up and removed by the commands of docs/kubernetes.md.
+
+TEST_OVERLAY names another overlay than minikube.
+"""
 
 import base64
 import os
@@ -18,6 +21,9 @@ from tests.fixtures.ports import free_port
 NAMESPACE = "cifar"
 PLATFORM_NAMESPACE = "cifar-platform"
 KEEP_VARIABLE = "TEST_KEEP_PLATFORM"
+OVERLAY = os.environ.get("TEST_OVERLAY", "minikube")
+STORE = "seaweedfs" if OVERLAY == "seaweedfs" else "minio"
+"""Name of the object store's Deployment."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Platform:
             pytest.skip(f"the cluster has {' and '.join(found.split())} already; {KEEP_VARIABLE}=1 tests in them")
         try:
             if not found:
-                page.run(page.INSTALLATION)
+                page.run(page.INSTALLATION.replace("overlays/minikube", f"overlays/{OVERLAY}"))
             _wait_until_ready()
             platform = cls(free_port(), free_port())
             with (
@@ -92,6 +98,6 @@ def secret(namespace: str, name: str) -> dict[str, str]:
 
 def _wait_until_ready() -> None:
     inside = ["-n", PLATFORM_NAMESPACE]
-    kubectl(*inside, "rollout", "status", "deploy/minio", PATIENCE)
+    kubectl(*inside, "rollout", "status", f"deploy/{STORE}", PATIENCE)
     kubectl(*inside, "wait", "--for=condition=complete", "job/store-setup", PATIENCE)
     kubectl(*inside, "rollout", "status", "deploy/mlflow", PATIENCE)

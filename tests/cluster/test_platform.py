@@ -35,7 +35,9 @@ def objects_in(folder: str, namespace: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["overlays/minikube", "overlays/gpu", "pytorchjob", "trainjob"])
+@pytest.mark.parametrize(
+    "folder", ["overlays/minikube", "overlays/gpu", "overlays/seaweedfs", "pytorchjob", "trainjob"]
+)
 def test_api_server_accepts_every_object(folder: str, core: Any) -> None:
     if folder == "trainjob" and not is_installed(TRAIN_JOB.client.group):
         pytest.skip("the cluster does not have Kubeflow Trainer")

@@ -1,4 +1,4 @@
-"""Users and rights on a real MinIO: each role may do what it needs, and nothing else."""
+"""Users and rights on a real MinIO and a real SeaweedFS: each role may do what it needs, and nothing else."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,7 +10,7 @@ from resources.errors import StoreError
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
 from resources.object_store.setup import ALL_BUCKETS, ROLES, main, user_of
-from tests.fixtures.s3 import S3Server, running_minio
+from tests.fixtures.s3 import S3Server, running_minio, running_seaweedfs
 
 PREFIX = "team-"
 MAY_READ = {
@@ -40,23 +40,46 @@ PLACES = sorted({place for places in MAY_WRITE.values() for place in places})
 pytestmark = pytest.mark.s3
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A MinIO that was set up twice, with changed keys."""
-    folder = tmp_path_factory.mktemp("minio-users")
-    keys = folder / "keys"
+@pytest.fixture(scope="module", params=["minio", "seaweedfs"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server that was set up twice, with changed keys."""
+    folder = tmp_path_factory.mktemp("users")
+    keys, users = folder / "keys", folder / "users.json"
     keys.mkdir()
-    with running_minio(folder) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in {**server.environment(), "CIFAR_BUCKET_PREFIX": PREFIX}.items():
-            patch.setenv(name, value)
+
+    def write_keys(attempt: int) -> None:
+        for role in ROLES:
+            (keys / role).write_text(f"secret-{role}-{attempt}\n")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIFAR_BUCKET_PREFIX", PREFIX)
+        if request.param == "minio":
+            with running_minio(folder) as server:
+                _connect(patch, server)
+                for attempt in (1, 2):
+                    write_keys(attempt)
+                    assert main([str(keys)]) == 0
+                yield _filled(server)
+            return
         for attempt in (1, 2):
-            for role in ROLES:
-                (keys / role).write_text(f"secret-{role}-{attempt}\n")
-            assert main([str(keys)]) == 0
-        root = S3Store(S3Connection.from_environment())
-        for place in PLACES:
-            root.bucket(place.partition("/")[0]).write(place.partition("/")[2], b"there")
-        yield server
+            write_keys(attempt)
+            assert main([str(keys), "--seaweedfs", str(users)]) == 0
+        with running_seaweedfs(folder, users) as server:
+            _connect(patch, server)
+            assert main([]) == 0
+            yield _filled(server)
+
+
+def _connect(patch: pytest.MonkeyPatch, server: S3Server) -> None:
+    for name, value in server.environment().items():
+        patch.setenv(name, value)
+
+
+def _filled(server: S3Server) -> S3Server:
+    root = store_of(server)
+    for place in PLACES:
+        root.bucket(place.partition("/")[0]).write(place.partition("/")[2], b"there")
+    return server
 
 
 def store_of(server: S3Server, role: str | None = None, key: str = "") -> S3Store:

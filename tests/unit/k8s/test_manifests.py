@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ def documents(*folders: str) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-FOLDERS = ("platform", "access", "pytorchjob", "trainjob", "overlays/kueue")
+BASES = ("platform", "access", "pytorchjob", "trainjob")
+FOLDERS = (*BASES, "overlays/kueue", "overlays/seaweedfs")
 OBJECTS = [(name, document) for name, document in documents(*FOLDERS) if "Kustom" not in name]
 
 
@@ -74,7 +77,9 @@ def test_pods_are_restricted(name: str, spec: dict[str, Any]) -> None:
 def test_platform_and_one_training_fit_a_small_minikube() -> None:
     """4 CPU and 8 GB, of which Kubernetes itself, its operators and Dagster take about half."""
     cpu = memory = 0.0
-    for _, spec in PODS:
+    for name, spec in PODS:
+        if name.startswith("overlays/"):
+            continue
         for container in spec["containers"]:
             requests = container["resources"]["requests"]
             cpu += quantity(requests["cpu"])
@@ -130,8 +135,37 @@ def test_overlay_kueue_queues_trainings_and_its_quota_admits_one_at_a_time() -> 
         assert quantity(job[name]) <= allowed < 2 * quantity(job[name])
 
 
+def built(overlay: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The objects of an overlay, by kind and name."""
+    if not shutil.which("kubectl"):
+        pytest.skip("no kubectl")
+    command = ["kubectl", "kustomize", str(K8S / "overlays" / overlay)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(text)}
+
+
+def test_overlay_seaweedfs_changes_only_the_object_store() -> None:
+    before, after = built("minikube"), built("seaweedfs")
+    replaced = ("Deployment", "PersistentVolumeClaim")
+    assert set(before) - set(after) == {(kind, "minio") for kind in replaced}
+    assert set(after) - set(before) == {(kind, "seaweedfs") for kind in replaced}
+    changed = {key for key in set(before) & set(after) if before[key] != after[key]}
+    assert changed == {("Service", "minio"), ("Job", "store-setup")}
+    pods = {
+        name: objects["Deployment", name]["spec"]["template"]
+        for name, objects in (("minio", before), ("seaweedfs", after))
+    }
+    labels = {name: set(pod["metadata"]["labels"].items()) for name, pod in pods.items()}
+    assert labels["minio"] < labels["seaweedfs"], "the network policies select it"
+    selector = set(after["Service", "minio"]["spec"]["selector"].items())
+    assert selector <= labels["seaweedfs"]
+    assert not selector <= labels["minio"], "a MinIO that still runs gets no requests"
+    ports = [pod["spec"]["containers"][0]["ports"] for pod in pods.values()]
+    assert ports[0] == ports[1]
+
+
 def test_every_file_belongs_to_a_kustomization() -> None:
-    for folder in (*FOLDERS[:-1], "trainjob/training"):
+    for folder in (*BASES, "trainjob/training"):
         kustomization = yaml.safe_load((K8S / folder / "kustomization.yaml").read_text())
         files = {path.name for path in (K8S / folder).glob("*.yaml")}
         settings = {name for name in files if name.endswith(".settings.yaml")}
