@@ -6,7 +6,7 @@ Stories need the image of tests/cluster/story_image: `make -f images/images.mk s
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
 from tests.cluster.kinds import EVERY_STORY, KINDS, STORE_SECRET, JobKind, is_installed
 from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, temporary_namespace, wait_for
-from tests.cluster.platform import Platform, is_kept
+from tests.cluster.platform import NAMESPACE, PLATFORM_NAMESPACE, Platform, is_kept
 from tests.fixtures.ports import free_port
 
 MINIO_IMAGE = os.environ.get("TEST_MINIO_IMAGE", "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z")
@@ -93,18 +93,22 @@ def job_plurals() -> list[str]:
     return [f"{each.client.plural}.{each.client.group}" for each in KINDS if is_installed(each.client.group)]
 
 
-def everything() -> set[str]:
-    """Names of what a test could leave behind."""
+def everything(*, outside: Collection[str] = ()) -> set[str]:
+    """Namespace, kind and name of what a test could leave behind, outside of these namespaces."""
     kinds = "namespaces,persistentvolumes,persistentvolumeclaims,clusterroles,clusterrolebindings"
-    return set(kubectl("get", ",".join([kinds, *job_plurals()]), "-A", "-o", "name", "--ignore-not-found").split())
+    line = r'jsonpath={range .items[*]}{.metadata.namespace}/{.kind}/{.metadata.name}{"\n"}{end}'
+    found = kubectl("get", ",".join([kinds, *job_plurals()]), "-A", "-o", line, "--ignore-not-found").split()
+    return {each for each in found if each.partition("/")[0] not in outside}
 
 
 @pytest.fixture(scope="session")
 def namespace(core: Any) -> Iterator[str]:
-    before = everything()
+    others = (NAMESPACE, PLATFORM_NAMESPACE)  # the fixture `platform` empties these, perhaps later
+    before = everything(outside=others)
     with temporary_namespace("pytorch-job-test") as name:
         yield name
-    wait_for(f"removal of {everything() - before}", lambda: everything() <= before)
+    left = everything(outside=others) - before
+    wait_for(f"removal of {left}", lambda: everything(outside=others) <= before)
 
 
 class Minio:
