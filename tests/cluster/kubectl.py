@@ -101,7 +101,7 @@ def forwarded(namespace: str, target: str, local_port: int, port: int) -> Iterat
     forwarder = Thread(target=forward, daemon=True)
     forwarder.start()
     try:
-        wait_for(f"port {port} of {namespace}/{target}", lambda: _accepts(local_port))
+        wait_for(f"port {port} of {namespace}/{target}", lambda: is_listening(local_port))
         yield
     finally:
         ended.set()
@@ -109,7 +109,8 @@ def forwarded(namespace: str, target: str, local_port: int, port: int) -> Iterat
         forwarder.join(10)
 
 
-def _accepts(port: int) -> bool:
+def is_listening(port: int) -> bool:
+    """Whether a process of this machine accepts connections to the port."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1):
             return True

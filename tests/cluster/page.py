@@ -1,8 +1,10 @@
-"""The commands of docs/kubernetes.md that set up and remove the platform. Tests run them as they stand; only the images
-are built elsewhere."""
+"""The commands of docs/kubernetes.md, which tests run as they stand. Only the images are built elsewhere."""
 
+import os
 import re
 import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -11,24 +13,27 @@ _SECONDS = 1200
 """Far longer than any block takes."""
 
 
-def _first_block(heading: str) -> str:
-    """The first shell commands of a section."""
+def _blocks(heading: str) -> list[str]:
+    """The shell commands of a section."""
     page = (ROOT / "docs/kubernetes.md").read_text()
     (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## )", page, re.DOTALL | re.MULTILINE)
-    return re.findall(r"^```sh\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[0]
+    return re.findall(r"^```sh\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
 
 
-_INSTALLATION = _first_block("From an empty cluster")
+_INSTALLATION, DAGSTER, QUERY = _blocks("From an empty cluster")
 assert _INSTALLATION.startswith(_IMAGES)
 INSTALLATION = _INSTALLATION.removeprefix(_IMAGES)
-REMOVAL = _first_block("Cleaning up")
+(REMOVAL,) = _blocks("Cleaning up")
 
 
-def run(commands: str) -> None:
-    """Runs them in one shell at the repository's root until one fails."""
+def run(commands: str, folder: Path = ROOT, environment: Mapping[str, str] | None = None) -> str:
+    """Output of the commands in one shell, until one fails. What they started in the background ends with the shell."""
+    script = f"set -eo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{commands}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-ec", commands],
-        cwd=ROOT,
+        ["bash", "-c", script],
+        cwd=folder,
+        env={**os.environ, "PATH": path, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -36,3 +41,4 @@ def run(commands: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-20_000:]
+    return done.stdout
