@@ -49,14 +49,12 @@ class ServiceDeployer:
         self._build = build
         self._log = view.log
         self._split: Split = split or RevisionSplit(view, self._write_and_wait)
-        self._id = uuid.uuid4().hex
+        self.id = uuid.uuid4().hex
         self._found: InferenceService | None = None
         """The service before this deployment, unless it was being deleted."""
         self._earlier: InferenceService | None = None
         """What to restore if this deployment fails."""
         self._watch: RevisionWatch | None = None
-        self._is_started = False
-        """Whether it started a candidate, or tried to. Then it deletes no other."""
 
     def deploy(self, request: DeployRequest) -> Outcome:
         """Serve the model; return once it is served and no pod of another version is.
@@ -93,8 +91,8 @@ class ServiceDeployer:
         previous_digest = found.model_digest if found and (found.ready or ready) else None
         if answering:
             previous_digest = answering.model_digest
-        if found and ready:
-            self._split.prepare()
+        if found:
+            self._split.prepare(wait=bool(ready))  # a service that does not answer loses nothing by an update
         try:
             service = self._roll_out(manifest, request, written)
         except ResourceFailedError as error:
@@ -116,7 +114,6 @@ class ServiceDeployer:
         """
         manifest = with_traffic(self._build_own(request), None)
         manifest["metadata"]["ownerReferences"] = [owner]
-        self._is_started = True
         self._found = self._view.get()  # what an interrupted attempt left
         self._watch = RevisionWatch(self._view, self._write(manifest), request)
         return self._view.asking(self._watch.wait_until_serving(), False)
@@ -139,7 +136,7 @@ class ServiceDeployer:
     def delete(self, *, wait: bool = True) -> bool:
         """Delete the service and wait until its pods are gone. False if there was none to delete."""
         service = self._view.get()
-        if service is None or (self._is_started and service.mark[1] != self._id):
+        if service is None:
             return False
         self._refuse_foreign(service)
         if wait:
@@ -151,7 +148,7 @@ class ServiceDeployer:
     def _build_own(self, request: DeployRequest) -> dict[str, Any]:
         """The manifest, marked as written by this deployment."""
         manifest = self._build(request)
-        manifest["metadata"]["annotations"][DEPLOYMENT_ANNOTATION] = self._id
+        manifest["metadata"]["annotations"][DEPLOYMENT_ANNOTATION] = self.id
         return manifest
 
     def _refuse_foreign(self, service: InferenceService) -> None:
@@ -217,6 +214,7 @@ class ServiceDeployer:
         except ExplainedError as error:
             fault = f"it could not be judged: {error}"
             transient = isinstance(error, StoreError | DeployError) and error.transient
+        self._split.confirm()
         if fault:
             summary = f"it was rejected with {part} of the requests: {fault}"
             advice = "Check that the server prepares images as training does; deploy another model meanwhile."
@@ -251,7 +249,7 @@ class ServiceDeployer:
     def _is_own(self, current: InferenceService) -> bool:
         """Whether this deployment found or wrote it as it is."""
         known = {each.mark for each in (self._found, self._earlier) if each}
-        return current.mark[1] == self._id or current.mark in known
+        return current.mark[1] == self.id or current.mark in known
 
     def _failure(self, request: DeployRequest, error: ResourceFailedError) -> DeployError:
         """The error of an abandoned deployment, after restoring the previous service."""

@@ -5,16 +5,24 @@ API splits them between two InferenceServices, or copies them to the second.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from resources.errors import DeployError
 from resources.inference_service.client import InferenceClient
 from resources.inference_service.interface import DeployRequest
 from resources.inference_service.kserve.client import InferenceService
-from resources.inference_service.kserve.manifest import GROUP, KIND, VERSION, percent_of, predictor_name
+from resources.inference_service.kserve.manifest import (
+    DEPLOYMENT_ANNOTATION,
+    GROUP,
+    KIND,
+    VERSION,
+    percent_of,
+    predictor_name,
+)
 from resources.inference_service.kserve.watch import NotYetError, ServiceView
 from resources.kubernetes.api import CustomResource, CustomResourceClient
+from resources.kubernetes.errors import ApiError
 from resources.kubernetes.naming import MANAGED_BY_LABEL
 
 _ROUTES = "gateway.networking.k8s.io"
@@ -35,8 +43,8 @@ class Split(Protocol):
     def check(self) -> None:
         """Changes nothing. DeployError or KubernetesError if requests cannot be split."""
 
-    def prepare(self) -> None:
-        """Let the service, which exists, answer all requests. DeployError if they cannot be routed to it."""
+    def prepare(self, *, wait: bool) -> None:
+        """Let the service, which exists, answer all requests. To `wait` raises DeployError if they do not reach it."""
 
     def is_wanted(self, manifest: Mapping[str, Any]) -> bool:
         """Whether a new model gets requests before it is promoted."""
@@ -49,28 +57,38 @@ class Split(Protocol):
         """
         ...
 
+    def confirm(self) -> None:
+        """DeployError if the started model was changed, or taken over by a later deployment."""
+
     def end(self, *, wait: bool) -> None:
         """Let the service answer all requests. An interrupt leaves no time to `wait` until that is so."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RevisionSplit:
     """The new model is the newest revision of the service, which a later write of the service promotes or replaces."""
 
     view: ServiceView
     write_and_wait: Callable[[Mapping[str, Any], DeployRequest], InferenceService]
+    _canary: InferenceService | None = field(default=None, init=False)
 
     def check(self) -> None:
         pass
 
-    def prepare(self) -> None:
+    def prepare(self, *, wait: bool) -> None:
         pass
 
     def is_wanted(self, manifest: Mapping[str, Any]) -> bool:
         return percent_of(manifest) is not None
 
     def start(self, manifest: Mapping[str, Any], request: DeployRequest) -> InferenceClient:
-        return self.view.asking(self.write_and_wait(manifest, request), True)
+        self._canary = self.write_and_wait(manifest, request)
+        return self.view.asking(self._canary, True)
+
+    def confirm(self) -> None:
+        if canary := self._canary:
+            seconds = self.view.limits.settle_timeout_seconds
+            self.view.until("confirmed", seconds, lambda: self.view.unchanged(canary), tolerated=ApiError)
 
     def end(self, *, wait: bool) -> None:
         pass
@@ -79,6 +97,8 @@ class RevisionSplit:
 class Candidate(Protocol):
     """Serves a model in an InferenceService of its own."""
 
+    @property
+    def id(self) -> str: ...
     def check(self) -> None: ...
     def start(self, request: DeployRequest, owner: Mapping[str, str]) -> InferenceClient: ...
     def watch(self, seconds: float) -> None: ...
@@ -137,12 +157,19 @@ class HTTPRouteClient(CustomResourceClient[HTTPRoute]):
         return self._object("replace", current.namespace, current.name, body, none_on=(404, 409))
 
 
-@dataclass(frozen=True)
+class _TakenOverError(DeployError):
+    """Another deployment has written the route since this one did."""
+
+
+@dataclass
 class RouteSplit:
     """The new model is a service of its own, which gets its percentage from an HTTPRoute.
 
     The route names the candidate only after its pods are ready, and no longer before they are deleted. It belongs to
     the service: Kubernetes deletes both together, and a candidate that was left behind.
+
+    Of concurrent deployments, the one that was the last to write the route for the first time owns the route and the
+    candidate. The others no longer change either, so that none deletes a candidate that the route of another names.
     """
 
     view: ServiceView
@@ -153,6 +180,7 @@ class RouteSplit:
     candidate: Candidate
     shadow_seconds: float | None = None
     """How long the new model first gets a copy of every request."""
+    _has_written: bool = field(default=False, init=False)
 
     def check(self) -> None:
         if self.view.client.of(GatewayClient).get(*self.gateway.split("/")) is None:
@@ -160,8 +188,8 @@ class RouteSplit:
         self._find_route()
         self.candidate.check()
 
-    def prepare(self) -> None:
-        self._put(0)
+    def prepare(self, *, wait: bool) -> None:
+        self._put(0, wait=wait)
 
     def is_wanted(self, manifest: Mapping[str, Any]) -> bool:
         return bool(percent_of(manifest) or self.shadow_seconds)
@@ -176,8 +204,14 @@ class RouteSplit:
             self._put(percent)
         return client
 
+    def confirm(self) -> None:
+        self.view.until("confirmed", self.view.limits.settle_timeout_seconds, self._find_route, tolerated=ApiError)
+
     def end(self, *, wait: bool) -> None:
-        self._put(0, wait=wait)
+        try:
+            self._put(0, wait=wait)
+        except _TakenOverError:
+            return
         self.candidate.delete(wait=wait)
 
     @property
@@ -185,13 +219,17 @@ class RouteSplit:
         return self.view.client.of(HTTPRouteClient)
 
     def _find_route(self) -> HTTPRoute | None:
-        """The service's route. DeployError if it was made by others."""
+        """The service's route. DeployError if it was made by others, or another deployment has taken it over."""
         route = self._routes.get(self.view.namespace, self.view.name)
         if route and route.labels.get(MANAGED_BY_LABEL) != _MANAGER:
             raise DeployError(
                 f"{route} exists and was not made by this project: it lacks the label {MANAGED_BY_LABEL}={_MANAGER}. "
                 "If KServe made it, set disableIngressCreation in the ConfigMap inferenceservice-config. Then delete "
                 "it, or give the service another name."
+            )
+        if route and self._has_written and route.annotations.get(DEPLOYMENT_ANNOTATION) != self.candidate.id:
+            raise _TakenOverError(
+                f"A later deployment of {self.view} has taken over {route}. This one left both unchanged."
             )
         return route
 
@@ -203,6 +241,7 @@ class RouteSplit:
             if service is None:
                 raise DeployError(f"{self.view} was deleted by someone else.")
             manifest = build_route(service, self.gateway, self.host(service), percent, is_shadowed=is_shadowed)
+            manifest["metadata"]["annotations"] = {DEPLOYMENT_ANNOTATION: self.candidate.id}
             stored = self._routes.replace(route, manifest) if route else self._routes.create(manifest)
             if stored is None:
                 raise NotYetError("its HTTPRoute was changed by someone else at the same time")
@@ -215,6 +254,7 @@ class RouteSplit:
 
         seconds = self.view.limits.settle_timeout_seconds if wait else _INTERRUPT_SECONDS
         service = self.view.until("routed", seconds, write)
+        self._has_written = True
         if wait:
             self.view.until("routed", seconds, look)
         return service

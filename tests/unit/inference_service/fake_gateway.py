@@ -84,9 +84,9 @@ class FakeGateway:
         return self.candidate if name == CANARY else self.main
 
     def _store(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Keeps the route. Its backends have to serve, before and after."""
-        for backend in [*self._backends(self.route), *self._backends(body)]:
-            self._of(backend["name"].removesuffix("-predictor")).served_model()
+        """Keeps the route. A candidate that it names has to serve, before and after."""
+        if any(CANARY in backend["name"] for backend in [*self._backends(self.route), *self._backends(body)]):
+            self.candidate.served_model()
         number = len(self.weights) + 1
         weights = {backend["name"]: backend.get("weight", 0) for backend in self._backends(body)}
         if self.route is None or self._backends(self.route) != self._backends(body):

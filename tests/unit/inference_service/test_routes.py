@@ -1,6 +1,5 @@
 """Canaries in Standard mode: the weights of both services over time, and what is left afterwards."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -135,31 +134,48 @@ def test_canary_of_a_run_that_was_cut_off_is_replaced(serving_a: FakeGateway, mo
     assert serving_a.candidate.service is None
 
 
-@pytest.mark.parametrize("call", ["create", "judge"])
-def test_candidate_of_another_deployment_is_not_deleted(
-    serving_a: FakeGateway, monkeypatch: pytest.MonkeyPatch, call: str
+@pytest.mark.parametrize(("later", "percent"), [(A, 20), (A, None), (C, 20), (C, None)])
+@pytest.mark.parametrize("when", ["starting", "judged", "refused"])
+def test_later_deployment_takes_over_from_a_canary(
+    serving_a: FakeGateway, when: str, later: DeployRequest, percent: int | None
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(module.RouteSplit, "end", lambda self, wait: None)
-        with pytest.raises(DeployError):
-            deploy(serving_a, C, Judge("only its candidate is needed"))
-    others, candidate = copy.deepcopy(serving_a.candidate.service), serving_a.candidate
+    def take_over() -> None:
+        serving_a.candidate.after_write = lambda: None
+        deploy(serving_a, later, percent=percent)
 
-    def write(now: str) -> None:
-        if now == call:
-            candidate.service = others
+    def judge(_: Any) -> str | None:
+        take_over()
+        return "few right" if when == "refused" else None
 
-    def judge(_: Any) -> str:
-        write("judge")
-        return "few right"
-
-    if call == "create":
-        candidate.service = None
-    candidate.failing = write
-    with pytest.raises(DeployError):
+    if when == "starting":
+        serving_a.candidate.after_write = take_over
+    with pytest.raises(DeployError) as caught:
         deploy(serving_a, B, judge)
-    assert candidate.service is others
+    assert ("was deleted or changed by someone else" if when == "starting" else "later deployment") in str(caught.value)
+    assert not caught.value.transient
+    assert served(serving_a) == later.model_digest
     assert serving_a.weights[-1] == MAIN_ONLY
+    assert serving_a.candidate.service is None
+
+
+@pytest.mark.parametrize("is_answering", [True, False])
+def test_deployment_without_a_canary_leaves_that_of_a_later_one(
+    serving_a: FakeGateway, monkeypatch: pytest.MonkeyPatch, is_answering: bool
+) -> None:
+    def start_another() -> None:
+        serving_a.main.after_write = lambda: None
+        with monkeypatch.context() as patch:
+            patch.setattr(module.RouteSplit, "end", lambda self, wait: None)
+            with pytest.raises(DeployError):
+                deploy(serving_a, B, Judge("stands for a canary that is still being judged"))
+
+    if not is_answering:
+        serving_a.main.pods.clear()
+    serving_a.main.after_write = start_another
+    deploy(serving_a, C, percent=None)
+    assert served(serving_a) == C.model_digest
+    assert serving_a.weights[-1] == SPLIT
+    assert serving_a.candidate.served_model().model_digest == B.model_digest
 
 
 def test_canary_left_after_a_promotion_is_removed_by_the_next_deployment(

@@ -106,6 +106,18 @@ def test_failed_canary_loses_its_traffic(serving_a: FakeKnative) -> None:
     assert serving_a.shares[-1] == {A.model_digest: 100}
 
 
+@pytest.mark.parametrize("fault", [None, "few right"])
+def test_later_deployment_takes_over_from_a_canary(serving_a: FakeKnative, fault: str | None) -> None:
+    class Slow(Judge):
+        def __call__(self, canary: Any) -> str | None:
+            deploy(serving_a, A)
+            return super().__call__(canary)
+
+    with pytest.raises(DeployError, match="was deleted or changed by someone else"):
+        deploy(serving_a, B, Slow(fault))
+    assert serving_a.shares[-1] == {A.model_digest: 100}
+
+
 @pytest.mark.parametrize("away", [True, False])
 def test_canary_without_a_verdict_loses_its_traffic_and_may_be_retried(serving_a: FakeKnative, away: bool) -> None:
     judge = Judge(StoreError("the store does not answer", transient=away))
