@@ -42,6 +42,11 @@ class JobConfig(StrictConfig):
         default=None, description="Size of /dev/shm, counted as memory; by default the container runtime's 64 MiB."
     )
     scratch: str | None = Field(default="2Gi", description="Size limit of a writable /tmp; null mounts none.")
+    config_map_mounts: dict[str, str] = Field(
+        default={},
+        description="ConfigMaps whose keys become files, by folder, such as a certificate authority in /etc/cifar-ca. "
+        "Those that do not exist are left out.",
+    )
 
     node_selector: dict[str, str] = Field(default={}, description="Labels that a node must have.")
     tolerations: list[dict[str, Any]] = Field(

@@ -40,7 +40,7 @@ def build_pod_template(
             ),
         ],
         volume_mounts=[{"name": name, "mount_path": path} for name, path, _ in _volumes(config)],
-        volumes=[{"name": name, "empty_dir": source} for name, _, source in _volumes(config)],
+        volumes=[{"name": name, **source} for name, _, source in _volumes(config)],
         labels=labels,
         resources=_without_empty(
             {
@@ -87,13 +87,16 @@ def _pod(config: JobConfig) -> dict[str, Any]:
     }
 
 
-def _volumes(config: JobConfig) -> list[tuple[str, str, dict[str, str]]]:
-    """Name, mount path and emptyDir source of each volume."""
-    volumes = []
+def _volumes(config: JobConfig) -> list[tuple[str, str, dict[str, Any]]]:
+    """Name, mount path and source of each volume."""
+    volumes: list[tuple[str, str, dict[str, Any]]] = []
     if config.shared_memory:
-        volumes.append(("shared-memory", "/dev/shm", {"medium": "Memory", "size_limit": config.shared_memory}))
+        memory = {"medium": "Memory", "size_limit": config.shared_memory}
+        volumes.append(("shared-memory", "/dev/shm", {"empty_dir": memory}))
     if config.scratch:
-        volumes.append(("scratch", "/tmp", {"size_limit": config.scratch}))
+        volumes.append(("scratch", "/tmp", {"empty_dir": {"size_limit": config.scratch}}))
+    for number, (folder, name) in enumerate(sorted(config.config_map_mounts.items())):
+        volumes.append((f"files-{number}", folder, {"config_map": {"name": name, "optional": True}}))
     return volumes
 
 

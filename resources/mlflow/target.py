@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 
 DEFAULT_NAME = "cifar10"
 """Name of the experiment and of the registered model."""
+CA_VARIABLE = "MLFLOW_TRACKING_SERVER_CERT_PATH"
+"""Environment variable of MLflow's client: file of the certificate authorities to trust."""
 
 _OWN_STATE = re.compile(r"The (experiment|run) (\S+) must be in the 'active' state")
+_UNTRUSTED = f"Set {CA_VARIABLE} to a file with the certificate authority of the server."
 _KNOWN = {
+    "certificate verify failed": _UNTRUSTED,
+    "CA certificate bundle, invalid path": _UNTRUSTED,
     "out-of-date database schema": "Back up the database, then run: mlflow db upgrade {uri}. If a newer MLflow wrote "
     "it, install that version instead.",
     "readonly database": "Give this process's user write permission to the database file and its folder.",

@@ -23,6 +23,7 @@ def _blocks(heading: str) -> list[str]:
 _INSTALLATION, DAGSTER, QUERY = _blocks("From an empty cluster")
 assert _INSTALLATION.startswith(_IMAGES)
 INSTALLATION = _INSTALLATION.removeprefix(_IMAGES)
+AUTHORITY = _blocks("MinIO and MLflow with HTTPS")[0]
 (REMOVAL,) = _blocks("Cleaning up")
 
 

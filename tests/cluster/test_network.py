@@ -21,8 +21,8 @@ from tests.cluster.kubectl import PATIENCE, kubectl, temporary_namespace
 from tests.fixtures.connections import ALL_WAYS, NAMED_PORTS, NAMESPACES, OPEN, PODS, PORTS, Pod, Way
 
 K8S = Path(__file__).parents[2] / "k8s"
-FOLDERS = ("overlays/serverless", "dagster", "argo", "trainjob", "monitoring")
-"""Together they have every policy: the overlay includes k8s/platform and k8s/access."""
+FOLDERS = ("overlays/serverless", "overlays/gateway", "dagster", "argo", "trainjob", "monitoring")
+"""Together they have every policy: the overlays include k8s/platform and k8s/access."""
 IMAGE = "python:3.11-slim"
 _OPEN_SECONDS, _SHUT_SECONDS = 30, 3
 """Timeouts for a connection that should be open, and for one that should be closed."""
@@ -86,7 +86,7 @@ class Network:
     addresses: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> None:
-        pods = [_pod(kind, self.namespaces[pod.namespace], pod) for kind, pod in PODS.items()]
+        pods = [_renamed(_pod(kind, pod), self.namespaces) for kind, pod in PODS.items()]
         kubectl("create", "-f", "-", text=yaml.safe_dump_all(pods))
         for namespace in self.namespaces.values():
             kubectl("-n", namespace, "wait", "--for=condition=Ready", "pod", "--all", PATIENCE)
@@ -128,7 +128,7 @@ class Network:
         return dict(zip(ways, json.loads(self.run(kind, _CONNECT, json.dumps(where))), strict=True))
 
 
-def _pod(kind: str, namespace: str, pod: Pod) -> dict[str, Any]:
+def _pod(kind: str, pod: Pod) -> dict[str, Any]:
     container = {
         "name": "main",
         "image": IMAGE,
@@ -144,7 +144,7 @@ def _pod(kind: str, namespace: str, pod: Pod) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": kind, "namespace": namespace, "labels": pod.labels},
+        "metadata": {"name": kind, "namespace": pod.namespace, "labels": pod.labels},
         "spec": spec,
     }
 

@@ -62,15 +62,15 @@ def training(**changes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def cluster(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A Dagster outside the cluster, with materialized data."""
-    made = _workspace(tmp_path_factory.mktemp("cluster"), platform.environment())
-    _materialized(made, DATA)
+    made = workspace_in(tmp_path_factory.mktemp("cluster"), platform.environment())
+    materialized(made, DATA)
     return made
 
 
 @pytest.fixture(scope="module")
 def trained(cluster: Workspace) -> str:
     """A first training. Returns its output."""
-    return _materialized(cluster, MODEL, training())
+    return materialized(cluster, MODEL, training())
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,8 @@ def trainer_kind(kind: JobKind, platform: Platform, jobs_removed: None) -> dict[
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Digest of the model that two local processes train."""
-    local = _workspace(tmp_path_factory.mktemp("local"), {"DAGSTER_DEPLOYMENT": "local"})
-    _materialized(local, f"{DATA},{MODEL}", training(scale={"nproc_per_node": 2}))
+    local = workspace_in(tmp_path_factory.mktemp("local"), {"DAGSTER_DEPLOYMENT": "local"})
+    materialized(local, f"{DATA},{MODEL}", training(scale={"nproc_per_node": 2}))
     return _latest_digest(local)
 
 
@@ -132,8 +132,8 @@ def test_epochs_and_logs_are_in_the_run(cluster: Workspace, trained: str) -> Non
 def test_keys_metadata_and_checks_are_those_of_the_local_deployment(
     cluster: Workspace, trained: str, tmp_path: Path
 ) -> None:
-    local = _workspace(tmp_path, {"DAGSTER_DEPLOYMENT": "local"})
-    _materialized(local, f"{DATA},{MODEL}", training())
+    local = workspace_in(tmp_path, {"DAGSTER_DEPLOYMENT": "local"})
+    materialized(local, f"{DATA},{MODEL}", training())
     assert _shown(cluster) == _shown(local)
 
 
@@ -161,7 +161,7 @@ def test_master_and_worker_train_like_one_process(
     """The model is that of two local processes, also with the second pod deleted during an epoch."""
     alone = _accuracy(*_latest_model(cluster, models), models)
     two = training(scale={**POD, "replicas": 2})
-    output = _materialized(cluster, MODEL, two, **trainer_kind)
+    output = materialized(cluster, MODEL, two, **trainer_kind)
     assert f"[{kind.replicas[1]}] Process 2 of 2 has joined over gloo" in output
     undisturbed, manifest = _latest_model(cluster, models)
     assert _accuracy(undisturbed, manifest, models) == pytest.approx(alone, abs=0.1)
@@ -184,7 +184,7 @@ def test_preempted_training_makes_the_same_model(
     kind: JobKind,
     trainer_kind: dict[str, str],
 ) -> None:
-    _materialized(cluster, MODEL, training(), **trainer_kind)
+    materialized(cluster, MODEL, training(), **trainer_kind)
     undisturbed = _latest_digest(cluster)
     job = json.loads(platform.environment()["TRAINER_JOB"])
     queued = {**trainer_kind, "TRAINER_JOB": json.dumps({**job, "queue": QUEUE})}
@@ -205,7 +205,7 @@ def test_preempted_training_makes_the_same_model(
 def test_training_continues_without_mlflow(cluster: Workspace, models: S3Store, jobs_removed: None) -> None:
     _scale_mlflow(0)
     try:
-        output = _materialized(cluster, MODEL, training(seed=1))
+        output = materialized(cluster, MODEL, training(seed=1))
     finally:
         _scale_mlflow(1)
     assert "Not sent to MLflow" in output
@@ -214,15 +214,13 @@ def test_training_continues_without_mlflow(cluster: Workspace, models: S3Store, 
     assert json.loads(models.read(f"{digest}/{PERFORMANCE_FILE}"))["mlflow_unsent"]
 
 
-def _workspace(folder: Path, environment: Mapping[str, str]) -> Workspace:
+def workspace_in(folder: Path, environment: Mapping[str, str]) -> Workspace:
     shutil.copy(ROOT / "dagster.yaml", folder)
     common = {"PYTHONPATH": str(ROOT), "CIFAR10_SOURCE": "synthetic", "ACCURACY_THRESHOLD": "0.3"}
     return Workspace(folder, {**common, **environment})
 
 
-def _materialized(
-    workspace: Workspace, select: str, config: Mapping[str, Any] | None = None, **environment: str
-) -> str:
+def materialized(workspace: Workspace, select: str, config: Mapping[str, Any] | None = None, **environment: str) -> str:
     done = workspace.materialize(select, config, **environment)
     assert done.returncode == 0, done.stdout
     return done.stdout

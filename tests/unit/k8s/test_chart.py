@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from cifar_assets.settings import Settings
+from resources.mlflow import target
 from resources.object_store import s3_settings
 
 K8S = Path(__file__).parents[3] / "k8s"
@@ -193,7 +194,7 @@ def settings_in_a_cluster() -> Iterator[str]:
     elsewhere = {"DAGSTER_DEPLOYMENT", "INFERENCE_SERVICE_PORT", "CIFAR_STORE", "TRAINER_NAMESPACE", "SERVER_NAMESPACE"}
     yield from {name.upper() for name in Settings.model_fields} - elsewhere
     yield from {name for names in s3_settings.VARIABLES.values() for name in names} - set(s3_settings.CREDENTIALS)
-    yield from s3_settings.CA_VARIABLES
+    yield from (*s3_settings.CA_VARIABLES, target.CA_VARIABLE)
     yield from ("https_proxy", "http_proxy", "no_proxy")
     database = yaml.safe_load((K8S / "dagster/settings.yaml").read_text())["data"]
     yield from (name for name in database if name.startswith("DAGSTER_"))

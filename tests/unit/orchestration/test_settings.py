@@ -10,6 +10,7 @@ from Crypto.PublicKey import ECC
 from cifar_assets.deployment import resources_for, serving_for
 from cifar_assets.settings import Settings, read_settings
 from resources.errors import ConfigError
+from resources.mlflow.target import CA_VARIABLE
 from resources.object_store import s3_settings
 from resources.trainer.contract import JOB_SPEC_VARIABLE
 from tests.fixtures.settings import settings_of
@@ -29,7 +30,7 @@ def test_the_table_is_made_of_the_fields() -> None:
 
 def test_variables_of_other_processes_are_in_the_table() -> None:
     of_the_store = [name for names in s3_settings.VARIABLES.values() for name in names]
-    others = (*of_the_store, *s3_settings.CA_VARIABLES, JOB_SPEC_VARIABLE)
+    others = (*of_the_store, *s3_settings.CA_VARIABLES, CA_VARIABLE, JOB_SPEC_VARIABLE)
     assert not {f"`{name}`" for name in others} - set(re.findall(r"`\w+`", " ".join(TABLE)))
 
 

@@ -53,6 +53,7 @@ SENTINELS: dict[str, tuple[Any, str]] = {
     "gpu_resource": ("sentinel.com/gpu", '"sentinel.com/gpu": "1"'),
     "shared_memory": ("88Mi", '{"medium": "Memory", "sizeLimit": "88Mi"}'),
     "scratch": ("99Mi", '"emptyDir": {"sizeLimit": "99Mi"}'),
+    "config_map_mounts": ({"/ca": "sentinel"}, '{"configMap": {"name": "sentinel", "optional": true}'),
     "node_selector": ({"node": "sentinel"}, '"nodeSelector": {"node": "sentinel"}'),
     "tolerations": ([{"key": "taint-sentinel"}], '"tolerations": [{"key": "taint-sentinel", "operator": "Exists"'),
     "service_account_name": ("account-sentinel", '"serviceAccountName": "account-sentinel"'),

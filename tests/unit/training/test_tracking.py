@@ -3,6 +3,7 @@
 import logging
 import shutil
 import sqlite3
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from mlflow import MlflowClient
 from cifar_assets.training.tracking import Tracker
 from resources.errors import ConfigError
 from resources.mlflow.resource import LocalMlflow, MlflowServer
-from resources.mlflow.target import MlflowTarget, why_refused
+from resources.mlflow.target import CA_VARIABLE, MlflowTarget, why_refused
+from tests.fixtures.s3 import certificates_for_loopback
 from tests.fixtures.workspace import wait_until
 
 EXPERIMENT = "cifar10"
@@ -179,6 +181,23 @@ def test_an_answer_that_waiting_does_not_change_is_a_refusal(
     assert_said_and_not_waited_for(start(uri), expected, caplog)
     with pytest.raises(ConfigError, match=expected):
         MlflowServer(tracking_uri=uri).champion_digest()
+
+
+@pytest.mark.parametrize("bundle", [None, "/no/such/bundle"])
+def test_an_untrusted_certificate_is_named_with_the_variable_that_helps(
+    bundle: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    certificates = certificates_for_loopback(tmp_path / "certificates")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "public.crt", certificates / "private.key")
+    if bundle:
+        monkeypatch.setenv(CA_VARIABLE, bundle)
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        expected = f"Set {CA_VARIABLE} to a file with the certificate authority"
+        assert_said_and_not_waited_for(start(f"https://127.0.0.1:{server.server_port}"), expected, caplog)
+        server.shutdown()
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
