@@ -3,8 +3,7 @@
 They are a contract with stored data and with remote processes: a change requires a migration.
 """
 
-from collections.abc import Collection
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
@@ -18,38 +17,40 @@ IMAGE_SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
 """Channels, height, width of one stored image (uint8 RGB)."""
 
 
-Fit = Literal["crop", "pad"]
-"""How a picture becomes a square: cut to its center, or surrounded with black."""
+Fit = Annotated[Literal["crop", "pad"], Field(description="How a picture that is not square becomes a square.")]
+"""Cut to its center, or surrounded with black."""
 
 
-def without_defaults(model: BaseModel, values: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """A dump of the model without these fields where they have their default.
+class Extended(BaseModel):
+    """A model that got fields after it was first stored. A dump leaves these out where they have their default.
 
-    Keeps digests of what was written before these fields existed.
+    Digests of what was stored before therefore stay the same.
     """
-    fields = type(model).model_fields
-    return {name: value for name, value in values.items() if name not in names or value != fields[name].default}
+
+    added_fields: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        defaults = {name: type(self).model_fields[name].default for name in self.added_fields}
+        return {name: value for name, value in dump(self).items() if name not in defaults or value != defaults[name]}
 
 
-class ImageSpec(BaseModel):
+class ImageSpec(Extended):
     """Classes and form of the images, as recorded in the manifests of a dataset and of the models trained on it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    added_fields = ("image_size", "fit")
 
     classes: tuple[str, ...] = Field(description="Class names in label order.")
     image_size: int = Field(
         default=IMAGE_SIZE, ge=1, description="Height and width in pixels. Manifests without it are of CIFAR-10."
     )
-    fit: Fit = Field(default="crop", description="How a picture that is not square becomes a square.")
-
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(self, dump(self), ("image_size", "fit", "start_weights", "start_model"))
+    fit: Fit = "crop"
 
     @property
     def spec(self) -> "ImageSpec":
         """These fields alone, of a manifest."""
-        return ImageSpec(classes=self.classes, image_size=self.image_size, fit=self.fit)
+        return ImageSpec(**{name: getattr(self, name) for name in ImageSpec.model_fields})
 
     @property
     def is_cifar10(self) -> bool:
@@ -82,7 +83,12 @@ class ImageRequest(BaseModel):
         description="Height and width in pixels. By default that of the source's pictures if they are squares of one "
         "size up to 64, otherwise 64.",
     )
-    fit: Fit = Field(default="crop", description="How a picture that is not square becomes a square.")
+    fit: Fit = "crop"
+
+    @property
+    def request(self) -> "ImageRequest":
+        """These fields alone, of a data set."""
+        return ImageRequest(**{name: getattr(self, name) for name in ImageRequest.model_fields})
 
 
 CIFAR10 = ImageSpec(classes=CLASSES)

@@ -73,11 +73,6 @@ class DataSet(ImageRequest):
     url: Address | None = Field(default=None, description="As SERVER_URL.")
 
     @property
-    def request(self) -> ImageRequest:
-        """These fields alone."""
-        return ImageRequest(classes=self.classes, image_size=self.image_size, fit=self.fit)
-
-    @property
     def is_default(self) -> bool:
         return self.name == DEFAULT_NAME
 

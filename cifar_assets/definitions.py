@@ -17,7 +17,7 @@ from cifar_assets.checks.parity import argo_parity_checks
 from cifar_assets.checks.service import inference_service_checks
 from cifar_assets.data_set import DataSet, read_data_sets
 from cifar_assets.deployment import executor_for, resources_for, sensors_for
-from cifar_assets.jobs import build_jobs
+from cifar_assets.jobs import build_jobs, build_schedules
 from cifar_assets.prune.run import build_prune_job
 from cifar_assets.seed_study.job import build_seed_study
 from cifar_assets.sensors import build_sensors
@@ -47,14 +47,14 @@ CHECKS = [
 
 def build_definitions(data_set: DataSet) -> dg.Definitions:
     """The definitions of one data set, without their resources."""
-    (jobs, schedules), (prune_job, prune_weekly) = build_jobs(data_set), build_prune_job(data_set)
+    prune_job, prune_weekly = build_prune_job(data_set)
     # the Argo workflow knows only the default data set
     argo = ([argo_trained_model], [argo_parity_checks]) if data_set.is_default else ([], [])
     return dg.Definitions(
         assets=dg.with_source_code_references([build(data_set) for build in (*ASSETS, *argo[0])]),
         asset_checks=[build(data_set) for build in (*CHECKS, *argo[1])],
-        jobs=[*jobs, prune_job, build_seed_study(data_set)],
-        schedules=[*schedules, prune_weekly],
+        jobs=[*build_jobs(data_set), prune_job, build_seed_study(data_set)],
+        schedules=[*build_schedules(data_set), prune_weekly],
         sensors=build_sensors(data_set),
     )
 

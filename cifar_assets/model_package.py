@@ -43,6 +43,7 @@ SERVED_FILES: Mapping[ServedPrecision, str] = {"float32": ONNX_FILE, "int8": INT
 class ModelManifest(Manifest, ImageSpec):
     """What a model is made of."""
 
+    added_fields = (*ImageSpec.added_fields, "start_weights", "start_model")
     kind: Literal["cifar10-model/1"] = "cifar10-model/1"
     dataset_digest: str = Field(description="Digest of the processed dataset it was trained on.")
     raw_digest: str = Field(description="Digest of the raw dataset that it was processed from.")

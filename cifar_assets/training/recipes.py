@@ -4,17 +4,9 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cifar_assets.contracts import ImageSpec, without_defaults
+from cifar_assets.contracts import Extended, ImageSpec
 from resources.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
@@ -53,10 +45,11 @@ class ResolutionPhase(BaseModel):
         return min(image_size, 4 * round(self.size * image_size / FULL_SIZE / 4))
 
 
-class Recipe(BaseModel):
+class Recipe(Extended):
     """A complete description of a training. Each field can be overridden separately."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    added_fields = ("freeze", "body_rate")
 
     name: str = Field(
         min_length=1, max_length=60, description="The recipe's name in records; has no effect on the training."
@@ -143,10 +136,6 @@ class Recipe(BaseModel):
         le=1,
         description="Learning rates of all but the head, in units of their own. Below 1, it needs `start_from`.",
     )
-
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(self, dump(self), ("freeze", "body_rate"))
 
     @property
     def needs_start(self) -> bool:

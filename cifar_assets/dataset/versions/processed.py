@@ -129,9 +129,7 @@ def build_processed(
     manifest = ProcessedManifest(
         raw_digest=raw_digest,
         config=config,
-        classes=source.classes,
-        image_size=source.image_size,
-        fit=source.fit,
+        **dict(source.spec),
         counts={split: dict(zip(source.classes, labels[split].tolist(), strict=True)) for split in SPLIT_NAMES},
         mean=mean,
         std=std,

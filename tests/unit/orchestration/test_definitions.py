@@ -138,6 +138,7 @@ def test_the_daily_check_waits_for_a_first_service() -> None:
 
 
 def test_traffic_is_watched_if_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(watch_traffic_daily(), dg.SkipReason)
+    context = dg.build_schedule_context()
+    assert isinstance(watch_traffic_daily(context), dg.SkipReason)
     monkeypatch.setenv("RECORDED_FRACTION", "0.1")
-    assert isinstance(watch_traffic_daily(), dg.RunRequest)
+    assert isinstance(watch_traffic_daily(context), dg.RunRequest)
