@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from PIL import Image
 
 from cifar_assets.assets import keys
+from cifar_assets.dataset.formats.images import to_pillow
 from cifar_assets.dataset.versions.reader import open_split
 from resources.digests import canonical_json
 from resources.inference_service.client import InferenceClient
@@ -119,7 +119,7 @@ def _report(seconds: float) -> None:
     pictures = [_PICTURE_FOLDER / f"test-{index}.png" for index in range(len(labels))]
     _PICTURE_FOLDER.mkdir(parents=True, exist_ok=True)
     for path, image in zip(pictures, split.take(list(range(len(labels)))), strict=True):
-        Image.fromarray(image.transpose(1, 2, 0)).save(path)
+        to_pillow(image).save(path)
     client = InferenceClient(str(made["url"]), is_traffic=True)
     answers = client.predict_files(pictures).classes
     right = [index for index, label in enumerate(labels) if answers[index] == label]

@@ -17,10 +17,12 @@ from cifar_assets.checks.data import PROCESSED_CHECKS
 from cifar_assets.checks.model import MODEL_CHECKS
 from cifar_assets.data_set import DataSet
 from cifar_assets.gate import choose_precision, judge
+from cifar_assets.model_package import ModelManifest
 from cifar_assets.serving.comparison import find_canary_fault
 from resources.errors import ConfigError
 from resources.inference_service import DeployRequest, InferenceServiceResource
 from resources.mlflow.resource import MlflowResource
+from resources.object_store import ObjectStore
 from resources.object_store.resource import ObjectStoreResource
 from resources.verdict import Verdict
 
@@ -84,17 +86,7 @@ def inference_service(
     with retrying_infrastructure_faults():
         models = object_store.models
         digest = config.resolved_digest(data_set, context)
-        manifest, verdict = judge(models, digest, gate.threshold, gate.public_keys)
-        objections = [
-            *why_unproven(context.instance, key_of(data_set, TRAINED_MODEL), digest, MODEL_CHECKS(data_set)),
-            *why_unproven(
-                context.instance,
-                key_of(data_set, PROCESSED_DATASET),
-                manifest.dataset_digest,
-                PROCESSED_CHECKS(data_set),
-            ),
-        ]
-        verdict = verdict.and_no(objections)
+        manifest, verdict, objections = judge_proven(context.instance, data_set, models, digest, gate)
         decision = metadata.of_verdict(digest, verdict)
         if not verdict.passed:
             _record(context, mlflow, digest, verdict)
@@ -120,6 +112,19 @@ def inference_service(
             data_version=dg.DataVersion(digest),
             metadata={**decision, **metadata.of_service(service, manifest, data_set.name)},
         )
+
+
+def judge_proven(
+    instance: dg.DagsterInstance, data_set: DataSet, models: ObjectStore, digest: str, gate: AccuracyGate
+) -> tuple[ModelManifest, Verdict, list[str]]:
+    """The gate's verdict on a model, which fails if Dagster's event log does not prove it and its dataset, and why."""
+    manifest, verdict = judge(models, digest, gate.threshold, gate.public_keys)
+    dataset = key_of(data_set, PROCESSED_DATASET)
+    objections = [
+        *why_unproven(instance, key_of(data_set, TRAINED_MODEL), digest, MODEL_CHECKS(data_set)),
+        *why_unproven(instance, dataset, manifest.dataset_digest, PROCESSED_CHECKS(data_set)),
+    ]
+    return manifest, verdict.and_no(objections), objections
 
 
 def _advice(data_set: DataSet, digest: str, objections: list[str]) -> str:

@@ -1,6 +1,5 @@
 """Recorded pictures that are worth a label, as a batch for `python -m cifar_assets.labelling`."""
 
-import io
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
@@ -9,7 +8,6 @@ from typing import Any
 import dagster as dg
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
 
 from cifar_assets.assets import metadata
@@ -19,7 +17,7 @@ from cifar_assets.assets.keys import SERVED_TRAFFIC, key_of
 from cifar_assets.assets.record import VERSION_METADATA, evaluations, materialized_digest
 from cifar_assets.checks.drift import DRIFTED
 from cifar_assets.data_set import DataSet
-from cifar_assets.dataset.formats.images import pixel_digest
+from cifar_assets.dataset.formats.images import pixel_digest, png_bytes, to_pillow
 from cifar_assets.dataset.sheet import captioned_sheet
 from cifar_assets.labelling.batches import (
     Batch,
@@ -68,7 +66,7 @@ def pictures_to_label(
         if pictures:
             info = by_model[-1].info
             batch = Batch(model_digest=info.model_digest, classes=info.images.classes, pictures=tuple(pictures))
-            write_batch(raw, name, batch, [_png(image) for _, image in chosen])
+            write_batch(raw, name, batch, [png_bytes(to_pillow(image)) for _, image in chosen])
         captions = [f"{each.guess} {each.confidence:.0%}" for each in pictures]
         return dg.MaterializeResult(
             data_version=dg.DataVersion(name if pictures else "none"),
@@ -144,11 +142,5 @@ def land_told(raw: ObjectStore, by_model: Sequence[Traffic]) -> set[Place]:
     last = {file: (feedback, image) for feedback, file, image in sorted(found, key=lambda each: each[0].time)}
     for file, (feedback, image) in last.items():
         label = Label(label=feedback.label, by="feedback", time=datetime.fromtimestamp(feedback.time, UTC))
-        land_feedback(raw, file, images.classes, (_png(image), feedback.request_id, label))
+        land_feedback(raw, file, images.classes, (png_bytes(to_pillow(image)), feedback.request_id, label))
     return {feedback.place for feedback, _, _ in found}
-
-
-def _png(image: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, "PNG")
-    return buffer.getvalue()

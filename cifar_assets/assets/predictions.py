@@ -9,12 +9,11 @@ from pydantic import Field
 from cifar_assets.assets import metadata
 from cifar_assets.assets.binding import data_set_asset
 from cifar_assets.assets.common import AccuracyGate, retrying_infrastructure_faults
-from cifar_assets.assets.keys import INFERENCE_SERVICE, PROCESSED_DATASET, TRAINED_MODEL, key_of
-from cifar_assets.assets.record import materialized_digest, why_unproven
-from cifar_assets.checks.data import PROCESSED_CHECKS
-from cifar_assets.checks.model import MODEL_CHECKS
+from cifar_assets.assets.inference_service import judge_proven
+from cifar_assets.assets.keys import INFERENCE_SERVICE, key_of
+from cifar_assets.assets.record import materialized_digest
 from cifar_assets.data_set import DataSet
-from cifar_assets.gate import choose_precision, judge
+from cifar_assets.gate import choose_precision
 from resources.errors import ConfigError
 from resources.object_store.resource import ObjectStoreResource
 
@@ -63,18 +62,7 @@ def predictions(
 
         models = object_store.models
         digest = config.model_digest or materialized_digest(context, key_of(data_set, INFERENCE_SERVICE))
-        manifest, verdict = judge(models, digest, gate.threshold, gate.public_keys)
-        verdict = verdict.and_no(
-            [
-                *why_unproven(context.instance, key_of(data_set, TRAINED_MODEL), digest, MODEL_CHECKS(data_set)),
-                *why_unproven(
-                    context.instance,
-                    key_of(data_set, PROCESSED_DATASET),
-                    manifest.dataset_digest,
-                    PROCESSED_CHECKS(data_set),
-                ),
-            ]
-        )
+        _, verdict, _ = judge_proven(context.instance, data_set, models, digest, gate)
         if not verdict.passed:
             raise ConfigError(f"The model is not used: {verdict.reason}. Set model_digest to one that the gate passes.")
         precision, _ = choose_precision(models, digest, gate.precision)

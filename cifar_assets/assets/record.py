@@ -5,7 +5,6 @@ their own package under a matching digest, but cannot write to Dagster's event l
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import NamedTuple
 
 import dagster as dg
@@ -36,17 +35,15 @@ class Made(NamedTuple):
 
 def materializations(instance: dg.DagsterInstance, key: dg.AssetKey, limit: int | None = RECENT) -> Iterator[Made]:
     """Materializations of the asset, newest first, read page by page."""
-    return islice(_materializations(instance, key), limit)
-
-
-def _materializations(instance: dg.DagsterInstance, key: dg.AssetKey) -> Iterator[Made]:
-    cursor, has_more = None, True
+    num_found, cursor, has_more = 0, None, True
     while has_more:
         page = instance.fetch_materializations(key, limit=_PAGE, cursor=cursor)
         for record in page.records:
             if made := record.asset_materialization:
-                digest = (made.tags or {}).get(DATA_VERSION_TAG)
-                yield Made(made, record.run_id, digest, record.timestamp)
+                yield Made(made, record.run_id, (made.tags or {}).get(DATA_VERSION_TAG), record.timestamp)
+                num_found += 1
+                if num_found == limit:
+                    return
         cursor, has_more = page.cursor, page.has_more
 
 

@@ -101,7 +101,7 @@ def _reference(client: InferenceClient, object_store: ObjectStoreResource, traff
     digest = traffic.info.model_digest
     manifest = read_manifest(object_store.models.at(digest), digest)
     test = open_split(object_store.processed, manifest.dataset_digest, "test")
-    images = test.take(np.unique(np.linspace(0, len(test) - 1, min(num_images, len(test))).astype(np.int64)))
+    images = test.take(test.spread(num_images))
     predictions = client.predict_arrays(images)
     if predictions.model_digest != digest:
         raise ServerError(f"The service now serves {predictions.model_digest}. Materialize served_traffic again.")

@@ -1,12 +1,12 @@
 """Pictures of sample images."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from cifar_assets.dataset.formats.images import png_bytes, to_pillow
 from cifar_assets.dataset.versions.reader import SplitReader
 
 _SCALE = 2
@@ -37,7 +37,7 @@ def sample_sheet(reader: SplitReader, per_class: int = 10) -> bytes:
         chosen = np.flatnonzero(reader.labels == label)[:per_class]
         for column, image in enumerate(reader.take(chosen)):
             sheet.paste(_tile(image, side), (_LABEL_WIDTH + column * cell, top))
-    return _png(sheet)
+    return png_bytes(sheet)
 
 
 def captioned_sheet(images: Sequence[NDArray[np.uint8] | None], captions: Sequence[str], columns: int = 10) -> bytes:
@@ -51,15 +51,9 @@ def captioned_sheet(images: Sequence[NDArray[np.uint8] | None], captions: Sequen
         if image is not None:
             sheet.paste(_tile(image, side), place)
         draw.text((place[0], place[1] + side), caption[:11], fill="black")
-    return _png(sheet)
+    return png_bytes(sheet)
 
 
 def _tile(image: NDArray[np.uint8], side: int) -> Image.Image:
-    tile = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    tile = to_pillow(image)
     return tile.resize((side, side), Image.Resampling.NEAREST if side >= tile.width else Image.Resampling.BICUBIC)
-
-
-def _png(sheet: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -192,9 +192,7 @@ def leftovers(policy: Policy, root: ObjectStore) -> Iterator[Removal]:
 def predictions(policy: Policy, processed: ObjectStore) -> Iterator[Removal]:
     """Predictions of a model for a source that no run made or confirmed for prediction_days."""
     for name, infos in _by_folder(processed, PREDICTIONS_PREFIX, 3).items():
-        if datetime.now(UTC) - _last_change(infos) >= timedelta(days=policy.prediction_days):
-            reason = f"older than {policy.prediction_days:g} days"
-            yield _removal(processed, infos, "predictions", f"{PREDICTIONS_PREFIX}{name}", reason)
+        yield from _expired(processed, infos, "predictions", f"{PREDICTIONS_PREFIX}{name}", policy.prediction_days)
 
 
 def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore) -> Iterator[Removal]:
@@ -212,27 +210,25 @@ def compute_logs(policy: Policy, instance: dg.DagsterInstance, root: ObjectStore
         return
     for info in store.list():
         if "/compute_logs/" in info.key:
-            yield from _expired(store, info, "compute log", policy.log_days)
+            yield from _expired(store, [info], "compute log", info.key, policy.log_days)
 
 
 def traffic(policy: Policy, store: ObjectStore, raw: ObjectStore) -> Iterator[Removal]:
     """Records of served traffic, and what is to be labeled, older than traffic_days. The bucket may not exist."""
+    for name, infos in _by_folder(raw, TO_LABEL_PREFIX, 1).items():  # as a whole: labels are newer than pictures
+        yield from _expired(raw, infos, "batch to label", f"{TO_LABEL_PREFIX}{name}", policy.traffic_days)
     end = datetime.now(UTC) - timedelta(days=policy.traffic_days)
-    for name, infos in _by_folder(raw, TO_LABEL_PREFIX, 1).items():
-        if _last_change(infos) <= end:  # a batch goes as a whole: labels.json is newer than the pictures
-            yield _removal(
-                raw, infos, "batch to label", f"{TO_LABEL_PREFIX}{name}", f"older than {policy.traffic_days:g} days"
-            )
     with suppress(BucketNotFoundError):
         for day, infos in groupby(store.list(), lambda info: info.key.partition("/")[0]):
             old = [info for info in infos if info.last_modified <= end]
             if old and _DAY.fullmatch(day):  # other folders are of other data sets
-                yield _removal(store, old, "traffic records", day, f"older than {policy.traffic_days:g} days")
+                yield from _expired(store, old, "traffic records", day, policy.traffic_days)
 
 
-def _expired(store: ObjectStore, info: ObjectInfo, kind: str, days: float) -> Iterator[Removal]:
-    if datetime.now(UTC) - info.last_modified >= timedelta(days=days):
-        yield _removal(store, [info], kind, info.key, f"older than {days:g} days")
+def _expired(store: ObjectStore, infos: list[ObjectInfo], kind: str, name: str, days: float) -> Iterator[Removal]:
+    """The group, if nothing of it was written for so long."""
+    if datetime.now(UTC) - _last_change(infos) >= timedelta(days=days):
+        yield _removal(store, infos, kind, name, f"older than {days:g} days")
 
 
 def _delete(path: Path) -> None:

@@ -7,15 +7,14 @@ from different releases.
 import base64
 import hashlib
 import html
-import io
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import orjson
-from PIL import Image
 
+from cifar_assets.dataset.formats.images import png_bytes, to_pillow
 from cifar_assets.serving import v1
 from cifar_assets.serving.answers import Headers, Images, Logits, Query, Response, ServedModel, json_response
 from cifar_assets.serving.settings import ServingLimits
@@ -70,9 +69,7 @@ def parse(model: ServedModel, headers: Mapping[bytes, bytes], body: bytes, limit
         return decoded[0]
 
     def render(logits: Logits) -> Response:
-        buffer = io.BytesIO()
-        Image.fromarray(decoded[0][0].transpose(1, 2, 0)).save(buffer, "PNG")
-        picture = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        picture = f"data:image/png;base64,{base64.b64encode(png_bytes(to_pillow(decoded[0][0]))).decode()}"
         return json_response({**orjson.loads(query.render(logits).body), **_identity(model), "picture": picture})
 
     return replace(query, images=images, render=render)

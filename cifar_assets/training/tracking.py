@@ -167,7 +167,7 @@ def _open_run(target: MlflowTarget, identity: str) -> "tuple[MlflowClient, Run]"
 
 
 def _log_files(client: "MlflowClient", run: "Run", files: Mapping[str, bytes]) -> None:
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(prefix="cifar-mlflow-") as name:
         for file, data in files.items():
             Path(name, file).write_bytes(data)
         client.log_artifacts(run.info.run_id, name, _FOLDER)

@@ -81,7 +81,7 @@ class LocalTrainer(TrainerResource):
 def _pipes_session(
     context: StepContext, messages: TrainingMessages
 ) -> Iterator[tuple[dg.PipesSession, PipesStoreMessageReader]]:
-    with tempfile.TemporaryDirectory(prefix="training-messages-") as folder:
+    with tempfile.TemporaryDirectory(prefix="cifar-messages-") as folder:
         reader = PipesStoreMessageReader(
             FolderStore(Path(folder)),
             launch_id="training",

@@ -172,7 +172,19 @@ def picture_pixels(picture: Picture, size: int, fit: Fit = "crop") -> NDArray[np
 
 def scaled_pixels(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """A square image (3, side, side) at another size, as `prepare_image` gives it."""
-    return _channels_first(_scaled(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))), size, "crop"))
+    return _channels_first(_scaled(to_pillow(image), size, "crop"))
+
+
+def to_pillow(image: NDArray[np.uint8]) -> Image.Image:
+    """An image (3, height, width) as Pillow's."""
+    return Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def check_size(num_bytes: int, limits: ImageLimits) -> None:

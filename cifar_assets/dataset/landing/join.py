@@ -97,6 +97,13 @@ class LandingReport:
     def rejected_rows(self) -> int:
         return sum(len(rejection.rows) or 1 for rejection in self.rejected)
 
+    def refuse(self, raw: ObjectStore, info: ObjectInfo, sha256: str, reason: str, rows: dict[int, str]) -> None:
+        """Move an object away, unless it was replaced since it was read."""
+        if rejection := reject_object(raw, info.key, info.etag, sha256, reason, rows):
+            self.rejected.append(rejection)
+        else:
+            self.skipped[info.key] = "replaced while it was being checked; it will be read again next time"
+
 
 def join_landed(raw: ObjectStore, known: Known, how: Preparation) -> tuple[list[RawObject], LandingReport]:
     """The objects to join, ordered by content, after checking landed data against the known images.
@@ -104,21 +111,44 @@ def join_landed(raw: ObjectStore, known: Known, how: Preparation) -> tuple[list[
     Refused data is moved to `rejected/` with a reason; an object with only some refused rows stays.
     """
     scan = scan_landing(raw)
-    report = LandingReport(skipped=dict(scan.skipped))
     before = LandingRecord.load(raw)
     if before is None or before.preparation != how.key:
         before = LandingRecord()
-
-    def refuse(info: ObjectInfo, sha256: str, reason: str, rows: dict[int, str]) -> None:
-        if rejection := reject_object(raw, info.key, info.etag, sha256, reason, rows):
-            report.rejected.append(rejection)
-        else:
-            report.skipped[info.key] = "replaced while it was being checked; it will be read again next time"
-
-    landed: list[Landed] = []
     foreign = {info.key: reason for info in scan.ready if (reason := _why_foreign(info.key, how.classes))}
-    report.skipped.update(foreign)
-    ready = [info for info in scan.ready if info.key not in foreign]
+    report = LandingReport(skipped={**scan.skipped, **foreign})
+    landed = _read_ready(raw, [info for info in scan.ready if info.key not in foreign], before, how, report)
+    checked = check_landed([each.index for each in landed], known, how.classes)
+    objects: list[RawObject] = []
+    images: list[Landed] = []
+    seen: dict[str, Seen] = {}
+    for each, (duplicates, rejected) in zip(landed, checked, strict=True):
+        if len(rejected) == len(each.index):
+            _refuse_all(raw, each, rejected, report)
+            continue
+        key, table = each.info.key, each.seen.table
+        if rejected:
+            report.rejected.append(reject_rows(raw, key, each.seen.sha256, len(each.index), rejected))
+        if duplicates:
+            report.duplicates[key] = len(duplicates)
+        if num_used := len(each.index) - len(duplicates) - len(rejected):
+            report.accepted[key] = num_used
+            if table:
+                objects.append(table.model_copy(update={"excluded": ranges_of([*duplicates, *rejected])}))
+            else:
+                images.append(each)
+        report.names.setdefault(each.seen.sha256, []).append(key)
+        seen[fingerprint(each.info)] = each.seen
+    packs = {name: _pack(raw, group, before.packs.get(name), how) for name, group in _groups(images).items()}
+    read = (info for info in scan.ready if info.key in foreign or info.key not in report.skipped)
+    report.record = LandingRecord(read=frozenset(map(fingerprint, read)), preparation=how.key, seen=seen, packs=packs)
+    return sorted([*objects, *packs.values()], key=lambda item: item.sha256), report
+
+
+def _read_ready(
+    raw: ObjectStore, ready: Sequence[ObjectInfo], before: LandingRecord, how: Preparation, report: LandingReport
+) -> list[Landed]:
+    """The objects that can be used, in the order in which they count. What happened to the others is reported."""
+    landed: list[Landed] = []
     for number, info in enumerate(ready, 1):
         progress.report("validating landed objects", number, len(ready))
         try:
@@ -126,48 +156,20 @@ def join_landed(raw: ObjectStore, known: Known, how: Preparation) -> tuple[list[
             landed.append(found)
             report.skipped.update({f"{info.key}, member {name}": why for name, why in found.index.unread.items()})
         except _RefusedError as error:
-            refuse(info, error.sha256, str(error), {})
+            report.refuse(raw, info, error.sha256, str(error), {})
         except ReaderFailedError as error:  # nothing is known about the object: it does not stop the build
             report.skipped[info.key] = str(error)
             report.unread += 1
         except (ObjectChangedError, ObjectNotFoundError) as error:
             report.skipped[info.key] = f"it will be read again next time: {error}"
-    landed.sort(key=lambda each: each.order)
-    objects: list[RawObject] = []
-    images: list[Landed] = []
-    seen: dict[str, Seen] = {}
-    checked = check_landed([each.index for each in landed], known, how.classes)
-    for each, (duplicates, rejected) in zip(landed, checked, strict=True):
-        key, sha256, table, num_rows = each.info.key, each.seen.sha256, each.seen.table, len(each.index)
-        num_used = num_rows - len(duplicates) - len(rejected)
-        if len(rejected) == num_rows:
-            reason = next(iter(rejected.values()))
-            if table:
-                reason = f"all {num_rows} rows are refused; reason for the first: {reason}"
-            refuse(each.info, sha256, reason, rejected if table else {})
-            continue
-        if rejected:
-            report.rejected.append(reject_rows(raw, key, sha256, num_rows, rejected))
-        if duplicates:
-            report.duplicates[key] = len(duplicates)
-        if num_used:
-            report.accepted[key] = num_used
-            if table:
-                objects.append(table.model_copy(update={"excluded": ranges_of([*duplicates, *rejected])}))
-            else:
-                images.append(each)
-        report.names.setdefault(sha256, []).append(key)
-        seen[fingerprint(each.info)] = each.seen
-    packs = {name: _pack(raw, group, before.packs.get(name), how) for name, group in _groups(images).items()}
-    report.record = LandingRecord(
-        read=frozenset(
-            fingerprint(info) for info in scan.ready if info.key in foreign or info.key not in report.skipped
-        ),
-        preparation=how.key,
-        seen=seen,
-        packs=packs,
-    )
-    return sorted([*objects, *packs.values()], key=lambda item: item.sha256), report
+    return sorted(landed, key=lambda each: each.order)
+
+
+def _refuse_all(raw: ObjectStore, each: Landed, rejected: dict[int, str], report: LandingReport) -> None:
+    reason = next(iter(rejected.values()))
+    if each.seen.table:
+        reason = f"all {len(rejected)} rows are refused; reason for the first: {reason}"
+    report.refuse(raw, each.info, each.seen.sha256, reason, rejected if each.seen.table else {})
 
 
 def _why_foreign(key: str, classes: tuple[str, ...]) -> str | None:

@@ -71,6 +71,10 @@ class SplitReader:
                 result[mine] = self._map(number)[wanted[mine] - self._starts[number]]
         return result
 
+    def spread(self, number: int) -> NDArray[np.int64]:
+        """Indices of up to so many images, spread evenly over the split, the same ones each time."""
+        return np.unique(np.linspace(0, len(self) - 1, min(number, len(self))).astype(np.int64))
+
     def digest(self, index: int) -> str:
         """Pixel digest of one image, hex."""
         return self.digests[index].tobytes().hex()

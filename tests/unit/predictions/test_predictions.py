@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cifar_assets.assets import predictions as predictions_asset
+from cifar_assets.assets import inference_service as service_asset
 from cifar_assets.assets.common import AccuracyGate
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.formats.images import SOURCE_LIMITS, prepare_image
@@ -319,7 +319,7 @@ def test_a_model_of_unknown_origin_is_not_used(world: World) -> None:
 
 def test_materialization(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the check of the model's origin is left out; tests/local uses a trained model."""
-    monkeypatch.setattr(predictions_asset, "why_unproven", lambda *_: [])
+    monkeypatch.setattr(service_asset, "why_unproven", lambda *_: [])
     result = materialize(world, source=world.photos, alone=True)
     (made,) = result.asset_materializations_for_node(PREDICTIONS.to_python_identifier())
     found = world.predict()

@@ -1,6 +1,7 @@
 """Pruning announces and removes unused data, and never removes data in use."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -457,3 +458,11 @@ def test_predictions_go_after_their_days(world: World) -> None:
     assert keys() == [
         f"predictions/photos/{'b' * 64}/float32/{file}" for file in ("manifest.json", "part-start.parquet")
     ]
+
+
+def test_pruning_finds_the_temporary_folders_that_killed_processes_leave() -> None:
+    places = [ROOT / "cifar_assets", ROOT / "resources" / "argo", ROOT / "resources" / "trainer"]
+    text = "".join(path.read_text() for place in places for path in place.rglob("*.py"))
+    prefixes = re.findall(r"TemporaryDirectory\((.*?)\)", text)
+    assert prefixes
+    assert [each for each in prefixes if not each.startswith('prefix="cifar-')] == []
