@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
-from cifar_assets.assets.binding import bind
+from cifar_assets.assets.binding import Body, bind
 from cifar_assets.assets.keys import ARGO_TRAINED_MODEL, INFERENCE_SERVICE, TRAINED_MODEL, key_of
 from cifar_assets.assets.record import UNFINISHED
 from cifar_assets.data_set import DataSet
@@ -30,26 +30,29 @@ _UNFINISHED_BACKFILLS = [BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING,
 
 def build_sensors(data_set: DataSet) -> list[dg.SensorDefinition]:
     """The sensors of a data set."""
-    landing = dg.sensor(
-        name=data_set.named("landing_sensor"),
-        job_name=data_set.named("retrain"),
-        minimum_interval_seconds=30,
-        default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Starts one retrain run for each batch of landed objects; later ones wait for it to end.",
-    )(bind(request_retraining, data_set))
-    closing = dg.sensor(
-        name=data_set.named("close_mlflow_runs"),
-        minimum_interval_seconds=120,
-        default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Ends MLflow runs that are still RUNNING though the Dagster run of their training has ended.",
-    )(bind(close_mlflow_runs, data_set))
+
+    def sensor(name: str, tick: Body, seconds: int, description: str, job: str | None = None) -> dg.SensorDefinition:
+        return dg.sensor(
+            name=data_set.named(name),
+            job_name=job,
+            minimum_interval_seconds=seconds,
+            default_status=dg.DefaultSensorStatus.RUNNING,
+            description=description,
+        )(bind(tick, data_set))
+
+    landing = "Starts one retrain run for each batch of landed objects; later ones wait for it to end."
+    closing = "Ends MLflow runs that are still RUNNING though the Dagster run of their training has ended."
     deploying = dg.AutomationConditionSensorDefinition(
         data_set.named("deploy_when_trained"),
         target=dg.AssetSelection.assets(key_of(data_set, INFERENCE_SERVICE)),
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Deploys a newly trained model once its blocking checks passed, unless a run has already done so.",
     )
-    return [landing, closing, deploying]
+    return [
+        sensor("landing_sensor", request_retraining, 30, landing, data_set.named("retrain")),
+        sensor("close_mlflow_runs", close_mlflow_runs, 120, closing),
+        deploying,
+    ]
 
 
 def request_retraining(

@@ -67,6 +67,9 @@ def pictures_to_label(
             info = by_model[-1].info
             batch = Batch(model_digest=info.model_digest, classes=info.images.classes, pictures=tuple(pictures))
             write_batch(raw, name, batch, [png_bytes(to_pillow(image)) for _, image in chosen])
+        command = "python -m cifar_assets.labelling"
+        if not data_set.is_default:
+            command += f" --data-set {data_set.name}"
         captions = [f"{each.guess} {each.confidence:.0%}" for each in pictures]
         return dg.MaterializeResult(
             data_version=dg.DataVersion(name if pictures else "none"),
@@ -74,7 +77,7 @@ def pictures_to_label(
                 "num_pictures": len(pictures),
                 "num_drifted": sum(each.reason == "drifted" for each in pictures),
                 "num_landed_from_feedback": len(told),
-                "next": _labelling_command(data_set) if pictures else "nothing to label",
+                "next": command if pictures else "nothing to label",
                 "pictures": metadata.picture("", lambda: captioned_sheet([image for _, image in chosen], captions)),
             },
         )
@@ -103,10 +106,6 @@ def choose(
     add([row_of[place] for place in drifted if place in row_of], "drifted", num_pictures // 2)
     add(np.argsort(probabilities.max(axis=1), kind="stable").tolist(), "uncertain", num_pictures)
     return list(found.values())
-
-
-def _labelling_command(data_set: DataSet) -> str:
-    return "python -m cifar_assets.labelling" + ("" if data_set.is_default else f" --data-set {data_set.name}")
 
 
 def _drifted(instance: dg.DagsterInstance, traffic: dg.AssetKey, window: str) -> list[Place]:

@@ -1,6 +1,6 @@
 """Which rows may be used together: no image twice, no image with two labels, no test image in training."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -93,7 +93,9 @@ def check_landed(
 
     The given order determines which of several copies is used. It depends on content, not on names or times.
     """
-    conflicting = _labeled_twice(image for index in indexes for image in index.images())
+    labels: dict[bytes, int] = {}
+    images = (image for index in indexes for image in index.images())
+    conflicting = {pixels for pixels, label, _ in images if labels.setdefault(pixels, label) != label}
     taken: set[bytes] = set()
     checked = []
     for index in indexes:
@@ -110,11 +112,6 @@ def check_landed(
                 taken.add(pixels)
         checked.append((duplicates, rejected))
     return checked
-
-
-def _labeled_twice(images: Iterable[tuple[bytes, int, bool]]) -> set[bytes]:
-    labels: dict[bytes, int] = {}
-    return {pixels for pixels, label, _ in images if labels.setdefault(pixels, label) != label}
 
 
 def _refusal(

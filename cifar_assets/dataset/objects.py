@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cifar_assets.dataset.formats.archive import SIDE, parse_records, pixel_batches, read_archive, survey_archive
-from cifar_assets.dataset.formats.encoded import read_encoded, survey_encoded
+from cifar_assets.dataset.formats.archive import parse_records, pixel_batches, read_archive
+from cifar_assets.dataset.formats.encoded import read_encoded
 from cifar_assets.dataset.formats.rows import SPLITS, Preparation, RowBatch, Split
-from cifar_assets.dataset.formats.survey import Survey
 from resources.digests import sha256_file
 from resources.errors import DataError, IntegrityError, ObjectNotFoundError
 from resources.object_store import ObjectStore
@@ -106,15 +105,6 @@ def read_rows(
     if kind == "records":
         return pixel_batches(*parse_records(path.read_bytes(), name), only, how)
     return read_encoded(path, kind, only, name, how)
-
-
-def survey_rows(path: Path, kind: ObjectFormat, name: str) -> Survey:
-    """What a file says of its classes and pictures."""
-    if kind == "archive":
-        return survey_archive(path, name)
-    if kind == "records":
-        return Survey(smallest=(SIDE, SIDE), largest=(SIDE, SIDE))
-    return survey_encoded(path, kind, name)
 
 
 @contextmanager

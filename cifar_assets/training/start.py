@@ -66,7 +66,9 @@ def find_start(start_from: str, stores: Sequence[ObjectStore], recipe: Recipe) -
 
 def body_of(tensors: Mapping[str, T]) -> dict[str, T]:
     """The tensors of a file that a network takes over, by torchvision's name: not the head's, nor counters."""
-    stored = {name.removeprefix(_STORED_PREFIX): value for name, value in tensors.items() if _is_stored(name)}
+    stored = {
+        name.removeprefix(_STORED_PREFIX): value for name, value in tensors.items() if name.startswith(_STORED_PREFIX)
+    }
     return {
         name: value
         for name, value in (stored or tensors).items()
@@ -93,10 +95,6 @@ def body_shapes(width: int) -> dict[str, tuple[int, ...]]:
         **{f"{name}.weight": shape for name, shape in convolutions.items()},
         **{f"{name}.{kind}": (channels,) for name, channels in norms.items() for kind in kinds},
     }
-
-
-def _is_stored(name: str) -> bool:
-    return name.startswith(_STORED_PREFIX)
 
 
 def _of_model(digest: str, stores: Sequence[ObjectStore]) -> Start:

@@ -4,5 +4,3 @@
 """
 
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult
-
-__all__ = ["PipelineRequest", "PipelineResource", "PipelineResult"]

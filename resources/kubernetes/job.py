@@ -129,7 +129,7 @@ class JobClient(CustomResourceClient[J], Generic[J]):
 
     def workloads(self) -> WorkloadClient:
         """Client for the Workloads that Kueue creates for jobs in a queue."""
-        return WorkloadClient(self._custom, self._core, self.request_timeout_seconds)
+        return self.of(WorkloadClient)
 
     def owners_of_pods(self, namespace: str, label_selector: str) -> set[tuple[str, str | None]]:
         """Name of the job and id of the run of each pod with the given labels, whether or not the job still exists."""

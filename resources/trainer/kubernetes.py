@@ -183,10 +183,10 @@ def _may_open_store(job: TrainingJobConfig) -> bool:
     return bool(job.env_secrets)
 
 
-def build_trainer_collector(resource_key: str = "trainer") -> dg.SensorDefinition:
-    """The sensor that cleans up jobs and messages of the KubernetesTrainer with this resource key."""
-
-    def target(context: dg.SensorEvaluationContext) -> CollectorTarget:
-        return getattr(context.resources, resource_key).collector_target()
-
-    return build_job_collector("trainer_collector", target, required_resource_keys={resource_key})
+def build_trainer_collector() -> dg.SensorDefinition:
+    """The sensor that cleans up jobs and messages of the KubernetesTrainer, whose resource key is `trainer`."""
+    return build_job_collector(
+        "trainer_collector",
+        lambda context: context.resources.trainer.collector_target(),
+        required_resource_keys={"trainer"},
+    )

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import cifar_assets.dataset.formats.parquet  # noqa: F401 (loaded before memory is limited)
+from cifar_assets.dataset.formats.archive import SIDE, survey_archive
+from cifar_assets.dataset.formats.encoded import survey_encoded
 from cifar_assets.dataset.formats.isolated import OUT_OF_MEMORY, receive, send
 from cifar_assets.dataset.formats.rows import Preparation
+from cifar_assets.dataset.formats.survey import Survey
 from cifar_assets.dataset.index import build_index, dump_index
-from cifar_assets.dataset.objects import read_rows, survey_rows
+from cifar_assets.dataset.objects import read_rows
 from resources.errors import DataError
 
 
@@ -28,7 +31,13 @@ def index_file(*, path: str, format: Any, split: str, name: str, how: dict[str, 
 
 def survey_file(*, path: str, format: Any, name: str) -> bytes:
     """What a file says of its classes and pictures."""
-    return survey_rows(Path(path), format, name).model_dump_json().encode()
+    if format == "archive":
+        found = survey_archive(Path(path), name)
+    elif format == "records":
+        found = Survey(smallest=(SIDE, SIDE), largest=(SIDE, SIDE))
+    else:
+        found = survey_encoded(Path(path), format, name)
+    return found.model_dump_json().encode()
 
 
 def main() -> None:

@@ -40,11 +40,6 @@ def split_of(name: str) -> Literal["train", "validation", "test"] | None:
     return next((split for split in order if split in named), None)
 
 
-def is_test(name: str) -> bool:
-    """Whether a path names test data."""
-    return split_of(name) == "test"
-
-
 def folder_name(name: str) -> str:
     """The name of a class as the name of a folder."""
     return name.replace("/", "_")

@@ -20,7 +20,7 @@ from cifar_assets.dataset.consistency import Known, check_landed
 from cifar_assets.dataset.formats.encoded import pack_images
 from cifar_assets.dataset.formats.images import SOURCE_LIMITS, check_size
 from cifar_assets.dataset.formats.isolated import ReaderFailedError
-from cifar_assets.dataset.formats.names import PICTURE_SUFFIXES, class_of, folder_name, is_test, suffix_of
+from cifar_assets.dataset.formats.names import PICTURE_SUFFIXES, class_of, folder_name, split_of, suffix_of
 from cifar_assets.dataset.formats.rows import SPLITS, Preparation
 from cifar_assets.dataset.index import ObjectIndex, load_index, read_index, save_index
 from cifar_assets.dataset.landing.rejection import Rejection, reject_object, reject_rows
@@ -221,7 +221,7 @@ def _read_table(raw: ObjectStore, info: ObjectInfo, path: Path, sha256: str, how
     kind = "parquet" if suffix_of(info.key) == ".parquet" else "archive"
     split = "mixed"
     if kind == "parquet":
-        split = "test" if is_test(info.key.removeprefix(LANDING_PREFIX)) else "train"
+        split = "test" if split_of(info.key.removeprefix(LANDING_PREFIX)) == "test" else "train"
     with _refusing(sha256):
         index = load_index(raw, sha256, split, how) or read_index(path, kind, split, info.key, how)
         if not len(index):
@@ -238,7 +238,7 @@ def _read_table(raw: ObjectStore, info: ObjectInfo, path: Path, sha256: str, how
 def _image(info: ObjectInfo, seen: Seen, how: Preparation) -> Landed:
     name = info.key.removeprefix(LANDING_PREFIX)
     digests = np.frombuffer(bytes.fromhex(seen.pixels), np.uint8).reshape(1, 32)
-    split = SPLITS.index("test" if is_test(name) else "train")
+    split = SPLITS.index("test" if split_of(name) == "test" else "train")
     label = class_of(name, how.classes)
     assert label is not None  # otherwise it was refused
     index = ObjectIndex(digests, np.array([label]), np.array([split], np.uint8), {})

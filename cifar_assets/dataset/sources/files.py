@@ -148,9 +148,10 @@ def _folder_files(
     used = parquet or images
     if not used:
         found = [*visible, *(f"{name} ({reason})" for name, reason in unread.items())]
+        shown = f" ({', '.join(wanted[:3])}, ...)" if wanted else ""
         raise DataError(
             f"{source} is not a recognized dataset: found {', '.join(found[:5])}. Expected Parquet files in the Hugging"
-            f" Face layout, or a folder of images for each class{_named(wanted)}, with or without train/, validation/ "
+            f" Face layout, or a folder of images for each class{shown}, with or without train/, validation/ "
             "and test/ above them. For an official archive, name the file, not its folder."
         )
     kind = "Parquet files" if parquet else "images in class folders"
@@ -168,10 +169,6 @@ def _folder_files(
             raise DataError(f"{name} has {sizes[name]:,} bytes; {limit}")
     packs = _packed_class_folders(pairs, sizes, lambda name: _local_copy(store, prefix + name, work), source, work)
     yield from (replace(pack, classes=classes) for pack in packs)
-
-
-def _named(classes: tuple[str, ...] | None) -> str:
-    return f" ({', '.join(classes[:3])}, ...)" if classes else ""
 
 
 def _check_names(classes: tuple[str, ...], pictures: list[str], source: str) -> None:

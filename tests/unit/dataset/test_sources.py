@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from cifar_assets.contracts import CLASSES, ImageRequest
-from cifar_assets.dataset.formats.names import is_test
+from cifar_assets.dataset.formats.names import split_of
 from cifar_assets.dataset.formats.rows import SPLITS
 from cifar_assets.dataset.index import index_of, pixel_digests
 from cifar_assets.dataset.objects import RawObject
@@ -348,7 +348,7 @@ def test_version_without_a_class_does_not_become_current(make, raw: FolderStore,
     ],
 )
 def test_parquet_file_is_test_data_only_by_the_documented_names(name: str, expected: bool) -> None:
-    assert is_test(name) == expected
+    assert (split_of(name) == "test") == expected
 
 
 def test_rows_below_a_folder_with_test_in_its_name_are_training_data(make, raw: FolderStore, source: str) -> None:
