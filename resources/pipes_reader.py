@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
@@ -43,34 +44,24 @@ class MessagesLostError(ExplainedError):
     """The job's Pipes messages could not be read completely."""
 
 
+@dataclass(eq=False)
 class PipesStoreMessageReader(dg.PipesMessageReader):
-    """Passes a job's messages to Dagster. Call `poll` periodically, and `drain` after the job has ended.
+    """Passes a job's messages to Dagster. Call `poll` periodically, and `drain` after the job has ended."""
 
-    `launch_id` names the job's folder below the store's root; `attach` changes it when an existing job is adopted.
-    """
-
-    def __init__(
-        self,
-        store: ObjectStore,
-        *,
-        launch_id: str,
-        run_id: str,
-        logger: logging.Logger,
-        on_message: OnMessage | None = None,
-    ):
-        self._store = store
-        self._launch_id = launch_id
-        self._run_id = run_id
-        self._log = logger
-        self._on_message = on_message
-        self._handler: dg.PipesMessageHandler | None = None
-        self._opened = False
-        self._closed: Any = None
-        self._handled_up_to: dict[str, str] = {}
-        """The last chunk of each writer that this attempt has handled."""
-        self._marked_up_to: dict[str, str] | None = None
-        """The same of every attempt of this Dagster run, as its mark in the store says; None until that is read."""
-        self._unreadable = False
+    store: ObjectStore
+    launch_id: str
+    """Names the job's folder below the store's root; `attach` changes it when an existing job is adopted."""
+    run_id: str
+    logger: logging.Logger
+    on_message: OnMessage | None = None
+    _handler: dg.PipesMessageHandler | None = None
+    _opened: bool = False
+    _closed: Any = None
+    _handled_up_to: dict[str, str] = field(default_factory=dict)
+    """The last chunk of each writer that this attempt has handled."""
+    _marked_up_to: dict[str, str] | None = None
+    """The same of every attempt of this Dagster run, as its mark in the store says; None until that is read."""
+    _unreadable: bool = False
 
     @contextmanager
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[PipesParams]:
@@ -85,7 +76,7 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
 
     def attach(self, launch_id: str) -> None:
         """Read the messages of the job made by this create call. Call only before the first poll."""
-        self._launch_id = launch_id
+        self.launch_id = launch_id
 
     def poll(self) -> None:
         """Handle the messages that have arrived. If the store does not respond, the next call retries."""
@@ -94,7 +85,7 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
             self._unreadable = False
         except StoreError as error:
             if not self._unreadable:
-                self._log.warning("Messages of the job remain in the object store for now: %s", error)
+                self.logger.warning("Messages of the job remain in the object store for now: %s", error)
             self._unreadable = True
 
     def drain(self, *, timeout_seconds: float, clock: Callable[[], float], sleeper: Callable[[float], None]) -> None:
@@ -121,17 +112,17 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
 
     @property
     def _folder(self) -> str:
-        return f"{MESSAGES_FOLDER}/{self._launch_id}/"
+        return f"{MESSAGES_FOLDER}/{self.launch_id}/"
 
     @property
     def _uri(self) -> str:
-        return self._store.at(self._folder).uri()
+        return self.store.at(self._folder).uri()
 
     def _poll(self) -> None:
-        mark = f"{MARKS_FOLDER}/{self._launch_id}/{self._run_id}.json"
+        mark = f"{MARKS_FOLDER}/{self.launch_id}/{self.run_id}.json"
         if self._marked_up_to is None:
             self._marked_up_to = self._load_mark(mark)
-        for info in self._store.list(self._folder):
+        for info in self.store.list(self._folder):
             writer, _, chunk = info.key.removeprefix(self._folder).partition("/")
             if chunk > self._handled_up_to.get(writer, ""):
                 self._handle_chunk(info.key, replayed=chunk <= self._marked_up_to.get(writer, ""))
@@ -139,34 +130,34 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
         newer = {w: c for w, c in self._handled_up_to.items() if c > self._marked_up_to.get(w, "")}
         if newer:
             marked = {**self._marked_up_to, **newer}
-            self._store.write(mark, json.dumps(marked).encode())
+            self.store.write(mark, json.dumps(marked).encode())
             self._marked_up_to = marked
 
     def _load_mark(self, key: str) -> dict[str, str]:
         try:
-            mark = parse_object(self._store.read(key))
+            mark = parse_object(self.store.read(key))
         except ObjectNotFoundError:
             return {}
         if mark is None or not all(isinstance(chunk, str) for chunk in mark.values()):
-            self._log.warning("%s is not a valid read mark: messages may be recorded again.", key)
+            self.logger.warning("%s is not a valid read mark: messages may be recorded again.", key)
             return {}
         return mark
 
     def _handle_chunk(self, key: str, *, replayed: bool) -> None:
-        for line in self._store.read(key).split(b"\n"):
+        for line in self.store.read(key).split(b"\n"):
             message = parse_object(line)
             if message is not None and {"method", "params"} <= set(message):
                 with self._ignoring_damage(message):
                     self._handle(message, replayed=replayed)
             elif line:
-                self._log.warning("Ignoring a line in %s that is not a Pipes message: %s", key, ascii(line[:100]))
+                self.logger.warning("Ignoring a line in %s that is not a Pipes message: %s", key, ascii(line[:100]))
 
     @contextmanager
     def _ignoring_damage(self, message: Mapping[str, Any]) -> Iterator[None]:
         try:
             yield
         except _MALFORMED as error:  # it must not end hours of work
-            self._log.warning(
+            self.logger.warning(
                 "Ignoring a message in %s that is not valid: %s. %s", self._uri, ascii(message)[:100], error
             )
 
@@ -187,10 +178,10 @@ class PipesStoreMessageReader(dg.PipesMessageReader):
             again, self._opened, self._closed = self._opened, True, None
             if again:
                 if not replayed:
-                    self._log.info("The job's process was restarted; reading its messages continues.")
+                    self.logger.info("The job's process was restarted; reading its messages continues.")
                 return
         if replayed and method in _SHOWN_ONCE:
             return
         self._handler.handle_message(message)  # pyright: ignore[reportArgumentType]  # JSON of a PipesMessage
-        if method == "report_custom_message" and self._on_message:
-            self._on_message(message["params"]["payload"], replayed)
+        if method == "report_custom_message" and self.on_message:
+            self.on_message(message["params"]["payload"], replayed)

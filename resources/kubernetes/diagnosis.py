@@ -244,27 +244,27 @@ class Patience:
         return self._spent.get(self.cause, 0.0) if self.cause else 0.0
 
 
+@dataclass
 class Outage:
     """Tolerates errors until they have lasted too long. `meanwhile` is logged to say what they mean for the work."""
 
-    def __init__(self, clock: Callable[[], float], limit_seconds: float, *, logger: logging.Logger, meanwhile: str):
-        self._clock = clock
-        self._limit_seconds = limit_seconds
-        self._log = logger
-        self._meanwhile = meanwhile
-        self._since: float | None = None
+    clock: Callable[[], float]
+    limit_seconds: float
+    logger: logging.Logger
+    meanwhile: str
+    _since: float | None = None
 
     def endure(self, error: KubernetesError) -> None:
         """Record a failed call. Raises its error when the outage has lasted for the limit."""
-        now = self._clock()
+        now = self.clock()
         if self._since is None:
             self._since = now
-            self._log.warning("No usable response from the API server; %s: %s", self._meanwhile, error)
-        if now - self._since >= self._limit_seconds:
+            self.logger.warning("No usable response from the API server; %s: %s", self.meanwhile, error)
+        if now - self._since >= self.limit_seconds:
             raise error
 
     def end(self) -> None:
         """Record a successful call."""
         if self._since is not None:
-            self._log.info("The API server responds again.")
+            self.logger.info("The API server responds again.")
         self._since = None

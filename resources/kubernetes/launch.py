@@ -87,32 +87,21 @@ class Started(Generic[J]):
     adopted: bool
 
 
+@dataclass
 class JobLauncher(Generic[J]):
-    """Adopts, replaces, creates and removes the jobs of one step, found by their labels or names.
+    """Adopts, replaces, creates and removes the jobs of one step, found by their labels or names."""
 
-    `shield` wraps the create call, so that an interrupt waits for its answer.
-    """
-
-    def __init__(
-        self,
-        client: JobClient[J],
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleeper: Callable[[float], None] = sleep,
-        logger: logging.Logger,
-        shield: Callable[[], AbstractContextManager[None]] = nullcontext,
-        outage_seconds: float = 300.0,
-    ):
-        self._client = client
-        self._clock = clock
-        self._sleep = sleeper
-        self._log = logger
-        self._shield = shield
-        self._outage_seconds = outage_seconds
-        self._create_in_doubt = False
-        """Whether a create call without a response may still take effect."""
-        self._to_remove: set[str] = set()
-        """Names of jobs that have to be deleted with their pods."""
+    client: JobClient[J]
+    logger: logging.Logger
+    clock: Callable[[], float] = time.monotonic
+    sleeper: Callable[[float], None] = sleep
+    shield: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Wraps the create call, so that an interrupt waits for its answer."""
+    outage_seconds: float = 300.0
+    _create_in_doubt: bool = False
+    """Whether a create call without a response may still take effect."""
+    _to_remove: set[str] = field(default_factory=set)
+    """Names of jobs that have to be deleted with their pods."""
 
     def start(self, request: JobRequest, manifest: Mapping[str, Any]) -> Started[J]:
         """The step's job, active or finished, adopted or new. Never leaves two.
@@ -121,7 +110,7 @@ class JobLauncher(Generic[J]):
         without a response; ResourceStuckError if the name stays taken, or the job to replace is not deleted in time.
         """
         # Two deadlines: for an API server that does not respond and, from its first response on, for obstacles.
-        outage = Outage(self._clock, self._outage_seconds, logger=self._log, meanwhile=f"{request} waits to be started")
+        outage = Outage(self.clock, self.outage_seconds, logger=self.logger, meanwhile=f"{request} waits to be started")
         answered_at: float | None = None
         left: Sequence[str] = ()
         while True:
@@ -131,14 +120,14 @@ class JobLauncher(Generic[J]):
                 if started:
                     return started
                 outage.end()
-                answered_at = self._clock() if answered_at is None else answered_at
+                answered_at = self.clock() if answered_at is None else answered_at
             except ApiUnavailableError as error:
                 outage.endure(error)
-            if answered_at is not None and self._clock() - answered_at > _REPLACE_TIMEOUT_SECONDS:
+            if answered_at is not None and self.clock() - answered_at > _REPLACE_TIMEOUT_SECONDS:
                 raise ResourceStuckError(
                     f"{request} could not be started for {_REPLACE_TIMEOUT_SECONDS:.0f} s: {_why(left)}"
                 )
-            self._sleep(_PAUSE_SECONDS)
+            self.sleeper(_PAUSE_SECONDS)
 
     def remove(self, request: JobRequest, *, timeout_seconds: float, grace_seconds: int) -> None:
         """Delete the step's jobs and wait until they and their pods are gone. ResourceStuckError if they stay.
@@ -146,21 +135,21 @@ class JobLauncher(Generic[J]):
         A create call without a response may still take effect, so after one it polls for as long as a call may take. If
         only the jobs may be deleted, the refusal for the pods is raised after their deletion.
         """
-        began = self._clock()
-        settle_seconds = self._client.request_timeout_seconds if self._create_in_doubt else 0.0
+        began = self.clock()
+        settle_seconds = self.client.request_timeout_seconds if self._create_in_doubt else 0.0
         own: Sequence[J] = ()
-        while self._clock() - began <= timeout_seconds:
+        while self.clock() - began <= timeout_seconds:
             try:
                 own = self._own(request)
-                if not self._remove_all(request, own, own, grace_seconds) and self._clock() - began >= settle_seconds:
+                if not self._remove_all(request, own, own, grace_seconds) and self.clock() - began >= settle_seconds:
                     return
             except ApiUnavailableError as error:
-                self._log.warning("Still removing %s: %s", request, error)
+                self.logger.warning("Still removing %s: %s", request, error)
             except ApiRefusedError:
                 for job in own:
-                    self._client.delete(job)
+                    self.client.delete(job)
                 raise
-            self._sleep(_PAUSE_SECONDS / 2)
+            self.sleeper(_PAUSE_SECONDS / 2)
         raise ResourceStuckError(
             f"{request} and its pods could not be removed within {timeout_seconds:.0f} s: delete it manually unless "
             "it ends at its deadline or a collector sensor watches its kind."
@@ -168,9 +157,9 @@ class JobLauncher(Generic[J]):
 
     def _own(self, request: JobRequest) -> Sequence[J]:
         if request.names:
-            named = [self._client.get(request.namespace, name) for name in reversed(request.names)]
+            named = [self.client.get(request.namespace, name) for name in reversed(request.names)]
             return [job for job in named if job and request.owns(job)]
-        found = self._client.find(request.namespace, selector(**request.step_labels))
+        found = self.client.find(request.namespace, selector(**request.step_labels))
         return [job for job in found if request.owns(job)]
 
     def _settle(self, request: JobRequest) -> tuple[J | None, list[str]]:
@@ -181,12 +170,12 @@ class JobLauncher(Generic[J]):
         for job in replaced:
             if job.name not in self._to_remove:
                 reason = request.why_not(job) or "a newer job of the step is kept"
-                self._log.info("Replacing %s: %s.", job, reason)
+                self.logger.info("Replacing %s: %s.", job, reason)
         return kept, self._remove_all(request, own, replaced, _REPLACE_GRACE_SECONDS)
 
     def _find_orphans(self, request: JobRequest, own: Sequence[J]) -> set[str]:
         """Names of the step's deleted jobs that left pods behind."""
-        owners = self._client.owners_of_pods(request.namespace, selector(**request.step_labels))
+        owners = self.client.owners_of_pods(request.namespace, selector(**request.step_labels))
         known = {job.name for job in own}
         return {name for name, run_id in owners if name not in known and run_id in request.run_ids}
 
@@ -196,25 +185,25 @@ class JobLauncher(Generic[J]):
         uids = {job.uid for job in jobs}
         left: list[str] = []
         for name in sorted({*self._to_remove, *request.names, request.name}):
-            current = self._client.get(request.namespace, name)
+            current = self.client.get(request.namespace, name)
             if current is None or current.uid in uids:  # not another owner's job, nor one that is newer than the list
-                left += self._client.remove(request.namespace, name, current, grace_seconds)
+                left += self.client.remove(request.namespace, name, current, grace_seconds)
         return left
 
     def _adopt_or_create(self, request: JobRequest, kept: J | None, manifest: Mapping[str, Any]) -> Started[J] | None:
         if kept is not None:
-            kept = self._client.patch(kept, {"metadata": {"labels": {RUN_ID_LABEL: request.run_id}}})
+            kept = self.client.patch(kept, {"metadata": {"labels": {RUN_ID_LABEL: request.run_id}}})
             return None if kept is None else Started(kept, adopted=True)
         self._create_in_doubt = True
-        with self._shield():
-            created = self._client.create(manifest)
+        with self.shield():
+            created = self.client.create(manifest)
             self._create_in_doubt = False
         created = created or self._after_conflict(request)
         return None if created is None else Started(created, adopted=False)
 
     def _after_conflict(self, request: JobRequest) -> J | None:
         """The existing job with the name, if our own create call made it and its response was lost."""
-        existing = self._client.get(request.namespace, request.name)
+        existing = self.client.get(request.namespace, request.name)
         if existing is None or existing.launch_id == request.launch_id:
             return existing
         if not request.owns(existing):

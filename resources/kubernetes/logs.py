@@ -10,7 +10,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from resources.kubernetes.api import CustomResourceClient
@@ -56,22 +56,16 @@ class _Cursor:
     complete: bool = False
 
 
+@dataclass
 class ReplicaLogs:
     """Follows the logs of pods. `tails` keeps the last lines of each replica, including deleted pods."""
 
-    def __init__(
-        self,
-        client: CustomResourceClient[Any],
-        namespace: str,
-        clock: Callable[[], float],
-        logger: logging.Logger,
-    ):
-        self._client = client
-        self._namespace = namespace
-        self._clock = clock
-        self._log = logger
-        self._cursors: dict[tuple[str, str], _Cursor] = {}
-        self._tails: dict[str, deque[str]] = {}
+    client: CustomResourceClient[Any]
+    namespace: str
+    clock: Callable[[], float]
+    logger: logging.Logger
+    _cursors: dict[tuple[str, str], _Cursor] = field(default_factory=dict)
+    _tails: dict[str, deque[str]] = field(default_factory=dict)
 
     @property
     def tails(self) -> Mapping[str, Sequence[str]]:
@@ -79,19 +73,19 @@ class ReplicaLogs:
 
     def poll(self, pods: Iterable[Pod]) -> Iterator[LogLine]:
         """Lines not returned before. A log that cannot be read now is read by a later call."""
-        began = self._clock()
+        began = self.clock()
         for pod in pods:
             for container in pod.containers:
-                in_time = self._clock() - began < _PATIENCE_SECONDS
+                in_time = self.clock() - began < _PATIENCE_SECONDS
                 if container.started and not container.init and in_time:
                     yield from self._poll(pod, container)
 
     def drain(self, pods: Sequence[Pod], sleeper: Callable[[float], None]) -> Iterator[LogLine]:
         """The last lines of finished pods. Retries for a short time if a log cannot be read."""
-        deadline = self._clock() + _PATIENCE_SECONDS
+        deadline = self.clock() + _PATIENCE_SECONDS
         uids = {pod.uid for pod in pods}
         yield from self.poll(pods)
-        while self._clock() < deadline and any(
+        while self.clock() < deadline and any(
             uid in uids and cursor.retry_at is not None for (uid, _), cursor in self._cursors.items()
         ):
             sleeper(_RETRY_SECONDS)
@@ -101,7 +95,7 @@ class ReplicaLogs:
         cursor = self._cursors.setdefault((pod.uid, container.name), _Cursor(restarts=container.restarts))
         if cursor.complete and cursor.restarts == container.restarts:
             return
-        if cursor.retry_at is not None and self._clock() < cursor.retry_at:
+        if cursor.retry_at is not None and self.clock() < cursor.retry_at:
             return
         try:
             if container.restarts > cursor.restarts:
@@ -110,18 +104,18 @@ class ReplicaLogs:
             yield from self._read(pod, container, cursor, previous=False)
         except KubernetesError as error:
             if cursor.retry_at is None:
-                self._log.warning("Lines are not shown for now: %s", error)
-            cursor.retry_at = self._clock() + cursor.retry_seconds
+                self.logger.warning("Lines are not shown for now: %s", error)
+            cursor.retry_at = self.clock() + cursor.retry_seconds
             cursor.retry_seconds = min(2 * cursor.retry_seconds, _LONGEST_RETRY_SECONDS)
             return
         cursor.retry_at, cursor.retry_seconds = None, _RETRY_SECONDS
         cursor.complete = container.ended
 
     def _read(self, pod: Pod, container: Container, cursor: _Cursor, *, previous: bool) -> Iterator[LogLine]:
-        now = self._clock()
+        now = self.clock()
         # Relative to now on the node's clock, so that a difference between the clocks does not matter.
         since = None if cursor.read_at is None else math.ceil(now - cursor.read_at) + _OVERLAP_SECONDS
-        text = self._client.log(self._namespace, pod.name, container.name, since_seconds=since, previous=previous)
+        text = self.client.log(self.namespace, pod.name, container.name, since_seconds=since, previous=previous)
         if text is None:
             return
         cursor.read_at = now

@@ -77,14 +77,10 @@ class PipesJobClient(dg.PipesClient, TreatAsResourceParam, ABC, Generic[C]):
         """
         with as_dagster_failure():
             client = self._client or self.client_class.production()
-            request = job_request(
-                context,
-                client.resource,
-                namespace=self._namespace or detect_current_namespace(None) or "default",
-                prefix=name_prefix or client.resource.slug,
-                work=work or json.dumps([config.model_dump(mode="json"), extras or {}], sort_keys=True, default=str),
-                name=name,
-            )
+            work = work or json.dumps([config.model_dump(mode="json"), extras or {}], sort_keys=True, default=str)
+            namespace = self._namespace or detect_current_namespace(None) or "default"
+            prefix = name_prefix or client.resource.slug
+            request = job_request(context, client.resource, namespace=namespace, prefix=prefix, work=work, name=name)
             reader = PipesStoreMessageReader(
                 self._store,
                 launch_id=request.launch_id,
@@ -92,12 +88,8 @@ class PipesJobClient(dg.PipesClient, TreatAsResourceParam, ABC, Generic[C]):
                 logger=context.log,
                 on_message=on_message,
             )
-            with dg.open_pipes_session(
-                context=context,
-                extras=extras,
-                context_injector=dg.PipesEnvContextInjector(),
-                message_reader=reader,
-            ) as session:
+            injector = dg.PipesEnvContextInjector()
+            with dg.open_pipes_session(context, injector, reader, extras=extras) as session:
                 manifest = type(self).build_manifest(
                     config,
                     name=request.name,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from resources.kubernetes.api import CustomResource, CustomResourceClient
@@ -46,32 +47,32 @@ class WorkloadClient(CustomResourceClient[Workload]):
         return found[-1].waits_for if found else ""
 
 
+@dataclass
 class QueueWait:
     """Sums up how long a job was suspended, and logs each new reason."""
 
-    def __init__(self, clock: Callable[[], float], logger: logging.Logger, workloads: WorkloadClient):
-        self._clock = clock
-        self._log = logger
-        self._workloads = workloads
-        self._seen_at: float | None = None
-        self._logged = ""
-        self.seconds = 0.0
-        self.reason = ""
-        """The last reason that the queue gave."""
+    clock: Callable[[], float]
+    logger: logging.Logger
+    workloads: WorkloadClient
+    seconds: float = 0.0
+    reason: str = ""
+    """The last reason that the queue gave."""
+    _seen_at: float | None = None
+    _logged: str = ""
 
     def observe(self, job: CustomResource, *, suspended: bool) -> None:
         """Record one poll of the job."""
-        now = self._clock()
+        now = self.clock()
         if self._seen_at is not None:
             self.seconds += now - self._seen_at
             if not suspended:
                 self._logged = ""
-                self._log.info("%s is no longer suspended. It has waited for %.0f s in total.", job, self.seconds)
+                self.logger.info("%s is no longer suspended. It has waited for %.0f s in total.", job, self.seconds)
         self._seen_at = now if suspended else None
         queue = job.labels.get(QUEUE_LABEL)
-        reason = self._workloads.why_waits(job) if suspended and queue else ""
+        reason = self.workloads.why_waits(job) if suspended and queue else ""
         if reason and reason != self._logged:
-            self._log.info("%s waits in queue %s: %s", job, queue, reason)
+            self.logger.info("%s waits in queue %s: %s", job, queue, reason)
             self.reason = self._logged = reason
 
     def metadata(self, prefix: str) -> dict[str, Any]:

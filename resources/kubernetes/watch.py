@@ -7,6 +7,7 @@ the job is repeated until the outage has lasted too long.
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Generic
 
 from resources.interrupts import sleep
@@ -21,41 +22,32 @@ _OPERATOR_LAG_SECONDS = 10.0
 """An operator that runs records the end of a job's pods within this time."""
 
 
+@dataclass
 class JobWatcher(Generic[J]):
     """Watches one job until it ends."""
 
-    def __init__(
-        self,
-        client: JobClient[J],
-        job: J,
-        *,
-        limits: WatchLimits,
-        on_log_line: Callable[[LogLine], None] = show_line,
-        on_tick: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.monotonic,
-        sleeper: Callable[[float], None] = sleep,
-        logger: logging.Logger,
-    ):
-        self._client = client
-        self._job = job
-        self._limits = limits
-        self._on_log_line = on_log_line
-        self._on_tick = on_tick
-        self._clock = clock
-        self._sleep = sleeper
-        self._log = logger
+    client: JobClient[J]
+    job: J
+    """As it was at the last poll."""
+    limits: WatchLimits
+    logger: logging.Logger
+    on_log_line: Callable[[LogLine], None] = show_line
+    on_tick: Callable[[], None] = lambda: None
+    clock: Callable[[], float] = time.monotonic
+    sleeper: Callable[[float], None] = sleep
+
+    def __post_init__(self) -> None:
+        self.queue_wait = QueueWait(self.clock, self.logger, self.client.workloads())
         self._history = PodHistory()
-        self._logs = ReplicaLogs(client, job.namespace, clock, logger)
-        self._outage = Outage(
-            clock, limits.outage_timeout_seconds, logger=logger, meanwhile="the work continues without being watched"
-        )
-        self._patience = Patience(limits, clock)
+        self._logs = ReplicaLogs(self.client, self.job.namespace, self.clock, self.logger)
+        meanwhile = "the work continues without being watched"
+        self._outage = Outage(self.clock, self.limits.outage_timeout_seconds, self.logger, meanwhile)
+        self._patience = Patience(self.limits, self.clock)
         self._announced: Cause | None = None
         """What the log last said that the job waits for."""
-        self._active_since = clock()
+        self._active_since = self.clock()
         self._progress: Sequence[str] = ()
         self._pods: Sequence[Pod] = ()
-        self.queue_wait = QueueWait(clock, logger, client.workloads())
         self._pods_are_read = True
 
     def wait_until_finished(self) -> J:
@@ -70,31 +62,31 @@ class JobWatcher(Generic[J]):
             except ApiError as error:
                 finished = False
                 self._outage.endure(error)
-            self._on_tick()
+            self.on_tick()
             if finished:
                 break
-            self._sleep(self._limits.poll_interval_seconds)
-        if self._job.status.state == JobState.FAILED:
-            raise self._client.failure(self._job, self._history, self._logs.tails, self._limits, remove=False)
-        return self._job
+            self.sleeper(self.limits.poll_interval_seconds)
+        if self.job.status.state == JobState.FAILED:
+            raise self.client.failure(self.job, self._history, self._logs.tails, self.limits, remove=False)
+        return self.job
 
     def _look(self) -> bool:
         """Poll once; returns whether the job has finished."""
-        current = self._client.get(self._job.namespace, self._job.name)
-        if current is None or current.uid != self._job.uid or current.deleting:
+        current = self.client.get(self.job.namespace, self.job.name)
+        if current is None or current.uid != self.job.uid or current.deleting:
             raise ResourceDeletedError(
-                f"{self._job} was deleted by someone else while this step waited for it. Its last state was "
-                f"{self._job.status.state}. Run the step again to start a new one."
+                f"{self.job} was deleted by someone else while this step waited for it. Its last state was "
+                f"{self.job.status.state}. Run the step again to start a new one."
             )
-        self._job = current
+        self.job = current
         for text in current.progress:
             if text not in self._progress:
-                self._log.info("%s: %s", current, text)
+                self.logger.info("%s: %s", current, text)
         self._progress = current.progress
         self.queue_wait.observe(current, suspended=current.status.state == JobState.SUSPENDED)
         pods = self._list_pods()
         if current.finished:
-            self._show(self._logs.drain(self._pods, self._sleep))
+            self._show(self._logs.drain(self._pods, self.sleeper))
             return True
         self._show(self._logs.poll(pods or ()))
         self._give_up_if_final()
@@ -105,14 +97,14 @@ class JobWatcher(Generic[J]):
 
     def _list_pods(self) -> Sequence[Pod] | None:
         try:
-            self._pods = self._client.pods(self._job.namespace, self._job.name)
+            self._pods = self.client.pods(self.job.namespace, self.job.name)
         except ApiError as error:
             if self._pods_are_read:
-                self._log.warning("The pods cannot be listed for now: %s", error)
+                self.logger.warning("The pods cannot be listed for now: %s", error)
             self._pods_are_read = False
             return None
         self._pods_are_read = True
-        if self._job.status.state == JobState.SUSPENDED:
+        if self.job.status.state == JobState.SUSPENDED:
             self._history.forget(self._pods)  # they were stopped, which is not a failure of the job
         else:
             self._history.observe(self._pods)
@@ -120,49 +112,49 @@ class JobWatcher(Generic[J]):
 
     def _show(self, lines: Iterable[LogLine]) -> None:
         for line in lines:
-            self._on_log_line(line)
+            self.on_log_line(line)
 
     def _give_up_if_final(self) -> None:
         """Abandon the job after an exit code for which a restart cannot help."""
-        if any(end.exit_code in self._limits.final_exit_codes for end in self._history.failures()):
-            raise self._client.failure(self._job, self._history, self._logs.tails, self._limits, remove=True)
+        if any(end.exit_code in self.limits.final_exit_codes for end in self._history.failures()):
+            raise self.client.failure(self.job, self._history, self._logs.tails, self.limits, remove=True)
 
     def _give_up_if_overdue(self) -> None:
         """Abandon a job that its deadline, enforced by the operator and the kubelet, should have ended."""
-        now, state = self._clock(), self._job.status.state
+        now, state = self.clock(), self.job.status.state
         if state == JobState.SUSPENDED:
             self._active_since = now
-        waited, deadline = now - self._active_since, self._job.deadline_seconds
-        if deadline is not None and waited >= deadline + self._limits.start_timeout_seconds:
+        waited, deadline = now - self._active_since, self.job.deadline_seconds
+        if deadline is not None and waited >= deadline + self.limits.start_timeout_seconds:
             summary = f"still {state} after {waited:.0f} s, though its deadline is {deadline} s"
             advice = "Check that the operator is running: neither it nor the kubelet ended the job."
             raise ResourceFailedError(
-                Diagnosis(Cause.DEADLINE, summary, advice, transient=False, subject=str(self._job), remove=True)
+                Diagnosis(Cause.DEADLINE, summary, advice, transient=False, subject=str(self.job), remove=True)
             )
 
     def _give_up_if_stuck(self, pods: Sequence[Pod]) -> None:
-        obstacle = self._client.obstacle(self._job, pods)
+        obstacle = self.client.obstacle(self.job, pods)
         waited = self._patience.spend(obstacle)
         if obstacle is None:
             self._announced = None
             return
-        cause, allowed = obstacle.cause, self._limits.of(obstacle.cause)
+        cause, allowed = obstacle.cause, self.limits.of(obstacle.cause)
         is_usual = cause in (Cause.SLOW_START, Cause.NO_PODS)
         is_usual |= cause == Cause.OPERATOR_AWAY and waited < _OPERATOR_LAG_SECONDS
         if cause != self._announced and not is_usual:
             self._announced = cause
             left = max(0.0, allowed - waited)
-            self._log.warning("%s is waiting: %s. It is abandoned after %.0f s.", self._job, obstacle, left)
+            self.logger.warning("%s is waiting: %s. It is abandoned after %.0f s.", self.job, obstacle, left)
         if waited >= allowed:
             phases = [f"{pod.replica}: {pod.phase}" for pod in pods]
             raise ResourceFailedError(
                 Diagnosis(
                     cause,
                     f"{obstacle} (for {waited:.0f} s)",
-                    self._client.advice(cause),
-                    self._limits.is_worth_retrying(cause),
-                    str(self._job),
-                    details=(*phases, *event_lines(self._client.events(self._job, pods))),
+                    self.client.advice(cause),
+                    self.limits.is_worth_retrying(cause),
+                    str(self.job),
+                    details=(*phases, *event_lines(self.client.events(self.job, pods))),
                     remove=cause != Cause.OPERATOR_AWAY,
                 )
             )

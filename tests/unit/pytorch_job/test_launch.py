@@ -44,12 +44,12 @@ def launcher(client: JobClient[Any], cluster: FakeCluster) -> JobLauncher:
 
 
 def start(launcher: JobLauncher, request: JobRequest = REQUEST):
-    request = replace(request, kind=launcher._client.resource)
+    request = replace(request, kind=launcher.client.resource)
     return launcher.start(request, manifest(request))
 
 
 def remove(launcher: JobLauncher) -> None:
-    request = replace(REQUEST, kind=launcher._client.resource)
+    request = replace(REQUEST, kind=launcher.client.resource)
     launcher.remove(request, grace_seconds=5, timeout_seconds=25)
 
 

@@ -499,7 +499,7 @@ def once_ticked(wait: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The wait, without its own reading of messages."""
 
     def wait_without_ticks(watcher: Any) -> Any:
-        watcher._on_tick = lambda: None
+        watcher.on_tick = lambda: None
         return wait(watcher)
 
     return wait_without_ticks
