@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import dagster as dg
 from pydantic import Field
+from sqlalchemy.exc import OperationalError
 
 from cifar_assets.model_package import WantedPrecision
 from resources.errors import ExplainedError
@@ -35,7 +36,7 @@ class AccuracyGate(dg.ConfigurableResource):
 
 @contextmanager
 def retrying_infrastructure_faults() -> Iterator[None]:
-    """Request a retry if the cause is external (a store that does not respond, a lost node); otherwise fail.
+    """Request a retry if the cause is external (no response of a store or database, a lost node); otherwise fail.
 
     A RetryPolicy on the asset would do the same, but would also restart a step that a user canceled.
     """
@@ -49,3 +50,14 @@ def retrying_infrastructure_faults() -> Iterator[None]:
         if error.transient:
             raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from error
         raise dg.Failure(str(error), allow_retries=False) from error
+    except Exception as error:
+        if is_database_outage(error):
+            raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from error
+        raise
+
+
+def is_database_outage(error: BaseException) -> bool:
+    """Whether Dagster could not store an event: dagster-postgres gives up after 12 s (dagster#21209)."""
+    if isinstance(error, OperationalError):
+        return True
+    return error.__cause__ is not None and is_database_outage(error.__cause__)

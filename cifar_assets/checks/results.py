@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import dagster as dg
 
-from cifar_assets.assets.common import MAX_RETRIES, RETRY_SECONDS
+from cifar_assets.assets.common import MAX_RETRIES, RETRY_SECONDS, is_database_outage
 from cifar_assets.assets.keys import key_of
 from cifar_assets.assets.metadata import shown
 from cifar_assets.assets.record import VERSION_METADATA
@@ -47,7 +47,8 @@ def answers(
 ) -> Iterator[dg.AssetCheckResult]:
     """Results of the selected checks for a data version, each evaluated independently of the others.
 
-    A check that raises fails with the error as its reason, but if the store does not respond the step is retried first.
+    A check that raises fails with the error as its reason, but if the store or Dagster's database does not
+    respond the step is retried first.
     """
     results = []
     for check in checks:
@@ -56,7 +57,8 @@ def answers(
         try:
             verdict = judges[check.name]()
         except Exception as error:
-            if isinstance(error, StoreError) and error.transient and context.retry_number < MAX_RETRIES:
+            is_external = (isinstance(error, StoreError) and error.transient) or is_database_outage(error)
+            if is_external and context.retry_number < MAX_RETRIES:
                 raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from error
             context.log.warning(f"{check.name} of {version} could not be evaluated", exc_info=True)
             verdict = Verdict(False, f"Could not be evaluated: {type(error).__name__}: {error}")
