@@ -32,25 +32,33 @@ NAME = "cifar10"
 K8S = Path(__file__).parents[2] / "k8s"
 
 _ASK = """
-import io, json, pathlib, sys, time
+import collections, json, pathlib, sys, threading, time
 import numpy as np
 from PIL import Image
 from resources.inference_service.client import InferenceClient, ServerError
 pathlib.Path("/tmp/answers").mkdir()
 Image.fromarray(np.full((32, 32, 3), 90, dtype=np.uint8)).save("/tmp/picture.png")
 headers = {"Host": sys.argv[2]} if sys.argv[2] else {}
-client = InferenceClient(sys.argv[1], timeout=30, headers=headers)
-answers, failures = {}, []
-began = time.monotonic()
-while not pathlib.Path("/tmp/enough").exists() and time.monotonic() - began < 1500:
-    try:
-        digest = client.predict_files([pathlib.Path("/tmp/picture.png")]).model_digest
-        answers[digest] = answers.get(digest, 0) + 1
-        pathlib.Path("/tmp/answers", digest).touch()
-    except ServerError as error:
-        failures.append(f"{time.monotonic() - began:.1f} s: {error}")
-    time.sleep(0.03)
-print("TALLY " + json.dumps({"answers": answers, "failures": failures}))
+answers, by_second, failures = collections.Counter(), collections.Counter(), []
+lock, began = threading.Lock(), time.monotonic()
+def ask():
+    client = InferenceClient(sys.argv[1], timeout=30, headers=headers)
+    while not pathlib.Path("/tmp/enough").exists() and time.monotonic() - began < 1500:
+        try:
+            digest = client.predict_files([pathlib.Path("/tmp/picture.png")]).model_digest
+            pathlib.Path("/tmp/answers", digest).touch()
+            with lock:
+                answers[digest] += 1
+                by_second[int(time.time())] += 1
+        except ServerError as error:
+            failures.append(f"{time.monotonic() - began:.1f} s: {error}")
+        time.sleep(0.03)
+threads = [threading.Thread(target=ask) for _ in range(int(sys.argv[3]))]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("TALLY " + json.dumps({"answers": answers, "failures": failures, "by_second": by_second}))
 """
 
 
@@ -146,11 +154,14 @@ def _store(root: ObjectStore, data: TinyData, seed: int, boast: float = 0.0) -> 
 
 @dataclass
 class Tally:
-    """The responses that the client got."""
+    """The responses that the clients of a pod got."""
 
     namespace: str
+    pod: str
     answers: dict[str, int] = field(default_factory=dict)
     failures: Sequence[str] = ()
+    by_second: dict[int, int] = field(default_factory=dict)
+    """Number of answers by Unix time."""
 
     def wait_until_answered_by(self, model_digest: str) -> None:
         wait_for(f"an answer of model {model_digest}", lambda: model_digest in self._models())
@@ -160,42 +171,47 @@ class Tally:
 
     def _models(self) -> list[str]:
         """Digests of the models that have answered so far."""
-        return kubectl("-n", self.namespace, "exec", "asker", "--", "sh", "-c", "ls /tmp/answers || true").split()
+        return kubectl("-n", self.namespace, "exec", self.pod, "--", "sh", "-c", "ls /tmp/answers || true").split()
+
+    def _lines(self) -> list[str]:
+        lines = kubectl("-n", self.namespace, "logs", self.pod).splitlines()
+        return [line.removeprefix("TALLY ") for line in lines if line.startswith("TALLY ")]
+
+    def read(self) -> None:
+        found = json.loads(wait_for("the tally", self._lines)[-1])
+        self.answers, self.failures = found["answers"], found["failures"]
+        self.by_second = {int(second): number for second, number in found["by_second"].items()}
 
 
 @contextmanager
-def asking(namespace: str, url: str | None = None, host: str = "") -> Iterator[Tally]:
-    """Sends multipart requests over new connections, about 20 per second, during the block, and collects responses.
+def asking(
+    namespace: str, url: str | None = None, host: str = "", *, pod: str = "asker", clients: int = 1
+) -> Iterator[Tally]:
+    """Sends multipart requests over new connections during the block, and collects responses.
 
-    They go to the service itself, or with this Host header to the address of a gateway.
+    Each client sends at most about 20 per second. They go to the service itself, or with this Host header to the
+    address of a gateway.
     """
     container = {
         "name": "asker",
         "image": DAGSTER_IMAGE,
         "imagePullPolicy": "IfNotPresent",
-        "command": ["python", "-c", _ASK, url or f"http://{NAME}-predictor.{namespace}.svc", host],
+        "command": ["python", "-c", _ASK, url or f"http://{NAME}-predictor.{namespace}.svc", host, str(clients)],
         "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}},
     }
     spec = {"containers": [container], "restartPolicy": "Never", "terminationGracePeriodSeconds": 1}
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "asker"}, "spec": spec}
+    manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod}, "spec": spec}
     inside = ["-n", namespace]
-    kubectl(*inside, "create", "-f", "-", text=yaml.safe_dump(pod))
-    tally = Tally(namespace)
+    kubectl(*inside, "create", "-f", "-", text=yaml.safe_dump(manifest))
+    tally = Tally(namespace, pod)
     try:
-        kubectl(*inside, "wait", "--for=condition=Ready", "pod/asker", PATIENCE)
+        kubectl(*inside, "wait", "--for=condition=Ready", f"pod/{pod}", PATIENCE)
         tally.wait_until_answered()
         yield tally
-        kubectl(*inside, "exec", "asker", "--", "touch", "/tmp/enough")
-        lines = wait_for("the asker's tally", lambda: _tally_lines(namespace))
-        found = json.loads(lines[-1].removeprefix("TALLY "))
-        tally.answers, tally.failures = found["answers"], found["failures"]
+        kubectl(*inside, "exec", pod, "--", "touch", "/tmp/enough")
+        tally.read()
     finally:
-        kubectl(*inside, "delete", "pod", "asker", "--grace-period=1", "--wait=true", PATIENCE)
-
-
-def _tally_lines(namespace: str) -> list[str]:
-    lines = kubectl("-n", namespace, "logs", "asker").splitlines()
-    return [line for line in lines if line.startswith("TALLY ")]
+        kubectl(*inside, "delete", "pod", pod, "--grace-period=1", "--wait=true", PATIENCE)
 
 
 def left_behind(namespace: str) -> list[str]:

@@ -1,5 +1,6 @@
 """KServeInferenceService on a real cluster with the real KServe, with the rights of `dagster`."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,13 @@ from resources.errors import DeployError
 from resources.inference_service import DeployRequest
 from resources.inference_service.client import InferenceClient
 from tests.cluster.conftest import Minio
+from tests.cluster.kinds import is_installed
 from tests.cluster.kubectl import PATIENCE, kubectl, wait_for
 from tests.cluster.serving_story import K8S, NAME, asking, grant_access, left_behind, service, store_model
 from tests.unit.serving.tiny_model import tiny_logits
+
+SCALING_SECONDS = 900
+"""Far longer than the autoscaler takes, which removes a replica after 5 minutes of low load."""
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +206,38 @@ def test_missing_role_is_named_in_the_error(namespace: str, models: tuple[Deploy
     with pytest.raises(DeployError, match=r"docs/kubernetes\.md"):
         service(namespace, account="nobody").deploy(models[0])
     assert left_behind(namespace) == []
+
+
+@pytest.mark.thorough
+def test_replicas_follow_the_load_without_a_failed_request(
+    namespace: str, models: tuple[DeployRequest, DeployRequest], nothing_serves: None, core: Any
+) -> None:
+    """Prints the requests per second. Replicas are limited to a tenth of a CPU: a small node has room for the rest."""
+    if not is_installed("metrics.k8s.io"):
+        pytest.skip("the cluster has no metrics server")
+    first, _ = models
+    service(namespace, cpu="100m", cpu_limit="100m", max_replicas=3).deploy(first)
+    deployments: Any = k8s.AppsV1Api(core.api_client)
+    ready: dict[int, int] = {}
+
+    def is_ready(replicas: int) -> bool:
+        now = deployments.read_namespaced_deployment(f"{NAME}-predictor", namespace).status.ready_replicas
+        ready[int(time.time())] = now
+        return now == replicas
+
+    with asking(namespace) as tally:
+        with asking(namespace, pod="load", clients=16) as load:
+            wait_for("three replicas", lambda: is_ready(3), SCALING_SECONDS)
+            measured = time.monotonic() + 30
+            wait_for("30 s with three replicas", lambda: is_ready(3) and time.monotonic() > measured)
+        wait_for("one replica", lambda: is_ready(1), SCALING_SECONDS)
+    assert tally.failures == []
+    assert load.failures == []
+    for replicas in (1, 2, 3):
+        # Without the seconds near a change of their number.
+        settled = [s for s in load.by_second if {ready.get(s + near) for near in range(-5, 3)} == {replicas}]
+        answers = [load.by_second[second] + tally.by_second.get(second, 0) for second in settled]
+        print(f"{replicas}: {sum(answers) / max(1, len(answers)):.1f} requests/s in {len(answers)} s")
 
 
 @pytest.mark.parametrize("folder", ["inference-service", "inference-service/serverless"])
