@@ -13,9 +13,6 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 """Class names in label order, as in the official archive's batches.meta."""
 
 IMAGE_SIZE = 32
-IMAGE_SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
-"""Channels, height, width of one stored image (uint8 RGB)."""
-
 
 Fit = Annotated[Literal["crop", "pad"], Field(description="How a picture that is not square becomes a square.")]
 """Cut to its center, or surrounded with black."""

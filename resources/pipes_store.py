@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
@@ -34,6 +35,7 @@ def parse_object(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+@dataclass(eq=False)
 class PipesStoreMessageWriter(PipesDefaultMessageWriter):
     """Writes to the object store if the reader requests it, otherwise as dagster_pipes does by default.
 
@@ -41,16 +43,9 @@ class PipesStoreMessageWriter(PipesDefaultMessageWriter):
     is unavailable for `close_timeout_seconds`, so that a process whose result is lost does not exit successfully.
     """
 
-    def __init__(
-        self,
-        *,
-        open_store: Callable[[str], ObjectStore] = open_store,
-        interval_seconds: float = 1.0,
-        close_timeout_seconds: float = 300.0,
-    ):
-        self._open_store = open_store
-        self._interval_seconds = interval_seconds
-        self._close_timeout_seconds = close_timeout_seconds
+    open_store: Callable[[str], ObjectStore] = open_store
+    interval_seconds: float = 1.0
+    close_timeout_seconds: float = 300.0
 
     @contextmanager
     def open(self, params: PipesParams) -> Iterator[PipesMessageWriterChannel]:
@@ -58,11 +53,11 @@ class PipesStoreMessageWriter(PipesDefaultMessageWriter):
             with super().open(params) as channel:
                 yield channel
             return
-        channel = _StoreChannel(self._open_store(params[STORE_URI_PARAM]), self._interval_seconds)
+        channel = _StoreChannel(self.open_store(params[STORE_URI_PARAM]), self.interval_seconds)
         try:
             yield channel
         finally:
-            channel.close(self._close_timeout_seconds)
+            channel.close(self.close_timeout_seconds)
 
 
 class _StoreChannel(PipesMessageWriterChannel):

@@ -109,12 +109,12 @@ class Checkpoint:
     position: Position
 
 
+@dataclass(frozen=True)
 class CheckpointStore:
     """Checkpoints of one training job, in a store rooted at the job's folder. The newest `keep` are kept."""
 
-    def __init__(self, store: ObjectStore, keep: int):
-        self._store = store
-        self._keep = keep
+    store: ObjectStore
+    keep: int
 
     def save(self, step: int, tensors: dict[str, Tensor], position: Position) -> None:
         data = save(
@@ -122,10 +122,10 @@ class CheckpointStore:
             metadata={_METADATA_KEY: position.model_dump_json()},
         )
         key = f"step-{step:09d}-{sha256_bytes(data)}.safetensors"
-        self._store.write(key, data)
-        for old in self._keys()[self._keep :]:
+        self.store.write(key, data)
+        for old in self._keys()[self.keep :]:
             if old != key:
-                self._store.delete(old)
+                self.store.delete(old)
 
     def load_newest(self, use: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
         """The newest intact checkpoint that `use` accepted, or None. `use` raises DataError for one that does not fit.
@@ -138,8 +138,8 @@ class CheckpointStore:
                 use(checkpoint)
                 return checkpoint
             except (DataError, ObjectNotFoundError) as error:
-                _LOG.warning("Skipping checkpoint %s: %s", self._store.uri(key), error)
-                self._store.delete(key)
+                _LOG.warning("Skipping checkpoint %s: %s", self.store.uri(key), error)
+                self.store.delete(key)
         return None
 
     def load_step(self, step: int) -> Checkpoint:
@@ -147,21 +147,21 @@ class CheckpointStore:
         for key in self._keys():
             if key.startswith(f"step-{step:09d}-"):
                 return self._load(key)
-        raise ObjectNotFoundError(f"{self._store.uri()}: no checkpoint of step {step}.")
+        raise ObjectNotFoundError(f"{self.store.uri()}: no checkpoint of step {step}.")
 
     def clear(self) -> None:
         """Remove every checkpoint of the job."""
         for key in self._keys():
-            self._store.delete(key)
+            self.store.delete(key)
 
     def _keys(self) -> list[str]:
         """Keys of checkpoints, newest first."""
-        keys = [info.key for info in self._store.list() if _NAME.fullmatch(info.key)]
+        keys = [info.key for info in self.store.list() if _NAME.fullmatch(info.key)]
         return sorted(keys, reverse=True)
 
     def _load(self, key: str) -> Checkpoint:
         _, step, digest = key.removesuffix(".safetensors").split("-")
-        data = self._store.read_verified(key, digest)
+        data = self.store.read_verified(key, digest)
         try:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             position = Position.model_validate_json(header["__metadata__"][_METADATA_KEY])

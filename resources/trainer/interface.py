@@ -48,6 +48,7 @@ _EPOCHS_ALL_RECORDED = 20
 _EPOCH_INTERVAL_SECONDS = 1.0
 
 
+@dataclass
 class TrainingMessages:
     """The trainer's custom Pipes messages: epochs become observations while the job runs.
 
@@ -55,21 +56,20 @@ class TrainingMessages:
     processor that a local training shares. Call `close` at the end: the last epoch is always recorded.
     """
 
-    def __init__(self, context: StepContext, clock: Callable[[], float] = time.monotonic):
-        self._context = context
-        self._clock = clock
-        self._num_recorded = 0
-        self._recorded_at = 0.0
-        self._epoch: Mapping[str, Any] | None = None
-        """The newest epoch, while it is not recorded."""
-        self._result: TrainingResult | None = None
+    context: StepContext
+    clock: Callable[[], float] = time.monotonic
+    _num_recorded: int = 0
+    _recorded_at: float = 0.0
+    _epoch: Mapping[str, Any] | None = None
+    """The newest epoch, while it is not recorded."""
+    _result: TrainingResult | None = None
 
     def handle(self, message: Any) -> None:
         """Handle the next message. Unknown types are ignored."""
         match message:
             case {"type": "epoch", **metrics}:
                 self._epoch = metrics
-                is_due = self._clock() - self._recorded_at >= _EPOCH_INTERVAL_SECONDS
+                is_due = self.clock() - self._recorded_at >= _EPOCH_INTERVAL_SECONDS
                 if self._num_recorded < _EPOCHS_ALL_RECORDED or is_due:
                     self.close()
             case {"type": "result", **values}:
@@ -81,11 +81,11 @@ class TrainingMessages:
         if self._epoch is None:
             return
         metrics, self._epoch = self._epoch, None
-        if not self._context.has_assets_def:  # an op; the trainer's output, which is the step's, has the epochs
+        if not self.context.has_assets_def:  # an op; the trainer's output, which is the step's, has the epochs
             return
         description = f"Epoch {metrics.get('epoch')} of {metrics.get('epochs')}"
-        self._context.log_event(dg.AssetObservation(self._context.asset_key, description=description, metadata=metrics))
-        self._num_recorded, self._recorded_at = self._num_recorded + 1, self._clock()
+        self.context.log_event(dg.AssetObservation(self.context.asset_key, description=description, metadata=metrics))
+        self._num_recorded, self._recorded_at = self._num_recorded + 1, self.clock()
 
     def result(self) -> TrainingResult:
         """The result message. TrainingError if the trainer ended without one."""

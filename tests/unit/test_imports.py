@@ -34,7 +34,7 @@ def test_only_the_data_side_names_cifar10s_classes_and_size() -> None:
     """Trainer, server, checks and reports read them from the manifest of the dataset or of the model."""
     package = ROOT / "cifar_assets"
     sources = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in DATA_SIDE]
-    named = re.compile(r"\b(CLASSES|IMAGE_SIZE|IMAGE_SHAPE|CIFAR10)\b")
+    named = re.compile(r"\b(CLASSES|IMAGE_SIZE|CIFAR10)\b")
     assert [path.name for path in sources if named.search(path.read_text())] == []
 
 
