@@ -1,4 +1,4 @@
-"""The commands of docs/kubernetes.md, which tests run as they stand. Only the images are built elsewhere."""
+"""The commands of the docs, which tests run as they stand. Only the images are built elsewhere."""
 
 import os
 import re
@@ -13,18 +13,18 @@ _SECONDS = 1200
 """Far longer than any block takes."""
 
 
-def _blocks(heading: str) -> list[str]:
+def blocks(heading: str, page: str = "kubernetes.md") -> list[str]:
     """The shell commands of a section."""
-    page = (ROOT / "docs/kubernetes.md").read_text()
-    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## )", page, re.DOTALL | re.MULTILINE)
+    text = (ROOT / "docs" / page).read_text()
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     return re.findall(r"^```sh\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
 
 
-_INSTALLATION, DAGSTER, QUERY = _blocks("From an empty cluster")
+_INSTALLATION, DAGSTER, QUERY = blocks("From an empty cluster")
 assert _INSTALLATION.startswith(_IMAGES)
 INSTALLATION = _INSTALLATION.removeprefix(_IMAGES)
-AUTHORITY = _blocks("MinIO and MLflow with HTTPS")[0]
-(REMOVAL,) = _blocks("Cleaning up")
+AUTHORITY = blocks("MinIO and MLflow with HTTPS")[0]
+(REMOVAL,) = blocks("Cleaning up")
 
 
 def run(commands: str, folder: Path = ROOT, environment: Mapping[str, str] | None = None) -> str:

@@ -53,9 +53,7 @@ class Platform:
             pytest.skip(f"the cluster has {' and '.join(found.split())} already; {KEEP_VARIABLE}=1 tests in them")
         try:
             if not found:
-                page.run(page.INSTALLATION.replace("overlays/minikube", f"overlays/{OVERLAY}"))
-                if IS_SECURE:
-                    page.run(page.AUTHORITY.replace("overlays/tls", f"overlays/{OVERLAY}"))
+                install_platform()
             _wait_until_ready()
             with cls.reached(authority=page.ROOT / ".cifar/ca.crt" if IS_SECURE else None) as platform:
                 yield platform
@@ -118,6 +116,12 @@ class Platform:
             "TRAINER_STORE_ENDPOINT_URL": settings["AWS_ENDPOINT_URL"],
             "TRAINER_MLFLOW_TRACKING_URI": settings["MLFLOW_TRACKING_URI"],
         }
+
+
+def install_platform() -> None:
+    page.run(page.INSTALLATION.replace("overlays/minikube", f"overlays/{OVERLAY}"))
+    if IS_SECURE:
+        page.run(page.AUTHORITY.replace("overlays/tls", f"overlays/{OVERLAY}"))
 
 
 def is_kept() -> bool:

@@ -21,18 +21,16 @@ from cifar_assets.contracts import LANDING_PREFIX
 from resources.kubernetes.naming import RUN_ID_LABEL
 from resources.object_store import RAW_BUCKET
 from tests.cluster.conftest import dump
+from tests.cluster.deployed_dagster import IMAGES, deployed
 from tests.cluster.kinds import K8S, is_installed
-from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, missing_images, wait_for
+from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, wait_for
 from tests.cluster.platform import Platform
 from tests.cluster.webserver import FINISHED, Run, Webserver
 from tests.fixtures.browser import NEEDS_CHROMIUM, open_browser
 from tests.fixtures.ports import free_port
 from tests.local.test_browser import PATIENCE_MS
 
-OVERLAY = str(Path(__file__).parent / "dagster")
 MONITORING = str(K8S / "monitoring")
-IMAGES = ("localhost/cifar-dagster:dev", "localhost/cifar-trainer:dev", "localhost/cifar-postgres:test")
-PASSWORD = "dagster-postgresql-secret"
 RAW = "cifar10/raw_dataset"
 LANDED_KEY = f"{RAW_BUCKET}/{LANDING_PREFIX}cat/camera.png"
 NUM_SYNTHETIC = 7000
@@ -40,29 +38,9 @@ NUM_SYNTHETIC = 7000
 
 @pytest.fixture(scope="module")
 def dagster(platform: Platform) -> Iterator[Webserver]:
-    """Dagster in the platform's namespace, set up as in docs/dagster_in_the_cluster.md; removed at the end."""
-    if missing := missing_images(*IMAGES):
-        pytest.skip(
-            f"the cluster lacks {' and '.join(missing)}: make -f images/images.mk image-dagster "
-            "image-trainer postgres-image LOAD=..."
-        )
-    inside = ["-n", platform.namespace]
-    kubectl(
-        *inside, "create", "secret", "generic", PASSWORD, f"--from-literal=postgresql-password={secrets.token_hex(20)}"
-    )
-    try:
-        kubectl("apply", "--server-side", "-k", OVERLAY)
-        for name in ("statefulset/dagster-postgresql", "deploy/dagster-code", "deploy/dagster-webserver"):
-            kubectl(*inside, "rollout", "status", name, PATIENCE)
-        port = free_port()
-        with forwarded(platform.namespace, "svc/dagster-webserver", port, 3000):
-            yield Webserver(f"http://127.0.0.1:{port}")
-    finally:
-        kubectl("delete", "-k", OVERLAY, "--ignore-not-found", PATIENCE)
-        kubectl(*inside, "delete", "pvc", "data-dagster-postgresql-0", "--ignore-not-found", PATIENCE)
-        kubectl(*inside, "delete", "secret", PASSWORD)
-        # No object of the overlay owns the Jobs of run workers.
-        kubectl(*inside, "delete", "jobs", "-l", "dagster/run-id", PATIENCE)
+    """Dagster in the platform's namespace; removed at the end."""
+    with deployed(platform) as webserver:
+        yield webserver
 
 
 @pytest.fixture(autouse=True)

@@ -25,11 +25,12 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
+from tests.cluster.deployed_dagster import IMAGES, PASSWORD
+from tests.cluster.deployed_dagster import OVERLAY as DAGSTER
 from tests.cluster.kinds import K8S, TRAIN_JOB, JobKind, brief, is_installed
 from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, missing_images, temporary_namespace, wait_for
 from tests.cluster.platform import Platform, secret
-from tests.cluster.test_dagster import IMAGES, PASSWORD, RAW
-from tests.cluster.test_dagster import OVERLAY as DAGSTER
+from tests.cluster.test_dagster import RAW
 from tests.cluster.test_gateway import PROXIES
 from tests.cluster.test_pipeline import DATA, MODEL, materialized, training, workspace_in
 from tests.cluster.webserver import FINISHED, Webserver

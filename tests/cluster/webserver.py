@@ -88,12 +88,18 @@ class Webserver:
     def materialize(self, *keys: str, config: dict[str, Any] | None = None) -> str:
         """Launch a run of these assets, without their checks. Returns its id."""
         selection = [{"path": key.split("/")} for key in keys]
-        selector = {**LOCATION, "jobName": "__ASSET_JOB", "assetSelection": selection, "assetCheckSelection": []}
+        return self._launch({"jobName": "__ASSET_JOB", "assetSelection": selection, "assetCheckSelection": []}, config)
+
+    def launch(self, job: str, config: dict[str, Any] | None = None) -> str:
+        """Launch a run of a job, with its checks. Returns its id."""
+        return self._launch({"jobName": job}, config)
+
+    def _launch(self, selector: dict[str, Any], config: dict[str, Any] | None) -> str:
         asked = self.ask(
             "mutation ($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename "
             "... on LaunchRunSuccess { run { runId } } ... on PythonError { message } "
             "... on RunConfigValidationInvalid { errors { message } } } }",
-            p={"selector": selector, "runConfigData": config or {}, "mode": "default"},
+            p={"selector": {**LOCATION, **selector}, "runConfigData": config or {}, "mode": "default"},
         )
         assert asked["launchRun"]["__typename"] == "LaunchRunSuccess", asked
         return asked["launchRun"]["run"]["runId"]
@@ -117,6 +123,17 @@ class Webserver:
         found = [event["evaluation"] for event in asked["logsForRun"]["events"] if event]
         return next((evaluation["success"] for evaluation in found if evaluation["checkName"] == name), None)
 
+    def failures(self, run_id: str) -> list[str]:
+        """Why a run and its steps failed."""
+        error = "error { message cause { message cause { message } } }"
+        asked = self.ask(
+            "query ($i: ID!) { logsForRun(runId: $i) { ... on EventConnection { events { "
+            f"... on RunFailureEvent {{ message {error} }} ... on ExecutionStepFailureEvent {{ message {error} }} "
+            f"... on ExecutionStepUpForRetryEvent {{ message {error} }} }} }} }} }}",
+            i=run_id,
+        )
+        return [json.dumps(event) for event in asked["logsForRun"]["events"] if event]
+
     def num_ticks(self, sensor: str) -> int:
         """Number of completed evaluations of a sensor by the daemon."""
         asked = self.ask(
@@ -126,6 +143,15 @@ class Webserver:
         )
         ticks = asked["sensorOrError"]["sensorState"]["ticks"]
         return sum(tick["status"] in ("SUCCESS", "SKIPPED") for tick in ticks)
+
+    def cursor(self, sensor: str) -> str | None:
+        asked = self.ask(
+            "query ($s: SensorSelector!) { sensorOrError(sensorSelector: $s) { ... on Sensor { sensorState "
+            "{ typeSpecificData { ... on SensorData { lastCursor } } } } } }",
+            s={**LOCATION, "sensorName": sensor},
+        )
+        state = asked["sensorOrError"]["sensorState"]["typeSpecificData"]
+        return state and state["lastCursor"]
 
     def cancel(self, run_id: str) -> None:
         asked = self.ask(
@@ -167,3 +193,12 @@ class Webserver:
             if made["runId"] == run_id:
                 return {entry["label"]: entry.get("intValue") for entry in made["metadataEntries"]}
         return None
+
+    def materializations(self, key: str) -> list[tuple[str, str]]:
+        """Run and time of each of an asset's materializations, newest first."""
+        asked = self.ask(
+            "query ($k: AssetKeyInput!) { assetNodeOrError(assetKey: $k) { ... on AssetNode { "
+            "assetMaterializations(limit: 20) { runId timestamp } } } }",
+            k={"path": key.split("/")},
+        )
+        return [(made["runId"], made["timestamp"]) for made in asked["assetNodeOrError"]["assetMaterializations"]]
