@@ -12,3 +12,23 @@ from dagster._core.scheduler.instigation import TickStatus
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus as AssetCheckStatus
 from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
 from dagster._utils.interrupts import capture_interrupts, check_captured_interrupt
+
+__all__ = [
+    "ASSET_RESUME_RETRY_TAG",
+    "RESUME_RETRY_TAG",
+    "AssetCheckStatus",
+    "BulkActionStatus",
+    "BulkActionsFilter",
+    "CheckError",
+    "CheckRunHealthResult",
+    "DagsterPipesExecutionError",
+    "DefaultRunLauncher",
+    "InProcessExecutor",
+    "RetryMode",
+    "TickStatus",
+    "TreatAsResourceParam",
+    "WorkerStatus",
+    "capture_interrupts",
+    "check_captured_interrupt",
+    "record_external_launch",
+]

@@ -4,3 +4,5 @@
 """
 
 from resources.argo.interface import PipelineRequest, PipelineResource, PipelineResult
+
+__all__ = ["PipelineRequest", "PipelineResource", "PipelineResult"]

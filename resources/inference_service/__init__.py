@@ -7,3 +7,5 @@ from resources.inference_service.interface import (
     ServiceStatus,
 )
 from resources.inference_service.local.resource import LocalInferenceService
+
+__all__ = ["DeployRequest", "DeployedService", "InferenceServiceResource", "LocalInferenceService", "ServiceStatus"]

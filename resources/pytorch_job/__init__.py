@@ -11,3 +11,18 @@ from resources.pytorch_job.client import (
 )
 from resources.pytorch_job.config import PodTemplate, PyTorchJobConfig, RunPolicy
 from resources.pytorch_job.manifest import build_pytorch_job_manifest
+
+__all__ = [
+    "JobState",
+    "PipesPyTorchJobClient",
+    "PodTemplate",
+    "PyTorchJob",
+    "PyTorchJobClient",
+    "PyTorchJobConfig",
+    "ResourceFailedError",
+    "RunPolicy",
+    "SecretKey",
+    "SettingsError",
+    "build_pytorch_job_collector",
+    "build_pytorch_job_manifest",
+]
