@@ -6,6 +6,7 @@ Needs `make -f images/images.mk image-dagster image-trainer postgres-image LOAD=
 import io
 import json
 import secrets
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,20 +21,25 @@ from playwright.sync_api import expect
 from cifar_assets.contracts import LANDING_PREFIX
 from resources.kubernetes.naming import RUN_ID_LABEL
 from resources.object_store import RAW_BUCKET
+from resources.object_store.setup import ALL_BUCKETS
+from tests.cluster import page
 from tests.cluster.conftest import dump
 from tests.cluster.deployed_dagster import IMAGES, deployed
 from tests.cluster.kinds import K8S, is_installed
-from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, wait_for
-from tests.cluster.platform import Platform
+from tests.cluster.kubectl import PATIENCE, forwarded, is_listening, kubectl, missing_images, wait_for
+from tests.cluster.platform import OVERLAY, PLATFORM_NAMESPACE, Platform
 from tests.cluster.webserver import FINISHED, Run, Webserver
 from tests.fixtures.browser import NEEDS_CHROMIUM, open_browser
 from tests.fixtures.ports import free_port
 from tests.local.test_browser import PATIENCE_MS
 
 MONITORING = str(K8S / "monitoring")
-RAW = "cifar10/raw_dataset"
+RAW, PROCESSED = "cifar10/raw_dataset", "cifar10/processed_dataset"
 LANDED_KEY = f"{RAW_BUCKET}/{LANDING_PREFIX}cat/camera.png"
 NUM_SYNTHETIC = 7000
+STORE_PORTS = (9000, 9001)
+PLATFORM_INSIDE = ("-n", PLATFORM_NAMESPACE)
+NOTE = b"stored by MLflow"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +87,7 @@ def canceled_afterwards(dagster: Webserver, run_id: str) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def finished_run(dagster: Webserver) -> str:
     """A run of raw_dataset that has ended, described by everything that Dagster knows about it."""
+    wait_for("the code location", lambda: dagster.locations() == {"cifar": "RepositoryLocation"})
     run_id = dagster.materialize(RAW, config={"loggers": {"console": {"config": {"log_level": "DEBUG"}}}})
     with canceled_afterwards(dagster, run_id):
         wait_for("the run's end", lambda: dagster.run(run_id).status in FINISHED)
@@ -157,7 +164,7 @@ def test_exporter_shows_the_state_of_the_daemon(dagster: Webserver, platform: Pl
 
 
 def test_a_killed_run_worker_fails_its_run_and_another_run_takes_over(dagster: Webserver, platform: Platform) -> None:
-    run_id = dagster.materialize(RAW, "cifar10/processed_dataset")
+    run_id = dagster.materialize(RAW, PROCESSED)
     wait_for("the start", lambda: dagster.run(run_id).status == "STARTED")
     (pod,) = run_workers(platform, run_id)
     kubectl("-n", platform.namespace, "delete", "pod", pod["metadata"]["name"], "--grace-period=0", "--force")
@@ -199,3 +206,68 @@ def test_landed_data_is_trained_on_and_rejected_model_is_not_deployed(dagster: W
     finally:
         store.delete(LANDED_KEY)
         kubectl("-n", platform.namespace, "delete", "pytorchjobs", "-l", RUN_ID_LABEL, "--wait=true", PATIENCE)
+
+
+@pytest.fixture
+def movable(platform: Platform) -> Iterator[Platform]:
+    """The platform with MinIO, which it has again at the end, without data."""
+    if OVERLAY == "seaweedfs":
+        pytest.skip("the platform has SeaweedFS already")
+    if missing := missing_images("docker.io/chrislusf/seaweedfs:4.53"):
+        pytest.skip(f"the cluster lacks {missing[0]}")
+    if taken := [port for port in STORE_PORTS if is_listening(port)]:
+        pytest.skip(f"the commands forward the ports {STORE_PORTS}, of which {taken} are in use")
+    yield platform
+    added = ("deploy/seaweedfs", "pvc/seaweedfs", "job/store-setup")
+    kubectl(*PLATFORM_INSIDE, "delete", *added, "--ignore-not-found", PATIENCE)
+    kubectl("apply", "--server-side", "-k", str(page.ROOT / f"k8s/overlays/{OVERLAY}"))
+    kubectl(*PLATFORM_INSIDE, "wait", "--for=condition=complete", "job/store-setup", PATIENCE)
+    kubectl(*PLATFORM_INSIDE, "scale", "deploy/mlflow", "--replicas=1")
+
+
+def stored(platform: Platform) -> dict[str, int]:
+    """Size of every object."""
+    store = platform.store()
+    return {f"{bucket}/{info.key}": info.size for bucket in ALL_BUCKETS for info in store.bucket(bucket).list()}
+
+
+def mlflow_artifact(content: bytes | None = None) -> bytes:
+    """Read an artifact through MLflow's proxy; first store it if it has content."""
+    port = free_port()
+    with forwarded(PLATFORM_NAMESPACE, "svc/mlflow", port, 5000):
+        address = f"http://127.0.0.1:{port}/api/2.0/mlflow-artifacts/artifacts/1/note.txt"
+        if content:
+            urllib.request.urlopen(urllib.request.Request(address, content, method="PUT"), timeout=60).close()
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            return answer.read()
+
+
+@pytest.mark.thorough
+def test_commands_of_the_docs_move_all_data_to_seaweedfs(
+    dagster: Webserver, movable: Platform, finished_run: str
+) -> None:
+    ((output, _),) = dagster.compute_logs(finished_run).values()
+    assert mlflow_artifact(NOTE) == NOTE
+    before = stored(movable)
+
+    move, start_again, delete_minio = page.blocks("Moving the data", "object_stores.md")
+    copied = page.run(move)
+    assert f"raw-data: {sum(key.startswith('raw-data/') for key in before)} objects" in copied
+    page.run(start_again)
+    page.run(delete_minio)
+    kubectl(*PLATFORM_INSIDE, "rollout", "status", "deploy/mlflow", PATIENCE)
+    for name in ("code", "webserver", "daemon"):
+        kubectl("-n", movable.namespace, "rollout", "status", f"deploy/dagster-{name}", PATIENCE)
+    assert not kubectl(*PLATFORM_INSIDE, "get", "deploy/minio", "pvc/minio", "--ignore-not-found")
+
+    after = stored(movable)
+    assert {key: size for key, size in after.items() if key in before} == before
+    assert mlflow_artifact() == NOTE
+    wait_for("the code location", lambda: dagster.locations() == {"cifar": "RepositoryLocation"})
+    assert [text for text, _ in dagster.compute_logs(finished_run).values()] == [output]
+    second = dagster.materialize(PROCESSED)
+    wait_for("the run's end", lambda: dagster.run(second).status in FINISHED)
+    assert dagster.run(second).status == "SUCCESS"
+    made = dagster.materialization(PROCESSED, second)
+    assert made
+    assert made["dagster/row_count"] == NUM_SYNTHETIC
