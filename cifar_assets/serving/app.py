@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -45,7 +44,6 @@ _METRICS_SECONDS = 0.25
 _OPENAPI = Path(__file__).with_name("openapi.json")
 _HUGE_PIXELS = 1024 * 1024
 """Larger pictures are decoded in a separate thread."""
-T = TypeVar("T")
 Parse = Callable[[Mapping[bytes, bytes], bytes, ServingLimits], Query]
 
 
@@ -174,16 +172,14 @@ class App:
         loop = asyncio.get_running_loop()
         num_pixels = 0
         try:
-            found = query or await loop.run_in_executor(
-                self._readers[False], _if_wanted, request, partial(parse, request.headers, request.body, self._limits)
-            )
+            found = query or await loop.run_in_executor(self._readers[False], _parse, request, parse, self._limits)
             num_pixels = found.num_pixels
             self._num_pixels += num_pixels
             if self._num_pixels > self._limits.max_pending_pixels:
                 limit = f"at most {self._limits.max_pending_pixels} pixels waiting to be decoded"
                 raise BusyError(limit, self._num_pixels)
             reader = self._readers[num_pixels > _HUGE_PIXELS]
-            images = await loop.run_in_executor(reader, _if_wanted, request, found.images)
+            images = await loop.run_in_executor(reader, _decode, request, found)
             self._submit(request, images, found, started)
         except Exception as error:
             self._answer(request, error_response(error))
@@ -217,10 +213,16 @@ class App:
             self._recorder.count(request, response.status)
 
 
-def _if_wanted(request: Request, work: Callable[[], T]) -> T:
+def _parse(request: Request, parse: Parse, limits: ServingLimits) -> Query:
     if not request.is_wanted:
         raise GoneError
-    return work()
+    return parse(request.headers, request.body, limits)
+
+
+def _decode(request: Request, query: Query) -> Images:
+    if not request.is_wanted:
+        raise GoneError
+    return query.images()
 
 
 def _check_room(what: str, number: int, limit: int) -> None:
