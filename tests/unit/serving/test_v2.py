@@ -1,6 +1,7 @@
 """V2 tensors against their declaration."""
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from cifar_assets.contracts import CIFAR10
 from cifar_assets.serving import v2
 from cifar_assets.serving.answers import GoneError, Query, RequestError, Response, ServedModel
-from cifar_assets.serving.app import _if_wanted
+from cifar_assets.serving.app import _parse
 from cifar_assets.serving.classifier import softmax
 from cifar_assets.serving.http import Request
 from cifar_assets.serving.settings import ServingLimits
@@ -159,7 +160,7 @@ def test_a_bad_request_is_refused(body, field, received) -> None:
 def test_a_large_request_whose_client_has_gone_is_not_parsed() -> None:
     gone = Request(lambda _: None, "POST", "/", {}, request(), keep_alive=True, is_wanted=False)
     with pytest.raises(GoneError):
-        _if_wanted(gone, lambda: parse(request()))
+        _parse(gone, partial(v2.parse, MODEL), LIMITS)
 
 
 def answer(parsed: Query) -> dict[str, Any]:
