@@ -6,17 +6,20 @@ to a file there, for the workflow's exit handler.
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from resources.argo.client import WorkflowClient, explain
 from resources.argo.template import build_train_template
+from resources.argo.workflow import Workflow
 from resources.kubernetes.config import print_manifest
 from resources.kubernetes.errors import KubernetesError
 from resources.pytorch_job.config import PyTorchJobConfig
 
 COMMAND = "python -m resources.argo train"
+_STORED_SECONDS = 60
 
 
 def build(name: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +36,7 @@ def report(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         client = WorkflowClient.production()
-        workflow = client.get(options.namespace, options.workflow)
+        workflow = find(client, options.namespace, options.workflow, in_handler=bool(options.outputs))
         gone = f"Workflow {options.namespace}/{options.workflow} does not exist, or was deleted."
         text = explain(client, workflow) if workflow else gone
         sys.stdout.write(f"{text}\n")
@@ -44,6 +47,26 @@ def report(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
+
+
+def find(
+    client: WorkflowClient,
+    namespace: str,
+    name: str,
+    *,
+    in_handler: bool,
+    sleeper: Callable[[float], None] = time.sleep,
+) -> Workflow | None:
+    """The workflow, or None. Its exit handler waits up to a minute until the handler's own step is in it.
+
+    Argo starts the handler before it stores that step, together with the end of the steps before.
+    """
+    for _ in range(_STORED_SECONDS if in_handler else 0):
+        workflow = client.get(namespace, name)
+        if workflow is None or any(step.name == workflow.exit_handler for step in workflow.steps):
+            return workflow
+        sleeper(1)
+    return client.get(namespace, name)
 
 
 def main(arguments: Sequence[str]) -> int:

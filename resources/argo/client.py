@@ -118,8 +118,8 @@ def is_argos_own(line: str) -> bool:
 def _without_failed_step(workflow: Workflow) -> str:
     if workflow.phase in ("Failed", "Error"):
         return f"{workflow} ended before any step failed: {workflow.status.message or workflow.phase}"
-    handler = f"{workflow.name}.onExit"
-    done = ", ".join(step.name for step in workflow.steps if step.phase == "Succeeded" and step.name != handler)
+    steps = [step for step in workflow.steps if step.name != workflow.exit_handler]
+    done = ", ".join(step.name for step in steps if step.phase == "Succeeded")
     return f"{workflow}: no step failed; done: {done or 'none yet'}."
 
 

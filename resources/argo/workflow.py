@@ -96,9 +96,14 @@ class Workflow(Job):
         return tuple(sorted(steps, key=lambda step: step.started_at))
 
     @property
+    def exit_handler(self) -> str:
+        """Name of the step that Argo runs last."""
+        return f"{self.name}.onExit"
+
+    @property
     def failed_step(self) -> Step | None:
         """The step that was tried last, if it failed; None if no step failed permanently."""
-        tried = [step for step in self.steps if step.name != f"{self.name}.onExit"]
+        tried = [step for step in self.steps if step.name != self.exit_handler]
         return tried[-1] if tried and tried[-1].failed else None
 
     @property

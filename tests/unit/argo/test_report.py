@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from resources.argo.__main__ import find
 from resources.argo.client import WorkflowClient, WorkflowFailedError, explain, is_argos_own
 from resources.argo.workflow import Workflow
 from resources.kubernetes.diagnosis import Cause, WatchLimits
@@ -82,6 +83,23 @@ def test_attempt_repeated_with_success_is_not_a_failure(
     found = current(client)
     assert found.failed_step is None
     assert explain(client, found) == f"Workflow cifar/{NAME}: no step failed; done: train."
+
+
+def test_the_exit_handler_waits_until_argo_has_stored_the_steps_before_it(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow
+) -> None:
+    def store(seconds: float) -> None:
+        argo.step(NAME, "train(0)", "Failed", "no GPU")
+        argo.step(NAME, f"{NAME}.onExit", "Running")
+
+    early = find(client, "cifar", NAME, in_handler=False, sleeper=store)
+    assert early
+    assert early.failed_step is None
+    stored = find(client, "cifar", NAME, in_handler=True, sleeper=store)
+    assert stored
+    assert stored.failed_step
+    assert stored.failed_step.name == "train"
+    assert find(client, "cifar", "other", in_handler=True, sleeper=store) is None
 
 
 def test_a_workflow_that_ends_before_any_step_says_so(
