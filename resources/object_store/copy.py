@@ -1,9 +1,10 @@
 """Copies buckets to another S3 server and verifies every object: `python -m resources.object_store.copy`.
 
 The AWS_... variables name the server to copy to; the same names after SOURCE_, such as SOURCE_AWS_ENDPOINT_URL, the one
-to copy from. Every object is read from both, and their sha256 compared. An object that is there already is not copied
-again, so that a second run continues an interrupted one. Nothing is deleted. Stop everything that writes to either
-server first: an object that changes meanwhile is reported as different.
+to copy from. AWS_CA_BUNDLE holds for both. Every object is read from both, and their sha256 compared. An object that is
+there already is not copied again, so that a second run continues an interrupted one. An object that cannot be copied is
+reported, and the others are copied. Nothing is deleted. Stop everything that writes to either server first: an object
+that changes meanwhile is reported as different.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from resources.digests import sha256_file, sha256_stream
 from resources.errors import ConfigError, ExplainedError
 from resources.object_store import ObjectStore
 from resources.object_store.s3 import S3Store
-from resources.object_store.s3_settings import S3Connection
+from resources.object_store.s3_settings import CA_VARIABLES, S3Connection
 from resources.object_store.setup import ALL_BUCKETS
 
 _SOURCE = "SOURCE_"
@@ -51,17 +52,19 @@ def copy_object(source: ObjectStore, target: ObjectStore, key: str, *, overwrite
 
 
 def copy_bucket(source: ObjectStore, target: ObjectStore, *, overwrite: bool = False) -> tuple[Counter[str], list[str]]:
-    """Copy every object. Returns how many had each outcome, and every difference that is left."""
+    """Copy every object. Returns how many had each outcome, and every difference that is left, with failed copies."""
     before = list(source.list())
     keys = [info.key for info in before]
     with ThreadPoolExecutor(_THREADS) as pool:
-        copied = pool.map(partial(copy_object, source, target, overwrite=overwrite), keys)
+        copied = pool.map(partial(_try_to_copy, source, target, overwrite=overwrite), keys)
         outcomes = dict(zip(keys, copied, strict=True))
-    faults = [f"{target.uri(key)} has other content" for key, outcome in outcomes.items() if outcome == "different"]
+    failed = {key: error for key, error in outcomes.items() if isinstance(error, ExplainedError)}
+    faults = [f"{source.uri(key)} was not copied: {error}".rstrip(".") for key, error in failed.items()]
+    faults += [f"{target.uri(key)} has other content" for key, outcome in outcomes.items() if outcome == "different"]
     changed = {info.key for info in {*before} ^ {*source.list()}}
     faults += [f"{source.uri(key)} was changed during the copy" for key in sorted(changed)]
     faults += [f"{target.uri(info.key)} is only there" for info in target.list() if info.key not in outcomes]
-    return Counter(outcomes.values()), faults
+    return Counter("failed" if key in failed else str(outcome) for key, outcome in outcomes.items()), faults
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +94,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if num_faults else 0
 
 
+def _try_to_copy(source: ObjectStore, target: ObjectStore, key: str, *, overwrite: bool) -> Outcome | ExplainedError:
+    """What `copy_object` returns, or its error if it concerns only this object."""
+    try:
+        return copy_object(source, target, key, overwrite=overwrite)
+    except ExplainedError as error:
+        if error.transient:  # as is the error of a server that breaks off in a damaged object
+            for store in (source, target):
+                next(store.list(), None)  # raises if the server does not respond
+        return error
+
+
 def _source_connection() -> S3Connection:
+    for name in CA_VARIABLES:
+        if os.environ.get(_SOURCE + name):
+            raise ConfigError(
+                f"{_SOURCE}{name} is not supported: AWS_CA_BUNDLE holds for both servers. Put the certificate "
+                "authorities of both into its file."
+            )
     names = [name for name in os.environ if name.startswith(_SOURCE)]
     try:
         return S3Connection.from_environment({name.removeprefix(_SOURCE): os.environ[name] for name in names})
