@@ -1,6 +1,7 @@
 """The committed YAML, checked without a cluster. tests/cluster/test_platform.py applies it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -162,6 +163,27 @@ def test_overlay_seaweedfs_changes_only_the_object_store() -> None:
     assert not selector <= labels["minio"], "a MinIO that still runs gets no requests"
     ports = [pod["spec"]["containers"][0]["ports"] for pod in pods.values()]
     assert ports[0] == ports[1]
+
+
+@pytest.mark.parametrize(("shown", "code"), [('"fsync": true', 0), ("connection refused", 1)])
+def test_seaweedfs_starts_only_with_the_confirmed_setting(shown: str, code: int, tmp_path: Path) -> None:
+    """Run the hook with fake commands, where each look at the clock takes 100 s."""
+    (deployment,) = (each for _, each in documents("overlays/seaweedfs") if each["kind"] == "Deployment")
+    hook = deployment["spec"]["template"]["spec"]["containers"][0]["lifecycle"]["postStart"]["exec"]["command"]
+    clock = tmp_path / "clock"
+    programs = {
+        "date": f"echo >> {clock}; echo $(($(wc -l < {clock}) * 100))",
+        "weed": f"cat > {tmp_path / 'command'}; echo '{shown}'",
+        "sleep": "true",
+        "sync": "true",
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    ended = subprocess.run(hook, env={"PATH": path}, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == code
+    assert ("did not confirm the setting fsync within 300 s" in ended.stderr) is bool(code)
 
 
 def test_every_file_belongs_to_a_kustomization() -> None:
