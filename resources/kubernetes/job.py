@@ -27,7 +27,6 @@ from resources.kubernetes.diagnosis import (
 from resources.kubernetes.errors import KubernetesError, ResourceFailedError
 from resources.kubernetes.naming import MANAGED_BY_LABEL, RUN_ID_LABEL, derive_name
 from resources.kubernetes.pods import Pod
-from resources.kubernetes.queue import WorkloadClient
 
 
 class JobState(StrEnum):
@@ -126,10 +125,6 @@ J = TypeVar("J", bound=Job)
 
 class JobClient(CustomResourceClient[J], Generic[J]):
     """Adds the removal of jobs with their pods, and the diagnosis of jobs that do not start, end or succeed."""
-
-    def workloads(self) -> WorkloadClient:
-        """Client for the Workloads that Kueue creates for jobs in a queue."""
-        return self.of(WorkloadClient)
 
     def owners_of_pods(self, namespace: str, label_selector: str) -> set[tuple[str, str | None]]:
         """Name of the job and id of the run of each pod with the given labels, whether or not the job still exists."""

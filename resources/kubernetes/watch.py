@@ -16,7 +16,7 @@ from resources.kubernetes.errors import ApiError, ResourceDeletedError, Resource
 from resources.kubernetes.job import J, JobClient, JobState
 from resources.kubernetes.logs import LogLine, ReplicaLogs, show_line
 from resources.kubernetes.pods import Pod
-from resources.kubernetes.queue import QueueWait
+from resources.kubernetes.queue import QueueWait, WorkloadClient
 
 _OPERATOR_LAG_SECONDS = 10.0
 """An operator that runs records the end of a job's pods within this time."""
@@ -37,7 +37,7 @@ class JobWatcher(Generic[J]):
     sleeper: Callable[[float], None] = sleep
 
     def __post_init__(self) -> None:
-        self.queue_wait = QueueWait(self.clock, self.logger, self.client.workloads())
+        self.queue_wait = QueueWait(self.clock, self.logger, self.client.of(WorkloadClient))
         self._history = PodHistory()
         self._logs = ReplicaLogs(self.client, self.job.namespace, self.clock, self.logger)
         meanwhile = "the work continues without being watched"

@@ -6,7 +6,7 @@ API splits them between two InferenceServices, or copies them to the second.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from resources.errors import DeployError
 from resources.inference_service.client import InferenceClient
@@ -25,6 +25,9 @@ from resources.kubernetes.api import CustomResource, CustomResourceClient
 from resources.kubernetes.errors import ApiError
 from resources.kubernetes.naming import MANAGED_BY_LABEL
 
+if TYPE_CHECKING:
+    from resources.inference_service.kserve.deployer import ServiceDeployer
+
 _ROUTES = "gateway.networking.k8s.io"
 _MANAGER = "dagster-http-route"
 """Not the label's value of the InferenceService, whose labels KServe copies to a route of its own."""
@@ -38,7 +41,7 @@ def candidate_name(name: str) -> str:
 
 
 class Split(Protocol):
-    """How a new model gets requests before it is promoted."""
+    """How a new model gets requests before it is promoted. By default, nothing has to be checked or changed for it."""
 
     def check(self) -> None:
         """Changes nothing. DeployError or KubernetesError if requests cannot be split."""
@@ -65,18 +68,12 @@ class Split(Protocol):
 
 
 @dataclass
-class RevisionSplit:
+class RevisionSplit(Split):
     """The new model is the newest revision of the service, which a later write of the service promotes or replaces."""
 
     view: ServiceView
     write_and_wait: Callable[[Mapping[str, Any], DeployRequest], InferenceService]
     _canary: InferenceService | None = field(default=None, init=False)
-
-    def check(self) -> None:
-        pass
-
-    def prepare(self, *, wait: bool) -> None:
-        pass
 
     def is_wanted(self, manifest: Mapping[str, Any]) -> bool:
         return percent_of(manifest) is not None
@@ -89,20 +86,6 @@ class RevisionSplit:
         if canary := self._canary:
             seconds = self.view.limits.settle_timeout_seconds
             self.view.until("confirmed", seconds, lambda: self.view.unchanged(canary), tolerated=ApiError)
-
-    def end(self, *, wait: bool) -> None:
-        pass
-
-
-class Candidate(Protocol):
-    """Serves a model in an InferenceService of its own."""
-
-    @property
-    def id(self) -> str: ...
-    def check(self) -> None: ...
-    def start(self, request: DeployRequest, owner: Mapping[str, str]) -> InferenceClient: ...
-    def watch(self, seconds: float) -> None: ...
-    def delete(self, *, wait: bool) -> bool: ...
 
 
 class Gateway(CustomResource):
@@ -177,7 +160,7 @@ class RouteSplit:
     """The route's Gateway as namespace/name."""
     host: Callable[[InferenceService], str]
     """Host name of the requests for a service."""
-    candidate: Candidate
+    candidate: "ServiceDeployer"
     shadow_seconds: float | None = None
     """How long the new model first gets a copy of every request."""
     _has_written: bool = field(default=False, init=False)
