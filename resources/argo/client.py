@@ -88,8 +88,8 @@ class WorkflowClient(JobClient[Workflow]):
         *,
         remove: bool,
     ) -> KubernetesError:
-        """Not transient where a step failed: Argo itself has already retried what a retry can fix."""
-        return WorkflowFailedError(explain(self, job, tails), transient=job.failed_step is None)
+        """Not transient where a step failed or may have: Argo itself has already retried what a retry can fix."""
+        return WorkflowFailedError(explain(self, job, tails), transient=job.failed_step is None and not job.hides_steps)
 
 
 def explain(client: WorkflowClient, workflow: Workflow, tails: Mapping[str, Sequence[str]] | None = None) -> str:
@@ -116,7 +116,10 @@ def is_argos_own(line: str) -> bool:
 
 
 def _without_failed_step(workflow: Workflow) -> str:
-    if workflow.phase in ("Failed", "Error"):
+    if workflow.hides_steps:
+        text = ": ".join(filter(None, (workflow.phase, workflow.status.message)))
+        return f"{workflow}: {text}. Argo has compressed or offloaded its steps; to see them: argo get {workflow.name}"
+    if workflow.status.state == JobState.FAILED:
         return f"{workflow} ended before any step failed: {workflow.status.message or workflow.phase}"
     steps = [step for step in workflow.steps if step.name != workflow.exit_handler]
     done = ", ".join(step.name for step in steps if step.phase == "Succeeded")

@@ -60,14 +60,14 @@ class Workflow(Job):
 
     @property
     def status(self) -> JobStatus:
-        """A workflow whose last step only rejects the model counts as succeeded.
+        """A workflow whose last step only rejects the model, or only whose exit handler failed, counts as succeeded.
 
         One that Argo's controller holds back, because of parallelism, a mutex or a semaphore, is Pending with a
         message.
         """
         message = self._status.get("message") or ""
         state = _STATES.get(self.phase, JobState.PENDING)
-        if self.phase == "Failed" and self._only_refused:
+        if (self.phase == "Failed" and self._only_refused) or (state == JobState.FAILED and self._steps_succeeded):
             state = JobState.SUCCEEDED
         if state == JobState.PENDING and message:
             state = JobState.SUSPENDED
@@ -96,6 +96,11 @@ class Workflow(Job):
         return tuple(sorted(steps, key=lambda step: step.started_at))
 
     @property
+    def hides_steps(self) -> bool:
+        """Whether Argo has stored the steps compressed or in its own database, where they are not read."""
+        return bool(self._status.get("compressedNodes") or self._status.get("offloadNodeStatusVersion"))
+
+    @property
     def exit_handler(self) -> str:
         """Name of the step that Argo runs last."""
         return f"{self.name}.onExit"
@@ -119,6 +124,11 @@ class Workflow(Job):
     @property
     def _status(self) -> Mapping[str, Any]:
         return self.body.get("status") or {}
+
+    @property
+    def _steps_succeeded(self) -> bool:
+        root = (self._status.get("nodes") or {}).get(self.name) or {}  # the entry point's node has the workflow's name
+        return root.get("phase") == "Succeeded"
 
     @property
     def _only_refused(self) -> bool:

@@ -106,6 +106,11 @@ class FakeArgo(FakeCluster):
             statuses = [{**status, "state": state}, {**status, "name": "wait", "state": state}]
             self.step_pods.append({"metadata": metadata, "status": {"phase": "Failed", "container_statuses": statuses}})
 
+    def root(self, workflow: str, phase: str) -> None:
+        """Let the controller write the entry point's node."""
+        nodes = self.workflows[workflow].setdefault("status", {}).setdefault("nodes", {})
+        nodes[workflow] = {"id": workflow, "name": workflow, "displayName": workflow, "type": "Steps", "phase": phase}
+
     def ends(self, workflow: str, phase: str, message: str = "") -> None:
         self.workflows[workflow].setdefault("status", {}).update({"phase": phase, "message": message})
 

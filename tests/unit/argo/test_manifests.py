@@ -56,7 +56,7 @@ def test_finished_workflows_are_cleaned_up() -> None:
     assert PIPELINE["onExit"] == "report"
 
 
-@pytest.mark.parametrize("name", [name for name in STEPS if name != "report"])
+@pytest.mark.parametrize("name", STEPS)
 def test_only_infrastructure_faults_are_retried(name: str) -> None:
     """No step's own failures have an exit code that is retried. The training's condition has a separate test."""
     expression = TEMPLATES[name]["retryStrategy"]["expression"]

@@ -1,14 +1,17 @@
 """The report of a failed workflow: step, reason, last log lines. tests/cluster has the same stories."""
 
 import logging
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+from kubernetes.client.exceptions import ApiException
 
-from resources.argo.__main__ import find
+from resources.argo.__main__ import find, report
 from resources.argo.client import WorkflowClient, WorkflowFailedError, explain, is_argos_own
 from resources.argo.workflow import Workflow
 from resources.kubernetes.diagnosis import Cause, WatchLimits
-from resources.kubernetes.errors import ResourceFailedError
+from resources.kubernetes.errors import ApiUnavailableError, ResourceFailedError
 from resources.kubernetes.launch import JobLauncher
 from resources.kubernetes.watch import JobWatcher
 from tests.unit.argo.conftest import NAME, submit
@@ -100,6 +103,59 @@ def test_the_exit_handler_waits_until_argo_has_stored_the_steps_before_it(
     assert stored.failed_step
     assert stored.failed_step.name == "train"
     assert find(client, "cifar", "other", in_handler=True, sleeper=store) is None
+
+
+def unavailable(call: str) -> None:
+    raise api_error(503, "no leader")
+
+
+def test_the_exit_handler_waits_for_the_api_server(argo: FakeArgo, client: WorkflowClient, workflow: Workflow) -> None:
+    argo.step(NAME, f"{NAME}.onExit", "Running")
+    times = {"clock": argo.clock, "sleeper": argo.clock.sleep}
+    argo.failing, start = unavailable, argo.clock.now
+    argo.clock.after(30, lambda: setattr(argo, "failing", lambda call: None))
+    assert find(client, "cifar", NAME, in_handler=True, **times)
+    assert argo.clock.now - start == 30
+    argo.failing, start = unavailable, argo.clock.now
+    with pytest.raises(ApiUnavailableError):
+        find(client, "cifar", NAME, in_handler=True, **times)
+    assert argo.clock.now - start == 60
+    with pytest.raises(ApiUnavailableError):
+        find(client, "cifar", NAME, in_handler=False, **times)
+    assert argo.clock.now - start == 60
+
+
+@pytest.mark.parametrize("error", [api_error(403, "forbidden"), KeyError("nodes")], ids=["refused", "unexpected"])
+def test_a_report_that_cannot_be_made_does_not_fail_the_exit_handler(
+    argo: FakeArgo,
+    client: WorkflowClient,
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(WorkflowClient, "production", lambda: client)
+    argo.failing = lambda call: (_ for _ in ()).throw(error)
+    assert report(["cifar", NAME, f"--outputs={tmp_path}"]) == 0
+    assert "error: " in capsys.readouterr().err
+    with nullcontext() if isinstance(error, ApiException) else pytest.raises(KeyError):
+        assert report(["cifar", NAME]) == 1
+
+
+@pytest.mark.parametrize("stored", [{"compressedNodes": "H4sI"}, {"offloadNodeStatusVersion": "fnv:1"}])
+def test_steps_that_cannot_be_read_are_not_waited_for(
+    argo: FakeArgo, client: WorkflowClient, workflow: Workflow, stored: dict[str, str]
+) -> None:
+    argo.ends(NAME, "Failed", "child 'x' failed")
+    argo.workflows[NAME]["status"] |= stored
+    start = argo.clock.now
+    found = find(client, "cifar", NAME, in_handler=True, clock=argo.clock, sleeper=argo.clock.sleep)
+    assert found
+    assert argo.clock.now == start
+    assert "Failed: child 'x' failed. Argo has compressed or offloaded its steps" in explain(client, found)
+    with pytest.raises(WorkflowFailedError) as caught:
+        watcher(argo, client, workflow, []).wait_until_finished()
+    assert not caught.value.transient
 
 
 def test_a_workflow_that_ends_before_any_step_says_so(

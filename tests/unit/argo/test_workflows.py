@@ -10,9 +10,10 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 
 from cifar_assets.deployment import resources_for
 from resources.argo import PipelineRequest, PipelineResource
-from resources.argo.client import WorkflowClient
+from resources.argo.client import WorkflowClient, explain
 from resources.argo.resource import ArgoPipeline
 from resources.argo.template import WORKFLOW_LABEL
+from resources.argo.workflow import Workflow
 from tests.fixtures.settings import settings_of
 from tests.unit.argo.fake_argo import FakeArgo
 from tests.unit.orchestration.test_definitions import KUBERNETES_ENVIRONMENT
@@ -115,6 +116,20 @@ def test_rejected_model_is_a_result(fake: FakeArgo) -> None:
     result = materialize()
     assert result.success
     assert result.asset_materializations_for_node("model")[0].metadata["passed"].value is False
+
+
+@pytest.mark.parametrize("phase", ["Failed", "Error"])
+def test_a_failed_exit_handler_does_not_change_the_outcome(fake: FakeArgo, phase: str) -> None:
+    """Argo gives a workflow that succeeded the phase of its exit handler."""
+    fake.on_submitted = ending(
+        verified("Succeeded", True),
+        lambda argo, name: argo.root(name, "Succeeded"),
+        lambda argo, name: argo.step(name, f"{name}.onExit", phase, "pod deleted"),
+        phase=phase,
+    )
+    assert materialize(asset=retried).success
+    assert fake.num_submitted == 1
+    assert "done: verify-model" in explain(WorkflowClient(fake, fake), Workflow(*fake.workflows.values()))
 
 
 def test_damaged_model_is_a_failure(fake: FakeArgo) -> None:
