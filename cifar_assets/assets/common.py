@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import dagster as dg
 from pydantic import Field
-from sqlalchemy.exc import OperationalError
 
 from cifar_assets.model_package import WantedPrecision
+from resources.dagster_storage import is_database_outage
 from resources.errors import ExplainedError
 
 MAX_RETRIES = 2
@@ -54,10 +54,3 @@ def retrying_infrastructure_faults() -> Iterator[None]:
         if is_database_outage(error):
             raise dg.RetryRequested(MAX_RETRIES, RETRY_SECONDS) from error
         raise
-
-
-def is_database_outage(error: BaseException) -> bool:
-    """Whether Dagster could not store an event: dagster-postgres gives up after 12 s (dagster#21209)."""
-    if isinstance(error, OperationalError):
-        return True
-    return error.__cause__ is not None and is_database_outage(error.__cause__)

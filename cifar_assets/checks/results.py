@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import dagster as dg
 
-from cifar_assets.assets.common import MAX_RETRIES, RETRY_SECONDS, is_database_outage
+from cifar_assets.assets.common import MAX_RETRIES, RETRY_SECONDS
 from cifar_assets.assets.keys import key_of
 from cifar_assets.assets.metadata import shown
 from cifar_assets.assets.record import VERSION_METADATA
 from cifar_assets.data_set import DataSet
+from resources.dagster_storage import is_database_outage
 from resources.errors import StoreError
 from resources.verdict import Judges, Verdict
 

@@ -4,12 +4,15 @@ from collections.abc import Callable
 
 import dagster as dg
 import pytest
+from dagster_postgres.utils import DagsterPostgresException
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import OperationalError
 
 from cifar_assets.assets import common
 from cifar_assets.assets.record import VERSION_METADATA
 from cifar_assets.checks import results
 from cifar_assets.checks.results import answers, declare
-from resources.errors import DataError, ObjectNotFoundError, StoreError
+from resources.errors import ConfigError, DataError, ObjectNotFoundError, StoreError
 from resources.verdict import Verdict
 from tests.fixtures.cifar10 import DATA_SET
 
@@ -99,3 +102,36 @@ def test_a_store_that_does_not_answer_is_asked_again(
     assert reached
     assert found["second"].passed is passed
     assert len(calls) == (2 if passed else common.MAX_RETRIES + 1)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+READ_ONLY = OperationalError("UPDATE", {}, ValueError("attempt to write a readonly database"))
+OF_MLFLOW = caused(MlflowException("readonly database"), READ_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("error", "num_attempts"),
+    [
+        (DagsterPostgresException("too many retries for DB connection"), common.MAX_RETRIES + 1),
+        (OF_MLFLOW, 1),
+        (caused(ConfigError("MLflow refused: readonly database"), OF_MLFLOW), 1),
+    ],
+    ids=["dagster", "mlflow", "explained"],
+)
+def test_only_the_loss_of_dagsters_own_database_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, num_attempts: int
+) -> None:
+    monkeypatch.setattr(results, "RETRY_SECONDS", 0.0)
+    calls = []
+
+    def refuse() -> Verdict:
+        calls.append(1)
+        raise error
+
+    _, found = run(refuse)
+    assert found["second"].passed is False
+    assert len(calls) == num_attempts
