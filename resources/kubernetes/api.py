@@ -189,6 +189,10 @@ class CustomResourceClient(Generic[S]):
         events = sorted(found, key=lambda event: str(event.last_timestamp or event.event_time or ""))
         return [f"{event.reason}: {event.message}" for event in events]
 
+    def has_event(self, namespace: str, name: str, reason: str) -> bool:
+        """Whether the object has an event with this reason; False if events cannot be read."""
+        return bool(self._events(namespace, name, f"reason={reason}"))
+
     def pods_with(self, namespace: str, label_selector: str) -> list[Pod]:
         call, what = self._core.list_namespaced_pod, f"list the pods of {self.resource.kind}s in {namespace}"
         found = self._ask(what, call, namespace, label_selector=label_selector).items

@@ -1,5 +1,6 @@
 """Base class of settings, and building manifests from settings files."""
 
+import posixpath
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,9 @@ from resources.kubernetes.errors import SettingsError
 from resources.redaction import has_credentials
 
 _SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN(?!I)|CREDENTIAL|(ACCESS|API|PRIVATE)_?KEY", re.IGNORECASE)
+
+_SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_IN_EVERY_POD = ("/", "/dev", "/dev/shm", "/proc", "/sys", "/tmp")
 
 
 class StrictConfig(dg.Config):
@@ -31,6 +35,25 @@ def without_secrets(env: dict[str, str]) -> dict[str, str]:
                 "a Secret and list the Secret in env_secrets."
             )
     return env
+
+
+def object_names(names: list[str]) -> list[str]:
+    """The names of Secrets or ConfigMaps, unchanged. ValueError for one that no such object can have."""
+    for name in names:
+        if not _SUBDOMAIN.fullmatch(name):
+            raise ValueError(f"{name!r} is not a DNS subdomain, as the name of a Secret or ConfigMap has to be.")
+    return names
+
+
+def mounts(names: dict[str, str]) -> dict[str, str]:
+    """ConfigMaps by folder, unchanged. ValueError for a folder in which, or a name by which, none can be mounted."""
+    for path in names:
+        if not path.startswith("/") or path.startswith("//") or ":" in path or path != posixpath.normpath(path):
+            raise ValueError(f"{path!r} is not a folder such as /etc/cifar-ca: absolute, normalized, without ':'.")
+        if path in _IN_EVERY_POD:
+            raise ValueError(f"{path} is a folder that the pods already have: mount the ConfigMap in one of its own.")
+    object_names([*names.values()])
+    return names
 
 
 def print_manifest(command: str, build: Callable[..., Mapping[str, Any]], arguments: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from resources.kubernetes.config import StrictConfig, without_secrets
+from resources.kubernetes.config import StrictConfig, mounts, without_secrets
 
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([munkKMGTPE]|[KMGTPE]i)?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
@@ -79,6 +79,11 @@ class JobConfig(StrictConfig):
             if name in _RESERVED_ENV:
                 raise ValueError(f"{name} is set by Dagster Pipes: remove it.")
         return value
+
+    @field_validator("config_map_mounts")
+    @classmethod
+    def _mountable(cls, value: dict[str, str]) -> dict[str, str]:
+        return mounts(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -5,9 +5,9 @@ from typing import Any, Literal
 from dagster_k8s.job import UserDefinedDagsterK8sConfig
 from dagster_k8s.models import k8s_model_from_dict
 from kubernetes import client as k8s
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from resources.kubernetes.config import StrictConfig
+from resources.kubernetes.config import StrictConfig, object_names
 from resources.kubernetes.errors import SettingsError
 from resources.kubernetes.job_config import JobConfig
 
@@ -86,3 +86,8 @@ class PyTorchJobConfig(JobConfig):
     pod_template: PodTemplate = Field(
         default_factory=PodTemplate, description="Raw Kubernetes config merged over the pods."
     )
+
+    @field_validator("env_secrets", "env_config_maps")
+    @classmethod
+    def _object_names(cls, value: list[str]) -> list[str]:
+        return object_names(value)

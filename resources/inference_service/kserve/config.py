@@ -7,7 +7,7 @@ from typing import Any, Literal
 from kubernetes.utils import parse_quantity
 from pydantic import Field, field_validator, model_validator
 
-from resources.kubernetes.config import StrictConfig, without_secrets
+from resources.kubernetes.config import StrictConfig, mounts, object_names, without_secrets
 
 CONTAINER_NAME = "kserve-container"
 """KServe requires a container with this name."""
@@ -87,6 +87,16 @@ class InferenceServiceSettings(StrictConfig):
     @classmethod
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
         return without_secrets(value)
+
+    @field_validator("env_secrets", "env_config_maps")
+    @classmethod
+    def _object_names(cls, value: list[str]) -> list[str]:
+        return object_names(value)
+
+    @field_validator("config_map_mounts")
+    @classmethod
+    def _mountable(cls, value: dict[str, str]) -> dict[str, str]:
+        return mounts(value)
 
     @property
     def serverless(self) -> bool:

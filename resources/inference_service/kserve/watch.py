@@ -1,9 +1,10 @@
 """Waits for an InferenceService: for a revision to be served, or for a change to take effect. No Dagster."""
 
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from resources.errors import DeployError
@@ -36,6 +37,8 @@ from resources.kubernetes.pods import ContainerExit, Pod
 T = TypeVar("T")
 
 _LOG_LINES = 12
+_FAILED_MOUNT = re.compile(r'FailedMount: .*(configmap|secret)s? "[^"]+" not found')
+"""A warning of the kubelet. The state of the container says only that it is being created."""
 _ADVICE: Mapping[Cause, str] = {
     **ADVICE,
     Cause.OUT_OF_MEMORY: "Raise `memory_limit`, or lower the server's limits on requests.",
@@ -43,7 +46,7 @@ _ADVICE: Mapping[Cause, str] = {
     Cause.NOT_STARTED: "Check the image: its entry point has to be the model server.",
     Cause.UNSCHEDULABLE: "Lower `cpu` and `memory`, or add nodes: an update needs room for one more replica.",
     Cause.CONFIGURATION: "Create the Secret or ConfigMap that it names, in the service's namespace, or correct "
-    "`env_secrets` and `env_config_maps`.",
+    "`env_secrets`, `env_config_maps` and `config_map_mounts`.",
     Cause.SLOW_START: "Look at the pods with kubectl describe, or raise `rollout_timeout_seconds`. If there is no "
     "pod, check that KServe's controller is running, its log, and the namespace's quota.",
 }
@@ -220,6 +223,11 @@ class RevisionWatch:
 
     def _give_up_if_stuck(self) -> None:
         obstacle = find_obstacle(self._pods)
+        if obstacle and obstacle.cause == Cause.SLOW_START:
+            client, pod = self._view.client, (self._view.namespace, obstacle.where)
+            failed = next(filter(_FAILED_MOUNT.match, reversed(client.warnings(*pod))), None)
+            if failed and not client.has_event(*pod, "Pulling"):  # images are pulled once all volumes are mounted
+                obstacle = replace(obstacle, cause=Cause.CONFIGURATION, text=failed)
         waited = self._patience.spend(obstacle)
         if obstacle and waited >= self._limits.of(obstacle.cause):
             raise self._failed(obstacle.cause, f"{obstacle} (for {waited:.0f} s)")

@@ -102,7 +102,7 @@ class FakeKServe:
         if wanted.get("involvedObject.kind"):
             return SimpleNamespace(items=self.events)
         texts = self.warnings.get(wanted["involvedObject.name"], [])
-        split = [text.split(": ", 1) for text in texts]
+        split = [text.split(": ", 1) for text in texts if text.startswith(wanted.get("reason", ""))]
         items = [SimpleNamespace(reason=r, message=m, last_timestamp=None, event_time=None) for r, m in split]
         return SimpleNamespace(items=items)
 
@@ -260,6 +260,16 @@ def fits_nowhere(message: str):
         condition = {"type": "PodScheduled", "status": "False", "message": message}
         pod["status"] = {"phase": "Pending", "conditions": [condition]}
         cluster.warnings[pod["metadata"]["name"]] = [f"FailedScheduling: {message}"]
+
+    return act
+
+
+def mounts_nothing(message: str, *later: str):
+    """The kubelet waits for a volume, which only an event says."""
+
+    def act(cluster: FakeKServe, pod: dict[str, Any]) -> None:
+        waits("ContainerCreating", "")(cluster, pod)
+        cluster.warnings[pod["metadata"]["name"]] = [f"FailedMount: {message}", *later]
 
     return act
 

@@ -120,6 +120,19 @@ STORIES: dict[str, tuple[Callable[[FakeKServe, dict[str, Any]], None], str, bool
     "memory": (fake.ends(137, reason="OOMKilled"), "(out of memory)", False),
     "image": (fake.waits("ErrImagePull", "no such tag"), "(image not pulled) pod-2/kserve-container: ErrImage", False),
     "secret": (fake.waits("CreateContainerConfigError", 'secret "x" not found'), 'secret "x" not found', False),
+    "mount": (
+        fake.mounts_nothing('MountVolume.SetUp failed for volume "files-0" : configmap "cifar-ca" not found'),
+        '(pod configuration) pod-2: FailedMount: MountVolume.SetUp failed for volume "files-0" : configmap "cifar-ca" '
+        "not found (for 45 s)\nWhat to do: Create the Secret or ConfigMap that it names, in the service's namespace, "
+        "or correct `env_secrets`, `env_config_maps` and `config_map_mounts`.",
+        False,
+    ),
+    "late mount": (
+        fake.mounts_nothing('configmap "cifar-ca" not found', 'Pulling: Pulling image "server:1"'),
+        "(slow start)",
+        True,
+    ),
+    "slow mount": (fake.mounts_nothing("timed out waiting for the condition"), "(slow start)", True),
     "room": (fake.fits_nowhere("Insufficient cpu"), "- event FailedScheduling: Insufficient cpu", True),
     "quota": (fake.gets_no_pod, "- PredictorReady: Reason: exceeded quota: pods=10", True),
     "slow": (fake.never_ready, "Last lines of pod-2:\n    waiting for the object store", True),

@@ -203,6 +203,17 @@ def test_pods_are_restricted_and_bounded_by_default() -> None:
         ({"env": {"1A": "x"}}, "'1A' is not a valid name"),
         ({"env": {"DAGSTER_PIPES_CONTEXT": "x"}}, "set by Dagster Pipes"),
         ({"env": {"A": "x"}, "secret_env": {"A": {"secret": "s", "key": "k"}}}, "both set A"),
+        ({"env_secrets": ["a/b"]}, "'a/b' is not a DNS subdomain"),
+        ({"env_config_maps": ["a..b"]}, "'a..b' is not a DNS subdomain"),
+        ({"config_map_mounts": {"/ca": "a" * 254}}, "is not a DNS subdomain"),
+        *(
+            ({"config_map_mounts": {path: "ca"}}, f"{path!r} is not a folder such as /etc/cifar-ca")
+            for path in ("", "ca", "/a:b", "/a/", "/a/../b", "/a//b", "/./a", "//a")
+        ),
+        *(
+            ({"config_map_mounts": {path: "ca"}}, f"{path} is a folder that the pods already have")
+            for path in ("/", "/dev/shm", "/tmp")
+        ),
         ({"restart_policy": "Sometimes"}, "restart_policy"),
         ({"run_policy": {"clean_pod_policy": "Some"}}, "clean_pod_policy"),
         ({"pod_template": {"container_config": {"name": "trainer"}}}, "supports only one container, 'pytorch'"),

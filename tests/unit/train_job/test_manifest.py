@@ -138,6 +138,7 @@ def test_builder_does_not_change_its_inputs() -> None:
         ({"secret_env": {"PET_MASTER_ADDR": {"secret": "a", "key": "b"}}}, "PET_MASTER_ADDR is set by Trainer"),
         ({"env": {"DAGSTER_PIPES_CONTEXT": "x"}}, "set by Dagster Pipes"),
         ({"queue": "q", "termination_grace_seconds": 60}, "set terminationGracePeriodSeconds in the runtime"),
+        ({"config_map_mounts": {"/tmp": "ca"}}, "/tmp is a folder that the pods already have"),
         ({"memory": "4 GB"}, "memory '4 GB' is not a Kubernetes quantity"),
     ],
 )
