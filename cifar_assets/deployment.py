@@ -169,7 +169,7 @@ def serving_for(settings: Settings, data_set: DataSet | None = None) -> "KServeI
         "gateway": settings.server_gateway,
         "shadow_seconds": settings.server_shadow_seconds,
     }
-    names = "SERVER_SETTINGS, SERVER_NAME, SERVER_NAMESPACE, SERVER_GATEWAY, SERVER_SHADOW_SECONDS"
+    names = "SERVER_SETTINGS, SERVER_NAME, SERVER_NAMESPACE, SERVER_HOST, SERVER_GATEWAY, SERVER_SHADOW_SECONDS"
     return _build(KServeInferenceService, f"{names} or a service of DATA_SETS", fields)
 
 

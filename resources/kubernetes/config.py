@@ -16,7 +16,7 @@ from resources.redaction import has_credentials
 
 _SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN(?!I)|CREDENTIAL|(ACCESS|API|PRIVATE)_?KEY", re.IGNORECASE)
 
-_SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _IN_EVERY_POD = ("/", "/dev", "/dev/shm", "/proc", "/sys", "/tmp")
 
 
@@ -40,7 +40,7 @@ def without_secrets(env: dict[str, str]) -> dict[str, str]:
 def object_names(names: list[str]) -> list[str]:
     """The names of Secrets or ConfigMaps, unchanged. ValueError for one that no such object can have."""
     for name in names:
-        if not _SUBDOMAIN.fullmatch(name):
+        if not SUBDOMAIN.fullmatch(name):
             raise ValueError(f"{name!r} is not a DNS subdomain, as the name of a Secret or ConfigMap has to be.")
     return names
 

@@ -44,6 +44,11 @@ def check_name(kind: str, name: str, *derived: str) -> None:
         )
 
 
+def candidate_name(name: str) -> str:
+    """Name of the InferenceService of a model that is being judged, beside the service with this name."""
+    return f"{name}-canary"
+
+
 def _clean(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 

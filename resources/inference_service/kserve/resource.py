@@ -6,6 +6,7 @@ with one pod, which an update ends; here each connection goes to a pod that is r
 
 import contextlib
 import random
+import re
 import socket
 import socketserver
 import threading
@@ -36,10 +37,12 @@ from resources.inference_service.kserve.manifest import (
     check_service_name,
     predictor_name,
 )
-from resources.inference_service.kserve.traffic import RouteSplit, candidate_name
+from resources.inference_service.kserve.traffic import RouteSplit
 from resources.inference_service.kserve.watch import RolloutLimits, ServiceView
 from resources.kubernetes.api import load_configuration
+from resources.kubernetes.config import SUBDOMAIN
 from resources.kubernetes.errors import KubernetesError, with_notes
+from resources.kubernetes.naming import candidate_name
 from resources.kubernetes.pods import read_pod
 
 DEFAULT_NAME = "cifar10"
@@ -47,6 +50,8 @@ DEFAULT_GATEWAY = "kourier-system/kourier-internal"
 _ASK_SECONDS = 10.0
 _WAKE_SECONDS = 60.0
 """Maximum time for a serverless revision without pods to get one."""
+_HOST = re.compile(rf"(?![0-9.]+(:|$)){SUBDOMAIN.pattern}(:[0-9]{{1,5}})?", re.IGNORECASE)
+"""A Host header whose name an HTTPRoute takes, which is not an IP address."""
 _TIMEOUT = {"_request_timeout": 10.0}
 
 
@@ -99,6 +104,11 @@ class KServeInferenceService(InferenceServiceResource):
             raise ValueError("canary_percent needs a gateway or mode Knative: nothing else splits requests.")
         if self.shadow_seconds and not self._is_routed:
             raise ValueError("shadow_seconds needs a gateway and mode Standard: nothing else copies requests.")
+        if self.host and self._is_routed and not _HOST.fullmatch(self.host):
+            raise ValueError(
+                f"host {self.host!r} is not a DNS name such as cifar10.example.com, with or without a port: an "
+                "HTTPRoute needs one."
+            )
         return self
 
     def deploy(self, request: DeployRequest) -> DeployedService:
@@ -211,7 +221,7 @@ class KServeInferenceService(InferenceServiceResource):
         return view.asking(service, False)
 
     def _host(self, service: InferenceService) -> str:
-        """Host name of requests that come through an ingress or a gateway."""
+        """Host header of requests that come through an ingress or a gateway."""
         own = f"{predictor_name(service.name)}.{service.namespace}.svc"
         return self.host or urlsplit(service.status.get("url") or "").netloc or own
 

@@ -23,7 +23,7 @@ from resources.inference_service.kserve.manifest import (
 from resources.inference_service.kserve.watch import NotYetError, ServiceView
 from resources.kubernetes.api import CustomResource, CustomResourceClient
 from resources.kubernetes.errors import ApiError
-from resources.kubernetes.naming import MANAGED_BY_LABEL
+from resources.kubernetes.naming import MANAGED_BY_LABEL, candidate_name
 
 if TYPE_CHECKING:
     from resources.inference_service.kserve.deployer import ServiceDeployer
@@ -33,11 +33,6 @@ _MANAGER = "dagster-http-route"
 """Not the label's value of the InferenceService, whose labels KServe copies to a route of its own."""
 _INTERRUPT_SECONDS = 5.0
 """How long a write is repeated if there is no time to wait."""
-
-
-def candidate_name(name: str) -> str:
-    """Name of the InferenceService of a model that is being judged."""
-    return f"{name}-canary"
 
 
 class Split(Protocol):
@@ -159,7 +154,7 @@ class RouteSplit:
     gateway: str
     """The route's Gateway as namespace/name."""
     host: Callable[[InferenceService], str]
-    """Host name of the requests for a service."""
+    """Host header of the requests for a service."""
     candidate: "ServiceDeployer"
     shadow_seconds: float | None = None
     """How long the new model first gets a copy of every request."""
@@ -268,7 +263,7 @@ def build_route(
         },
         "spec": {
             "parentRefs": [{"namespace": namespace, "name": name}],
-            "hostnames": [host],
+            "hostnames": [host.partition(":")[0].lower()],
             "rules": [rule],
         },
     }

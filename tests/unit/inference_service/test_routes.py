@@ -62,6 +62,22 @@ def test_first_model_gets_all_requests_and_is_not_judged() -> None:
     assert cluster.route["spec"]["hostnames"] == ["cifar10.example"]
 
 
+def test_host_of_the_route_is_the_name_in_the_host_header() -> None:
+    cluster = FakeGateway()
+    deploy(cluster, A, host="CIFAR10.example:8443")
+    assert cluster.route is not None
+    assert cluster.route["spec"]["hostnames"] == ["cifar10.example"]
+
+
+@pytest.mark.parametrize(
+    "host", ["[::1]:80", "::1", "10.0.0.1", "10.0.0.1:80", "a_b.example", "a.example:", "*.a.example"]
+)
+def test_host_that_no_route_can_have_is_refused(host: str) -> None:
+    with pytest.raises(ValidationError, match="is not a DNS name such as"):
+        serving(host=host)
+    assert serving(host=host, gateway=None, percent=None).host == host
+
+
 def test_canary_that_answers_well_is_promoted_and_removed(serving_a: FakeGateway) -> None:
     judge = Judge()
     outcome = deploy(serving_a, B, judge)
