@@ -15,6 +15,7 @@ from cifar_assets.contracts import ImageRequest
 from cifar_assets.settings import Address, Settings
 from cifar_assets.training.recipes import DEFAULT_RECIPE, RECIPES
 from resources.errors import ConfigError
+from resources.kubernetes.naming import candidate_name
 from resources.mlflow.target import DEFAULT_NAME
 from resources.redaction import redacted
 
@@ -121,6 +122,14 @@ def read_data_sets(settings: Settings) -> list[DataSet]:
             raise ConfigError(
                 f"{place}: several data sets have the {field} {twice[0]} ({names}; {DEFAULT_NAME} is declared by the "
                 f"settings). Give each its own {field}."
+            )
+    services = {each.service: each.name for each in found}
+    for each in found:
+        canary = candidate_name(str(each.service))
+        if canary in services:
+            raise ConfigError(
+                f"{place}: the service {canary} of data set {services[canary]} has the name that the canary of data "
+                f"set {each.name} gets. Give {services[canary]} another service."
             )
     return found
 

@@ -71,6 +71,11 @@ class ServiceDeployer:
         written = False
         if found:
             self._refuse_foreign(found)
+            if owners := found.body["metadata"].get("ownerReferences"):
+                raise DeployError(
+                    f"{found} is a canary: it belongs to {owners[0]['kind']} {owners[0]['name']}. Give the service "
+                    "another name."
+                )
             written = self._is_made_by(found, manifest)
         if found and written:
             if found.canary_percent is None and self._is_serving(found, request):

@@ -198,6 +198,15 @@ def test_service_of_someone_else_is_left_alone(cluster: FakeKServe) -> None:
     assert cluster.service is not None
 
 
+def test_canary_of_another_service_is_left_alone(serving_a: FakeKServe) -> None:
+    assert serving_a.service is not None
+    serving_a.service["metadata"]["ownerReferences"] = [{"kind": "InferenceService", "name": "flowers", "uid": "x"}]
+    num_writes = len(serving_a.writes)
+    assert "cifar10 is a canary: it belongs to InferenceService flowers" in str(failure(serving_a, B))
+    assert len(serving_a.writes) == num_writes
+    assert digests_of_pods(serving_a) == [A.model_digest]
+
+
 def test_interrupted_attempt_is_continued(serving_a: FakeKServe) -> None:
     InferenceServiceClient(serving_a, serving_a).replace(deployer(serving_a).deploy(A).service, build(B))
     serving_a.clock.sleep(2)

@@ -70,6 +70,14 @@ def test_declaration_completes_itself(tmp_path: Path) -> None:
         ("- {name: cifar10, source: x}\n", "several data sets have the name cifar10"),
         ("- {name: a, source: x, port: 8080}\n", r"several data sets have the port 8080 \(cifar10, a;"),
         ("- {name: a, source: x, service: cifar10}\n", "several data sets have the service cifar10"),
+        (
+            "- {name: cifar10_canary, source: x}\n",
+            "service cifar10-canary of data set cifar10_canary has the name that the canary of data set cifar10 gets",
+        ),
+        (
+            "- {name: a, source: x, service: b-canary}\n- {name: b, source: x}\n",
+            "of data set a .* canary of data set b",
+        ),
         ("- flowers\n", "data set number 1 is not valid"),
         ("name: a\nsource: x\n", "expected a list of data sets"),
         ("- {name: a\n", "DATA_SETS is not valid YAML"),
