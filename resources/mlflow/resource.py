@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
+from resources.dagster_storage import is_database_outage
 from resources.errors import ConfigError
+from resources.kubernetes.errors import ApiError
 from resources.mlflow.target import DEFAULT_NAME, MlflowTarget, check_tracking_uri, open_client, why_refused
 from resources.step_context import StepContext
 from resources.verdict import Verdict
@@ -87,16 +89,19 @@ class MlflowResource(dg.ConfigurableResource):
     def closing_open_runs(self, context: StepContext) -> Iterator[None]:
         """On an error, end runs that the trainer left RUNNING: KILLED if canceled, FAILED otherwise.
 
-        An interrupt without cancellation, such as an eviction of this process, closes nothing: the training may
-        continue.
+        An interrupt without cancellation, such as an eviction of this process, closes nothing, and neither does an
+        outage of Dagster's database or the cluster's API: the training may continue, and be adopted by a retry.
         """
         try:
             yield
         except BaseException as error:
+            if is_database_outage(error):  # then it also cannot say whether the run is canceled
+                raise
             try:
                 from resources.kubernetes.steps import is_being_cancelled  # a laptop needs no kubernetes until here
 
-                if (cancelled := is_being_cancelled(context)) or isinstance(error, Exception):
+                ended = isinstance(error, Exception) and not isinstance(error.__cause__, ApiError)
+                if (cancelled := is_being_cancelled(context)) or ended:
                     for run_id, dagster_run_id in self.running().items():
                         if dagster_run_id == context.run.run_id:
                             self.close_run(run_id, "KILLED" if cancelled else "FAILED")

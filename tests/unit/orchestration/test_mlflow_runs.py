@@ -12,10 +12,12 @@ from uuid import uuid4
 
 import dagster as dg
 import pytest
+from dagster_postgres.utils import DagsterPostgresException
 from mlflow import end_run, set_tracking_uri
 
 from cifar_assets import sensors
 from resources.errors import ConfigError
+from resources.kubernetes.errors import ApiUnavailableError
 from resources.mlflow.resource import RUN_ID_TAG, RUN_METADATA, LocalMlflow, MlflowResource, MlflowServer
 from tests.fixtures.cifar10 import close_mlflow_runs
 
@@ -249,6 +251,12 @@ def test_a_tick_during_which_mlflow_goes_away_waits_for_it_once(
     assert {status(mlflow, run_id) for run_id in left} == {"KILLED"}
 
 
+def unwatched() -> dg.Failure:
+    error = dg.Failure("no response from the API server")
+    error.__cause__ = ApiUnavailableError("no response from the API server")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "canceled", "expected"),
     [
@@ -256,9 +264,12 @@ def test_a_tick_during_which_mlflow_goes_away_waits_for_it_once(
         (dg.DagsterExecutionInterruptedError(), False, "RUNNING"),
         (dg.Failure("the trainer died"), True, "KILLED"),
         (dg.Failure("the trainer died"), False, "FAILED"),
+        (DagsterPostgresException("too many retries for DB connection"), False, "RUNNING"),
+        (unwatched(), False, "RUNNING"),
+        (unwatched(), True, "KILLED"),
     ],
 )
-def test_a_step_closes_what_its_trainer_left_but_not_when_merely_evicted(
+def test_a_step_closes_what_its_trainer_left_but_not_a_training_that_continues(
     instance: dg.DagsterInstance, mlflow: LocalMlflow, error: BaseException, canceled: bool, expected: str
 ) -> None:
     left: list[str] = []
