@@ -13,6 +13,7 @@ from kfp import compiler, dsl, kubernetes
 
 IMAGE = "localhost/cifar-kfp:dev"
 ENDPOINT = {name: name for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "CIFAR_BUCKET_PREFIX", "MLFLOW_TRACKING_URI")}
+OPTIONAL = {name: name for name in ("MODEL_PUBLIC_KEY", "AWS_CA_BUNDLE", "MLFLOW_TRACKING_SERVER_CERT_PATH")}
 CREDENTIALS = {name: name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
 
 
@@ -102,9 +103,8 @@ def cifar10_pipeline(
     for task in (data, processed, trained, model):
         task.set_caching_options(False)  # each run reads the store again
         kubernetes.use_config_map_as_env(task, "cifar-platform", ENDPOINT)
-        kubernetes.use_config_map_as_env(
-            task, "cifar-platform", {"MODEL_PUBLIC_KEY": "MODEL_PUBLIC_KEY"}, optional=True
-        )
+        kubernetes.use_config_map_as_env(task, "cifar-platform", OPTIONAL, optional=True)
+        kubernetes.use_config_map_as_volume(task, "cifar-ca", "/etc/cifar-ca", optional=True)
         kubernetes.use_secret_as_env(task, "object-store-pipeline", CREDENTIALS)
     kubernetes.use_secret_as_env(trained, "model-signing", {"private.pem": "MODEL_SIGNING_KEY"}, optional=True)
     return model.output

@@ -35,6 +35,15 @@ def test_nothing_is_installed_when_a_step_starts(compiled: list[dict[str, Any]])
         assert "pip install" not in str(executor)
 
 
+def test_steps_have_the_certificate_authority_if_it_exists(compiled: list[dict[str, Any]]) -> None:
+    for executor in compiled[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        (volume,) = executor["configMapAsVolume"]
+        assert (volume["configMapName"], volume["mountPath"], volume["optional"]) == ("cifar-ca", "/etc/cifar-ca", True)
+        (optional,) = (source for source in executor["configMapAsEnv"] if source.get("optional"))
+        variables = {entry["envVar"] for entry in optional["keyToEnv"]}
+        assert {"AWS_CA_BUNDLE", "MLFLOW_TRACKING_SERVER_CERT_PATH"} <= variables
+
+
 def test_credentials_come_from_the_secret(compiled: list[dict[str, Any]]) -> None:
     executors = compiled[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert len(executors) == 4
