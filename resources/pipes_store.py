@@ -111,7 +111,8 @@ class _StoreChannel(PipesMessageWriterChannel):
                 self._error = None
                 return
             except Exception as error:  # no exception may end the thread, which would lose all later messages
-                _log.warning("Pipes messages are waiting for the object store: %s", error)
+                if self._error is None:
+                    _log.warning("Pipes messages are waiting for the object store: %s", error)
                 self._error = error
             if time.monotonic() > self._deadline:
                 return
