@@ -205,7 +205,8 @@ def test_the_public_address_answers_nobody_without_the_password(public: PublicAd
 def test_a_user_with_the_password_sees_dagster_and_mlflow(public: PublicAddress) -> None:
     status, page = public.send(DAGSTER_HOST, "/")
     assert (status, b">Dagster</title>" in page) == (200, True)
-    assert public.send(DAGSTER_HOST, "/graphql", headers=UPGRADE)[0] == http.HTTPStatus.SWITCHING_PROTOCOLS
+    headers = {**UPGRADE, "Origin": f"https://{DAGSTER_HOST}"}
+    assert public.send(DAGSTER_HOST, "/graphql", headers=headers)[0] == http.HTTPStatus.SWITCHING_PROTOCOLS
     assert b"<title>MLflow</title>" in public.send(MLFLOW_HOST, "/")[1]
     assert json.loads(public.send(MLFLOW_HOST, EXPERIMENTS)[1])["experiments"]
 
@@ -226,6 +227,9 @@ def test_dagster_executes_no_request_that_a_page_of_another_site_can_send(public
     status, text = public.send(DAGSTER_HOST, "/graphql", b'{"query": "{version}"}', {"Content-Type": JSON})
     assert (status, list(json.loads(text)["data"])) == (http.HTTPStatus.OK, ["version"])
     assert public.send(DAGSTER_HOST, query)[0] == http.HTTPStatus.FOUND
+    assert public.send(DAGSTER_HOST, query.replace("g", "%67"))[0] == http.HTTPStatus.FOUND
+    other = {**UPGRADE, "Origin": "https://other.example.com"}
+    assert public.send(DAGSTER_HOST, "/graphql", headers=other)[0] == http.HTTPStatus.FOUND
     assert public.send(DAGSTER_HOST, query, b"x", {"Content-Type": "text/plain"})[0] == http.HTTPStatus.FOUND
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     assert public.send(DAGSTER_HOST, "/report_asset_materialization/a", b"x=y", form)[0] == http.HTTPStatus.NOT_FOUND

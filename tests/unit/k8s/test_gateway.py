@@ -53,6 +53,12 @@ def test_every_route_of_the_gateway_needs_a_password(objects: Objects) -> None:
     assert [listener["protocol"] for listener in gateway["spec"]["listeners"]] == ["HTTPS"]
 
 
+def test_no_run_of_dagster_may_add_or_change_a_route_of_the_gateway(objects: Objects) -> None:
+    (listener,) = only(objects, "Gateway", "cifar")["spec"]["listeners"]
+    assert "allowedRoutes" not in listener  # by default those of the Gateway's namespace
+    assert {namespace for namespace, kind, _ in objects if kind == "HTTPRoute"} == {"cifar-platform"}
+
+
 def test_routes_have_the_names_of_the_certificate_and_reach_the_services(objects: Objects) -> None:
     routes = [o for (_, kind, _), o in objects.items() if kind == "HTTPRoute"]
     assert sorted(host for route in routes for host in route["spec"]["hostnames"]) == HOSTS
