@@ -1,21 +1,26 @@
 """A model server in the cluster, and a client in the cluster that sends requests continuously."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from kubernetes import client as k8s
 
 from cifar_assets.contracts import CLASSES
 from cifar_assets.dataset.versions.reader import open_split
 from cifar_assets.model_package import METRICS_FILE, ONNX_FILE, RECIPE_FILE, WEIGHTS_FILE, ModelManifest, write_package
+from cifar_assets.serving.comparison import find_canary_fault
 from resources.digests import sha256_bytes
+from resources.errors import DeployError
 from resources.inference_service import DeployRequest
+from resources.inference_service.client import InferenceClient
 from resources.inference_service.kserve.client import InferenceServiceClient
 from resources.inference_service.kserve.config import InferenceServiceSettings
 from resources.inference_service.kserve.resource import KServeInferenceService
@@ -150,6 +155,36 @@ def _store(root: ObjectStore, data: TinyData, seed: int, boast: float = 0.0) -> 
     )
     digest = write_package(root.at("models"), manifest, files)
     return DeployRequest(root.at("models").at(digest).uri(), digest, str(seed))
+
+
+def promote_and_withdraw(
+    serving: Service,
+    models: Models,
+    root: S3Store,
+    users: InferenceClient,
+    judging: Callable[[str], None] = lambda digest: None,
+) -> None:
+    """After the first model, the second is promoted as a canary of 20 percent, and the boastful one withdrawn.
+
+    `judging` is called with the model's digest before its canary is judged.
+    """
+    shares: Counter[str] = Counter()
+
+    def judged(request: DeployRequest) -> DeployRequest:
+        def find_fault(canary: InferenceClient) -> str | None:
+            judging(request.model_digest)
+            shares.update(users.served_model().model_digest for _ in range(100))
+            return find_canary_fault(canary, root.at("models"), root.at("processed-data"), request.model_digest)
+
+        return replace(request, find_fault=find_fault)
+
+    assert serving.deploy(judged(models.second)).previous_digest == models.first.model_digest
+    # 20 of 100 expected; five standard deviations either way.
+    assert 1 <= shares[models.second.model_digest] <= 40
+    assert {users.served_model().model_digest for _ in range(20)} == {models.second.model_digest}
+    with pytest.raises(DeployError, match="test images right"):
+        serving.deploy(judged(models.boastful))
+    assert {users.served_model().model_digest for _ in range(20)} == {models.second.model_digest}
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """KServeInferenceService behind a Gateway: canaries in Standard mode on a real cluster with Envoy Gateway."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +11,20 @@ import yaml
 from kubernetes import client as k8s
 from prometheus_client.parser import text_string_to_metric_families
 
-from cifar_assets.serving.comparison import find_canary_fault
 from resources.errors import DeployError
-from resources.inference_service import DeployRequest
 from resources.inference_service.client import InferenceClient, ServerError
 from tests.cluster.conftest import Minio
 from tests.cluster.kubectl import PATIENCE, forwarded, kubectl, wait_for
-from tests.cluster.serving_story import NAME, Models, asking, grant_access, left_behind, service, store_models
+from tests.cluster.serving_story import (
+    NAME,
+    Models,
+    asking,
+    grant_access,
+    left_behind,
+    promote_and_withdraw,
+    service,
+    store_models,
+)
 from tests.fixtures.ports import free_port
 
 HOST = "cifar10.example"
@@ -75,25 +81,8 @@ def test_canary_is_promoted_or_withdrawn_without_a_failed_request(
     serving.deploy(models.first)
     users = InferenceClient(gateway.outside, headers={"Host": HOST})
     wait_for("the route", lambda: answers(users))
-    root, shares = minio.store(), Counter[str]()
-
     with asking(namespace, gateway.inside, HOST) as tally:
-
-        def judged(request: DeployRequest) -> DeployRequest:
-            def find_fault(canary: InferenceClient) -> str | None:
-                tally.wait_until_answered_by(request.model_digest)
-                shares.update(users.served_model().model_digest for _ in range(100))
-                return find_canary_fault(canary, root.at("models"), root.at("processed-data"), request.model_digest)
-
-            return replace(request, find_fault=find_fault)
-
-        promoted = serving.deploy(judged(models.second))
-        assert promoted.previous_digest == models.first.model_digest
-        # 20 of 100 expected; five standard deviations either way.
-        assert 1 <= shares[models.second.model_digest] <= 40
-        with pytest.raises(DeployError, match="test images right"):
-            serving.deploy(judged(models.boastful))
-        assert {users.served_model().model_digest for _ in range(20)} == {models.second.model_digest}
+        promote_and_withdraw(serving, models, minio.store(), users, tally.wait_until_answered_by)
 
     assert tally.failures == []
     assert set(tally.answers) == {each.model_digest for each in (models.first, models.second, models.boastful)}

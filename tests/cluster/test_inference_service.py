@@ -1,5 +1,6 @@
 """KServeInferenceService on a real cluster with the real KServe, with the rights of `dagster`."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from kubernetes import client as k8s
+from kubernetes.client.exceptions import ApiException
 from PIL import Image
 
 from cifar_assets.contracts import CLASSES
@@ -183,6 +185,30 @@ def test_model_in_service_survives_a_failed_repair(
     assert (status.ready, status.model_digest) == (True, first.model_digest)
     assert tally.failures == []
     assert set(tally.answers) == {first.model_digest}
+
+
+@pytest.mark.thorough
+def test_documented_disruption_budget_lets_one_replica_go_at_a_time(
+    namespace: str, models: tuple[DeployRequest, DeployRequest], nothing_serves: None, core: Any
+) -> None:
+    page = (K8S.parent / "docs/kserve.md").read_text()
+    (command,) = re.findall(r"^kubectl -n cifar (create poddisruptionbudget .*)", page, re.MULTILINE)
+    service(namespace, min_replicas=2, max_replicas=2).deploy(models[0])
+    kubectl("-n", namespace, *command.split())
+    allowed = ["-n", namespace, "get", "poddisruptionbudget", NAME, "-o", "jsonpath={.status.disruptionsAllowed}"]
+    wait_for("a budget for both replicas", lambda: kubectl(*allowed) == "1")
+
+    def evict(pod: str) -> None:
+        name = pod.removeprefix("pod/")
+        core.create_namespaced_pod_eviction(name, namespace, k8s.V1Eviction(metadata={"name": name}))
+
+    first, second = pod_names(namespace)
+    with asking(namespace) as tally:
+        evict(first)
+        with pytest.raises(ApiException, match="disruption budget"):
+            evict(second)
+        wait_for("a second replica", lambda: kubectl(*allowed) == "1")
+    assert tally.failures == []
 
 
 def test_manually_edited_spec_is_restored(
