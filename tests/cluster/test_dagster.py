@@ -9,7 +9,6 @@ import secrets
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -131,12 +130,20 @@ def test_a_browser_shows_the_run_and_its_output(dagster: Webserver, finished_run
         expect(page.get_by_text("STEP_SUCCESS").first).to_be_visible(timeout=PATIENCE_MS)
 
 
-def test_api_server_accepts_the_overlay_without_a_database(dagster: Webserver) -> None:
-    overlay = str(Path(__file__).parents[2] / "k8s/overlays/external-postgres")
+@pytest.mark.parametrize(
+    ("overlay", "kept", "external"),
+    [
+        ("external-postgres", "deployment.apps/dagster-daemon", "dagster-postgresql"),
+        ("external-store", "configmap/cifar-platform", "deployment.apps"),
+    ],
+)
+def test_api_server_accepts_the_overlays_for_external_servers(
+    dagster: Webserver, overlay: str, kept: str, external: str
+) -> None:
     dry = ["--dry-run=server", "--validate=strict", "--force-conflicts"]
-    answer = kubectl("apply", "--server-side", *dry, "-k", overlay)
-    assert "deployment.apps/dagster-daemon" in answer
-    assert "dagster-postgresql" not in answer
+    answer = kubectl("apply", "--server-side", *dry, "-k", str(page.ROOT / "k8s/overlays" / overlay))
+    assert kept in answer
+    assert external not in answer
 
 
 def test_exporter_shows_the_state_of_the_daemon(dagster: Webserver, platform: Platform) -> None:

@@ -101,7 +101,7 @@ def test_roles_name_verbs_and_resources_without_wildcards_and_are_in_the_docs() 
                 assert f"| `{resource}` | {', '.join(rule['verbs'])} |" in table
 
 
-@pytest.mark.parametrize("overlay", ["minikube", "gpu", "kueue"])
+@pytest.mark.parametrize("overlay", ["minikube", "gpu", "kueue", "external-store"])
 def test_trainer_settings_of_the_overlays_are_valid(overlay: str) -> None:
     overlays = ["minikube", overlay]
     values: dict[str, str] = {}
