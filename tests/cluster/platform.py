@@ -118,10 +118,10 @@ class Platform:
         }
 
 
-def install_platform() -> None:
-    page.run(page.INSTALLATION.replace("overlays/minikube", f"overlays/{OVERLAY}"))
+def install_platform(checkout: Path = page.ROOT) -> None:
+    page.run(page.INSTALLATION.replace("overlays/minikube", f"overlays/{OVERLAY}"), checkout)
     if IS_SECURE:
-        page.run(page.AUTHORITY.replace("overlays/tls", f"overlays/{OVERLAY}"))
+        page.run(page.AUTHORITY.replace("overlays/tls", f"overlays/{OVERLAY}"), checkout)
 
 
 def is_kept() -> bool:

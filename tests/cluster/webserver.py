@@ -9,7 +9,7 @@ from typing import Any
 
 LOCATION = {"repositoryLocationName": "cifar", "repositoryName": "__repository__"}
 FINISHED = ("SUCCESS", "FAILURE", "CANCELED")
-_RUN = "runId status jobName parentRunId tags { key value } stepStats { stepKey status }"
+_RUN = "runId status jobName parentRunId creationTime endTime tags { key value } stepStats { stepKey status }"
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Run:
     parent: str | None
     tags: dict[str, str]
     steps: dict[str, str]
+    created: float
+    ended: float | None
 
     @classmethod
     def of(cls, answer: dict[str, Any]) -> "Run":
@@ -32,6 +34,8 @@ class Run:
             answer["parentRunId"],
             {tag["key"]: tag["value"] for tag in answer["tags"]},
             {step["stepKey"]: step["status"] for step in answer["stepStats"]},
+            answer["creationTime"],
+            answer["endTime"],
         )
 
 
