@@ -91,7 +91,14 @@ def main(arguments: list[str] | None = None) -> int:
         "folder", nargs="?", type=Path, help="folder with one file per role that contains its secret key"
     )
     parser.add_argument("--seaweedfs", metavar="FILE", type=Path, help="only write SeaweedFS's file of users")
+    parser.add_argument(
+        "--policy", metavar="ROLE", choices=ROLES, help="only print the role's rights as a policy of AWS"
+    )
     options = parser.parse_args(arguments)
+    if options.policy:
+        policy = policy_of(options.policy, os.environ.get("CIFAR_BUCKET_PREFIX", ""))
+        sys.stdout.write(json.dumps(policy, indent=2) + "\n")
+        return 0
     try:
         keys = _keys_in(options.folder) if options.folder else {}
         if options.seaweedfs:

@@ -1,5 +1,6 @@
 """Users and rights on a real MinIO and a real SeaweedFS: each role may do what it needs, and nothing else."""
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from resources.errors import StoreError
 from resources.object_store.s3 import S3Store
 from resources.object_store.s3_settings import S3Connection
-from resources.object_store.setup import ALL_BUCKETS, ROLES, main, user_of
+from resources.object_store.setup import ALL_BUCKETS, ROLES, main, policy_of, user_of
 from tests.fixtures.s3 import S3Server, running_minio, running_seaweedfs
 
 PREFIX = "team-"
@@ -137,3 +138,11 @@ def test_large_upload_needs_no_further_right(server: S3Server, tmp_path: Path) -
 def test_missing_key_is_an_error_that_names_the_role(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 1
     assert "has no file dagster, trainer" in capsys.readouterr().err
+
+
+def test_rights_of_a_role_are_printed_for_other_stores(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIFAR_BUCKET_PREFIX", "team-")
+    assert main(["--policy", "server"]) == 0
+    assert json.loads(capsys.readouterr().out) == policy_of("server", "team-")
