@@ -152,6 +152,7 @@ class PublicWebserver(Webserver):
 DAGSTER_HOST, MLFLOW_HOST = "dagster.example.com", "mlflow.example.com"
 UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
 UPGRADE |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol": "graphql-ws"}
+UPGRADE |= {"Origin": f"https://{DAGSTER_HOST}"}
 JSON = "application/json"
 EXPERIMENTS = "/api/2.0/mlflow/experiments/search?max_results=1"
 
@@ -205,8 +206,7 @@ def test_the_public_address_answers_nobody_without_the_password(public: PublicAd
 def test_a_user_with_the_password_sees_dagster_and_mlflow(public: PublicAddress) -> None:
     status, page = public.send(DAGSTER_HOST, "/")
     assert (status, b">Dagster</title>" in page) == (200, True)
-    headers = {**UPGRADE, "Origin": f"https://{DAGSTER_HOST}"}
-    assert public.send(DAGSTER_HOST, "/graphql", headers=headers)[0] == http.HTTPStatus.SWITCHING_PROTOCOLS
+    assert public.send(DAGSTER_HOST, "/graphql", headers=UPGRADE)[0] == http.HTTPStatus.SWITCHING_PROTOCOLS
     assert b"<title>MLflow</title>" in public.send(MLFLOW_HOST, "/")[1]
     assert json.loads(public.send(MLFLOW_HOST, EXPERIMENTS)[1])["experiments"]
 
@@ -229,7 +229,7 @@ def test_dagster_executes_no_request_that_a_page_of_another_site_can_send(public
     assert public.send(DAGSTER_HOST, query)[0] == http.HTTPStatus.FOUND
     assert public.send(DAGSTER_HOST, query.replace("g", "%67"))[0] == http.HTTPStatus.FOUND
     other = {**UPGRADE, "Origin": "https://other.example.com"}
-    assert public.send(DAGSTER_HOST, "/graphql", headers=other)[0] == http.HTTPStatus.FOUND
+    assert public.send(DAGSTER_HOST, "/graphql", headers=other)[0] == http.HTTPStatus.FORBIDDEN
     assert public.send(DAGSTER_HOST, query, b"x", {"Content-Type": "text/plain"})[0] == http.HTTPStatus.FOUND
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     assert public.send(DAGSTER_HOST, "/report_asset_materialization/a", b"x=y", form)[0] == http.HTTPStatus.NOT_FOUND
