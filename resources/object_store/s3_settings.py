@@ -27,7 +27,7 @@ VARIABLES = {
 """The variables of each setting; the first one that is set counts."""
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 CA_VARIABLES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE")
-REFUSED = ("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT")
+_REFUSED = ("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT")
 ATTEMPTS = 5
 OVERLOADED = (429, 500, 502, 503, 504)
 """HTTP statuses that the client retries; it has a separate error for the last attempt."""
@@ -53,7 +53,7 @@ def variables_set(environment: Mapping[str, str]) -> dict[str, str]:
 
     ConfigError for an option of AWS's tools that would be ignored.
     """
-    for name in REFUSED:
+    for name in _REFUSED:
         if environment.get(name, "").lower() in ("1", "true"):
             raise ConfigError(f"{name} is not supported: unset it, and set the endpoint in AWS_ENDPOINT_URL.")
     found = {key: [name for name in names if environment.get(name)] for key, names in VARIABLES.items()}
