@@ -46,7 +46,7 @@ def object_names(names: list[str]) -> list[str]:
 
 
 def mounts(names: dict[str, str]) -> dict[str, str]:
-    """ConfigMaps by folder, unchanged. ValueError for a folder in which, or a name by which, none can be mounted."""
+    """ConfigMaps by folder, unchanged. ValueError for an invalid folder or name."""
     for path in names:
         if not path.startswith("/") or path.startswith("//") or ":" in path or path != posixpath.normpath(path):
             raise ValueError(f"{path!r} is not a folder such as /etc/cifar-ca: absolute, normalized, without ':'.")

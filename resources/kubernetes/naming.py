@@ -45,7 +45,7 @@ def check_name(kind: str, name: str, *derived: str) -> None:
 
 
 def candidate_name(name: str) -> str:
-    """Name of the InferenceService of a model that is being judged, beside the service with this name."""
+    """Name of the canary's InferenceService, for the service with this name."""
     return f"{name}-canary"
 
 

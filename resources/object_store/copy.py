@@ -99,7 +99,7 @@ def _try_to_copy(source: ObjectStore, target: ObjectStore, key: str, *, overwrit
     try:
         return copy_object(source, target, key, overwrite=overwrite)
     except ExplainedError as error:
-        if error.transient:  # as is the error of a server that breaks off in a damaged object
+        if error.transient:  # also the error of a server that disconnects while it sends a damaged object
             for store in (source, target):
                 next(store.list(), None)  # raises if the server does not respond
         return error

@@ -51,7 +51,7 @@ _ASK_SECONDS = 10.0
 _WAKE_SECONDS = 60.0
 """Maximum time for a serverless revision without pods to get one."""
 _HOST = re.compile(rf"(?![0-9.]+(:|$)){SUBDOMAIN.pattern}(:[0-9]{{1,5}})?", re.IGNORECASE)
-"""A Host header whose name an HTTPRoute takes, which is not an IP address."""
+"""A DNS name that an HTTPRoute accepts, with or without a port; not an IP address."""
 _TIMEOUT = {"_request_timeout": 10.0}
 
 

@@ -70,13 +70,12 @@ def test_default_values_give_the_objects_of_the_kustomizations(chart: Path) -> N
 
 
 @NEEDS_HELM
-def test_without_platform_and_database_it_is_access_and_the_overlay_external_postgres(chart: Path) -> None:
+def test_without_platform_and_database_it_is_the_overlays_for_external_servers(chart: Path) -> None:
     database = {"DAGSTER_PG_HOST": "postgres.example.com", "DAGSTER_PG_PORT": "6432"}
     values = {"platform": False, "postgres": False, "settings": database}
     found = objects_of(template(chart, values))
-    assert set(found) == set(objects_of(kustomized("access"))) | set(
-        objects_of(kustomized("overlays/external-postgres"))
-    )
+    overlays = [objects_of(kustomized(f"overlays/external-{server}")) for server in ("postgres", "store")]
+    assert set(found) == set().union(*overlays)
     assert found["cifar", "ConfigMap", "dagster-settings"]["data"]["DAGSTER_PG_HOST"] == "postgres.example.com"
     (rule,) = found["cifar", "NetworkPolicy", "dagster-database"]["spec"]["egress"]
     assert rule == {"ports": [{"port": 6432}]}
